@@ -1,0 +1,1 @@
+"""Quantize PyTorch models and run them on real int8 kernels."""

@@ -1,0 +1,1 @@
+"""Numbers and plain facts: specs, grids, the arithmetic of quantization, metrics, the plan."""

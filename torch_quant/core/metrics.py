@@ -1,0 +1,52 @@
+"""How far a quantized output is from the float one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+__all__ = ["cosine", "float_leaves", "sqnr"]
+
+
+def float_leaves(outputs: Any) -> list[Tensor]:
+    """The floating-point tensors of a model's (nested) outputs, in order."""
+    leaves = pytree.tree_leaves(outputs)
+    return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def sqnr(reference: Any, actual: Any) -> float:
+    """Signal to quantization-noise ratio, ``10 log10(|reference|^2 / |reference - actual|^2)``, dB.
+
+    Args:
+        reference: a tensor or any nesting of them; all float leaves count together.
+        actual: the same nesting.
+
+    Returns:
+        Decibels; ``inf`` where both are equal.
+    """
+    signal = noise = 0.0
+    for x, y in zip(float_leaves(reference), float_leaves(actual), strict=True):
+        exact = x.detach().double()
+        finite = torch.isfinite(exact)  # masked positions, -inf in both, carry no noise
+        exact = exact[finite]
+        signal += float(exact.square().sum())
+        noise += float((exact - y.detach().double()[finite]).square().sum())
+    if noise == 0.0:
+        return float("inf")
+    return float("-inf") if signal == 0.0 else 10.0 * float(torch.tensor(signal / noise).log10())
+
+
+def cosine(reference: Tensor, actual: Tensor) -> Tensor:
+    """Cosine of the angle between rows.
+
+    Args:
+        reference: shape ``[rows, features]``.
+        actual: the same shape.
+
+    Returns:
+        Shape ``[rows]``, in ``[-1, 1]``.
+    """
+    return torch.nn.functional.cosine_similarity(reference.double(), actual.double(), dim=-1)

@@ -1,0 +1,120 @@
+"""What every observer offers: it records a tensor's statistics, and derives a grid on demand."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from torch_quant.core.qparams import QParams, choose_qparams
+from torch_quant.core.spec import QuantSpec
+from torch_quant.errors import InvalidConfig, NotCalibrated, QuantError
+
+__all__ = ["OBSERVERS", "Observer", "observer_class", "register_observer"]
+
+OBSERVERS: dict[str, type[Observer]] = {}
+"""Every observer by its name; filled at import by :func:`register_observer`."""
+
+T = TypeVar("T", bound="type[Observer]")
+
+
+def register_observer(cls: T) -> T:
+    """Class decorator: make ``cls`` known by its ``name``."""
+    OBSERVERS[cls.name] = cls
+    return cls
+
+
+def observer_class(name: str) -> type[Observer]:
+    """The observer registered as ``name``; raises :class:`InvalidConfig` listing all there are."""
+    if name not in OBSERVERS:
+        raise InvalidConfig(
+            f"unknown observer {name!r}; expected one of {', '.join(sorted(OBSERVERS))}"
+        )
+    return OBSERVERS[name]
+
+
+class Observer(ABC):
+    """Streaming statistics of one tensor, in memory that does not grow with the data.
+
+    Statistics do not depend on dtype or scheme: :meth:`qparams` turns them into a grid for any
+    spec, as often as asked, and more data may be observed afterwards.
+
+    Args:
+        ch_axis: None for statistics of the whole tensor, else the axis whose slices are kept apart.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, ch_axis: int | None = None) -> None:
+        self.ch_axis = ch_axis
+        self.batches = 0
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        """Record one batch.
+
+        Args:
+            x: a non-empty float tensor of any shape and float dtype; it is not kept.
+
+        Raises:
+            QuantError: ``x`` is empty or not floating-point, or holds NaN or Inf; nothing is
+                recorded then.
+        """
+        if not x.is_floating_point():
+            raise QuantError(f"expected a float tensor, got {x.dtype}")
+        if x.numel() == 0:
+            raise QuantError(f"the tensor is empty: shape {tuple(x.shape)}")
+        x = x.detach()
+        low, high = self._extremes(x)
+        if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
+            what = "NaN" if bool(torch.isnan(x).any()) else "Inf"
+            raise QuantError(f"the tensor holds {what}, shape {tuple(x.shape)}")
+        self._record(x, low, high)
+        self.batches += 1
+
+    def _extremes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Exact minimum and maximum, float32, shape ``[]`` or ``[channels]``."""
+        if self.ch_axis is None:
+            low, high = torch.aminmax(x)
+        else:
+            low, high = torch.aminmax(x.transpose(0, self.ch_axis).flatten(1), dim=1)
+        return low.to(torch.float32), high.to(torch.float32)
+
+    @abstractmethod
+    def _record(self, x: Tensor, low: Tensor, high: Tensor) -> None:
+        """Take in a batch whose exact finite extremes are ``low`` and ``high``."""
+
+    @abstractmethod
+    def _range(self, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+        """The range worth representing in ``spec``'s format, same shapes as the extremes."""
+
+    def range(self, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+        """The (minimum, maximum) that ``spec``'s grid should cover, shape ``[]`` or ``[channels]``.
+
+        Raises:
+            NotCalibrated: no data was observed.
+            InvalidConfig: ``spec``'s granularity is not that of the statistics.
+        """
+        if self.batches == 0:
+            raise NotCalibrated("no data was observed; run the calib proxy on data first")
+        if spec.per_channel != (self.ch_axis is not None):
+            raise InvalidConfig(
+                f"an observer with ch_axis={self.ch_axis} has no ranges for a {spec}"
+            )
+        return self._range(spec)
+
+    def qparams(self, spec: QuantSpec) -> QParams:
+        """The grid for ``spec``; raises as :meth:`range` does."""
+        low, high = self.range(spec)
+        return choose_qparams(low, high, spec, self.ch_axis)
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything recorded, as tensors and plain values."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what :meth:`state_dict` gave, bit for bit."""

@@ -1,0 +1,47 @@
+"""The plainest statistics: the smallest and the largest value ever seen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_quant.core.spec import QuantSpec
+from torch_quant.observers.base import Observer, register_observer
+
+__all__ = ["MinMaxObserver"]
+
+
+@register_observer
+class MinMaxObserver(Observer):
+    """Running minimum and maximum. Nothing is clipped: right for transformers and for weights.
+
+    >>> observer = MinMaxObserver()
+    >>> observer.observe(torch.tensor([-1.0, 3.0]))
+    >>> [float(v) for v in observer.range(QuantSpec())]
+    [-1.0, 3.0]
+    """
+
+    name = "minmax"
+
+    def __init__(self, ch_axis: int | None = None) -> None:
+        super().__init__(ch_axis)
+        self.min_val = torch.tensor(float("inf"))
+        self.max_val = torch.tensor(float("-inf"))
+
+    def _record(self, x: Tensor, low: Tensor, high: Tensor) -> None:
+        self.min_val = torch.minimum(self.min_val.to(low.device), low)
+        self.max_val = torch.maximum(self.max_val.to(high.device), high)
+
+    def _range(self, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+        return self.min_val, self.max_val
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batches": self.batches, "min_val": self.min_val, "max_val": self.max_val}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.batches = int(state["batches"])
+        self.min_val = state["min_val"]
+        self.max_val = state["max_val"]
