@@ -1,1 +1,39 @@
 """Quantize PyTorch models and run them on real int8 kernels."""
+
+from torch_quant.backends import Backend, available_backends
+from torch_quant.config import ModuleFilter, QConfig
+from torch_quant.core.metrics import cosine, sqnr
+from torch_quant.core.plan import QuantPlan, SitePlan
+from torch_quant.core.spec import Granularity, QuantSpec
+from torch_quant.errors import (
+    BackendUnavailable,
+    CaptureFailed,
+    InvalidConfig,
+    NotCalibrated,
+    QuantError,
+    UnsupportedOp,
+)
+from torch_quant.quantizer import Quantizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Backend",
+    "BackendUnavailable",
+    "CaptureFailed",
+    "Granularity",
+    "InvalidConfig",
+    "ModuleFilter",
+    "NotCalibrated",
+    "QConfig",
+    "QuantError",
+    "QuantPlan",
+    "QuantSpec",
+    "Quantizer",
+    "SitePlan",
+    "UnsupportedOp",
+    "__version__",
+    "available_backends",
+    "cosine",
+    "sqnr",
+]

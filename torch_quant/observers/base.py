@@ -13,7 +13,14 @@ from torch_quant.core.qparams import QParams, choose_qparams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig, NotCalibrated, QuantError
 
-__all__ = ["OBSERVERS", "Observer", "observer_class", "register_observer"]
+__all__ = [
+    "OBSERVERS",
+    "Observer",
+    "channel_rows",
+    "in_memory_order",
+    "observer_class",
+    "register_observer",
+]
 
 OBSERVERS: dict[str, type[Observer]] = {}
 """Every observer by its name; filled at import by :func:`register_observer`."""
@@ -34,6 +41,16 @@ def observer_class(name: str) -> type[Observer]:
             f"unknown observer {name!r}; expected one of {', '.join(sorted(OBSERVERS))}"
         )
     return OBSERVERS[name]
+
+
+def channel_rows(x: Tensor, ch_axis: int) -> Tensor:
+    """``x`` as ``[channels, elements of a channel]``; a view where the memory layout allows it."""
+    return x.transpose(0, ch_axis).reshape(x.shape[ch_axis], -1)
+
+
+def in_memory_order(x: Tensor) -> Tensor:
+    """A view of ``x`` with its axes by falling stride: reads of a transposed tensor stay fast."""
+    return x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))
 
 
 class Observer(ABC):
@@ -78,9 +95,9 @@ class Observer(ABC):
     def _extremes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Exact minimum and maximum, float32, shape ``[]`` or ``[channels]``."""
         if self.ch_axis is None:
-            low, high = torch.aminmax(x)
+            low, high = torch.aminmax(in_memory_order(x))
         else:
-            low, high = torch.aminmax(x.transpose(0, self.ch_axis).flatten(1), dim=1)
+            low, high = torch.aminmax(channel_rows(x, self.ch_axis), dim=1)
         return low.to(torch.float32), high.to(torch.float32)
 
     @abstractmethod
@@ -98,13 +115,17 @@ class Observer(ABC):
             NotCalibrated: no data was observed.
             InvalidConfig: ``spec``'s granularity is not that of the statistics.
         """
+        self._check(spec)
+        return self._range(spec)
+
+    def _check(self, spec: QuantSpec) -> None:
+        """Raise what :meth:`range` documents, where ``spec`` cannot be served."""
         if self.batches == 0:
             raise NotCalibrated("no data was observed; run the calib proxy on data first")
         if spec.per_channel != (self.ch_axis is not None):
             raise InvalidConfig(
                 f"an observer with ch_axis={self.ch_axis} has no ranges for a {spec}"
             )
-        return self._range(spec)
 
     def qparams(self, spec: QuantSpec) -> QParams:
         """The grid for ``spec``; raises as :meth:`range` does."""
@@ -113,7 +134,7 @@ class Observer(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Everything recorded, as tensors and plain values."""
+        """Everything recorded, and the options that it depends on, as tensors and plain values."""
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from torch_quant.core.functional import dequantize, fake_quantize, quantize
+from torch_quant.core.qparams import QParams, choose_qparams
+from torch_quant.core.spec import QuantSpec
+
+
+def grid(scale: float, zero_point: int, spec: QuantSpec) -> QParams:
+    return QParams(spec, torch.tensor(scale), torch.tensor(zero_point, dtype=torch.int32))
+
+
+def test_rounding_halves_to_even_and_clamping() -> None:
+    qparams = grid(0.5, 3, QuantSpec.of(bits=4))
+    x = torch.tensor([0.25, 0.75, -0.25, 1.0, 100.0, -100.0])
+    codes = quantize(x, qparams)
+    assert codes.dtype == torch.uint8
+    assert codes.tolist() == [3, 5, 3, 5, 15, 0]
+    assert dequantize(codes, qparams).tolist() == [0.0, 1.0, 0.0, 1.0, 6.0, -1.5]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [QuantSpec.of(), QuantSpec.of(signed=True, symmetric=True), QuantSpec.of(bits=4)],
+    ids=str,
+)
+def test_agrees_with_torch(spec: QuantSpec) -> None:
+    """torch multiplies with the inverse of the scale: at a tie it may go to the other neighbour."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        x = torch.randn(1000, generator=generator) * 10 ** float(
+            torch.randn(1, generator=generator)
+        )
+        qparams = choose_qparams(x.min() * 0.9, x.max() * 0.9, spec)
+        theirs = torch.fake_quantize_per_tensor_affine(
+            x, float(qparams.scale), int(qparams.zero_point), spec.quant_min, spec.quant_max
+        )
+        steps = (fake_quantize(x, qparams) - theirs).abs() / qparams.scale
+        assert float(steps.max()) < 1.001
+        assert float((steps > 0.5).float().mean()) < 0.01
+
+
+@pytest.mark.parametrize("ch_axis", [0, 1, 2, -1])
+def test_per_channel_is_per_tensor_channel_by_channel(ch_axis: int) -> None:
+    x = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    rows = x.transpose(0, ch_axis).flatten(1)
+    qparams = choose_qparams(rows.amin(1), rows.amax(1), QuantSpec.of(per_channel=True), ch_axis)
+    together = fake_quantize(x, qparams)
+    for channel in range(x.shape[ch_axis]):
+        part = x.select(ch_axis, channel)
+        alone = fake_quantize(part, choose_qparams(part.min(), part.max(), QuantSpec.of()))
+        assert torch.equal(together.select(ch_axis, channel), alone)
+
+
+def test_fake_quantize_is_idempotent() -> None:
+    x = torch.randn(500, generator=torch.Generator().manual_seed(0))
+    qparams = choose_qparams(x.min(), x.max(), QuantSpec.of(bits=5))
+    once = fake_quantize(x, qparams)
+    assert torch.equal(fake_quantize(once, qparams), once)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_computes_in_float32(dtype: torch.dtype) -> None:
+    x = torch.randn(100, generator=torch.Generator().manual_seed(0)).to(dtype)
+    qparams = choose_qparams(x.min(), x.max(), QuantSpec.of())
+    result = fake_quantize(x, qparams)
+    assert result.dtype == torch.float32
+    assert torch.equal(result, fake_quantize(x.float(), qparams))
+
+
+def test_int32_codes() -> None:
+    spec = QuantSpec(torch.int32, True, quant_min=-(2**31), quant_max=2**31 - 1)
+    bias = torch.tensor([1.0, -2.5, 0.0])
+    codes = quantize(bias, grid(1e-3, 0, spec))
+    assert codes.dtype == torch.int32
+    assert codes.tolist() == [1000, -2500, 0]

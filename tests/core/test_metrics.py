@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+
+import pytest
+import torch
+
+from torch_quant.core.metrics import cosine, float_leaves, sqnr
+
+
+def test_sqnr_of_known_noise() -> None:
+    x = torch.ones(100)
+    assert sqnr(x, x + 0.1) == pytest.approx(20.0, abs=1e-4)
+    assert sqnr(x, x * 0.9) == pytest.approx(20.0, abs=1e-4)
+
+
+def test_sqnr_at_its_ends() -> None:
+    x = torch.randn(10, generator=torch.Generator().manual_seed(0))
+    assert sqnr(x, x.clone()) == math.inf
+    assert sqnr(torch.zeros(3), torch.ones(3)) == -math.inf
+    assert sqnr(torch.zeros(3), torch.zeros(3)) == math.inf
+
+
+def test_sqnr_counts_all_float_leaves_together() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(20, generator=generator), torch.randn(30, generator=generator)
+    noise = 0.01 * torch.randn(50, generator=generator)
+    nested = OrderedDict(a=x, b=[y, None, torch.tensor([1, 2])], c="text")
+    noisy = OrderedDict(a=x + noise[:20], b=[y + noise[20:], None, torch.tensor([3, 4])], c="text")
+    flat = torch.cat([x, y])
+    assert sqnr(nested, noisy) == pytest.approx(sqnr(flat, flat + noise), abs=1e-4)
+    assert len(float_leaves(nested)) == 2
+
+
+def test_sqnr_ignores_masked_positions() -> None:
+    x = torch.tensor([1.0, -math.inf, 2.0])
+    y = torch.tensor([1.1, -math.inf, 2.2])
+    assert sqnr(x, y) == pytest.approx(20.0, abs=1e-4)
+
+
+def test_sqnr_needs_one_structure() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        sqnr([torch.ones(2), torch.ones(2)], [torch.ones(2)])
+
+
+def test_cosine() -> None:
+    x = torch.tensor([[1.0, 0.0], [1.0, 1.0], [2.0, 0.0]])
+    y = torch.tensor([[0.0, 3.0], [2.0, 2.0], [-1.0, 0.0]])
+    assert cosine(x, y).tolist() == pytest.approx([0.0, 1.0, -1.0])

@@ -1,0 +1,91 @@
+"""What a backend is: where it wants quantization, and how it puts a quantized graph on its kernels."""
+
+from __future__ import annotations
+
+from abc import ABC, ABCMeta, abstractmethod
+from typing import ClassVar, TypeVar
+
+from torch import fx
+
+from torch_quant.core.plan import Placement
+from torch_quant.errors import InvalidConfig
+from torch_quant.passes.base import PassContext
+
+__all__ = ["Backend", "available_backends", "best_backend", "register_backend"]
+
+_REGISTRY: dict[str, Backend] = {}
+T = TypeVar("T", bound="type[Backend]")
+
+
+class _ByName(ABCMeta):
+    """Makes ``Backend.ONEDNN`` the registered backend of that name."""
+
+    def __getattr__(cls, name: str) -> Backend:
+        if name.startswith("_") or not name.isupper():
+            raise AttributeError(name)
+        return Backend.of(name)
+
+
+class Backend(ABC, metaclass=_ByName):
+    """A runtime. ``Backend.REFERENCE``, ``Backend.ONEDNN`` ... are the registered ones.
+
+    >>> Backend.REFERENCE.name
+    'reference'
+    """
+
+    name: ClassVar[str]
+    priority: ClassVar[int] = 0
+    """Of the backends that are available, the one of highest priority is the default."""
+    devices: ClassVar[frozenset[str]] = frozenset({"cpu"})
+
+    @abstractmethod
+    def unavailable(self) -> str | None:
+        """What is missing on this machine and how to get it, or None."""
+
+    @abstractmethod
+    def placement(self) -> Placement:
+        """Where it wants quantization, on this machine."""
+
+    @abstractmethod
+    def lower(self, context: PassContext) -> fx.GraphModule:
+        """Put a graph with quantize/dequantize pairs on its kernels.
+
+        Args:
+            context: holds the graph, which may be changed.
+
+        Returns:
+            A graph that can be called, copied, traced and exported.
+        """
+
+    @staticmethod
+    def of(name: str | Backend) -> Backend:
+        """The backend called ``name``; raises :class:`InvalidConfig` listing those there are."""
+        if isinstance(name, Backend):
+            return name
+        found = _REGISTRY.get(str(name).lower())
+        if found is None:
+            raise InvalidConfig(
+                f"unknown backend {name!r}; expected one of "
+                f"{', '.join(f'Backend.{known.upper()}' for known in _REGISTRY)}"
+            )
+        return found
+
+    def __repr__(self) -> str:
+        return f"Backend.{self.name.upper()}"
+
+
+def register_backend(cls: T) -> T:
+    """Class decorator: make the backend known by its name."""
+    _REGISTRY[cls.name] = cls()
+    return cls
+
+
+def available_backends() -> list[Backend]:
+    """The backends that run on this machine, best first."""
+    usable = [backend for backend in _REGISTRY.values() if backend.unavailable() is None]
+    return sorted(usable, key=lambda backend: -backend.priority)
+
+
+def best_backend() -> Backend:
+    """The fastest backend that needs nothing more than this machine has."""
+    return available_backends()[0]

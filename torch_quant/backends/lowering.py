@@ -1,0 +1,80 @@
+"""From a captured model and a plan to the quantized module."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from torch_quant.backends.base import Backend
+from torch_quant.backends.quantized import QuantizedGraph, QuantizedRegion
+from torch_quant.core.plan import QuantPlan
+from torch_quant.graph.capture import Region, glue
+from torch_quant.model import CapturedModel
+from torch_quant.passes.base import PassContext, copy_graph, run_passes
+from torch_quant.passes.dynamic_sizes import dynamic_sizes
+from torch_quant.passes.insert_qdq import GridOf, WeightGridOf, insert_qdq
+from torch_quant.passes.prepare import Prepared
+
+__all__ = ["Lowering"]
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """One ``quantize``: the same plan, ranges and backend for every region."""
+
+    captured: CapturedModel
+    plan: QuantPlan
+    backend: Backend
+    grid_of: GridOf
+    weight_grid_of: WeightGridOf
+
+    def run(self) -> QuantizedRegion:
+        """The whole model, quantized; the float model is untouched."""
+        return self._region(self.captured.region)
+
+    def _region(self, region: Region) -> QuantizedRegion:
+        graphs = [
+            QuantizedGraph(
+                self.graph(self.captured.prepared(region, graph)),
+                signature,
+                graph.contract,
+                graph.out_spec,
+            )
+            for signature, graph in region.graphs
+        ]
+        rest: nn.Module | None = None
+        if region.failure or not graphs:
+            rest = glue(region, self._child) if region.children else region.module
+        quantized = QuantizedRegion(region.path, region.signature, graphs, rest)
+        for name in region.borrowed:
+            setattr(quantized, name, getattr(region.module, name))
+        return quantized
+
+    def _child(self, region: Region) -> nn.Module:
+        return self._region(region) if region.called else region.module
+
+    def graph(self, prepared: Prepared) -> fx.GraphModule:
+        """One graph on the backend's kernels."""
+        context = PassContext(copy_graph(prepared.canonical))
+        insert_qdq(context, self.plan, self.grid_of, self.weight_grid_of)
+        context.graph.eliminate_dead_code()
+        lowered = self.backend.lower(context)
+        run_passes(PassContext(lowered), [dynamic_sizes])
+        return _only_used(lowered)
+
+
+def _only_used(gm: fx.GraphModule) -> fx.GraphModule:
+    """``gm`` without tensors that its graph does not read, and with nothing that wants gradients.
+
+    Parameters that stay in float become buffers over the very same storage.
+    """
+    attributes: dict[str, Any] = {}
+    for node in gm.graph.find_nodes(op="get_attr"):
+        value = operator.attrgetter(str(node.target))(gm)
+        attributes[str(node.target)] = value.detach() if isinstance(value, nn.Parameter) else value
+    new = fx.GraphModule(attributes, gm.graph)
+    new.recompile()
+    return new

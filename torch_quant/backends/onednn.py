@@ -1,0 +1,227 @@
+"""PyTorch's own oneDNN int8 kernels: nothing to install, fast on every x86 CPU with VNNI.
+
+A product becomes one kernel call with the activation function behind it fused in; if all that reads the
+result wants it quantized alike, the kernel gives integers right away.
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from torch_quant.backends import onednn_ops
+from torch_quant.backends.base import Backend, register_backend
+from torch_quant.backends.reference import symmetric_weight
+from torch_quant.core.plan import Placement
+from torch_quant.core.spec import QuantSpec
+from torch_quant.graph.ops import size_hints
+from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
+from torch_quant.passes.base import PassContext
+
+__all__ = ["OneDNNBackend", "has_vnni"]
+
+aten = torch.ops.aten
+
+_CONVS = {
+    aten.conv1d.default: 1, aten.conv1d.padding: 1,
+    aten.conv2d.default: 2, aten.conv2d.padding: 2,
+    aten.conv3d.default: 3, aten.conv3d.padding: 3,
+}  # fmt: skip
+_CONV_POST_OPS: dict[int, set[str]] = {
+    1: {"relu"},
+    2: {"relu", "hardtanh", "swish", "hardswish"},
+    3: set(),
+}
+"""What the kernels fuse, by the number of spatial dimensions."""
+
+
+def has_vnni() -> bool:
+    """Whether u8 x s8 products accumulate in 32 bits; else pairs saturate at 16."""
+    return bool(torch.cpu._is_vnni_supported())
+
+
+@register_backend
+class OneDNNBackend(Backend):
+    """Kernels of ``torch.ops.onednn``.
+
+    Without VNNI, two u8 x s8 products are added in 16 bits and saturate: weights are then kept to 7
+    bits, with which they cannot.
+    """
+
+    name = "onednn"
+    priority = 10
+
+    def unavailable(self) -> str | None:
+        if platform.machine().lower() not in ("x86_64", "amd64"):
+            return f"its kernels are for x86 CPUs, this is {platform.machine()}"
+        if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")):
+            return "this build of torch has no oneDNN; pip install torch>=2.8 has"
+        return None
+
+    def placement(self) -> Placement:
+        return Placement(
+            self.name,
+            frozenset({"linear", "conv1d", "conv2d", "conv3d", "embedding"}),
+            QuantSpec(),
+            symmetric_weight(bits=8 if has_vnni() else 7),
+            _refuse,
+        )
+
+    def lower(self, context: PassContext) -> fx.GraphModule:
+        for node in list(context.graph.nodes):
+            if node.target is aten.linear.default and _is_quantized(node):
+                _lower_linear(node)
+            elif node.target in _CONVS and _is_quantized(node):
+                _lower_conv(node)
+            elif node.target is aten.embedding.default and _weight_of(node, 0) is not None:
+                _lower_embedding(node)
+        for node in context.graph.find_nodes(op="call_function", target=QUANTIZE):
+            _lower_quantize(node)
+        return context.gm
+
+
+def _refuse(op: str, activation: QuantSpec | None, weight: QuantSpec | None) -> str | None:
+    if weight is not None and not (weight.signed and weight.symmetric and weight.per_channel):
+        return f"oneDNN wants a signed symmetric per-channel weight, not {weight}"
+    return None
+
+
+@dataclass(frozen=True)
+class _Output:
+    """How a kernel ends: the fused function, the format of the result, the node it replaces."""
+
+    last: fx.Node
+    post_op: str = "none"
+    post_args: tuple[float, ...] = ()
+    algorithm: str = "none"
+    scale: float = 1.0
+    zero_point: int = 0
+    dtype: torch.dtype = torch.float32
+
+
+def _is_quantized(node: fx.Node) -> bool:
+    x = node.args[0]
+    return isinstance(x, fx.Node) and x.target is DEQUANTIZE and _weight_of(node, 1) is not None
+
+
+def _weight_of(node: fx.Node, position: int) -> tuple[Any, Any] | None:
+    """Codes and scale of an int8 weight argument."""
+    weight = node.args[position]
+    if not isinstance(weight, fx.Node) or weight.target is not DEQUANTIZE_CHANNEL:
+        return None
+    return weight.args[0], weight.args[1]
+
+
+def _post_op(node: fx.Node) -> tuple[str, tuple[float, ...], str] | None:
+    """oneDNN's name for an activation function, its arguments and its algorithm."""
+    args, kwargs = node.args[1:], node.kwargs
+    if node.target is aten.relu.default:
+        return "relu", (), "none"
+    if node.target is aten.relu6.default:
+        return "hardtanh", (0.0, 6.0), "none"
+    if node.target is aten.hardtanh.default:
+        low, high = (*args, *(-1.0, 1.0)[len(args) :])
+        return "hardtanh", (float(low), float(high)), "none"  # type: ignore[arg-type]
+    if node.target is aten.gelu.default:
+        return "gelu", (), str(kwargs.get("approximate", args[0] if args else "none"))
+    if node.target is aten.leaky_relu.default:
+        return "leaky_relu", (float(args[0]) if args else 0.01,), "none"  # type: ignore[arg-type]
+    names = {aten.silu.default: "swish", aten.tanh.default: "tanh", aten.hardswish.default: "hardswish"}
+    return (names[node.target], (), "none") if node.target in names else None
+
+
+def _output(node: fx.Node, post_ops: set[str] | None = None) -> _Output:
+    """Everything behind ``node`` that its kernel can do."""
+    last, found = node, ("none", (), "none")
+    users = list(node.users)
+    if len(users) == 1 and users[0].args[0] is node and (post := _post_op(users[0])):
+        if post_ops is None or post[0] in post_ops:
+            last, found = users[0], post
+    quantizers = list(last.users)
+    if len(quantizers) == 1 and quantizers[0].target is QUANTIZE:
+        _, scale, zero_point, low, high, dtype = quantizers[0].args
+        info = torch.iinfo(dtype)  # type: ignore[arg-type]
+        if (low, high) == (info.min, info.max):
+            return _Output(quantizers[0], *found, scale, zero_point, dtype)  # type: ignore[arg-type]
+    return _Output(last, *found)
+
+
+def _replace(node: fx.Node, output: _Output, target: Any, args: tuple[Any, ...]) -> None:
+    graph = node.graph
+    with graph.inserting_before(node):
+        new = graph.call_function(target, args)
+    new.meta = dict(output.last.meta)
+    output.last.replace_all_uses_with(new)
+    chain, current = [], output.last
+    while current is not node:
+        chain.append(current)
+        current = current.args[0]  # type: ignore[assignment]
+    for dead in (*chain, node):
+        graph.erase_node(dead)
+
+
+def _operands(node: fx.Node) -> tuple[Any, ...]:
+    """x, its scale and zero point, the weight's codes and scale, the bias."""
+    real = node.args[0]
+    assert isinstance(real, fx.Node)
+    weight = _weight_of(node, 1)
+    assert weight is not None
+    return (*real.args, *weight, node.args[2] if len(node.args) > 2 else None)
+
+
+def _lower_linear(node: fx.Node) -> None:
+    out = _output(node)
+    ending = (out.scale, out.zero_point, out.dtype, out.post_op, list(out.post_args), out.algorithm)
+    _replace(node, out, onednn_ops.LINEAR, (*_operands(node), *ending))
+
+
+def _lower_conv(node: fx.Node) -> None:
+    dims = _CONVS[node.target]
+    if len(size_hints(node)) != dims + 2:
+        return  # unbatched input, which the kernel does not take
+    x, x_scale, x_zero_point, weight, *rest = _operands(node)
+    arguments = (*node.args[3:7], *(1, 0, 1, 1)[len(node.args[3:7]) :])
+    stride, padding, dilation, groups = arguments
+    steps = _spread(dilation, dims)
+    if padding == "same":
+        kernel = node.graph.owning_module.get_buffer(weight.target).shape[2:]  # type: ignore[union-attr]
+        total = [d * (k - 1) for d, k in zip(steps, kernel, strict=True)]
+        padding = [t // 2 for t in total]
+        if any(t % 2 for t in total):
+            # The extra column goes to the far side; its code is that of a real 0.
+            far = [side for t in reversed(total) for side in (0, t % 2)]
+            with node.graph.inserting_before(node):
+                pad = (x, far, x_zero_point)
+                x = node.graph.call_function(aten.constant_pad_nd.default, pad)
+    elif padding == "valid":
+        padding = 0
+    geometry = (_spread(stride, dims), _spread(padding, dims), steps, groups)
+    out = _output(node, _CONV_POST_OPS[dims])
+    ending = (out.scale, out.zero_point, out.dtype, out.post_op, list(out.post_args))
+    args = (x, x_scale, x_zero_point, weight, *rest, *geometry, *ending)
+    _replace(node, out, onednn_ops.CONV, args)
+
+
+def _spread(value: Any, dims: int) -> list[int]:
+    """One value for each spatial dimension."""
+    values = [value] if isinstance(value, int) else list(value)
+    return values * dims if len(values) == 1 else values
+
+
+def _lower_embedding(node: fx.Node) -> None:
+    weight = _weight_of(node, 0)
+    assert weight is not None
+    _replace(node, _Output(node), onednn_ops.EMBEDDING, (*weight, node.args[1]))
+
+
+def _lower_quantize(node: fx.Node) -> None:
+    x, scale, zero_point, low, high, dtype = node.args
+    info = torch.iinfo(dtype)  # type: ignore[arg-type]
+    if (low, high) != (info.min, info.max):
+        return  # fewer bits than the type: the plain operator clamps to them
+    node.target = onednn_ops.QUANTIZE_FAST
+    node.args = (x, scale, zero_point, dtype)

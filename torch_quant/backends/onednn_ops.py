@@ -1,0 +1,172 @@
+"""Operators over PyTorch's oneDNN int8 kernels that can be traced, copied, exported and saved.
+
+The kernels want a weight packed for the machine, an opaque tensor that none of these can carry. So the
+operators take the plain int8 weight and pack it at the first call, into a cache. An entry keeps the
+weight's storage alive, which makes its address a safe key, and is dropped once nobody else does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_quant.graph.qdq import library
+
+__all__ = ["CONV", "EMBEDDING", "LINEAR", "QUANTIZE_FAST", "packed_weights"]
+
+library.define(
+    "onednn_quantize(Tensor x, float scale, int zero_point, ScalarType dtype) -> Tensor"
+)
+library.define(
+    "onednn_linear(Tensor x, float x_scale, int x_zero_point, Tensor weight, Tensor weight_scale, "
+    "Tensor? bias, float out_scale, int out_zero_point, ScalarType out_dtype, "
+    "str post_op, float[] post_args, str algorithm) -> Tensor"
+)
+library.define(
+    "onednn_conv(Tensor x, float x_scale, int x_zero_point, Tensor weight, Tensor weight_scale, "
+    "Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups, float out_scale, "
+    "int out_zero_point, ScalarType out_dtype, str post_op, float[] post_args) -> Tensor"
+)
+library.define("int8_embedding(Tensor weight, Tensor scale, Tensor indices) -> Tensor")
+
+_QUANTIZED = {torch.uint8: torch.quint8, torch.int8: torch.qint8}
+
+
+@dataclass
+class _Packed:
+    storage: torch.UntypedStorage
+    packed: Tensor
+    zero_points: Tensor
+
+
+_CACHE: dict[tuple[Any, ...], _Packed] = {}
+
+
+def packed_weights() -> int:
+    """How many packed weights are alive."""
+    return len(_CACHE)
+
+
+def _drop_unused() -> None:
+    for key, entry in list(_CACHE.items()):
+        # One use is the cache's own reference.
+        if torch._C._storage_Use_Count(entry.storage._cdata) <= 1:  # type: ignore[attr-defined]
+            del _CACHE[key]
+
+
+def _packed(weight: Tensor, key: tuple[Any, ...], pack: Any) -> _Packed:
+    key = (weight.data_ptr(), tuple(weight.shape), *key)
+    entry = _CACHE.get(key)
+    if entry is None:
+        _drop_unused()
+        zero_points = torch.zeros(weight.shape[0], dtype=torch.int32)
+        entry = _CACHE[key] = _Packed(weight.untyped_storage(), pack(), zero_points)
+    return entry
+
+
+def _quantize(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> Tensor:
+    q = torch.quantize_per_tensor(x, scale, zero_point, _QUANTIZED[dtype])
+    # The codes are the storage itself; int_repr would copy them.
+    return torch.empty(0, dtype=dtype).set_(q.untyped_storage(), 0, q.shape, q.stride())
+
+
+def _linear(
+    x: Tensor,
+    x_scale: float,
+    x_zero_point: int,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out_scale: float,
+    out_zero_point: int,
+    out_dtype: torch.dtype,
+    post_op: str,
+    post_args: list[float],
+    algorithm: str,
+) -> Tensor:
+    entry = _packed(weight, (), lambda: torch.ops.onednn.qlinear_prepack(weight, None))
+    return torch.ops.onednn.qlinear_pointwise(  # type: ignore[no-any-return]
+        x, x_scale, x_zero_point, entry.packed, weight_scale, entry.zero_points, bias,
+        out_scale, out_zero_point, out_dtype, post_op, post_args, algorithm,
+    )  # fmt: skip
+
+
+def _conv(
+    x: Tensor,
+    x_scale: float,
+    x_zero_point: int,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    out_scale: float,
+    out_zero_point: int,
+    out_dtype: torch.dtype,
+    post_op: str,
+    post_args: list[float],
+) -> Tensor:
+    geometry = (stride, padding, dilation, groups)
+    entry = _packed(
+        weight,
+        (x_scale, x_zero_point, tuple(stride), tuple(padding), tuple(dilation), groups),
+        lambda: torch.ops.onednn.qconv_prepack(
+            weight, weight_scale, x_scale, x_zero_point, *geometry, None
+        ),
+    )
+    return torch.ops.onednn.qconv_pointwise(  # type: ignore[no-any-return]
+        x, x_scale, x_zero_point, entry.packed, weight_scale, entry.zero_points, bias, *geometry,
+        out_scale, out_zero_point, out_dtype, post_op, post_args, "",
+    )  # fmt: skip
+
+
+def _embedding(weight: Tensor, scale: Tensor, indices: Tensor) -> Tensor:
+    return weight[indices].to(torch.float32) * scale[indices].unsqueeze(-1)
+
+
+def _conv_shape(x: Tensor, weight: Tensor, *geometry: Any) -> list[Any]:
+    stride, padding, dilation = geometry
+    sizes = [
+        (x.shape[i + 2] + 2 * padding[i] - dilation[i] * (weight.shape[i + 2] - 1) - 1) // stride[i]
+        + 1
+        for i in range(x.dim() - 2)
+    ]
+    return [x.shape[0], weight.shape[0], *sizes]
+
+
+def _fake_quantize(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(x, dtype=dtype)
+
+
+def _fake_linear(x: Tensor, *args: Any) -> Tensor:
+    weight, out_dtype = args[2], args[7]
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype)
+
+
+def _fake_conv(x: Tensor, *args: Any) -> Tensor:
+    weight, geometry, out_dtype = args[2], args[5:8], args[11]
+    return x.new_empty(_conv_shape(x, weight, *geometry), dtype=out_dtype)
+
+
+def _fake_embedding(weight: Tensor, scale: Tensor, indices: Tensor) -> Tensor:
+    return scale.new_empty((*indices.shape, weight.shape[1]))
+
+
+for _name, _impl, _fake in (
+    ("onednn_quantize", _quantize, _fake_quantize),
+    ("onednn_linear", _linear, _fake_linear),
+    ("onednn_conv", _conv, _fake_conv),
+    ("int8_embedding", _embedding, _fake_embedding),
+):
+    library.impl(_name, _impl, "CPU")
+    torch.library.register_fake(f"torch_quant::{_name}", _fake, lib=library)
+
+QUANTIZE_FAST = torch.ops.torch_quant.onednn_quantize.default
+LINEAR = torch.ops.torch_quant.onednn_linear.default
+CONV = torch.ops.torch_quant.onednn_conv.default
+EMBEDDING = torch.ops.torch_quant.int8_embedding.default

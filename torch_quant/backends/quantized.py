@@ -1,0 +1,91 @@
+"""The module that ``quantize`` returns: lowered graphs, and Python glue where the model needs it."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from torch_quant.errors import CaptureFailed
+from torch_quant.graph.calls import Call, bind, flatten_call
+from torch_quant.graph.capture import no_fastpath
+from torch_quant.graph.outputs import unflatten_output
+from torch_quant.graph.shapes import ShapeContract
+
+__all__ = ["QuantizedGraph", "QuantizedRegion"]
+
+
+class QuantizedGraph(nn.Module):
+    """One lowered graph, the calls it serves and the output it forms."""
+
+    def __init__(
+        self, body: fx.GraphModule, signature: Any, contract: ShapeContract, out_spec: Any
+    ) -> None:
+        super().__init__()
+        self.body = body
+        self.call_signature, self.contract, self.out_spec = signature, contract, out_spec
+
+    def mismatch(self, call: Call) -> str | None:
+        """Why it does not serve ``call``, or None."""
+        if self.call_signature != call.signature:
+            return f"it was captured for {self.contract.describe()}"
+        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+            return None  # sizes are symbols there
+        return self.contract.mismatch(call)
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        return unflatten_output(self.body(*tensors), self.out_spec)
+
+
+class QuantizedRegion(nn.Module):
+    """A region of the model on its backend; called like the float module.
+
+    Args:
+        path: its path in the model.
+        signature: the float module's signature.
+        graphs: its lowered graphs.
+        glue: for a region captured in pieces, its Python code over quantized children.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        signature: inspect.Signature,
+        graphs: list[QuantizedGraph],
+        glue: nn.Module | None,
+    ) -> None:
+        super().__init__()
+        self.path, self.signature = path, signature
+        self.graphs = nn.ModuleList(graphs)
+        self.glue = glue
+        self.description = ""
+        self.eval()
+
+    def extra_repr(self) -> str:
+        return self.description
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = bind(self.signature, args, kwargs)
+        if self.glue is not None and not len(self.graphs):
+            return self._run_glue(args, kwargs)
+        call = flatten_call(args, kwargs)
+        reasons = []
+        for graph in self.graphs:
+            reason = graph.mismatch(call)
+            if reason is None:
+                return graph(*call.tensors)
+            reasons.append(reason)
+        if self.glue is not None:
+            return self._run_glue(args, kwargs)
+        raise CaptureFailed(
+            f"{self.path or 'the model'} was quantized for other inputs: got "
+            f"{', '.join(call.describe())}; {reasons[0]}. Run quantizer.calib(model) on such inputs "
+            "too, then quantize again"
+        )
+
+    def _run_glue(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        assert self.glue is not None
+        with no_fastpath():
+            return self.glue(*args, **kwargs)

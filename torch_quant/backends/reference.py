@@ -1,0 +1,94 @@
+"""The quantized graph in plain float arithmetic: on any device, and the yardstick of every kernel."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from torch_quant.backends.base import Backend, register_backend
+from torch_quant.core.plan import Placement
+from torch_quant.core.spec import QuantSpec
+from torch_quant.graph.ops import PATTERNS
+from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
+from torch_quant.graph.sites import is_constant
+from torch_quant.passes.base import PassContext
+
+__all__ = ["ReferenceBackend", "symmetric_weight"]
+
+aten = torch.ops.aten
+
+
+def symmetric_weight(bits: int = 8) -> QuantSpec:
+    """Signed, per-channel, zero point 0: the weight format of every int8 kernel."""
+    return QuantSpec.of(bits=bits, signed=True, symmetric=True, per_channel=True)
+
+
+@register_backend
+class ReferenceBackend(Backend):
+    """Quantize/dequantize in float; weights are kept as integers.
+
+    Args:
+        placement: another backend's placement, to compute the very graph that it lowers; by
+            default, every op of the table is quantized.
+    """
+
+    name = "reference"
+    devices: ClassVar[frozenset[str]] = frozenset({"cpu", "cuda", "mps", "xpu", "meta"})
+
+    def __init__(self, placement: Placement | None = None) -> None:
+        self._placement = placement or Placement(
+            self.name,
+            frozenset(pattern.name for pattern in PATTERNS),
+            QuantSpec(),
+            symmetric_weight(),
+        )
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def placement(self) -> Placement:
+        return self._placement
+
+    def lower(self, context: PassContext) -> fx.GraphModule:
+        graph = context.graph
+        for node in list(graph.nodes):
+            if node.target is QUANTIZE:
+                _fake_quantize(node)
+            elif node.target is DEQUANTIZE and not is_constant(node):
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
+            elif node.target in (DEQUANTIZE, DEQUANTIZE_CHANNEL):
+                _plain_dequantize(node)
+        return context.gm
+
+
+def _fake_quantize(node: fx.Node) -> None:
+    x, scale, zero_point, low, high, _ = node.args
+    node.target = aten.fake_quantize_per_tensor_affine.default
+    node.args = (x, scale, zero_point, low, high)
+
+
+def _plain_dequantize(node: fx.Node) -> None:
+    """A weight's dequantization in standard operators, so that a saved file needs nothing else."""
+    graph = node.graph
+    codes, scale, zero_point, *axis = node.args
+    assert isinstance(codes, fx.Node)
+    with graph.inserting_before(node):
+        if axis:
+            rank = _rank(codes)
+            shape = [1] * rank
+            shape[int(axis[0])] = -1  # type: ignore[call-overload]
+            scale = graph.call_function(aten.reshape.default, (scale, shape))
+            zero_point = graph.call_function(aten.reshape.default, (zero_point, shape))
+        centred = graph.call_function(aten.sub.Tensor, (codes, zero_point))
+        real = graph.call_function(aten.mul.Tensor, (centred, scale))
+    node.replace_all_uses_with(real)
+    graph.erase_node(node)
+
+
+def _rank(node: fx.Node) -> int:
+    module = node.graph.owning_module
+    assert module is not None
+    return int(module.get_buffer(str(node.target)).dim())

@@ -1,0 +1,151 @@
+"""What a user may ask for: formats, observers, and which sites are quantized at all."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from torch_quant.core.spec import QuantSpec
+from torch_quant.errors import InvalidConfig
+from torch_quant.observers import Observer, observer_class
+
+__all__ = ["ModuleFilter", "ObserverLike", "Overrides", "QConfig", "check_names", "matches_name"]
+
+ObserverLike = str | Callable[[int | None], Observer]
+"""An observer's registered name, its class, or anything that makes one from a channel axis."""
+
+
+@dataclass(frozen=True)
+class QConfig:
+    """Formats and observers of one site; what is None is the backend's or the op's default.
+
+    Args:
+        input: format of the activations, per tensor.
+        weight: format of the weight.
+        observer: statistics taken of activations.
+        weight_observer: statistics taken of weights.
+
+    Raises:
+        InvalidConfig: per-channel activations, an unknown observer name.
+    """
+
+    input: QuantSpec | None = None
+    weight: QuantSpec | None = None
+    observer: ObserverLike | None = None
+    weight_observer: ObserverLike = "minmax"
+
+    def __post_init__(self) -> None:
+        for name in ("input", "weight"):
+            spec = getattr(self, name)
+            if spec is not None and not isinstance(spec, QuantSpec):
+                raise InvalidConfig(f"QConfig({name}=...) is {spec!r}; expected a QuantSpec")
+            if spec is not None and spec.bits > 8:
+                raise InvalidConfig(f"QConfig({name}=...) has {spec.bits} bits; expected 2 to 8")
+        if self.input is not None and self.input.per_channel:
+            raise InvalidConfig(
+                "QConfig(input=...) is per-channel, but no kernel multiplies such activations; "
+                "use QuantSpec.of(..., per_channel=False)"
+            )
+        for observer in (self.observer, self.weight_observer):
+            if isinstance(observer, str):
+                observer_class(observer)
+            elif observer is not None and not callable(observer):
+                raise InvalidConfig(f"QConfig observer is {observer!r}; expected a name or a class")
+
+
+Overrides = Mapping[str | type[nn.Module], QConfig | None]
+"""Site or module name (globs too), op type or module class -> its QConfig; None leaves it in float."""
+
+
+def _names(value: Iterable[str] | str) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+@dataclass(frozen=True)
+class ModuleFilter:
+    """Which sites are quantized. Exclude beats include; names beat classes and op types.
+
+    A name is that of a site or of a module above it, or a glob (``"encoder.layer.0.*"``). With any
+    include given, only what it covers is quantized. In order: an excluded name, an included name, an
+    excluded class or op type, an included class or op type decides.
+
+    Raises:
+        InvalidConfig: when it is applied, for a name that matches nothing.
+    """
+
+    include_names: tuple[str, ...] = ()
+    exclude_names: tuple[str, ...] = ()
+    include_classes: tuple[type[nn.Module], ...] = ()
+    exclude_classes: tuple[type[nn.Module], ...] = ()
+    include_op_types: tuple[str, ...] = ()
+    exclude_op_types: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("include_names", "exclude_names", "include_op_types", "exclude_op_types"):
+            object.__setattr__(self, name, _names(getattr(self, name)))
+        for name in ("include_classes", "exclude_classes"):
+            value = getattr(self, name)
+            classes = (value,) if isinstance(value, type) else tuple(value)
+            if not all(isinstance(c, type) and issubclass(c, nn.Module) for c in classes):
+                raise InvalidConfig(f"ModuleFilter({name}=...) holds {value!r}; expected classes")
+            object.__setattr__(self, name, classes)
+
+    def refusal(self, name: str, op: str, modules: tuple[nn.Module, ...]) -> str | None:
+        """Why the site stays in float, or None.
+
+        Args:
+            name: the site.
+            op: its op type.
+            modules: the modules it runs in, outermost first.
+        """
+        if any(matches_name(name, pattern) for pattern in self.exclude_names):
+            return "excluded by name"
+        if any(matches_name(name, pattern) for pattern in self.include_names):
+            return None
+        if any(isinstance(m, self.exclude_classes) for m in modules):
+            return "excluded by class"
+        if op in self.exclude_op_types:
+            return "excluded by op type"
+        if any(isinstance(m, self.include_classes) for m in modules) or op in self.include_op_types:
+            return None
+        includes = self.include_names or self.include_classes or self.include_op_types
+        return "not included" if includes else None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.include_names, *self.exclude_names)
+
+    @property
+    def op_types(self) -> tuple[str, ...]:
+        return (*self.include_op_types, *self.exclude_op_types)
+
+
+def matches_name(name: str, pattern: str) -> bool:
+    """Whether ``pattern`` covers ``name``: the site, a later call of it, or a module above it."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        prefix = ".".join(parts[:end])
+        if fnmatch.fnmatchcase(prefix, pattern):
+            return True
+        if "@" in prefix and fnmatch.fnmatchcase(_without_calls(prefix), pattern):
+            return True
+    return False
+
+
+def _without_calls(name: str) -> str:
+    return ".".join(part.partition("@")[0] for part in name.split("."))
+
+
+def check_names(patterns: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Raise :class:`InvalidConfig` with the closest matches for a pattern that covers nothing."""
+    known = list(known)
+    for pattern in patterns:
+        if any(matches_name(name, pattern) for name in known):
+            continue
+        close = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4)
+        hint = f"; did you mean {', '.join(close)}?" if close else ""
+        raise InvalidConfig(f"{what} {pattern!r} matches nothing in the model{hint}")

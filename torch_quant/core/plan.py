@@ -1,0 +1,128 @@
+"""The single truth of what is quantized and how: one entry for each site, immutable, JSON both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch_quant.core.spec import QuantSpec
+from torch_quant.errors import InvalidConfig
+
+__all__ = ["Placement", "QuantPlan", "SitePlan"]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a backend wants quantization, and in which formats unless the user says otherwise.
+
+    Args:
+        name: the backend, for messages.
+        ops: the op types it has int8 kernels for.
+        activation: format of activations.
+        weight: format of weights.
+        refuse: why it cannot take a site with these formats (op, activation, weight), or None.
+    """
+
+    name: str
+    ops: frozenset[str]
+    activation: QuantSpec
+    weight: QuantSpec
+    refuse: Callable[[str, QuantSpec | None, QuantSpec | None], str | None] = (
+        lambda op, activation, weight: None
+    )
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """What is done with one site.
+
+    Args:
+        name: the site.
+        op: its op type.
+        inputs: keys of the tensors to quantize, those inside the operator last.
+        activation: their format, None where the site takes no quantized activation.
+        weight: format of the weight, None without one.
+        quantized: False leaves the site in float.
+        reason: why it stays in float, empty if quantized.
+        macs: multiply-accumulates on the captured example.
+    """
+
+    name: str
+    op: str
+    inputs: tuple[str, ...] = ()
+    activation: QuantSpec | None = None
+    weight: QuantSpec | None = None
+    quantized: bool = True
+    reason: str = ""
+    macs: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        data = asdict(self)
+        for name in ("activation", "weight"):
+            spec = getattr(self, name)
+            data[name] = None if spec is None else spec.to_dict()
+        data["inputs"] = list(self.inputs)
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SitePlan:
+        values = dict(data)
+        try:
+            for name in ("activation", "weight"):
+                spec = values.get(name)
+                values[name] = None if spec is None else QuantSpec.from_dict(spec)
+            values["inputs"] = tuple(values.get("inputs", ()))
+            return cls(**values)
+        except TypeError as error:
+            raise InvalidConfig(f"not a SitePlan: {dict(data)!r} ({error})") from error
+
+
+class QuantPlan(Mapping[str, SitePlan]):
+    """Sites in the order they run, by name."""
+
+    def __init__(self, sites: Iterable[SitePlan] = ()) -> None:
+        self._sites = {site.name: site for site in sites}
+
+    def __getitem__(self, name: str) -> SitePlan:
+        return self._sites[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    @property
+    def quantized(self) -> tuple[str, ...]:
+        """Names of the sites that run in int8."""
+        return tuple(name for name, site in self.items() if site.quantized)
+
+    @property
+    def coverage(self) -> float:
+        """Share of the multiply-accumulates that run in int8, 0 to 1."""
+        total = sum(site.macs for site in self.values())
+        return sum(self[name].macs for name in self.quantized) / total if total else 0.0
+
+    def without(self, names: Iterable[str], reason: str = "fallen back") -> QuantPlan:
+        """A new plan with ``names`` in float; raises :class:`InvalidConfig` for an unknown name."""
+        names = set(names)
+        if unknown := names - set(self):
+            raise InvalidConfig(f"no site is called {', '.join(sorted(unknown))}")
+        return QuantPlan(
+            replace(site, quantized=False, reason=reason) if name in names else site
+            for name, site in self.items()
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"sites": [site.to_dict() for site in self.values()]}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> QuantPlan:
+        return cls(SitePlan.from_dict(site) for site in data["sites"])
+
+    def __repr__(self) -> str:
+        return (
+            f"QuantPlan({len(self.quantized)} of {len(self)} sites in int8, "
+            f"{self.coverage:.1%} of the multiply-accumulates)"
+        )

@@ -1,0 +1,119 @@
+"""A call of a module as data: which tensors go in, and everything that decides the graph it takes."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from torch_quant.errors import CaptureFailed
+
+__all__ = ["Call", "bind", "flatten_call"]
+
+_CONSTANTS = (
+    type(None), bool, int, float, complex, str, bytes,
+    torch.dtype, torch.device, torch.layout, torch.memory_format,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call, flattened: ``leaves`` in ``spec``'s order, tensors at ``positions``."""
+
+    leaves: tuple[Any, ...]
+    spec: pytree.TreeSpec
+    positions: tuple[int, ...]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(self.leaves[i] for i in self.positions)
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """What a graph may not vary in: nesting, constants, and each tensor's dtype and rank."""
+        return (
+            repr(self.spec),
+            tuple((x.dtype, x.dim()) if isinstance(x, Tensor) else x for x in self.leaves),
+        )
+
+    def rebuild(self, tensors: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """``(args, kwargs)`` of the same call with other tensors."""
+        args, kwargs = pytree.tree_unflatten(self.with_tensors(tensors).leaves, self.spec)
+        return args, kwargs
+
+    def with_tensors(self, tensors: tuple[Tensor, ...]) -> Call:
+        """The same call with other tensors."""
+        leaves = list(self.leaves)
+        for position, tensor in zip(self.positions, tensors, strict=True):
+            leaves[position] = tensor
+        return Call(tuple(leaves), self.spec, self.positions)
+
+    def names(self) -> list[str]:
+        """A readable name for each tensor, such as ``pixel_values`` or ``args[0]``."""
+        paths = [path for path, _ in pytree.tree_flatten_with_path(self.rebuild(self.tensors))[0]]
+        return [_path_name(paths[i]) for i in self.positions]
+
+    def describe(self) -> list[str]:
+        """Name, shape and dtype of each tensor, for messages."""
+        return [
+            f"{name}: {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+            for name, x in zip(self.names(), self.tensors, strict=True)
+        ]
+
+
+def _path_name(path: tuple[Any, ...]) -> str:
+    """``(1, 'mask', 0)`` -> ``mask[0]``; ``(0, 2)`` -> ``args[2]``."""
+    side, first, *rest = [getattr(key, "idx", getattr(key, "key", key)) for key in path]
+    name = f"args[{first}]" if side == 0 else str(first)
+    return name + "".join(f"[{key!r}]" for key in rest)
+
+
+def bind(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """One normal form for all ways of writing a call: what can go by name goes by name.
+
+    Raises:
+        CaptureFailed: the arguments do not fit the signature.
+    """
+    if any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):
+        return args, dict(kwargs)
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise CaptureFailed(
+            f"the inputs do not fit forward{signature}: {error}; got {len(args)} positional and "
+            f"the keywords {sorted(kwargs)}"
+        ) from error
+    positional: list[Any] = []
+    named: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.POSITIONAL_ONLY:
+            positional.append(value)
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(value)
+        else:
+            named[name] = value
+    return tuple(positional), named
+
+
+def flatten_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Flatten a bound call.
+
+    Raises:
+        CaptureFailed: an input is neither a tensor nor a plain constant.
+    """
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    for leaf in leaves:
+        if not isinstance(leaf, (Tensor, *_CONSTANTS)):
+            raise CaptureFailed(
+                f"an input of type {type(leaf).__module__}.{type(leaf).__qualname__} is neither a "
+                "tensor, a constant nor a registered pytree; such a module is captured in pieces"
+            )
+    positions = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
+    return Call(tuple(leaves), spec, positions)

@@ -1,0 +1,281 @@
+"""From one module and one call to a flat ATen graph, by ``torch.export``, checked against the module."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import operator
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim
+from torch.fx.experimental import _config as fx_config
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils import _pytree as pytree
+
+from torch_quant.errors import CaptureFailed
+from torch_quant.graph.calls import Call
+from torch_quant.graph.outputs import flatten_output, unflatten_output
+from torch_quant.graph.shapes import ShapeContract
+
+__all__ = ["CapturedGraph", "ModelRefuses", "export_graph", "no_fastpath"]
+
+logger = logging.getLogger("torch_quant")
+
+_INNER = "captured"
+_ROUNDING = 2.0**-14
+"""Largest difference, relative to the largest value, that another order of float32 sums explains."""
+_EXPORT_LOGGERS = ("torch.fx.experimental.symbolic_shapes", "torch._export.non_strict_utils")
+_DROPPED = ("_guards_fn", "_assert_tensor_metadata", "_assert_scalar", "_assert_async")
+
+
+class ModelRefuses(CaptureFailed):
+    """The float model raises on this call; there is nothing to capture."""
+
+
+@dataclass
+class CapturedGraph:
+    """A module's computation for one kind of call.
+
+    Args:
+        gm: tensors in, flat output leaves out; holds the module's own parameters and buffers.
+        contract: which input shapes it serves.
+        out_spec: how the leaves form the module's output.
+        exact: it gave the module's output bit for bit, not only up to rounding. (Some models take
+            another, equivalent path while being exported: a mask where eager code asks for causal.)
+    """
+
+    gm: fx.GraphModule
+    contract: ShapeContract
+    out_spec: Any
+    exact: bool = True
+
+    def __call__(self, call: Call) -> Any:
+        return self.output(self.gm(*call.tensors))
+
+    def output(self, leaves: Any) -> Any:
+        """The module's output from the graph's."""
+        return unflatten_output(leaves, self.out_spec)
+
+
+class _Flat(nn.Module):
+    """``module`` seen as a function of tensors only, returning flat leaves."""
+
+    def __init__(self, module: nn.Module, call: Call, record: Callable[[Any], None]) -> None:
+        super().__init__()
+        self.add_module(_INNER, module)
+        self._call, self._record = call, record
+
+    def forward(self, *tensors: Tensor) -> list[Any]:
+        args, kwargs = self._call.rebuild(tensors)
+        leaves, spec = flatten_output(getattr(self, _INNER)(*args, **kwargs))
+        self._record(spec)
+        return leaves
+
+
+def export_graph(module: nn.Module, call: Call) -> CapturedGraph:
+    """Capture ``module`` (a shadow, in eval mode) for calls like ``call``.
+
+    Every dimension of every tensor is asked to be dynamic. A graph that fixes the batch size of a
+    batch-1 example is captured again from the example repeated to batch 2. Each attempt must
+    reproduce the module's output on ``call``; the first that also does so on another batch size
+    wins, else the first that was right.
+
+    Raises:
+        ModelRefuses: the float module raises on ``call``.
+        CaptureFailed: no attempt gave the module's output; the message holds the first reason.
+    """
+    if not call.tensors:
+        raise CaptureFailed("the call has no tensor input, so there is nothing to capture")
+    try:
+        expected = _run_module(module, call)
+    except Exception as error:  # whatever the model raises
+        raise ModelRefuses(
+            f"the float model itself fails on these inputs "
+            f"({', '.join(call.describe())}): {type(error).__name__}: {_first_lines(error)}"
+        ) from error
+    larger = _repeat(call, 3 if _batch(call) == 1 else 2)
+    try:
+        expected_larger = _run_module(module, larger)
+    except Exception as error:  # the model's own refusal of that batch size, whatever it raises
+        logger.debug("the float model does not take the example repeated: %s", error)
+        expected_larger = None
+    best: CapturedGraph | None = None
+    reasons: list[str] = []
+    twice = _repeat(call, 2) if _batch(call) == 1 else call
+    attempts = [(call, "oblivious"), (twice, "oblivious"), (twice, "dynamic"), (call, "static")]
+    for example, mode in dict.fromkeys(attempts):
+        try:
+            graph = _export(module, example, mode)
+            graph.exact = _verify(graph, call, expected)
+        except Exception as error:  # torch.export raises errors of many unrelated classes
+            reasons.append(f"{type(error).__name__}: {_first_lines(error)}")
+            if isinstance(error, GuardOnDataDependentSymNode):
+                break  # the same for every shape
+            logger.debug("capture, %s: %s", mode, reasons[-1], exc_info=True)
+            continue
+        try:
+            if expected_larger is not None:
+                _verify(graph, larger, expected_larger)
+            return graph
+        except Exception as error:  # a wrong size may fail in any operator
+            logger.debug("captured, but not for another batch size: %s", error)
+            best = best or graph
+    if best is None:
+        raise CaptureFailed(reasons[0])
+    return best
+
+
+def _batch(call: Call) -> int:
+    return next((x.shape[0] for x in call.tensors if x.dim()), 0)
+
+
+def _repeat(call: Call, times: int) -> Call:
+    """``call`` with every tensor of its batch size repeated along the first dimension."""
+    batch = _batch(call)
+    return call.with_tensors(
+        tuple(
+            torch.cat([x] * times) if x.dim() and x.shape[0] == batch else x for x in call.tensors
+        )
+    )
+
+
+def _first_lines(error: Exception, count: int = 2) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:count])[:400]
+
+
+@contextlib.contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Same random numbers in every run, no gradients, and buffers as they were afterwards."""
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        try:
+            yield
+        finally:
+            for buffer, saved in buffers:
+                if not torch.equal(buffer, saved):
+                    buffer.copy_(saved)
+
+
+@contextlib.contextmanager
+def no_fastpath() -> Iterator[None]:
+    """Attention modules compute by their own Linears, not by one opaque operator."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """An attempt that fails is not the user's business: no warnings, no graph dumps on stderr."""
+    loggers = [logging.getLogger(name) for name in _EXPORT_LOGGERS]
+    disabled = [each.disabled for each in loggers]
+    for each in loggers:
+        each.disabled = True
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for each, before in zip(loggers, disabled, strict=True):
+            each.disabled = before
+
+
+def _copied(call: Call) -> Call:
+    """The call on copies of its tensors: a model may write into its inputs."""
+    return call.with_tensors(tuple(x.clone() for x in call.tensors))
+
+
+def _run_module(module: nn.Module, call: Call) -> list[Any]:
+    with _frozen(module):
+        args, kwargs = call.rebuild(_copied(call).tensors)
+        return flatten_output(module(*args, **kwargs))[0]
+
+
+def _verify(graph: CapturedGraph, call: Call, expected: list[Any]) -> bool:
+    """Whether the graph gives ``expected`` bit for bit; raises unless it does so up to rounding."""
+    graph.contract.check(call)
+    with _frozen(graph.gm):
+        actual = list(graph.gm(*_copied(call).tensors))
+    if len(actual) != len(expected):
+        raise CaptureFailed(f"the graph gives {len(actual)} outputs, the module {len(expected)}")
+    return all([_same(x, y) for x, y in zip(actual, expected, strict=True)])
+
+
+def _same(actual: Any, expected: Any) -> bool:
+    """Bit equality of one output; raises where more than float rounding differs."""
+    if not isinstance(expected, Tensor):
+        if actual != expected:
+            raise CaptureFailed(f"the graph gives {actual!r} where the module gives {expected!r}")
+        return True
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        raise CaptureFailed(
+            f"the graph gives {tuple(actual.shape)} {actual.dtype}, "
+            f"the module {tuple(expected.shape)} {expected.dtype}"
+        )
+    x, y = actual.nan_to_num(), expected.nan_to_num()
+    if torch.equal(x, y):
+        return True
+    gap = (x - y).abs().max() if x.is_floating_point() else torch.tensor(torch.inf)
+    if gap > _ROUNDING * y.abs().max():
+        raise CaptureFailed(f"the graph's output differs from the module's by up to {gap:.3g}")
+    return False
+
+
+def _export(module: nn.Module, example: Call, mode: str) -> CapturedGraph:
+    out_specs: list[Any] = []
+    flat = _Flat(module, example, out_specs.append)
+    shapes = tuple({d: Dim.AUTO for d in range(x.dim())} or None for x in example.tensors)
+    # Without it, a dimension of size 1 is taken for a constant.
+    oblivious = (
+        fx_config.patch(backed_size_oblivious=True)
+        if mode == "oblivious"
+        else contextlib.nullcontext()
+    )
+    with _frozen(module), no_fastpath(), _quiet(), oblivious:
+        program = torch.export.export(
+            flat,
+            _copied(example).tensors,
+            dynamic_shapes=None if mode == "static" else {"tensors": shapes},
+            strict=False,
+        )
+    exported = program.module()
+    contract = ShapeContract.of(exported, example)
+    return CapturedGraph(_plain(exported), contract, out_specs[-1])
+
+
+def _plain(exported: fx.GraphModule) -> fx.GraphModule:
+    """The exported graph without its wrapper, checks, guards and calling convention."""
+    attributes: dict[str, Any] = {}
+    graph = exported.graph
+    for node in list(graph.nodes):
+        if node.op == "get_attr":
+            value = operator.attrgetter(str(node.target))(exported)
+            node.target = str(node.target).removeprefix(f"{_INNER}.")
+            attributes[node.target] = value
+        elif any(name in str(node.target) for name in _DROPPED):
+            node.replace_all_uses_with(None)
+            graph.erase_node(node)
+        if stack := node.meta.get("nn_module_stack"):
+            node.meta["nn_module_stack"] = {
+                key: (path.removeprefix(_INNER).removeprefix("."), cls)
+                for key, (path, cls) in stack.items()
+                if path
+            }
+    graph.set_codegen(fx.graph.CodeGen())
+    output = next(iter(reversed(graph.nodes)))
+    output.args = (tuple(pytree.tree_leaves(output.args, is_leaf=lambda x: x is None)),)
+    gm = fx.GraphModule(attributes, graph)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    return gm

@@ -1,0 +1,204 @@
+"""THE table of operators: what can be quantized, what only moves data, what a kernel can fuse.
+
+A new operator is one more row here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+__all__ = [
+    "ACTIVATIONS",
+    "DATA_MOVEMENT",
+    "IDENTITY",
+    "INT8_NEVER",
+    "PATTERNS",
+    "OpPattern",
+    "pattern_of",
+    "size_hints",
+]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class OpPattern:
+    """One quantizable operator.
+
+    Args:
+        name: the op type that users filter and override by.
+        targets: the ATen overloads it stands for.
+        activations: argument positions quantized per tensor by observed ranges.
+        weight: argument position of the weight, None if both sides are activations.
+        weight_axis: the weight's output-channel axis.
+        macs: multiply-accumulates of one call, from sizes as captured.
+        internals: tensors that exist only inside the operator, each computed from its arguments so
+            that calibration can observe it.
+    """
+
+    name: str
+    targets: tuple[Any, ...]
+    activations: tuple[int, ...]
+    weight: int | None
+    weight_axis: int
+    macs: Callable[[fx.Node], int]
+    internals: dict[str, Callable[..., Tensor]] = field(default_factory=dict)
+
+
+def size_hints(value: Any) -> tuple[int, ...]:
+    """Sizes of a node's or fake tensor's value, symbolic ones as they were in the example."""
+    if isinstance(value, fx.Node):
+        value = value.meta.get("val")
+    if not isinstance(value, Tensor):
+        return ()
+    hints = []
+    for size in value.shape:
+        node = getattr(size, "node", None)
+        hints.append(int(node.hint if node is not None and node.hint is not None else size))
+    return tuple(hints)
+
+
+def _numel(value: Any) -> int:
+    return math.prod(size_hints(value))
+
+
+def _gemm_macs(node: fx.Node) -> int:
+    inner = size_hints(node.args[0])[-1]
+    return _numel(node) * inner
+
+
+def _conv_macs(node: fx.Node) -> int:
+    weight = size_hints(node.args[1])
+    return _numel(node) * math.prod(weight[1:])
+
+
+def _conv_transpose_macs(node: fx.Node) -> int:
+    weight = size_hints(node.args[1])
+    return _numel(node.args[0]) * math.prod(weight[1:])
+
+
+def _sdpa_macs(node: fx.Node) -> int:
+    query, key = size_hints(node.args[0]), size_hints(node.args[1])
+    scores = math.prod(query[:-1]) * key[-2]
+    return scores * (query[-1] + size_hints(node.args[2])[-1])
+
+
+def sdpa_scores(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Masked, scaled scores of attention, shape ``[..., queries, keys]``, before the softmax."""
+    if enable_gqa:
+        key = key.repeat_interleave(query.size(-3) // key.size(-3), -3)
+    factor = scale if scale is not None else 1.0 / math.sqrt(query.size(-1))
+    scores = torch.matmul(query, key.transpose(-2, -1)) * factor
+    if is_causal:
+        keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        return scores.masked_fill(~keep, -torch.inf)
+    if attn_mask is None:
+        return scores
+    if attn_mask.dtype == torch.bool:
+        return scores.masked_fill(~attn_mask, -torch.inf)
+    return scores + attn_mask
+
+
+def sdpa_probabilities(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """The left operand of attention's second product; a fully masked row gives zeros, not NaN."""
+    scores = sdpa_scores(query, key, attn_mask, is_causal, scale, enable_gqa)
+    return torch.softmax(scores, -1).nan_to_num(0.0)
+
+
+PATTERNS: tuple[OpPattern, ...] = (
+    OpPattern("linear", (aten.linear.default,), (0,), 1, 0, _gemm_macs),
+    OpPattern("conv1d", (aten.conv1d.default, aten.conv1d.padding), (0,), 1, 0, _conv_macs),
+    OpPattern("conv2d", (aten.conv2d.default, aten.conv2d.padding), (0,), 1, 0, _conv_macs),
+    OpPattern("conv3d", (aten.conv3d.default, aten.conv3d.padding), (0,), 1, 0, _conv_macs),
+    OpPattern("conv_transpose1d", (aten.conv_transpose1d.default,), (0,), 1, 1, _conv_transpose_macs),
+    OpPattern("conv_transpose2d", (aten.conv_transpose2d.input,), (0,), 1, 1, _conv_transpose_macs),
+    OpPattern(
+        "matmul",
+        (aten.matmul.default, aten.bmm.default, aten.mm.default),
+        (0, 1),
+        None,
+        0,
+        _gemm_macs,
+    ),
+    OpPattern(
+        "scaled_dot_product_attention",
+        (aten.scaled_dot_product_attention.default,),
+        (0, 1, 2),
+        None,
+        0,
+        _sdpa_macs,
+        {"probabilities": sdpa_probabilities},
+    ),
+    OpPattern("embedding", (aten.embedding.default,), (), 0, 0, lambda node: 0),
+)  # fmt: skip
+
+_BY_TARGET = {target: pattern for pattern in PATTERNS for target in pattern.targets}
+
+
+def pattern_of(node: fx.Node) -> OpPattern | None:
+    """The row of ``node``'s operator, or None."""
+    return _BY_TARGET.get(node.target) if node.op == "call_function" else None
+
+
+DATA_MOVEMENT = frozenset({
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints,
+    aten.unflatten.int, aten.transpose.int, aten.permute.default, aten.t.default,
+    aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
+    aten.expand.default, aten.expand_as.default, aten.contiguous.default, aten.clone.default,
+    aten.repeat.default, aten.repeat_interleave.self_int, aten.swapaxes.default,
+    aten.movedim.int, aten.alias.default, aten.detach.default, aten.numpy_T.default,
+    aten.flip.default, aten.roll.default, aten.channel_shuffle.default,
+    aten.pixel_shuffle.default, aten.pixel_unshuffle.default,
+})  # fmt: skip
+"""Operators whose output holds the values of their first argument and no others: a grid chosen for the
+input serves the output, so quantization passes through. Slices and splits are left out on purpose:
+parts (Q, K and V of one projection) deserve grids of their own. Max pooling is, because ATen's integer
+kernel takes small images only."""
+
+IDENTITY = frozenset({
+    aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default,
+    aten.feature_alpha_dropout.default, aten.lift_fresh_copy.default, aten.lift_fresh.default,
+})  # fmt: skip
+"""Operators that return their first argument in eval mode."""
+
+ACTIVATIONS = {
+    aten.relu.default: "relu", aten.relu6.default: "relu6", aten.gelu.default: "gelu",
+    aten.silu.default: "silu", aten.tanh.default: "tanh", aten.sigmoid.default: "sigmoid",
+    aten.hardswish.default: "hardswish", aten.hardsigmoid.default: "hardsigmoid",
+    aten.hardtanh.default: "hardtanh", aten.leaky_relu.default: "leaky_relu",
+    aten.clamp.default: "clamp", aten.elu.default: "elu", aten.mish.default: "mish",
+}  # fmt: skip
+"""Element-wise functions that kernels fuse into the product before them, by their common name."""
+
+INT8_NEVER = {
+    aten.lstm.input: "recurrent layers have no static int8 form here",
+    aten.gru.input: "recurrent layers have no static int8 form here",
+    aten.rnn_tanh.input: "recurrent layers have no static int8 form here",
+    aten.rnn_relu.input: "recurrent layers have no static int8 form here",
+    aten.einsum.default: "write the contraction as matmul to have it quantized",
+    aten.bilinear.default: "no int8 form",
+    aten.baddbmm.default: "write it as bmm and add to have it quantized",
+}
+"""Operators that compute products and stay float, each with the reason that reports give."""

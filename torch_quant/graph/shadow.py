@@ -1,0 +1,68 @@
+"""A structural twin of a module tree, so that nothing is ever done to the user's own modules.
+
+The twin has its own module objects and dictionaries and the same Parameter and buffer objects. Hooks,
+mode changes and replaced children stay on the twin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+__all__ = ["shadow"]
+
+_OWN = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+
+
+def shadow(model: nn.Module, replace: Mapping[nn.Module, nn.Module] | None = None) -> nn.Module:
+    """A twin of ``model`` in eval mode, sharing every parameter and buffer by reference.
+
+    A module that occurs twice in ``model`` occurs twice, as one object, in the twin; scripted modules
+    are not copied.
+
+    Args:
+        model: any module; it is not touched.
+        replace: modules of ``model`` to put others in the place of, wherever they occur.
+    """
+    twins: dict[int, nn.Module] = {id(old): new for old, new in (replace or {}).items()}
+
+    def twin(module: nn.Module) -> nn.Module:
+        if isinstance(module, torch.jit.ScriptModule):
+            return module
+        if id(module) in twins:
+            return twins[id(module)]
+        # Not copy.copy: a parametrized module refuses to be pickled, and so to be copied that way.
+        new: nn.Module = module.__class__.__new__(module.__class__)
+        twins[id(module)] = new
+        state = dict(module.__dict__)
+        for name, value in state.items():
+            if name in _OWN or name.endswith("_hooks") or "_hooks_" in name:
+                state[name] = value.copy() if value is not None else None
+        new.__dict__.update(state)
+        new.__dict__["_modules"] = {
+            name: None if child is None else twin(child) for name, child in module._modules.items()
+        }
+        new.__dict__["training"] = False
+        return new
+
+    made = set(twins)
+    result = twin(model)
+    # Plain attributes that hold modules (lists, dicts) must lead to the twins as well.
+    for module in [new for old, new in twins.items() if old not in made]:
+        for name, value in list(module.__dict__.items()):
+            if name not in _OWN:
+                module.__dict__[name] = _redirect(value, twins)
+    return result
+
+
+def _redirect(value: object, twins: dict[int, nn.Module]) -> object:
+    if isinstance(value, nn.Module):
+        return twins.get(id(value), value)
+    if type(value) in (list, tuple):
+        items = [_redirect(item, twins) for item in value]  # type: ignore[attr-defined]
+        return type(value)(items)
+    if type(value) is dict:
+        return {key: _redirect(item, twins) for key, item in value.items()}
+    return value

@@ -1,0 +1,187 @@
+"""Names: every tensor of a captured graph gets a stable key, every quantizable op is a site."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import fx
+
+from torch_quant.graph.ops import (
+    ACTIVATIONS,
+    DATA_MOVEMENT,
+    IDENTITY,
+    OpPattern,
+    pattern_of,
+    size_hints,
+)
+
+__all__ = [
+    "KEY",
+    "ORIGIN",
+    "Site",
+    "find_sites",
+    "fused_output",
+    "is_constant",
+    "is_float",
+    "key_of",
+    "module_path",
+    "name_tensors",
+    "operands",
+    "source",
+]
+
+KEY = "torch_quant_key"
+"""Entry of ``node.meta``: the key of the tensor that the node computes."""
+ORIGIN = "torch_quant_origin"
+"""Entry of ``node.meta``: name of the node of the captured graph that computes the same tensor."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One quantizable operator of a captured model.
+
+    Args:
+        name: the module's path, plus the operator where the module computes more than that.
+        op: its row in the op table.
+        module: path of the innermost module it runs in.
+        inputs: keys of the activations it takes, in the row's order.
+        internals: keys of the tensors that exist only inside it.
+        output: key of its result.
+        macs: multiply-accumulates on the captured example.
+        weight_shape: sizes of its weight, empty without one.
+    """
+
+    name: str
+    op: str
+    module: str
+    inputs: tuple[str, ...]
+    internals: tuple[str, ...]
+    output: str
+    macs: int
+    weight_shape: tuple[int, ...]
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Keys of every tensor that a grid may be wanted for."""
+        return (*self.inputs, *self.internals, self.output)
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the innermost module ``node`` ran in, ``@1`` and up for its later calls."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    key, (path, _) = list(stack.items())[-1]
+    if path.startswith("_empty_nn_module_stack"):
+        return ""
+    _, at, call = str(key).partition("@")
+    return path + at + call
+
+
+def _op_name(node: fx.Node) -> str:
+    name = str(getattr(node.target, "_opname", None) or getattr(node.target, "__name__", node.name))
+    return name.strip("_")
+
+
+def name_tensors(graph: fx.Graph, prefix: str = "") -> None:
+    """Give every node a key, unique and the same each time the same code is captured.
+
+    Args:
+        graph: a canonical graph.
+        prefix: path of the captured module in the whole model.
+    """
+    weighted = Counter(
+        module_path(node)
+        for node in graph.nodes
+        if (p := pattern_of(node)) and p.weight is not None
+    )
+    taken: Counter[str] = Counter()
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            name = f"{prefix}.{node.target}".strip(".")
+        elif node.op == "placeholder":
+            name = f"{prefix}:{node.target}"
+        else:
+            path = module_path(node)
+            full = ".".join(part for part in (prefix, path) if part)
+            pattern = pattern_of(node)
+            alone = pattern is not None and pattern.weight is not None and weighted[path] == 1
+            name = full if alone and full else f"{full}.{_op_name(node)}".strip(".")
+        count = taken[name]
+        taken[name] += 1
+        node.meta[KEY] = f"{name}_{count}" if count else name
+
+
+def key_of(node: fx.Node) -> str:
+    """The key of the tensor that ``node`` computes."""
+    return str(node.meta[KEY])
+
+
+def is_constant(node: fx.Node, _memo: dict[fx.Node, bool] | None = None) -> bool:
+    """Whether ``node``'s value depends on parameters and buffers only."""
+    memo = {} if _memo is None else _memo
+    if node not in memo:
+        if node.op == "get_attr":
+            memo[node] = not any(user.is_impure() for user in node.users)
+        elif node.op == "call_function" and node.all_input_nodes and not node.is_impure():
+            memo[node] = all(is_constant(n, memo) for n in node.all_input_nodes)
+        else:
+            memo[node] = False
+    return memo[node]
+
+
+def source(node: fx.Node) -> fx.Node:
+    """The node whose values ``node`` holds, behind operators that only move them."""
+    while node.op == "call_function" and (node.target in DATA_MOVEMENT or node.target in IDENTITY):
+        origin = node.args[0]
+        assert isinstance(origin, fx.Node)
+        node = origin
+    return node
+
+
+def is_float(node: fx.Node) -> bool:
+    """Whether the captured value is a floating-point tensor."""
+    value = node.meta.get("val")
+    return value is not None and hasattr(value, "dtype") and value.dtype.is_floating_point
+
+
+def operands(node: fx.Node, pattern: OpPattern) -> list[fx.Node]:
+    """The activation arguments of a quantizable node."""
+    found = [node.args[i] for i in pattern.activations]
+    assert all(isinstance(arg, fx.Node) for arg in found)
+    return found  # type: ignore[return-value]
+
+
+def fused_output(node: fx.Node) -> fx.Node:
+    """``node``, or the activation function that alone uses it: where a kernel's output would be."""
+    users = list(node.users)
+    return users[0] if len(users) == 1 and users[0].target in ACTIVATIONS else node
+
+
+def find_sites(graph: fx.Graph) -> Iterator[tuple[fx.Node, OpPattern, Site]]:
+    """Every site of a canonical graph in order: its node, its row and its description.
+
+    A node qualifies if its operands are float tensors and its weight, if the row has one, is constant.
+    """
+    memo: dict[fx.Node, bool] = {}
+    for node in graph.nodes:
+        pattern = pattern_of(node)
+        if pattern is None or not is_float(node):
+            continue
+        weight = None if pattern.weight is None else node.args[pattern.weight]
+        if weight is not None and not (isinstance(weight, fx.Node) and is_constant(weight, memo)):
+            continue
+        key = key_of(node)
+        site = Site(
+            name=key,
+            op=pattern.name,
+            module=module_path(node),
+            inputs=tuple(key_of(source(arg)) for arg in operands(node, pattern)),
+            internals=tuple(f"{key}.{name}" for name in pattern.internals),
+            output=key_of(fused_output(node)),
+            macs=pattern.macs(node),
+            weight_shape=size_hints(weight),
+        )
+        yield node, pattern, site

@@ -1,0 +1,123 @@
+"""A float model as the package knows it: its regions, their prepared graphs, and what it looked like."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from torch_quant.errors import InvalidConfig, NotCalibrated, UnsupportedOp
+from torch_quant.graph.capture import Executor, Region
+from torch_quant.graph.export import CapturedGraph
+from torch_quant.graph.shadow import shadow
+from torch_quant.graph.sites import Site
+from torch_quant.passes.prepare import Prepared, prepare
+
+__all__ = ["CapturedModel", "Fingerprint", "check_model", "fingerprint", "run_example"]
+
+logger = logging.getLogger("torch_quant")
+
+Fingerprint = dict[str, str]
+"""Module, parameter or buffer name -> class, or shape and dtype."""
+
+
+def fingerprint(model: nn.Module) -> Fingerprint:
+    """What must not change between calibration and quantization; values may."""
+    facts = {f"module {name or '(root)'}": type(m).__name__ for name, m in model.named_modules()}
+    for name, x in (*model.named_parameters(), *model.named_buffers()):
+        facts[f"tensor {name}"] = f"{tuple(x.shape)} {x.dtype}"
+    return facts
+
+
+def check_same(before: Fingerprint, model: nn.Module) -> None:
+    """Raise :class:`NotCalibrated` if ``model`` is not the one that ``before`` was taken of."""
+    after = fingerprint(model)
+    for name in (*before, *after):
+        if before.get(name) != after.get(name):
+            raise NotCalibrated(
+                f"the model is not the one that was calibrated: {name} was "
+                f"{before.get(name, 'absent')} and is {after.get(name, 'absent')}; "
+                "use a new Quantizer() for it and calibrate again"
+            )
+
+
+def check_model(model: nn.Module, devices: frozenset[str], backend: str) -> None:
+    """Raise an error that says what to do if ``model`` cannot be taken at all."""
+    if not isinstance(model, nn.Module):
+        raise InvalidConfig(f"expected an nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InvalidConfig("the model is TorchScript already; give the nn.Module it came from")
+    for name, x in (*model.named_parameters(), *model.named_buffers()):
+        if x.is_floating_point() and x.dtype != torch.float32 and isinstance(x, nn.Parameter):
+            raise UnsupportedOp(
+                f"parameter {name} is {x.dtype}; expected torch.float32: quantize "
+                "copy.deepcopy(model).float()"
+            )
+        if x.device.type not in devices:
+            raise InvalidConfig(
+                f"{name} is on {x.device}, but backend {backend} runs on "
+                f"{', '.join(sorted(devices))}: quantize copy.deepcopy(model).cpu(), or use "
+                "Backend.REFERENCE"
+            )
+
+
+class CapturedModel:
+    """Regions and prepared graphs of one model; grows as calls come in."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.fingerprint = fingerprint(model)
+        self.parameters = _identities(model)
+        self.region = Region(shadow(model))
+        self._prepared: dict[int, tuple[CapturedGraph, Prepared]] = {}
+        training = [name or "the model" for name, m in model.named_modules() if m.training]
+        if training:
+            logger.info("%s is in train mode; it is captured as in eval mode", training[0])
+
+    def is_stale(self, model: nn.Module) -> bool:
+        """Whether ``model`` now holds other Parameter or buffer objects than were captured."""
+        return self.parameters != _identities(model)
+
+    def prepared(self, region: Region, graph: CapturedGraph) -> Prepared:
+        """The prepared form of a captured graph, made once."""
+        if id(graph) not in self._prepared:
+            self._prepared[id(graph)] = (graph, prepare(graph.gm, region.path))
+        return self._prepared[id(graph)][1]
+
+    def graphs(self) -> Iterator[Prepared]:
+        """Every prepared graph, outer regions first."""
+        for region in self.region.walk():
+            for _, graph in region.graphs:
+                yield self.prepared(region, graph)
+
+    def sites(self) -> list[tuple[Site, str]]:
+        """Every site once, with the reason why its graph does not allow int8, or an empty one."""
+        found: dict[str, tuple[Site, str]] = {}
+        for prepared in self.graphs():
+            for site, obstacle in prepared.sites:
+                known = found.setdefault(site.name, (site, obstacle))
+                if obstacle and not known[1]:
+                    found[site.name] = (site, obstacle)
+        return list(found.values())
+
+
+def _identities(model: nn.Module) -> tuple[int, ...]:
+    return tuple(id(x) for x in (*model.parameters(), *model.buffers()))
+
+
+def run_example(captured: CapturedModel, example_inputs: Any) -> Any:
+    """Capture by one call.
+
+    Args:
+        captured: the model.
+        example_inputs: a tensor, a tuple of positional inputs, or a dict of keywords.
+    """
+    executor = Executor(captured.region, lambda region, graph, call: graph(call))
+    with torch.no_grad():
+        if isinstance(example_inputs, dict):
+            return executor(**example_inputs)
+        if isinstance(example_inputs, (tuple, list)):
+            return executor(*example_inputs)
+        return executor(example_inputs)

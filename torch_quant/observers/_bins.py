@@ -1,0 +1,190 @@
+"""Histograms that grow without error; the statistics behind the clipping observers.
+
+A bin is ``2**level`` wide and its edges are integer multiples of that width. When the range grows,
+whole bins merge: no count is ever split, moved by interpolation or lost. Level and first bin are
+functions of the exact extremes alone, so any order and any split of the same data gives the same
+counts, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_quant.core.spec import QuantSpec
+from torch_quant.errors import InvalidConfig
+from torch_quant.observers.base import channel_rows, in_memory_order
+from torch_quant.observers.minmax import MinMaxObserver
+
+__all__ = ["SAMPLES", "BinnedObserver", "Bins"]
+
+SAMPLES = 2**15
+"""How many elements of a batch are counted at most (of each channel, per channel)."""
+
+_MIN_LEVEL = -100  # bins of 2**-100: their inverse is still a normal float32
+_INDEX_BITS = 20  # |bin index| <= 2**20, so that float32 arithmetic on indices is exact
+
+
+def _width(level: Tensor) -> Tensor:
+    return torch.tensor([math.ldexp(1.0, e) for e in level.tolist()], dtype=torch.float64)
+
+
+def _exponent(x: Tensor) -> Tensor:
+    """The ``e`` of ``2**(e - 1) <= x < 2**e``; very small for 0."""
+    return torch.where(x > 0, torch.frexp(x).exponent.to(torch.int64), _MIN_LEVEL)
+
+
+def _level(low: Tensor, high: Tensor, bins: int) -> Tensor:
+    """The smallest level at which ``bins`` bins cover ``[low, high]``, float64, ``[channels]``.
+
+    It never falls as the range grows.
+    """
+    largest = torch.maximum(low.abs(), high.abs())
+    level = torch.maximum(_exponent((high - low) / bins), _exponent(largest) - _INDEX_BITS)
+    level = level.clamp(min=_MIN_LEVEL)
+    width = _width(level)
+    # The guess lets high - low pass, but not always with the edges where they have to be.
+    return level + ((high / width).floor() - (low / width).floor() >= bins)
+
+
+@dataclass(frozen=True)
+class Bins:
+    """A histogram for each channel (one channel: per tensor). Always on the CPU.
+
+    Args:
+        counts: int64, ``[channels, bins]``; how many elements each bin stands for.
+        level: int64, ``[channels]``; a bin is ``2**level`` wide, in the tensor's units.
+        first: int64, ``[channels]``; bin 0 begins at ``first * 2**level``.
+    """
+
+    counts: Tensor
+    level: Tensor
+    first: Tensor
+
+    @classmethod
+    def empty(cls, bins: int) -> Bins:
+        zero = torch.zeros(1, dtype=torch.int64)
+        return cls(torch.zeros(1, bins, dtype=torch.int64), zero + _MIN_LEVEL, zero)
+
+    @property
+    def width(self) -> Tensor:
+        """The width of a bin, float64, ``[channels]``."""
+        return _width(self.level)
+
+    @property
+    def centres(self) -> Tensor:
+        """The middle of every bin, float64, ``[channels, bins]``."""
+        index = self.first[:, None] + torch.arange(self.counts.shape[1])
+        return (index + 0.5) * self.width[:, None]
+
+    def __getitem__(self, channels: slice) -> Bins:
+        return Bins(self.counts[channels], self.level[channels], self.first[channels])
+
+    def index(self, values: Tensor) -> Tensor:
+        """The bin that holds each of ``values``, float, ``[channels, n]``."""
+        index = (values.cpu().double() / self.width[:, None]).floor().to(torch.int64)
+        return index - self.first[:, None]
+
+    def covering(self, low: Tensor, high: Tensor) -> Bins:
+        """The same counts in the finest bins that cover ``[low, high]``, shape ``[channels]``.
+
+        The range must hold every one covered before: bins only merge.
+        """
+        low, high = low.cpu().double(), high.cpu().double()
+        bins = self.counts.shape[1]
+        level = _level(low, high, bins)
+        first = (low / _width(level)).floor().to(torch.int64)
+        if torch.equal(level, self.level) and torch.equal(first, self.first):
+            return self
+        # More than 62 levels up, all indices are 0 or -1: as far as an int64 can be shifted.
+        shift = (level - self.level).clamp(0, 62)
+        moved = ((self.first[:, None] + torch.arange(bins)) >> shift[:, None]) - first[:, None]
+        counts = torch.zeros(len(level), bins, dtype=torch.int64)
+        # Bins beyond the range hold nothing: where they go does not matter.
+        counts.scatter_add_(1, moved.clamp(0, bins - 1), self.counts.expand(len(level), -1))
+        return Bins(counts, level, first)
+
+    def adding(self, rows: Tensor, weight: int) -> Bins:
+        """With ``rows``, shape ``[channels, n]`` and inside the range, ``weight`` times each."""
+        channels, bins = self.counts.shape
+        scale = (1.0 / self.width).to(rows.device, torch.float32)
+        origin = self.first - torch.arange(channels) * bins
+        # Both steps are exact: a product with a power of two, and integers below 2**24.
+        index = (rows.to(torch.float32) * scale[:, None]).floor_().to(torch.int32)
+        index -= origin.to(rows.device, torch.int32)[:, None]
+        counts = torch.bincount(index.flatten(), minlength=channels * bins).cpu()
+        return Bins(self.counts + weight * counts.view(channels, bins), self.level, self.first)
+
+    def marking(self, values: Tensor) -> Bins:
+        """With one more count at each of ``values``, float, ``[channels, n]``."""
+        index = self.index(values)
+        counts = self.counts.scatter_add(1, index, torch.ones_like(index))
+        return Bins(counts, self.level, self.first)
+
+
+def _sample(x: Tensor, ch_axis: int | None) -> tuple[Tensor, int]:
+    """Every ``stride``-th element, ``[channels, n]`` with ``n <= SAMPLES``, and that stride.
+
+    The stride shares no factor with the number of elements, hence none with any dimension: the
+    sample walks through all positions of each axis alike.
+    """
+    rows = in_memory_order(x).reshape(1, -1) if ch_axis is None else channel_rows(x, ch_axis)
+    stride = -(-rows.shape[1] // SAMPLES)
+    while math.gcd(stride, rows.shape[1]) != 1:
+        stride += 1
+    return rows[:, ::stride], stride
+
+
+class BinnedObserver(MinMaxObserver):
+    """Exact extremes and a histogram of fixed size; subclasses say which range to keep.
+
+    Of a batch with more than ``SAMPLES`` elements (in a channel) an even sample is counted, each
+    element as often as it stands for others, and once more the batch's two extremes.
+
+    Args:
+        ch_axis: None per tensor, else the channel axis.
+        bins: number of bins, 16 to 65536; between half and all of them cover the data. None: 2048
+            per tensor, and 512 for each channel. A histogram takes 8 bytes a bin.
+
+    Raises:
+        InvalidConfig: ``bins`` is out of its range.
+    """
+
+    def __init__(self, ch_axis: int | None = None, *, bins: int | None = None) -> None:
+        super().__init__(ch_axis)
+        if bins is None:
+            bins = 2048 if ch_axis is None else 512
+        if not 16 <= bins <= 65536:
+            raise InvalidConfig(f"{type(self).__name__}(bins={bins}): expected 16 to 65536 bins")
+        self.bins = Bins.empty(bins)
+
+    def _record(self, x: Tensor, low: Tensor, high: Tensor) -> None:
+        before = self.min_val.to(low.device), self.max_val.to(low.device)
+        super()._record(x, low, high)
+        if not (torch.equal(before[0], self.min_val) and torch.equal(before[1], self.max_val)):
+            self.bins = self.bins.covering(self.min_val.reshape(-1), self.max_val.reshape(-1))
+        rows, stride = _sample(x, self.ch_axis)
+        self.bins = self.bins.adding(rows, stride)
+        if stride > 1:
+            self.bins = self.bins.marking(torch.stack([low.reshape(-1), high.reshape(-1)], dim=1))
+
+    @abstractmethod
+    def _range(self, spec: QuantSpec) -> tuple[Tensor, Tensor]: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        bins = self.bins
+        return super().state_dict() | {
+            "counts": bins.counts,
+            "level": bins.level,
+            "first": bins.first,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.bins = Bins(state["counts"], state["level"], state["first"])

@@ -1,0 +1,55 @@
+"""Extremes that forget: one wild batch moves them a little instead of for good."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from torch_quant.errors import InvalidConfig
+from torch_quant.observers.base import register_observer
+from torch_quant.observers.minmax import MinMaxObserver
+
+__all__ = ["MovingAverageObserver"]
+
+
+@register_observer
+class MovingAverageObserver(MinMaxObserver):
+    """Exponential moving average of each batch's minimum and maximum.
+
+    ``value += momentum * (batch's value - value)``; the first batch sets the value. (Jacob et al.
+    2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+    Inference", section 3.1.) By its definition the result depends on how data is batched.
+
+    Args:
+        ch_axis: None per tensor, else the channel axis.
+        momentum: weight of the newest batch, ``0 < momentum <= 1``; 1 keeps only the last batch.
+
+    Raises:
+        InvalidConfig: ``momentum`` is out of its range.
+    """
+
+    name = "moving_average"
+
+    def __init__(self, ch_axis: int | None = None, *, momentum: float = 0.01) -> None:
+        super().__init__(ch_axis)
+        if not 0.0 < momentum <= 1.0:
+            raise InvalidConfig(
+                f"MovingAverageObserver(momentum={momentum}): expected 0 < momentum <= 1"
+            )
+        self.momentum = momentum
+
+    def _record(self, x: Tensor, low: Tensor, high: Tensor) -> None:
+        if self.batches == 0:
+            self.min_val, self.max_val = low, high
+            return
+        self.min_val = self.min_val.to(low.device).lerp(low, self.momentum)
+        self.max_val = self.max_val.to(high.device).lerp(high, self.momentum)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"momentum": self.momentum}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.momentum = float(state["momentum"])

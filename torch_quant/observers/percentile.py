@@ -1,0 +1,77 @@
+"""The range that holds a given share of the values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_quant.core.spec import QuantSpec
+from torch_quant.errors import InvalidConfig
+from torch_quant.observers._bins import BinnedObserver, Bins
+from torch_quant.observers.base import register_observer
+
+__all__ = ["PercentileObserver"]
+
+
+def _quantile(bins: Bins, share: float) -> Tensor:
+    """The value with ``share`` of the counts below it, float64, ``[channels]``; right to a bin."""
+    sums = bins.counts.cumsum(dim=1)
+    target = share * sums[:, -1:].double()
+    index = torch.searchsorted(sums.double(), target).clamp(max=sums.shape[1] - 1)
+    count = bins.counts.gather(1, index)
+    inside = (target - (sums.gather(1, index) - count)) / count.clamp(min=1)
+    return (bins.first + (index + inside)[:, 0]) * bins.width
+
+
+@register_observer
+class PercentileObserver(BinnedObserver):
+    """Keeps ``percentile`` percent of the values; the rest is clipped, half of it at each end.
+
+    Bound: batches of at most ``SAMPLES`` elements (in a channel) give the same range bit for bit
+    however the data was split, each end within one bin of the exact quantile (the smallest value
+    with at least that share of the data at or below it). Larger batches are sampled; the shares of
+    two splits then differ like those of two samples of that size.
+
+    Args:
+        ch_axis: None per tensor, else the channel axis.
+        percentile: the share kept, ``50 < percentile <= 100``; 100 keeps the exact extremes.
+        bins: number of bins, as for every :class:`BinnedObserver`.
+
+    Raises:
+        InvalidConfig: ``percentile`` or ``bins`` is out of its range.
+    """
+
+    name = "percentile"
+
+    def __init__(
+        self, ch_axis: int | None = None, *, percentile: float = 99.99, bins: int | None = None
+    ) -> None:
+        super().__init__(ch_axis, bins=bins)
+        if not 50.0 < percentile <= 100.0:
+            raise InvalidConfig(
+                f"PercentileObserver(percentile={percentile}): expected 50 < percentile <= 100"
+            )
+        self.percentile = percentile
+
+    def _range(self, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+        if self.percentile == 100.0:
+            return self.min_val, self.max_val
+        tail = (1.0 - self.percentile / 100.0) / 2.0
+        low, high = (
+            _quantile(self.bins, share)
+            .to(self.min_val)
+            .view_as(self.min_val)
+            .clamp(self.min_val, self.max_val)
+            for share in (tail, 1.0 - tail)
+        )
+        return low, high
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"percentile": self.percentile}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.percentile = float(state["percentile"])

@@ -1,0 +1,149 @@
+"""Put quantize/dequantize pairs where the plan wants them, and integer weights in place of float ones.
+
+An activation is quantized once, where it is made; operators that only move data then move integers, and
+each consumer dequantizes what it reads:
+
+    source -> quantize -> reshape -> dequantize -> product
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from torch_quant.core.functional import quantize
+from torch_quant.core.plan import QuantPlan, SitePlan
+from torch_quant.core.qparams import QParams
+from torch_quant.core.spec import QuantSpec
+from torch_quant.graph.ops import PATTERNS, OpPattern
+from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
+from torch_quant.graph.sites import find_sites, is_constant, key_of, operands, source
+from torch_quant.passes.attention import decompose_attention
+from torch_quant.passes.base import PassContext
+from torch_quant.passes.constants import evaluate, new_constant
+
+__all__ = ["GridOf", "WeightGridOf", "insert_qdq"]
+
+GridOf = Callable[[str, QuantSpec], QParams]
+"""Tensor key and format -> grid, from calibration."""
+WeightGridOf = Callable[[str, Tensor, QuantSpec, int], QParams]
+"""Site name, weight, format and channel axis -> grid."""
+
+_ATTENTION = next(p for p in PATTERNS if p.name == "scaled_dot_product_attention")
+
+
+@dataclass
+class _Inserter:
+    context: PassContext
+    grid_of: GridOf
+    weight_grid_of: WeightGridOf
+    integers: dict[tuple[fx.Node, QuantSpec], fx.Node] = field(default_factory=dict)
+    weights: dict[tuple[int, QuantSpec, int], tuple[Tensor, QParams, Tensor]] = field(
+        default_factory=dict
+    )
+
+    def activations(self, user: fx.Node, args: list[fx.Node], entry: SitePlan) -> None:
+        """Make ``user`` read ``args`` quantized; one tensor may stand in several places."""
+        assert entry.activation is not None
+        for arg in dict.fromkeys(args):
+            self.activation(user, arg, key_of(source(arg)), entry.activation)
+
+    def activation(self, user: fx.Node, arg: fx.Node, key: str, spec: QuantSpec) -> None:
+        """Make ``user`` read ``arg`` quantized to ``spec``."""
+        qparams = self.grid_of(key, spec)
+        scale, zero_point = float(qparams.scale), int(qparams.zero_point)
+        codes = self._codes(arg, spec, scale, zero_point)
+        with user.graph.inserting_before(user):
+            real = user.graph.call_function(DEQUANTIZE, (codes, scale, zero_point))
+        real.meta["val"] = arg.meta["val"]
+        user.replace_input_with(arg, real)
+
+    def _codes(self, node: fx.Node, spec: QuantSpec, scale: float, zero_point: int) -> fx.Node:
+        if (node, spec) in self.integers:
+            return self.integers[node, spec]
+        graph = node.graph
+        if source(node) is node:
+            limits = (spec.quant_min, spec.quant_max, spec.dtype)
+            anchor = node.next
+            while anchor.op == "placeholder":
+                anchor = anchor.next
+            with graph.inserting_before(anchor):
+                codes = graph.call_function(QUANTIZE, (node, scale, zero_point, *limits))
+        else:
+            origin = node.args[0]
+            assert isinstance(origin, fx.Node)
+            inner = self._codes(origin, spec, scale, zero_point)
+            with graph.inserting_after(node):
+                codes = graph.node_copy(node, lambda n: inner if n is origin else n)
+        self.integers[node, spec] = codes
+        return codes
+
+    def weight(self, node: fx.Node, pattern: OpPattern, site: SitePlan) -> None:
+        """Replace the weight argument by integer codes and their dequantization."""
+        assert pattern.weight is not None and site.weight is not None
+        old = node.args[pattern.weight]
+        assert isinstance(old, fx.Node)
+        gm, axis = self.context.gm, pattern.weight_axis
+        value = evaluate(gm, old)
+        memo = (id(value), site.weight, axis)
+        if memo not in self.weights:
+            qparams = self.weight_grid_of(site.name, value, site.weight, axis)
+            codes = quantize(value.detach(), qparams).contiguous()  # what kernels pack
+            self.weights[memo] = (value, qparams, codes)
+        _, qparams, codes = self.weights[memo]
+        weight = new_constant(gm, f"{site.name}.weight", codes, node)
+        scale = new_constant(gm, f"{site.name}.weight_scale", qparams.scale, node)
+        zero_point = new_constant(gm, f"{site.name}.weight_zero_point", qparams.zero_point, node)
+        with node.graph.inserting_before(node):
+            args = (
+                (weight, scale, zero_point, axis)
+                if site.weight.per_channel
+                else (weight, float(qparams.scale), int(qparams.zero_point))
+            )
+            target = DEQUANTIZE_CHANNEL if site.weight.per_channel else DEQUANTIZE
+            real = node.graph.call_function(target, args)
+        node.update_arg(pattern.weight, real)
+        bias = node.args[2] if site.op != "embedding" and len(node.args) > 2 else None
+        if isinstance(bias, fx.Node) and bias.op != "get_attr" and is_constant(bias):
+            folded = new_constant(gm, f"{site.name}.bias", evaluate(gm, bias), node)
+            node.update_arg(2, folded)
+
+
+def insert_qdq(
+    context: PassContext, plan: QuantPlan, grid_of: GridOf, weight_grid_of: WeightGridOf
+) -> int:
+    """Quantize every site that the plan quantizes; returns how many.
+
+    Raises:
+        NotCalibrated: a grid is missing; from ``grid_of``.
+        QuantError: a weight is not finite; from ``weight_grid_of``.
+    """
+    inserter = _Inserter(context, grid_of, weight_grid_of)
+    changed = 0
+    with torch.no_grad():
+        for node, pattern, site in list(find_sites(context.graph)):
+            entry = plan[site.name]
+            if not entry.quantized:
+                continue
+            if pattern is _ATTENTION:
+                _quantize_attention(inserter, node, entry)
+            else:
+                if entry.activation is not None:
+                    inserter.activations(node, operands(node, pattern), entry)
+                if pattern.weight is not None:
+                    inserter.weight(node, pattern, entry)
+            changed += 1
+    return changed
+
+
+def _quantize_attention(inserter: _Inserter, node: fx.Node, entry: SitePlan) -> None:
+    assert entry.activation is not None
+    inserter.activations(node, operands(node, _ATTENTION), entry)
+    probabilities = entry.inputs[-1]
+    _, second = decompose_attention(node)
+    left = second.args[0]
+    assert isinstance(left, fx.Node)
+    inserter.activation(second, left, probabilities, entry.activation)

@@ -1,0 +1,82 @@
+"""Everything derived once from a captured graph: its canonical form, its sites, its float-only ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx
+
+from torch_quant.graph.ops import INT8_NEVER
+from torch_quant.graph.sites import ORIGIN, Site, find_sites, key_of, operands, source
+from torch_quant.nn.probe import ObserverProbe
+from torch_quant.passes.base import copy_graph
+from torch_quant.passes.canonicalize import canonicalize
+from torch_quant.passes.functionalize import written_tensors
+
+__all__ = ["Prepared", "insert_observers", "prepare"]
+
+
+@dataclass
+class Prepared:
+    """A captured graph, ready to be annotated and rewritten.
+
+    Args:
+        captured: the graph as exported; gives the float model's output.
+        canonical: the graph that is quantized.
+        sites: its sites, each with the reason why the graph does not allow int8, or an empty one.
+        float_ops: (name, reason) of operators that compute products and are not sites.
+        observed: key -> the captured node to observe, and how to compute the key's tensor from
+            that node's arguments where it exists only inside the operator.
+    """
+
+    captured: fx.GraphModule
+    canonical: fx.GraphModule
+    sites: list[tuple[Site, str]]
+    float_ops: list[tuple[str, str]]
+    observed: dict[str, tuple[str, Callable[..., Tensor] | None]] = field(default_factory=dict)
+
+
+def prepare(captured: fx.GraphModule, path: str = "") -> Prepared:
+    """Derive all of it; ``path`` is the region's path in the model."""
+    canonical = canonicalize(captured, path)
+    dirty = written_tensors(canonical.graph)
+    origin = {key_of(n): n.meta[ORIGIN] for n in canonical.graph.nodes if ORIGIN in n.meta}
+    sites: list[tuple[Site, str]] = []
+    observed: dict[str, tuple[str, Callable[..., Tensor] | None]] = {}
+    for node, pattern, site in find_sites(canonical.graph):
+        late = [source(arg) for arg in operands(node, pattern) if source(arg) in dirty]
+        sites.append((site, f"{key_of(late[0])} is written to in place" if late else ""))
+        for key in (*site.inputs, site.output):
+            observed[key] = (origin[key], None)
+        for key, compute in zip(site.internals, pattern.internals.values(), strict=True):
+            observed[key] = (node.meta[ORIGIN], compute)
+    known = {site.output for site, _ in sites}
+    float_ops = [
+        (key_of(n), INT8_NEVER[n.target])
+        for n in canonical.graph.nodes
+        if n.op == "call_function" and n.target in INT8_NEVER and key_of(n) not in known
+    ]
+    return Prepared(captured, canonical, sites, float_ops, observed)
+
+
+def insert_observers(prepared: Prepared, observe: Callable[[str, Tensor], Any]) -> fx.GraphModule:
+    """A copy of the captured graph that calls ``observe(key, tensor)`` at every candidate tensor.
+
+    The computation itself is untouched, so the output stays that of the captured graph, bit for bit.
+    Each probe comes right behind its tensor: an operator further on may write to it.
+    """
+    gm = copy_graph(prepared.captured)
+    nodes = {node.name: node for node in gm.graph.nodes}
+    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    for i, (key, (name, compute)) in enumerate(prepared.observed.items()):
+        node = nodes[name]
+        gm.add_submodule(f"probe_{i}", ObserverProbe(key, observe, compute))
+        with gm.graph.inserting_after(inputs[-1] if node.op == "placeholder" else node):
+            if compute is None:
+                gm.graph.call_module(f"probe_{i}", (node,))
+            else:
+                gm.graph.call_module(f"probe_{i}", node.args, node.kwargs)
+    gm.recompile()
+    return gm
