@@ -85,7 +85,7 @@ def _perturb_constants(model: nn.Module) -> None:
 
 
 def _fit_batch_norms(model: nn.Module, batch: dict[str, Any], shift: float) -> None:
-    """Set each batch norm to the means and the mean variance in ``batch``, then off by up to a half.
+    """Set each batch norm to the means and the mean variance in ``batch``, off by up to a half.
 
     With arbitrary statistics the signal of a deep network fades or grows without bound.
     """

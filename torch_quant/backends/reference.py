@@ -12,7 +12,6 @@ from torch_quant.core.plan import Placement
 from torch_quant.core.spec import QuantSpec
 from torch_quant.graph.ops import PATTERNS
 from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
-from torch_quant.graph.sites import is_constant
 from torch_quant.passes.base import PassContext
 
 __all__ = ["ReferenceBackend", "symmetric_weight"]
@@ -56,11 +55,12 @@ class ReferenceBackend(Backend):
         for node in list(graph.nodes):
             if node.target is QUANTIZE:
                 _fake_quantize(node)
-            elif node.target is DEQUANTIZE and not is_constant(node):
-                node.replace_all_uses_with(node.args[0])
-                graph.erase_node(node)
             elif node.target in (DEQUANTIZE, DEQUANTIZE_CHANNEL):
-                _plain_dequantize(node)
+                if node.args[0].op == "get_attr":
+                    _plain_dequantize(node)  # integers in a buffer
+                else:
+                    node.replace_all_uses_with(node.args[0])  # float already, see _fake_quantize
+                    graph.erase_node(node)
         return context.gm
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import SymInt, Tensor, fx
 
 __all__ = [
     "ACTIVATIONS",
@@ -52,16 +52,19 @@ class OpPattern:
 
 
 def size_hints(value: Any) -> tuple[int, ...]:
-    """Sizes of a node's or fake tensor's value, symbolic ones as they were in the example."""
+    """Sizes of a node's or fake tensor's value, symbolic ones as they were in the example.
+
+    A size that depends on data has none; it counts as 1.
+    """
     if isinstance(value, fx.Node):
         value = value.meta.get("val")
     if not isinstance(value, Tensor):
         return ()
-    hints = []
-    for size in value.shape:
-        node = getattr(size, "node", None)
-        hints.append(int(node.hint if node is not None and node.hint is not None else size))
-    return tuple(hints)
+    return tuple(size if isinstance(size, int) else _hint(size) for size in value.shape)
+
+
+def _hint(size: SymInt) -> int:
+    return int(size.node.hint) if size.node.has_hint() else 1
 
 
 def _numel(value: Any) -> int:

@@ -38,8 +38,8 @@ def shadow(model: nn.Module, replace: Mapping[nn.Module, nn.Module] | None = Non
         twins[id(module)] = new
         state = dict(module.__dict__)
         for name, value in state.items():
-            if name in _OWN or name.endswith("_hooks") or "_hooks_" in name:
-                state[name] = value.copy() if value is not None else None
+            if (name in _OWN or "_hooks" in name) and isinstance(value, (dict, set)):
+                state[name] = value.copy()
         new.__dict__.update(state)
         new.__dict__["_modules"] = {
             name: None if child is None else twin(child) for name, child in module._modules.items()
