@@ -75,6 +75,4 @@ def _only_used(gm: fx.GraphModule) -> fx.GraphModule:
     for node in gm.graph.find_nodes(op="get_attr"):
         value = operator.attrgetter(str(node.target))(gm)
         attributes[str(node.target)] = value.detach() if isinstance(value, nn.Parameter) else value
-    new = fx.GraphModule(attributes, gm.graph)
-    new.recompile()
-    return new
+    return fx.GraphModule(attributes, gm.graph)

@@ -12,6 +12,7 @@ from torch_quant.errors import CaptureFailed
 from torch_quant.graph.calls import Call, bind, flatten_call
 from torch_quant.graph.capture import no_fastpath
 from torch_quant.graph.outputs import unflatten_output
+from torch_quant.graph.serialize import pack, unpack
 from torch_quant.graph.shapes import ShapeContract
 
 __all__ = ["QuantizedGraph", "QuantizedRegion"]
@@ -27,6 +28,18 @@ class QuantizedGraph(nn.Module):
         self.body = body
         self.call_signature, self.contract, self.out_spec = signature, contract, out_spec
 
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        modules = dict(self._modules)
+        state["packed"] = pack(modules.pop("body"))
+        state["_modules"] = modules
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        body = unpack(state.pop("packed"))
+        super().__setstate__(state)
+        self.body = body
+
     def mismatch(self, call: Call) -> str | None:
         """Why it does not serve ``call``, or None."""
         if self.call_signature != call.signature:
@@ -37,6 +50,24 @@ class QuantizedGraph(nn.Module):
 
     def forward(self, *tensors: torch.Tensor) -> Any:
         return unflatten_output(self.body(*tensors), self.out_spec)
+
+
+class _Forward:
+    """The region's ``forward`` under the float module's signature.
+
+    ``torch.jit.trace(..., example_kwarg_inputs=...)`` and ``torch.export`` ask for names.
+    """
+
+    def __init__(self, region: QuantizedRegion, signature: inspect.Signature) -> None:
+        self.region, self.__signature__ = region, signature
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.region.run(*args, **kwargs)
+
+    @property
+    def __code__(self) -> Any:
+        """Where the code is, which ``torch.export`` notes."""
+        return QuantizedRegion.run.__code__
 
 
 class QuantizedRegion(nn.Module):
@@ -61,12 +92,14 @@ class QuantizedRegion(nn.Module):
         self.graphs = nn.ModuleList(graphs)
         self.glue = glue
         self.description = ""
+        self.forward = _Forward(self, signature)
         self.eval()
 
     def extra_repr(self) -> str:
         return self.description
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """What ``forward`` does."""
         args, kwargs = bind(self.signature, args, kwargs)
         if self.glue is not None and not len(self.graphs):
             return self._run_glue(args, kwargs)

@@ -69,7 +69,7 @@ def unflatten_output(leaves: Any, spec: Any) -> Any:
 def _unflatten(leaves: Any, spec: _Tree) -> Any:
     items = []
     for item in spec.leaves:
-        if item is _LEAF:
+        if isinstance(item, str):
             items.append(next(leaves))
         elif isinstance(item, _Constant):
             items.append(item.value)

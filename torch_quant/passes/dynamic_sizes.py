@@ -7,7 +7,7 @@ parser records the size as a value.
 
 from __future__ import annotations
 
-from typing import Any
+import operator
 
 import torch
 from torch import Tensor, fx
@@ -19,32 +19,29 @@ __all__ = ["dynamic_sizes"]
 aten = torch.ops.aten
 
 
-def slice_along(
-    x: Tensor, dim: int = 0, start: Any = None, end: Any = None, step: Any = 1
-) -> Tensor:
-    """``x[..., start:end:step, ...]`` along ``dim``."""
-    axis = dim if dim >= 0 else x.dim() + dim
-    return x[(slice(None),) * axis + (slice(start, end, step),)]
+def _slice_to_index(node: fx.Node) -> None:
+    """``slice(x, dim, start, end, step)`` as ``x[..., start:end:step]``."""
+    x, dim, start, end, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
+    assert isinstance(x, fx.Node) and isinstance(dim, int)
+    axis = dim if dim >= 0 else x.meta["val"].dim() + dim
+    index = (*[slice(None)] * axis, slice(start, end, step))
+    node.target, node.args = operator.getitem, (x, index)
 
 
-def upsample_nearest(x: Tensor, size: Any, factors: Any = None) -> Tensor:
-    return torch.nn.functional.interpolate(x, size, factors, mode="nearest")
-
-
-def upsample_bilinear(x: Tensor, size: Any, align: bool, factors: Any = None) -> Tensor:
-    return torch.nn.functional.interpolate(x, size, factors, mode="bilinear", align_corners=align)
-
-
-def upsample_bicubic(x: Tensor, size: Any, align: bool, factors: Any = None) -> Tensor:
-    return torch.nn.functional.interpolate(x, size, factors, mode="bicubic", align_corners=align)
-
-
-_SPECIAL: dict[Any, Any] = {
-    aten.slice.Tensor: slice_along,
-    aten.upsample_nearest2d.vec: upsample_nearest,
-    aten.upsample_bilinear2d.vec: upsample_bilinear,
-    aten.upsample_bicubic2d.vec: upsample_bicubic,
+_UPSAMPLE = {
+    aten.upsample_nearest2d.vec: "nearest",
+    aten.upsample_bilinear2d.vec: "bilinear",
+    aten.upsample_bicubic2d.vec: "bicubic",
 }
+
+
+def _upsample_to_interpolate(node: fx.Node) -> None:
+    x, size, *rest = node.args
+    kwargs = {"size": size, "mode": _UPSAMPLE[node.target], "scale_factor": rest[-1]}
+    if kwargs["mode"] != "nearest":
+        kwargs["align_corners"] = rest[0]
+    node.target = torch.nn.functional.interpolate
+    node.args, node.kwargs = (x,), kwargs
 
 
 def _takes_size(node: fx.Node, sizes: set[fx.Node]) -> bool:
@@ -68,8 +65,10 @@ def dynamic_sizes(context: PassContext) -> int:
             if not _is_aten(node):
                 sizes.add(node)  # arithmetic of sizes
                 continue
-            if node.target in _SPECIAL:
-                node.target = _SPECIAL[node.target]
+            if node.target is aten.slice.Tensor:
+                _slice_to_index(node)
+            elif node.target in _UPSAMPLE:
+                _upsample_to_interpolate(node)
             else:
                 _call_by_name(node)
             changed += 1

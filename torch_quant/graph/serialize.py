@@ -1,0 +1,61 @@
+"""A graph as plain picklable data, and back, without tracing anything again.
+
+``fx.GraphModule`` pickles its source code and traces it when loaded, which fails as soon as a size is
+passed to a factory function.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+__all__ = ["pack", "unpack"]
+
+
+@dataclass(frozen=True)
+class _Ref:
+    """Stands for another node."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class _Op:
+    """Stands for an operator overload, ``aten.add.Tensor``."""
+
+    name: str
+
+    def resolve(self) -> Any:
+        return operator.attrgetter(self.name)(torch.ops)
+
+
+def pack(gm: fx.GraphModule) -> dict[str, Any]:
+    """``gm``'s nodes and the tensors they read."""
+    nodes = []
+    attributes = {}
+    for node in gm.graph.nodes:
+        target = _Op(str(node.target)) if hasattr(node.target, "_schema") else node.target
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _Ref(n.name))
+        nodes.append((node.op, node.name, target, args, kwargs))
+        if node.op == "get_attr":
+            attributes[node.target] = operator.attrgetter(str(node.target))(gm)
+    return {"nodes": nodes, "attributes": attributes}
+
+
+def unpack(payload: dict[str, Any]) -> fx.GraphModule:
+    """Undo :func:`pack`."""
+    graph = fx.Graph()
+    made: dict[str, fx.Node] = {}
+
+    def resolve(value: Any) -> Any:
+        return made[value.name] if isinstance(value, _Ref) else value
+
+    for op, name, target, args, kwargs in payload["nodes"]:
+        target = target.resolve() if isinstance(target, _Op) else target
+        args, kwargs = fx.node.map_aggregate((args, kwargs), resolve)
+        made[name] = graph.create_node(op, target, args, kwargs, name)
+    return fx.GraphModule(payload["attributes"], graph)
