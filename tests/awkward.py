@@ -262,7 +262,8 @@ class DictInput(Linears):
 
 def _nested(batch: int) -> Call:
     levels = [
-        {"x": normal(batch, 24, 16, salt=i), "w": normal(batch, 1, 1, salt=i)} for i in (0, 2)
+        {"x": normal(batch, 24, 16, salt=i), "w": normal(batch, 1, 1, salt=i + 1).sigmoid()}
+        for i in (0, 2)
     ]
     return (levels,), {"pair": (normal(batch, 24, 16, salt=4), None)}
 

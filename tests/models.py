@@ -80,7 +80,7 @@ def randomize_batch_norms(model: nn.Module) -> None:
 
 
 def normal(*shape: int, salt: int = 0) -> Tensor:
-    """N(0, 1) values, a function of the shape's first dimension (the batch) and ``salt`` alone."""
+    """N(0, 1) values, seeded by the first dimension (the batch) and by ``salt``."""
     generator = torch.Generator().manual_seed(1000 * (salt + 1) + shape[0])
     return torch.randn(shape, generator=generator)
 

@@ -125,7 +125,14 @@ ENCODERS = [
         cls_token_id=1,
         sep_token_id=2,
     ),
-    encoder("fnet", "FNetModel", "a Fourier transform mixes the tokens"),
+    entry(
+        "fnet",
+        "FNetModel",
+        SMALL,
+        lambda batch: {"input_ids": text(batch)["input_ids"]},
+        "text",
+        note="a Fourier transform mixes the tokens; no mask",
+    ),
 ]
 
 DECODERS = [

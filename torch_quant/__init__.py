@@ -13,9 +13,11 @@ from torch_quant.errors import (
     QuantError,
     UnsupportedOp,
 )
+from torch_quant.io.torchscript import export_torchscript
 from torch_quant.quantizer import Quantizer
+from torch_quant.version import __version__
 
-__version__ = "0.1.0"
+
 
 __all__ = [
     "Backend",
@@ -35,5 +37,6 @@ __all__ = [
     "__version__",
     "available_backends",
     "cosine",
+    "export_torchscript",
     "sqnr",
 ]
