@@ -85,6 +85,9 @@ class Quantizer:
         self._models: weakref.WeakKeyDictionary[nn.Module, CapturedModel]
         self._models = weakref.WeakKeyDictionary()
 
+    def __repr__(self) -> str:
+        return f"Quantizer({self.backend!r}, {self.state.batches} batches seen, {self.plan!r})"
+
     # Proxies
 
     def calib(self, model: nn.Module, example_inputs: Any = None) -> CalibModel:

@@ -11,7 +11,7 @@ from torch_quant.backends.base import Backend, register_backend
 from torch_quant.core.plan import Placement
 from torch_quant.core.spec import QuantSpec
 from torch_quant.graph.ops import PATTERNS
-from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
+from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, FAKE_QUANTIZE, QUANTIZE
 from torch_quant.passes.base import PassContext
 
 __all__ = ["ReferenceBackend", "symmetric_weight"]
@@ -66,12 +66,12 @@ class ReferenceBackend(Backend):
 
 def _fake_quantize(node: fx.Node) -> None:
     x, scale, zero_point, low, high, _ = node.args
-    node.target = aten.fake_quantize_per_tensor_affine.default
+    node.target = FAKE_QUANTIZE
     node.args = (x, scale, zero_point, low, high)
 
 
 def _plain_dequantize(node: fx.Node) -> None:
-    """A weight's dequantization in standard operators, so that a saved file needs nothing else."""
+    """A weight's dequantization in standard operators, which any compiler can fold."""
     graph = node.graph
     codes, scale, zero_point, *axis = node.args
     assert isinstance(codes, fx.Node)

@@ -23,8 +23,7 @@ def export_torchscript(
     """Trace, freeze and save a quantized model.
 
     The file holds integer weights and serves every batch size and length that the model does. A
-    process that loads a file of ``Backend.ONEDNN`` must ``import torch_quant`` first, for the
-    operators; a file of ``Backend.REFERENCE`` needs only torch.
+    process that loads it must ``import torch_quant`` first, for the operators.
 
     Args:
         quant_model: what ``Quantizer.quantize`` returned.

@@ -19,13 +19,17 @@ from torch import Tensor
 
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
-from torch_quant.observers.base import channel_rows, in_memory_order
+from torch_quant.observers._blocks import Blocks
+from torch_quant.observers.base import channel_rows, in_memory_order, require_finite
 from torch_quant.observers.minmax import MinMaxObserver
 
 __all__ = ["SAMPLES", "BinnedObserver", "Bins"]
 
 SAMPLES = 2**15
-"""How many elements of a batch are counted at most (of each channel, per channel)."""
+"""How many elements of a batch's body are counted at most (of each channel, per channel)."""
+
+TAIL = 2**-11
+"""The share of a larger batch, at each end, all of whose elements are counted; by the sample."""
 
 _MIN_LEVEL = -100  # bins of 2**-100: their inverse is still a normal float32
 _INDEX_BITS = 20  # |bin index| <= 2**20, so that float32 arithmetic on indices is exact
@@ -110,35 +114,61 @@ class Bins:
         counts.scatter_add_(1, moved.clamp(0, bins - 1), self.counts.expand(len(level), -1))
         return Bins(counts, level, first)
 
-    def adding(self, rows: Tensor, weight: int) -> Bins:
-        """With ``rows``, shape ``[channels, n]`` and inside the range, ``weight`` times each."""
+    def tally(self, rows: Tensor, channel: Tensor | None = None) -> Tensor:
+        """How many elements each bin holds, int64, ``[channels, bins]``.
+
+        Args:
+            rows: inside the range, ``[rows, n]``, on any device.
+            channel: int64, ``[rows]``, which channel each row belongs to; None: each to its own.
+        """
         channels, bins = self.counts.shape
         scale = (1.0 / self.width).to(rows.device, torch.float32)
-        origin = self.first - torch.arange(channels) * bins
+        origin = (self.first - torch.arange(channels) * bins).to(rows.device, torch.int32)
+        if channel is not None and channels > 1:
+            scale, origin = scale[channel], origin[channel]
         # Both steps are exact: a product with a power of two, and integers below 2**24.
         index = (rows.to(torch.float32) * scale[:, None]).floor_().to(torch.int32)
-        index -= origin.to(rows.device, torch.int32)[:, None]
-        counts = torch.bincount(index.flatten(), minlength=channels * bins).cpu()
-        return Bins(self.counts + weight * counts.view(channels, bins), self.level, self.first)
+        index -= origin[:, None]
+        counts = torch.bincount(index.flatten(), minlength=channels * bins)
+        return counts.cpu().view(channels, bins)
 
-    def marking(self, values: Tensor) -> Bins:
-        """With one more count at each of ``values``, float, ``[channels, n]``."""
-        index = self.index(values)
-        counts = self.counts.scatter_add(1, index, torch.ones_like(index))
-        return Bins(counts, self.level, self.first)
+    def adding(self, counts: Tensor) -> Bins:
+        """With these counts more, int64, ``[channels, bins]``."""
+        return Bins(self.counts + counts, self.level, self.first)
+
+    def edges(self, index: Tensor) -> Tensor:
+        """Where the bins ``index`` begin, exact in float32, ``[channels]``."""
+        return ((self.first + index) * self.width).to(torch.float32)
 
 
-def _sample(x: Tensor, ch_axis: int | None) -> tuple[Tensor, int]:
-    """Every ``stride``-th element, ``[channels, n]`` with ``n <= SAMPLES``, and that stride.
+def _stride(count: int) -> int:
+    """The step in which ``count`` elements are sampled: at most ``SAMPLES`` of them.
 
-    The stride shares no factor with the number of elements, hence none with any dimension: the
-    sample walks through all positions of each axis alike.
+    It shares no factor with ``count``, hence none with any dimension: the sample walks through all
+    positions of each axis alike.
     """
-    rows = in_memory_order(x).reshape(1, -1) if ch_axis is None else channel_rows(x, ch_axis)
-    stride = -(-rows.shape[1] // SAMPLES)
-    while math.gcd(stride, rows.shape[1]) != 1:
+    stride = -(-count // SAMPLES)
+    while math.gcd(stride, count) != 1:
         stride += 1
-    return rows[:, ::stride], stride
+    return stride
+
+
+def _count(bins: Bins, rows: Tensor, blocks: Blocks) -> Tensor:
+    """The counts of ``rows``, ``[channels, n]``, as the observer below describes them."""
+    stride = _stride(rows.shape[1])
+    counts = bins.tally(rows[:, ::stride])
+    if stride == 1:
+        return counts
+    below = counts.cumsum(dim=1)
+    few = int(rows.shape[1] // stride * TAIL)
+    # The bins of the body leave at most so many of the sample at either end.
+    first = (below <= few).sum(dim=1)
+    last = (below < below[:, -1:] - few).sum(dim=1)
+    index = torch.arange(counts.shape[1])
+    body = (index >= first[:, None]) & (index <= last[:, None])
+    low, high = bins.edges(first).to(rows.device), bins.edges(last + 1).to(rows.device)
+    exact = sum(bins.tally(*found) for found in blocks.beyond(low, high))
+    return torch.where(body, stride * counts, exact)
 
 
 class BinnedObserver(MinMaxObserver):
@@ -164,15 +194,16 @@ class BinnedObserver(MinMaxObserver):
             raise InvalidConfig(f"{type(self).__name__}(bins={bins}): expected 16 to 65536 bins")
         self.bins = Bins.empty(bins)
 
-    def _record(self, x: Tensor, low: Tensor, high: Tensor) -> None:
-        before = self.min_val.to(low.device), self.max_val.to(low.device)
-        super()._record(x, low, high)
-        if not (torch.equal(before[0], self.min_val) and torch.equal(before[1], self.max_val)):
-            self.bins = self.bins.covering(self.min_val.reshape(-1), self.max_val.reshape(-1))
-        rows, stride = _sample(x, self.ch_axis)
-        self.bins = self.bins.adding(rows, stride)
-        if stride > 1:
-            self.bins = self.bins.marking(torch.stack([low.reshape(-1), high.reshape(-1)], dim=1))
+    def _take(self, x: Tensor) -> None:
+        axis = self.ch_axis
+        rows = in_memory_order(x).reshape(1, -1) if axis is None else channel_rows(x, axis)
+        blocks = Blocks(rows)
+        low, high = blocks.extremes()
+        require_finite(x, low, high)
+        before = self.min_val, self.max_val
+        self._record(x, low[0] if axis is None else low, high[0] if axis is None else high)
+        self.bins = self.bins.covering(self.min_val.reshape(-1), self.max_val.reshape(-1))
+        self.bins = self.bins.adding(_count(self.bins, rows, blocks))
 
     @abstractmethod
     def _range(self, spec: QuantSpec) -> tuple[Tensor, Tensor]: ...

@@ -1,0 +1,72 @@
+"""What the tests of captured graphs share: capture in one call, and look at the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from torch_quant.graph.calls import flatten_call
+from torch_quant.graph.capture import Executor, Region
+from torch_quant.graph.export import CapturedGraph, export_graph
+from torch_quant.graph.shadow import shadow
+from torch_quant.graph.sites import Site, find_sites
+from torch_quant.passes.canonicalize import canonicalize
+
+__all__ = ["Compute", "Two", "canonical", "capture", "executor", "serve", "site_names", "sites_of"]
+
+
+class Compute(nn.Module):
+    """A plain function as a module."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.function(*inputs)
+
+
+class Two(nn.Module):
+    """Two linears 16 to 16; a subclass says how they are used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.l0, self.l1 = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.l1(self.l0(x).relu())
+
+
+def capture(model: nn.Module, *args: Any, **kwargs: Any) -> CapturedGraph:
+    """The graph of ``model`` for this call."""
+    return export_graph(shadow(model), flatten_call(args, kwargs))
+
+
+def serve(graph: CapturedGraph, *args: Any, **kwargs: Any) -> Any:
+    """What a captured graph gives for a call, its contract checked."""
+    call = flatten_call(args, kwargs)
+    graph.contract.check(call)
+    with torch.no_grad():
+        return graph(call)
+
+
+def canonical(model: nn.Module, *args: Any, path: str = "", **kwargs: Any) -> fx.GraphModule:
+    """The canonical graph of ``model`` for this call."""
+    return canonicalize(capture(model, *args, **kwargs).gm, path)
+
+
+def sites_of(gm: fx.GraphModule) -> list[Site]:
+    return [site for _, _, site in find_sites(gm.graph)]
+
+
+def site_names(gm: fx.GraphModule) -> list[str]:
+    return [site.name for site in sites_of(gm)]
+
+
+def executor(model: nn.Module) -> tuple[Executor, Region]:
+    """``model`` run through its captured graphs, and where they are kept."""
+    region = Region(shadow(model))
+    return Executor(region, lambda region, graph, call: graph(call)), region

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import enum
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from awkward import PlainCache
+from capturing import Two, capture, executor, serve
+from models import normal
+from torch import Tensor
+
+from torch_quant.graph.outputs import flatten_output, unflatten_output
+
+
+class Pair(NamedTuple):
+    mean: Any
+    scale: Any
+
+
+class Record:
+    def __init__(self, first: Any, second: Any) -> None:
+        self.first, self.second = first, second
+
+
+class Color(enum.Enum):
+    RED = 1
+
+
+class Answer(dict):  # type: ignore[type-arg]
+    """A dict of its own class, with nothing registered."""
+
+
+class Rows(list):  # type: ignore[type-arg]
+    pass
+
+
+@dataclass
+class Scored:
+    scores: Tensor
+    note: str = ""
+
+
+@dataclass(slots=True)
+class Slotted:
+    scores: Tensor
+    note: str = ""
+
+
+def helper() -> None: ...
+
+
+def same(x: Any, y: Any) -> bool:
+    """Equality in type and content, tensors by identity."""
+    if isinstance(x, Tensor):
+        return x is y
+    if type(x) is not type(y):
+        return False
+    if isinstance(x, dict):
+        return list(x) == list(y) and all(same(x[key], y[key]) for key in x)
+    if isinstance(x, (list, tuple)):
+        return len(x) == len(y) and all(map(same, x, y))
+    if isinstance(x, (Record, Scored, PlainCache)):
+        return same(vars(x), vars(y))
+    if isinstance(x, Slotted):
+        return same([x.scores, x.note], [y.scores, y.note])
+    return bool(x == y)
+
+
+def cache() -> PlainCache:
+    made = PlainCache()
+    made.states = {0: torch.ones(1), 7: torch.zeros(2)}
+    return made
+
+
+A, B = torch.ones(2), torch.zeros(3)
+
+OUTPUTS = {
+    "tensor": A,
+    "tuple": (A, B),
+    "nested": {"a": [A, (B, {"c": A})], "b": ()},
+    "named tuple": Pair(A, [B]),
+    "ordered dict": OrderedDict(b=A, a=B),
+    "none": (A, None, None),
+    "only none": None,
+    "numbers": {"size": 3, "ratio": 0.5, "x": A},
+    "constants": [A, True, "text", torch.float32, 1 + 2j, b"bytes"],
+    "shape": (A.shape, A),
+    "object": Record(A, "text"),
+    "dataclass": Scored(A, "note"),
+    "object in object": [Record(Record(A, (1, None)), {"b": B}), B],
+    "cache": (A, cache()),
+    "empty object": PlainCache(),
+    "slots": Slotted(A, "note"),
+    "enum": (A, Color.RED),
+    "function": (A, helper, len, Record),
+    "dict of its own class": Answer(logits=A, hidden=[B]),
+    "list of its own class": Rows([A, B]),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_there_and_back(name: str) -> None:
+    leaves, spec = flatten_output(OUTPUTS[name])
+    assert all(isinstance(leaf, (Tensor, int, float)) for leaf in leaves)
+    assert same(unflatten_output(leaves, spec), OUTPUTS[name])
+
+
+def test_leaves_are_the_tensors_and_numbers_in_order() -> None:
+    leaves, _ = flatten_output({"x": A, "flag": True, "n": 3, "deep": [Record(B, 0.5), None]})
+    assert [x if isinstance(x, (int, float)) else id(x) for x in leaves] == [id(A), 3, id(B), 0.5]
+
+
+def test_other_leaves_make_another_output() -> None:
+    output = [Record(A, "text"), Pair(B, 4)]
+    leaves, spec = flatten_output(output)
+    made = unflatten_output([torch.full((1,), 5.0), torch.full((1,), 6.0), 7], spec)
+    assert made[0] is not output[0]
+    assert (float(made[0].first), made[0].second) == (5.0, "text")
+    assert (float(made[1].mean), made[1].scale) == (6.0, 7)
+    assert output[0].first is A
+
+
+def test_each_call_makes_a_new_object() -> None:
+    leaves, spec = flatten_output(cache())
+    first, second = unflatten_output(leaves, spec), unflatten_output(leaves, spec)
+    first.states[0] = None
+    assert second.states[0] is not None
+
+
+def test_an_object_that_holds_itself_ends() -> None:
+    record = Record(A, None)
+    record.second = record
+    leaves, spec = flatten_output(record)
+    assert unflatten_output(leaves, spec).first is A
+
+
+class Returns(Two):
+    kind = "object"
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.l0(x)
+        if self.kind == "slots":
+            return Slotted(y)
+        if self.kind == "dict":
+            return Answer(scores=y)
+        if self.kind == "list":
+            return Rows([y])
+        return Record(y, y.shape[0])
+
+
+def scores(output: Any) -> Tensor:
+    if isinstance(output, dict):
+        return output["scores"]
+    return output[0] if isinstance(output, list) else getattr(output, "scores", None)
+
+
+@pytest.mark.parametrize("kind", ["slots", "dict", "list"])
+def test_a_captured_output_never_loses_its_tensors(kind: str) -> None:
+    """What cannot be taken apart may fail to be captured, but must not come back empty or stale."""
+    model = Returns()
+    model.kind = kind
+    x = normal(3, 16)
+    with torch.no_grad():
+        expected = scores(model(x))
+        run, _ = executor(model)
+        run(normal(2, 16))
+        assert torch.equal(scores(run(x)), expected)
+
+
+def test_numbers_follow_the_call() -> None:
+    output = serve(capture(Returns(), normal(2, 16)), normal(5, 16))
+    assert isinstance(output, Record)
+    assert output.second == 5

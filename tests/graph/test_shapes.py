@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from torch_quant.errors import CaptureFailed
+from torch_quant.graph.calls import Call, flatten_call
+from torch_quant.graph.shapes import ShapeContract
+
+
+def call(*shapes: tuple[int, ...]) -> Call:
+    return flatten_call(tuple(torch.zeros(shape) for shape in shapes), {})
+
+
+@pytest.fixture
+def contract() -> ShapeContract:
+    return ShapeContract(["ids", "mask"], [("s0", "s1", 16), ("s0", "2*s1")])
+
+
+def test_free_sizes(contract: ShapeContract) -> None:
+    for batch, length in ((1, 1), (3, 5), (0, 2), (1000, 1)):
+        assert contract.mismatch(call((batch, length, 16), (batch, 2 * length))) is None
+
+
+def test_a_fixed_size(contract: ShapeContract) -> None:
+    reason = contract.mismatch(call((2, 3, 8), (2, 6)))
+    assert reason == "ids.shape[2] is 8, but the graph was captured for 16"
+
+
+def test_sizes_that_must_be_equal(contract: ShapeContract) -> None:
+    reason = contract.mismatch(call((2, 3, 16), (4, 6)))
+    assert reason == "mask.shape[0] is 4, but ids.shape[0] is 2 and both must be equal"
+
+
+def test_check_raises_the_reason(contract: ShapeContract) -> None:
+    contract.check(call((2, 3, 16), (2, 6)))
+    with pytest.raises(CaptureFailed, match=r"ids\.shape\[2\] is 8"):
+        contract.check(call((2, 3, 8), (2, 6)))
+
+
+def test_a_size_is_refused_each_time(contract: ShapeContract) -> None:
+    """What was seen is remembered, so a refusal must not be taken for a success."""
+    for _ in range(2):
+        assert contract.mismatch(call((2, 3, 8), (2, 6))) is not None
+        assert contract.mismatch(call((2, 3, 16), (2, 6))) is None
+
+
+def test_describe(contract: ShapeContract) -> None:
+    assert contract.describe() == "ids: (s0, s1, 16), mask: (s0, 2*s1)"
+
+
+def test_memory_of_shapes_is_bounded(contract: ShapeContract) -> None:
+    wide = call((1, 1, 16), (1, 2))
+    for batch in range(1100):
+        tensors = (torch.empty(batch, 1, 16), torch.empty(batch, 2))
+        assert contract.mismatch(wide.with_tensors(tensors)) is None
+    assert len(contract._seen) <= 1024

@@ -1,0 +1,65 @@
+"""Every architecture: captured unchanged, calibrated at batch 1, quantized, run at batch 3."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import pytest
+import torch
+from flows import CASES, Case, assert_unchanged, calibrated, run, snapshot
+from torch.utils import _pytree as pytree
+
+from torch_quant import Quantizer, UnsupportedOp, sqnr
+from torch_quant.backends import available_backends
+
+BACKENDS = [backend.name for backend in available_backends()]
+
+# Output SQNR that a case cannot reach, and why.
+EXCEPTIONS: dict[str, str] = {}
+
+# (case, backend) without anything to quantize, and why.
+NOTHING: dict[tuple[str, str], str] = {
+    ("einsums", "reference"): "only einsum, which stays float",
+    ("einsums", "onednn"): "only einsum, which stays float",
+    ("batched_products", "onednn"): "only products of activations, for which oneDNN has no kernel",
+}
+
+
+def leaves(outputs: Any) -> Any:
+    """A dataclass that pytree does not know, as a dict."""
+    if is_dataclass(outputs) and not isinstance(outputs, dict):
+        return {field.name: getattr(outputs, field.name) for field in fields(outputs)}
+    return outputs
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+def test_captured_calibrated_and_quantized(case: Case) -> None:
+    model = case.build()
+    run(model, case.inputs(1))  # some models keep what they computed at their first call
+    before = snapshot(model)
+    quantizer = Quantizer("reference")
+    calib_model = quantizer.calib(model)
+    for inputs, again in zip(case.ones(), case.ones(), strict=True):
+        outputs, expected = run(calib_model, inputs), run(model, again)
+        assert type(outputs) is type(expected)
+        assert sqnr(leaves(expected), leaves(outputs)) == float("inf")  # invariant 1
+    batch = case.inputs(3)
+    expected = run(model, case.inputs(3))
+    found = {}
+    for backend in BACKENDS:
+        if (case.name, backend) in NOTHING:
+            with pytest.raises(UnsupportedOp, match="nothing in the model can be quantized"):
+                quantizer.quantize(model, backend=backend)
+            continue
+        quant_model = quantizer.quantize(model, backend=backend)
+        outputs = run(quant_model, batch)
+        assert type(outputs) is type(expected)
+        shapes = [x.shape for x in pytree.tree_leaves(leaves(outputs)) if isinstance(x, torch.Tensor)]
+        wanted = [x.shape for x in pytree.tree_leaves(leaves(expected)) if isinstance(x, torch.Tensor)]
+        assert shapes == wanted
+        found[backend] = sqnr(leaves(expected), leaves(outputs))
+        batch = case.inputs(3)
+    assert_unchanged(model, before)  # invariant 2
+    if case.name not in EXCEPTIONS:
+        assert all(value >= 20.0 for value in found.values()), found
