@@ -1,4 +1,4 @@
-"""Train a small residual CNN on scikit-learn's digits, quantize it, compare accuracy, size, latency."""
+"""Train a small residual CNN on scikit-learn's digits, quantize it, compare it with float."""
 
 from __future__ import annotations
 
@@ -93,11 +93,23 @@ def main() -> None:
     size, int8_size = file_size(model), options.output.stat().st_size
     print_table(
         [
-            ("held-out accuracy", f"{accuracy(model, held_out):.2%}", f"{accuracy(quant_model, held_out):.2%}"),
+            (
+                "held-out accuracy",
+                f"{accuracy(model, held_out):.2%}",
+                f"{accuracy(quant_model, held_out):.2%}",
+            ),
             ("file", f"{size / 1e3:.0f} kB", f"{int8_size / 1e3:.0f} kB ({int8_size / size:.1%})"),
-            ("latency, eager, batch 64", f"{latency['float32']:.2f} ms", f"{latency['int8']:.2f} ms"),
+            (
+                "latency, eager, batch 64",
+                f"{latency['float32']:.2f} ms",
+                f"{latency['int8']:.2f} ms",
+            ),
             ("latency, TorchScript", "", f"{latency['TorchScript']:.2f} ms"),
-            ("speed-up over eager float32", "1", f"{latency['float32'] / latency['TorchScript']:.2f}x"),
+            (
+                "speed-up over eager float32",
+                "1",
+                f"{latency['float32'] / latency['TorchScript']:.2f}x",
+            ),
         ],
         "float32",
         "int8",

@@ -76,7 +76,7 @@ def model_folder() -> Path:
 
 @torch.no_grad()
 def embed(model: torch.nn.Module, tokenizer: object, texts: list[str], batch: int = 16) -> Tensor:
-    """Sentence embeddings by masked mean pooling, as the model was trained; ``[texts, features]``."""
+    """Sentence embeddings by masked mean pooling, as in training; ``[texts, features]``."""
     parts = []
     for start in range(0, len(texts), batch):
         inputs = dict(

@@ -1,7 +1,7 @@
 """Quantize the pretrained all-MiniLM-L6-v2 and compare it with float: accuracy, size, latency.
 
-Calibrates on 64 docstring bodies of Python's standard library, then lets the first line of 400 other
-docstrings find its body.
+Calibrates on 64 docstring bodies of Python's standard library, then lets the first line of 400
+other docstrings find its body.
 """
 
 from __future__ import annotations
@@ -96,7 +96,11 @@ def main() -> None:
         ("cosine with float, mean", "1", f"{angle.mean():.4f}"),
         ("cosine with float, worst", "1", f"{angle.min():.4f}"),
         ("file", f"{size / 1e6:.1f} MB", f"{int8_size / 1e6:.1f} MB ({int8_size / size:.1%})"),
-        (f"latency, eager, {BATCH} x 128", f"{latency['float32']:.1f} ms", f"{latency['int8']:.1f} ms"),
+        (
+            f"latency, eager, {BATCH} x 128",
+            f"{latency['float32']:.1f} ms",
+            f"{latency['int8']:.1f} ms",
+        ),
         (f"latency, TorchScript, {BATCH} x 128", "", f"{latency['TorchScript']:.1f} ms"),
         ("speed-up over eager float32", "1", f"{speed_up:.2f}x"),
         ("multiply-accumulates in int8", "0%", f"{quantizer.plan.coverage:.1%}"),

@@ -85,11 +85,15 @@ def calibrated(model: nn.Module, batches: list[Inputs], **options: Any) -> Quant
 def snapshot(model: nn.Module) -> dict[str, Any]:
     """All that must not change in a user's model."""
     return {
-        "state": {name: (id(x), x.detach().clone()) for name, x in model.state_dict(keep_vars=True).items()},
+        "state": {
+            name: (id(x), x.detach().clone())
+            for name, x in model.state_dict(keep_vars=True).items()
+        },
         "modules": [(name, id(m), type(m), m.training) for name, m in model.named_modules()],
         "attributes": [(name, sorted(vars(m))) for name, m in model.named_modules()],
         "hooks": [
-            (name, len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()
+            (name, len(m._forward_hooks), len(m._forward_pre_hooks))
+            for name, m in model.named_modules()
         ],
         "grads": [x.requires_grad for x in model.parameters()],
     }

@@ -22,7 +22,6 @@ BACKENDS = [backend.name for backend in available_backends()]
 SOME = ["mlp", "small_cnn", "mobile_cnn", "tiny_transformer", "attention_explicit"]
 
 
-
 def batches(name: str, sizes: tuple[int, ...] = (32, 64)) -> list[Any]:
     return [(example(name, size), {}) for size in sizes]
 
@@ -91,9 +90,7 @@ def test_5_save_and_load(name: str, backend: str) -> None:
     assert torch.equal(traced(*x), expected)
 
     sizes = tuple({0: torch.export.Dim.AUTO} for _ in x)
-    program = torch.export.export(
-        quant_model, example(name, 2), dynamic_shapes=sizes, strict=False
-    )
+    program = torch.export.export(quant_model, example(name, 2), dynamic_shapes=sizes, strict=False)
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     buffer.seek(0)

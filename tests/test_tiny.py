@@ -11,7 +11,6 @@ from torch_quant import Quantizer, cosine, sqnr
 from torch_quant.backends import available_backends
 
 
-
 @pytest.mark.parametrize("backend", [b.name for b in available_backends()])
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_three_lines(name: str, backend: str) -> None:

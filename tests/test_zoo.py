@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from flows import CASES, Case, assert_unchanged, calibrated, run, snapshot
+from flows import CASES, Case, assert_unchanged, run, snapshot
 from torch.utils import _pytree as pytree
 
 from torch_quant import Quantizer, UnsupportedOp, sqnr
@@ -55,8 +55,12 @@ def test_captured_calibrated_and_quantized(case: Case) -> None:
         quant_model = quantizer.quantize(model, backend=backend)
         outputs = run(quant_model, batch)
         assert type(outputs) is type(expected)
-        shapes = [x.shape for x in pytree.tree_leaves(leaves(outputs)) if isinstance(x, torch.Tensor)]
-        wanted = [x.shape for x in pytree.tree_leaves(leaves(expected)) if isinstance(x, torch.Tensor)]
+        shapes = [
+            x.shape for x in pytree.tree_leaves(leaves(outputs)) if isinstance(x, torch.Tensor)
+        ]
+        wanted = [
+            x.shape for x in pytree.tree_leaves(leaves(expected)) if isinstance(x, torch.Tensor)
+        ]
         assert shapes == wanted
         found[backend] = sqnr(leaves(expected), leaves(outputs))
         batch = case.inputs(3)

@@ -17,8 +17,6 @@ from torch_quant.io.torchscript import export_torchscript
 from torch_quant.quantizer import Quantizer
 from torch_quant.version import __version__
 
-
-
 __all__ = [
     "Backend",
     "BackendUnavailable",

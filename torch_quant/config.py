@@ -58,7 +58,7 @@ class QConfig:
 
 
 Overrides = Mapping[str | type[nn.Module], QConfig | None]
-"""Site or module name (globs too), op type or module class -> its QConfig; None leaves it in float."""
+"""Site or module name (globs too), op type or module class -> its QConfig, None for float."""
 
 
 def _names(value: Iterable[str] | str) -> tuple[str, ...]:
@@ -70,8 +70,8 @@ class ModuleFilter:
     """Which sites are quantized. Exclude beats include; names beat classes and op types.
 
     A name is that of a site or of a module above it, or a glob (``"encoder.layer.0.*"``). With any
-    include given, only what it covers is quantized. In order: an excluded name, an included name, an
-    excluded class or op type, an included class or op type decides.
+    include given, only what it covers is quantized. In order: an excluded name, an included name,
+    an excluded class or op type, an included class or op type decides.
 
     Raises:
         InvalidConfig: when it is applied, for a name that matches nothing.

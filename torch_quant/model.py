@@ -1,13 +1,14 @@
-"""A float model as the package knows it: its regions, their prepared graphs, and what it looked like."""
+"""A float model as the package knows it: its regions, their graphs, and what it looked like."""
 
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from torch_quant.errors import InvalidConfig, NotCalibrated, UnsupportedOp
 from torch_quant.graph.capture import Executor, Region
@@ -76,9 +77,22 @@ class CapturedModel:
         if training:
             logger.info("%s is in train mode; it is captured as in eval mode", training[0])
 
-    def is_stale(self, model: nn.Module) -> bool:
-        """Whether ``model`` now holds other Parameter or buffer objects than were captured."""
-        return self.parameters != _identities(model)
+    def refresh(self, model: nn.Module) -> None:
+        """Read ``model``'s present Parameter and buffer objects, if they were replaced.
+
+        (``load_state_dict(assign=True)`` does so; the graphs stay what they are.)
+        """
+        if self.parameters == _identities(model):
+            return
+        self.parameters = _identities(model)
+        twin = shadow(model)
+        for region in self.region.walk():
+            region.module = twin.get_submodule(region.path)
+            for _, graph in region.graphs:
+                prepared = self._prepared.get(id(graph))
+                graphs = [graph.gm] if prepared is None else [graph.gm, prepared[1].canonical]
+                for gm in graphs:
+                    _rebind(gm, region.module)
 
     def prepared(self, region: Region, graph: CapturedGraph) -> Prepared:
         """The prepared form of a captured graph, made once."""
@@ -101,6 +115,16 @@ class CapturedModel:
                 if obstacle and not known[1]:
                     found[site.name] = (site, obstacle)
         return list(found.values())
+
+
+def _rebind(gm: fx.GraphModule, module: nn.Module) -> None:
+    for node in gm.graph.find_nodes(op="get_attr"):
+        path, _, name = str(node.target).rpartition(".")
+        try:
+            value = operator.attrgetter(str(node.target))(module)
+        except AttributeError:
+            continue  # a constant of the code, no attribute of the model
+        setattr(gm.get_submodule(path), name, value)
 
 
 def _identities(model: nn.Module) -> tuple[int, ...]:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -30,7 +29,7 @@ from torch_quant.graph.annotate import annotate, modules_of, qconfig_of
 from torch_quant.graph.calls import Call
 from torch_quant.graph.capture import Executor, Region
 from torch_quant.graph.export import CapturedGraph
-from torch_quant.model import CapturedModel, check_model, check_same, fingerprint, run_example
+from torch_quant.model import CapturedModel, check_model, check_same, run_example
 from torch_quant.observers import Observer, default_observer, observer_class
 from torch_quant.passes.prepare import insert_observers
 from torch_quant.report.coverage import Coverage
@@ -148,7 +147,9 @@ class Quantizer:
             )
         needs_data = any(site.quantized and site.activation for site in plan.values())
         if needs_data and self.state.batches == 0:
-            raise NotCalibrated("no calibration data was seen: run it through quantizer.calib(model)")
+            raise NotCalibrated(
+                "no calibration data was seen: run it through quantizer.calib(model)"
+            )
         weight_grid = partial(self._weight_grid, captured, model)
         lowering = Lowering(captured, plan, chosen, self.state.qparams, weight_grid)
         quantized = lowering.run()
@@ -214,8 +215,9 @@ class Quantizer:
         if self._fingerprint is not None:
             check_same(self._fingerprint, model)
         captured = self._models.get(model)
-        if captured is None or captured.is_stale(model):
+        if captured is None:
             captured = self._models[model] = CapturedModel(model)
+        captured.refresh(model)
         return captured
 
     def _plan(self, model: nn.Module, captured: CapturedModel, backend: Backend) -> QuantPlan:
@@ -251,7 +253,9 @@ class Quantizer:
     ) -> QParams:  # fmt: skip
         site = next(site for site, _ in captured.sites() if site.name == name)
         config = qconfig_of(site, modules_of(model, site), self.qconfig, self.overrides)
-        observer = _make((config or self.qconfig).weight_observer, axis if spec.per_channel else None)
+        observer = _make(
+            (config or self.qconfig).weight_observer, axis if spec.per_channel else None
+        )
         try:
             observer.observe(weight)
         except QuantError as error:

@@ -86,5 +86,7 @@ class QuantState:
                 observers[key].load_state_dict(values)
             batches = int(state["batches"])
         except (KeyError, TypeError, AttributeError) as error:
-            raise InvalidConfig(f"not a calibration state: {error!r} is missing or wrong") from error
+            raise InvalidConfig(
+                f"not a calibration state: {error!r} is missing or wrong"
+            ) from error
         self.observers, self.batches = observers, batches

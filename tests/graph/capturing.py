@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from torch_quant.graph.calls import flatten_call
@@ -49,8 +48,7 @@ def serve(graph: CapturedGraph, *args: Any, **kwargs: Any) -> Any:
     """What a captured graph gives for a call, its contract checked."""
     call = flatten_call(args, kwargs)
     graph.contract.check(call)
-    with torch.no_grad():
-        return graph(call)
+    return graph(call)
 
 
 def canonical(model: nn.Module, *args: Any, path: str = "", **kwargs: Any) -> fx.GraphModule:

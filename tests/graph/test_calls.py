@@ -33,7 +33,8 @@ def call(*args: Any, **kwargs: Any) -> Call:
 
 
 @pytest.mark.parametrize(
-    ("args", "kwargs"), [((1, 2), {}), ((1,), {"y": 2}), ((), {"x": 1, "y": 2}), ((), {"y": 2, "x": 1})]
+    ("args", "kwargs"),
+    [((1, 2), {}), ((1,), {"y": 2}), ((), {"x": 1, "y": 2}), ((), {"y": 2, "x": 1})],
 )
 def test_all_ways_of_writing_a_call_are_one(args: Any, kwargs: Any) -> None:
     normal_form = bound(plain, *args, **kwargs)
@@ -111,7 +112,9 @@ class Pair(NamedTuple):
 
 
 def test_names_of_named_tuples() -> None:
-    names = call(Pair(torch.ones(1), torch.ones(1)), pair=Pair(torch.ones(1), torch.ones(1))).names()
+    names = call(
+        Pair(torch.ones(1), torch.ones(1)), pair=Pair(torch.ones(1), torch.ones(1))
+    ).names()
     assert len(set(names)) == 4
     assert all("mean" in name or "scale" in name for name in names)
     assert not any("Key(" in name for name in names), "a pytree class is no name"
@@ -153,6 +156,8 @@ class Opaque:
 
 @pytest.mark.parametrize("value", [Opaque(), {1, 2}, object()], ids=["class", "set", "object"])
 def test_objects_are_refused_by_type(value: Any) -> None:
-    with pytest.raises(CaptureFailed, match="neither a tensor, a constant nor a registered pytree") as e:
+    with pytest.raises(
+        CaptureFailed, match="neither a tensor, a constant nor a registered pytree"
+    ) as e:
         call(torch.ones(1), state=[value])
     assert type(value).__qualname__ in str(e.value)

@@ -170,7 +170,7 @@ def test_granularity_must_match(cls: type, ch_axis: int | None, fix: str) -> Non
 
 def test_observers_without_ranges() -> None:
     observer = fed(from_ao(ao.PlaceholderObserver.with_args(dtype=torch.quint8)))
-    with pytest.raises(InvalidConfig, match=r"ao\.PlaceholderObserver"):
+    with pytest.raises(InvalidConfig, match=r"from_ao\(PlaceholderObserver\)"):
         observer.qparams(U8)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from torch_quant.errors import InvalidConfig
 from torch_quant.observers import HistogramObserver
-from torch_quant.observers._bins import SAMPLES, Bins
+from torch_quant.observers._bins import SAMPLES, TAIL, Bins
 
 
 def observed(*batches: torch.Tensor, ch_axis: int | None = None, bins: int = 64) -> Bins:
@@ -94,12 +94,68 @@ def test_sampled_split_stays_within_the_stated_bound() -> None:
     assert (shares[0] - shares[1]).abs().max() <= math.sqrt(math.log(2000.0) / (2 * SAMPLES))
 
 
+def assert_tails_are_whole(observer: HistogramObserver, rows: torch.Tensor) -> None:
+    """The tails of one batch, ``[channels, n]``: each at least TAIL in SAMPLES, by and large."""
+    bins = observer.bins
+    index = bins.index(rows)
+    few = rows.shape[1] * TAIL // SAMPLES // 4
+    for channel, counts in enumerate(bins.counts):
+        exact = torch.bincount(index[channel], minlength=len(counts))
+        below, above = exact.cumsum(0), exact.flip(0).cumsum(0).flip(0)
+        tails = (below <= few) | (above <= few)
+        assert 0 < int(exact[tails].sum()) <= 2 * few
+        assert torch.equal(counts[tails], exact[tails])
+        assert int(counts.sum()) == pytest.approx(rows.shape[1], rel=2e-3)
+
+
+@pytest.mark.parametrize("count", [SAMPLES + 1, 3 * SAMPLES, 10 * SAMPLES + 77])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_tails_of_a_sampled_batch_are_counted_whole(count: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(count)
+    x = torch.randn(count, generator=generator).mul(0.5).exp().to(dtype)
+    observer = HistogramObserver()
+    observer.observe(x)
+    assert_tails_are_whole(observer, x.float()[None])
+
+
+@pytest.mark.parametrize("ch_axis", [0, 1, 2])
+def test_tails_of_each_channel_are_counted_whole(ch_axis: int) -> None:
+    shape = [3, 200, 301]
+    shape[0], shape[ch_axis] = shape[ch_axis], 3
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    rows = x.transpose(0, ch_axis).reshape(3, -1)
+    rows = rows * torch.tensor([1.0, 1e-3, 50.0])[:, None] + torch.tensor([[0.0], [1.0], [-3.0]])
+    other = [size for axis, size in enumerate(shape) if axis != ch_axis]
+    observer = HistogramObserver(ch_axis, bins=2048)
+    observer.observe(rows.reshape(3, *other).movedim(0, ch_axis))
+    assert_tails_are_whole(observer, rows)
+
+
+def test_a_few_massive_outliers_are_counted_once_each() -> None:
+    """Wherever they are: in the last, incomplete block, too."""
+    x = torch.randn(10 * SAMPLES + 77, generator=torch.Generator().manual_seed(0))
+    at = torch.tensor([0, 1, 127, 128, 5000, 5001, len(x) - 3, len(x) - 1])
+    x[at] = torch.tensor([100.0, -60.0]).repeat(4)
+    observer = HistogramObserver()
+    observer.observe(x)
+    bins = observer.bins
+    for value in (100.0, -60.0):
+        assert bins.counts[0, int(bins.index(torch.tensor([[value]])))] == 4
+
+
 def test_the_extremes_of_a_sampled_batch_are_counted() -> None:
     x = torch.zeros(4 * SAMPLES)
     x[1], x[2] = 100.0, -30.0
     bins = observed(x)
-    assert bins.counts[0, 0] >= 1
-    assert bins.counts[0, int(bins.index(torch.tensor([[100.0]])))] >= 1
+    assert bins.counts[0, 0] == 1
+    assert bins.counts[0, int(bins.index(torch.tensor([[100.0]])))] == 1
+
+
+@pytest.mark.parametrize("value", [0.0, -3.4e38, 1e-40, 7.0])
+def test_a_large_constant_batch(value: float) -> None:
+    bins = observed(torch.full((3 * SAMPLES,), value))
+    assert int(bins.counts.sum()) == pytest.approx(3 * SAMPLES, rel=1e-3)
+    assert bins.counts.max() == bins.counts.sum()
 
 
 @pytest.mark.parametrize("bins", [0, 15, 65537])

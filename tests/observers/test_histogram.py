@@ -9,6 +9,7 @@ from torch_quant.core.functional import fake_quantize
 from torch_quant.core.qparams import choose_qparams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.observers import HistogramObserver
+from torch_quant.observers._bins import SAMPLES
 from torch_quant.observers.histogram import Density, squared_error
 
 COUNT = 20000
@@ -72,6 +73,44 @@ def test_as_good_as_brute_force(name: str, spec: QuantSpec) -> None:
     # 2 percent (0.1 dB): candidates are 2 percent apart, and data moves inside its bin.
     assert found <= 1.02 * brute_force(x, spec)
     assert found <= 1.02 * error(x, x.min(), x.max(), spec)
+
+
+def tokens(outliers: int, sigmas: float) -> torch.Tensor:
+    """A million Gaussian values, ``[tokens, channels]``; outliers in one channel of a few tokens.
+
+    Too few for an even sample to meet: it has one element in thirty.
+    """
+    x = torch.randn(2500, 400, generator=torch.Generator().manual_seed(0))
+    x[77 : 77 + outliers, 13] = torch.linspace(0.9, 1.1, outliers) * sigmas
+    return x
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize(
+    ("outliers", "sigmas"), [(0, 0.0), (1, 100.0), (10, 60.0), (10, -60.0), (200, 20.0)]
+)
+def test_rare_massive_outliers_weigh_what_they_weigh(
+    outliers: int, sigmas: float, spec: QuantSpec
+) -> None:
+    x = tokens(outliers, sigmas)
+    observer, exact = HistogramObserver(), HistogramObserver()
+    for batch in x.view(2, 1250, 400):
+        observer.observe(batch)
+    for batch in x.flatten().split(SAMPLES):
+        exact.observe(batch)
+    found = error(x, *observer.range(spec), spec)
+    assert found <= 1.02 * error(x, x.min(), x.max(), spec)
+    # The tails are exact; the sampled body moves the range a little about the least error.
+    assert found <= 1.03 * error(x, *exact.range(spec), spec)
+
+
+def test_large_gaussian_batches_are_still_clipped() -> None:
+    x = tokens(0, 0.0)
+    observer = HistogramObserver()
+    observer.observe(x)
+    low, high = observer.range(QuantSpec.of(bits=8))
+    assert x.min() < low < -3.5
+    assert 3.5 < high < x.max()
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)

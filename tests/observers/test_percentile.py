@@ -32,6 +32,19 @@ def test_within_one_bin_of_the_quantile(kind: str, percentile: float) -> None:
         assert abs(float(end) - quantile(x, share)) <= width
 
 
+@pytest.mark.parametrize("kind", ["gauss", "exponential", "outliers"])
+def test_the_default_is_exact_for_sampled_batches_too(kind: str) -> None:
+    gauss = torch.randn(10**6, generator=torch.Generator().manual_seed(0))
+    outliers = gauss.clone()
+    outliers[5000:5040] = 30.0
+    x = {"gauss": gauss, "exponential": gauss.exp(), "outliers": outliers}[kind]
+    observer = PercentileObserver()
+    observer.observe(x)
+    low, high = observer.range(SPEC)
+    for end, share in ((low, 0.00005), (high, 0.99995)):
+        assert abs(float(end) - quantile(x, share)) <= float(observer.bins.width)
+
+
 def test_each_channel_has_its_own() -> None:
     x = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0))
     x *= torch.tensor([1.0, 10.0, 100.0])[:, None]

@@ -1,4 +1,4 @@
-"""What a backend is: where it wants quantization, and how it puts a quantized graph on its kernels."""
+"""What a backend is: where it wants quantization, and how it lowers a quantized graph."""
 
 from __future__ import annotations
 

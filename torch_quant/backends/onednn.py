@@ -1,7 +1,7 @@
 """PyTorch's own oneDNN int8 kernels: nothing to install, fast on every x86 CPU with VNNI.
 
-A product becomes one kernel call with the activation function behind it fused in; if all that reads the
-result wants it quantized alike, the kernel gives integers right away.
+A product becomes one kernel call with the activation function behind it fused in; if all that reads
+the result wants it quantized alike, the kernel gives integers right away.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["OneDNNBackend", "has_vnni"]
 
 aten = torch.ops.aten
 
-_CONVS = {
+_CONVS: dict[Any, int] = {
     aten.conv1d.default: 1, aten.conv1d.padding: 1,
     aten.conv2d.default: 2, aten.conv2d.padding: 2,
     aten.conv3d.default: 3, aten.conv3d.padding: 3,
@@ -58,7 +58,9 @@ class OneDNNBackend(Backend):
     def unavailable(self) -> str | None:
         if platform.machine().lower() not in ("x86_64", "amd64"):
             return f"its kernels are for x86 CPUs, this is {platform.machine()}"
-        if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")):
+        if not (
+            torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
+        ):
             return "this build of torch has no oneDNN; pip install torch>=2.8 has"
         return None
 
@@ -124,23 +126,29 @@ def _post_op(node: fx.Node) -> tuple[str, tuple[float, ...], str] | None:
     if node.target is aten.relu6.default:
         return "hardtanh", (0.0, 6.0), "none"
     if node.target is aten.hardtanh.default:
-        low, high = (*args, *(-1.0, 1.0)[len(args) :])
-        return "hardtanh", (float(low), float(high)), "none"  # type: ignore[arg-type]
+        limits: list[Any] = [*args, *(-1.0, 1.0)[len(args) :]]
+        low, high = limits
+        return "hardtanh", (float(low), float(high)), "none"
     if node.target is aten.gelu.default:
         return "gelu", (), str(kwargs.get("approximate", args[0] if args else "none"))
     if node.target is aten.leaky_relu.default:
         return "leaky_relu", (float(args[0]) if args else 0.01,), "none"  # type: ignore[arg-type]
-    names = {aten.silu.default: "swish", aten.tanh.default: "tanh", aten.hardswish.default: "hardswish"}
+    names = {
+        aten.silu.default: "swish",
+        aten.tanh.default: "tanh",
+        aten.hardswish.default: "hardswish",
+    }
     return (names[node.target], (), "none") if node.target in names else None
 
 
 def _output(node: fx.Node, post_ops: set[str] | None = None) -> _Output:
     """Everything behind ``node`` that its kernel can do."""
-    last, found = node, ("none", (), "none")
+    last = node
+    found: tuple[str, tuple[float, ...], str] = ("none", (), "none")
     users = list(node.users)
-    if len(users) == 1 and users[0].args[0] is node and (post := _post_op(users[0])):
-        if post_ops is None or post[0] in post_ops:
-            last, found = users[0], post
+    post = _post_op(users[0]) if len(users) == 1 and users[0].args[0] is node else None
+    if post is not None and (post_ops is None or post[0] in post_ops):
+        last, found = users[0], post
     quantizers = list(last.users)
     if len(quantizers) == 1 and quantizers[0].target is QUANTIZE:
         _, scale, zero_point, low, high, dtype = quantizers[0].args

@@ -1,8 +1,9 @@
 """Operators over PyTorch's oneDNN int8 kernels that can be traced, copied, exported and saved.
 
-The kernels want a weight packed for the machine, an opaque tensor that none of these can carry. So the
-operators take the plain int8 weight and pack it at the first call, into a cache. An entry keeps the
-weight's storage alive, which makes its address a safe key, and is dropped once nobody else does.
+The kernels want a weight packed for the machine, an opaque tensor that none of these can carry. So
+the operators take the plain int8 weight and pack it at the first call, into a cache. An entry keeps
+the weight's storage alive, which makes its address a safe key, and is dropped once nobody else
+does.
 """
 
 from __future__ import annotations
@@ -17,9 +18,7 @@ from torch_quant.graph.qdq import library
 
 __all__ = ["CONV", "EMBEDDING", "LINEAR", "QUANTIZE_FAST", "packed_weights"]
 
-library.define(
-    "onednn_quantize(Tensor x, float scale, int zero_point, ScalarType dtype) -> Tensor"
-)
+library.define("onednn_quantize(Tensor x, float scale, int zero_point, ScalarType dtype) -> Tensor")
 library.define(
     "onednn_linear(Tensor x, float x_scale, int x_zero_point, Tensor weight, Tensor weight_scale, "
     "Tensor? bias, float out_scale, int out_zero_point, ScalarType out_dtype, "
@@ -53,7 +52,7 @@ def packed_weights() -> int:
 def _drop_unused() -> None:
     for key, entry in list(_CACHE.items()):
         # One use is the cache's own reference.
-        if torch._C._storage_Use_Count(entry.storage._cdata) <= 1:  # type: ignore[attr-defined]
+        if torch._C._storage_Use_Count(entry.storage._cdata) <= 1:
             del _CACHE[key]
 
 

@@ -1,4 +1,4 @@
-"""The module that ``quantize`` returns: lowered graphs, and Python glue where the model needs it."""
+"""The module that ``quantize`` returns: lowered graphs, and Python glue where needed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from torch_quant.errors import CaptureFailed
 from torch_quant.graph.calls import Call, bind, flatten_call
-from torch_quant.graph.capture import no_fastpath
+from torch_quant.graph.export import no_fastpath
 from torch_quant.graph.outputs import unflatten_output
 from torch_quant.graph.serialize import pack, unpack
 from torch_quant.graph.shapes import ShapeContract
@@ -25,14 +25,14 @@ class QuantizedGraph(nn.Module):
         self, body: fx.GraphModule, signature: Any, contract: ShapeContract, out_spec: Any
     ) -> None:
         super().__init__()
-        self.body = body
+        self.body: fx.GraphModule = body
         self.call_signature, self.contract, self.out_spec = signature, contract, out_spec
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         modules = dict(self._modules)
-        state["packed"] = pack(modules.pop("body"))
-        state["_modules"] = modules
+        del modules["body"]
+        state["packed"], state["_modules"] = pack(self.body), modules
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -44,7 +44,7 @@ class QuantizedGraph(nn.Module):
         """Why it does not serve ``call``, or None."""
         if self.call_signature != call.signature:
             return f"it was captured for {self.contract.describe()}"
-        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
             return None  # sizes are symbols there
         return self.contract.mismatch(call)
 
@@ -106,6 +106,7 @@ class QuantizedRegion(nn.Module):
         call = flatten_call(args, kwargs)
         reasons = []
         for graph in self.graphs:
+            assert isinstance(graph, QuantizedGraph)
             reason = graph.mismatch(call)
             if reason is None:
                 return graph(*call.tensors)
@@ -114,8 +115,8 @@ class QuantizedRegion(nn.Module):
             return self._run_glue(args, kwargs)
         raise CaptureFailed(
             f"{self.path or 'the model'} was quantized for other inputs: got "
-            f"{', '.join(call.describe())}; {reasons[0]}. Run quantizer.calib(model) on such inputs "
-            "too, then quantize again"
+            f"{', '.join(call.describe())}; {reasons[0]}. Run quantizer.calib(model) on such "
+            "inputs too, then quantize again"
         )
 
     def _run_glue(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

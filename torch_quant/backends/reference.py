@@ -1,4 +1,4 @@
-"""The quantized graph in plain float arithmetic: on any device, and the yardstick of every kernel."""
+"""The quantized graph in float arithmetic: on any device, the yardstick of every kernel."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _plain_dequantize(node: fx.Node) -> None:
         if axis:
             rank = _rank(codes)
             shape = [1] * rank
-            shape[int(axis[0])] = -1  # type: ignore[call-overload]
+            shape[int(axis[0])] = -1  # type: ignore[arg-type]
             scale = graph.call_function(aten.reshape.default, (scale, shape))
             zero_point = graph.call_function(aten.reshape.default, (zero_point, shape))
         centred = graph.call_function(aten.sub.Tensor, (codes, zero_point))

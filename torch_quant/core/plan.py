@@ -1,4 +1,4 @@
-"""The single truth of what is quantized and how: one entry for each site, immutable, JSON both ways."""
+"""The single truth of what is quantized and how: one immutable entry for each site."""
 
 from __future__ import annotations
 

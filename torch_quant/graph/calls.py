@@ -1,4 +1,4 @@
-"""A call of a module as data: which tensors go in, and everything that decides the graph it takes."""
+"""A call of a module as data: its tensors, and everything that decides the graph it takes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A model as captured regions: the whole of it if it exports, else each largest part that does.
 
-Capture is driven by real calls. A region that does not export becomes glue: its forward runs in Python,
-on a shadow whose children are regions again.
+Capture is driven by real calls. A region that does not export becomes glue: its forward runs in
+Python, on a shadow whose children are regions again.
 """
 
 from __future__ import annotations
@@ -95,9 +95,9 @@ def _callable_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     seen: set[int] = set()
     for name, child in module.named_children():
         if type(child).forward is nn.Module.forward:
-            inner = ((f"{name}.{below}", m) for below, m in _callable_children(child))
+            inner = [(f"{name}.{below}", m) for below, m in _callable_children(child)]
         else:
-            inner = iter([(name, child)])
+            inner = [(name, child)]
         for path, found in inner:
             if id(found) not in seen:
                 seen.add(id(found))

@@ -1,4 +1,4 @@
-"""From one module and one call to a flat ATen graph, by ``torch.export``, checked against the module."""
+"""From one module and one call to a flat ATen graph, by ``torch.export``, and checked."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ logger = logging.getLogger("torch_quant")
 
 _INNER = "captured"
 _ROUNDING = 2.0**-14
-"""Largest difference, relative to the largest value, that another order of float32 sums explains."""
+"""Largest difference, relative to the largest value, that another order of sums explains."""
 _EXPORT_LOGGERS = ("torch.fx.experimental.symbolic_shapes", "torch._export.non_strict_utils")
 _DROPPED = ("_guards_fn", "_assert_tensor_metadata", "_assert_scalar", "_assert_async")
 
@@ -84,11 +84,12 @@ def export_graph(module: nn.Module, call: Call) -> CapturedGraph:
     Every dimension of every tensor is asked to be dynamic. A graph that fixes the batch size of a
     batch-1 example is captured again from the example repeated to batch 2. Each attempt must
     reproduce the module's output on ``call``; the first that also does so on another batch size
-    wins, else the first that was right.
+    wins.
 
     Raises:
         ModelRefuses: the float module raises on ``call``.
-        CaptureFailed: no attempt gave the module's output; the message holds the first reason.
+        CaptureFailed: no attempt gave the module's output, or only for the example's batch size
+            though the module serves others and has parts that could be captured instead.
     """
     if not call.tensors:
         raise CaptureFailed("the call has no tensor input, so there is nothing to capture")
@@ -112,7 +113,7 @@ def export_graph(module: nn.Module, call: Call) -> CapturedGraph:
     for example, mode in dict.fromkeys(attempts):
         try:
             graph = _export(module, example, mode)
-            graph.exact = _verify(graph, call, expected)
+            graph.exact = _verify(graph, call, expected) and _exact_unmasked(module, graph, call)
         except Exception as error:  # torch.export raises errors of many unrelated classes
             reasons.append(f"{type(error).__name__}: {_first_lines(error)}")
             if isinstance(error, GuardOnDataDependentSymNode):
@@ -128,7 +129,32 @@ def export_graph(module: nn.Module, call: Call) -> CapturedGraph:
             best = best or graph
     if best is None:
         raise CaptureFailed(reasons[0])
+    if any(True for _ in module.children()):
+        raise CaptureFailed(
+            f"as one graph it serves only {best.contract.describe()}; its parts may serve more"
+        )
     return best
+
+
+def _exact_unmasked(module: nn.Module, graph: CapturedGraph, call: Call) -> bool:
+    """Whether the graph is exact without masking too.
+
+    Code that looks at a mask and drops it when it is all ones does not do so while being exported,
+    and another kernel may sum in another order.
+    """
+    tensors = tuple(torch.ones_like(x) if _is_mask(x) else x for x in call.tensors)
+    if all(x is y for x, y in zip(tensors, call.tensors, strict=True)):
+        return True
+    unmasked = call.with_tensors(tensors)
+    try:
+        return _verify(graph, unmasked, _run_module(module, unmasked))
+    except Exception as error:  # zeros and ones that are no mask may not be a valid input
+        logger.debug("not run without its masks: %s", error)
+        return True
+
+
+def _is_mask(x: Tensor) -> bool:
+    return not x.is_floating_point() and x.numel() > 0 and bool(((x == 0) | (x == 1)).all())
 
 
 def _batch(call: Call) -> int:
@@ -209,7 +235,8 @@ def _verify(graph: CapturedGraph, call: Call, expected: list[Any]) -> bool:
         actual = list(graph.gm(*_copied(call).tensors))
     if len(actual) != len(expected):
         raise CaptureFailed(f"the graph gives {len(actual)} outputs, the module {len(expected)}")
-    return all([_same(x, y) for x, y in zip(actual, expected, strict=True)])
+    same = [_same(x, y) for x, y in zip(actual, expected, strict=True)]
+    return all(same)
 
 
 def _same(actual: Any, expected: Any) -> bool:
@@ -235,10 +262,10 @@ def _same(actual: Any, expected: Any) -> bool:
 def _export(module: nn.Module, example: Call, mode: str) -> CapturedGraph:
     out_specs: list[Any] = []
     flat = _Flat(module, example, out_specs.append)
-    shapes = tuple({d: Dim.AUTO for d in range(x.dim())} or None for x in example.tensors)
+    shapes = tuple(dict.fromkeys(range(x.dim()), Dim.AUTO) or None for x in example.tensors)
     # Without it, a dimension of size 1 is taken for a constant.
     oblivious = (
-        fx_config.patch(backed_size_oblivious=True)
+        fx_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
         if mode == "oblivious"
         else contextlib.nullcontext()
     )

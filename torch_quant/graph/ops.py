@@ -81,7 +81,7 @@ def _conv_macs(node: fx.Node) -> int:
     return _numel(node) * math.prod(weight[1:])
 
 
-def _conv_transpose_macs(node: fx.Node) -> int:
+def _transposed_macs(node: fx.Node) -> int:
     weight = size_hints(node.args[1])
     return _numel(node.args[0]) * math.prod(weight[1:])
 
@@ -135,8 +135,8 @@ PATTERNS: tuple[OpPattern, ...] = (
     OpPattern("conv1d", (aten.conv1d.default, aten.conv1d.padding), (0,), 1, 0, _conv_macs),
     OpPattern("conv2d", (aten.conv2d.default, aten.conv2d.padding), (0,), 1, 0, _conv_macs),
     OpPattern("conv3d", (aten.conv3d.default, aten.conv3d.padding), (0,), 1, 0, _conv_macs),
-    OpPattern("conv_transpose1d", (aten.conv_transpose1d.default,), (0,), 1, 1, _conv_transpose_macs),
-    OpPattern("conv_transpose2d", (aten.conv_transpose2d.input,), (0,), 1, 1, _conv_transpose_macs),
+    OpPattern("conv_transpose1d", (aten.conv_transpose1d.default,), (0,), 1, 1, _transposed_macs),
+    OpPattern("conv_transpose2d", (aten.conv_transpose2d.input,), (0,), 1, 1, _transposed_macs),
     OpPattern(
         "matmul",
         (aten.matmul.default, aten.bmm.default, aten.mm.default),
@@ -175,10 +175,10 @@ DATA_MOVEMENT = frozenset({
     aten.flip.default, aten.roll.default, aten.channel_shuffle.default,
     aten.pixel_shuffle.default, aten.pixel_unshuffle.default,
 })  # fmt: skip
-"""Operators whose output holds the values of their first argument and no others: a grid chosen for the
-input serves the output, so quantization passes through. Slices and splits are left out on purpose:
-parts (Q, K and V of one projection) deserve grids of their own. Max pooling is, because ATen's integer
-kernel takes small images only."""
+"""Operators whose output holds the values of their first argument and no others: a grid chosen for
+the input serves the output, so quantization passes through. Slices and splits are left out on
+purpose: parts (Q, K and V of one projection) deserve grids of their own. Max pooling is, because
+ATen's integer kernel takes small images only."""
 
 IDENTITY = frozenset({
     aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default,

@@ -37,8 +37,8 @@ _LEAF = "leaf"
 def flatten_output(output: Any) -> tuple[list[Any], Any]:
     """(tensor and number leaves, spec). Other leaves are constants of the spec.
 
-    A leaf that is an object with a ``__dict__`` (a cache, say) is taken apart into its attributes, and
-    made again by :func:`unflatten_output`.
+    A leaf that is an object with a ``__dict__`` (a cache, say) is taken apart into its attributes,
+    and made again by :func:`unflatten_output`.
     """
     leaves: list[Any] = []
     return leaves, _flatten(output, leaves, depth=0)
@@ -46,7 +46,7 @@ def flatten_output(output: Any) -> tuple[list[Any], Any]:
 
 def _flatten(value: Any, leaves: list[Any], depth: int) -> Any:
     items, tree = pytree.tree_flatten(value)
-    specs = []
+    specs: list[Any] = []
     for item in items:
         # Any number may be a size of this call, so none is taken for a constant.
         if isinstance(item, (Tensor, int, float, SymInt)) and not isinstance(item, bool):

@@ -1,7 +1,7 @@
 """A graph as plain picklable data, and back, without tracing anything again.
 
-``fx.GraphModule`` pickles its source code and traces it when loaded, which fails as soon as a size is
-passed to a factory function.
+``fx.GraphModule`` pickles its source code and traces it when loaded, which fails as soon as a size
+is passed to a factory function.
 """
 
 from __future__ import annotations
@@ -33,13 +33,17 @@ class _Op:
         return operator.attrgetter(self.name)(torch.ops)
 
 
+def _refer(value: Any) -> Any:
+    return _Ref(value.name) if isinstance(value, fx.Node) else value
+
+
 def pack(gm: fx.GraphModule) -> dict[str, Any]:
     """``gm``'s nodes and the tensors they read."""
     nodes = []
     attributes = {}
     for node in gm.graph.nodes:
         target = _Op(str(node.target)) if hasattr(node.target, "_schema") else node.target
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _Ref(n.name))
+        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), _refer)
         nodes.append((node.op, node.name, target, args, kwargs))
         if node.op == "get_attr":
             attributes[node.target] = operator.attrgetter(str(node.target))(gm)

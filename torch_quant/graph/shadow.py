@@ -1,7 +1,7 @@
 """A structural twin of a module tree, so that nothing is ever done to the user's own modules.
 
-The twin has its own module objects and dictionaries and the same Parameter and buffer objects. Hooks,
-mode changes and replaced children stay on the twin.
+The twin has its own module objects and dictionaries and the same Parameter and buffer objects.
+Hooks, mode changes and replaced children stay on the twin.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _OWN = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 def shadow(model: nn.Module, replace: Mapping[nn.Module, nn.Module] | None = None) -> nn.Module:
     """A twin of ``model`` in eval mode, sharing every parameter and buffer by reference.
 
-    A module that occurs twice in ``model`` occurs twice, as one object, in the twin; scripted modules
-    are not copied.
+    A module that occurs twice in ``model`` occurs twice, as one object, in the twin; scripted
+    modules are not copied.
 
     Args:
         model: any module; it is not touched.
@@ -62,7 +62,7 @@ def _redirect(value: object, twins: dict[int, nn.Module]) -> object:
         return twins.get(id(value), value)
     if type(value) in (list, tuple):
         items = [_redirect(item, twins) for item in value]  # type: ignore[attr-defined]
-        return type(value)(items)
+        return items if isinstance(value, list) else tuple(items)
     if type(value) is dict:
         return {key: _redirect(item, twins) for key, item in value.items()}
     return value

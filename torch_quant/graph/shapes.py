@@ -16,8 +16,8 @@ __all__ = ["ShapeContract"]
 class ShapeContract:
     """For every tensor input: its name and, per dimension, a fixed size or the name of a free one.
 
-    Two dimensions of one name must have one size. The exporter's finer conditions (divisibility, say)
-    are left to the operators themselves, which raise on sizes they cannot take.
+    Two dimensions of one name must have one size. The exporter's finer conditions (divisibility,
+    say) are left to the operators themselves, which raise on sizes they cannot take.
     """
 
     names: list[str]

@@ -77,7 +77,7 @@ def module_path(node: fx.Node) -> str:
     if path.startswith("_empty_nn_module_stack"):
         return ""
     _, at, call = str(key).partition("@")
-    return path + at + call
+    return f"{path}{at}{call}"
 
 
 def _op_name(node: fx.Node) -> str:
@@ -163,7 +163,8 @@ def fused_output(node: fx.Node) -> fx.Node:
 def find_sites(graph: fx.Graph) -> Iterator[tuple[fx.Node, OpPattern, Site]]:
     """Every site of a canonical graph in order: its node, its row and its description.
 
-    A node qualifies if its operands are float tensors and its weight, if the row has one, is constant.
+    A node qualifies if its operands are float tensors and its weight, if the row has one, is
+    constant.
     """
     memo: dict[fx.Node, bool] = {}
     for node in graph.nodes:

@@ -47,9 +47,9 @@ def export_torchscript(
                 traced = torch.jit.trace(quant_model, example_inputs, strict=False)
         except RuntimeError as error:
             raise InvalidConfig(
-                f"the quantized model cannot be traced: {error}. Outputs must be tensors, or tuples "
-                "or dictionaries of them; data-dependent Python code between captured pieces is "
-                "traced as it ran"
+                f"the quantized model cannot be traced: {error}. Outputs must be tensors, or "
+                "tuples or dictionaries of them; data-dependent Python code between captured "
+                "pieces is traced as it ran"
             ) from error
         frozen: torch.jit.ScriptModule = torch.jit.freeze(traced.eval())
     write_atomically(path, lambda file: torch.jit.save(frozen, file))
@@ -66,7 +66,9 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[str], Any]) 
     try:
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     except OSError as error:
-        raise InvalidConfig(f"cannot write {target}: {error.strerror}; give a writable folder") from error
+        raise InvalidConfig(
+            f"cannot write {target}: {error.strerror}; give a writable folder"
+        ) from error
     os.close(handle)
     try:
         write(name)

@@ -8,6 +8,7 @@ counts, bit for bit.
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -23,13 +24,13 @@ from torch_quant.observers._blocks import Blocks
 from torch_quant.observers.base import channel_rows, in_memory_order, require_finite
 from torch_quant.observers.minmax import MinMaxObserver
 
-__all__ = ["SAMPLES", "BinnedObserver", "Bins"]
+__all__ = ["SAMPLES", "TAIL", "BinnedObserver", "Bins"]
 
 SAMPLES = 2**15
-"""How many elements of a batch's body are counted at most (of each channel, per channel)."""
+"""Batches of up to so many elements (in a channel) are counted whole; of larger ones, a sample."""
 
-TAIL = 2**-11
-"""The share of a larger batch, at each end, all of whose elements are counted; by the sample."""
+TAIL = 8
+"""At most so many elements of a sample, at each end, lie in the tails, which are counted whole."""
 
 _MIN_LEVEL = -100  # bins of 2**-100: their inverse is still a normal float32
 _INDEX_BITS = 20  # |bin index| <= 2**20, so that float32 arithmetic on indices is exact
@@ -76,10 +77,20 @@ class Bins:
         zero = torch.zeros(1, dtype=torch.int64)
         return cls(torch.zeros(1, bins, dtype=torch.int64), zero + _MIN_LEVEL, zero)
 
+    def __deepcopy__(self, memo: object) -> Bins:
+        return self  # nothing ever writes into one
+
     @property
     def width(self) -> Tensor:
         """The width of a bin, float64, ``[channels]``."""
         return _width(self.level)
+
+    @functools.cached_property
+    def _units(self) -> tuple[Tensor, Tensor]:
+        """How many bins make 1, float32, and what to subtract, int32; both ``[channels, 1]``."""
+        channels, bins = self.counts.shape
+        origin = self.first - torch.arange(channels) * bins
+        return (1.0 / self.width[:, None]).to(torch.float32), origin[:, None].to(torch.int32)
 
     @property
     def centres(self) -> Tensor:
@@ -122,13 +133,11 @@ class Bins:
             channel: int64, ``[rows]``, which channel each row belongs to; None: each to its own.
         """
         channels, bins = self.counts.shape
-        scale = (1.0 / self.width).to(rows.device, torch.float32)
-        origin = (self.first - torch.arange(channels) * bins).to(rows.device, torch.int32)
+        scale, origin = (each.to(rows.device) for each in self._units)
         if channel is not None and channels > 1:
             scale, origin = scale[channel], origin[channel]
         # Both steps are exact: a product with a power of two, and integers below 2**24.
-        index = (rows.to(torch.float32) * scale[:, None]).floor_().to(torch.int32)
-        index -= origin[:, None]
+        index = (rows.to(torch.float32) * scale).floor_().to(torch.int32).sub_(origin)
         counts = torch.bincount(index.flatten(), minlength=channels * bins)
         return counts.cpu().view(channels, bins)
 
@@ -137,8 +146,8 @@ class Bins:
         return Bins(self.counts + counts, self.level, self.first)
 
     def edges(self, index: Tensor) -> Tensor:
-        """Where the bins ``index`` begin, exact in float32, ``[channels]``."""
-        return ((self.first + index) * self.width).to(torch.float32)
+        """Where the bins ``index`` begin, exact in float32, ``[channels, n]``."""
+        return ((self.first[:, None] + index) * self.width[:, None]).to(torch.float32)
 
 
 def _stride(count: int) -> int:
@@ -159,23 +168,27 @@ def _count(bins: Bins, rows: Tensor, blocks: Blocks) -> Tensor:
     counts = bins.tally(rows[:, ::stride])
     if stride == 1:
         return counts
-    below = counts.cumsum(dim=1)
-    few = int(rows.shape[1] // stride * TAIL)
-    # The bins of the body leave at most so many of the sample at either end.
-    first = (below <= few).sum(dim=1)
-    last = (below < below[:, -1:] - few).sum(dim=1)
-    index = torch.arange(counts.shape[1])
-    body = (index >= first[:, None]) & (index <= last[:, None])
-    low, high = bins.edges(first).to(rows.device), bins.edges(last + 1).to(rows.device)
-    exact = sum(bins.tally(*found) for found in blocks.beyond(low, high))
-    return torch.where(body, stride * counts, exact)
+    total = -(-rows.shape[1] // stride)
+    # The body is ends[0] <= bin < ends[1], as narrow as TAIL lets it be.
+    ends = torch.tensor([TAIL + 1, total - TAIL]).repeat(len(rows), 1)
+    ends = torch.searchsorted(counts.cumsum(dim=1), ends) + torch.tensor([0, 1])
+    edges = bins.edges(ends).to(rows.device)
+    near = blocks.beyond(edges[:, :1], edges[:, 1:])
+    result = torch.stack([bins.tally(*found) for found in near]).sum(dim=0)
+    for channel, (first, end) in enumerate(ends.tolist()):
+        result[channel, first:end] = stride * counts[channel, first:end]
+    return result
 
 
 class BinnedObserver(MinMaxObserver):
     """Exact extremes and a histogram of fixed size; subclasses say which range to keep.
 
     Of a batch with more than ``SAMPLES`` elements (in a channel) an even sample is counted, each
-    element as often as it stands for others, and once more the batch's two extremes.
+    element as often as it stands for others. That is right for the body of the distribution, but a
+    sample may miss or multiply the few massive outliers of a transformer, which decide on the
+    squared error of clipping. So the tails are counted whole: the bins at either end that hold
+    ``TAIL`` elements of the sample at most, one in some thousand of the batch. What they add to
+    the counts is exact.
 
     Args:
         ch_axis: None per tensor, else the channel axis.
@@ -200,9 +213,10 @@ class BinnedObserver(MinMaxObserver):
         blocks = Blocks(rows)
         low, high = blocks.extremes()
         require_finite(x, low, high)
-        before = self.min_val, self.max_val
+        before = self.min_val.to(x.device), self.max_val.to(x.device)
         self._record(x, low[0] if axis is None else low, high[0] if axis is None else high)
-        self.bins = self.bins.covering(self.min_val.reshape(-1), self.max_val.reshape(-1))
+        if not (torch.equal(before[0], self.min_val) and torch.equal(before[1], self.max_val)):
+            self.bins = self.bins.covering(self.min_val.reshape(-1), self.max_val.reshape(-1))
         self.bins = self.bins.adding(_count(self.bins, rows, blocks))
 
     @abstractmethod

@@ -57,13 +57,16 @@ def from_ao(factory: Callable[..., Any]) -> type[Observer]:
             must take ``ch_axis``.
 
     Returns:
-        A class to be used wherever an observer class is. It is not registered under a name.
+        A class to be used wherever an observer class is. Its ``name``, ``from_ao(...)``, is for
+        messages: it is not registered, so a saved state cannot find the class by it.
 
     Raises:
         InvalidConfig: what ``factory`` makes is no torch.ao observer.
     """
     label = type(_made(factory)).__name__
-    return type(label, (AoObserver,), {"name": f"ao.{label}", "factory": staticmethod(factory)})
+    return type(
+        label, (AoObserver,), {"name": f"from_ao({label})", "factory": staticmethod(factory)}
+    )
 
 
 class AoObserver(Observer):

@@ -56,7 +56,7 @@ def in_memory_order(x: Tensor) -> Tensor:
 
 def require_finite(x: Tensor, low: Tensor, high: Tensor) -> None:
     """Raise :class:`QuantError` if ``x``, with the extremes ``low`` and ``high``, is not finite."""
-    if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
+    if not torch.equal(low - low, high - high):  # 0 where finite, else NaN
         what = "NaN" if bool(torch.isnan(x).any()) else "Inf"
         raise QuantError(f"the tensor holds {what}, shape {tuple(x.shape)}")
 

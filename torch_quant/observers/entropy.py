@@ -86,8 +86,8 @@ class EntropyObserver(BinnedObserver):
     range that has fewer: give per-channel observers of 8 bits ``bins=2048``.
 
     Bound: batches of at most ``SAMPLES`` elements (in a channel) give the same range bit for bit
-    however the data was split. Larger batches are sampled; the shares of two splits then differ
-    like those of two samples of that size.
+    however the data was split. Of larger batches the tails are counted exactly and the body is
+    sampled; the shares of two splits then differ like those of two samples of that size.
     """
 
     name = "entropy"

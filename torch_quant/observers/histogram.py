@@ -85,8 +85,9 @@ class HistogramObserver(BinnedObserver):
     millisecond a tensor.
 
     Bound: batches of at most ``SAMPLES`` elements (in a channel) give the same histogram, and so
-    the same range bit for bit, however the data was split. Larger batches are sampled; the shares
-    of two splits then differ like those of two samples of that size.
+    the same range bit for bit, however the data was split. Of larger batches the tails are counted
+    exactly and the body is sampled, so that what clipping costs is known however rare the outliers
+    are; the shares of two splits then differ like those of two samples of that size.
 
     >>> observer = HistogramObserver()
     >>> observer.observe(torch.cat([torch.linspace(-1.0, 1.0, 10000), torch.tensor([9.0])]))

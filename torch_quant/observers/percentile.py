@@ -32,8 +32,9 @@ class PercentileObserver(BinnedObserver):
 
     Bound: batches of at most ``SAMPLES`` elements (in a channel) give the same range bit for bit
     however the data was split, each end within one bin of the exact quantile (the smallest value
-    with at least that share of the data at or below it). Larger batches are sampled; the shares of
-    two splits then differ like those of two samples of that size.
+    with at least that share of the data at or below it). Of larger batches the tails are counted
+    exactly, about ``TAIL`` in ``SAMPLES`` of the data or more at each end, so that the default's
+    ends still are; further in, the shares of two splits differ like those of two such samples.
 
     Args:
         ch_axis: None per tensor, else the channel axis.

@@ -52,7 +52,7 @@ def run_passes(context: PassContext, passes: Sequence[Pass]) -> dict[str, int]:
 
 
 def call_like(node: fx.Node, target: Any, args: tuple[Any, ...], **kwargs: Any) -> fx.Node:
-    """Insert a call just before ``node`` that stands for the same tensor: it takes over the notes."""
+    """Insert a call before ``node`` that stands for the same tensor: it takes over the notes."""
     graph = node.graph
     with graph.inserting_before(node):
         new = graph.call_function(target, args, kwargs)

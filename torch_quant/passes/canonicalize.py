@@ -1,7 +1,7 @@
 """From the captured graph to the canonical one: every product in one form, names on every tensor.
 
-The captured graph is kept as it is, since it alone gives the float model's output bit for bit; each node
-of the canonical graph remembers which captured node computes the same tensor.
+The captured graph is kept as it is, since it alone gives the float model's output bit for bit; each
+node of the canonical graph remembers which captured node computes the same tensor.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """Keep sizes dynamic under ``torch.jit.trace``.
 
-Traced, ``aten.sym_size.int`` yields a plain int, and an ATen overload refuses a traced one. So sizes are
-read by ``Tensor.size`` and every operator that takes one is called by its Python name, whose argument
-parser records the size as a value.
+Traced, ``aten.sym_size.int`` yields a plain int, and an ATen overload refuses a traced one. So
+sizes are read by ``Tensor.size`` and every operator that takes one is called by its Python name,
+whose argument parser records the size as a value.
 """
 
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -21,23 +22,30 @@ aten = torch.ops.aten
 
 def _slice_to_index(node: fx.Node) -> None:
     """``slice(x, dim, start, end, step)`` as ``x[..., start:end:step]``."""
-    x, dim, start, end, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
-    assert isinstance(x, fx.Node) and isinstance(dim, int)
+    values: list[Any] = [*node.args, *(None, 0, None, None, 1)[len(node.args) :]]
+    x, dim, start, end, step = values
+    assert isinstance(x, fx.Node)
+    assert isinstance(dim, int)
     axis = dim if dim >= 0 else x.meta["val"].dim() + dim
     index = (*[slice(None)] * axis, slice(start, end, step))
     node.target, node.args = operator.getitem, (x, index)
 
 
-_UPSAMPLE = {
+_UPSAMPLE: dict[Any, str] = {
     aten.upsample_nearest2d.vec: "nearest",
     aten.upsample_bilinear2d.vec: "bilinear",
     aten.upsample_bicubic2d.vec: "bicubic",
 }
 
 
+def _mode_of(node: fx.Node) -> str:
+    target: Any = node.target
+    return _UPSAMPLE[target]
+
+
 def _upsample_to_interpolate(node: fx.Node) -> None:
     x, size, *rest = node.args
-    kwargs = {"size": size, "mode": _UPSAMPLE[node.target], "scale_factor": rest[-1]}
+    kwargs = {"size": size, "mode": _mode_of(node), "scale_factor": rest[-1]}
     if kwargs["mode"] != "nearest":
         kwargs["align_corners"] = rest[0]
     node.target = torch.nn.functional.interpolate

@@ -3,8 +3,9 @@
     bn(w x + b) = g (w x + b - mean) / sqrt(var + eps) + beta
                 = (w f) x + ((b - mean) f + beta),      f = g / sqrt(var + eps)
 
-``f`` scales the weight's output channels. The new weight and bias are constant expressions over the same
-parameters, computed when lowering; nothing is changed in the model. (Jacob et al. 2018, section 3.2.)
+``f`` scales the weight's output channels. The new weight and bias are constant expressions over the
+same parameters, computed when lowering; nothing is changed in the model. (Jacob et al. 2018,
+section 3.2.)
 """
 
 from __future__ import annotations

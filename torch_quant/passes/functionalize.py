@@ -1,8 +1,8 @@
 """Turn in-place operators into their functional form where no alias can see the difference.
 
-After ``y = op_(x)``, ``x`` and ``y`` are one tensor. If nothing else shares its memory, later uses of
-``x`` may read ``y`` and the operator may leave ``x`` alone. Writes through views stay as they are; the
-tensors they reach are recorded, since a grid taken before the write would be stale.
+After ``y = op_(x)``, ``x`` and ``y`` are one tensor. If nothing else shares its memory, later uses
+of ``x`` may read ``y`` and the operator may leave ``x`` alone. Writes through views stay as they
+are; the tensors they reach are recorded, since a grid taken before the write would be stale.
 """
 
 from __future__ import annotations

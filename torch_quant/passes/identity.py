@@ -1,4 +1,4 @@
-"""Remove operators that return their input in eval mode, and make views tolerate any memory layout."""
+"""Remove operators that return their input, and make views tolerate any memory layout."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def remove_identities(context: PassContext) -> int:
 
 
 def views_to_reshapes(context: PassContext) -> int:
-    """``view`` needs the very strides of capture; an int8 convolution may give channels-last ones."""
+    """``view`` needs the strides of capture; an int8 convolution may give channels-last ones."""
     found = [
         n for n in context.graph.nodes if n.target in (aten.view.default, aten._unsafe_view.default)
     ]

@@ -1,7 +1,8 @@
-"""Put quantize/dequantize pairs where the plan wants them, and integer weights in place of float ones.
+"""Put quantize/dequantize pairs where the plan wants them, and integer weights in place of float
+ones.
 
-An activation is quantized once, where it is made; operators that only move data then move integers, and
-each consumer dequantizes what it reads:
+An activation is quantized once, where it is made; operators that only move data then move integers,
+and each consumer dequantizes what it reads:
 
     source -> quantize -> reshape -> dequantize -> product
 """
@@ -83,7 +84,8 @@ class _Inserter:
 
     def weight(self, node: fx.Node, pattern: OpPattern, site: SitePlan) -> None:
         """Replace the weight argument by integer codes and their dequantization."""
-        assert pattern.weight is not None and site.weight is not None
+        assert pattern.weight is not None
+        assert site.weight is not None
         old = node.args[pattern.weight]
         assert isinstance(old, fx.Node)
         gm, axis = self.context.gm, pattern.weight_axis

@@ -1,7 +1,8 @@
 """One form for every product with a constant matrix: ``linear(x, weight, bias)``.
 
-``addmm(b, x, W)``, ``mm(x, W)`` and ``matmul(x, W)`` with a constant ``W`` of shape ``[in, out]`` equal
-``linear(x, W.T, b)``. The transposed weight is a constant expression, computed once when lowering.
+``addmm(b, x, W)``, ``mm(x, W)`` and ``matmul(x, W)`` with a constant ``W`` of shape ``[in, out]``
+equal ``linear(x, W.T, b)``. The transposed weight is a constant expression, computed once when
+lowering.
 """
 
 from __future__ import annotations

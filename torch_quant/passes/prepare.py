@@ -1,4 +1,4 @@
-"""Everything derived once from a captured graph: its canonical form, its sites, its float-only ops."""
+"""Everything derived once from a captured graph: its canonical form, sites, float-only ops."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def prepare(captured: fx.GraphModule, path: str = "") -> Prepared:
 def insert_observers(prepared: Prepared, observe: Callable[[str, Tensor], Any]) -> fx.GraphModule:
     """A copy of the captured graph that calls ``observe(key, tensor)`` at every candidate tensor.
 
-    The computation itself is untouched, so the output stays that of the captured graph, bit for bit.
-    Each probe comes right behind its tensor: an operator further on may write to it.
+    The computation itself is untouched, so the output stays that of the captured graph, bit for
+    bit. Each probe comes right behind its tensor: an operator further on may write to it.
     """
     gm = copy_graph(prepared.captured)
     nodes = {node.name: node for node in gm.graph.nodes}

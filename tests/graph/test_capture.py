@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from awkward import AWKWARD, PlainCache
+from capturing import Compute, Two, executor
+from models import mlp, normal, small_cnn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from torch_quant.errors import CaptureFailed
+from torch_quant.graph.capture import Region, glue
+from torch_quant.graph.export import ModelRefuses, no_fastpath
+from torch_quant.graph.outputs import flatten_output
+
+
+def captured_paths(region: Region) -> set[str]:
+    """The regions that hold a graph."""
+    return {part.path for part in region.walk() if part.graphs}
+
+
+def same_leaves(actual: object, expected: object) -> bool:
+    first, second = flatten_output(actual)[0], flatten_output(expected)[0]
+    return len(first) == len(second) and all(
+        torch.equal(x, y) if isinstance(x, Tensor) else x == y
+        for x, y in zip(first, second, strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_awkward_models_run_as_captured(name: str) -> None:
+    """At two batch sizes, captured at the first; bit for bit, as the operators are the same."""
+    entry = AWKWARD[name]
+    model = entry.build()
+    run, region = executor(model)
+    for batch in (1, 3):
+        args, kwargs = entry.inputs(batch)
+        again, again_kwargs = entry.inputs(batch)
+        with no_fastpath():
+            expected = model(*again, **again_kwargs)
+        assert same_leaves(run(*args, **kwargs), expected)
+    # A dataclass among the outputs is taken apart here, which torch.export alone does not do.
+    assert bool(region.failure) != (entry.exports or name == "dataclass_output")
+
+
+def test_a_model_that_exports_is_one_region() -> None:
+    run, region = executor(small_cnn())
+    run(torch.zeros(1, 3, 16, 16))
+    run(torch.zeros(4, 3, 16, 16))
+    run(x=torch.zeros(2, 3, 16, 16))  # the same call, written otherwise
+    assert captured_paths(region) == {""}
+    assert len(region.graphs) == 1
+    assert not region.children
+
+
+class Gated(nn.Module):
+    """Data decides at the top only; everything below exports."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = mlp()
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(10, 10), nn.ReLU()) for _ in range(2)])
+        self.choices = nn.ModuleDict({"low": nn.Linear(10, 4), "high": nn.Linear(10, 4)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        name = "high" if x.sum() > 0 else "low"
+        return self.choices[name](x)
+
+
+def test_pieces_are_as_large_as_possible() -> None:
+    model = Gated().eval()
+    run, region = executor(model)
+    assert torch.equal(run(normal(4, 16)), model(normal(4, 16)))
+    assert "data-dependent" in region.failure
+    assert set(region.children) == {"stem", "blocks.0", "blocks.1", "choices.low", "choices.high"}
+    taken = captured_paths(region)
+    assert taken - {"choices.low", "choices.high"} == {"stem", "blocks.0", "blocks.1"}
+    assert len(taken) == 4
+
+
+def test_a_part_that_fails_is_split_further() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), Gated(), nn.Linear(4, 4)).eval()
+    run, region = executor(model)
+    assert torch.equal(run(normal(2, 16)), model(normal(2, 16)))
+    assert {"0", "2", "1.stem", "1.blocks.0", "1.blocks.1"} < captured_paths(region)
+    assert region.failure
+    assert region.children["1"].failure
+    assert not region.children["0"].failure
+
+
+def test_branches_are_captured_when_first_taken() -> None:
+    entry = AWKWARD["branch_switches"]
+    model = entry.build()
+    run, region = executor(model)
+    run(*entry.inputs(1)[0])
+    first = captured_paths(region)
+    assert "l1" in first
+    assert not region.children["l2"].called
+    run(*entry.inputs(3)[0])
+    assert captured_paths(region) == {*first, "l2"}
+    assert len(region.children["l0"].graphs) == 1
+
+
+def test_a_cache_of_the_callers_comes_back_as_from_the_model() -> None:
+    entry = AWKWARD["cache_argument"]
+    model = entry.build()
+    run, region = executor(model)
+    cache, same = PlainCache(), PlainCache()
+    for length in (3, 1, 4):
+        x = normal(2, length, 16)
+        assert torch.equal(run(x, cache), model(x, same))
+    assert "PlainCache" in region.failure
+    assert cache.states.keys() == same.states.keys()
+    assert all(torch.equal(cache.states[i], same.states[i]) for i in same.states)
+    assert {"layers.0.query", "layers.1.state"} < captured_paths(region)
+
+
+def test_a_cache_inside_is_no_obstacle() -> None:
+    entry = AWKWARD["cache_within"]
+    run, region = executor(entry.build())
+    run(*entry.inputs(2)[0])
+    assert captured_paths(region) == {""}
+
+
+def test_other_constants_and_ranks_make_other_graphs() -> None:
+    model = Compute(lambda x, times=1: x.cumsum(-1) * times)
+    run, region = executor(model)
+    for args in [(normal(2, 3), 2), (normal(5, 4), 2), (normal(2, 3), 3), (normal(2, 3, 4), 2)]:
+        assert torch.equal(run(*args), model(*args))
+    assert len(region.graphs) == 3
+
+
+def test_a_size_that_was_fixed_makes_another_graph() -> None:
+    model = Compute(lambda x: x.view(x.shape[0], 2, -1).sum(1) if x.shape[1] == 4 else x)
+    run, region = executor(model)
+    for width in (4, 6, 4):
+        assert torch.equal(run(normal(3, width)), model(normal(3, width)))
+    assert len(region.graphs) == 2
+
+
+class Picky(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] > 3:
+            raise ValueError("at most 3")
+        return super().forward(x)
+
+
+def test_the_models_own_error_is_no_reason_to_split() -> None:
+    model = Picky()
+    run, region = executor(model)
+    with pytest.raises(ModelRefuses, match="at most 3"):
+        run(normal(4, 16))
+    assert not region.failure
+    assert torch.equal(run(normal(2, 16)), model(normal(2, 16)))
+    assert captured_paths(region) == {""}
+
+
+def test_a_call_that_does_not_fit_the_signature() -> None:
+    run, region = executor(Two())
+    with pytest.raises(CaptureFailed, match=r"do not fit forward\(x"):
+        run(normal(2, 16), normal(2, 16))
+    assert not region.failure
+
+
+def test_what_glue_borrows_is_noted() -> None:
+    entry = AWKWARD["borrows_from_child"]
+    run, region = executor(entry.build())
+    run(*entry.inputs(2)[0])
+    assert region.children["l0"].borrowed == {"weight"}
+    assert not region.children["l1"].borrowed
+    assert not region.children["l0"].called
+
+
+def test_unknown_attributes_stay_errors() -> None:
+    run, _ = executor(Two())
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = run.no_such_thing
+
+
+def test_an_executor_has_no_parameters_of_its_own() -> None:
+    run, _ = executor(Gated().eval())
+    run(normal(2, 16))
+    assert not list(run.parameters())
+    assert not run.state_dict()
+
+
+def test_glue_replaces_the_children_and_leaves_the_model() -> None:
+    model = Gated().eval()
+    run, region = executor(model)
+    run(normal(2, 16))
+    made: list[str] = []
+
+    def make(child: Region) -> nn.Module:
+        made.append(child.path)
+        return nn.Identity()
+
+    twin = glue(region, make)
+    assert sorted(made) == sorted(region.children)
+    assert isinstance(twin.stem, nn.Identity)
+    assert isinstance(twin.choices["low"], nn.Identity)
+    assert isinstance(model.stem, nn.Sequential)
+    assert isinstance(region.module.stem, nn.Sequential)
+
+
+def test_a_shared_child_is_one_region() -> None:
+    entry = AWKWARD["loop_on_data"]
+    run, region = executor(entry.build())
+    run(*entry.inputs(2)[0])
+    assert len(region.children["l0"].graphs) == 1
+    assert [part.path for part in region.walk()] == ["", "l0", "l1"]
+
+
+def test_inputs_pass_through_untouched() -> None:
+    """Pytrees of the caller are not changed, even where the module runs as glue."""
+    inputs = {"x": normal(2, 16), "extra": [None, normal(2, 16, salt=1)]}
+    leaves = [id(leaf) for leaf in pytree.tree_leaves(inputs)]
+
+    class TakesTree(Two):
+        def forward(self, tree: dict[str, Tensor]) -> Tensor:
+            return self.l0(tree["x"]) if tree["extra"][1].sum() > -1e9 else tree["x"]
+
+    run, region = executor(TakesTree())
+    run(inputs)
+    assert region.failure
+    assert [id(leaf) for leaf in pytree.tree_leaves(inputs)] == leaves

@@ -1,0 +1,131 @@
+"""What the tests of passes share: a tiny graph to rewrite, and the operators it is left with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from torch_quant.core.plan import QuantPlan, SitePlan
+from torch_quant.core.qparams import QParams, choose_qparams
+from torch_quant.core.spec import QuantSpec
+from torch_quant.graph.calls import flatten_call
+from torch_quant.graph.export import export_graph
+from torch_quant.graph.shadow import shadow
+from torch_quant.graph.sites import ORIGIN, find_sites, is_constant
+from torch_quant.passes.base import Pass, PassContext, copy_graph, run_passes
+from torch_quant.passes.canonicalize import canonicalize
+
+__all__ = [
+    "WEIGHT",
+    "Compute",
+    "Two",
+    "apply",
+    "canonical",
+    "captured",
+    "grid_of",
+    "mutating",
+    "operators",
+    "plan_for",
+    "weight_grid_of",
+]
+
+WEIGHT = QuantSpec.of(signed=True, symmetric=True, per_channel=True)
+
+
+class Compute(nn.Module):
+    """A plain function as a module."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.function(*inputs)
+
+
+class Two(nn.Module):
+    """Two linears 16 to 16; a subclass says how they are used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.l0, self.l1 = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.l1(self.l0(x).relu())
+
+
+def captured(model: nn.Module, *inputs: Any) -> fx.GraphModule:
+    """The graph of ``model`` before any pass, as passes get it."""
+    gm = copy_graph(export_graph(shadow(model), flatten_call(inputs, {})).gm)
+    for node in gm.graph.nodes:
+        node.meta[ORIGIN] = node.name
+    return gm
+
+
+def canonical(model: nn.Module, *inputs: Any) -> fx.GraphModule:
+    """The graph after the passes that every captured graph goes through."""
+    return canonicalize(export_graph(shadow(model), flatten_call(inputs, {})).gm)
+
+
+def apply(rewrite: Pass, gm: fx.GraphModule) -> int:
+    """Run one pass as :func:`run_passes` does; the number of changes it reports."""
+    (count,) = run_passes(PassContext(gm), [rewrite]).values()
+    return count
+
+
+def operators(gm: fx.GraphModule, *, constants: bool = False) -> list[str]:
+    """Names of what is called, ``linear`` or ``t``, constant expressions only if asked for."""
+    return [
+        getattr(node.target, "_opname", None) or getattr(node.target, "__name__", str(node.target))
+        for node in gm.graph.nodes
+        if node.op.startswith("call") and (constants or not is_constant(node))
+    ]
+
+
+def mutating(gm: fx.GraphModule) -> list[str]:
+    """The operators that write to an argument."""
+    return [
+        node.target._opname
+        for node in gm.graph.nodes
+        if node.op == "call_function"
+        and getattr(getattr(node.target, "_schema", None), "is_mutable", False)
+    ]
+
+
+def grid_of(key: str, spec: QuantSpec) -> QParams:
+    """A grid for any tensor of these tests, wide enough and different for each key."""
+    reach = 3.0 + (sum(map(ord, key)) % 7) / 4
+    return choose_qparams(torch.tensor(-reach), torch.tensor(reach * 1.1), spec)
+
+
+def weight_grid_of(name: str, weight: Tensor, spec: QuantSpec, axis: int) -> QParams:
+    """The extremes of the weight, per channel if the format is."""
+    if not spec.per_channel:
+        return choose_qparams(weight.min(), weight.max(), spec)
+    rows = weight.transpose(0, axis).flatten(1)
+    return choose_qparams(rows.amin(1), rows.amax(1), spec, axis)
+
+
+def plan_for(
+    gm: fx.GraphModule,
+    *,
+    floats: tuple[str, ...] = (),
+    activation: QuantSpec | None = None,
+    weight: QuantSpec = WEIGHT,
+) -> QuantPlan:
+    """Every site quantized, but for ``floats``."""
+    return QuantPlan(
+        SitePlan(
+            site.name,
+            site.op,
+            (*site.inputs, *site.internals),
+            (activation or QuantSpec()) if site.inputs else None,
+            weight if site.weight_shape else None,
+            quantized=site.name not in floats,
+            reason="the test wants it in float" if site.name in floats else "",
+        )
+        for _, _, site in find_sites(gm.graph)
+    )

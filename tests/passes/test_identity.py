@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import normal, seeded
+from rewriting import Compute, Two, apply, captured, operators
+from torch import Tensor, nn
+
+from torch_quant.passes.identity import remove_identities, views_to_reshapes
+
+DROPOUTS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "dropout": (lambda: nn.Dropout(0.5), (4, 16)),
+    "dropout2d": (lambda: nn.Dropout2d(0.5), (2, 3, 4, 4)),
+    "alpha dropout": (lambda: nn.AlphaDropout(0.5), (4, 16)),
+    "feature alpha dropout": (lambda: nn.FeatureAlphaDropout(0.5), (2, 3, 4)),
+}
+
+
+@pytest.mark.parametrize("name", DROPOUTS)
+def test_dropout_of_a_model_in_eval_mode_goes(name: str) -> None:
+    build, shape = DROPOUTS[name]
+    model = nn.Sequential(nn.Tanh(), build(), nn.ReLU(), build()).eval()
+    x = normal(*shape)
+    gm = captured(model, x)
+    assert apply(remove_identities, gm) == 2
+    assert operators(gm) == ["tanh", "relu"]
+    assert torch.equal(gm(x)[0], model(x))
+
+
+def test_dropout_in_place_of_a_model_in_eval_mode() -> None:
+    model = nn.Sequential(nn.Tanh(), nn.Dropout(0.5, inplace=True), nn.ReLU()).eval()
+    x = normal(4, 16)
+    gm = captured(model, x)
+    apply(remove_identities, gm)
+    assert torch.equal(gm(x)[0], model(x))
+
+
+def test_dropout_as_the_last_or_the_only_operator() -> None:
+    gm = captured(nn.Dropout(0.5).eval(), normal(2, 3))
+    assert apply(remove_identities, gm) == 1
+    assert torch.equal(gm(normal(2, 3))[0], normal(2, 3))
+
+
+@pytest.mark.parametrize(
+    "function", [F.dropout, F.dropout2d, F.alpha_dropout], ids=lambda function: function.__name__
+)
+def test_dropout_that_is_always_on_stays(function: Callable[..., Tensor]) -> None:
+    """Monte Carlo dropout asks for it by ``training=True``, whatever the mode of the model."""
+    gm = captured(Compute(lambda x: function(x, 0.5, training=True)), normal(2, 3, 8, 8))
+    assert apply(remove_identities, gm) == 0
+    assert len(operators(gm)) == 1
+
+
+class AddsToConstant(Two):
+    """Builds a constant in ``forward`` and writes to it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = torch.tensor([1.0, 2.0])
+        total += x.mean()
+        return self.l0(x) * total[0]
+
+
+def test_a_constant_that_is_written_to_keeps_its_copy() -> None:
+    """Without it, each call would start from what the last one left."""
+    model = seeded(AddsToConstant)
+    x = normal(4, 16)
+    gm = captured(model, x)
+    apply(remove_identities, gm)
+    for _ in range(2):
+        assert torch.equal(gm(x)[0], model(x))
+
+
+def test_a_constant_that_is_only_read_needs_no_copy() -> None:
+    model = Compute(lambda x: x * torch.tensor([1.0, 2.0]))
+    gm = captured(model, normal(4, 2))
+    assert apply(remove_identities, gm) >= 1
+    assert "lift_fresh_copy" not in operators(gm, constants=True)
+    assert torch.equal(gm(normal(3, 2))[0], model(normal(3, 2)))
+
+
+def test_nothing_to_remove() -> None:
+    gm = captured(Two(), normal(4, 16))
+    assert apply(remove_identities, gm) == 0
+    assert apply(views_to_reshapes, gm) == 0
+
+
+def test_views_take_any_memory_layout() -> None:
+    model = Compute(lambda x: x.relu().view(x.shape[0], -1).cumsum(1))
+    gm = captured(model, normal(2, 3, 4, 4))
+    x = normal(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError, match="reshape"):
+        gm(x)
+    assert apply(views_to_reshapes, gm) == 1
+    assert "view" not in operators(gm)
+    assert torch.equal(gm(x)[0], model(x.contiguous()))
+    assert torch.equal(gm(x.contiguous())[0], model(x.contiguous()))
+
+
+def test_a_view_that_is_written_through_stays_a_view() -> None:
+    """A reshape of another layout would be a copy, and the write be lost without an error."""
+
+    def compute(x: Tensor) -> Tensor:
+        y = x.relu()
+        y.view(y.shape[0], -1)[:, ::2] = -1.0
+        return y
+
+    model = Compute(compute)
+    gm = captured(model, normal(2, 3, 4, 4))
+    apply(views_to_reshapes, gm)
+    assert torch.equal(gm(normal(2, 3, 4, 4))[0], model(normal(2, 3, 4, 4)))
+    x = normal(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    try:
+        actual = gm(x)[0]
+    except RuntimeError:
+        return  # a view that says so is as good
+    assert torch.equal(actual, model(x.contiguous()))

@@ -1,0 +1,185 @@
+"""How the package is layered, read off its source: imports go one way."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "torch_quant"
+
+LAYERS = (
+    "version", "errors", "core", "observers", "config", "nn", "graph", "passes", "state", "model",
+    "sensitivity", "backends", "algorithms", "io", "report", "quantizer", "tuning", "cli",
+)  # fmt: skip
+"""Each is ``torch_quant/<name>.py`` or ``torch_quant/<name>/``, and may import from its left."""
+
+OPTIONAL = {
+    "transformers", "onnx", "onnxscript", "onnxruntime", "intel_extension_for_pytorch",
+    "matplotlib", "tabulate", "tqdm", "sklearn",
+}  # fmt: skip
+AO_ADAPTER = "observers/ao_adapter.py"
+MOST_LINES = 400
+
+FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+
+
+@dataclass(frozen=True)
+class Import:
+    """``module`` is what is imported, ``top`` whether that happens when the file is loaded."""
+
+    module: str
+    line: int
+    top: bool
+
+
+@cache
+def tree_of(file: str) -> ast.Module:
+    return ast.parse((PACKAGE / file).read_text())
+
+
+def _walk(node: ast.AST, top: bool) -> Iterator[tuple[ast.AST, bool]]:
+    yield node, top
+    function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+    for child in ast.iter_child_nodes(node):
+        yield from _walk(child, top and not function)
+
+
+def imports_of(file: str, tree: ast.Module | None = None) -> list[Import]:
+    """Every import in ``file``, at any depth; ``from a import b`` counts as ``a.b``."""
+    found = []
+    package = ["torch_quant", *Path(file).parent.parts]
+    for node, top in _walk(tree or tree_of(file), top=True):
+        if isinstance(node, ast.Import):
+            found += [Import(alias.name, node.lineno, top) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            found += [Import(f"{source}.{alias.name}", node.lineno, top) for alias in node.names]
+    return found
+
+
+def within(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def layer_of(file: str) -> str:
+    return file.partition("/")[0].removesuffix(".py")
+
+
+def imported_layer(module: str) -> str:
+    """The layer of an import from the package; the package itself counts as the last."""
+    name = module.split(".")[1] if "." in module else ""
+    return name if name in LAYERS else "__init__"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_file_has_a_layer(file: str) -> None:
+    assert layer_of(file) in (*LAYERS, "__init__"), (
+        f"torch_quant/{file}: say in tests/test_architecture.py where its layer belongs"
+    )
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if layer_of(f) in LAYERS])
+def test_imports_go_one_way(file: str) -> None:
+    own = LAYERS.index(layer_of(file))
+    wrong = [
+        f"torch_quant/{file}:{found.line} imports {found.module}"
+        for found in imports_of(file)
+        if within(found.module, "torch_quant")
+        and ((name := imported_layer(found.module)) not in LAYERS or LAYERS.index(name) > own)
+    ]
+    assert not wrong, f"layer {LAYERS[own]} may import only from {', '.join(LAYERS[: own + 1])}"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_torch_ao_is_not_used(file: str) -> None:
+    ours = [
+        i for i in imports_of(file) if within(i.module, "torch.ao") or within(i.module, "torchao")
+    ]
+    assert not [i for i in ours if i.top or file != AO_ADAPTER]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_optional_packages_are_imported_where_they_are_needed(file: str) -> None:
+    top = {found.module.partition(".")[0] for found in imports_of(file) if found.top}
+    assert not top & OPTIONAL
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_files_are_short(file: str) -> None:
+    assert len((PACKAGE / file).read_text().splitlines()) <= MOST_LINES
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f != "cli.py"])
+def test_only_the_command_line_prints(file: str) -> None:
+    lines = [
+        node.lineno
+        for node in ast.walk(tree_of(file))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "print"
+    ]
+    assert not lines, "use logging.getLogger('torch_quant')"
+
+
+def test_the_reader_of_imports_sees_all_kinds() -> None:
+    """The rules above are worth what this function finds."""
+    source = """
+import onnx
+import torch.ao.quantization as q
+from torch_quant.core import spec
+from . import sites
+from ..backends.base import Backend
+from .. import model
+if True:
+    import tabulate
+class A:
+    import tqdm
+    def f(self):
+        from torch.ao import quantization
+        g = lambda: __import__("x")
+def h():
+    def inner():
+        import matplotlib.pyplot
+"""
+    found = {(i.module, i.top) for i in imports_of("graph/made_up.py", ast.parse(source))}
+    assert found == {
+        ("onnx", True),
+        ("torch.ao.quantization", True),
+        ("torch_quant.core.spec", True),
+        ("torch_quant.graph.sites", True),
+        ("torch_quant.backends.base.Backend", True),
+        ("torch_quant.model", True),
+        ("tabulate", True),
+        ("tqdm", True),
+        ("torch.ao.quantization", False),
+        ("matplotlib.pyplot", False),
+    }
+
+
+PROBE = """
+import sys
+import torch, torch.export
+before = set(sys.modules)
+import torch_quant
+print("\\n".join(sorted(set(sys.modules) - before)))
+"""
+
+
+def test_importing_the_package_is_light() -> None:
+    """Nothing of torch.ao beyond what torch imports itself, and no optional package."""
+    result = subprocess.run(
+        [sys.executable, "-c", PROBE], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    loaded = set(result.stdout.split())
+    assert "torch_quant.quantizer" in loaded
+    assert not {name for name in loaded if within(name, "torch.ao") or within(name, "torchao")}
+    assert not {name.partition(".")[0] for name in loaded} & OPTIONAL
