@@ -81,6 +81,7 @@ SIZE_DEPENDENT: dict[str, Callable[[Tensor], Tensor]] = {
     "equality": lambda x: x * 2 if x.shape[1] == x.shape[0] + 4 else x - 1,
     "loop": lambda x: sum((x[:, i : i + 1] for i in range(x.shape[1])), x * 0),
     "a float of a size": lambda x: F.scaled_dot_product_attention(x, x, x, scale=1 / x.shape[1]),
+    "a diagonal by a size": lambda x: torch.ones(x.shape[1], x.shape[1]).tril(x.shape[1] - 4) @ x,
     "a root of a size": lambda x: x / math.sqrt(x.shape[1]),
     "product of sizes": lambda x: x / x.numel(),
 }

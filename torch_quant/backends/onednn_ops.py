@@ -8,6 +8,7 @@ does.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,8 @@ class _Packed:
 
 
 _CACHE: dict[tuple[Any, ...], _Packed] = {}
+_MAX_VARIANTS = 8
+"""How many image sizes a convolution's weight is kept packed for."""
 
 
 def packed_weights() -> int:
@@ -50,17 +53,23 @@ def packed_weights() -> int:
 
 
 def _drop_unused() -> None:
+    own = Counter(weight for weight, _ in _CACHE)
     for key, entry in list(_CACHE.items()):
-        # One use is the cache's own reference.
-        if torch._C._storage_Use_Count(entry.storage._cdata) <= 1:
+        uses = torch._C._storage_Use_Count(entry.storage._cdata)  # type: ignore[attr-defined]
+        if uses <= own[key[0]]:  # each entry of the weight holds it once
             del _CACHE[key]
 
 
-def _packed(weight: Tensor, key: tuple[Any, ...], pack: Any) -> _Packed:
-    key = (weight.data_ptr(), tuple(weight.shape), *key)
+def _packed(weight: Tensor, variant: tuple[Any, ...], pack: Any) -> _Packed:
+    """The packed form of ``weight``, made now if need be; ``variant`` is all else it depends on."""
+    same = (weight.data_ptr(), tuple(weight.shape))
+    key = (same, variant)
     entry = _CACHE.get(key)
     if entry is None:
         _drop_unused()
+        variants = [known for known in _CACHE if known[0] == same]
+        for oldest in variants[: max(0, len(variants) - _MAX_VARIANTS + 1)]:
+            del _CACHE[oldest]
         zero_points = torch.zeros(weight.shape[0], dtype=torch.int32)
         entry = _CACHE[key] = _Packed(weight.untyped_storage(), pack(), zero_points)
     return entry
@@ -111,11 +120,14 @@ def _conv(
     post_args: list[float],
 ) -> Tensor:
     geometry = (stride, padding, dilation, groups)
+    # The best layout of a weight depends on the image size. One packed for another size is right, but
+    # reordered at every call, which can take a hundred times as long as the convolution.
+    sizes = tuple(x.shape)
     entry = _packed(
         weight,
-        (x_scale, x_zero_point, tuple(stride), tuple(padding), tuple(dilation), groups),
+        (x_scale, x_zero_point, tuple(stride), tuple(padding), tuple(dilation), groups, sizes),
         lambda: torch.ops.onednn.qconv_prepack(
-            weight, weight_scale, x_scale, x_zero_point, *geometry, None
+            weight, weight_scale, x_scale, x_zero_point, *geometry, sizes
         ),
     )
     return torch.ops.onednn.qconv_pointwise(  # type: ignore[no-any-return]

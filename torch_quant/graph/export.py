@@ -13,9 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim
-from torch.fx.experimental import _config as fx_config
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from torch_quant.errors import CaptureFailed
@@ -116,7 +113,7 @@ def export_graph(module: nn.Module, call: Call) -> CapturedGraph:
             graph.exact = _verify(graph, call, expected) and _exact_unmasked(module, graph, call)
         except Exception as error:  # torch.export raises errors of many unrelated classes
             reasons.append(f"{type(error).__name__}: {_first_lines(error)}")
-            if isinstance(error, GuardOnDataDependentSymNode):
+            if type(error).__name__ == "GuardOnDataDependentSymNode":
                 break  # the same for every shape
             logger.debug("capture, %s: %s", mode, reasons[-1], exc_info=True)
             continue
@@ -260,6 +257,10 @@ def _same(actual: Any, expected: Any) -> bool:
 
 
 def _export(module: nn.Module, example: Call, mode: str) -> CapturedGraph:
+    # Imported here: with sympy behind it, it takes longer than all the rest of the package.
+    from torch.export import Dim
+    from torch.fx.experimental import _config as fx_config
+
     out_specs: list[Any] = []
     flat = _Flat(module, example, out_specs.append)
     shapes = tuple(dict.fromkeys(range(x.dim()), Dim.AUTO) or None for x in example.tensors)

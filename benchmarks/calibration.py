@@ -1,0 +1,64 @@
+"""What calibrating and quantizing cost on MiniLM, against its float forward; and importing."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+
+import torch
+from harness import in_turns, minilm, minilm_inputs, report
+
+from torch_quant import QConfig, Quantizer
+from torch_quant.observers import OBSERVERS
+
+
+def import_seconds(statement: str, repeats: int = 5) -> float:
+    """Median time of ``statement`` in a fresh process, after ``import torch``."""
+    code = (
+        f"import time, torch; t = time.perf_counter(); {statement}; print(time.perf_counter() - t)"
+    )
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        for _ in range(repeats)
+    ]
+    return statistics.median(float(run.stdout) for run in runs)
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    warnings.filterwarnings("ignore", message=".*quantize_per_tensor")
+    torch.set_num_threads(1)
+    model, inputs = minilm(), minilm_inputs()
+    rows = []
+    for observer in sorted(OBSERVERS):
+        quantizer = Quantizer(qconfig=QConfig(observer=observer))
+        calib_model = quantizer.calib(model)
+        start = time.perf_counter()
+        with torch.no_grad():
+            calib_model(**inputs)
+        capture = time.perf_counter() - start
+        times = in_turns(
+            {"float": lambda: model(**inputs), "calib": lambda: calib_model(**inputs)}, rounds=9
+        )
+        start = time.perf_counter()
+        quantizer.quantize(model)
+        rows.append(
+            {
+                "observer": observer,
+                "float ms": times["float"],
+                "calib ms": times["calib"],
+                "ratio": times["calib"] / times["float"],
+                "capture s": capture,
+                "quantize s": time.perf_counter() - start,
+            }
+        )
+    seconds = import_seconds("import torch_quant")
+    report("calibration", rows, **{"import torch_quant s": round(seconds, 3)})
+
+
+if __name__ == "__main__":
+    main()
