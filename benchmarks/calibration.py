@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from typing import Any
 
 import torch
 from harness import in_turns, minilm, minilm_inputs, report
@@ -28,34 +29,35 @@ def import_seconds(statement: str, repeats: int = 5) -> float:
     return statistics.median(float(run.stdout) for run in runs)
 
 
+def measure(observer: str, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> Any:
+    """One row: float and calibrating forward in turns, and the seconds of what is done once."""
+    quantizer = Quantizer(qconfig=QConfig(observer=observer))
+    calib_model = quantizer.calib(model)
+    start = time.perf_counter()
+    with torch.no_grad():
+        calib_model(**inputs)
+    capture = time.perf_counter() - start
+    times = in_turns(
+        {"float": lambda: model(**inputs), "calib": lambda: calib_model(**inputs)}, rounds=9
+    )
+    start = time.perf_counter()
+    quantizer.quantize(model)
+    return {
+        "observer": observer,
+        "float ms": times["float"],
+        "calib ms": times["calib"],
+        "ratio": times["calib"] / times["float"],
+        "capture s": capture,
+        "quantize s": time.perf_counter() - start,
+    }
+
+
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     warnings.filterwarnings("ignore", message=".*quantize_per_tensor")
     torch.set_num_threads(1)
     model, inputs = minilm(), minilm_inputs()
-    rows = []
-    for observer in sorted(OBSERVERS):
-        quantizer = Quantizer(qconfig=QConfig(observer=observer))
-        calib_model = quantizer.calib(model)
-        start = time.perf_counter()
-        with torch.no_grad():
-            calib_model(**inputs)
-        capture = time.perf_counter() - start
-        times = in_turns(
-            {"float": lambda: model(**inputs), "calib": lambda: calib_model(**inputs)}, rounds=9
-        )
-        start = time.perf_counter()
-        quantizer.quantize(model)
-        rows.append(
-            {
-                "observer": observer,
-                "float ms": times["float"],
-                "calib ms": times["calib"],
-                "ratio": times["calib"] / times["float"],
-                "capture s": capture,
-                "quantize s": time.perf_counter() - start,
-            }
-        )
+    rows = [measure(observer, model, inputs) for observer in sorted(OBSERVERS)]
     seconds = import_seconds("import torch_quant")
     report("calibration", rows, **{"import torch_quant s": round(seconds, 3)})
 

@@ -1,4 +1,4 @@
-"""What every benchmark shares: the conditions it ran under, timing in turns, a table and a JSON file."""
+"""What every benchmark shares: its conditions, timing in turns, a table and a JSON file."""
 
 from __future__ import annotations
 

@@ -56,8 +56,8 @@ def main() -> None:
     # The three lines: calibrate, run data, quantize.
     quantizer = Quantizer(options.backend)
     calib_model = quantizer.calib(model.eval())
-    for start in tqdm(range(0, len(data.calibration), BATCH), desc="calibrating", unit="batch"):
-        embed(calib_model, tokenizer, data.calibration[start : start + BATCH])
+    for body in tqdm(data.calibration, desc="calibrating", unit="text"):
+        embed(calib_model, tokenizer, [body])  # one at a time: padding would widen the ranges
     quant_model = quantizer.quantize(model)
 
     print(f"\n{quantizer.coverage(model)}\n")
