@@ -120,8 +120,8 @@ def _conv(
     post_args: list[float],
 ) -> Tensor:
     geometry = (stride, padding, dilation, groups)
-    # The best layout of a weight depends on the image size. Packed for another size, it is reordered
-    # at every call, which can take a hundred times as long as the convolution.
+    # The best layout of a weight depends on the image size. Packed for another, it is reordered at
+    # every call, which can take a hundred times as long as the convolution.
     sizes = tuple(x.shape)
     entry = _packed(
         weight,

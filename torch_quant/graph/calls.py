@@ -37,7 +37,9 @@ class Call:
         """What a graph may not vary in: nesting, constants, and each tensor's dtype and rank."""
         return (
             repr(self.spec),
-            tuple((x.dtype, x.dim()) if isinstance(x, Tensor) else x for x in self.leaves),
+            tuple(
+                (x.dtype, x.dim()) if isinstance(x, Tensor) else (type(x), x) for x in self.leaves
+            ),
         )
 
     def rebuild(self, tensors: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -65,9 +67,17 @@ class Call:
         ]
 
 
+def _key(entry: Any) -> Any:
+    """The index, dictionary key or attribute name of a step into a pytree."""
+    for name in ("idx", "key", "name"):
+        if hasattr(entry, name):
+            return getattr(entry, name)
+    return entry
+
+
 def _path_name(path: tuple[Any, ...]) -> str:
     """``(1, 'mask', 0)`` -> ``mask[0]``; ``(0, 2)`` -> ``args[2]``."""
-    side, first, *rest = [getattr(key, "idx", getattr(key, "key", key)) for key in path]
+    side, first, *rest = [_key(entry) for entry in path]
     name = f"args[{first}]" if side == 0 else str(first)
     return name + "".join(f"[{key!r}]" for key in rest)
 

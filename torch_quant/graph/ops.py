@@ -137,6 +137,7 @@ PATTERNS: tuple[OpPattern, ...] = (
     OpPattern("conv3d", (aten.conv3d.default, aten.conv3d.padding), (0,), 1, 0, _conv_macs),
     OpPattern("conv_transpose1d", (aten.conv_transpose1d.default,), (0,), 1, 1, _transposed_macs),
     OpPattern("conv_transpose2d", (aten.conv_transpose2d.input,), (0,), 1, 1, _transposed_macs),
+    OpPattern("conv_transpose3d", (aten.conv_transpose3d.input,), (0,), 1, 1, _transposed_macs),
     OpPattern(
         "matmul",
         (aten.matmul.default, aten.bmm.default, aten.mm.default),

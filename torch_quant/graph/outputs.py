@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from torch import SymInt, Tensor, nn
@@ -18,10 +19,10 @@ class _Constant:
 
 @dataclass(frozen=True)
 class _Object:
-    """A plain object that pytree does not know: its class and the spec of its attributes."""
+    """An object that pytree does not know: its class and the specs of what it holds."""
 
     cls: type
-    attributes: tuple[str, ...]
+    parts: tuple[tuple[str, Any], ...]
     specs: tuple[Any, ...]
 
 
@@ -52,13 +53,38 @@ def _flatten(value: Any, leaves: list[Any], depth: int) -> Any:
         if isinstance(item, (Tensor, int, float, SymInt)) and not isinstance(item, bool):
             leaves.append(item)
             specs.append(_LEAF)
-        elif hasattr(item, "__dict__") and depth < 8 and not isinstance(item, (type, nn.Module)):
-            names = tuple(vars(item))
-            inner = tuple(_flatten(vars(item)[name], leaves, depth + 1) for name in names)
-            specs.append(_Object(type(item), names, inner))
         else:
-            specs.append(_Constant(item))
+            specs.append(_flatten_object(item, leaves, depth))
     return _Tree(tree, tuple(specs))
+
+
+def _flatten_object(item: Any, leaves: list[Any], depth: int) -> Any:
+    """An object that holds leaves, taken apart; anything else is a constant."""
+    if isinstance(item, (type, Enum, nn.Module)) or callable(item) or depth > 8:
+        return _Constant(item)
+    inner: list[Any] = []
+    parts = _parts(item)
+    specs = tuple(_flatten(value, inner, depth + 1) for _, _, value in parts)
+    if not any(isinstance(leaf, (Tensor, SymInt)) for leaf in inner):
+        return _Constant(item)
+    leaves.extend(inner)
+    return _Object(type(item), tuple((how, key) for how, key, _ in parts), specs)
+
+
+def _parts(item: Any) -> list[tuple[str, Any, Any]]:
+    """What an object holds: items of a container, attributes, slots; (how, key, value)."""
+    parts: list[tuple[str, Any, Any]] = []
+    if isinstance(item, dict):
+        parts += [("item", key, value) for key, value in item.items()]
+    elif isinstance(item, list):
+        parts += [("append", None, value) for value in item]
+    parts += [("attribute", name, value) for name, value in getattr(item, "__dict__", {}).items()]
+    for cls in type(item).__mro__:
+        slots = cls.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if hasattr(item, name) and name not in ("__dict__", "__weakref__"):
+                parts.append(("attribute", name, getattr(item, name)))
+    return parts
 
 
 def unflatten_output(leaves: Any, spec: Any) -> Any:
@@ -75,7 +101,13 @@ def _unflatten(leaves: Any, spec: _Tree) -> Any:
             items.append(item.value)
         else:
             new = item.cls.__new__(item.cls)
-            for name, inner in zip(item.attributes, item.specs, strict=True):
-                new.__dict__[name] = _unflatten(leaves, inner)
+            for (how, key), inner in zip(item.parts, item.specs, strict=True):
+                value = _unflatten(leaves, inner)
+                if how == "item":
+                    new[key] = value
+                elif how == "append":
+                    new.append(value)
+                else:
+                    object.__setattr__(new, key, value)
             items.append(new)
     return pytree.tree_unflatten(items, spec.tree)

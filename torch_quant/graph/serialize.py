@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import HigherOrderOperator
 
 __all__ = ["pack", "unpack"]
 
@@ -33,6 +34,12 @@ class _Op:
         return operator.attrgetter(self.name)(torch.ops)
 
 
+def _named(target: Any) -> Any:
+    if isinstance(target, HigherOrderOperator):
+        return _Op(f"higher_order.{target.name()}")
+    return _Op(str(target)) if hasattr(target, "_schema") else target
+
+
 def _refer(value: Any) -> Any:
     return _Ref(value.name) if isinstance(value, fx.Node) else value
 
@@ -42,11 +49,12 @@ def pack(gm: fx.GraphModule) -> dict[str, Any]:
     nodes = []
     attributes = {}
     for node in gm.graph.nodes:
-        target = _Op(str(node.target)) if hasattr(node.target, "_schema") else node.target
+        target = _named(node.target)
         args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), _refer)
         nodes.append((node.op, node.name, target, args, kwargs))
         if node.op == "get_attr":
-            attributes[node.target] = operator.attrgetter(str(node.target))(gm)
+            value = operator.attrgetter(str(node.target))(gm)
+            attributes[node.target] = pack(value) if isinstance(value, fx.GraphModule) else value
     return {"nodes": nodes, "attributes": attributes}
 
 
@@ -62,4 +70,8 @@ def unpack(payload: dict[str, Any]) -> fx.GraphModule:
         target = target.resolve() if isinstance(target, _Op) else target
         args, kwargs = fx.node.map_aggregate((args, kwargs), resolve)
         made[name] = graph.create_node(op, target, args, kwargs, name)
-    return fx.GraphModule(payload["attributes"], graph)
+    attributes = {
+        name: unpack(value) if isinstance(value, dict) else value
+        for name, value in payload["attributes"].items()
+    }
+    return fx.GraphModule(attributes, graph)

@@ -6,6 +6,7 @@ Hooks, mode changes and replaced children stay on the twin.
 
 from __future__ import annotations
 
+import types
 from collections.abc import Mapping
 
 import torch
@@ -60,6 +61,8 @@ def shadow(model: nn.Module, replace: Mapping[nn.Module, nn.Module] | None = Non
 def _redirect(value: object, twins: dict[int, nn.Module]) -> object:
     if isinstance(value, nn.Module):
         return twins.get(id(value), value)
+    if isinstance(value, types.MethodType) and id(value.__self__) in twins:
+        return types.MethodType(value.__func__, twins[id(value.__self__)])
     if type(value) in (list, tuple):
         items = [_redirect(item, twins) for item in value]  # type: ignore[attr-defined]
         return items if isinstance(value, list) else tuple(items)

@@ -34,6 +34,8 @@ __all__ = [
 
 KEY = "torch_quant_key"
 """Entry of ``node.meta``: the key of the tensor that the node computes."""
+MODULE = "torch_quant_module"
+"""Entry of ``node.meta``: path of the innermost module the node runs in, in the whole model."""
 ORIGIN = "torch_quant_origin"
 """Entry of ``node.meta``: name of the node of the captured graph that computes the same tensor."""
 
@@ -97,7 +99,8 @@ def name_tensors(graph: fx.Graph, prefix: str = "") -> None:
         for node in graph.nodes
         if (p := pattern_of(node)) and p.weight is not None
     )
-    taken: Counter[str] = Counter()
+    taken: set[str] = set()
+    numbered: Counter[str] = Counter()
     for node in graph.nodes:
         if node.op == "get_attr":
             name = f"{prefix}.{node.target}".strip(".")
@@ -105,13 +108,16 @@ def name_tensors(graph: fx.Graph, prefix: str = "") -> None:
             name = f"{prefix}:{node.target}"
         else:
             path = module_path(node)
-            full = ".".join(part for part in (prefix, path) if part)
+            full = node.meta[MODULE] = ".".join(part for part in (prefix, path) if part)
             pattern = pattern_of(node)
             alone = pattern is not None and pattern.weight is not None and weighted[path] == 1
             name = full if alone and full else f"{full}.{_op_name(node)}".strip(".")
-        count = taken[name]
-        taken[name] += 1
-        node.meta[KEY] = f"{name}_{count}" if count else name
+        key = name
+        while key in taken:
+            numbered[name] += 1
+            key = f"{name}_{numbered[name]}"
+        taken.add(key)
+        node.meta[KEY] = key
 
 
 def key_of(node: fx.Node) -> str:
@@ -178,7 +184,7 @@ def find_sites(graph: fx.Graph) -> Iterator[tuple[fx.Node, OpPattern, Site]]:
         site = Site(
             name=key,
             op=pattern.name,
-            module=module_path(node),
+            module=node.meta[MODULE],
             inputs=tuple(key_of(source(arg)) for arg in operands(node, pattern)),
             internals=tuple(f"{key}.{name}" for name in pattern.internals),
             output=key_of(fused_output(node)),

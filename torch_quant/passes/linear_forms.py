@@ -44,13 +44,13 @@ def normalize_linear(context: PassContext) -> int:
         bias, x, weight = operands
         if len(size_hints(weight)) != 2 or not is_constant(weight) or is_constant(x):
             continue
-        if bias is not None and not (len(size_hints(bias)) == 1 and is_constant(bias)):
-            continue
+        fits = bias is None or (len(size_hints(bias)) == 1 and is_constant(bias))
         with context.graph.inserting_before(node):
             transposed = context.graph.call_function(aten.t.default, (weight,))
         transposed.meta["val"] = weight.meta["val"].t()
-        linear = call_like(node, aten.linear.default, (x, transposed, bias))
-        node.replace_all_uses_with(linear)
+        linear = call_like(node, aten.linear.default, (x, transposed, bias if fits else None))
+        result = linear if fits else call_like(node, aten.add.Tensor, (linear, bias))
+        node.replace_all_uses_with(result)
         context.graph.erase_node(node)
         changed += 1
     return changed

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from torch_quant.graph.ops import INT8_NEVER
+from torch_quant.graph.ops import INT8_NEVER, pattern_of
 from torch_quant.graph.sites import ORIGIN, Site, find_sites, key_of, operands, source
 from torch_quant.nn.probe import ObserverProbe
 from torch_quant.passes.base import copy_graph
@@ -58,7 +58,19 @@ def prepare(captured: fx.GraphModule, path: str = "") -> Prepared:
         for n in canonical.graph.nodes
         if n.op == "call_function" and n.target in INT8_NEVER and key_of(n) not in known
     ]
+    float_ops += _in_subgraphs(canonical)
     return Prepared(captured, canonical, sites, float_ops, observed)
+
+
+def _in_subgraphs(gm: fx.GraphModule) -> list[tuple[str, str]]:
+    """Products inside control flow that was exported as such (``torch.cond``)."""
+    return [
+        (f"{name}.{node.name}", "inside a control-flow subgraph")
+        for name, inner in gm.named_modules()
+        if name and isinstance(inner, fx.GraphModule)
+        for node in inner.graph.nodes
+        if pattern_of(node) is not None
+    ]
 
 
 def insert_observers(prepared: Prepared, observe: Callable[[str, Tensor], Any]) -> fx.GraphModule:
