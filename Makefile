@@ -35,10 +35,10 @@ demo-cnn: $(VENV)/ready  ## train a small CNN on scikit-learn's digits and quant
 test: test-core test-old  ## the whole suite, on the newest and on the oldest torch
 
 test-core: $(VENV)/ready  ## the whole suite on torch $(TORCH)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-old: $(OLD_VENV)/ready  ## the whole suite on torch $(OLD_TORCH)
-	$(OLD_VENV)/bin/python -m pytest
+	$(OLD_VENV)/bin/python -m pytest -n 2
 
 check: $(VENV)/ready  ## lint, types and the smoke tests
 	$(BIN)/ruff check .

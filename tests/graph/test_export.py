@@ -32,6 +32,22 @@ def test_an_example_of_batch_1_serves_batch_3(name: str) -> None:
         assert torch.equal(serve(graph, *inputs), model(*inputs))
 
 
+@pytest.mark.parametrize(
+    "name", [*MODELS, *(e.name for e in AWKWARD.values() if e.exports and e.name != "batch_second")]
+)
+def test_an_example_of_batch_4_serves_batch_1(name: str) -> None:
+    """Calibrated on batches, deployed on single inputs: without being captured again."""
+    if name in MODELS:
+        model, inputs = MODELS[name](), lambda batch: (example(name, batch), {})
+    else:
+        model, inputs = AWKWARD[name].build(), AWKWARD[name].inputs
+    args, kwargs = inputs(4)
+    graph = capture(model, *args, **kwargs)
+    for batch in (1, 6):
+        call = flatten_call(*inputs(batch))
+        assert graph.contract.mismatch(call) is None
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_the_graph_holds_the_models_own_tensors(name: str) -> None:
     model = MODELS[name]()
@@ -70,6 +86,16 @@ def test_inputs_that_must_share_a_size() -> None:
         serve(graph, normal(4, 6), normal(5, 6))
 
 
+def test_a_size_that_follows_from_another() -> None:
+    model = Compute(lambda x, y: torch.cat([x, x], 1) + y)
+    graph = capture(model, normal(4, 3), normal(4, 6))
+    assert torch.equal(
+        serve(graph, normal(2, 5), normal(2, 10)), model(normal(2, 5), normal(2, 10))
+    )
+    with pytest.raises(CaptureFailed, match=r"args\[[01]\]\.shape\[1\]"):
+        serve(graph, normal(2, 5), normal(2, 11))
+
+
 def test_a_batch_size_the_module_insists_on() -> None:
     graph = capture(Compute(lambda x: x.view(2, -1).cumsum(0)), normal(2, 6))
     assert torch.equal(serve(graph, normal(2, 6)), normal(2, 6).cumsum(0))
@@ -96,6 +122,17 @@ def test_no_call_gets_the_answer_for_another_size(name: str, length: int) -> Non
     run(normal(2, 6, 8))
     x = normal(2, length, 8)
     torch.testing.assert_close(run(x), model(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("example_batch", [1, 2, 4])
+def test_no_call_gets_the_answer_for_another_batch_size(example_batch: int, limit: int) -> None:
+    """Nor one of the sizes that were tried at capture, and found to take another path."""
+    model = Compute(lambda x: x * 2 if x.shape[0] < limit else x - 1)
+    run, _ = executor(model)
+    run(normal(example_batch, 6))
+    for batch in (1, 2, 3, 4, 8):
+        assert torch.equal(run(normal(batch, 6)), model(normal(batch, 6)))
 
 
 class Raises(Two):

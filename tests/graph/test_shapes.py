@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import pickle
+
 import pytest
+import sympy
 import torch
 
 from torch_quant.errors import CaptureFailed
@@ -55,3 +58,47 @@ def test_memory_of_shapes_is_bounded(contract: ShapeContract) -> None:
         tensors = (torch.empty(batch, 1, 16), torch.empty(batch, 2))
         assert contract.mismatch(wide.with_tensors(tensors)) is None
     assert len(contract._seen) <= 1024
+
+
+def with_condition() -> ShapeContract:
+    """A graph that took the path for lengths above 4, and saw no size of 1."""
+    batch, length = sympy.Symbol("s0", integer=True), sympy.Symbol("s1", integer=True)
+    return ShapeContract(["x"], [("s0", "s1")], [sympy.Ne(batch, 1), length > 4])
+
+
+def test_conditions_of_the_captured_code() -> None:
+    contract = with_condition()
+    assert contract.mismatch(call((2, 5))) is None
+    reason = contract.mismatch(call((2, 4)))
+    assert reason is not None
+    assert "x.shape[1] = 4" in reason
+    assert "s1 > 4" in reason
+    assert contract.mismatch(call((1, 5))) is not None
+
+
+def test_a_call_that_was_seen_to_work_lifts_the_conditions_it_breaks() -> None:
+    contract = with_condition()
+    contract = contract.allowing(call((1, 8)))
+    assert contract.mismatch(call((1, 5))) is None
+    assert contract.mismatch(call((1, 4))) is not None
+
+
+def test_conditions_on_what_the_data_decide_are_left_to_the_operators() -> None:
+    contract = ShapeContract(["x"], [("s0",)], [sympy.Symbol("u0") > 2])
+    assert contract.mismatch(call((1,))) is None
+
+
+def test_sizes_that_follow_from_others() -> None:
+    twice = 2 * sympy.Symbol("s0", integer=True)
+    contract = ShapeContract(["x", "y"], [("s0",), ("2*s0",)], [], [(1, 0, twice)])
+    assert contract.mismatch(call((3,), (6,))) is None
+    reason = contract.mismatch(call((3,), (7,)))
+    assert reason is not None
+    assert "y.shape[0] is 7" in reason
+    assert "2*s0" in reason
+
+
+def test_a_contract_can_be_pickled() -> None:
+    contract = pickle.loads(pickle.dumps(with_condition()))
+    assert contract.mismatch(call((2, 5))) is None
+    assert contract.mismatch(call((2, 4))) is not None

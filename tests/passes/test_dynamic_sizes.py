@@ -12,7 +12,11 @@ from torch import Tensor, fx
 
 from torch_quant.passes.dynamic_sizes import dynamic_sizes
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+    # What the tracer thinks might be wrong at other sizes is checked at other sizes.
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
+]
 
 Function = Callable[[Tensor], Tensor]
 

@@ -182,9 +182,10 @@ def lowered(gm: fx.GraphModule) -> fx.GraphModule:
 def test_a_weight_of_any_format_is_the_dequantized_one(
     spec: QuantSpec, finish: Callable[[fx.GraphModule], fx.GraphModule]
 ) -> None:
-    """Bit for bit, since an embedding computes nothing; lopsided, so that zero points are not 0."""
+    """Bit for bit, since an embedding computes nothing; the range is lopsided, so that zero points
+    are not 0, and every code of it occurs."""
     model = nn.Embedding(64, 8)
-    model.weight.data.mul_(0.5).add_(0.25)
+    model.weight.data.copy_(torch.linspace(-0.5, 1.5, 512).view(64, 8))
     weight = model.weight.detach()
     qparams = grid(weight, spec)
     gm = finish(quantized(model, tokens(2), weight=spec))

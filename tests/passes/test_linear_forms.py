@@ -80,9 +80,6 @@ LEFT: dict[str, tuple[Function, tuple[int, ...]]] = {
     "vector": (lambda x, m: x @ m.bias, (5, 8)),
     "two activations": (lambda x, m: torch.mm(x, x.t()), (5, 16)),
     "two constants": (lambda x, m: x + torch.mm(m.matrix, m.w1).mean(), (5, 16)),
-    "a matrix to add": (lambda x, m: torch.addmm(m.matrix, x, m.w0), (5, 16)),
-    "an activation to add": (lambda x, m: torch.addmm(x[:, :8], x, m.w0), (5, 16)),
-    "a bias that is an activation": (lambda x, m: torch.addmm(x[0, :8], x, m.w0), (5, 16)),
     "scaled sums": (lambda x, m: torch.addmm(m.bias, x, m.w0, beta=0.5, alpha=2), (5, 16)),
 }
 
@@ -97,6 +94,28 @@ def test_left_as_it_is(name: str) -> None:
     assert apply(normalize_linear, gm) == 0
     assert operators(gm, constants=True) == before
     assert torch.equal(gm(x)[0], model(x))
+
+
+ADDED: dict[str, Function] = {
+    "a matrix": lambda x, m: torch.addmm(m.matrix, x, m.w0),
+    "an activation": lambda x, m: torch.addmm(x[:, :8], x, m.w0),
+    "an activation of one row": lambda x, m: torch.addmm(x[0, :8], x, m.w0),
+    "a column": lambda x, m: torch.addmm(x[:, :1], x, m.w0),
+}
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_what_is_no_bias_is_added_behind(name: str) -> None:
+    """The product is a linear layer all the same."""
+    model = seeded(lambda: Weights(ADDED[name]))
+    x = normal(5, 16)
+    gm = captured(model, x)
+    assert apply(normalize_linear, gm) == 1
+    assert "addmm" not in operators(gm)
+    name_tensors(gm.graph)
+    ((_, pattern, _),) = find_sites(gm.graph)
+    assert pattern.name == "linear"
+    torch.testing.assert_close(gm(x)[0], model(x), rtol=1e-5, atol=1e-5)
 
 
 def test_all_forms_in_one_model() -> None:

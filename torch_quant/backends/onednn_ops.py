@@ -55,7 +55,7 @@ def packed_weights() -> int:
 def _drop_unused() -> None:
     own = Counter(weight for weight, _ in _CACHE)
     for key, entry in list(_CACHE.items()):
-        uses = torch._C._storage_Use_Count(entry.storage._cdata)  # type: ignore[attr-defined]
+        uses = torch._C._storage_Use_Count(entry.storage._cdata)
         if uses <= own[key[0]]:  # each entry of the weight holds it once
             del _CACHE[key]
 

@@ -82,7 +82,8 @@ def _plain_dequantize(node: fx.Node) -> None:
             shape[int(axis[0])] = -1  # type: ignore[arg-type]
             scale = graph.call_function(aten.reshape.default, (scale, shape))
             zero_point = graph.call_function(aten.reshape.default, (zero_point, shape))
-        centred = graph.call_function(aten.sub.Tensor, (codes, zero_point))
+        wide = graph.call_function(aten.to.dtype, (codes, torch.float32))
+        centred = graph.call_function(aten.sub.Tensor, (wide, zero_point))
         real = graph.call_function(aten.mul.Tensor, (centred, scale))
     node.replace_all_uses_with(real)
     graph.erase_node(node)

@@ -97,12 +97,7 @@ def export_graph(module: nn.Module, call: Call) -> CapturedGraph:
             f"the float model itself fails on these inputs "
             f"({', '.join(call.describe())}): {type(error).__name__}: {_first_lines(error)}"
         ) from error
-    larger = _repeat(call, 3 if _batch(call) == 1 else 2)
-    try:
-        expected_larger = _run_module(module, larger)
-    except Exception as error:  # the model's own refusal of that batch size, whatever it raises
-        logger.debug("the float model does not take the example repeated: %s", error)
-        expected_larger = None
+    others = _other_sizes(module, call)
     best: CapturedGraph | None = None
     reasons: list[str] = []
     twice = _repeat(call, 2) if _batch(call) == 1 else call
@@ -110,7 +105,7 @@ def export_graph(module: nn.Module, call: Call) -> CapturedGraph:
     for example, mode in dict.fromkeys(attempts):
         try:
             graph = _export(module, example, mode)
-            graph.contract.allow(call)
+            graph.contract = graph.contract.allowing(call)
             graph.exact = _verify(graph, call, expected) and _exact_unmasked(module, graph, call)
         except Exception as error:  # torch.export raises errors of many unrelated classes
             reasons.append(f"{type(error).__name__}: {_first_lines(error)}")
@@ -119,12 +114,8 @@ def export_graph(module: nn.Module, call: Call) -> CapturedGraph:
             logger.debug("capture, %s: %s", mode, reasons[-1], exc_info=True)
             continue
         try:
-            if expected_larger is not None:
-                conditions = graph.contract.conditions
-                graph.contract.conditions = []
-                _verify(graph, larger, expected_larger)
-                graph.contract.conditions = conditions
-                graph.contract.allow(larger)
+            for other, output in others:
+                _verify_other(graph, other, output)
             return graph
         except Exception as error:  # a wrong size may fail in any operator
             logger.debug("captured, but not for another batch size: %s", error)
@@ -136,6 +127,36 @@ def export_graph(module: nn.Module, call: Call) -> CapturedGraph:
             f"as one graph it serves only {best.contract.describe()}; its parts may serve more"
         )
     return best
+
+
+def _verify_other(graph: CapturedGraph, call: Call, expected: list[Any]) -> None:
+    """Verify at another batch size; what the graph then turns out not to rely on is dropped."""
+    contract = graph.contract
+    graph.contract = contract.allowing(call)
+    try:
+        _verify(graph, call, expected)
+    except Exception:
+        graph.contract = contract
+        raise
+
+
+def _other_sizes(module: nn.Module, call: Call) -> list[tuple[Call, list[Any]]]:
+    """The call at other batch sizes, with the module's outputs; without those it refuses."""
+    batch, found = _batch(call), []
+    sizes = [_repeat(call, 3)] if batch == 1 else [_repeat(call, 2), _first_row(call)]
+    for other in sizes:
+        try:
+            found.append((other, _run_module(module, other)))
+        except Exception as error:  # the model's own refusal, whatever it raises
+            logger.debug("the float model does not take another batch size: %s", error)
+    return found
+
+
+def _first_row(call: Call) -> Call:
+    batch = _batch(call)
+    return call.with_tensors(
+        tuple(x[:1] if x.dim() and x.shape[0] == batch else x for x in call.tensors)
+    )
 
 
 def _exact_unmasked(module: nn.Module, graph: CapturedGraph, call: Call) -> bool:

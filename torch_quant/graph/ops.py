@@ -183,9 +183,9 @@ ATen's integer kernel takes small images only."""
 
 IDENTITY = frozenset({
     aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default,
-    aten.feature_alpha_dropout.default, aten.lift_fresh_copy.default, aten.lift_fresh.default,
+    aten.feature_alpha_dropout.default,
 })  # fmt: skip
-"""Operators that return their first argument in eval mode."""
+"""Operators that return their first argument if their third, ``train``, is false."""
 
 ACTIVATIONS = {
     aten.relu.default: "relu", aten.relu6.default: "relu6", aten.gelu.default: "gelu",

@@ -78,8 +78,8 @@ class ShapeContract:
             self._seen.add(actual)
         return None
 
-    def allow(self, call: Call) -> None:
-        """Drop the conditions that ``call`` does not meet: it was seen to work all the same.
+    def allowing(self, call: Call) -> ShapeContract:
+        """This contract without the conditions that ``call`` does not meet but works all the same.
 
         (Size-oblivious export leaves such conditions behind for sizes of 1.)
         """
@@ -89,7 +89,8 @@ class ShapeContract:
             for size, actual in zip(shape, x.shape, strict=True)
             if isinstance(size, str)
         }
-        self.conditions = [c for c in self.conditions if _holds(c, values) is not False]
+        kept = [c for c in self.conditions if _holds(c, values) is not False]
+        return ShapeContract(self.names, self.shapes, kept, self.derived)
 
     def describe(self) -> str:
         """The inputs and sizes it serves, for messages."""

@@ -11,7 +11,6 @@ from torch import fx
 from torch_quant.graph.ops import (
     ACTIVATIONS,
     DATA_MOVEMENT,
-    IDENTITY,
     OpPattern,
     pattern_of,
     size_hints,
@@ -21,6 +20,7 @@ __all__ = [
     "KEY",
     "ORIGIN",
     "Site",
+    "behind",
     "find_sites",
     "fused_output",
     "is_constant",
@@ -140,11 +140,17 @@ def is_constant(node: fx.Node, _memo: dict[fx.Node, bool] | None = None) -> bool
 
 def source(node: fx.Node) -> fx.Node:
     """The node whose values ``node`` holds, behind operators that only move them."""
-    while node.op == "call_function" and (node.target in DATA_MOVEMENT or node.target in IDENTITY):
-        origin = node.args[0]
+    return behind(node)[-1]
+
+
+def behind(node: fx.Node) -> list[fx.Node]:
+    """``node``, and the nodes whose values it holds, through to their source."""
+    chain = [node]
+    while chain[-1].op == "call_function" and chain[-1].target in DATA_MOVEMENT:
+        origin = chain[-1].args[0]
         assert isinstance(origin, fx.Node)
-        node = origin
-    return node
+        chain.append(origin)
+    return chain
 
 
 def is_float(node: fx.Node) -> bool:

@@ -43,7 +43,9 @@ def decompose_attention(node: fx.Node) -> tuple[fx.Node, fx.Node]:
             key, value = (
                 call(aten.repeat_interleave.self_int, x, repeats, -3) for x in (key, value)
             )
-        scale = arguments.get("scale") or 1.0 / math.sqrt(size_hints(query)[-1])
+        scale = arguments.get("scale")
+        if scale is None:
+            scale = 1.0 / math.sqrt(size_hints(query)[-1])
         first = call(aten.matmul.default, query, call(aten.transpose.int, key, -2, -1))
         scores = call(aten.mul.Tensor, first, scale)
         if arguments.get("is_causal"):

@@ -31,25 +31,79 @@ def _slice_to_index(node: fx.Node) -> None:
     node.target, node.args = operator.getitem, (x, index)
 
 
-_UPSAMPLE: dict[Any, str] = {
-    aten.upsample_nearest2d.vec: "nearest",
-    aten.upsample_bilinear2d.vec: "bilinear",
-    aten.upsample_bicubic2d.vec: "bicubic",
-}
+def _upsamplings() -> dict[Any, tuple[str, bool]]:
+    """ATen's upsampling overloads -> (mode of ``interpolate``, antialiased)."""
+    modes = {"upsample_linear1d": "linear", "upsample_trilinear3d": "trilinear"}
+    for kind in ("bilinear", "bicubic"):
+        modes[f"upsample_{kind}2d"] = modes[f"_upsample_{kind}2d_aa"] = kind
+    for dims in (1, 2, 3):
+        modes[f"upsample_nearest{dims}d"] = "nearest"
+        modes[f"_upsample_nearest_exact{dims}d"] = "nearest-exact"
+    return {getattr(aten, name).vec: (mode, name.endswith("_aa")) for name, mode in modes.items()}
 
 
-def _mode_of(node: fx.Node) -> str:
-    target: Any = node.target
-    return _UPSAMPLE[target]
+_UPSAMPLE = _upsamplings()
 
 
 def _upsample_to_interpolate(node: fx.Node) -> None:
+    target: Any = node.target
+    mode, antialias = _UPSAMPLE[target]
     x, size, *rest = node.args
-    kwargs = {"size": size, "mode": _mode_of(node), "scale_factor": rest[-1]}
-    if kwargs["mode"] != "nearest":
-        kwargs["align_corners"] = rest[0]
+    kwargs: dict[str, Any] = {"size": size, "mode": mode, "scale_factor": rest[-1]}
+    if not mode.startswith("nearest"):
+        kwargs |= {"align_corners": rest[0], "antialias": antialias}
     node.target = torch.nn.functional.interpolate
     node.args, node.kwargs = (x,), kwargs
+
+
+def _real(n: Any) -> Any:
+    """A size as a real number: Python's floats are float64, and so is a traced one."""
+    return n.to(torch.float64) if isinstance(n, Tensor) else n
+
+
+def size_float(n: Any) -> Any:
+    """A size as a real number."""
+    return _real(n) if isinstance(n, Tensor) else float(n)
+
+
+def size_sqrt(n: Any) -> Any:
+    """The square root of a size, which is a tensor while tracing."""
+    return _real(n) ** 0.5
+
+
+def size_power(a: Any, b: Any) -> Any:
+    """A power of a size."""
+    return _real(a) ** b
+
+
+def size_ratio(a: Any, b: Any) -> Any:
+    """The quotient of sizes, as a real number."""
+    return _real(a) / _real(b)
+
+
+def size_max(a: Any, b: Any) -> Any:
+    """The larger of two sizes."""
+    traced = isinstance(a, Tensor) or isinstance(b, Tensor)
+    return torch.maximum(torch.as_tensor(a), torch.as_tensor(b)) if traced else max(a, b)
+
+
+def size_min(a: Any, b: Any) -> Any:
+    """The smaller of two sizes."""
+    traced = isinstance(a, Tensor) or isinstance(b, Tensor)
+    return torch.minimum(torch.as_tensor(a), torch.as_tensor(b)) if traced else min(a, b)
+
+
+_ARITHMETIC: dict[Any, Any] = {
+    torch.sym_max: size_max,
+    torch.sym_min: size_min,
+    torch.sym_float: size_float,
+    torch._sym_sqrt: size_sqrt,  # type: ignore[attr-defined]
+    operator.pow: size_power,
+    operator.truediv: size_ratio,
+}
+
+
+_READS: dict[Any, str] = {aten.sym_size.int: "size", aten.sym_numel.default: "numel"}
 
 
 def _takes_size(node: fx.Node, sizes: set[fx.Node]) -> bool:
@@ -65,13 +119,14 @@ def dynamic_sizes(context: PassContext) -> int:
     sizes: set[fx.Node] = set()
     changed = 0
     for node in context.graph.nodes:
-        if node.target is aten.sym_size.int:
-            node.op, node.target = "call_method", "size"
+        if node.target in _READS:
+            node.op, node.target = "call_method", _READS[node.target]
             sizes.add(node)
             changed += 1
         elif node.op == "call_function" and _takes_size(node, sizes):
             if not _is_aten(node):
                 sizes.add(node)  # arithmetic of sizes
+                node.target = _ARITHMETIC.get(node.target, node.target)
                 continue
             if node.target is aten.slice.Tensor:
                 _slice_to_index(node)
@@ -90,3 +145,5 @@ def _call_by_name(node: fx.Node) -> None:
         node.op, node.target = "call_method", name
     elif hasattr(torch, name):
         node.target = getattr(torch, name)
+    elif hasattr(torch.nn.functional, name):
+        node.target = getattr(torch.nn.functional, name)

@@ -36,8 +36,10 @@ def _product_before(norm: fx.Node) -> tuple[fx.Node, OpPattern] | None:
     if not isinstance(weight, fx.Node) or not is_constant(weight):
         return None
     rank, channels = len(size_hints(node)), size_hints(norm.args[3])
-    if pattern.name == "linear" and rank != 2:
-        return None  # batch norm's channels are axis 1, the layer's are the last
+    if rank != (2 if pattern.name == "linear" else len(size_hints(weight))):
+        return (
+            None  # batch norm's channels are axis 1, a deeper linear's or an unbatched image's not
+        )
     if size_hints(weight)[pattern.weight_axis :][:1] != channels:
         return None  # a grouped transposed convolution: its axis 1 is only a group's share
     return node, pattern
@@ -49,7 +51,10 @@ def fold_batch_norm(context: PassContext) -> int:
     for norm in list(context.graph.nodes):
         if norm.target is not aten.batch_norm.default or norm.args[5]:
             continue
-        if norm.args[3] is None or (found := _product_before(norm)) is None:
+        statistics = [arg for arg in norm.args[1:5] if isinstance(arg, fx.Node)]
+        if norm.args[3] is None or not all(is_constant(each) for each in statistics):
+            continue
+        if (found := _product_before(norm)) is None:
             continue
         product, pattern = found
         _fold(context.graph, norm, product, pattern)
@@ -64,7 +69,7 @@ def _fold(graph: fx.Graph, norm: fx.Node, product: fx.Node, pattern: OpPattern) 
     def call(target: Any, *args: Any) -> fx.Node:
         return graph.call_function(target, args)
 
-    with graph.inserting_before(product):
+    with graph.inserting_before(norm):
         factor = call(aten.rsqrt.default, call(aten.add.Tensor, var, eps))
         if gain is not None:
             factor = call(aten.mul.Tensor, gain, factor)
@@ -85,9 +90,8 @@ def _fold(graph: fx.Graph, norm: fx.Node, product: fx.Node, pattern: OpPattern) 
         if beta is not None:
             bias = call(aten.add.Tensor, bias, beta)
     args = (product.args[0], weight, bias, *product.args[3:])
-    folded = call_like(product, product.target, args, **product.kwargs)
-    for entry in ("val", "torch_quant_origin"):
-        folded.meta[entry] = norm.meta[entry]
+    folded = call_like(norm, product.target, args, **product.kwargs)
+    folded.meta["nn_module_stack"] = product.meta.get("nn_module_stack")
     norm.replace_all_uses_with(folded)
     graph.erase_node(norm)
     graph.erase_node(product)

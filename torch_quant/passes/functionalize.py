@@ -7,6 +7,7 @@ are; the tensors they reach are recorded, since a grid taken before the write wo
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -22,14 +23,16 @@ def _schema(node: fx.Node) -> Any:
 
 
 def _may_alias_input(node: fx.Node) -> bool:
+    if node.target is operator.getitem:
+        return True  # a part of what chunk, split or unbind gave
     schema = _schema(node)
-    return schema is not None and any(r.alias_info is not None for r in schema.returns)
+    return schema is not None and any(each.alias_info is not None for each in schema.arguments)
 
 
 def _writes(node: fx.Node) -> list[fx.Node]:
     """The arguments that ``node`` writes to."""
     schema = _schema(node)
-    if schema is None or not schema.is_mutable:
+    if schema is None or not schema.is_mutable or node.target is torch.ops.aten.detach_.default:
         return []
     arguments = zip(schema.arguments, node.args, strict=False)
     return [
@@ -48,6 +51,17 @@ def _functional_form(node: fx.Node) -> Any | None:
     return getattr(packet, overload, None)
 
 
+def _would_promote(node: fx.Node, x: fx.Node) -> bool:
+    """Whether the functional form may give another dtype than that of ``x``."""
+    dtype = x.meta["val"].dtype
+    others = [n.meta.get("val") for n in node.all_input_nodes if n is not x]
+    numbers = [arg for arg in node.args[1:] if isinstance(arg, (bool, int, float))]
+    tensors = [value for value in others if isinstance(value, torch.Tensor)]
+    return any(torch.promote_types(value.dtype, dtype) != dtype for value in tensors) or (
+        bool(numbers) and not dtype.is_floating_point
+    )
+
+
 def functionalize(context: PassContext) -> int:
     """Rewrite every in-place operator on a tensor that nothing aliases."""
     order = {node: i for i, node in enumerate(context.graph.nodes)}
@@ -59,7 +73,7 @@ def functionalize(context: PassContext) -> int:
         x = written[0]
         functional = _functional_form(node)
         aliased = _may_alias_input(x) or any(_may_alias_input(u) for u in x.users if u is not node)
-        if functional is None or x.op != "call_function" or aliased:
+        if functional is None or x.op != "call_function" or aliased or _would_promote(node, x):
             continue
         node.target = functional
         for user in [u for u in x.users if order[u] > order[node]]:

@@ -7,15 +7,23 @@ from torch import fx
 
 from torch_quant.graph.ops import IDENTITY
 from torch_quant.passes.base import PassContext
+from torch_quant.passes.functionalize import written_tensors
 
 __all__ = ["remove_identities", "views_to_reshapes"]
 
 aten = torch.ops.aten
+_COPIES = (aten.lift_fresh_copy.default, aten.lift_fresh.default)
+"""Copies of a constant of the code, needed only if it is written to."""
 
 
 def remove_identities(context: PassContext) -> int:
     """Dropout in eval mode and the like: users take the input instead."""
-    found = [n for n in context.graph.nodes if n.op == "call_function" and n.target in IDENTITY]
+    written = written_tensors(context.graph)
+    found = [
+        n
+        for n in context.graph.nodes
+        if (n.target in IDENTITY and not n.args[2]) or (n.target in _COPIES and n not in written)
+    ]
     for node in found:
         origin = node.args[0]
         assert isinstance(origin, fx.Node)
@@ -26,9 +34,9 @@ def remove_identities(context: PassContext) -> int:
 
 def views_to_reshapes(context: PassContext) -> int:
     """``view`` needs the strides of capture; an int8 convolution may give channels-last ones."""
-    found = [
-        n for n in context.graph.nodes if n.target in (aten.view.default, aten._unsafe_view.default)
-    ]
+    written = written_tensors(context.graph)  # a copy would not pass on what is written
+    views = (aten.view.default, aten._unsafe_view.default)
+    found = [n for n in context.graph.nodes if n.target in views and n not in written]
     for node in found:
         node.target = aten.reshape.default
     return len(found)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from torch_quant.graph.ops import INT8_NEVER, pattern_of
-from torch_quant.graph.sites import ORIGIN, Site, find_sites, key_of, operands, source
+from torch_quant.graph.sites import ORIGIN, Site, behind, find_sites, key_of, operands
 from torch_quant.nn.probe import ObserverProbe
 from torch_quant.passes.base import copy_graph
 from torch_quant.passes.canonicalize import canonicalize
@@ -46,7 +46,7 @@ def prepare(captured: fx.GraphModule, path: str = "") -> Prepared:
     sites: list[tuple[Site, str]] = []
     observed: dict[str, tuple[str, Callable[..., Tensor] | None]] = {}
     for node, pattern, site in find_sites(canonical.graph):
-        late = [source(arg) for arg in operands(node, pattern) if source(arg) in dirty]
+        late = [x for arg in operands(node, pattern) for x in behind(arg) if x in dirty]
         sites.append((site, f"{key_of(late[0])} is written to in place" if late else ""))
         for key in (*site.inputs, site.output):
             observed[key] = (origin[key], None)
