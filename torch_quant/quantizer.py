@@ -55,7 +55,8 @@ class Quantizer:
         InvalidConfig: an unknown backend, or settings that contradict each other.
         BackendUnavailable: the backend does not run on this machine.
 
-    >>> model = nn.Linear(4, 2)
+    >>> import torch
+    >>> model = torch.nn.Linear(4, 2)
     >>> quantizer = Quantizer(backend="reference")
     >>> calib_model = quantizer.calib(model)
     >>> _ = calib_model(torch.ones(8, 4))
