@@ -226,3 +226,21 @@ def test_inputs_pass_through_untouched() -> None:
     run(inputs)
     assert region.failure
     assert [id(leaf) for leaf in pytree.tree_leaves(inputs)] == leaves
+
+
+class WidensByBatch(Two):
+    """Takes another path for small batches, which a condition on the size tells."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.l0(x)
+        return self.l1(x.relu()) if x.shape[0] > 3 else self.l1(x.sigmoid()) + x
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 8])
+def test_a_branch_on_the_batch_size_makes_two_graphs_and_no_pieces(batch: int) -> None:
+    model = WidensByBatch()
+    run, region = executor(model)
+    for size in (batch, 2, 6, 3, 8):
+        assert torch.equal(run(normal(size, 16)), model(normal(size, 16)))
+    assert not region.failure
+    assert len(region.graphs) == 2

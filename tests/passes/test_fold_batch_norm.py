@@ -188,6 +188,27 @@ def test_left_as_it_is(name: str) -> None:
     assert torch.equal(gm(x)[0], model(x))
 
 
+class WritesBetween(nn.Module):
+    """What the convolution has read is written to before the norm runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        x.mul_(-2.0)
+        return self.bn(y) + x.mean()
+
+
+def test_the_product_still_runs_where_it_ran() -> None:
+    model = seeded(WritesBetween)
+    gm = captured(model, normal(2, 4, 7, 7))
+    apply(fold_batch_norm, gm)
+    actual, expected = gm(normal(3, 4, 7, 7))[0], model(normal(3, 4, 7, 7))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
 class ComputedGain(nn.Module):
     """The norm's gain is an expression, computed after the convolution."""
 
