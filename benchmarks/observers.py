@@ -6,24 +6,19 @@ The default observer of each op type (``torch_quant/observers/defaults.py``) is 
 from __future__ import annotations
 
 import argparse
-import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from digits_cnn_ptq import ResidualCNN, accuracy
+from digits_data import load_digits_split, train
 from harness import minilm, report
+from minilm_data import embed, load_pairs, model_folder, retrieval
 from torch import Tensor, nn
 
 from torch_quant import QConfig, Quantizer, cosine, sqnr
 from torch_quant.observers import OBSERVERS
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-from digits_cnn_ptq import ResidualCNN, accuracy
-from digits_data import load_digits_split, train
-from minilm_data import embed, load_pairs, model_folder, retrieval
 
 
 class DepthwiseCNN(nn.Module):

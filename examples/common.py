@@ -19,7 +19,7 @@ __all__ = ["check_in_fresh_process", "file_size", "interleaved_latency", "print_
 
 
 def interleaved_latency(
-    calls: dict[str, Callable[[], Any]], *, warm_up: int = 2, rounds: int = 9
+    calls: dict[str, Callable[[], Any]], *, warm_up: int = 3, rounds: int = 11
 ) -> dict[str, float]:
     """Median time of each call in milliseconds, measured in turns (A B A B ...) in one run."""
     times: dict[str, list[float]] = {name: [] for name in calls}
