@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from harness import minilm, report  # makes the examples importable
+from torch import Tensor, nn
+
+# isort: split
 from digits_cnn_ptq import ResidualCNN, accuracy
 from digits_data import load_digits_split, train
-from harness import minilm, report
 from minilm_data import embed, load_pairs, model_folder, retrieval
-from torch import Tensor, nn
 
 from torch_quant import QConfig, Quantizer, cosine, sqnr
 from torch_quant.observers import OBSERVERS
