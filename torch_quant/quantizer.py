@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -29,6 +30,7 @@ from torch_quant.graph.annotate import annotate, modules_of, qconfig_of
 from torch_quant.graph.calls import Call
 from torch_quant.graph.capture import Executor, Region
 from torch_quant.graph.export import CapturedGraph
+from torch_quant.io.summary import load_summary, save_summary
 from torch_quant.model import CapturedModel, check_model, check_same, run_example
 from torch_quant.observers import Observer, default_observer, observer_class
 from torch_quant.passes.prepare import insert_observers
@@ -81,6 +83,7 @@ class Quantizer:
                 raise InvalidConfig(f"override {key!r} is {value!r}; expected a QConfig or None")
         self.state = QuantState()
         self.plan = QuantPlan()
+        self._edits = QuantPlan()
         self._fingerprint: dict[str, str] | None = None
         self._models: weakref.WeakKeyDictionary[nn.Module, CapturedModel]
         self._models = weakref.WeakKeyDictionary()
@@ -206,6 +209,29 @@ class Quantizer:
         self.state.load_state_dict(state["state"])
         self._fingerprint = dict(state["model"]) or None
 
+    def save_summary(self, path: str | os.PathLike[str]) -> None:
+        """Write the last plan and its ranges as JSON, to be read, edited and given back.
+
+        Raises:
+            NotCalibrated: nothing was quantized yet.
+            InvalidConfig: the path cannot be written.
+        """
+        if not self.plan:
+            raise NotCalibrated("there is no plan yet: quantizer.quantize(model) first")
+        save_summary(path, self.plan, self.state)
+
+    def load_summary(self, path: str | os.PathLike[str]) -> None:
+        """Take formats, ranges and what stays in float from a summary, edited or not.
+
+        It goes before the configuration given to the constructor, site by site.
+
+        Raises:
+            InvalidConfig: the file is no summary; or, when used, it names unknown sites.
+        """
+        summary = load_summary(path)
+        summary.apply_to(self.state)
+        self._edits = summary.plan
+
     # Inside
 
     def _captured(self, model: nn.Module, backend: Backend | None = None) -> CapturedModel:
@@ -222,7 +248,7 @@ class Quantizer:
         return captured
 
     def _plan(self, model: nn.Module, captured: CapturedModel, backend: Backend) -> QuantPlan:
-        return annotate(
+        plan = annotate(
             captured.sites(),
             model,
             backend.placement(),
@@ -230,6 +256,8 @@ class Quantizer:
             overrides=self.overrides,
             module_filter=self.module_filter,
         )
+        check_names(self._edits, plan, "summary site")
+        return plan.edited(self._edits, backend.placement())
 
     def _check_names(self, model: nn.Module) -> None:
         """A misspelt module name should not wait for the first batch to be found."""

@@ -114,6 +114,34 @@ class QuantPlan(Mapping[str, SitePlan]):
             for name, site in self.items()
         )
 
+    def edited(self, edits: QuantPlan, placement: Placement) -> QuantPlan:
+        """A new plan with the formats and decisions of ``edits``, where the backend can follow.
+
+        A site of ``edits`` that says float stays in float; one that says int8 gets its formats,
+        unless this plan has it in float because the backend cannot run it.
+        """
+        plan = []
+        for name, site in self.items():
+            edit = edits._sites.get(name)
+            if edit is None:
+                plan.append(site)
+            elif not edit.quantized:
+                reason = edit.reason or "left in float by the summary"
+                plan.append(replace(site, quantized=False, reason=reason))
+            else:
+                reason = site.reason
+                reason = reason or placement.refuse(site.op, edit.activation, edit.weight) or ""
+                plan.append(
+                    replace(
+                        site,
+                        activation=edit.activation,
+                        weight=edit.weight,
+                        quantized=not reason,
+                        reason=reason,
+                    )
+                )
+        return QuantPlan(plan)
+
     def to_dict(self) -> dict[str, Any]:
         return {"sites": [site.to_dict() for site in self.values()]}
 

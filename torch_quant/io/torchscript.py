@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import warnings
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from torch_quant.errors import InvalidConfig
+from torch_quant.io.files import write_atomically
 
-__all__ = ["export_torchscript", "write_atomically"]
+__all__ = ["export_torchscript"]
 
 
 def export_torchscript(
@@ -54,25 +52,3 @@ def export_torchscript(
         frozen: torch.jit.ScriptModule = torch.jit.freeze(traced.eval())
     write_atomically(path, lambda file: torch.jit.save(frozen, file))
     return frozen
-
-
-def write_atomically(path: str | os.PathLike[str], write: Callable[[str], Any]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then rename it: all or nothing.
-
-    Raises:
-        InvalidConfig: the folder does not exist or may not be written to.
-    """
-    target = Path(path)
-    try:
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    except OSError as error:
-        raise InvalidConfig(
-            f"cannot write {target}: {error.strerror}; give a writable folder"
-        ) from error
-    os.close(handle)
-    try:
-        write(name)
-        os.replace(name, target)
-    except BaseException:
-        os.unlink(name)
-        raise

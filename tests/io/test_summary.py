@@ -1,0 +1,96 @@
+"""The JSON summary: there and back bit for bit, edits taken, nonsense refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flows import calibrated
+from models import MODELS, example
+
+from torch_quant import InvalidConfig, NotCalibrated, QConfig, Quantizer
+from torch_quant.backends import available_backends
+from torch_quant.observers import OBSERVERS
+
+
+def edit(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("backend", [b.name for b in available_backends()])
+@pytest.mark.parametrize("observer", sorted(OBSERVERS))
+def test_there_and_back(tmp_path: Path, observer: str, backend: str) -> None:
+    model = MODELS["tiny_transformer"]()
+    batches = [(example("tiny_transformer", 8), {})]
+    config = QConfig(observer=observer)
+    quantizer = calibrated(model, batches, backend=backend, qconfig=config)
+    x = example("tiny_transformer", 3)
+    expected = quantizer.quantize(model)(*x)
+    quantizer.save_summary(tmp_path / "summary.json")
+    other = Quantizer(backend)
+    other.load_summary(tmp_path / "summary.json")
+    again = other.quantize(model, example_inputs=example("tiny_transformer", 8))
+    assert torch.equal(again(*x), expected)
+    assert dict(other.plan) == dict(quantizer.plan)
+
+
+def test_edits_are_taken(tmp_path: Path) -> None:
+    model, path = MODELS["mlp"](), tmp_path / "summary.json"
+    quantizer = calibrated(model, [(example("mlp", 16), {})], backend="reference")
+    quantizer.quantize(model)
+    quantizer.save_summary(path)
+    data = edit(path)
+    data["sites"][0] |= {"quantized": False, "reason": "I say so"}
+    data["sites"][1]["activation"]["quant_max"] = 15
+    key = data["sites"][2]["inputs"][0]
+    data["ranges"][key] = [0.0, 25.5]
+    path.write_text(json.dumps(data), encoding="utf-8")
+    quantizer.load_summary(path)
+    quantizer.quantize(model)
+    first, second, third = quantizer.plan.values()
+    assert first.reason == "I say so"
+    assert second.activation is not None
+    assert second.activation.bits == 4
+    assert third.activation is not None
+    assert float(quantizer.state.qparams(key, third.activation).scale) == pytest.approx(0.1)
+
+
+def test_a_summary_of_another_model(tmp_path: Path) -> None:
+    model, path = MODELS["mlp"](), tmp_path / "summary.json"
+    quantizer = calibrated(model, [(example("mlp", 16), {})], backend="reference")
+    quantizer.quantize(model)
+    quantizer.save_summary(path)
+    other = MODELS["small_cnn"]()
+    wrong = calibrated(other, [(example("small_cnn", 4), {})], backend="reference")
+    wrong.load_summary(path)
+    with pytest.raises(InvalidConfig, match="summary site '0' matches nothing"):
+        wrong.quantize(other)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot read the summary"),
+        ("{}", "no summary of torch_quant"),
+        ('{"format": "torch_quant summary", "version": 9}', "version 9; expected 1"),
+        ('{"format": "torch_quant summary", "version": 1}', "ranges"),
+        (
+            '{"format": "torch_quant summary", "version": 1, "sites": [], "ranges": {"a": [2, 1]}}',
+            r"the range of a is \[2.0, 1.0\]",
+        ),
+    ],
+)
+def test_nonsense_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "summary.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(InvalidConfig, match=message):
+        Quantizer("reference").load_summary(path)
+
+
+def test_nothing_to_save_yet(tmp_path: Path) -> None:
+    with pytest.raises(NotCalibrated, match="quantize"):
+        Quantizer("reference").save_summary(tmp_path / "summary.json")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,88 @@
+"""The summary: plan and ranges as a JSON file that a person can read, edit and give back."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torch_quant.core.plan import QuantPlan
+from torch_quant.errors import InvalidConfig
+from torch_quant.io.files import write_atomically
+from torch_quant.observers import MinMaxObserver
+from torch_quant.state import QuantState
+
+__all__ = ["Summary", "load_summary", "save_summary"]
+
+_FORMAT = "torch_quant summary"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a summary file says.
+
+    Args:
+        plan: every site: quantized or not and why, formats of activations and weight.
+        ranges: tensor key -> (minimum, maximum) that its grid covers.
+    """
+
+    plan: QuantPlan
+    ranges: Mapping[str, tuple[float, float]]
+
+    def apply_to(self, state: QuantState) -> None:
+        """Put the ranges in the place of what was observed of these tensors."""
+        for key, (low, high) in self.ranges.items():
+            observer = state.observers[key] = MinMaxObserver()
+            observer.observe(torch.tensor([low, high]))
+        state.batches = max(state.batches, 1)
+
+
+def _ranges(plan: QuantPlan, state: QuantState) -> dict[str, list[float]]:
+    ranges = {}
+    for site in plan.values():
+        for key in site.inputs:
+            observer = state.observers.get(key)
+            if site.activation is not None and observer is not None and observer.batches:
+                ranges[key] = [float(end) for end in observer.range(site.activation)]
+    return ranges
+
+
+def save_summary(path: str | os.PathLike[str], plan: QuantPlan, state: QuantState) -> None:
+    """Write plan and ranges; raises :class:`InvalidConfig` if the path cannot be written."""
+    data = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "sites": plan.to_dict()["sites"],
+        "ranges": _ranges(plan, state),
+    }
+    text = json.dumps(data, indent=1) + "\n"
+    write_atomically(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
+
+
+def load_summary(path: str | os.PathLike[str]) -> Summary:
+    """Read a summary; raises :class:`InvalidConfig` naming what is missing or wrong in it."""
+    try:
+        data: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidConfig(f"cannot read the summary {path}: {error}") from error
+    if not isinstance(data, dict) or data.get("format") != _FORMAT:
+        raise InvalidConfig(f"{path} is no summary of torch_quant: it lacks format: {_FORMAT!r}")
+    if data.get("version") != _VERSION:
+        raise InvalidConfig(f"{path} has version {data.get('version')}; expected {_VERSION}")
+    try:
+        ranges = {key: (float(low), float(high)) for key, (low, high) in data["ranges"].items()}
+        plan = QuantPlan.from_dict(data)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidConfig(f"{path}: {type(error).__name__}: {error}") from error
+    for key, (low, high) in ranges.items():
+        if not low <= high:
+            raise InvalidConfig(
+                f"{path}: the range of {key} is [{low}, {high}]; expected low <= high"
+            )
+    return Summary(plan, ranges)
