@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -72,6 +72,7 @@ class CapturedModel:
         self.fingerprint = fingerprint(model)
         self.parameters = _identities(model)
         self.region = Region(shadow(model))
+        self.version = 0
         self._prepared: dict[int, tuple[CapturedGraph, Prepared]] = {}
         training = [name or "the model" for name, m in model.named_modules() if m.training]
         if training:
@@ -85,6 +86,7 @@ class CapturedModel:
         if self.parameters == _identities(model):
             return
         self.parameters = _identities(model)
+        self.version += 1
         twin = shadow(model)
         for region in self.region.walk():
             region.module = twin.get_submodule(region.path)
@@ -140,7 +142,7 @@ def run_example(captured: CapturedModel, example_inputs: Any) -> Any:
     """
     executor = Executor(captured.region, lambda region, graph, call: graph(call))
     with torch.no_grad():
-        if isinstance(example_inputs, dict):
+        if isinstance(example_inputs, Mapping):
             return executor(**example_inputs)
         if isinstance(example_inputs, (tuple, list)):
             return executor(*example_inputs)

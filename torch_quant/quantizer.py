@@ -32,7 +32,7 @@ from torch_quant.graph.capture import Executor, Region
 from torch_quant.graph.export import CapturedGraph
 from torch_quant.io.summary import load_summary, save_summary
 from torch_quant.model import CapturedModel, check_model, check_same, run_example
-from torch_quant.observers import Observer, default_observer, observer_class
+from torch_quant.observers import DEFAULT_OBSERVER, Observer, observer_class
 from torch_quant.passes.prepare import insert_observers
 from torch_quant.report.coverage import Coverage
 from torch_quant.state import QuantState
@@ -110,7 +110,7 @@ class Quantizer:
         self._check_names(model)
         if example_inputs is not None:
             run_example(captured, example_inputs)
-        return CalibModel(self, captured)
+        return CalibModel(self, captured, model)
 
     def quantize(
         self,
@@ -138,8 +138,8 @@ class Quantizer:
             raise NotCalibrated(
                 "the model was never run: call quantizer.calib(model) on calibration data first"
                 if self.state.batches == 0
-                else "ranges were loaded, but the model is not captured yet: "
-                "quantizer.quantize(model, example_inputs=...)"
+                else "this model object is not captured yet (the ranges were loaded, or it is a "
+                "copy): quantizer.quantize(model, example_inputs=...)"
             )
         plan = self._plan(model, captured, chosen)
         if not any(site.quantized for site in plan.values()):
@@ -165,17 +165,25 @@ class Quantizer:
         logger.info("quantized: %s", quantized.description)
         return quantized
 
-    def coverage(self, model: nn.Module, example_inputs: Any = None) -> Coverage:
+    def coverage(
+        self,
+        model: nn.Module,
+        example_inputs: Any = None,
+        *,
+        backend: Backend | str | None = None,
+    ) -> Coverage:
         """What share of the model's multiply-accumulates runs in int8 and, per op, why not.
 
         Args:
             model: any model; it need not be calibrated.
             example_inputs: as for :meth:`calib`, needed if the model was not run yet.
+            backend: another backend than the quantizer's.
 
         Returns:
             A report; ``print`` shows its tables.
         """
-        captured = self._captured(model)
+        chosen = self.backend if backend is None else _usable(backend)
+        captured = self._captured(model, chosen)
         if example_inputs is not None:
             run_example(captured, example_inputs)
         if not captured.region.called:
@@ -190,8 +198,8 @@ class Quantizer:
         ]
         float_ops = {op for prepared in captured.graphs() for op in prepared.float_ops}
         return Coverage(
-            self._plan(model, captured, self.backend),
-            repr(self.backend),
+            self._plan(model, captured, chosen),
+            repr(chosen),
             tuple(sorted(float_ops)),
             tuple(glue + never),
         )
@@ -269,11 +277,12 @@ class Quantizer:
 
     def _observer_of(self, captured: CapturedModel, model: nn.Module, key: str) -> Observer:
         """A new observer for a tensor: that of the first site that uses it."""
-        for site, _ in captured.sites():
-            if key in site.keys:
-                config = qconfig_of(site, modules_of(model, site), self.qconfig, self.overrides)
-                choice = config.observer if config else None
-                return _make(choice or default_observer(site.op), None)
+        for prepared in captured.graphs():
+            for site, _ in prepared.sites:
+                if key in site.keys:
+                    config = qconfig_of(site, modules_of(model, site), self.qconfig, self.overrides)
+                    choice = config.observer if config else None
+                    return _make(choice or DEFAULT_OBSERVER, None)
         raise QuantError(f"no site uses the tensor {key}")
 
     def _weight_grid(
@@ -295,12 +304,22 @@ class Quantizer:
 class CalibModel(nn.Module):
     """The proxy that :meth:`Quantizer.calib` makes. Not to be made by hand."""
 
-    def __init__(self, quantizer: Quantizer, captured: CapturedModel) -> None:
+    def __init__(self, quantizer: Quantizer, captured: CapturedModel, model: nn.Module) -> None:
         super().__init__()
         self._quantizer, self._captured = quantizer, captured
-        self._graphs: dict[int, Callable[..., Any]] = {}
-        self._executor = Executor(captured.region, self._run)
+        self._model = weakref.ref(model)
+        self._reset()
         self.eval()
+
+    def _reset(self) -> None:
+        self._version = self._captured.version
+        self._graphs: dict[int, Callable[..., Any]] = {}
+        # No submodule: what is done to the proxy (double(), train()) must not reach the parameters.
+        self.__dict__["_executor"] = Executor(self._captured.region, self._run)
+
+    def train(self, mode: bool = True) -> CalibModel:
+        """Stays in eval mode, as it was captured."""
+        return super().train(False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the float model and records its ranges; same inputs and outputs as the model."""
@@ -311,6 +330,10 @@ class CalibModel(nn.Module):
                     f"calibration batch {quantizer.state.batches} is empty: an input has shape "
                     f"{tuple(x.shape)}; leave it out"
                 )
+        if (model := self._model()) is not None:
+            self._captured.refresh(model)
+        if self._version != self._captured.version:
+            self._reset()
         with quantizer.state.batch():
             outputs = self._executor(*args, **kwargs)
         quantizer._fingerprint = self._captured.fingerprint

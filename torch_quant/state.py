@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -12,9 +13,11 @@ from torch import Tensor
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig, NotCalibrated, QuantError
-from torch_quant.observers import Observer, observer_class
+from torch_quant.observers import OBSERVERS, Observer, observer_class
 
 __all__ = ["QuantState"]
+
+logger = logging.getLogger("torch_quant")
 
 
 class QuantState:
@@ -68,6 +71,9 @@ class QuantState:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only, so that ``torch.load(weights_only=True)`` reads it."""
+        foreign = {each.name for each in self.observers.values()} - set(OBSERVERS)
+        if foreign:
+            logger.warning("ranges of %s can be saved but not loaded", ", ".join(sorted(foreign)))
         return {
             "batches": self.batches,
             "observers": {

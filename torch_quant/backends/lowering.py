@@ -33,7 +33,9 @@ class Lowering:
 
     def run(self) -> QuantizedRegion:
         """The whole model, quantized; the float model is untouched."""
-        return self._region(self.captured.region)
+        quantized = self._region(self.captured.region)
+        _detach_parameters(quantized)
+        return quantized
 
     def _region(self, region: Region) -> QuantizedRegion:
         graphs = [
@@ -47,14 +49,14 @@ class Lowering:
         ]
         rest: nn.Module | None = None
         if region.failure or not graphs:
-            rest = glue(region, self._child) if region.children else region.module
+            rest = glue(region, self._child)
         quantized = QuantizedRegion(region.path, region.signature, graphs, rest)
         for name in region.borrowed:
             setattr(quantized, name, getattr(region.module, name))
         return quantized
 
     def _child(self, region: Region) -> nn.Module:
-        return self._region(region) if region.called else region.module
+        return self._region(region) if region.called else glue(region, self._child)
 
     def graph(self, prepared: Prepared) -> fx.GraphModule:
         """One graph on the backend's kernels."""
@@ -64,6 +66,16 @@ class Lowering:
         lowered = self.backend.lower(context)
         run_passes(PassContext(lowered), [dynamic_sizes])
         return _only_used(lowered)
+
+
+def _detach_parameters(model: nn.Module) -> None:
+    """Parameters of their own over the user's storage: ``double()`` must not reach the user's."""
+    memo: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, value in module._parameters.items():
+            if value is not None:
+                new = memo.setdefault(id(value), nn.Parameter(value.detach(), requires_grad=False))
+                module._parameters[name] = new
 
 
 def _only_used(gm: fx.GraphModule) -> fx.GraphModule:

@@ -87,6 +87,8 @@ class OneDNNBackend(Backend):
 
 
 def _refuse(op: str, activation: QuantSpec | None, weight: QuantSpec | None) -> str | None:
+    if op.startswith("conv") and activation is not None and activation.signed:
+        return f"oneDNN convolutions take unsigned activations, not {activation}"
     if weight is not None and not (weight.signed and weight.symmetric and weight.per_channel):
         return f"oneDNN wants a signed symmetric per-channel weight, not {weight}"
     return None

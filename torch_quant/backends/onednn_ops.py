@@ -2,12 +2,15 @@
 
 The kernels want a weight packed for the machine, an opaque tensor that none of these can carry. So
 the operators take the plain int8 weight and pack it at the first call, into a cache. An entry keeps
-the weight's storage alive, which makes its address a safe key, and is dropped once nobody else
-does.
+the weight's storage alive, which makes its address a safe key; entries that nobody else keeps alive
+are dropped when the next weight is packed.
 """
 
 from __future__ import annotations
 
+import functools
+import threading
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -43,8 +46,9 @@ class _Packed:
 
 
 _CACHE: dict[tuple[Any, ...], _Packed] = {}
+_LOCK = threading.Lock()
 _MAX_VARIANTS = 8
-"""How many image sizes a convolution's weight is kept packed for."""
+"""How many input shapes a convolution's weight is kept packed for, each a copy in memory."""
 
 
 def packed_weights() -> int:
@@ -65,17 +69,28 @@ def _packed(weight: Tensor, variant: tuple[Any, ...], pack: Any) -> _Packed:
     same = (weight.data_ptr(), tuple(weight.shape))
     key = (same, variant)
     entry = _CACHE.get(key)
-    if entry is None:
+    if entry is not None:
+        return entry
+    with _LOCK:
         _drop_unused()
         variants = [known for known in _CACHE if known[0] == same]
         for oldest in variants[: max(0, len(variants) - _MAX_VARIANTS + 1)]:
             del _CACHE[oldest]
         zero_points = torch.zeros(weight.shape[0], dtype=torch.int32)
         entry = _CACHE[key] = _Packed(weight.untyped_storage(), pack(), zero_points)
-    return entry
+        return entry
+
+
+@functools.cache
+def _warn_no_more() -> None:
+    """PyTorch warns once that quantized dtypes will go; there is nothing a user could do."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.quint8)
 
 
 def _quantize(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> Tensor:
+    _warn_no_more()
     q = torch.quantize_per_tensor(x, scale, zero_point, _QUANTIZED[dtype])
     # The codes are the storage itself; int_repr would copy them.
     return torch.empty(0, dtype=dtype).set_(q.untyped_storage(), 0, q.shape, q.stride())
@@ -137,7 +152,8 @@ def _conv(
 
 
 def _embedding(weight: Tensor, scale: Tensor, indices: Tensor) -> Tensor:
-    return weight[indices].to(torch.float32) * scale[indices].unsqueeze(-1)
+    rows = torch.nn.functional.embedding(indices, weight).to(torch.float32)
+    return rows * torch.nn.functional.embedding(indices, scale.unsqueeze(-1))
 
 
 def _conv_shape(x: Tensor, weight: Tensor, *geometry: Any) -> list[Any]:

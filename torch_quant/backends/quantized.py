@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from torch_quant.errors import CaptureFailed
+from torch_quant.errors import CaptureFailed, InvalidConfig
 from torch_quant.graph.calls import Call, bind, flatten_call
 from torch_quant.graph.export import no_fastpath
 from torch_quant.graph.outputs import unflatten_output
@@ -44,9 +45,14 @@ class QuantizedGraph(nn.Module):
         """Why it does not serve ``call``, or None."""
         if self.call_signature != call.signature:
             return f"it was captured for {self.contract.describe()}"
-        if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             return None  # sizes are symbols there
-        return self.contract.mismatch(call)
+        state = torch._C._get_tracing_state()
+        torch._C._set_tracing_state(None)  # the real sizes, and nothing is recorded
+        try:
+            return self.contract.mismatch(call)
+        finally:
+            torch._C._set_tracing_state(state)
 
     def forward(self, *tensors: torch.Tensor) -> Any:
         return unflatten_output(self.body(*tensors), self.out_spec)
@@ -94,6 +100,35 @@ class QuantizedRegion(nn.Module):
         self.description = ""
         self.forward = _Forward(self, signature)
         self.eval()
+
+    def train(self, mode: bool = True) -> QuantizedRegion:
+        """Stays in eval mode, as it was captured."""
+        return super().train(False)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: the scales of the activations are part of the graphs."""
+        raise InvalidConfig(
+            "a quantized model cannot load a state_dict, since scales are part of its graph; "
+            "pickle the model, export it, or save the Quantizer's state_dict and quantize again"
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._container())
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._container()[index]
+
+    def __len__(self) -> int:
+        return len(self._container())
+
+    def __bool__(self) -> bool:
+        return True
+
+    def _container(self) -> Any:
+        """Glue that calls the layers of a sequence one by one."""
+        if self.glue is None:
+            raise TypeError(f"{self.path or 'the quantized model'} is one graph, not a sequence")
+        return self.glue
 
     def extra_repr(self) -> str:
         return self.description

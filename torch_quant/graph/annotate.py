@@ -34,15 +34,15 @@ def qconfig_of(
     Of several names the last given wins, as in a list of exceptions.
     """
     ops = {pattern.name for pattern in PATTERNS}
-    ranked: list[tuple[int, QConfig | None]] = []
+    ranked: list[tuple[float, QConfig | None]] = []
     for key, value in overrides.items():
         if isinstance(key, str):
             if key in ops and site.op == key:
                 ranked.append((0, value))
             elif key not in ops and matches_name(site.name, key):
                 ranked.append((2, value))
-        elif isinstance(modules[-1], key):
-            ranked.append((1, value))
+        elif depths := [i for i, module in enumerate(modules) if isinstance(module, key)]:
+            ranked.append((1 + depths[-1] / len(modules), value))  # the innermost class wins
     if not ranked:
         return default
     best = max(rank for rank, _ in ranked)
@@ -120,6 +120,12 @@ def _check(
     keys = [key for key in overrides if isinstance(key, str) and key not in ops]
     check_names(module_filter.names, known, "ModuleFilter name")
     check_names(keys, known, "override")
+    for key in overrides:
+        if key in ops and key in known:
+            raise InvalidConfig(
+                f"override {key!r} is both an op type and a module of the model; write "
+                f"{'[' + key[0] + ']' + key[1:]!r} for the module, or exclude_op_types for the op"
+            )
     for op in module_filter.op_types:
         if op not in ops:
             raise InvalidConfig(f"unknown op type {op!r}; expected one of {', '.join(ops)}")

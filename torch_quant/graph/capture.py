@@ -125,6 +125,27 @@ class Executor(nn.Module):
         self._glue: nn.Module | None = None
         self.eval()
 
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self._opened())
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._opened()[index]
+
+    def __len__(self) -> int:
+        return len(self.region.module)
+
+    def __bool__(self) -> bool:
+        return not hasattr(self.region.module, "__len__") or len(self) > 0
+
+    def _opened(self) -> Any:
+        """Glue that calls the layers of a sequence one by one: each is a region then."""
+        if not self.region.failure:
+            self.region._split("its layers are called one by one")
+        self.region.called = True
+        if self._glue is None:
+            self._glue = glue(self.region, lambda child: Executor(child, self.run))
+        return self._glue
+
     def __getattr__(self, name: str) -> Any:
         """Glue may reach into a child (``self.proj.weight``): the child's own attribute, noted."""
         try:

@@ -49,7 +49,7 @@ class ShapeContract:
 
     def mismatch(self, call: Call) -> str | None:
         """Why ``call`` does not fit, or None."""
-        actual = tuple(tuple(x.shape) for x in call.tensors)
+        actual = tuple(tuple(_plain(size) for size in x.shape) for x in call.tensors)
         if actual in self._seen:
             return None
         sizes: dict[str, tuple[int, str]] = {}
@@ -103,6 +103,11 @@ class ShapeContract:
         """Raise :class:`CaptureFailed` unless ``call`` fits."""
         if reason := self.mismatch(call):
             raise CaptureFailed(reason)
+
+
+def _plain(size: Any) -> int:
+    """A size as a number; while exporting, that of the example."""
+    return int(size.node.hint) if isinstance(size, SymInt) else int(size)
 
 
 def _holds(condition: Any, values: dict[str, int]) -> bool | None:

@@ -29,6 +29,9 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[str], Any]) 
     os.close(handle)
     try:
         write(name)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)  # a temporary file is private
         os.replace(name, target)
     except BaseException:
         os.unlink(name)

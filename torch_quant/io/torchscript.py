@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ def export_torchscript(
 ) -> torch.jit.ScriptModule:
     """Trace, freeze and save a quantized model.
 
-    The file holds integer weights and serves every batch size and length that the model does. A
-    process that loads it must ``import torch_quant`` first, for the operators.
+    The file holds integer weights and the graph that serves the example: other batch sizes and
+    lengths too, but where the model has several graphs (other arguments, or other code for other
+    sizes), only that one. A process that loads it must ``import torch_quant`` first.
 
     Args:
         quant_model: what ``Quantizer.quantize`` returned.
@@ -37,9 +39,9 @@ def export_torchscript(
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit's deprecation, and the tracer's on constants
         try:
-            if isinstance(example_inputs, dict):
+            if isinstance(example_inputs, Mapping):
                 traced = torch.jit.trace(
-                    quant_model, example_kwarg_inputs=example_inputs, strict=False
+                    quant_model, example_kwarg_inputs=dict(example_inputs), strict=False
                 )
             else:
                 traced = torch.jit.trace(quant_model, example_inputs, strict=False)

@@ -2,7 +2,7 @@
 
 from torch_quant.observers.ao_adapter import from_ao
 from torch_quant.observers.base import OBSERVERS, Observer, observer_class, register_observer
-from torch_quant.observers.defaults import default_observer
+from torch_quant.observers.defaults import DEFAULT_OBSERVER
 from torch_quant.observers.entropy import EntropyObserver
 from torch_quant.observers.histogram import HistogramObserver
 from torch_quant.observers.minmax import MinMaxObserver
@@ -19,6 +19,6 @@ __all__ = [
     "MinMaxObserver",
     "MovingAverageObserver",
     "PercentileObserver",
-    "default_observer",
+    "DEFAULT_OBSERVER",
     "from_ao",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
@@ -17,11 +17,9 @@ class PassContext:
 
     Args:
         gm: the graph, changed in place.
-        facts: what one pass leaves for the next or for the report, by pass name.
     """
 
     gm: fx.GraphModule
-    facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:
