@@ -304,6 +304,8 @@ class Quantizer:
 class CalibModel(nn.Module):
     """The proxy that :meth:`Quantizer.calib` makes. Not to be made by hand."""
 
+    _executor: Executor
+
     def __init__(self, quantizer: Quantizer, captured: CapturedModel, model: nn.Module) -> None:
         super().__init__()
         self._quantizer, self._captured = quantizer, captured

@@ -48,11 +48,11 @@ class QuantizedGraph(nn.Module):
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             return None  # sizes are symbols there
         state = torch._C._get_tracing_state()
-        torch._C._set_tracing_state(None)  # the real sizes, and nothing is recorded
+        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]  # the real sizes, and nothing is recorded
         try:
             return self.contract.mismatch(call)
         finally:
-            torch._C._set_tracing_state(state)
+            torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
     def forward(self, *tensors: torch.Tensor) -> Any:
         return unflatten_output(self.body(*tensors), self.out_spec)

@@ -122,7 +122,8 @@ def export_graph(module: nn.Module, call: Call) -> CapturedGraph:
             best = best or graph
     if best is None:
         raise CaptureFailed(reasons[0])
-    if any(True for _ in module.children()):
+    paths = all(_takes_another_path(best, other) for other, _ in others)
+    if any(True for _ in module.children()) and not paths:
         raise CaptureFailed(
             f"as one graph it serves only {best.contract.describe()}; its parts may serve more"
         )
@@ -138,6 +139,12 @@ def _verify_other(graph: CapturedGraph, call: Call, expected: list[Any]) -> None
     except Exception:
         graph.contract = contract
         raise
+
+
+def _takes_another_path(graph: CapturedGraph, call: Call) -> bool:
+    """Whether only a condition (``if x.shape[0] > 3``) keeps the graph from serving ``call``."""
+    bare = ShapeContract(graph.contract.names, graph.contract.shapes)
+    return bare.mismatch(call) is None
 
 
 def _other_sizes(module: nn.Module, call: Call) -> list[tuple[Call, list[Any]]]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import types
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 from torch import SymInt, Tensor, nn
 from torch.utils import _pytree as pytree
+
+from torch_quant.errors import CaptureFailed
 
 __all__ = ["flatten_output", "unflatten_output"]
 
@@ -33,6 +36,7 @@ class _Tree:
 
 
 _LEAF = "leaf"
+_FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 
 
 def flatten_output(output: Any) -> tuple[list[Any], Any]:
@@ -60,8 +64,10 @@ def _flatten(value: Any, leaves: list[Any], depth: int) -> Any:
 
 def _flatten_object(item: Any, leaves: list[Any], depth: int) -> Any:
     """An object that holds leaves, taken apart; anything else is a constant."""
-    if isinstance(item, (type, Enum, nn.Module)) or callable(item) or depth > 8:
+    if isinstance(item, (type, Enum, nn.Module, *_FUNCTIONS)):
         return _Constant(item)
+    if depth > 8:
+        raise CaptureFailed(f"an output nests objects more than 8 deep, down to {type(item)}")
     inner: list[Any] = []
     parts = _parts(item)
     specs = tuple(_flatten(value, inner, depth + 1) for _, _, value in parts)

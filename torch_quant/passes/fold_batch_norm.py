@@ -62,6 +62,14 @@ def fold_batch_norm(context: PassContext) -> int:
     return changed
 
 
+def _hoist(node: Any, before: fx.Node) -> None:
+    """Move a constant expression up if it stands behind ``before``; it may stand anywhere."""
+    if isinstance(node, fx.Node) and before < node:
+        for each in node.all_input_nodes:
+            _hoist(each, before)
+        before.prepend(node)
+
+
 def _fold(graph: fx.Graph, norm: fx.Node, product: fx.Node, pattern: OpPattern) -> None:
     _, gain, beta, mean, var = norm.args[:5]
     eps = norm.args[7]
@@ -69,7 +77,9 @@ def _fold(graph: fx.Graph, norm: fx.Node, product: fx.Node, pattern: OpPattern) 
     def call(target: Any, *args: Any) -> fx.Node:
         return graph.call_function(target, args)
 
-    with graph.inserting_before(norm):
+    for each in (gain, beta, mean, var):
+        _hoist(each, product)
+    with graph.inserting_before(product):
         factor = call(aten.rsqrt.default, call(aten.add.Tensor, var, eps))
         if gain is not None:
             factor = call(aten.mul.Tensor, gain, factor)
@@ -90,8 +100,8 @@ def _fold(graph: fx.Graph, norm: fx.Node, product: fx.Node, pattern: OpPattern) 
         if beta is not None:
             bias = call(aten.add.Tensor, bias, beta)
     args = (product.args[0], weight, bias, *product.args[3:])
-    folded = call_like(norm, product.target, args, **product.kwargs)
-    folded.meta["nn_module_stack"] = product.meta.get("nn_module_stack")
+    folded = call_like(product, product.target, args, **product.kwargs)
+    folded.meta = norm.meta | {"nn_module_stack": product.meta.get("nn_module_stack")}
     norm.replace_all_uses_with(folded)
     graph.erase_node(norm)
     graph.erase_node(product)

@@ -7,6 +7,7 @@ from torch import fx
 
 from torch_quant.graph.ops import IDENTITY
 from torch_quant.passes.base import PassContext
+from torch_quant.passes.functionalize import _may_alias_input as may_alias_input
 from torch_quant.passes.functionalize import written_tensors
 
 __all__ = ["remove_identities", "views_to_reshapes"]
@@ -39,4 +40,21 @@ def views_to_reshapes(context: PassContext) -> int:
     found = [n for n in context.graph.nodes if n.target in views and n not in written]
     for node in found:
         node.target = aten.reshape.default
-    return len(found)
+    kept = [n for n in context.graph.nodes if n.target in views and n in written]
+    return len(found) + sum([_make_contiguous(n) for n in kept])
+
+
+def _make_contiguous(view: fx.Node) -> bool:
+    """Give the tensor behind a view that has to stay one the layout that the view was made for."""
+    base = view
+    while base.op == "call_function" and may_alias_input(base):
+        origin = base.args[0]
+        assert isinstance(origin, fx.Node)
+        base = origin
+    if base.op != "call_function" or any(u.target is aten.contiguous.default for u in base.users):
+        return False
+    with base.graph.inserting_after(base):
+        straight = base.graph.call_function(aten.contiguous.default, (base,))
+    straight.meta = dict(base.meta)
+    base.replace_all_uses_with(straight, delete_user_cb=lambda user: user is not straight)
+    return True
