@@ -12,6 +12,7 @@ from capturing import Two, capture, executor, serve
 from models import normal
 from torch import Tensor
 
+from torch_quant.errors import CaptureFailed
 from torch_quant.graph.outputs import flatten_output, unflatten_output
 
 
@@ -129,11 +130,11 @@ def test_each_call_makes_a_new_object() -> None:
     assert second.states[0] is not None
 
 
-def test_an_object_that_holds_itself_ends() -> None:
+def test_an_object_that_holds_itself_is_refused() -> None:
     record = Record(A, None)
     record.second = record
-    leaves, spec = flatten_output(record)
-    assert unflatten_output(leaves, spec).first is A
+    with pytest.raises(CaptureFailed, match="more than 8 deep"):
+        flatten_output(record)
 
 
 class Returns(Two):
