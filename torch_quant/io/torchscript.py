@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from torch_quant.errors import InvalidConfig
 from torch_quant.io.files import write_atomically
@@ -19,7 +19,7 @@ __all__ = ["export_torchscript"]
 def export_torchscript(
     quant_model: nn.Module, example_inputs: Any, path: str | os.PathLike[str]
 ) -> torch.jit.ScriptModule:
-    """Trace, freeze and save a quantized model.
+    """Trace a quantized model, freeze it unless that would unpack its weights, and save it.
 
     The file holds integer weights and the graph that serves the example: other batch sizes and
     lengths too, but where the model has several graphs (other arguments, or other code for other
@@ -31,7 +31,7 @@ def export_torchscript(
         path: where to save; written at the end, in one step.
 
     Returns:
-        The traced and frozen module. Dictionaries among the outputs stay dictionaries.
+        The traced module. Dictionaries among the outputs stay dictionaries.
 
     Raises:
         InvalidConfig: the folder does not exist, or the model cannot be traced.
@@ -51,6 +51,18 @@ def export_torchscript(
                 "tuples or dictionaries of them; data-dependent Python code between captured "
                 "pieces is traced as it ran"
             ) from error
-        frozen: torch.jit.ScriptModule = torch.jit.freeze(traced.eval())
-    write_atomically(path, lambda file: torch.jit.save(frozen, file))
-    return frozen
+        scripted: torch.jit.ScriptModule = traced.eval()
+        if not _would_unpack_weights(quant_model):
+            scripted = torch.jit.freeze(scripted)
+    write_atomically(path, lambda file: torch.jit.save(scripted, file))
+    return scripted
+
+
+def _would_unpack_weights(model: nn.Module) -> bool:
+    """Whether freezing would fold integer weights to float, as plain operators allow."""
+    return any(
+        node.target is torch.ops.aten.to.dtype and node.args[0].op == "get_attr"
+        for module in model.modules()
+        if isinstance(module, fx.GraphModule)
+        for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.to.dtype)
+    )

@@ -1,0 +1,26 @@
+"""Saved files hold the weights as integers, whichever backend made them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from flows import calibrated
+from torch import nn
+
+from torch_quant import export_torchscript
+from torch_quant.backends import available_backends
+
+
+@pytest.mark.parametrize("backend", [b.name for b in available_backends()])
+def test_a_file_is_a_quarter_of_the_float_one(tmp_path: Path, backend: str) -> None:
+    model = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512))
+    x = torch.randn(8, 512)
+    quant_model = calibrated(model, [((x,), {})], backend=backend).quantize(model)
+    expected = export_torchscript(quant_model, (x,), tmp_path / "int8.pt")(x)
+    torch.save(model.state_dict(), tmp_path / "float.pt")
+    size, full = ((tmp_path / name).stat().st_size for name in ("int8.pt", "float.pt"))
+    assert size <= 0.27 * full
+    assert torch.equal(torch.jit.load(tmp_path / "int8.pt")(x), expected)
+    assert torch.equal(quant_model(x), expected)
