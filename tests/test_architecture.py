@@ -17,13 +17,15 @@ PACKAGE = ROOT / "torch_quant"
 
 LAYERS = (
     "version", "errors", "core", "observers", "config", "nn", "graph", "passes", "state", "model",
-    "sensitivity", "backends", "algorithms", "io", "report", "quantizer", "tuning", "cli",
+    "sensitivity", "backends", "algorithms", "io", "report", "settings", "proxies", "fallback",
+    "quantizer",
+    "tuning", "cli",
 )  # fmt: skip
 """Each is ``torch_quant/<name>.py`` or ``torch_quant/<name>/``, and may import from its left."""
 
 OPTIONAL = {
     "transformers", "onnx", "onnxscript", "onnxruntime", "intel_extension_for_pytorch",
-    "matplotlib", "tabulate", "tqdm", "sklearn",
+    "matplotlib", "tabulate", "tqdm", "scipy", "sklearn",
 }  # fmt: skip
 AO_ADAPTER = "observers/ao_adapter.py"
 MOST_LINES = 400

@@ -5,39 +5,33 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+import torch
+from torch import nn
 
 from torch_quant.backends import Backend, best_backend
-from torch_quant.backends.lowering import Lowering
 from torch_quant.backends.quantized import QuantizedRegion
-from torch_quant.config import ModuleFilter, ObserverLike, Overrides, QConfig, check_names
-from torch_quant.core.plan import QuantPlan
-from torch_quant.core.qparams import QParams
-from torch_quant.core.spec import QuantSpec
+from torch_quant.config import ModuleFilter, Overrides, QConfig
+from torch_quant.core.plan import FALLEN_BACK, QuantPlan
 from torch_quant.errors import (
     BackendUnavailable,
     InvalidConfig,
     NotCalibrated,
-    QuantError,
     UnsupportedOp,
 )
-from torch_quant.graph.annotate import annotate, modules_of, qconfig_of
-from torch_quant.graph.calls import Call
-from torch_quant.graph.capture import Executor, Region
-from torch_quant.graph.export import CapturedGraph
+from torch_quant.fallback import Fallback, precision_of
 from torch_quant.io.summary import load_summary, save_summary
 from torch_quant.model import CapturedModel, check_model, check_same, run_example
-from torch_quant.observers import DEFAULT_OBSERVER, Observer, observer_class
-from torch_quant.passes.prepare import insert_observers
+from torch_quant.proxies import AmpModel, CalibModel, Latency, LossFn, Proxy
 from torch_quant.report.coverage import Coverage
+from torch_quant.report.sensitivity import SensitivityReport
+from torch_quant.settings import Settings
 from torch_quant.state import QuantState
 
-__all__ = ["CalibModel", "Quantizer"]
+__all__ = ["Quantizer"]
 
 logger = logging.getLogger("torch_quant")
 
@@ -75,15 +69,12 @@ class Quantizer:
         module_filter: ModuleFilter | None = None,
     ) -> None:
         self.backend = _usable(backend)
-        self.qconfig = qconfig or QConfig()
-        self.overrides = dict(overrides or {})
-        self.module_filter = module_filter or ModuleFilter()
-        for key, value in self.overrides.items():
-            if value is not None and not isinstance(value, QConfig):
-                raise InvalidConfig(f"override {key!r} is {value!r}; expected a QConfig or None")
+        self.settings = Settings(
+            qconfig or QConfig(), dict(overrides or {}), module_filter or ModuleFilter()
+        )
         self.state = QuantState()
         self.plan = QuantPlan()
-        self._edits = QuantPlan()
+        self._fallen: dict[str, str] = {}
         self._fingerprint: dict[str, str] | None = None
         self._models: weakref.WeakKeyDictionary[nn.Module, CapturedModel]
         self._models = weakref.WeakKeyDictionary()
@@ -107,10 +98,124 @@ class Quantizer:
             NotCalibrated: this quantizer holds ranges of another model.
         """
         captured = self._captured(model)
-        self._check_names(model)
+        self.settings.check_names(model)
         if example_inputs is not None:
             run_example(captured, example_inputs)
-        return CalibModel(self, captured, model)
+        observer = partial(self.settings.observer, captured)
+        return CalibModel(captured, model, self.state, observer, partial(self._seen, captured))
+
+    def amp(
+        self,
+        model: nn.Module,
+        *,
+        metric: str = "output",
+        loss_fn: LossFn | None = None,
+        example_inputs: Any = None,
+        seed: int = 0,
+    ) -> AmpModel:
+        """A proxy that returns what ``model`` returns, bit for bit, and records sensitivities.
+
+        Each batch costs one forward and one backward of the float model, and one run of the
+        quantized sites; memory is that of one batch.
+
+        Args:
+            model: the model that was calibrated.
+            metric: ``"output"``, the noise that quantizing a site adds to the model's outputs, by
+                their gradient along random directions; or ``"sqnr"``, the noise it adds to its own
+                result, which needs no gradient.
+            loss_fn: ``loss_fn(outputs, batch)`` gives a scalar to take the gradient of instead.
+            example_inputs: as for :meth:`calib`.
+            seed: of the random directions.
+
+        Raises:
+            NotCalibrated: no data was seen, or the model has changed since.
+            InvalidConfig: an unknown metric.
+        """
+        if metric not in ("output", "sqnr"):
+            raise InvalidConfig(f'unknown metric {metric!r}; expected "output" or "sqnr"')
+        if loss_fn is not None and metric != "output":
+            raise InvalidConfig('a loss_fn needs gradients; metric="sqnr" takes none: drop one')
+        captured = self._captured(model)
+        if self.state.batches == 0:
+            raise NotCalibrated(
+                "sensitivity is that to the calibrated ranges: run data through "
+                "quantizer.calib(model) first"
+            )
+        if example_inputs is not None:
+            run_example(captured, example_inputs)
+        return AmpModel(
+            captured,
+            model,
+            partial(self.settings.lowering, captured, model, self.backend, self.state),
+            lambda: (self.state.batches, id(self.settings.edits)),
+            metric,
+            loss_fn,
+            seed,
+        )
+
+    def sensitivity(
+        self, amp_model: AmpModel, *, measure: bool | Iterable[int] = False
+    ) -> SensitivityReport:
+        """Rank the sites by what an AMP proxy has recorded.
+
+        Args:
+            amp_model: a proxy that :meth:`amp` made and that data was run through.
+            measure: also quantize with so many of the worst groups in float, and measure the output
+                SQNR on a few of the samples: True for a choice of counts, or the counts.
+
+        Returns:
+            The sensitivities, worst first: print, index, save or plot them.
+
+        Raises:
+            NotCalibrated: no data was run through the proxy.
+            InvalidConfig: it is no AMP proxy of this quantizer.
+        """
+        return self._fallback(amp_model).report(measure)
+
+    def fallback(
+        self,
+        amp_model: AmpModel,
+        num: int | None = None,
+        *,
+        min_sqnr: float | None = None,
+        max_slowdown: float | None = None,
+        latency: Mapping[str, Latency] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> list[str]:
+        """Take the most sensitive sites back to float; calls add up.
+
+        Give one of ``num``, ``min_sqnr`` and ``max_slowdown``. Sites that share a weight, or more
+        where the backend needs it, go together and count as one.
+
+        Args:
+            amp_model: a proxy that :meth:`amp` made and that data was run through.
+            num: how many more.
+            min_sqnr: as few as give this output SQNR, dB; checked by quantized runs on a few of the
+                samples that the proxy has seen.
+            max_slowdown: those that remove the most noise while the quantized model becomes at most
+                so much slower (0.05: 5 %), by the time that each site takes.
+            latency: those times, from ``amp_model.measure_latency()``; measured now by default.
+            dtype: ``torch.float32`` or ``torch.bfloat16``.
+
+        Returns:
+            Their names, worst first.
+
+        Raises:
+            NotCalibrated: no data was run through the proxy.
+            InvalidConfig: it is no AMP proxy of this quantizer; none or several of the three are
+                given; a value out of range.
+        """
+        precision = precision_of(dtype)
+        names = self._fallback(amp_model).choose(num, min_sqnr, max_slowdown, latency)
+        self._fallen |= dict.fromkeys(names, precision)
+        captured, model = amp_model.captured, amp_model.model
+        self.plan = self.settings.plan(captured, model, self.backend, self._fallen)
+        return names
+
+    def reset_fallback(self) -> None:
+        """Quantize again what :meth:`fallback` took back to float."""
+        self._fallen.clear()
+        self.plan = QuantPlan()
 
     def quantize(
         self,
@@ -130,19 +235,11 @@ class Quantizer:
             NotCalibrated: no data was seen, or the model has changed since.
             UnsupportedOp: nothing in the model can be quantized.
         """
-        chosen = self.backend if backend is None else _usable(backend)
-        captured = self._captured(model, chosen)
-        if example_inputs is not None:
-            run_example(captured, example_inputs)
-        if not captured.region.called:
-            raise NotCalibrated(
-                "the model was never run: call quantizer.calib(model) on calibration data first"
-                if self.state.batches == 0
-                else "this model object is not captured yet (the ranges were loaded, or it is a "
-                "copy): quantizer.quantize(model, example_inputs=...)"
-            )
-        plan = self._plan(model, captured, chosen)
-        if not any(site.quantized for site in plan.values()):
+        chosen, captured = self._ready(model, backend, example_inputs, "quantize")
+        lowering = self.settings.lowering(captured, model, chosen, self.state, self._fallen)
+        plan = lowering.plan
+        in_float = any(site.reason == FALLEN_BACK for site in plan.values())
+        if not plan.quantized and not in_float:
             reasons = {site.reason for site in plan.values()}
             raise UnsupportedOp(
                 "nothing in the model can be quantized: "
@@ -154,8 +251,6 @@ class Quantizer:
             raise NotCalibrated(
                 "no calibration data was seen: run it through quantizer.calib(model)"
             )
-        weight_grid = partial(self._weight_grid, captured, model)
-        lowering = Lowering(captured, plan, chosen, self.state.qparams, weight_grid)
         quantized = lowering.run()
         quantized.description = (
             f"{chosen!r}, {len(plan.quantized)} of {len(plan)} sites in int8, "
@@ -182,40 +277,27 @@ class Quantizer:
         Returns:
             A report; ``print`` shows its tables.
         """
-        chosen = self.backend if backend is None else _usable(backend)
-        captured = self._captured(model, chosen)
-        if example_inputs is not None:
-            run_example(captured, example_inputs)
-        if not captured.region.called:
-            raise NotCalibrated(
-                "the model was not captured yet: quantizer.coverage(model, example_inputs=...)"
-            )
-        glue = [(r.path or "(root)", r.failure) for r in captured.region.walk() if r.failure]
-        never = [
-            (r.path, "never called")
-            for r in captured.region.walk()
-            if not r.called and any(True for _ in r.module.parameters())
-        ]
-        float_ops = {op for prepared in captured.graphs() for op in prepared.float_ops}
-        return Coverage(
-            self._plan(model, captured, chosen),
-            repr(chosen),
-            tuple(sorted(float_ops)),
-            tuple(glue + never),
-        )
+        chosen, captured = self._ready(model, backend, example_inputs, "coverage")
+        plan = self.settings.plan(captured, model, chosen, self._fallen)
+        return Coverage.of(captured, plan, repr(chosen))
 
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """Ranges and what they belong to: tensors and plain values, for ``torch.save``."""
-        return {"state": self.state.state_dict(), "model": dict(self._fingerprint or {})}
+        """Ranges, their model and what fell back: plain values and tensors, for ``torch.save``."""
+        return {
+            "state": self.state.state_dict(),
+            "model": dict(self._fingerprint or {}),
+            "fallback": dict(self._fallen),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back :meth:`state_dict`; raises :class:`InvalidConfig` if it is something else."""
-        if set(state) != {"state", "model"}:
+        if set(state) != {"state", "model", "fallback"}:
             raise InvalidConfig(f"not a Quantizer state: it has the entries {sorted(state)}")
         self.state.load_state_dict(state["state"])
         self._fingerprint = dict(state["model"]) or None
+        self._fallen = dict(state["fallback"])
 
     def save_summary(self, path: str | os.PathLike[str]) -> None:
         """Write the last plan and its ranges as JSON, to be read, edited and given back.
@@ -238,13 +320,13 @@ class Quantizer:
         """
         summary = load_summary(path)
         summary.apply_to(self.state)
-        self._edits = summary.plan
+        self.settings.edits = summary.plan
 
     # Inside
 
     def _captured(self, model: nn.Module, backend: Backend | None = None) -> CapturedModel:
         backend = backend or self.backend
-        if isinstance(model, (CalibModel, QuantizedRegion)):
+        if isinstance(model, (Proxy, QuantizedRegion)):
             raise InvalidConfig("this is a proxy; give the float model it was made from")
         check_model(model, backend.devices, repr(backend))
         if self._fingerprint is not None:
@@ -255,106 +337,43 @@ class Quantizer:
         captured.refresh(model)
         return captured
 
-    def _plan(self, model: nn.Module, captured: CapturedModel, backend: Backend) -> QuantPlan:
-        plan = annotate(
-            captured.sites(),
-            model,
-            backend.placement(),
-            qconfig=self.qconfig,
-            overrides=self.overrides,
-            module_filter=self.module_filter,
-        )
-        check_names(self._edits, plan, "summary site")
-        return plan.edited(self._edits, backend.placement())
+    def _seen(self, captured: CapturedModel) -> None:
+        self._fingerprint = captured.fingerprint
 
-    def _check_names(self, model: nn.Module) -> None:
-        """A misspelt module name should not wait for the first batch to be found."""
-        known = [name for name, _ in model.named_modules() if name]
-        for pattern in self.module_filter.names:
-            if pattern.split(".")[0] in {name.split(".")[0] for name in known}:
-                continue  # may name an operator inside a module; checked once captured
-            check_names([pattern], known, "ModuleFilter name")
+    def _fallback(self, proxy: AmpModel) -> Fallback:
+        if not isinstance(proxy, AmpModel):
+            raise InvalidConfig(
+                f"expected the proxy that quantizer.amp(model) makes, got {type(proxy).__name__}"
+            )
+        model = proxy.model
+        if self._models.get(model) is not proxy.captured:
+            raise InvalidConfig(
+                "the AMP proxy is of another model or another quantizer: use the quantizer that "
+                "made it, or quantizer.amp(model) and run data through it"
+            )
+        if proxy.recorder.batches == 0:
+            raise NotCalibrated(
+                "no data was run through the AMP proxy: for batch in loader: amp_model(batch)"
+            )
+        lowering = partial(self.settings.lowering, proxy.captured, model, self.backend, self.state)
+        return Fallback(proxy, self.backend, self._fallen, lowering)
 
-    def _observer_of(self, captured: CapturedModel, model: nn.Module, key: str) -> Observer:
-        """A new observer for a tensor: that of the first site that uses it."""
-        for prepared in captured.graphs():
-            for site, _ in prepared.sites:
-                if key in site.keys:
-                    config = qconfig_of(site, modules_of(model, site), self.qconfig, self.overrides)
-                    choice = config.observer if config else None
-                    return _make(choice or DEFAULT_OBSERVER, None)
-        raise QuantError(f"no site uses the tensor {key}")
-
-    def _weight_grid(
-        self, captured: CapturedModel, model: nn.Module,
-        name: str, weight: Tensor, spec: QuantSpec, axis: int,
-    ) -> QParams:  # fmt: skip
-        site = next(site for site, _ in captured.sites() if site.name == name)
-        config = qconfig_of(site, modules_of(model, site), self.qconfig, self.overrides)
-        observer = _make(
-            (config or self.qconfig).weight_observer, axis if spec.per_channel else None
-        )
-        try:
-            observer.observe(weight)
-        except QuantError as error:
-            raise QuantError(f"the weight of {name}: {error}; mend the model's weights") from error
-        return observer.qparams(spec)
-
-
-class CalibModel(nn.Module):
-    """The proxy that :meth:`Quantizer.calib` makes. Not to be made by hand."""
-
-    _executor: Executor
-
-    def __init__(self, quantizer: Quantizer, captured: CapturedModel, model: nn.Module) -> None:
-        super().__init__()
-        self._quantizer, self._captured = quantizer, captured
-        self._model = weakref.ref(model)
-        self._reset()
-        self.eval()
-
-    def _reset(self) -> None:
-        self._version = self._captured.version
-        self._graphs: dict[int, Callable[..., Any]] = {}
-        # No submodule: what is done to the proxy (double(), train()) must not reach the parameters.
-        self.__dict__["_executor"] = Executor(self._captured.region, self._run)
-
-    def train(self, mode: bool = True) -> CalibModel:
-        """Stays in eval mode, as it was captured."""
-        return super().train(False)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the float model and records its ranges; same inputs and outputs as the model."""
-        quantizer = self._quantizer
-        for x in pytree.tree_leaves((args, kwargs)):
-            if isinstance(x, Tensor) and x.dim() and x.shape[0] == 0:
-                raise QuantError(
-                    f"calibration batch {quantizer.state.batches} is empty: an input has shape "
-                    f"{tuple(x.shape)}; leave it out"
-                )
-        if (model := self._model()) is not None:
-            self._captured.refresh(model)
-        if self._version != self._captured.version:
-            self._reset()
-        with quantizer.state.batch():
-            outputs = self._executor(*args, **kwargs)
-        quantizer._fingerprint = self._captured.fingerprint
-        return outputs
-
-    def _run(self, region: Region, graph: CapturedGraph, call: Call) -> Any:
-        if id(graph) not in self._graphs:
-            prepared = self._captured.prepared(region, graph)
-            self._graphs[id(graph)] = insert_observers(prepared, self._observe)
-        outputs = self._graphs[id(graph)](*call.tensors)
-        if graph.exact:
-            return graph.output(outputs)
-        args, kwargs = call.rebuild(call.tensors)
-        return region.module(*args, **kwargs)
-
-    def _observe(self, key: str, x: Tensor) -> None:
-        quantizer, captured = self._quantizer, self._captured
-        make = partial(quantizer._observer_of, captured, captured.region.module, key)
-        quantizer.state.observe(key, x, make)
+    def _ready(
+        self, model: nn.Module, backend: Backend | str | None, example_inputs: Any, method: str
+    ) -> tuple[Backend, CapturedModel]:
+        """The backend and the model, captured, for ``method``."""
+        chosen = self.backend if backend is None else _usable(backend)
+        captured = self._captured(model, chosen)
+        if example_inputs is not None:
+            run_example(captured, example_inputs)
+        if not captured.region.called:
+            raise NotCalibrated(
+                "the model was never run: call quantizer.calib(model) on calibration data first"
+                if self.state.batches == 0 and method == "quantize"
+                else "this model object is not captured yet (it was not calibrated, its ranges "
+                f"were loaded, or it is a copy): quantizer.{method}(model, example_inputs=...)"
+            )
+        return chosen, captured
 
 
 def _usable(backend: Backend | str | None) -> Backend:
@@ -362,8 +381,3 @@ def _usable(backend: Backend | str | None) -> Backend:
     if reason := chosen.unavailable():
         raise BackendUnavailable(f"{chosen!r} does not run here: {reason}")
     return chosen
-
-
-def _make(choice: ObserverLike, axis: int | None) -> Observer:
-    factory = observer_class(choice) if isinstance(choice, str) else choice
-    return factory(axis)

@@ -39,7 +39,6 @@ def plan_of(
     placement: Placement = PLACEMENT,
     qconfig: QConfig | None = None,
     overrides: Overrides | None = None,
-    fallen_back: tuple[str, ...] = (),
     **filters: Any,
 ) -> QuantPlan:
     model, found = captured(name)
@@ -50,7 +49,6 @@ def plan_of(
         qconfig=qconfig or QConfig(),
         overrides=overrides or {},
         module_filter=ModuleFilter(**filters),
-        fallen_back=fallen_back,
     )
 
 
@@ -237,8 +235,8 @@ def test_formats_that_the_placement_refuses() -> None:
 
 
 def test_fallen_back() -> None:
-    found = reasons(plan_of("small_cnn", fallen_back=("conv",), exclude_names="head"))
-    assert found == {"conv": "fallen back", "head": "excluded by name"}
+    plan = plan_of("small_cnn", exclude_names="head").without(["conv", "head"])
+    assert reasons(plan) == {"conv": "fallen back", "head": "excluded by name"}
 
 
 def test_a_graphs_own_obstacle_comes_first() -> None:

@@ -16,7 +16,7 @@ from torch_quant.model import CapturedModel
 from torch_quant.passes.base import PassContext, copy_graph, run_passes
 from torch_quant.passes.dynamic_sizes import dynamic_sizes
 from torch_quant.passes.insert_qdq import GridOf, WeightGridOf, insert_qdq
-from torch_quant.passes.prepare import Prepared
+from torch_quant.passes.lower_precision import lower_precision
 
 __all__ = ["Lowering"]
 
@@ -40,7 +40,7 @@ class Lowering:
     def _region(self, region: Region) -> QuantizedRegion:
         graphs = [
             QuantizedGraph(
-                self.graph(self.captured.prepared(region, graph)),
+                self.graph(self.captured.prepared(region, graph).canonical),
                 signature,
                 graph.contract,
                 graph.out_spec,
@@ -58,9 +58,10 @@ class Lowering:
     def _child(self, region: Region) -> nn.Module:
         return self._region(region) if region.called else glue(region, self._child)
 
-    def graph(self, prepared: Prepared) -> fx.GraphModule:
-        """One graph on the backend's kernels."""
-        context = PassContext(copy_graph(prepared.canonical))
+    def graph(self, canonical: fx.GraphModule) -> fx.GraphModule:
+        """One canonical graph, or a part of one, on the backend's kernels."""
+        context = PassContext(copy_graph(canonical))
+        lower_precision(context, self.plan)
         insert_qdq(context, self.plan, self.grid_of, self.weight_grid_of)
         context.graph.eliminate_dead_code()
         lowered = self.backend.lower(context)

@@ -9,7 +9,12 @@ from typing import Any
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
 
-__all__ = ["Placement", "QuantPlan", "SitePlan"]
+__all__ = ["FALLEN_BACK", "PRECISIONS", "Placement", "QuantPlan", "SitePlan"]
+
+PRECISIONS = ("float32", "bfloat16")
+"""Arithmetic that a site outside int8 may run in."""
+FALLEN_BACK = "fallen back"
+"""The reason of a site that sensitivity analysis took back to float."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,9 @@ class Placement:
         activation: format of activations.
         weight: format of weights.
         refuse: why it cannot take a site with these formats (op, activation, weight), or None.
+        together: what forces sites that share it into int8 or float as one, ``"weight"`` or
+            ``"input"`` (a kernel that computes Q, K and V at once would want the latter). By
+            default weights: in both forms one takes more memory than in float alone.
     """
 
     name: str
@@ -31,6 +39,7 @@ class Placement:
     refuse: Callable[[str, QuantSpec | None, QuantSpec | None], str | None] = (
         lambda op, activation, weight: None
     )
+    together: frozenset[str] = frozenset({"weight"})
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,10 @@ class SitePlan:
         quantized: False leaves the site in float.
         reason: why it stays in float, empty if quantized.
         macs: multiply-accumulates on the captured example.
+        precision: ``"float32"`` or ``"bfloat16"``, the arithmetic of a site that stays in float.
+
+    Raises:
+        InvalidConfig: another precision.
     """
 
     name: str
@@ -56,6 +69,12 @@ class SitePlan:
     quantized: bool = True
     reason: str = ""
     macs: int = 0
+    precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            expected = " or ".join(PRECISIONS)
+            raise InvalidConfig(f"{self.name}: precision {self.precision!r}; expected {expected}")
 
     def to_dict(self) -> dict[str, Any]:
         data = asdict(self)
@@ -104,13 +123,26 @@ class QuantPlan(Mapping[str, SitePlan]):
         total = sum(site.macs for site in self.values())
         return sum(self[name].macs for name in self.quantized) / total if total else 0.0
 
-    def without(self, names: Iterable[str], reason: str = "fallen back") -> QuantPlan:
-        """A new plan with ``names`` in float; raises :class:`InvalidConfig` for an unknown name."""
+    def without(
+        self, names: Iterable[str], reason: str = FALLEN_BACK, precision: str = "float32"
+    ) -> QuantPlan:
+        """A new plan with ``names`` in float.
+
+        Args:
+            names: sites; one that is in float already keeps its reason.
+            reason: why, for reports.
+            precision: the arithmetic they run in.
+
+        Raises:
+            InvalidConfig: an unknown name.
+        """
         names = set(names)
         if unknown := names - set(self):
             raise InvalidConfig(f"no site is called {', '.join(sorted(unknown))}")
         return QuantPlan(
-            replace(site, quantized=False, reason=reason) if name in names else site
+            replace(site, quantized=False, reason=reason, precision=precision)
+            if name in names and site.quantized
+            else site
             for name, site in self.items()
         )
 
@@ -127,7 +159,7 @@ class QuantPlan(Mapping[str, SitePlan]):
                 plan.append(site)
             elif not edit.quantized:
                 reason = edit.reason or "left in float by the summary"
-                plan.append(replace(site, quantized=False, reason=reason))
+                plan.append(replace(site, quantized=False, reason=reason, precision=edit.precision))
             else:
                 reason = site.reason
                 reason = reason or placement.refuse(site.op, edit.activation, edit.weight) or ""

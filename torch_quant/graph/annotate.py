@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -57,7 +57,6 @@ def annotate(
     qconfig: QConfig,
     overrides: Overrides,
     module_filter: ModuleFilter,
-    fallen_back: Iterable[str] = (),
 ) -> QuantPlan:
     """Decide for every site.
 
@@ -68,13 +67,11 @@ def annotate(
         qconfig: the default configuration.
         overrides: exceptions to it.
         module_filter: which sites the user wants at all.
-        fallen_back: sites that sensitivity analysis took back to float.
 
     Raises:
         InvalidConfig: a name or op type that matches nothing.
     """
     _check(sites, model, overrides, module_filter)
-    fallen = set(fallen_back)
     plan = []
     for site, obstacle in sites:
         modules = modules_of(model, site)
@@ -91,8 +88,6 @@ def annotate(
             if not reason and site.op not in placement.ops:
                 reason = f"{placement.name} has no int8 kernel for {site.op}"
             reason = reason or placement.refuse(site.op, activation, weight) or ""
-        if not reason and site.name in fallen:
-            reason = "fallen back"
         plan.append(
             SitePlan(
                 name=site.name,

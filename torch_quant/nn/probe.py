@@ -1,4 +1,4 @@
-"""Modules that calibration inserts into a graph: they look at a tensor and change nothing."""
+"""Modules that proxies insert into a graph: they look at tensors and change no value."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ObserverProbe"]
+__all__ = ["ObserverProbe", "SiteProbe", "substitute", "track"]
 
 
 class ObserverProbe(nn.Module):
@@ -33,3 +33,78 @@ class ObserverProbe(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> None:
         x = args[0] if self._compute is None else self._compute(*args, **kwargs)
         self._observe(self.key, x)
+
+
+class SiteProbe(nn.Module):
+    """Stands behind the result of a site, which it passes on; can compute the site quantized.
+
+    Args:
+        name: the site.
+        exact: the site in float, a function of its arguments.
+        quantized: the same, quantized.
+        half: the same with quantized activations and a float weight; None for a site that does not
+            have both.
+        operand: which argument is the quantized activation, where there is one only.
+        visit: takes the probe, the result and the arguments, and returns the result.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        exact: Callable[..., Tensor],
+        quantized: Callable[..., Tensor],
+        half: Callable[..., Tensor] | None,
+        operand: int | None,
+        visit: Callable[[SiteProbe, Tensor, tuple[Any, ...]], Tensor],
+    ) -> None:
+        super().__init__()
+        self.name, self.operand = name, operand
+        # No submodules: nothing may reach the model's parameters through the probe.
+        self.__dict__.update(exact=exact, quantized=quantized, half=half, _visit=visit)
+        self._faithful: bool | None = None
+
+    def forward(self, y: Tensor, *args: Any) -> Tensor:
+        return self._visit(self, y, args)  # type: ignore[no-any-return, operator]
+
+    def reference(self, y: Tensor, args: tuple[Any, ...]) -> Tensor:
+        """What the quantized site is compared with: ``y``, if the float site gives that.
+
+        It does unless the graph has more in one operator than the site (a matrix for a bias).
+        """
+        if self._faithful is None:
+            gap = (self.exact(*args) - y).abs()  # type: ignore[operator]
+            self._faithful = bool((gap.nan_to_num() <= y.abs().nan_to_num().max() * 2.0**-12).all())
+        return y if self._faithful else self.exact(*args)  # type: ignore[operator]
+
+
+class _Track(torch.autograd.Function):
+    """A copy of ``y`` that wants a gradient because ``anchor`` does."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, anchor: Tensor) -> Tensor:
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor]:
+        (grad,) = grads
+        return (grad if ctx.needs_input_grad[0] else None), grad.new_zeros(())
+
+
+def track(y: Tensor, anchor: Tensor) -> Tensor:
+    """``y``, bit for bit, with a path from its gradient to that of ``anchor`` (a zero scalar)."""
+    return _Track.apply(y, anchor)  # type: ignore[no-any-return]
+
+
+class _Substitute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def substitute(y: Tensor, value: Tensor) -> Tensor:
+    """``value``, which differs from ``y`` by rounding only, with the gradient of ``y``."""
+    return _Substitute.apply(y, value)  # type: ignore[no-any-return]

@@ -135,7 +135,7 @@ def insert_qdq(
             else:
                 if entry.activation is not None:
                     inserter.activations(node, operands(node, pattern), entry)
-                if pattern.weight is not None:
+                if pattern.weight is not None and entry.weight is not None:
                     inserter.weight(node, pattern, entry)
             changed += 1
     return changed

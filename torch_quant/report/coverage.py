@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch_quant.core.plan import QuantPlan, SitePlan
+from torch_quant.model import CapturedModel
 
 __all__ = ["Coverage"]
 
@@ -26,6 +27,19 @@ class Coverage:
     float_ops: tuple[tuple[str, str], ...] = ()
     glue: tuple[tuple[str, str], ...] = ()
     rows: int = 20
+
+    @classmethod
+    def of(cls, captured: CapturedModel, plan: QuantPlan, backend: str) -> Coverage:
+        """The report of a captured model under ``plan``."""
+        regions = list(captured.region.walk())
+        glue = [(r.path or "(root)", r.failure) for r in regions if r.failure]
+        never = [
+            (r.path, "never called")
+            for r in regions
+            if not r.called and any(True for _ in r.module.parameters())
+        ]
+        float_ops = {op for prepared in captured.graphs() for op in prepared.float_ops}
+        return cls(plan, backend, tuple(sorted(float_ops)), tuple(glue + never))
 
     @property
     def share(self) -> float:

@@ -1,0 +1,245 @@
+"""Which sites go back to float: from what an AMP proxy has recorded to names."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from torch_quant.backends import Backend
+from torch_quant.backends.lowering import Lowering
+from torch_quant.core.metrics import sqnr
+from torch_quant.core.plan import PRECISIONS, QuantPlan
+from torch_quant.errors import InvalidConfig
+from torch_quant.proxies import AmpModel, Latency
+from torch_quant.report.sensitivity import SensitivityReport
+from torch_quant.sensitivity import (
+    Ranking,
+    Sensitivity,
+    SiteStats,
+    fewest_for,
+    find_groups,
+    most_within,
+)
+from torch_quant.sensitivity.groups import shared_inputs
+from torch_quant.sensitivity.ranking import decibels
+
+__all__ = ["Fallback", "precision_of"]
+
+logger = logging.getLogger("torch_quant")
+
+_COUNTS = (0, 1, 2, 3, 5, 8, 12, 18, 27, 40, 60, 90)
+"""Where ``measure=True`` measures the curve."""
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """The plan's word for a float dtype; raises :class:`InvalidConfig` for another one."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in PRECISIONS:
+        raise InvalidConfig(f"fallback to {dtype}; expected torch.float32 or torch.bfloat16")
+    return name
+
+
+class Fallback:
+    """One decision.
+
+    Args:
+        amp_model: an AMP proxy with data seen.
+        backend: where the model will run.
+        fallen: site -> precision of what is in float already.
+        lowering: how the model is quantized with given sites (-> precision) in float.
+    """
+
+    def __init__(
+        self,
+        amp_model: AmpModel,
+        backend: Backend,
+        fallen: Mapping[str, str],
+        lowering: Callable[[Mapping[str, str]], Lowering],
+    ) -> None:
+        self.amp_model, self.backend = amp_model, backend
+        self.fallen, self._lowering = dict(fallen), lowering
+
+    def plan(self, names: Iterable[str] = ()) -> QuantPlan:
+        """The plan with ``names`` in float."""
+        chosen = {name: self.fallen.get(name, PRECISIONS[0]) for name in names}
+        return self._lowering(chosen).plan
+
+    @cached_property
+    def ranking(self) -> Ranking:
+        """Every site that would be quantized if nothing had fallen back."""
+        amp_model, plan = self.amp_model, self.plan()
+        recorder, captured = amp_model.recorder, amp_model.captured
+        together = self.backend.placement().together
+        groups = {
+            name: tuple(other for other in names if other != name)
+            for names in find_groups(captured, plan, together)
+            for name in names
+        }
+        sharing = shared_inputs(plan)
+        weights = {site.name: site.weight_shape for site, _ in captured.sites()}
+        sites = []
+        for name in plan.quantized:
+            stats = recorder.sites.get(name, SiteStats())
+            noise_ratio = stats.noise / stats.signal if stats.signal else 0.0
+            parts = stats.from_weight + stats.from_activation
+            share = stats.from_weight / parts if parts else float(plan[name].activation is None)
+            predicts = amp_model.metric == "output"
+            sites.append(
+                Sensitivity(
+                    name=name,
+                    op=plan[name].op,
+                    score=noise_ratio if amp_model.metric == "sqnr" else stats.score,
+                    local_sqnr=decibels(stats.signal, stats.noise),
+                    predicted_output_sqnr=decibels(recorder.output_signal, stats.score)
+                    if predicts
+                    else None,
+                    weight_share=share,
+                    activation_share=1.0 - share,
+                    macs=plan[name].macs,
+                    bytes=4 * math.prod(weights[name]) if weights[name] else 0,
+                    together=groups[name],
+                    shares_input=sharing[name],
+                    fallen_back=name in self.fallen,
+                )
+            )
+        metric, signal = amp_model.metric, recorder.output_signal
+        note = "; ".join(part for part in (amp_model.note, self._unreached()) if part)
+        return Ranking(sites, metric, signal, recorder.batches, note)
+
+    def _unreached(self) -> str:
+        """What the reader must know of sites that the numbers say nothing of."""
+        recorded = self.amp_model.recorder.sites
+        absent = [name for name in self.plan().quantized if name not in recorded]
+        note = f"saw no data: {', '.join(absent)}" if absent else ""
+        if self.amp_model.metric != "sqnr":
+            cut = [name for name, stats in recorded.items() if not stats.reached]
+            if cut:
+                note += ("; " if note else "") + (
+                    f"no gradient reaches them, so their score is 0: {', '.join(cut)}"
+                )
+        return note
+
+    def report(self, measure: bool | Iterable[int]) -> SensitivityReport:
+        """The ranking, with measured points of the curve where asked for."""
+        groups = self.ranking.groups
+        if isinstance(measure, bool):
+            counts = [k for k in _COUNTS if k < len(groups)] if measure else []
+        else:
+            counts = sorted({int(k) for k in measure})
+            if counts and not 0 <= counts[0] <= counts[-1] <= len(groups):
+                raise InvalidConfig(f"measure={counts}; expected counts from 0 to {len(groups)}")
+        measured = {
+            count: self.measure({n for names in groups[:count] for n in names}) for count in counts
+        }
+        return SensitivityReport(self.ranking, measured)
+
+    # Choices
+
+    def choose(
+        self,
+        num: int | None,
+        min_sqnr: float | None,
+        max_slowdown: float | None,
+        latency: Mapping[str, Latency] | None,
+    ) -> list[str]:
+        """Names to take to float, worst first; arguments as of :meth:`Quantizer.fallback`."""
+        given = [x for x in (num, min_sqnr, max_slowdown) if x is not None]
+        if len(given) != 1:
+            raise InvalidConfig(
+                f"fallback takes one of num=, min_sqnr= and max_slowdown=; {len(given)} were given"
+            )
+        if num is not None:
+            picked = self._worst(num)
+        elif min_sqnr is not None:
+            picked = self._reaching(min_sqnr)
+        else:
+            assert max_slowdown is not None
+            picked = self._within(max_slowdown, latency)
+        return [name for names in picked for name in names]
+
+    def _worst(self, num: int) -> list[tuple[str, ...]]:
+        left = self.ranking.left
+        if isinstance(num, bool) or not isinstance(num, int) or num < 0:
+            raise InvalidConfig(f"num={num!r}; expected a count of layers, 0 or more")
+        if num > len(left):
+            logger.warning("num=%d, but only %d are left in int8: all fall back", num, len(left))
+        return left[:num]
+
+    def _reaching(self, target: float) -> list[tuple[str, ...]]:
+        if not math.isfinite(target):
+            raise InvalidConfig(f"min_sqnr={target!r}; expected decibels")
+        left = self.ranking.left
+        noises = [self.ranking.score_of(names) for names in left]
+        signal = {"output": self.ranking.output_signal, "sqnr": 1.0, "loss": None}
+        count, measured = fewest_for(
+            noises,
+            target,
+            lambda k: self.measure({*self.fallen, *(n for g in left[:k] for n in g)}),
+            signal[self.ranking.metric],
+        )
+        if left and count == len(left):
+            logger.warning(
+                "min_sqnr=%.4g dB is reached only with every layer in float (measured: %s)",
+                target,
+                ", ".join(f"{v:.1f} dB with {k}" for k, v in sorted(measured.items())),
+            )
+        return left[:count]
+
+    def _within(
+        self, slowdown: float, latency: Mapping[str, Latency] | None
+    ) -> list[tuple[str, ...]]:
+        if not slowdown >= 0.0:
+            raise InvalidConfig(f"max_slowdown={slowdown!r}; expected 0 or more, 0.05 for 5 %")
+        times = self.amp_model.measure_latency() if latency is None else dict(latency)
+        left = self.ranking.left
+        if missing := [name for names in left for name in names if name not in times]:
+            raise InvalidConfig(f"latency has no time for {', '.join(missing)}")
+        costs = [sum(times[n].float32 - times[n].quantized for n in names) for names in left]
+        whole = self.latency(self.fallen)
+        noises = [self.ranking.score_of(names) for names in left]
+        picked = most_within(noises, costs, slowdown * whole)
+        logger.info(
+            "%d layers in float: by the times of the layers %+.1f %% of %.0f us",
+            len(picked),
+            100.0 * sum(costs[i] for i in picked) / whole,
+            whole,
+        )
+        return [left[i] for i in picked]
+
+    # Trials
+
+    def _quantized(self, names: Iterable[str]) -> nn.Module:
+        chosen = {name: self.fallen.get(name, PRECISIONS[0]) for name in names}
+        return self._lowering(chosen).run()
+
+    @torch.no_grad()
+    def measure(self, names: Iterable[str]) -> float:
+        """Output SQNR, dB, of a quantized run over the samples that the proxy kept."""
+        quantized = self._quantized(names)
+        expected, actual = [], []
+        for args, kwargs, outputs in self.amp_model.samples:
+            expected.append(outputs)
+            actual.append(quantized(*copy.deepcopy(args), **copy.deepcopy(kwargs)))
+        return sqnr(expected, actual)
+
+    @torch.no_grad()
+    def latency(self, names: Iterable[str], repeats: int = 5) -> float:
+        """Median time of one quantized call on the first kept sample batch, microseconds."""
+        quantized = self._quantized(names)
+        args, kwargs, _ = self.amp_model.samples[0]
+        times: list[float] = []
+        for _ in range(repeats + 1):
+            inputs: Any = copy.deepcopy((args, kwargs))
+            start = time.perf_counter()
+            quantized(*inputs[0], **inputs[1])
+            times.append(1e6 * (time.perf_counter() - start))
+        return statistics.median(times[1:])

@@ -1,0 +1,53 @@
+"""Run the sites that fell back to bfloat16 in it: operands and weight cast, result back to float32.
+
+x -> bfloat16 -> product -> float32
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from torch_quant.core.plan import QuantPlan
+from torch_quant.graph.sites import find_sites, is_constant, is_float
+from torch_quant.passes.base import PassContext
+from torch_quant.passes.constants import evaluate, new_constant
+
+__all__ = ["lower_precision"]
+
+aten = torch.ops.aten
+
+
+def lower_precision(context: PassContext, plan: QuantPlan) -> int:
+    """Cast around every site that the plan has in a lower float precision; returns how many."""
+    changed = 0
+    casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
+    for node, _, site in list(find_sites(context.graph)):
+        entry = plan[site.name]
+        if entry.quantized or entry.precision == "float32":
+            continue
+        dtype = getattr(torch, entry.precision)
+        for arg in node.all_input_nodes:
+            if is_float(arg):
+                if (arg, dtype) not in casts:  # several sites may read one tensor
+                    casts[arg, dtype] = _cast(context, node, arg, dtype)
+                node.replace_input_with(arg, casts[arg, dtype])
+        with context.graph.inserting_after(node):
+            result = context.graph.call_function(aten.to.dtype, (node, torch.float32))
+        result.meta = dict(node.meta)
+        node.replace_all_uses_with(result, lambda user, result=result: user is not result)  # type: ignore[misc]
+        changed += 1
+    return changed
+
+
+def _cast(context: PassContext, user: fx.Node, arg: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """``arg`` in ``dtype``: a constant once and for all, another tensor at every call."""
+    value = arg.meta.get("val")
+    if is_constant(arg):
+        cast = evaluate(context.gm, arg).detach().to(dtype)
+        new = new_constant(context.gm, f"{user.name}.{arg.name}", cast, user)
+    else:
+        with context.graph.inserting_before(user):
+            new = context.graph.call_function(aten.to.dtype, (arg, dtype))
+    new.meta["val"] = value
+    return new

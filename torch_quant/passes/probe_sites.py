@@ -1,0 +1,117 @@
+"""Cut single sites out of a canonical graph, and put probes behind them in the captured one."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from torch_quant.graph.sites import (
+    KEY,
+    ORIGIN,
+    Site,
+    find_sites,
+    is_constant,
+    key_of,
+    operands,
+    source,
+)
+from torch_quant.passes.base import copy_graph
+from torch_quant.passes.prepare import Prepared
+
+__all__ = ["LocalSite", "cut_sites", "detached", "insert_site_probes"]
+
+
+@dataclass(frozen=True)
+class LocalSite:
+    """One site as a graph of its own.
+
+    Args:
+        site: its description.
+        gm: takes what the operator reads that is not constant; holds the same parameters.
+        arguments: the captured nodes that compute what ``gm`` takes, in order.
+        result: the captured node that computes what it returns.
+        operand: position among the arguments of its only quantized operand, None if it has several.
+    """
+
+    site: Site
+    gm: fx.GraphModule
+    arguments: tuple[str, ...]
+    result: str
+    operand: int | None
+
+
+def cut_sites(prepared: Prepared, names: Collection[str]) -> list[LocalSite]:
+    """Every site of ``names`` that a prepared graph has, in order."""
+    found = []
+    for node, pattern, site in find_sites(prepared.canonical.graph):
+        if site.name not in names:
+            continue
+        graph, inputs = _cut(node)
+        single = len(pattern.activations) == 1
+        quantized = [x for x in operands(node, pattern) if x in inputs]
+        found.append(
+            LocalSite(
+                site,
+                fx.GraphModule(prepared.canonical, graph),
+                tuple(each.meta[ORIGIN] for each in inputs),
+                node.meta[ORIGIN],
+                inputs.index(quantized[0]) if single and quantized else None,
+            )
+        )
+    return found
+
+
+def _cut(node: fx.Node) -> tuple[fx.Graph, list[fx.Node]]:
+    """A graph of ``node`` alone, constants included, and the nodes that it takes as inputs."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    inputs = [each for each in node.all_input_nodes if not is_constant(each)]
+    for i, each in enumerate(inputs):
+        copies[each] = graph.placeholder(f"input_{i}")
+        # Named for the tensor whose grid serves it, as it stands behind data movement.
+        copies[each].meta = dict(each.meta) | {KEY: key_of(source(each))}
+
+    def copy(each: fx.Node) -> fx.Node:
+        if each not in copies:
+            copies[each] = graph.node_copy(each, copy)
+        return copies[each]
+
+    graph.output(graph.node_copy(node, copy))
+    return graph, inputs
+
+
+def detached(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a graph over the same storage, in which no tensor wants a gradient."""
+    copied = copy_graph(gm)
+    attributes = {
+        str(node.target): operator.attrgetter(str(node.target))(gm)
+        for node in copied.graph.find_nodes(op="get_attr")
+    }
+    buffers = {
+        name: value.detach() if hasattr(value, "detach") else value
+        for name, value in attributes.items()
+    }
+    return fx.GraphModule(buffers, copied.graph)
+
+
+def insert_site_probes(
+    prepared: Prepared, sites: list[LocalSite], make: Callable[[LocalSite], nn.Module]
+) -> fx.GraphModule:
+    """A detached copy of the captured graph with a probe behind the result of each site.
+
+    A probe is called with the result and then the site's arguments, and gives back the result.
+    """
+    gm = detached(prepared.captured)
+    nodes = {node.name: node for node in gm.graph.nodes}
+    for i, local in enumerate(sites):
+        result = nodes[local.result]
+        gm.add_submodule(f"probe_{i}", make(local))
+        with gm.graph.inserting_after(result):
+            args = (result, *(nodes[name] for name in local.arguments))
+            probe = gm.graph.call_module(f"probe_{i}", args)
+        result.replace_all_uses_with(probe, lambda user, probe=probe: user is not probe)
+    gm.recompile()
+    return gm

@@ -1,0 +1,80 @@
+"""What every proxy shares: it follows the float model, and its parameters are not its own."""
+
+from __future__ import annotations
+
+import weakref
+from abc import abstractmethod
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from torch_quant.errors import InvalidConfig, QuantError
+from torch_quant.graph.calls import Call
+from torch_quant.graph.capture import Executor, Region
+from torch_quant.graph.export import CapturedGraph
+from torch_quant.model import CapturedModel
+
+__all__ = ["Proxy"]
+
+
+class Proxy(nn.Module):
+    """Runs the captured model in some instrumented form.
+
+    Args:
+        captured: the model's regions and graphs.
+        model: the float model itself; only a weak reference is kept.
+    """
+
+    _executor: Executor
+
+    def __init__(self, captured: CapturedModel, model: nn.Module) -> None:
+        super().__init__()
+        self._captured = captured
+        self._model = weakref.ref(model)
+        self._reset()
+        self.eval()
+
+    def _reset(self) -> None:
+        """Forget the instrumented graphs: the model's tensors are other ones now."""
+        self._version = self._captured.version
+        # No submodule: what is done to the proxy (double(), train()) must not reach the parameters.
+        self.__dict__["_executor"] = Executor(self._captured.region, self._run)
+
+    @property
+    def captured(self) -> CapturedModel:
+        """What it runs."""
+        return self._captured
+
+    @property
+    def model(self) -> nn.Module:
+        """The float model; raises :class:`InvalidConfig` if it no longer exists."""
+        model = self._model()
+        if model is None:
+            raise InvalidConfig("the float model of this proxy was deleted; keep a reference to it")
+        return model
+
+    def _follow(self) -> None:
+        """Notice that the float model's parameters were replaced."""
+        if (model := self._model()) is not None:
+            self._captured.refresh(model)
+        if self._version != self._captured.version:
+            self._reset()
+
+    def train(self, mode: bool = True) -> Proxy:
+        """Stays in eval mode, as it was captured."""
+        return super().train(False)
+
+    @abstractmethod
+    def _run(self, region: Region, graph: CapturedGraph, call: Call) -> Any:
+        """Run one captured graph, instrumented; returns the region's output."""
+
+
+def check_not_empty(inputs: Any, batch: int) -> None:
+    """Raise :class:`QuantError` if a tensor among ``inputs`` holds no sample."""
+    for x in pytree.tree_leaves(inputs):
+        if isinstance(x, Tensor) and x.dim() and x.shape[0] == 0:
+            raise QuantError(
+                f"calibration batch {batch} is empty: an input has shape {tuple(x.shape)}; "
+                "leave it out"
+            )

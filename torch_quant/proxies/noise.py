@@ -1,0 +1,100 @@
+"""What quantizing each site adds, locally and at the outputs, as one batch passes its probes.
+
+With local noise ``d = y_q - y`` at a site's result and the gradient ``g`` of
+``(outputs * r).sum()`` for random signs ``r``, the mean of ``(g . d)^2`` over ``r`` is ``|J d|^2``:
+the energy that the noise has at the outputs, to first order. One forward and one backward give it
+for every site at once, and no labels are needed. Each sample of a batch is one draw.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_quant.nn.probe import SiteProbe, track
+from torch_quant.sensitivity import Recorder, SiteStats
+
+__all__ = ["NoisePass"]
+
+_PARTS = 4
+"""One row in so many tells the shares of weight and activations."""
+
+
+@dataclass
+class NoisePass:
+    """One batch on its way through the probes.
+
+    Args:
+        record: takes the sums.
+        rows: batch size of the model's inputs.
+        anchor: where gradients are asked for; None to record local noise only.
+        everywhere: whether every result needs a path to the anchor of its own.
+        count: sites visited.
+    """
+
+    record: Recorder
+    rows: int
+    anchor: Tensor | None = None
+    everywhere: bool = False
+    count: int = 0
+
+    def visit(self, probe: SiteProbe, y: Tensor, args: tuple[Any, ...]) -> Tensor:
+        self.count += 1
+        stats = self.record.of(probe.name)
+        with torch.no_grad():
+            inputs = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
+            exact = probe.reference(y.detach(), inputs)
+            noise = probe.quantized(*inputs) - exact  # type: ignore[operator]
+            stats.signal += _dot(exact, exact)
+            stats.noise += _dot(noise, noise)
+            part = self._activation_part(probe, exact, inputs)
+        if self.anchor is None:
+            if part is not None:
+                _add_shares(stats, noise[: len(part)], part)
+            return y
+        if self.everywhere or not y.requires_grad:
+            y = track(y, self.anchor)
+        y.register_hook(lambda grad: self._arrived(stats, grad, noise, part))
+        return y
+
+    def _activation_part(
+        self, probe: SiteProbe, exact: Tensor, inputs: tuple[Any, ...]
+    ) -> Tensor | None:
+        """The noise of quantized activations alone, for the first rows of the result."""
+        if probe.half is None or probe.operand is None:
+            return None
+        x, rows = inputs[probe.operand], len(exact) if exact.dim() > 1 else 0
+        if rows and len(x) == rows:
+            few = -(-rows // _PARTS)
+            inputs = (*inputs[: probe.operand], x[:few], *inputs[probe.operand + 1 :])
+            exact = exact[:few]
+        return probe.half(*inputs) - exact  # type: ignore[operator]
+
+    @torch.no_grad()
+    def _arrived(self, stats: SiteStats, grad: Tensor, noise: Tensor, part: Tensor | None) -> None:
+        """The gradient of a site's result."""
+        groups = self.rows if grad.dim() and self.rows and len(grad) % self.rows == 0 else 1
+        effect = torch.linalg.vecdot(grad.reshape(groups, -1), noise.reshape(groups, -1))
+        stats.score += float(effect.double().square().sum())
+        stats.reached = True
+        if part is not None:
+            _add_shares(stats, noise[: len(part)], part, grad[: len(part)])
+
+
+def _add_shares(stats: SiteStats, noise: Tensor, part: Tensor, grad: Tensor | None = None) -> None:
+    """Split the error of the first rows: by their effect on the output, or by their energy."""
+    for rest, name in ((part, "from_activation"), (noise - part, "from_weight")):
+        if grad is None:
+            value = _dot(rest, rest)
+        else:
+            rows = (len(rest), -1) if rest.dim() else (1, 1)
+            effect = torch.linalg.vecdot(grad.reshape(rows), rest.reshape(rows))
+            value = float(effect.double().square().sum())
+        setattr(stats, name, getattr(stats, name) + value)
+
+
+def _dot(x: Tensor, y: Tensor) -> float:
+    return float(torch.linalg.vecdot(x.reshape(-1), y.reshape(-1)))

@@ -1,0 +1,86 @@
+"""Sums over the data that an AMP proxy has seen: a few numbers for each site."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, field
+
+from torch_quant.errors import QuantError
+
+__all__ = ["Recorder", "SiteStats"]
+
+
+@dataclass
+class SiteStats:
+    """Of one site, summed over samples.
+
+    Args:
+        signal: squared norm of the float result.
+        noise: squared norm of what quantizing this site alone adds to it.
+        score: squared effect of that noise on the projected outputs (or on the loss).
+        from_activation: the part of the error due to quantized activations, on some samples.
+        from_weight: the part due to the quantized weight, on the same samples.
+        reached: whether a gradient ever arrived.
+    """
+
+    signal: float = 0.0
+    noise: float = 0.0
+    score: float = 0.0
+    from_activation: float = 0.0
+    from_weight: float = 0.0
+    reached: bool = False
+
+    def add(self, other: SiteStats) -> None:
+        self.signal += other.signal
+        self.noise += other.noise
+        self.score += other.score
+        self.from_activation += other.from_activation
+        self.from_weight += other.from_weight
+        self.reached |= other.reached
+
+    @property
+    def finite(self) -> bool:
+        return all(math.isfinite(value) for value in astuple(self))
+
+
+@dataclass
+class Recorder:
+    """What a proxy has recorded; a batch counts whole or not at all.
+
+    Args:
+        sites: by name.
+        output_signal: squared norm of all float outputs.
+        batches: how many.
+    """
+
+    sites: dict[str, SiteStats] = field(default_factory=dict)
+    output_signal: float = 0.0
+    batches: int = 0
+
+    @contextlib.contextmanager
+    def batch(self) -> Iterator[Recorder]:
+        """Yields the record of one batch, which is added when all went well.
+
+        Raises:
+            QuantError: a number is NaN or infinite; names the site.
+        """
+        new = Recorder()
+        yield new
+        for name, stats in new.sites.items():
+            if not stats.finite:
+                raise QuantError(
+                    f"batch {self.batches}: the sensitivity of {name} is not finite (signal "
+                    f"{stats.signal:.3g}, noise {stats.noise:.3g}, score {stats.score:.3g}); look "
+                    "for NaN, inf or overflow in the model at that place, or in the inputs. "
+                    "Nothing of this batch was recorded"
+                )
+        for name, stats in new.sites.items():
+            self.sites.setdefault(name, SiteStats()).add(stats)
+        self.output_signal += new.output_signal
+        self.batches += 1
+
+    def of(self, name: str) -> SiteStats:
+        """The site's sums, new if need be."""
+        return self.sites.setdefault(name, SiteStats())

@@ -1,0 +1,131 @@
+"""What the user asked for, applied to a captured model: plans, observers and grids of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+from torch import Tensor, nn
+
+from torch_quant.backends import Backend
+from torch_quant.backends.lowering import Lowering
+from torch_quant.config import ModuleFilter, ObserverLike, Overrides, QConfig, check_names
+from torch_quant.core.plan import PRECISIONS, QuantPlan
+from torch_quant.core.qparams import QParams
+from torch_quant.core.spec import QuantSpec
+from torch_quant.errors import InvalidConfig, QuantError
+from torch_quant.graph.annotate import annotate, modules_of, qconfig_of
+from torch_quant.graph.sites import Site
+from torch_quant.model import CapturedModel
+from torch_quant.observers import DEFAULT_OBSERVER, Observer, observer_class
+from torch_quant.state import QuantState
+
+__all__ = ["Settings"]
+
+
+@dataclass
+class Settings:
+    """Configuration of one quantizer.
+
+    Args:
+        qconfig: formats and observers where the backend's own should not be used.
+        overrides: exceptions to it.
+        module_filter: which sites to quantize at all.
+        edits: a summary that was read; goes before all of these, site by site.
+
+    Raises:
+        InvalidConfig: an override that is no QConfig.
+    """
+
+    qconfig: QConfig
+    overrides: Overrides
+    module_filter: ModuleFilter
+    edits: QuantPlan = field(default_factory=QuantPlan)
+
+    def __post_init__(self) -> None:
+        for key, value in self.overrides.items():
+            if value is not None and not isinstance(value, QConfig):
+                raise InvalidConfig(f"override {key!r} is {value!r}; expected a QConfig or None")
+
+    def check_names(self, model: nn.Module) -> None:
+        """A misspelt module name should not wait for the first batch to be found."""
+        known = [name for name, _ in model.named_modules() if name]
+        for pattern in self.module_filter.names:
+            if pattern.split(".")[0] in {name.split(".")[0] for name in known}:
+                continue  # may name an operator inside a module; checked once captured
+            check_names([pattern], known, "ModuleFilter name")
+
+    def plan(
+        self,
+        captured: CapturedModel,
+        model: nn.Module,
+        backend: Backend,
+        fallen: Mapping[str, str] | None = None,
+    ) -> QuantPlan:
+        """What is done with every site.
+
+        Args:
+            captured: the model's graphs.
+            model: the float model.
+            backend: where it will run.
+            fallen: site -> precision of what fell back to float.
+        """
+        placement = backend.placement()
+        plan = annotate(
+            captured.sites(),
+            model,
+            placement,
+            qconfig=self.qconfig,
+            overrides=self.overrides,
+            module_filter=self.module_filter,
+        )
+        check_names(self.edits, plan, "summary site")
+        plan = plan.edited(self.edits, placement)
+        for precision in PRECISIONS:
+            names = [n for n, given in (fallen or {}).items() if given == precision and n in plan]
+            plan = plan.without(names, precision=precision)
+        return plan
+
+    def lowering(
+        self,
+        captured: CapturedModel,
+        model: nn.Module,
+        backend: Backend,
+        state: QuantState,
+        fallen: Mapping[str, str] | None = None,
+    ) -> Lowering:
+        """How the model is put on a backend, with the ranges as they are now."""
+        plan = self.plan(captured, model, backend, fallen)
+        weight_grid = partial(self._weight_grid, captured, model)
+        return Lowering(captured, plan, backend, state.qparams, weight_grid)
+
+    def observer(self, captured: CapturedModel, key: str) -> Observer:
+        """A new observer for a tensor: that of the first site that uses it."""
+        for prepared in captured.graphs():
+            for site, _ in prepared.sites:
+                if key in site.keys:
+                    config = self._config(captured.region.module, site)
+                    return _make((config and config.observer) or DEFAULT_OBSERVER, None)
+        raise QuantError(f"no site uses the tensor {key}")
+
+    def _config(self, model: nn.Module, site: Site) -> QConfig | None:
+        return qconfig_of(site, modules_of(model, site), self.qconfig, self.overrides)
+
+    def _weight_grid(
+        self, captured: CapturedModel, model: nn.Module,
+        name: str, weight: Tensor, spec: QuantSpec, axis: int,
+    ) -> QParams:  # fmt: skip
+        site = next(site for site, _ in captured.sites() if site.name == name)
+        config = self._config(model, site) or self.qconfig
+        observer = _make(config.weight_observer, axis if spec.per_channel else None)
+        try:
+            observer.observe(weight)
+        except QuantError as error:
+            raise QuantError(f"the weight of {name}: {error}; mend the model's weights") from error
+        return observer.qparams(spec)
+
+
+def _make(choice: ObserverLike, axis: int | None) -> Observer:
+    factory = observer_class(choice) if isinstance(choice, str) else choice
+    return factory(axis)
