@@ -15,6 +15,8 @@ from torch_quant.errors import (
 )
 from torch_quant.io.torchscript import export_torchscript
 from torch_quant.quantizer import Quantizer
+from torch_quant.sensitivity import Sensitivity
+from torch_quant.tuning import tune
 from torch_quant.version import __version__
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "QuantPlan",
     "QuantSpec",
     "Quantizer",
+    "Sensitivity",
     "SitePlan",
     "UnsupportedOp",
     "__version__",
@@ -37,4 +40,5 @@ __all__ = [
     "cosine",
     "export_torchscript",
     "sqnr",
+    "tune",
 ]

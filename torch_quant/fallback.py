@@ -78,18 +78,20 @@ class Fallback:
         """Every site that would be quantized if nothing had fallen back."""
         amp_model, plan = self.amp_model, self.plan()
         recorder, captured = amp_model.recorder, amp_model.captured
+        local = amp_model.metric == "sqnr"
+        gram = None if local else recorder.gram
         together = self.backend.placement().together
-        groups = {
-            name: tuple(other for other in names if other != name)
-            for names in find_groups(captured, plan, together)
-            for name in names
-        }
+        groups = {name: names for names in find_groups(captured, plan, together) for name in names}
         sharing = shared_inputs(plan)
         weights = {site.name: site.weight_shape for site, _ in captured.sites()}
+        whole = gram.noise(plan.quantized) if gram is not None else 0.0
         sites = []
         for name in plan.quantized:
             stats = recorder.sites.get(name, SiteStats())
-            noise_ratio = stats.noise / stats.signal if stats.signal else 0.0
+            score = recorder.gram.of_site(name)
+            if local:
+                score = stats.noise / stats.signal if stats.signal else 0.0
+            rest = [other for other in plan.quantized if other not in groups[name]]
             parts = stats.from_weight + stats.from_activation
             share = stats.from_weight / parts if parts else float(plan[name].activation is None)
             predicts = amp_model.metric == "output"
@@ -97,23 +99,24 @@ class Fallback:
                 Sensitivity(
                     name=name,
                     op=plan[name].op,
-                    score=noise_ratio if amp_model.metric == "sqnr" else stats.score,
+                    score=score,
+                    gain=score if gram is None else whole - gram.noise(rest),
                     local_sqnr=decibels(stats.signal, stats.noise),
-                    predicted_output_sqnr=decibels(recorder.output_signal, stats.score)
+                    predicted_output_sqnr=decibels(recorder.output_signal, score)
                     if predicts
                     else None,
                     weight_share=share,
                     activation_share=1.0 - share,
                     macs=plan[name].macs,
                     bytes=4 * math.prod(weights[name]) if weights[name] else 0,
-                    together=groups[name],
+                    together=tuple(other for other in groups[name] if other != name),
                     shares_input=sharing[name],
                     fallen_back=name in self.fallen,
                 )
             )
-        metric, signal = amp_model.metric, recorder.output_signal
+        signal = recorder.output_signal
         note = "; ".join(part for part in (amp_model.note, self._unreached()) if part)
-        return Ranking(sites, metric, signal, recorder.batches, note)
+        return Ranking(sites, amp_model.metric, gram, signal, recorder.batches, note)
 
     def _unreached(self) -> str:
         """What the reader must know of sites that the numbers say nothing of."""
@@ -178,12 +181,13 @@ class Fallback:
         if not math.isfinite(target):
             raise InvalidConfig(f"min_sqnr={target!r}; expected decibels")
         left = self.ranking.left
-        noises = [self.ranking.score_of(names) for names in left]
+        gone = [[n for names in left[:k] for n in names] for k in range(len(left))]
+        noises = [self.ranking.noise({*self.fallen, *names}) for names in gone]
         signal = {"output": self.ranking.output_signal, "sqnr": 1.0, "loss": None}
         count, measured = fewest_for(
             noises,
             target,
-            lambda k: self.measure({*self.fallen, *(n for g in left[:k] for n in g)}),
+            lambda k: self.measure({*self.fallen, *gone[k]}),
             signal[self.ranking.metric],
         )
         if left and count == len(left):
@@ -205,7 +209,7 @@ class Fallback:
             raise InvalidConfig(f"latency has no time for {', '.join(missing)}")
         costs = [sum(times[n].float32 - times[n].quantized for n in names) for names in left]
         whole = self.latency(self.fallen)
-        noises = [self.ranking.score_of(names) for names in left]
+        noises = [sum(self.ranking.of(name).score for name in names) for names in left]
         picked = most_within(noises, costs, slowdown * whole)
         logger.info(
             "%d layers in float: by the times of the layers %+.1f %% of %.0f us",

@@ -28,6 +28,7 @@ from torch_quant.model import CapturedModel, check_model, check_same, run_exampl
 from torch_quant.proxies import AmpModel, CalibModel, Latency, LossFn, Proxy
 from torch_quant.report.coverage import Coverage
 from torch_quant.report.sensitivity import SensitivityReport
+from torch_quant.report.tuning import Tuning
 from torch_quant.settings import Settings
 from torch_quant.state import QuantState
 
@@ -74,7 +75,8 @@ class Quantizer:
         )
         self.state = QuantState()
         self.plan = QuantPlan()
-        self._fallen: dict[str, str] = {}
+        self.fallen_back: dict[str, str] = {}  # site -> precision
+        self.tuning: Tuning | None = None
         self._fingerprint: dict[str, str] | None = None
         self._models: weakref.WeakKeyDictionary[nn.Module, CapturedModel]
         self._models = weakref.WeakKeyDictionary()
@@ -110,6 +112,7 @@ class Quantizer:
         *,
         metric: str = "output",
         loss_fn: LossFn | None = None,
+        max_batches: int | None = None,
         example_inputs: Any = None,
         seed: int = 0,
     ) -> AmpModel:
@@ -124,6 +127,7 @@ class Quantizer:
                 their gradient along random directions; or ``"sqnr"``, the noise it adds to its own
                 result, which needs no gradient.
             loss_fn: ``loss_fn(outputs, batch)`` gives a scalar to take the gradient of instead.
+            max_batches: record this many batches and pass on what comes after; None for all.
             example_inputs: as for :meth:`calib`.
             seed: of the random directions.
 
@@ -150,6 +154,7 @@ class Quantizer:
             lambda: (self.state.batches, id(self.settings.edits)),
             metric,
             loss_fn,
+            max_batches,
             seed,
         )
 
@@ -207,14 +212,14 @@ class Quantizer:
         """
         precision = precision_of(dtype)
         names = self._fallback(amp_model).choose(num, min_sqnr, max_slowdown, latency)
-        self._fallen |= dict.fromkeys(names, precision)
+        self.fallen_back |= dict.fromkeys(names, precision)
         captured, model = amp_model.captured, amp_model.model
-        self.plan = self.settings.plan(captured, model, self.backend, self._fallen)
+        self.plan = self.settings.plan(captured, model, self.backend, self.fallen_back)
         return names
 
     def reset_fallback(self) -> None:
         """Quantize again what :meth:`fallback` took back to float."""
-        self._fallen.clear()
+        self.fallen_back.clear()
         self.plan = QuantPlan()
 
     def quantize(
@@ -236,7 +241,7 @@ class Quantizer:
             UnsupportedOp: nothing in the model can be quantized.
         """
         chosen, captured = self._ready(model, backend, example_inputs, "quantize")
-        lowering = self.settings.lowering(captured, model, chosen, self.state, self._fallen)
+        lowering = self.settings.lowering(captured, model, chosen, self.state, self.fallen_back)
         plan = lowering.plan
         in_float = any(site.reason == FALLEN_BACK for site in plan.values())
         if not plan.quantized and not in_float:
@@ -278,7 +283,7 @@ class Quantizer:
             A report; ``print`` shows its tables.
         """
         chosen, captured = self._ready(model, backend, example_inputs, "coverage")
-        plan = self.settings.plan(captured, model, chosen, self._fallen)
+        plan = self.settings.plan(captured, model, chosen, self.fallen_back)
         return Coverage.of(captured, plan, repr(chosen))
 
     # State
@@ -288,7 +293,7 @@ class Quantizer:
         return {
             "state": self.state.state_dict(),
             "model": dict(self._fingerprint or {}),
-            "fallback": dict(self._fallen),
+            "fallback": dict(self.fallen_back),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -297,7 +302,7 @@ class Quantizer:
             raise InvalidConfig(f"not a Quantizer state: it has the entries {sorted(state)}")
         self.state.load_state_dict(state["state"])
         self._fingerprint = dict(state["model"]) or None
-        self._fallen = dict(state["fallback"])
+        self.fallen_back = dict(state["fallback"])
 
     def save_summary(self, path: str | os.PathLike[str]) -> None:
         """Write the last plan and its ranges as JSON, to be read, edited and given back.
@@ -356,7 +361,7 @@ class Quantizer:
                 "no data was run through the AMP proxy: for batch in loader: amp_model(batch)"
             )
         lowering = partial(self.settings.lowering, proxy.captured, model, self.backend, self.state)
-        return Fallback(proxy, self.backend, self._fallen, lowering)
+        return Fallback(proxy, self.backend, self.fallen_back, lowering)
 
     def _ready(
         self, model: nn.Module, backend: Backend | str | None, example_inputs: Any, method: str

@@ -20,7 +20,7 @@ from torch_quant.graph.calls import Call
 from torch_quant.graph.outputs import flatten_output, unflatten_output
 from torch_quant.graph.shapes import ShapeContract
 
-__all__ = ["CapturedGraph", "ModelRefuses", "export_graph", "no_fastpath"]
+__all__ = ["CapturedGraph", "ModelRefuses", "export_graph", "no_fastpath", "run_module"]
 
 logger = logging.getLogger("torch_quant")
 
@@ -91,7 +91,7 @@ def export_graph(module: nn.Module, call: Call) -> CapturedGraph:
     if not call.tensors:
         raise CaptureFailed("the call has no tensor input, so there is nothing to capture")
     try:
-        expected = _run_module(module, call)
+        expected = run_module(module, call)
     except Exception as error:  # whatever the model raises
         raise ModelRefuses(
             f"the float model itself fails on these inputs "
@@ -153,7 +153,7 @@ def _other_sizes(module: nn.Module, call: Call) -> list[tuple[Call, list[Any]]]:
     sizes = [_repeat(call, 3)] if batch == 1 else [_repeat(call, 2), _first_row(call)]
     for other in sizes:
         try:
-            found.append((other, _run_module(module, other)))
+            found.append((other, run_module(module, other)))
         except Exception as error:  # the model's own refusal, whatever it raises
             logger.debug("the float model does not take another batch size: %s", error)
     return found
@@ -177,7 +177,7 @@ def _exact_unmasked(module: nn.Module, graph: CapturedGraph, call: Call) -> bool
         return True
     unmasked = call.with_tensors(tensors)
     try:
-        return _verify(graph, unmasked, _run_module(module, unmasked))
+        return _verify(graph, unmasked, run_module(module, unmasked))
     except Exception as error:  # zeros and ones that are no mask may not be a valid input
         logger.debug("not run without its masks: %s", error)
         return True
@@ -255,10 +255,18 @@ def _copied(call: Call) -> Call:
     return call.with_tensors(tuple(x.clone() for x in call.tensors))
 
 
-def _run_module(module: nn.Module, call: Call) -> list[Any]:
-    with _frozen(module):
+def run_module(module: nn.Module, call: Call, grad: bool = False) -> list[Any]:
+    """The float module's flat outputs for ``call``, without a trace on its inputs and buffers.
+
+    Args:
+        module: in eval mode.
+        call: what to call it with.
+        grad: the grad mode it runs in, by which some modules choose their path.
+    """
+    with _frozen(module), torch.set_grad_enabled(grad):
         args, kwargs = call.rebuild(_copied(call).tensors)
-        return flatten_output(module(*args, **kwargs))[0]
+        leaves, _ = flatten_output(module(*args, **kwargs))
+        return [x.detach() if isinstance(x, Tensor) else x for x in leaves]
 
 
 def _verify(graph: CapturedGraph, call: Call, expected: list[Any]) -> bool:

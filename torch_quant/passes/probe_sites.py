@@ -5,8 +5,9 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from torch_quant.graph.sites import (
     KEY,
@@ -21,7 +22,7 @@ from torch_quant.graph.sites import (
 from torch_quant.passes.base import copy_graph
 from torch_quant.passes.prepare import Prepared
 
-__all__ = ["LocalSite", "cut_sites", "detached", "insert_site_probes"]
+__all__ = ["LocalSite", "cut_sites", "insert_site_probes", "insulated"]
 
 
 @dataclass(frozen=True)
@@ -83,28 +84,29 @@ def _cut(node: fx.Node) -> tuple[fx.Graph, list[fx.Node]]:
     return graph, inputs
 
 
-def detached(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a graph over the same storage, in which no tensor wants a gradient."""
-    copied = copy_graph(gm)
-    attributes = {
-        str(node.target): operator.attrgetter(str(node.target))(gm)
-        for node in copied.graph.find_nodes(op="get_attr")
-    }
-    buffers = {
-        name: value.detach() if hasattr(value, "detach") else value
-        for name, value in attributes.items()
-    }
-    return fx.GraphModule(buffers, copied.graph)
+def insulated(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a graph over the same parameters, and over the storage of its buffers.
+
+    What the graph writes to a buffer reaches the model's, but no gradient history does. Parameters
+    are the model's own: kernels are chosen by whether a weight wants a gradient.
+    """
+    graph = copy_graph(gm).graph
+    attributes: dict[str, Any] = {}
+    for node in graph.find_nodes(op="get_attr"):
+        value = operator.attrgetter(str(node.target))(gm)
+        insulate = isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
+        attributes[str(node.target)] = value.detach() if insulate else value
+    return fx.GraphModule(attributes, graph)
 
 
 def insert_site_probes(
     prepared: Prepared, sites: list[LocalSite], make: Callable[[LocalSite], nn.Module]
 ) -> fx.GraphModule:
-    """A detached copy of the captured graph with a probe behind the result of each site.
+    """A copy of the captured graph with a probe behind the result of each site.
 
     A probe is called with the result and then the site's arguments, and gives back the result.
     """
-    gm = detached(prepared.captured)
+    gm = insulated(prepared.captured)
     nodes = {node.name: node for node in gm.graph.nodes}
     for i, local in enumerate(sites):
         result = nodes[local.result]

@@ -21,10 +21,11 @@ from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import InvalidConfig, QuantError
 from torch_quant.graph.calls import Call
 from torch_quant.graph.capture import Region
-from torch_quant.graph.export import CapturedGraph
+from torch_quant.graph.export import CapturedGraph, run_module
 from torch_quant.graph.outputs import flatten_output, unflatten_output
 from torch_quant.model import CapturedModel
 from torch_quant.nn.probe import SiteProbe, substitute
+from torch_quant.passes.functionalize import written_tensors
 from torch_quant.passes.probe_sites import LocalSite, cut_sites, insert_site_probes
 from torch_quant.proxies.base import Proxy, check_not_empty
 from torch_quant.proxies.noise import NoisePass
@@ -59,6 +60,7 @@ class AmpModel(Proxy):
         version: changes when ranges do.
         metric: ``"output"`` or ``"sqnr"``.
         loss_fn: takes the place of the projection of the outputs.
+        max_batches: how many are recorded; None for all.
         seed: of the random signs.
     """
 
@@ -70,6 +72,7 @@ class AmpModel(Proxy):
         version: Callable[[], Any],
         metric: str,
         loss_fn: LossFn | None,
+        max_batches: int | None,
         seed: int,
     ) -> None:
         self._lowering, self._ranges = lowering, version
@@ -78,8 +81,9 @@ class AmpModel(Proxy):
         self.recorder = Recorder()
         self.samples: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []
         """A few of the inputs, and the float outputs for them."""
-        self._loss_fn = loss_fn
+        self._loss_fn, self._max_batches = loss_fn, max_batches
         self._signs = torch.Generator().manual_seed(seed)
+        self._grad_mode = True
         self._visitor: Callable[[SiteProbe, Tensor, tuple[Any, ...]], Tensor] = _pass_on
         super().__init__(captured, model)
 
@@ -87,6 +91,7 @@ class AmpModel(Proxy):
         super()._reset()
         self._seen = self._state()
         self._graphs: dict[int, torch.fx.GraphModule] = {}
+        self._exact: dict[Any, bool] = {}
 
     def _state(self) -> tuple[Any, ...]:
         """Changes when the ranges or the weights do."""
@@ -103,15 +108,18 @@ class AmpModel(Proxy):
         """
         check_not_empty((args, kwargs), self.recorder.batches)
         self._follow()
+        if self._max_batches is not None and self.recorder.batches >= self._max_batches:
+            return self._executor(*args, **kwargs)
         if self._state() != self._seen:
             self._reset()
+        self._grad_mode = torch.is_grad_enabled()
         with torch.inference_mode(False):
             args, kwargs = pytree.tree_map_only(Tensor, _plain, (args, kwargs))
-            kept = copy.deepcopy((args, kwargs))
+            kept = _copied((args, kwargs))
             with self.recorder.batch() as record:
                 outputs = self._recorded(record, args, kwargs, kept)
             if sum(_rows(inputs[:2]) for inputs in self.samples) < KEPT_ROWS:
-                self.samples.append((*kept, copy.deepcopy(outputs)))
+                self.samples.append((*kept, _copied(outputs)))
         return outputs
 
     def _recorded(
@@ -123,15 +131,15 @@ class AmpModel(Proxy):
                     record, _rows((args, kwargs)), torch.zeros((), requires_grad=True)
                 )
                 with torch.enable_grad(), self._visiting(pass_.visit):
-                    pass_.everywhere = bool(self._captured.region.failure)
                     outputs = self._executor(*args, **kwargs)
             except QuantError:
                 raise
             except Exception as error:  # whatever an operator that has no gradient raises
                 with torch.no_grad(), self._visiting(_pass_on):
-                    self._executor(*copy.deepcopy(kept[0]), **copy.deepcopy(kept[1]))
+                    again = _copied(kept)
+                    self._executor(*again[0], **again[1])
                 self._give_up(f"{type(error).__name__}: {error}")
-                args, kwargs = copy.deepcopy(kept)
+                args, kwargs = _copied(kept)
                 record.sites.clear()
             else:
                 self._backward(record, pass_, outputs, args, kwargs)
@@ -166,7 +174,7 @@ class AmpModel(Proxy):
             if not loss.requires_grad:
                 self._give_up(
                     "no output depends on a quantized site by differentiable operators"
-                    if pass_.count
+                    if record.sites
                     else "no site ran"
                 )
                 return
@@ -175,6 +183,8 @@ class AmpModel(Proxy):
             torch.autograd.grad(loss, [pass_.anchor], allow_unused=True)
         except RuntimeError as error:
             self._give_up(f"{type(error).__name__}: {str(error).splitlines()[0]}")
+        else:
+            pass_.finish()
         self._drop_history()
 
     def _drop_history(self) -> None:
@@ -211,21 +221,22 @@ class AmpModel(Proxy):
     def _run(self, region: Region, graph: CapturedGraph, call: Call) -> Any:
         if id(graph) not in self._graphs:
             self._graphs[id(graph)] = self._instrument(region, graph)
+        # What kernels are chosen by; where they differ, the float module's own values are given.
+        kind = (id(graph), self._grad_mode, call.tensors[0].shape[:1])
+        exact = self._exact.get(kind, None if graph.exact else False)
+        values = None if exact else run_module(region.module, call, self._grad_mode)
         leaves = self._graphs[id(graph)](*call.tensors)
-        if graph.exact:
+        if values is None:
             return graph.output(leaves)
-        args, kwargs = call.rebuild(call.tensors)
-        with torch.no_grad():
-            values, _ = flatten_output(region.module(*args, **kwargs))
-        return graph.output(
-            substitute(x, value) if isinstance(x, Tensor) and x.requires_grad else value
-            for x, value in zip(leaves, values, strict=True)
-        )
+        if exact is None:
+            self._exact[kind] = all(map(_same, leaves, values))
+        return graph.output(map(_valued, leaves, values))
 
     def _instrument(self, region: Region, graph: CapturedGraph) -> torch.fx.GraphModule:
         prepared = self._captured.prepared(region, graph)
         lowering = self._lowering()
         sites = cut_sites(prepared, set(lowering.plan.quantized))
+        in_place = bool(written_tensors(prepared.captured.graph))
 
         def probe(local: LocalSite) -> SiteProbe:
             name = local.site.name
@@ -236,6 +247,7 @@ class AmpModel(Proxy):
                 _half(lowering, local),
                 local.operand,
                 lambda *each: self._visitor(*each),
+                in_place,
             )
 
         with torch.no_grad():
@@ -267,7 +279,8 @@ class AmpModel(Proxy):
             return y
 
         with self._visiting(visit):
-            self._executor(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+            again = _copied((args, kwargs))
+            self._executor(*again[0], **again[1])
         return found
 
 
@@ -306,6 +319,24 @@ def _projected(outputs: Any) -> list[Tensor]:
 def _detached(outputs: Any) -> Any:
     leaves, spec = flatten_output(outputs)
     return unflatten_output((x.detach() if isinstance(x, Tensor) else x for x in leaves), spec)
+
+
+def _same(x: Any, value: Any) -> bool:
+    if isinstance(x, Tensor):
+        return torch.equal(x.detach().nan_to_num(), value.nan_to_num())
+    return bool(x == value)
+
+
+def _valued(x: Any, value: Any) -> Any:
+    """``value`` with the gradient of ``x``."""
+    return substitute(x, value) if isinstance(x, Tensor) and x.requires_grad else value
+
+
+def _copied(value: Any) -> Any:
+    """A deep copy, without the gradient history of its tensors."""
+    leaves, _ = flatten_output(value)
+    memo = {id(x): x.detach().clone() for x in leaves if isinstance(x, Tensor)}
+    return copy.deepcopy(value, memo)
 
 
 def _describe(value: Any) -> str:

@@ -8,14 +8,14 @@ for every site at once, and no labels are needed. Each sample of a batch is one 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torch_quant.nn.probe import SiteProbe, track
-from torch_quant.sensitivity import Recorder, SiteStats
+from torch_quant.sensitivity import NoiseGram, Recorder, SiteStats
 
 __all__ = ["NoisePass"]
 
@@ -31,18 +31,15 @@ class NoisePass:
         record: takes the sums.
         rows: batch size of the model's inputs.
         anchor: where gradients are asked for; None to record local noise only.
-        everywhere: whether every result needs a path to the anchor of its own.
-        count: sites visited.
+        effects: site -> its noise along the direction of the gradient, for each sample.
     """
 
     record: Recorder
     rows: int
     anchor: Tensor | None = None
-    everywhere: bool = False
-    count: int = 0
+    effects: dict[str, Tensor] = field(default_factory=dict)
 
     def visit(self, probe: SiteProbe, y: Tensor, args: tuple[Any, ...]) -> Tensor:
-        self.count += 1
         stats = self.record.of(probe.name)
         with torch.no_grad():
             inputs = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
@@ -55,9 +52,8 @@ class NoisePass:
             if part is not None:
                 _add_shares(stats, noise[: len(part)], part)
             return y
-        if self.everywhere or not y.requires_grad:
-            y = track(y, self.anchor)
-        y.register_hook(lambda grad: self._arrived(stats, grad, noise, part))
+        y = track(y, self.anchor, probe.copy)
+        y.register_hook(lambda grad: self._arrived(probe.name, grad, noise, part))
         return y
 
     def _activation_part(
@@ -74,14 +70,23 @@ class NoisePass:
         return probe.half(*inputs) - exact  # type: ignore[operator]
 
     @torch.no_grad()
-    def _arrived(self, stats: SiteStats, grad: Tensor, noise: Tensor, part: Tensor | None) -> None:
+    def _arrived(self, name: str, grad: Tensor, noise: Tensor, part: Tensor | None) -> None:
         """The gradient of a site's result."""
-        groups = self.rows if grad.dim() and self.rows and len(grad) % self.rows == 0 else 1
-        effect = torch.linalg.vecdot(grad.reshape(groups, -1), noise.reshape(groups, -1))
-        stats.score += float(effect.double().square().sum())
+        stats = self.record.of(name)
+        apart = grad.dim() > 0 and len(grad) % self.rows == 0
+        effect = _projected(noise, grad, self.rows if apart else 1)
+        known = self.effects.get(name)  # of another call of the site
+        if known is not None and len(known) != len(effect):
+            known, effect = known.sum()[None], effect.sum()[None]
+        self.effects[name] = effect if known is None else known + effect
         stats.reached = True
         if part is not None:
             _add_shares(stats, noise[: len(part)], part, grad[: len(part)])
+
+    def finish(self) -> None:
+        """Hand over what has arrived."""
+        if self.effects:
+            self.record.gram = NoiseGram.of(self.effects, self.rows)
 
 
 def _add_shares(stats: SiteStats, noise: Tensor, part: Tensor, grad: Tensor | None = None) -> None:
@@ -90,10 +95,14 @@ def _add_shares(stats: SiteStats, noise: Tensor, part: Tensor, grad: Tensor | No
         if grad is None:
             value = _dot(rest, rest)
         else:
-            rows = (len(rest), -1) if rest.dim() else (1, 1)
-            effect = torch.linalg.vecdot(grad.reshape(rows), rest.reshape(rows))
-            value = float(effect.double().square().sum())
+            value = float(_projected(rest, grad, max(len(rest), 1)).square().sum())
         setattr(stats, name, getattr(stats, name) + value)
+
+
+def _projected(x: Tensor, grad: Tensor, groups: int) -> Tensor:
+    """Scalar products of so many equal parts, float64, shape ``[groups]``."""
+    products: Tensor = torch.linalg.vecdot(x.reshape(groups, -1), grad.reshape(groups, -1))
+    return products.double()
 
 
 def _dot(x: Tensor, y: Tensor) -> float:

@@ -35,13 +35,18 @@ class SensitivityReport(Ranking):
         self, ranking: Ranking, measured: Mapping[int, float] | None = None, rows: int = 25
     ) -> None:
         super().__init__(
-            ranking, ranking.metric, ranking.output_signal, ranking.batches, ranking.note
+            ranking,
+            ranking.metric,
+            ranking.gram,
+            ranking.output_signal,
+            ranking.batches,
+            ranking.note,
         )
         self.measured, self.rows = dict(measured or {}), rows
 
     def table(self) -> list[dict[str, Any]]:
         """A row for each site, worst first, in units to read."""
-        total = self.score_of(self.names) or 1.0
+        total = sum(site.score for site in self) or 1.0
         macs = sum(site.macs for site in self) or 1
         rows = []
         for rank, site in enumerate(self, 1):
@@ -168,7 +173,7 @@ class SensitivityReport(Ranking):
     def plot_bars(self, axes: Axes, sites: int = 30) -> None:
         """Scores of the worst sites, split by weight and activations."""
         worst = list(self)[:sites]
-        scale = 1.0 if self.metric == "sqnr" else 100.0 / (self.score_of(self.names) or 1.0)
+        scale = 1.0 if self.metric == "sqnr" else 100.0 / (sum(site.score for site in self) or 1.0)
         places = range(len(worst))
         by_weight = [site.score * site.weight_share * scale for site in worst]
         by_activation = [site.score * site.activation_share * scale for site in worst]

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, overload
 
+from torch_quant.sensitivity.gram import NoiseGram
+
 __all__ = ["METRICS", "Ranking", "Sensitivity", "decibels"]
 
 METRICS = {
@@ -31,7 +33,9 @@ class Sensitivity:
     Args:
         name: the site.
         op: its op type.
-        score: by the ranking's metric, summed over the data; larger is worse.
+        score: by the ranking's metric, summed over the data, the site alone; larger is worse.
+        gain: the same, of what its return to float (with its group) removes while all else stays
+            quantized: errors of two sites may add up or cancel.
         local_sqnr: signal to noise at the site's own result, dB.
         predicted_output_sqnr: signal to noise at the model's outputs if only this site were
             quantized, dB; None where the metric does not predict it.
@@ -48,6 +52,7 @@ class Sensitivity:
     name: str
     op: str
     score: float
+    gain: float
     local_sqnr: float
     predicted_output_sqnr: float | None
     weight_share: float
@@ -74,6 +79,7 @@ class Ranking(Sequence[Sensitivity]):
     Args:
         sites: in any order.
         metric: a key of :data:`METRICS`.
+        gram: noise of the sites at the outputs, alone and together; None if it is not known.
         output_signal: squared norm of the float outputs, in the units of the scores.
         batches: how many batches they come from.
         note: what a reader must know, such as why another metric was used.
@@ -83,18 +89,18 @@ class Ranking(Sequence[Sensitivity]):
         self,
         sites: Iterable[Sensitivity],
         metric: str,
+        gram: NoiseGram | None = None,
         output_signal: float = math.nan,
         batches: int = 0,
         note: str = "",
     ) -> None:
         by_name = {site.name: site for site in sites}
-        self.metric, self.output_signal = metric, output_signal
+        self.metric, self.gram, self.output_signal = metric, gram, output_signal
         self.batches, self.note = batches, note
         groups = {tuple(sorted((s.name, *s.together))) for s in by_name.values()}
         ordered = [
-            tuple(sorted(names, key=lambda n: (-by_name[n].score, n)))
-            for names in sorted(groups)
-        ]  # fmt: skip
+            tuple(sorted(names, key=lambda n: (-by_name[n].score, n))) for names in sorted(groups)
+        ]
         self.groups: list[tuple[str, ...]] = sorted(
             ordered, key=lambda names: -sum(by_name[n].score for n in names)
         )
@@ -122,9 +128,12 @@ class Ranking(Sequence[Sensitivity]):
         """The groups that are not in float yet, worst first."""
         return [names for names in self.groups if not self._by_name[names[0]].fallen_back]
 
-    def score_of(self, names: Iterable[str]) -> float:
-        """The sum of the scores of ``names``: errors of different sites hardly correlate."""
-        return sum(self._by_name[name].score for name in names)
+    def noise(self, in_float: Iterable[str] = ()) -> float:
+        """What is left of the noise with ``in_float`` in float, in the units of the scores."""
+        left = [name for name in self._by_name if name not in set(in_float)]
+        if self.gram is not None:
+            return self.gram.noise(left)
+        return math.fsum(self._by_name[name].score for name in left)
 
     def of(self, name: str) -> Sensitivity:
         """One site's entry; raises ``KeyError`` for an unknown name."""
@@ -133,12 +142,11 @@ class Ranking(Sequence[Sensitivity]):
     def predicted(self, in_float: Iterable[str] = ()) -> float:
         """Output SQNR, dB, with ``in_float`` in float and everything else quantized.
 
-        The sum of the sites' noise powers at the output; NaN where the metric does not tell.
+        NaN where the metric does not tell.
         """
         if self.metric != "output":
             return math.nan
-        left = set(self._by_name) - set(in_float)
-        return decibels(self.output_signal, self.score_of(left))
+        return decibels(self.output_signal, self.noise(in_float))
 
     def curve(self) -> list[tuple[int, float]]:
         """(number of worst groups in float, predicted output SQNR in dB), from none to all."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import astuple, dataclass, field
 
 from torch_quant.errors import QuantError
+from torch_quant.sensitivity.gram import NoiseGram
 
 __all__ = ["Recorder", "SiteStats"]
 
@@ -19,7 +20,6 @@ class SiteStats:
     Args:
         signal: squared norm of the float result.
         noise: squared norm of what quantizing this site alone adds to it.
-        score: squared effect of that noise on the projected outputs (or on the loss).
         from_activation: the part of the error due to quantized activations, on some samples.
         from_weight: the part due to the quantized weight, on the same samples.
         reached: whether a gradient ever arrived.
@@ -27,7 +27,6 @@ class SiteStats:
 
     signal: float = 0.0
     noise: float = 0.0
-    score: float = 0.0
     from_activation: float = 0.0
     from_weight: float = 0.0
     reached: bool = False
@@ -35,7 +34,6 @@ class SiteStats:
     def add(self, other: SiteStats) -> None:
         self.signal += other.signal
         self.noise += other.noise
-        self.score += other.score
         self.from_activation += other.from_activation
         self.from_weight += other.from_weight
         self.reached |= other.reached
@@ -51,11 +49,13 @@ class Recorder:
 
     Args:
         sites: by name.
+        gram: their noise at the outputs (or in the loss).
         output_signal: squared norm of all float outputs.
         batches: how many.
     """
 
     sites: dict[str, SiteStats] = field(default_factory=dict)
+    gram: NoiseGram = field(default_factory=NoiseGram)
     output_signal: float = 0.0
     batches: int = 0
 
@@ -69,15 +69,17 @@ class Recorder:
         new = Recorder()
         yield new
         for name, stats in new.sites.items():
-            if not stats.finite:
+            score = new.gram.of_site(name)
+            if not stats.finite or not math.isfinite(score):
                 raise QuantError(
                     f"batch {self.batches}: the sensitivity of {name} is not finite (signal "
-                    f"{stats.signal:.3g}, noise {stats.noise:.3g}, score {stats.score:.3g}); look "
+                    f"{stats.signal:.3g}, noise {stats.noise:.3g}, score {score:.3g}); look "
                     "for NaN, inf or overflow in the model at that place, or in the inputs. "
                     "Nothing of this batch was recorded"
                 )
         for name, stats in new.sites.items():
             self.sites.setdefault(name, SiteStats()).add(stats)
+        self.gram.add(new.gram)
         self.output_signal += new.output_signal
         self.batches += 1
 

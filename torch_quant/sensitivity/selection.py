@@ -28,7 +28,7 @@ def fewest_for(
     measured to predicted noise.
 
     Args:
-        noises: predicted noise of each group, worst first, in any unit.
+        noises: predicted output noise with the first 0, 1, 2 ... groups in float, in any unit.
         target: SQNR, dB.
         measure: output SQNR, dB, with the first so many groups in float.
         signal: output signal in the unit of ``noises``; None if only their proportions are known.
@@ -36,7 +36,6 @@ def fewest_for(
     Returns:
         The count, all of them if nothing less will do, and the measurements that were made.
     """
-    rest = [math.fsum(noises[count:]) for count in range(len(noises))]
     measured: dict[int, float] = {}
     low, high = -1, len(noises)  # too few; enough, since float adds no noise
     per_noise = None if signal is None or signal <= 0.0 else 1.0 / signal
@@ -47,10 +46,10 @@ def fewest_for(
             guess = (low + high) // 2
         else:
             allowed = 10.0 ** (-target / 10.0) / per_noise
-            guess = next((k for k in range(low + 1, high) if rest[k] <= allowed), high - 1)
+            guess = next((k for k in range(low + 1, high) if noises[k] <= allowed), high - 1)
         measured[guess] = sqnr = measure(guess)
-        if rest[guess] > 0.0 and math.isfinite(sqnr):
-            per_noise = 10.0 ** (-sqnr / 10.0) / rest[guess]
+        if noises[guess] > 0.0 and math.isfinite(sqnr):
+            per_noise = 10.0 ** (-sqnr / 10.0) / noises[guess]
         logger.info("%d groups in float: output SQNR %.2f dB", guess, sqnr)
         if sqnr >= target:
             high = guess
