@@ -32,12 +32,14 @@ class NoisePass:
         rows: batch size of the model's inputs.
         anchor: where gradients are asked for; None to record local noise only.
         effects: site -> its noise along the direction of the gradient, for each sample.
+        shares: site -> what of that is due to weight and activations.
     """
 
     record: Recorder
     rows: int
     anchor: Tensor | None = None
     effects: dict[str, Tensor] = field(default_factory=dict)
+    shares: dict[str, SiteStats] = field(default_factory=dict)
 
     def visit(self, probe: SiteProbe, y: Tensor, args: tuple[Any, ...]) -> Tensor:
         stats = self.record.of(probe.name)
@@ -48,9 +50,9 @@ class NoisePass:
             stats.signal += _dot(exact, exact)
             stats.noise += _dot(noise, noise)
             part = self._activation_part(probe, exact, inputs)
-        if self.anchor is None:
-            if part is not None:
+            if part is not None:  # by energy, until the gradient has come to every site
                 _add_shares(stats, noise[: len(part)], part)
+        if self.anchor is None:
             return y
         y = track(y, self.anchor, probe.copy)
         y.register_hook(lambda grad: self._arrived(probe.name, grad, noise, part))
@@ -81,12 +83,16 @@ class NoisePass:
         self.effects[name] = effect if known is None else known + effect
         stats.reached = True
         if part is not None:
-            _add_shares(stats, noise[: len(part)], part, grad[: len(part)])
+            shares = self.shares.setdefault(name, SiteStats())
+            _add_shares(shares, noise[: len(part)], part, grad[: len(part)])
 
     def finish(self) -> None:
         """Hand over what has arrived."""
         if self.effects:
             self.record.gram = NoiseGram.of(self.effects, self.rows)
+        for name, stats in self.record.sites.items():
+            shares = self.shares.get(name, SiteStats())
+            stats.from_weight, stats.from_activation = shares.from_weight, shares.from_activation
 
 
 def _add_shares(stats: SiteStats, noise: Tensor, part: Tensor, grad: Tensor | None = None) -> None:
