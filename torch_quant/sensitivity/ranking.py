@@ -130,7 +130,8 @@ class Ranking(Sequence[Sensitivity]):
 
     def noise(self, in_float: Iterable[str] = ()) -> float:
         """What is left of the noise with ``in_float`` in float, in the units of the scores."""
-        left = [name for name in self._by_name if name not in set(in_float)]
+        gone = set(in_float)
+        left = [name for name in self._by_name if name not in gone]
         if self.gram is not None:
             return self.gram.noise(left)
         return math.fsum(self._by_name[name].score for name in left)

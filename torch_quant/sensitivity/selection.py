@@ -40,10 +40,10 @@ def fewest_for(
     low, high = -1, len(noises)  # too few; enough, since float adds no noise
     per_noise = None if signal is None or signal <= 0.0 else 1.0 / signal
     while high - low > 1:
-        if per_noise is None:
-            guess = low + 1
-        elif len(measured) >= _GUIDED:
+        if len(measured) >= _GUIDED:
             guess = (low + high) // 2
+        elif per_noise is None:
+            guess = low + 1
         else:
             allowed = 10.0 ** (-target / 10.0) / per_noise
             guess = next((k for k in range(low + 1, high) if noises[k] <= allowed), high - 1)
