@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import pytest
 import torch
 from flows import CASES, Case, assert_unchanged, run, snapshot
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from torch_quant import Quantizer, UnsupportedOp, sqnr
@@ -24,6 +26,15 @@ NOTHING: dict[tuple[str, str], str] = {
     ("einsums", "onednn"): "only einsum, which stays float",
     ("batched_products", "onednn"): "only products of activations, for which oneDNN has no kernel",
 }
+
+# Cases that have no gradient, and why.
+WITHOUT_GRADIENT: dict[str, str] = {
+    "in_place": "writes to the result of relu, which its gradient needs",
+    "in_place_after_read": "writes to the input of a linear, which its gradient needs",
+}
+
+# Cases whose batch of 3 runs sites that no calibration batch reached, and why.
+UNSEEN: dict[str, str] = {"branch_switches": "batch 3 takes a branch that batch 1 does not"}
 
 
 def leaves(outputs: Any) -> Any:
@@ -64,6 +75,33 @@ def test_captured_calibrated_and_quantized(case: Case) -> None:
         assert shapes == wanted
         found[backend] = sqnr(leaves(expected), leaves(outputs))
         batch = case.inputs(3)
+    check_amp(quantizer, model, case)
     assert_unchanged(model, before)  # invariant 2
     if case.name not in EXCEPTIONS:
         assert all(value >= 20.0 for value in found.values()), found
+
+
+def check_amp(quantizer: Quantizer, model: nn.Module, case: Case) -> None:
+    """The AMP proxy gives the float output bit for bit, and every site a finite score."""
+    amp_model = quantizer.amp(model)
+    calls = list(zip(case.ones(), case.ones(), strict=True))[:2]
+    if case.name not in UNSEEN:
+        calls.append((case.inputs(3), case.inputs(3)))
+    for inputs, again in calls:
+        outputs, expected = run(amp_model, inputs), run(model, again)
+        assert type(outputs) is type(expected)
+        assert sqnr(leaves(expected), leaves(outputs)) == float("inf")
+        assert not any(
+            x.requires_grad for x in pytree.tree_leaves(leaves(outputs)) if isinstance(x, Tensor)
+        )
+    ranking = quantizer.sensitivity(amp_model)
+    recorded = amp_model.recorder.sites
+    assert set(recorded) <= set(ranking.names)
+    if case.name in WITHOUT_GRADIENT:
+        assert ranking.metric == "sqnr"
+    elif (case.name, "reference") not in NOTHING:
+        assert ranking.metric == "output", ranking.note
+        assert all(stats.reached for stats in recorded.values()), ranking.note
+    for site in ranking:
+        assert math.isfinite(site.score)
+        assert not math.isnan(site.local_sqnr)
