@@ -56,6 +56,7 @@ class Fallback:
         backend: where the model will run.
         fallen: site -> precision of what is in float already.
         lowering: how the model is quantized with given sites (-> precision) in float.
+        precision: of what falls back now.
     """
 
     def __init__(
@@ -64,9 +65,11 @@ class Fallback:
         backend: Backend,
         fallen: Mapping[str, str],
         lowering: Callable[[Mapping[str, str]], Lowering],
+        precision: str = PRECISIONS[0],
     ) -> None:
         self.amp_model, self.backend = amp_model, backend
         self.fallen, self._lowering = dict(fallen), lowering
+        self._precision = precision
 
     def plan(self, names: Iterable[str] = ()) -> QuantPlan:
         """The plan with ``names`` in float."""
@@ -79,7 +82,7 @@ class Fallback:
         amp_model, plan = self.amp_model, self.plan()
         recorder, captured = amp_model.recorder, amp_model.captured
         local = amp_model.metric == "sqnr"
-        gram = None if local else recorder.gram
+        gram = None if local else copy.deepcopy(recorder.gram)  # it grows on
         together = self.backend.placement().together
         groups = {name: names for names in find_groups(captured, plan, together) for name in names}
         sharing = shared_inputs(plan)
@@ -222,7 +225,7 @@ class Fallback:
     # Trials
 
     def _quantized(self, names: Iterable[str]) -> nn.Module:
-        chosen = {name: self.fallen.get(name, PRECISIONS[0]) for name in names}
+        chosen = {name: self.fallen.get(name, self._precision) for name in names}
         return self._lowering(chosen).run()
 
     @torch.no_grad()

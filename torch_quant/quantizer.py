@@ -15,7 +15,7 @@ from torch import nn
 from torch_quant.backends import Backend, best_backend
 from torch_quant.backends.quantized import QuantizedRegion
 from torch_quant.config import ModuleFilter, Overrides, QConfig
-from torch_quant.core.plan import FALLEN_BACK, QuantPlan
+from torch_quant.core.plan import FALLEN_BACK, PRECISIONS, QuantPlan
 from torch_quant.errors import (
     BackendUnavailable,
     InvalidConfig,
@@ -150,7 +150,7 @@ class Quantizer:
         return AmpModel(
             captured,
             model,
-            partial(self.settings.lowering, captured, model, self.backend, self.state),
+            lambda model: self.settings.lowering(captured, model, self.backend, self.state),
             lambda: (self.state.batches, id(self.settings.edits)),
             metric,
             loss_fn,
@@ -211,7 +211,7 @@ class Quantizer:
                 given; a value out of range.
         """
         precision = precision_of(dtype)
-        names = self._fallback(amp_model).choose(num, min_sqnr, max_slowdown, latency)
+        names = self._fallback(amp_model, precision).choose(num, min_sqnr, max_slowdown, latency)
         self.fallen_back |= dict.fromkeys(names, precision)
         captured, model = amp_model.captured, amp_model.model
         self.plan = self.settings.plan(captured, model, self.backend, self.fallen_back)
@@ -345,7 +345,7 @@ class Quantizer:
     def _seen(self, captured: CapturedModel) -> None:
         self._fingerprint = captured.fingerprint
 
-    def _fallback(self, proxy: AmpModel) -> Fallback:
+    def _fallback(self, proxy: AmpModel, precision: str = PRECISIONS[0]) -> Fallback:
         if not isinstance(proxy, AmpModel):
             raise InvalidConfig(
                 f"expected the proxy that quantizer.amp(model) makes, got {type(proxy).__name__}"
@@ -361,7 +361,7 @@ class Quantizer:
                 "no data was run through the AMP proxy: for batch in loader: amp_model(batch)"
             )
         lowering = partial(self.settings.lowering, proxy.captured, model, self.backend, self.state)
-        return Fallback(proxy, self.backend, self.fallen_back, lowering)
+        return Fallback(proxy, self.backend, self.fallen_back, lowering, precision)
 
     def _ready(
         self, model: nn.Module, backend: Backend | str | None, example_inputs: Any, method: str

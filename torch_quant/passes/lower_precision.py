@@ -28,7 +28,7 @@ def lower_precision(context: PassContext, plan: QuantPlan) -> int:
             continue
         dtype = getattr(torch, entry.precision)
         for arg in node.all_input_nodes:
-            if is_float(arg):
+            if _is_float(context, arg):
                 if (arg, dtype) not in casts:  # several sites may read one tensor
                     casts[arg, dtype] = _cast(context, node, arg, dtype)
                 node.replace_input_with(arg, casts[arg, dtype])
@@ -40,14 +40,20 @@ def lower_precision(context: PassContext, plan: QuantPlan) -> int:
     return changed
 
 
+def _is_float(context: PassContext, arg: fx.Node) -> bool:
+    """Constants that a pass made carry no description of their value."""
+    if is_constant(arg):
+        return evaluate(context.gm, arg).is_floating_point()
+    return is_float(arg)
+
+
 def _cast(context: PassContext, user: fx.Node, arg: fx.Node, dtype: torch.dtype) -> fx.Node:
     """``arg`` in ``dtype``: a constant once and for all, another tensor at every call."""
-    value = arg.meta.get("val")
     if is_constant(arg):
         cast = evaluate(context.gm, arg).detach().to(dtype)
         new = new_constant(context.gm, f"{user.name}.{arg.name}", cast, user)
     else:
         with context.graph.inserting_before(user):
             new = context.graph.call_function(aten.to.dtype, (arg, dtype))
-    new.meta["val"] = value
+    new.meta = dict(arg.meta)  # the same tensor to whoever asks: its key, its sizes
     return new

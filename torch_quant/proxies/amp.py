@@ -56,7 +56,7 @@ class AmpModel(Proxy):
     Args:
         captured: the model's regions and graphs.
         model: the float model.
-        lowering: how the sites would be quantized with the ranges as they are now.
+        lowering: how the model's sites would be quantized with the ranges as they are now.
         version: changes when ranges do.
         metric: ``"output"`` or ``"sqnr"``.
         loss_fn: takes the place of the projection of the outputs.
@@ -68,7 +68,7 @@ class AmpModel(Proxy):
         self,
         captured: CapturedModel,
         model: nn.Module,
-        lowering: Callable[[], Lowering],
+        lowering: Callable[[nn.Module], Lowering],
         version: Callable[[], Any],
         metric: str,
         loss_fn: LossFn | None,
@@ -234,7 +234,7 @@ class AmpModel(Proxy):
 
     def _instrument(self, region: Region, graph: CapturedGraph) -> torch.fx.GraphModule:
         prepared = self._captured.prepared(region, graph)
-        lowering = self._lowering()
+        lowering = self._lowering(self.model)
         sites = cut_sites(prepared, set(lowering.plan.quantized))
         in_place = bool(written_tensors(prepared.captured.graph))
 
