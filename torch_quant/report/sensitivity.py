@@ -7,11 +7,12 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from torch_quant.errors import BackendUnavailable
 from torch_quant.io.files import write_atomically
-from torch_quant.sensitivity import Ranking
+from torch_quant.sensitivity import Ranking, Sensitivity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,8 +112,8 @@ class SensitivityReport(Ranking):
         curve = [
             {
                 "in float": count,
-                "predicted": sqnr if math.isfinite(sqnr) else None,
-                "measured": self.measured.get(count),
+                "predicted": _finite(sqnr),
+                "measured": _finite(self.measured.get(count)),
             }
             for count, sqnr in self.curve()
         ]
@@ -139,7 +140,7 @@ class SensitivityReport(Ranking):
 
         def write(name: str) -> None:
             with open(name, "w", encoding="utf-8", newline="") as file:
-                writer = csv.DictWriter(file, rows[0])
+                writer = csv.DictWriter(file, [field.name for field in fields(Sensitivity)])
                 writer.writeheader()
                 writer.writerows(rows)
 
@@ -207,6 +208,10 @@ class SensitivityReport(Ranking):
         axes.set_title("what falling back buys")
         axes.grid(alpha=0.3)
         axes.legend(loc="upper left")
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _shortened(name: str, most: int = 48) -> str:
