@@ -40,9 +40,9 @@ def file_size(model: nn.Module) -> int:
         return Path(file.name).stat().st_size
 
 
-def print_table(rows: list[tuple[str, Any, Any]], left: str, right: str) -> None:
-    """Rows of (what, before, after)."""
-    print(tabulate(rows, headers=("", left, right), disable_numparse=True))
+def print_table(rows: list[tuple[Any, ...]], *columns: str) -> None:
+    """Rows of (what, a value for each column)."""
+    print(tabulate(rows, headers=("", *columns), disable_numparse=True))
 
 
 _LOADER = """

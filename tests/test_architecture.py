@@ -49,9 +49,11 @@ def tree_of(file: str) -> ast.Module:
 
 def _walk(node: ast.AST, top: bool) -> Iterator[tuple[ast.AST, bool]]:
     yield node, top
-    function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+    later = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) or (
+        isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    )
     for child in ast.iter_child_nodes(node):
-        yield from _walk(child, top and not function)
+        yield from _walk(child, top and not later)
 
 
 def imports_of(file: str, tree: ast.Module | None = None) -> list[Import]:
@@ -143,6 +145,8 @@ from ..backends.base import Backend
 from .. import model
 if True:
     import tabulate
+if TYPE_CHECKING:
+    import sklearn
 class A:
     import tqdm
     def f(self):
@@ -161,6 +165,7 @@ def h():
         ("torch_quant.backends.base.Backend", True),
         ("torch_quant.model", True),
         ("tabulate", True),
+        ("sklearn", False),
         ("tqdm", True),
         ("torch.ao.quantization", False),
         ("matplotlib.pyplot", False),

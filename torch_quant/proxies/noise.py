@@ -1,6 +1,6 @@
 """What quantizing each site adds, locally and at the outputs, as one batch passes its probes.
 
-With local noise ``d = y_q - y`` at a site's result and the gradient ``g`` of
+With local noise ``d = y - y_q`` at a site's result and the gradient ``g`` of
 ``(outputs * r).sum()`` for random signs ``r``, the mean of ``(g . d)^2`` over ``r`` is ``|J d|^2``:
 the energy that the noise has at the outputs, to first order. One forward and one backward give it
 for every site at once, and no labels are needed. Each sample of a batch is one draw.
@@ -19,7 +19,7 @@ from torch_quant.sensitivity import NoiseGram, Recorder, SiteStats
 
 __all__ = ["NoisePass"]
 
-_PARTS = 4
+_PARTS = 8
 """One row in so many tells the shares of weight and activations."""
 
 
@@ -46,7 +46,8 @@ class NoisePass:
         with torch.no_grad():
             inputs = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
             exact = probe.reference(y.detach(), inputs)
-            noise = probe.quantized(*inputs) - exact  # type: ignore[operator]
+            # Float first: the difference takes its memory layout, which gradients have too.
+            noise = exact - probe.quantized(*inputs)  # type: ignore[operator]
             stats.signal += _dot(exact, exact)
             stats.noise += _dot(noise, noise)
             part = self._activation_part(probe, exact, inputs)
@@ -69,7 +70,7 @@ class NoisePass:
             few = -(-rows // _PARTS)
             inputs = (*inputs[: probe.operand], x[:few], *inputs[probe.operand + 1 :])
             exact = exact[:few]
-        return probe.half(*inputs) - exact  # type: ignore[operator]
+        return exact - probe.half(*inputs)  # type: ignore[operator]
 
     @torch.no_grad()
     def _arrived(self, name: str, grad: Tensor, noise: Tensor, part: Tensor | None) -> None:

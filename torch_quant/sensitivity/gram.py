@@ -26,11 +26,13 @@ class NoiseGram:
 
     Args:
         matrix: shape ``[sites, sites]``, float64.
+        squares: sums of the squares of what ``matrix`` sums, same shape: how far to trust it.
         draws: how many (sample, direction) pairs.
         index: site name -> row.
     """
 
     matrix: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
+    squares: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
     draws: int = 0
     index: dict[str, int] = field(default_factory=dict)
 
@@ -46,21 +48,23 @@ class NoiseGram:
         whole = torch.tensor([len(p) != rows for p in effects.values()])
         stacked = torch.stack([p.expand(rows) for p in effects.values()])
         matrix = stacked @ stacked.T
-        both = whole[:, None] & whole[None]
-        matrix[both] /= rows  # counted once for each sample
-        return cls(matrix, rows, {name: i for i, name in enumerate(effects)})
+        matrix[whole[:, None] & whole[None]] /= rows  # counted once for each sample
+        one_draw = whole[:, None] | whole[None]
+        squares = torch.where(one_draw, matrix.square(), stacked.square() @ stacked.square().T)
+        return cls(matrix, squares, rows, {name: i for i, name in enumerate(effects)})
 
     def add(self, other: NoiseGram) -> None:
         """Take in another one; sites may differ."""
         for name in other.index:
             self.index.setdefault(name, len(self.index))
-        count = len(self.index)
-        matrix = torch.zeros(count, count, dtype=torch.float64)
-        known = len(self.matrix)
-        matrix[:known, :known] = self.matrix
+        count, known = len(self.index), len(self.matrix)
         places = torch.tensor([self.index[name] for name in other.index], dtype=torch.int64)
-        matrix[places[:, None], places[None]] += other.matrix
-        self.matrix, self.draws = matrix, self.draws + other.draws
+        for name in ("matrix", "squares"):
+            total = torch.zeros(count, count, dtype=torch.float64)
+            total[:known, :known] = getattr(self, name)
+            total[places[:, None], places[None]] += getattr(other, name)
+            setattr(self, name, total)
+        self.draws += other.draws
 
     def of_site(self, name: str) -> float:
         """Energy of one site's noise at the outputs."""
@@ -73,13 +77,13 @@ class NoiseGram:
         return float(torch.maximum(part.sum(), _LEAST * part.diagonal().sum()))
 
     def shrunk(self) -> Tensor:
-        """The matrix, each off-diagonal entry pulled to 0 as far as chance may have made it.
+        """The matrix, its off-diagonal entries pulled to 0 as far as chance may have made them.
 
-        ``c (1 - 1/z^2)+`` with ``z`` the entry in units of its standard error
-        ``sqrt(c_ii c_jj / draws)``: the positive-part James-Stein estimate of a single mean.
+        All by one factor, ``1 - sum of variances / sum of squares`` of these entries: shrinkage to
+        the diagonal (Schaefer and Strimmer 2005, target D).
         """
-        diagonal = self.matrix.diagonal()
-        variance = diagonal[:, None] * diagonal[None] / max(self.draws, 1)
-        kept = (1.0 - variance / self.matrix.square().clamp_min(1e-300)).clamp(0.0, 1.0)
-        kept.fill_diagonal_(1.0)
-        return self.matrix * kept
+        off = self.matrix - torch.diag(self.matrix.diagonal())
+        variances = self.squares - self.matrix.square() / max(self.draws, 1)
+        chance = variances.sum() - variances.diagonal().sum()
+        factor = (1.0 - chance / off.square().sum().clamp_min(1e-300)).clamp(0.0, 1.0)
+        return torch.diag(self.matrix.diagonal()) + factor * off
