@@ -67,7 +67,7 @@ def tune(
         NotCalibrated: the quantizer has seen no data, or ``eval_fn`` never called the model.
         InvalidConfig: an argument out of range, or a metric that is not a number.
     """
-    search = _Search(quantizer, model, eval_fn, dtype, progress)
+    search = _Search(quantizer, model, eval_fn, precision_of(dtype), progress)
     if not (math.isfinite(tolerance) and tolerance >= 0.0):
         raise InvalidConfig(f"tolerance={tolerance!r}; expected 0 or more, 0.01 for 1 %")
     if max_trials is not None and max_trials < 2:
@@ -82,7 +82,7 @@ class _Search:
     quantizer: Quantizer
     model: nn.Module
     eval_fn: Callable[[nn.Module], float]
-    dtype: torch.dtype
+    precision: str
     progress: bool
 
     def run(
@@ -98,7 +98,7 @@ class _Search:
         from tqdm import tqdm
 
         quantizer, start = self.quantizer, time.monotonic()
-        before = dict(quantizer.fallen_back)
+        before, plan = dict(quantizer.fallen_back), quantizer.plan
         amp_model = quantizer.amp(self.model, metric=metric, max_batches=amp_batches)
         bar = tqdm(desc="tuning: float model", unit="trial", disable=not self.progress)
         try:
@@ -143,7 +143,7 @@ class _Search:
             quantizer.tuning = report
             result = quantizer.quantize(self.model)
         except BaseException:
-            quantizer.fallen_back = before
+            quantizer.fallen_back, quantizer.plan = before, plan
             raise
         finally:
             bar.close()
@@ -154,9 +154,8 @@ class _Search:
         return result
 
     def _take_back(self, before: dict[str, str], groups: list[tuple[str, ...]]) -> None:
-        precision = precision_of(self.dtype)
         names = [name for group in groups for name in group]
-        self.quantizer.fallen_back = before | dict.fromkeys(names, precision)
+        self.quantizer.fallen_back = before | dict.fromkeys(names, self.precision)
 
     def _evaluate(self, model: nn.Module, what: str) -> tuple[float, float]:
         start = time.monotonic()
