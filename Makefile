@@ -7,7 +7,7 @@ TORCH := 2.13.0
 OLD_VENV := .venv-ipex
 OLD_TORCH := 2.8.0
 
-.PHONY: help demo demo-cnn test test-core test-old check format bench clean
+.PHONY: help demo demo-tuning demo-cnn test test-core test-old check format bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort
@@ -28,6 +28,9 @@ $(OLD_VENV)/ready: setup.cfg
 
 demo: $(VENV)/ready  ## quantize the pretrained all-MiniLM-L6-v2 and compare it with float
 	OMP_NUM_THREADS=1 $(BIN)/python examples/minilm_ptq.py
+
+demo-tuning: $(VENV)/ready  ## find the layers of all-MiniLM-L6-v2 that int8 hurts, and tune
+	OMP_NUM_THREADS=1 $(BIN)/python examples/minilm_tuning.py
 
 demo-cnn: $(VENV)/ready  ## train a small CNN on scikit-learn's digits and quantize it
 	OMP_NUM_THREADS=1 $(BIN)/python examples/digits_cnn_ptq.py
@@ -50,9 +53,10 @@ format: $(VENV)/ready  ## put every file in the house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/ready  ## latency, calibration cost and observers on MiniLM; writes benchmarks/results/
+bench: $(VENV)/ready  ## latency, calibration cost and sensitivity ranking; writes benchmarks/results/
 	taskset -c 0 env OMP_NUM_THREADS=1 $(BIN)/python benchmarks/latency.py
 	taskset -c 0 env OMP_NUM_THREADS=1 $(BIN)/python benchmarks/calibration.py
+	taskset -c 0 env OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sensitivity.py
 
 clean:  ## remove the environments and caches
 	rm -rf $(VENV) $(OLD_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -213,14 +213,16 @@ class Fallback:
         costs = [sum(times[n].float32 - times[n].quantized for n in names) for names in left]
         whole = self.latency(self.fallen)
         noises = [sum(self.ranking.of(name).score for name in names) for names in left]
-        picked = most_within(noises, costs, slowdown * whole)
+        picked = [left[i] for i in most_within(noises, costs, slowdown * whole)]
+        names = [name for group in picked for name in group]
         logger.info(
-            "%d layers in float: by the times of the layers %+.1f %% of %.0f us",
+            "%d layers in float: %+.1f %% of %.0f us by the times of the layers, %+.1f %% measured",
             len(picked),
-            100.0 * sum(costs[i] for i in picked) / whole,
+            100.0 * sum(times[n].float32 - times[n].quantized for n in names) / whole,
             whole,
+            100.0 * (self.latency({*self.fallen, *names}) / whole - 1.0),
         )
-        return [left[i] for i in picked]
+        return picked
 
     # Trials
 

@@ -105,7 +105,7 @@ def test_a_table_of_known_numbers() -> None:
         *("linear", "30.0%", "27.2", "31.4", "25%", "60.0%", "2", "in", "float")
     ]
     assert rows["third"][2:] == ["linear", "10.0%", "27.2", "31.4", "25%", "20.0%"]
-    assert "20.0 dB with all of them quantized, 24.0 with 1 sites in float" in text
+    assert "20.0 dB with all of them quantized, 24.0 with 1 of the worst in float" in text
     assert text.endswith("a note to read")
 
 

@@ -91,10 +91,11 @@ class SensitivityReport(Ranking):
             parts.append(
                 f"predicted output SQNR: {self.predicted():.1f} dB with all of them quantized, "
                 + ", ".join(
-                    f"{sqnr:.1f} with {count} {'group' if self._tied else 'site'}s in float"
+                    f"{sqnr:.1f} with {count}"
                     for count, sqnr in self.curve()
                     if count in (1, 3, 5, 10) and math.isfinite(sqnr)
                 )
+                + " of the worst in float"
             )
         if self.measured:
             points = (f"{sqnr:.1f} with {k}" for k, sqnr in sorted(self.measured.items()))
@@ -102,10 +103,6 @@ class SensitivityReport(Ranking):
         if self.note:
             parts.append(self.note)
         return "\n\n".join(parts)
-
-    @property
-    def _tied(self) -> bool:
-        return any(len(names) > 1 for names in self.groups)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as plain values."""
