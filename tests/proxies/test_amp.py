@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from torch_quant import InvalidConfig, ModuleFilter, QuantError, Quantizer, sqnr
+from torch_quant.backends import available_backends
 from torch_quant.proxies import AmpModel
 
 WITHOUT_GRADIENT = ["in_place", "in_place_after_read"]  # a linear's input is written to
+BACKENDS = [backend.name for backend in available_backends()]
 MODES: dict[str, Callable[[], Any]] = {
     "grad": torch.enable_grad,
     "no_grad": torch.no_grad,
@@ -45,8 +47,8 @@ AWKWARD = [
 ]
 
 
-def ready(model: nn.Module, x: Tensor, **options: Any) -> Quantizer:
-    return calibrated(model, [((x,), {})], backend="reference", **options)
+def ready(model: nn.Module, x: Tensor, *, backend: str = "reference", **options: Any) -> Quantizer:
+    return calibrated(model, [((x,), {})], backend=backend, **options)
 
 
 def tensors(outputs: Any) -> list[Tensor]:
@@ -64,10 +66,11 @@ def assert_same(outputs: Any, expected: Any) -> None:
 # ---- the output is the float model's
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", sorted(MODELS))
-def test_the_output_is_the_float_output(name: str) -> None:
+def test_the_output_is_the_float_output(name: str, backend: str) -> None:
     model = MODELS[name]()
-    quantizer = calibrated(model, [(example(name, 16), {})], backend="reference")
+    quantizer = calibrated(model, [(example(name, 16), {})], backend=backend)
     before, random = snapshot(model), torch.get_rng_state()
     for mode in MODES.values():
         amp_model = quantizer.amp(model)
@@ -345,7 +348,7 @@ def chain(outputs: int, depth: int = 4) -> nn.Sequential:
 
 def output_noise(model: nn.Module, quantizer: Quantizer, site: str, x: Tensor) -> Tensor:
     """What quantizing only ``site`` adds to the output, by a quantized run; float64."""
-    alone = Quantizer("reference", module_filter=ModuleFilter(include_names=site))
+    alone = Quantizer(quantizer.backend, module_filter=ModuleFilter(include_names=site))
     alone.load_state_dict(quantizer.state_dict())
     alone.calib(model, example_inputs=x)
     quant_model = alone.quantize(model)
@@ -353,11 +356,12 @@ def output_noise(model: nn.Module, quantizer: Quantizer, site: str, x: Tensor) -
     return quant_model(x).double() - model(x).double()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("metric", ["output", "loss"])
-def test_scores_of_a_linear_network_with_one_output_are_exact(metric: str) -> None:
+def test_scores_of_a_linear_network_with_one_output_are_exact(metric: str, backend: str) -> None:
     """With one output a random sign squared is 1, so nothing is left to chance."""
     model, x = chain(1), normal(24, 16)
-    quantizer = ready(model, x)
+    quantizer = ready(model, x, backend=backend)
     loss_fn = None if metric == "output" else lambda outputs, batch: outputs.sum()
     amp_model = quantizer.amp(model, loss_fn=loss_fn)
     for part in (x[:5], x[5:16], x[16:]):
