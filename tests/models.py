@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 __all__ = [
     "EXAMPLES",
     "MODELS",
+    "Compute",
+    "Two",
     "attention_explicit",
     "example",
     "images",
@@ -101,6 +103,28 @@ def tokens(batch: int, length: int = LENGTH, vocab: int = VOCAB, *, low: int = 0
     """Token ids in ``[low, vocab)``, shape ``(batch, length)``, a function of the arguments."""
     generator = torch.Generator().manual_seed(7000 + batch)
     return torch.randint(low, vocab, (batch, length), generator=generator)
+
+
+class Compute(nn.Module):
+    """A plain function as a module."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.function(*inputs)
+
+
+class Two(nn.Module):
+    """Two linears 16 to 16; a subclass says how they are used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.l0, self.l1 = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.l1(self.l0(x).relu())
 
 
 def mlp() -> nn.Sequential:

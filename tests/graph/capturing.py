@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, fx, nn
+from models import Compute, Two
+from torch import fx, nn
 
 from torch_quant.graph.calls import flatten_call
 from torch_quant.graph.capture import Executor, Region
@@ -15,28 +15,6 @@ from torch_quant.graph.sites import Site, find_sites
 from torch_quant.passes.canonicalize import canonicalize
 
 __all__ = ["Compute", "Two", "canonical", "capture", "executor", "serve", "site_names", "sites_of"]
-
-
-class Compute(nn.Module):
-    """A plain function as a module."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *inputs: Any) -> Any:
-        return self.function(*inputs)
-
-
-class Two(nn.Module):
-    """Two linears 16 to 16; a subclass says how they are used."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.l0, self.l1 = nn.Linear(16, 16), nn.Linear(16, 16)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.l1(self.l0(x).relu())
 
 
 def capture(model: nn.Module, *args: Any, **kwargs: Any) -> CapturedGraph:

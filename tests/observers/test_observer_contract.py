@@ -231,7 +231,10 @@ def test_dtypes(cls: type[Observer], ch_axis: int | None, dtype: torch.dtype) ->
     assert observer.qparams(spec_for(ch_axis)).scale.dtype == torch.float32
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(),
+    reason="needs an NVIDIA GPU: pip install torch",
+)
 def test_gpu_gives_what_the_cpu_gives(cls: type[Observer], ch_axis: int | None) -> None:
     observer, reference = cls(ch_axis), cls(ch_axis)
     for batch in batches():

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
+from models import Compute, Two
 from torch import Tensor, fx, nn
 
 from torch_quant.core.plan import QuantPlan, SitePlan
@@ -33,28 +33,6 @@ __all__ = [
 ]
 
 WEIGHT = QuantSpec.of(signed=True, symmetric=True, per_channel=True)
-
-
-class Compute(nn.Module):
-    """A plain function as a module."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *inputs: Any) -> Any:
-        return self.function(*inputs)
-
-
-class Two(nn.Module):
-    """Two linears 16 to 16; a subclass says how they are used."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.l0, self.l1 = nn.Linear(16, 16), nn.Linear(16, 16)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.l1(self.l0(x).relu())
 
 
 def captured(model: nn.Module, *inputs: Any) -> fx.GraphModule:
