@@ -44,6 +44,7 @@ class Lowering:
                 signature,
                 graph.contract,
                 graph.out_spec,
+                self.backend.compile if self.backend.compiles else None,
             )
             for signature, graph in region.graphs
         ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,18 +19,38 @@ from torch_quant.graph.shapes import ShapeContract
 __all__ = ["QuantizedGraph", "QuantizedRegion"]
 
 
+Compiler = Callable[[fx.GraphModule, tuple[torch.Tensor, ...]], Callable[..., Any]]
+"""Makes what to call in the place of a graph, from the graph and the inputs of a call."""
+
+
 class QuantizedGraph(nn.Module):
-    """One lowered graph, the calls it serves and the output it forms."""
+    """One lowered graph, the calls it serves and the output it forms.
+
+    Args:
+        body: the graph.
+        signature: of the calls it serves.
+        contract: the sizes it serves.
+        out_spec: how its outputs nest.
+        compile_with: for a backend whose kernels come from a compiler, what to call it with when it
+            is first run, other than by a tracer.
+    """
 
     def __init__(
-        self, body: fx.GraphModule, signature: Any, contract: ShapeContract, out_spec: Any
+        self,
+        body: fx.GraphModule,
+        signature: Any,
+        contract: ShapeContract,
+        out_spec: Any,
+        compile_with: Compiler | None = None,
     ) -> None:
         super().__init__()
         self.body: fx.GraphModule = body
+        self.compile_with = compile_with
+        self.compiled: Callable[..., Any] | None = None
         self.call_signature, self.contract, self.out_spec = signature, contract, out_spec
 
     def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
+        state = self.__dict__ | {"compiled": None}
         modules = dict(self._modules)
         del modules["body"]
         state["packed"], state["_modules"] = pack(self.body), modules
@@ -55,7 +75,15 @@ class QuantizedGraph(nn.Module):
             torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
     def forward(self, *tensors: torch.Tensor) -> Any:
-        return unflatten_output(self.body(*tensors), self.out_spec)
+        return unflatten_output(self._run(*tensors), self.out_spec)
+
+    def _run(self, *tensors: torch.Tensor) -> Any:
+        recorded = torch.jit.is_tracing() or torch.compiler.is_compiling()
+        if self.compile_with is None or recorded:
+            return self.body(*tensors)
+        if self.compiled is None:
+            self.compiled = self.compile_with(self.body, tensors)
+        return self.compiled(*tensors)
 
 
 class _Forward:
