@@ -31,7 +31,7 @@ from torch_quant.graph.calls import Call
 from torch_quant.graph.capture import Executor, Region
 from torch_quant.graph.export import CapturedGraph
 from torch_quant.io.summary import load_summary, save_summary
-from torch_quant.model import CapturedModel, check_model, check_same, run_example
+from torch_quant.model import CapturedModel, call_example, check_model, check_same, run_example
 from torch_quant.observers import DEFAULT_OBSERVER, Observer, observer_class
 from torch_quant.passes.prepare import insert_observers
 from torch_quant.report.coverage import Coverage
@@ -124,7 +124,8 @@ class Quantizer:
         Args:
             model: the model that was calibrated; its current weights are used.
             backend: another backend than the quantizer's; needs no second calibration.
-            example_inputs: as for :meth:`calib`, for a quantizer whose ranges were loaded.
+            example_inputs: as for :meth:`calib`, for a quantizer whose ranges were loaded, or to
+                have a backend that compiles do so now, not at the first call.
 
         Raises:
             NotCalibrated: no data was seen, or the model has changed since.
@@ -157,6 +158,8 @@ class Quantizer:
         weight_grid = partial(self._weight_grid, captured, model)
         lowering = Lowering(captured, plan, chosen, self.state.qparams, weight_grid)
         quantized = lowering.run()
+        if example_inputs is not None and chosen.compiles:
+            call_example(quantized, example_inputs)
         quantized.description = (
             f"{chosen!r}, {len(plan.quantized)} of {len(plan)} sites in int8, "
             f"{plan.coverage:.1%} of the multiply-accumulates"

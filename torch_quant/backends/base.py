@@ -69,6 +69,10 @@ class Backend(ABC, metaclass=_ByName):
         """
         return body
 
+    def record(self, body: fx.GraphModule, tensors: tuple[Tensor, ...]) -> Any:
+        """Run a lowered graph while ``torch.jit.trace`` records it."""
+        return body(*tensors)
+
     @staticmethod
     def of(name: str | Backend) -> Backend:
         """The backend called ``name``; raises :class:`InvalidConfig` listing those there are."""

@@ -24,7 +24,7 @@ from torch_quant.backends import ipex_ops
 from torch_quant.backends.base import Backend, register_backend
 from torch_quant.backends.ipex_forms import PLACEMENT_FORMS
 from torch_quant.backends.ipex_guards import GUARDS
-from torch_quant.backends.ipex_trace import FusedGraph
+from torch_quant.backends.ipex_trace import FusedGraph, import_ipex, record
 from torch_quant.backends.ipex_verify import Verification, verify
 from torch_quant.backends.onednn import has_vnni
 from torch_quant.backends.reference import symmetric_weight
@@ -87,11 +87,15 @@ class IPEXBackend(Backend):
         return Placement(self.name, _OPS, QuantSpec(), weight, _refuse)
 
     def lower(self, context: PassContext) -> fx.GraphModule:
+        import_ipex()  # what traces the graph needs it, and its overrides of float kernels
         run_passes(context, [*PLACEMENT_FORMS, *GUARDS, quantized_tensors])
         return context.gm
 
     def compile(self, body: fx.GraphModule, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
         return FusedGraph(body, tensors, bfloat16=self.bfloat16)
+
+    def record(self, body: fx.GraphModule, tensors: tuple[Tensor, ...]) -> Any:
+        return record(body, tensors, bfloat16=self.bfloat16)
 
     def verify(
         self, model: nn.Module, example_inputs: Any, *, plan: QuantPlan | None = None

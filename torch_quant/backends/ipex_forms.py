@@ -17,7 +17,9 @@ from torch import fx
 from torch_quant.backends.ipex_attention import plain_softmax
 from torch_quant.graph.ops import ACTIVATIONS, DATA_MOVEMENT, pattern_of, size_hints
 from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
+from torch_quant.graph.sites import is_constant
 from torch_quant.passes.base import Pass, PassContext
+from torch_quant.passes.constants import evaluate, new_constant
 
 __all__ = ["PLACEMENT_FORMS", "is_quantized_product"]
 
@@ -39,6 +41,7 @@ _POOLS: dict[Any, int] = {
     aten.max_pool1d.default: 1, aten.max_pool2d.default: 2, aten.max_pool3d.default: 3,
     aten.avg_pool1d.default: 1, aten.avg_pool2d.default: 2, aten.avg_pool3d.default: 3,
 }  # fmt: skip
+_LAYOUT = {aten.contiguous.default, aten.clone.default}
 _CONTIGUOUS = {aten.linear.default, aten.layer_norm.default}
 
 
@@ -85,6 +88,17 @@ def _grid_behind(node: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:
     return None
 
 
+def fold_constants(context: PassContext) -> int:
+    """A product of constants only (projected position embeddings): IPEX crashes on it."""
+    changed = 0
+    for node in _products(context.graph):
+        if is_constant(node):
+            new = new_constant(context.gm, f"{node.name}_value", evaluate(context.gm, node), node)
+            _replace(node, new)
+            changed += 1
+    return changed
+
+
 def look_up_embeddings(context: PassContext) -> int:
     """Read int8 rows and their scales, instead of dequantizing the whole table."""
     changed = 0
@@ -110,16 +124,14 @@ def explicit_padding(context: PassContext) -> int:
             continue
         target = _PADDED_CONVS[node.target]
         dims = _CONV_DIMS[target]
-        x, weight, bias, stride, padding, dilation, groups = (
-            *node.args,
-            *(None, 1, "valid", 1, 1)[len(node.args) - 2 :],
-        )
+        defaults = (None, [1] * dims, "valid", [1] * dims, 1)
+        given = (*node.args, *defaults[len(node.args) - 2 :])
+        x, weight, bias, stride, padding, dilation, groups = given
         sizes = [0] * dims
         if padding == "same":
-            steps = list(dilation) if isinstance(dilation, (list, tuple)) else [dilation] * dims  # type: ignore[list-item]
-            steps = steps * dims if len(steps) == 1 else steps
-            kernel = size_hints(weight)[2:] or size_hints(_codes(weight))[2:]
-            total = [int(d) * (k - 1) for d, k in zip(steps, kernel, strict=True)]  # type: ignore[arg-type]
+            kernel = _codes(weight).shape[2:]
+            steps = list(dilation) * dims  # type: ignore[arg-type]
+            total = [d * (k - 1) for d, k in zip(steps, kernel, strict=False)]
             sizes = [t // 2 for t in total]
             if any(t % 2 for t in total):
                 far = [side for t in reversed(total) for side in (0, t % 2)]
@@ -170,7 +182,8 @@ def quantize_last(context: PassContext) -> int:
             value = quantize.args[0]
             assert isinstance(value, fx.Node)
             for move in reversed(moves):
-                value = _moved(node, move, value)
+                if move.target not in _LAYOUT:  # a reorder behind a product would be fused, badly
+                    value = _moved(node, move, value)
             codes = _call(node, QUANTIZE, value, *quantize.args[1:])
             real = _call(node, DEQUANTIZE, codes, *quantize.args[1:3])
             real.meta = dict(arg.meta)  # type: ignore[union-attr]
@@ -208,15 +221,28 @@ def separate_twins(context: PassContext) -> int:
 
 
 def batched_products(context: PassContext) -> int:
-    """``matmul`` of two stacks of matrices as ``bmm``, the form that fuses."""
+    """``matmul`` of two stacks of matrices as ``bmm``, the form that fuses.
+
+    Its right side has to be contiguous: the kernel fails on a stack along another dimension.
+    """
     changed = 0
     for node in _products(context.graph):
-        if node.target is not aten.matmul.default:
+        if node.target not in (aten.matmul.default, aten.bmm.default):
             continue
         shapes = [x.meta["val"].shape if "val" in x.meta else () for x in node.all_input_nodes]
-        same = len(shapes) == 2 and all(len(shape) == 3 for shape in shapes)
-        if same and str(shapes[0][0]) == str(shapes[1][0]):
+        if len(shapes) != 2 or not all(len(shape) == 3 for shape in shapes):
+            continue
+        if str(shapes[0][0]) == str(shapes[1][0]):
             node.target = aten.bmm.default
+            right = node.args[1]
+            assert isinstance(right, fx.Node)
+            codes = right.args[0]
+            assert isinstance(codes, fx.Node)
+            straight = _call(node, aten.contiguous.default, codes.args[0])
+            again = _call(node, QUANTIZE, straight, *codes.args[1:])
+            real = _call(node, DEQUANTIZE, again, *right.args[1:])
+            real.meta = dict(right.meta)
+            node.update_arg(1, real)
             changed += 1
     return changed
 
@@ -255,6 +281,7 @@ def explicit_pools(context: PassContext) -> int:
 
 
 PLACEMENT_FORMS: tuple[Pass, ...] = (
+    fold_constants,
     look_up_embeddings,
     explicit_padding,
     batch_images,

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torch_quant.graph.qdq import FAKE_QUANTIZE
+
 __all__ = ["dequantize", "dequantize_weight", "quantize"]
 
 _STORAGE = {torch.uint8: torch.quint8, torch.int8: torch.qint8}
@@ -18,7 +20,7 @@ def quantize(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> Te
     """``x`` as a quantized tensor; while exporting, rounded to the same grid in float."""
     if torch.compiler.is_compiling():
         info = torch.iinfo(dtype)
-        return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, info.min, info.max)
+        return FAKE_QUANTIZE(x, scale, zero_point, info.min, info.max)  # type: ignore[no-any-return]
     return torch.quantize_per_tensor(x.float(), scale, zero_point, _STORAGE[dtype])
 
 

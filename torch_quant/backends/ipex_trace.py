@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FusedGraph", "import_ipex"]
+__all__ = ["FusedGraph", "import_ipex", "record"]
 
 _RUNS = 2
 """The first run records shapes and types, the second builds the kernels."""
@@ -25,15 +24,28 @@ def import_ipex() -> Any:
     return intel_extension_for_pytorch
 
 
-class _TensorsOnly(nn.Module):
-    """Tracing returns tensors: numbers among the outputs become some."""
+def record(body: Callable[..., Any], tensors: tuple[Tensor, ...], *, bfloat16: bool) -> Any:
+    """Run ``body``; with ``bfloat16``, everything but its outputs in that type where it serves."""
+    if not bfloat16:
+        return body(*tensors)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        outputs = body(*tensors)
+    return tuple(_full(x) for x in outputs)
 
-    def __init__(self, body: Callable[..., Any]) -> None:
+
+def _full(x: Any) -> Any:
+    return x.float() if isinstance(x, Tensor) and x.dtype == torch.bfloat16 else x
+
+
+class _Recorded(nn.Module):
+    """What is traced. Tracing returns tensors: numbers among the outputs become some."""
+
+    def __init__(self, body: Callable[..., Any], bfloat16: bool) -> None:
         super().__init__()
-        self.body = body
+        self.body, self.bfloat16 = body, bfloat16
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        outputs = self.body(*tensors)
+        outputs = record(self.body, tensors, bfloat16=self.bfloat16)
         return tuple(x if isinstance(x, Tensor) else torch.tensor(x) for x in outputs)
 
 
@@ -50,13 +62,11 @@ class FusedGraph:
         self, body: Callable[..., Any], tensors: tuple[Tensor, ...], *, bfloat16: bool = False
     ) -> None:
         import_ipex()
-        self.kinds = [type(x) for x in body(*tensors)]
-        mixed = torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch.jit's deprecation, and the tracer's
-            with mixed if bfloat16 else contextlib.nullcontext():
-                traced = torch.jit.trace(_TensorsOnly(body).eval(), tensors, check_trace=False)
-                self.script: torch.jit.ScriptModule = torch.jit.freeze(traced.eval())
+            self.kinds = [type(x) for x in body(*tensors)]
+            traced = torch.jit.trace(_Recorded(body, bfloat16).eval(), tensors, check_trace=False)
+            self.script: torch.jit.ScriptModule = torch.jit.freeze(traced.eval())
             for _ in range(_RUNS):
                 self.script(*tensors)
 

@@ -16,6 +16,7 @@ from torch_quant.backends.quantized import QuantizedGraph
 from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.sites import KEY
+from torch_quant.model import call_example
 
 __all__ = ["Verification", "verify"]
 
@@ -86,17 +87,11 @@ def verify(model: nn.Module, example_inputs: Any, plan: QuantPlan | None = None)
             if isinstance(module, QuantizedGraph)
         ]
         try:
-            _call(model, example_inputs)
+            call_example(model, example_inputs)
         finally:
             for hook in hooks:
                 hook.remove()
         return _compare(ran)
-
-
-def _call(model: nn.Module, example: Any) -> Any:
-    if isinstance(example, Mapping):
-        return model(**example)
-    return model(*example) if isinstance(example, (tuple, list)) else model(example)
 
 
 def _positional(model: torch.jit.ScriptModule, example: Any) -> tuple[Any, ...]:
@@ -150,6 +145,8 @@ def _product_of(node: Any, kind: str) -> Product | None:
     weight: tuple[Any, ...] = ()
     for value in list(node.inputs())[:2]:
         source = value.node()
+        if source.kind() == "aten::to":  # in bfloat16
+            source = next(iter(source.inputs())).node()
         if source.kind() != "aten::dequantize":
             continue
         names = source.attributeNames()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from torch_quant.backends.base import Backend
 from torch_quant.errors import CaptureFailed, InvalidConfig
 from torch_quant.graph.calls import Call, bind, flatten_call
 from torch_quant.graph.export import no_fastpath
@@ -19,10 +20,6 @@ from torch_quant.graph.shapes import ShapeContract
 __all__ = ["QuantizedGraph", "QuantizedRegion"]
 
 
-Compiler = Callable[[fx.GraphModule, tuple[torch.Tensor, ...]], Callable[..., Any]]
-"""Makes what to call in the place of a graph, from the graph and the inputs of a call."""
-
-
 class QuantizedGraph(nn.Module):
     """One lowered graph, the calls it serves and the output it forms.
 
@@ -31,8 +28,7 @@ class QuantizedGraph(nn.Module):
         signature: of the calls it serves.
         contract: the sizes it serves.
         out_spec: how its outputs nest.
-        compile_with: for a backend whose kernels come from a compiler, what to call it with when it
-            is first run, other than by a tracer.
+        compiler: the backend, if its kernels come from a compiler.
     """
 
     def __init__(
@@ -41,11 +37,11 @@ class QuantizedGraph(nn.Module):
         signature: Any,
         contract: ShapeContract,
         out_spec: Any,
-        compile_with: Compiler | None = None,
+        compiler: Backend | None = None,
     ) -> None:
         super().__init__()
         self.body: fx.GraphModule = body
-        self.compile_with = compile_with
+        self.compiler = compiler
         self.compiled: Callable[..., Any] | None = None
         self.call_signature, self.contract, self.out_spec = signature, contract, out_spec
 
@@ -78,11 +74,12 @@ class QuantizedGraph(nn.Module):
         return unflatten_output(self._run(*tensors), self.out_spec)
 
     def _run(self, *tensors: torch.Tensor) -> Any:
-        recorded = torch.jit.is_tracing() or torch.compiler.is_compiling()
-        if self.compile_with is None or recorded:
+        if self.compiler is None or torch.compiler.is_compiling():
             return self.body(*tensors)
+        if torch.jit.is_tracing():
+            return self.compiler.record(self.body, tensors)
         if self.compiled is None:
-            self.compiled = self.compile_with(self.body, tensors)
+            self.compiled = self.compiler.compile(self.body, tensors)
         return self.compiled(*tensors)
 
 
