@@ -258,3 +258,38 @@ def test_bfloat16_for_what_stays_in_float() -> None:
     assert backend.verify(quant_model, x).complete
     script = quant_model.graphs[0].compiled.script
     assert "BFloat16" in str(script.graph_for(x))
+
+
+def groups(quant_model: nn.Module, *inputs: Tensor) -> list[list[str]]:
+    """Names of the operators of each fused partition."""
+    script = quant_model.graphs[0].compiled.script
+    return [
+        [n.kind().partition("::")[2] for n in node.g("Subgraph").nodes() if "aten" in n.kind()]
+        for node in script.graph_for(*inputs).nodes()
+        if node.kind() == "ipex::LlgaFusionGroup"
+    ]
+
+
+def test_what_is_fused_behind_a_product() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU6(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 4))
+    x = shifted(4, 8)
+    quant_model = calibrated(model, [((x,), {})], backend="ipex").quantize(model, example_inputs=x)
+    product = ["dequantize", "dequantize", "linear"]
+    assert groups(quant_model, x) == [
+        [*product, "hardtanh", "quantize_per_tensor"],
+        [*product, "gelu", "quantize_per_tensor"],
+        product,
+    ]
+
+
+def test_what_is_fused_in_attention() -> None:
+    torch.manual_seed(0)
+    model, inputs = Attention().eval(), (shifted(3, 9, 32), _mask("rows", 3, 9))
+    quantizer = calibrated(model, [(inputs, {})], backend="ipex")
+    found = groups(quantizer.quantize(model, example_inputs=inputs), *inputs)
+    product = ["dequantize", "dequantize", "matmul"]
+    assert [*product, "mul", "add"] in found
+    assert ["softmax", "quantize_per_tensor"] in found
+    assert [*product, "mul"] in found  # by zero for rows that see nothing
+    assert ["dequantize", "dequantize", "linear", "quantize_per_tensor"] in found
