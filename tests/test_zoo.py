@@ -66,7 +66,9 @@ def test_captured_calibrated_and_quantized(case: Case) -> None:
         found[backend] = sqnr(leaves(expected), leaves(outputs))
         batch = case.inputs(3)
         if Backend.of(backend).compiles:  # for batch 3 now
-            again = sqnr(leaves(run(model, case.inputs(2))), leaves(run(quant_model, case.inputs(2))))
+            again = sqnr(
+                leaves(run(model, case.inputs(2))), leaves(run(quant_model, case.inputs(2)))
+            )
             assert again >= 15.0  # the reference's own varies from 18 to 60 with the data
     assert_unchanged(model, before)  # invariant 2
     if case.name not in EXCEPTIONS:

@@ -128,9 +128,7 @@ def test_signed_activations_of_a_users_observer() -> None:
 def test_formats_it_has_no_kernel_for() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     four = QConfig(input=QuantSpec.of(bits=4))
-    quantizer = calibrated(
-        model, [((shifted(4, 8),), {})], backend="ipex", overrides={"0": four}
-    )
+    quantizer = calibrated(model, [((shifted(4, 8),), {})], backend="ipex", overrides={"0": four})
     quantizer.quantize(model)
     assert "full range" in quantizer.plan["0"].reason
     assert quantizer.plan.quantized == ("1",)

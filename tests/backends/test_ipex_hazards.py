@@ -46,7 +46,7 @@ class Net(nn.Module):
 
 
 def agree(model: nn.Module, *inputs: Tensor, least: float = 60.0) -> None:
-    """IPEX's output is the reference's, at the third call as at the first; inputs stay as they were.
+    """IPEX's output is the reference's, at the third call as at the first; inputs stay as is.
 
     ``least`` dB: the same codes give over 100, and a flipped code between layers some 50.
     """

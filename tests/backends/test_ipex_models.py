@@ -62,4 +62,4 @@ def test_all_of_the_plan_is_fused(build: Any) -> None:
     report = IPEXBackend().verify(quant_model, inputs)
     assert report.complete, str(report)
     assert report.int8 == products
-    assert str(quantizer.plan).startswith("QuantPlan(") and quantizer.plan.coverage == 1.0
+    assert quantizer.plan.coverage == 1.0

@@ -47,7 +47,9 @@ _OPS = frozenset({
 
 @functools.cache
 def _missing() -> str | None:
-    if platform.machine().lower() not in ("x86_64", "amd64") or not sys.platform.startswith("linux"):
+    if platform.machine().lower() not in ("x86_64", "amd64") or not sys.platform.startswith(
+        "linux"
+    ):
         return f"IPEX is for x86 Linux, this is {platform.machine()} {sys.platform}"
     if importlib.util.find_spec("intel_extension_for_pytorch") is None:
         return f"intel-extension-for-pytorch is not installed; {_INSTALL}"

@@ -179,6 +179,7 @@ def plain_softmax(context: PassContext) -> int:
             with node.graph.inserting_after(second):
                 living = node.graph.call_function(aten.mul.Tensor, (second, alive))
             living.meta = {**second.meta, FUSED_MASK: True}
-            second.replace_all_uses_with(living, delete_user_cb=lambda u, own=living: u is not own)
+            for user in [user for user in second.users if user is not living]:
+                user.replace_input_with(second, living)
         changed += 1
     return changed

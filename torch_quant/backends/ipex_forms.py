@@ -229,7 +229,7 @@ def batched_products(context: PassContext) -> int:
     for node in _products(context.graph):
         if node.target not in (aten.matmul.default, aten.bmm.default):
             continue
-        shapes = [x.meta["val"].shape if "val" in x.meta else () for x in node.all_input_nodes]
+        shapes: list[Any] = [getattr(x.meta.get("val"), "shape", ()) for x in node.all_input_nodes]
         if len(shapes) != 2 or not all(len(shape) == 3 for shape in shapes):
             continue
         if str(shapes[0][0]) == str(shapes[1][0]):

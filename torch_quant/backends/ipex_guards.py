@@ -1,4 +1,4 @@
-"""What IPEX must not fuse, or not in place: forms that it would give a wrong number for, or hang on.
+"""What IPEX must not fuse, or not in place: forms that it would compute wrong, or hang on.
 
 Behind a product, IPEX fuses additions and multiplications. It adds into the other operand's memory,
 without asking whether views of it are read later or whether it is the caller's tensor; and its
@@ -58,8 +58,10 @@ def _single(x: Tensor, rank: int) -> list[bool]:
     return [True] * (rank - len(sizes)) + sizes
 
 
-def _broadcasts(product: fx.Node, result: Tensor, other: Tensor) -> bool:
+def _broadcasts(product: fx.Node, result: Any, other: Any) -> bool:
     """Whether the fused kernel of ``product`` has this broadcast, right and fast."""
+    if not isinstance(result, Tensor) or not isinstance(other, Tensor):
+        return False
     rank = result.dim()
     if other.dim() == 0 or other.dim() > rank or rank < 2:
         return False
@@ -97,9 +99,9 @@ def guard_sums(context: PassContext) -> int:
             product = _fused_product(arg, memo)
             if product is None or not isinstance(other, fx.Node):
                 continue
-            values = [x.meta.get("val") for x in (node, other)]
-            known = all(isinstance(value, Tensor) for value in values)
-            if not known or other is arg or not _broadcasts(product, values[0], values[1]):
+            if other is arg or not _broadcasts(
+                product, node.meta.get("val"), other.meta.get("val")
+            ):
                 assert isinstance(arg, fx.Node)
                 _barrier(node, arg)
                 changed += 1

@@ -1,7 +1,6 @@
 """Quantize and dequantize as IPEX reads them off a traced graph: PyTorch's quantized tensors.
 
-Exported by ``torch.export``, which knows no quantized tensors, they are the same arithmetic in plain
-operators.
+``torch.export`` knows no quantized tensors: for it, they are the same arithmetic in float.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -19,9 +20,7 @@ def import_ipex() -> Any:
     """IPEX, without what it says about itself when it is loaded."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import intel_extension_for_pytorch
-
-    return intel_extension_for_pytorch
+        return importlib.import_module("intel_extension_for_pytorch")
 
 
 def record(body: Callable[..., Any], tensors: tuple[Tensor, ...], *, bfloat16: bool) -> Any:
@@ -42,10 +41,10 @@ class _Recorded(nn.Module):
 
     def __init__(self, body: Callable[..., Any], bfloat16: bool) -> None:
         super().__init__()
-        self.body, self.bfloat16 = body, bfloat16
+        self.body, self.mixed = body, bfloat16
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        outputs = record(self.body, tensors, bfloat16=self.bfloat16)
+        outputs = record(self.body, tensors, bfloat16=self.mixed)
         return tuple(x if isinstance(x, Tensor) else torch.tensor(x) for x in outputs)
 
 

@@ -35,7 +35,7 @@ _PRODUCTS = {"scaled_dot_product_attention": ("matmul", "matmul")}
 
 @dataclass(frozen=True)
 class Product:
-    """One product: its kind, the grids of its activations, and what tells its weight from others."""
+    """One product: its kind, the grids of its activations, a fingerprint of its weight."""
 
     kind: str
     grids: tuple[tuple[float, int], ...]

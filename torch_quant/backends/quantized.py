@@ -76,7 +76,7 @@ class QuantizedGraph(nn.Module):
     def _run(self, *tensors: torch.Tensor) -> Any:
         if self.compiler is None or torch.compiler.is_compiling():
             return self.body(*tensors)
-        if torch.jit.is_tracing():
+        if torch._C._get_tracing_state() is not None:
             return self.compiler.record(self.body, tensors)
         if self.compiled is None:
             self.compiled = self.compiler.compile(self.body, tensors)

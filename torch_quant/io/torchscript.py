@@ -42,7 +42,10 @@ def export_torchscript(
         warnings.simplefilter("ignore")  # torch.jit's deprecation, and the tracer's on constants
         try:
             # A compiler's kernels may round otherwise than the graph it is given.
-            options: dict[str, Any] = {"strict": False, "check_trace": not _is_compiled(quant_model)}
+            options: dict[str, Any] = {
+                "strict": False,
+                "check_trace": not _is_compiled(quant_model),
+            }
             if isinstance(example_inputs, Mapping):
                 options["example_kwarg_inputs"] = dict(example_inputs)
                 traced = torch.jit.trace(quant_model, **options)
