@@ -67,7 +67,7 @@ def main() -> None:
             options.backend,
         ),
     ]
-    report("latency", rows)
+    report(f"latency_{options.backend}" if options.backend else "latency", rows)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from flows import CASES, assert_unchanged, calibrated, run, snapshot
 from models import MODELS, example
 from torch import nn
 
-from torch_quant import ModuleFilter, QConfig, Quantizer, QuantPlan, QuantSpec, sqnr
+from torch_quant import Backend, ModuleFilter, QConfig, Quantizer, QuantPlan, QuantSpec, sqnr
 from torch_quant.backends import available_backends
 from torch_quant.observers import OBSERVERS
 
@@ -24,6 +24,13 @@ SOME = ["mlp", "small_cnn", "mobile_cnn", "tiny_transformer", "attention_explici
 
 def batches(name: str, sizes: tuple[int, ...] = (32, 64)) -> list[Any]:
     return [(example(name, size), {}) for size in sizes]
+
+
+def settled(scripted: Any, x: tuple[Any, ...]) -> Any:
+    """The output once a compiler behind TorchScript has seen the shapes."""
+    for _ in range(2):
+        scripted(*x)
+    return scripted(*x)
 
 
 @pytest.mark.parametrize("observer", sorted(OBSERVERS))
@@ -52,7 +59,7 @@ def test_2_the_model_is_untouched(name: str, backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", SOME)
 def test_4_a_backend_is_as_good_as_the_reference_of_its_placement(name: str, backend: str) -> None:
-    from torch_quant.backends import Backend, ReferenceBackend
+    from torch_quant.backends import ReferenceBackend
 
     model = MODELS[name]()
     quantizer = calibrated(model, batches(name), backend=backend)
@@ -86,15 +93,19 @@ def test_5_save_and_load(name: str, backend: str) -> None:
     traced = torch.jit.freeze(torch.jit.trace(quant_model, example(name, 2)).eval())
     torch.jit.save(traced, buffer)
     buffer.seek(0)
-    assert torch.equal(torch.jit.load(buffer)(*x), traced(*x))
-    assert torch.equal(traced(*x), expected)
+    assert torch.equal(settled(torch.jit.load(buffer), x), settled(traced, x))
+    assert torch.equal(settled(traced, x), expected)
 
     sizes = tuple({0: torch.export.Dim.AUTO} for _ in x)
     program = torch.export.export(quant_model, example(name, 2), dynamic_shapes=sizes, strict=False)
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     buffer.seek(0)
-    assert torch.equal(torch.export.load(buffer).module()(*x), expected)
+    exported = torch.export.load(buffer).module()(*x)
+    if Backend.of(backend).compiles:  # not what its compiler reads: the same graph in float
+        assert sqnr(expected, exported) > 30
+    else:
+        assert torch.equal(exported, expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

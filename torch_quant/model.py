@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,14 @@ from torch_quant.graph.shadow import shadow
 from torch_quant.graph.sites import Site
 from torch_quant.passes.prepare import Prepared, prepare
 
-__all__ = ["CapturedModel", "Fingerprint", "check_model", "fingerprint", "run_example"]
+__all__ = [
+    "CapturedModel",
+    "Fingerprint",
+    "call_example",
+    "check_model",
+    "fingerprint",
+    "run_example",
+]
 
 logger = logging.getLogger("torch_quant")
 
@@ -141,9 +148,14 @@ def run_example(captured: CapturedModel, example_inputs: Any) -> Any:
         example_inputs: a tensor, a tuple of positional inputs, or a dict of keywords.
     """
     executor = Executor(captured.region, lambda region, graph, call: graph(call))
-    with torch.no_grad():
-        if isinstance(example_inputs, Mapping):
-            return executor(**example_inputs)
-        if isinstance(example_inputs, (tuple, list)):
-            return executor(*example_inputs)
-        return executor(example_inputs)
+    return call_example(executor, example_inputs)
+
+
+@torch.no_grad()
+def call_example(model: Callable[..., Any], example_inputs: Any) -> Any:
+    """Call ``model`` with a tensor, a tuple of positional inputs, or a dict of keywords."""
+    if isinstance(example_inputs, Mapping):
+        return model(**example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return model(*example_inputs)
+    return model(example_inputs)

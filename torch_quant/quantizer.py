@@ -24,7 +24,7 @@ from torch_quant.errors import (
 )
 from torch_quant.fallback import Fallback, precision_of
 from torch_quant.io.summary import load_summary, save_summary
-from torch_quant.model import CapturedModel, check_model, check_same, run_example
+from torch_quant.model import CapturedModel, call_example, check_model, check_same, run_example
 from torch_quant.proxies import AmpModel, CalibModel, Latency, LossFn, Proxy
 from torch_quant.report.coverage import Coverage
 from torch_quant.report.sensitivity import SensitivityReport
@@ -234,7 +234,8 @@ class Quantizer:
         Args:
             model: the model that was calibrated; its current weights are used.
             backend: another backend than the quantizer's; needs no second calibration.
-            example_inputs: as for :meth:`calib`, for a quantizer whose ranges were loaded.
+            example_inputs: as for :meth:`calib`, for a quantizer whose ranges were loaded, or to
+                have a backend that compiles do so now, not at the first call.
 
         Raises:
             NotCalibrated: no data was seen, or the model has changed since.
@@ -257,6 +258,8 @@ class Quantizer:
                 "no calibration data was seen: run it through quantizer.calib(model)"
             )
         quantized = lowering.run()
+        if example_inputs is not None and chosen.compiles:
+            call_example(quantized, example_inputs)
         quantized.description = (
             f"{chosen!r}, {len(plan.quantized)} of {len(plan)} sites in int8, "
             f"{plan.coverage:.1%} of the multiply-accumulates"

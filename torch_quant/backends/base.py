@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, ABCMeta, abstractmethod
-from typing import ClassVar, TypeVar
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
 
-from torch import fx
+from torch import Tensor, fx
 
 from torch_quant.core.plan import Placement
 from torch_quant.errors import InvalidConfig
@@ -37,6 +38,8 @@ class Backend(ABC, metaclass=_ByName):
     priority: ClassVar[int] = 0
     """Of the backends that are available, the one of highest priority is the default."""
     devices: ClassVar[frozenset[str]] = frozenset({"cpu"})
+    compiles: ClassVar[bool] = False
+    """Whether its kernels come from :meth:`compile`, at the first call of each graph."""
 
     @abstractmethod
     def unavailable(self) -> str | None:
@@ -56,6 +59,19 @@ class Backend(ABC, metaclass=_ByName):
         Returns:
             A graph that can be called, copied, traced and exported.
         """
+
+    def compile(self, body: fx.GraphModule, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
+        """What to call in the place of a lowered graph, if the backend ``compiles``.
+
+        Args:
+            body: what :meth:`lower` made.
+            tensors: the inputs of its first call.
+        """
+        return body
+
+    def record(self, body: fx.GraphModule, tensors: tuple[Tensor, ...]) -> Any:
+        """Run a lowered graph while ``torch.jit.trace`` records it."""
+        return body(*tensors)
 
     @staticmethod
     def of(name: str | Backend) -> Backend:

@@ -44,6 +44,7 @@ class Lowering:
                 signature,
                 graph.contract,
                 graph.out_spec,
+                self.backend if self.backend.compiles else None,
             )
             for signature, graph in region.graphs
         ]
@@ -82,10 +83,13 @@ def _detach_parameters(model: nn.Module) -> None:
 def _only_used(gm: fx.GraphModule) -> fx.GraphModule:
     """``gm`` without tensors that its graph does not read, and with nothing that wants gradients.
 
-    Parameters that stay in float become buffers over the very same storage.
+    Parameters that stay in float become buffers over the very same storage. One tensor under two
+    names gets one, since no graph with both can be traced.
     """
     attributes: dict[str, Any] = {}
+    names: dict[int, str] = {}
     for node in gm.graph.find_nodes(op="get_attr"):
         value = operator.attrgetter(str(node.target))(gm)
-        attributes[str(node.target)] = value.detach() if isinstance(value, nn.Parameter) else value
+        node.target = names.setdefault(id(value), str(node.target))
+        attributes[node.target] = value.detach() if isinstance(value, nn.Parameter) else value
     return fx.GraphModule(attributes, gm.graph)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from torch_quant.backends.base import Backend
 from torch_quant.errors import CaptureFailed, InvalidConfig
 from torch_quant.graph.calls import Call, bind, flatten_call
 from torch_quant.graph.export import no_fastpath
@@ -20,17 +21,32 @@ __all__ = ["QuantizedGraph", "QuantizedRegion"]
 
 
 class QuantizedGraph(nn.Module):
-    """One lowered graph, the calls it serves and the output it forms."""
+    """One lowered graph, the calls it serves and the output it forms.
+
+    Args:
+        body: the graph.
+        signature: of the calls it serves.
+        contract: the sizes it serves.
+        out_spec: how its outputs nest.
+        compiler: the backend, if its kernels come from a compiler.
+    """
 
     def __init__(
-        self, body: fx.GraphModule, signature: Any, contract: ShapeContract, out_spec: Any
+        self,
+        body: fx.GraphModule,
+        signature: Any,
+        contract: ShapeContract,
+        out_spec: Any,
+        compiler: Backend | None = None,
     ) -> None:
         super().__init__()
         self.body: fx.GraphModule = body
+        self.compiler = compiler
+        self.compiled: Callable[..., Any] | None = None
         self.call_signature, self.contract, self.out_spec = signature, contract, out_spec
 
     def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
+        state = self.__dict__ | {"compiled": None}
         modules = dict(self._modules)
         del modules["body"]
         state["packed"], state["_modules"] = pack(self.body), modules
@@ -55,7 +71,16 @@ class QuantizedGraph(nn.Module):
             torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
     def forward(self, *tensors: torch.Tensor) -> Any:
-        return unflatten_output(self.body(*tensors), self.out_spec)
+        return unflatten_output(self._run(*tensors), self.out_spec)
+
+    def _run(self, *tensors: torch.Tensor) -> Any:
+        if self.compiler is None or torch.compiler.is_compiling():
+            return self.body(*tensors)
+        if torch._C._get_tracing_state() is not None:
+            return self.compiler.record(self.body, tensors)
+        if self.compiled is None:
+            self.compiled = self.compiler.compile(self.body, tensors)
+        return self.compiled(*tensors)
 
 
 class _Forward:

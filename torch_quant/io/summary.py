@@ -17,7 +17,7 @@ from torch_quant.io.files import write_atomically
 from torch_quant.observers import MinMaxObserver
 from torch_quant.state import QuantState
 
-__all__ = ["Summary", "load_summary", "save_summary"]
+__all__ = ["Summary", "load_summary", "save_summary", "write_summary"]
 
 _FORMAT = "torch_quant summary"
 _VERSION = 1
@@ -55,11 +55,18 @@ def _ranges(plan: QuantPlan, state: QuantState) -> dict[str, list[float]]:
 
 def save_summary(path: str | os.PathLike[str], plan: QuantPlan, state: QuantState) -> None:
     """Write plan and ranges; raises :class:`InvalidConfig` if the path cannot be written."""
+    write_summary(path, plan, _ranges(plan, state))
+
+
+def write_summary(
+    path: str | os.PathLike[str], plan: QuantPlan, ranges: Mapping[str, list[float]]
+) -> None:
+    """Write a plan and the range of each tensor key, in this file's format."""
     data = {
         "format": _FORMAT,
         "version": _VERSION,
         "sites": plan.to_dict()["sites"],
-        "ranges": _ranges(plan, state),
+        "ranges": dict(ranges),
     }
     text = json.dumps(data, indent=1) + "\n"
     write_atomically(path, lambda name: Path(name).write_text(text, encoding="utf-8"))

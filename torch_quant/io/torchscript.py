@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from torch_quant.backends.quantized import QuantizedGraph
 from torch_quant.errors import InvalidConfig
 from torch_quant.io.files import write_atomically
+from torch_quant.model import call_example
 
 __all__ = ["export_torchscript"]
 
@@ -39,12 +41,16 @@ def export_torchscript(
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit's deprecation, and the tracer's on constants
         try:
+            # A compiler's kernels may round otherwise than the graph it is given.
+            options: dict[str, Any] = {
+                "strict": False,
+                "check_trace": not _is_compiled(quant_model),
+            }
             if isinstance(example_inputs, Mapping):
-                traced = torch.jit.trace(
-                    quant_model, example_kwarg_inputs=dict(example_inputs), strict=False
-                )
+                options["example_kwarg_inputs"] = dict(example_inputs)
+                traced = torch.jit.trace(quant_model, **options)
             else:
-                traced = torch.jit.trace(quant_model, example_inputs, strict=False)
+                traced = torch.jit.trace(quant_model, example_inputs, **options)
         except RuntimeError as error:
             raise InvalidConfig(
                 f"the quantized model cannot be traced: {error}. Outputs must be tensors, or "
@@ -54,8 +60,16 @@ def export_torchscript(
         scripted: torch.jit.ScriptModule = traced.eval()
         if not _would_unpack_weights(quant_model):
             scripted = torch.jit.freeze(scripted)
+        if _is_compiled(quant_model):
+            for _ in range(2):  # the first call records shapes, the second builds the kernels
+                call_example(scripted, example_inputs)
     write_atomically(path, lambda file: torch.jit.save(scripted, file))
     return scripted
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether its kernels come from a compiler that works on the traced graph."""
+    return any(isinstance(m, QuantizedGraph) and m.compiler for m in model.modules())
 
 
 def _would_unpack_weights(model: nn.Module) -> bool:

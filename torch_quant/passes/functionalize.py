@@ -15,14 +15,14 @@ from torch import fx
 
 from torch_quant.passes.base import PassContext
 
-__all__ = ["functionalize", "written_tensors"]
+__all__ = ["functionalize", "may_alias_input", "written_tensors"]
 
 
 def _schema(node: fx.Node) -> Any:
     return getattr(node.target, "_schema", None) if node.op == "call_function" else None
 
 
-def _may_alias_input(node: fx.Node) -> bool:
+def may_alias_input(node: fx.Node) -> bool:
     if node.target is operator.getitem:
         return True  # a part of what chunk, split or unbind gave
     schema = _schema(node)
@@ -72,7 +72,7 @@ def functionalize(context: PassContext) -> int:
             continue
         x = written[0]
         functional = _functional_form(node)
-        aliased = _may_alias_input(x) or any(_may_alias_input(u) for u in x.users if u is not node)
+        aliased = may_alias_input(x) or any(may_alias_input(u) for u in x.users if u is not node)
         if functional is None or x.op != "call_function" or aliased or _would_promote(node, x):
             continue
         node.target = functional
@@ -93,7 +93,7 @@ def written_tensors(graph: fx.Graph) -> set[fx.Node]:
         if node in dirty:
             continue
         dirty.add(node)
-        if _may_alias_input(node):
+        if may_alias_input(node):
             stack.extend(node.all_input_nodes)
-        stack.extend(user for user in node.users if _may_alias_input(user))
+        stack.extend(user for user in node.users if may_alias_input(user))
     return dirty

@@ -7,8 +7,7 @@ from torch import fx
 
 from torch_quant.graph.ops import IDENTITY
 from torch_quant.passes.base import PassContext
-from torch_quant.passes.functionalize import _may_alias_input as may_alias_input
-from torch_quant.passes.functionalize import written_tensors
+from torch_quant.passes.functionalize import may_alias_input, written_tensors
 
 __all__ = ["remove_identities", "views_to_reshapes"]
 

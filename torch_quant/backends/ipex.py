@@ -1,0 +1,140 @@
+"""Intel Extension for PyTorch: oneDNN Graph behind TorchScript, the fastest here for transformers.
+
+The lowered graph holds PyTorch's quantize and dequantize around float operators. Traced and frozen,
+IPEX turns them into int8 kernels with everything around a product fused in.
+
+Intel archived the project in March 2026, with security issues that nobody will mend; it needs torch
+2.8. ``Backend.ONEDNN`` runs on the same machines and is maintained with PyTorch.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import platform
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from torch_quant.backends import ipex_ops
+from torch_quant.backends.base import Backend, register_backend
+from torch_quant.backends.ipex_forms import PLACEMENT_FORMS
+from torch_quant.backends.ipex_guards import GUARDS
+from torch_quant.backends.ipex_trace import FusedGraph, import_ipex, record
+from torch_quant.backends.ipex_verify import Verification, verify
+from torch_quant.backends.onednn import has_vnni
+from torch_quant.backends.reference import symmetric_weight
+from torch_quant.core.plan import Placement, QuantPlan
+from torch_quant.core.spec import QuantSpec
+from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
+from torch_quant.passes.base import PassContext, run_passes
+
+__all__ = ["IPEXBackend"]
+
+_INSTALL = (
+    "in an environment of its own, Python 3.9 to 3.13 on Linux x86: "
+    "pip install torch==2.8.0 intel-extension-for-pytorch==2.8.0"
+)
+_OPS = frozenset({
+    "linear", "conv1d", "conv2d", "conv3d", "conv_transpose2d", "conv_transpose3d", "matmul",
+    "scaled_dot_product_attention", "embedding",
+})  # fmt: skip
+
+
+@functools.cache
+def _missing() -> str | None:
+    if platform.machine().lower() not in ("x86_64", "amd64") or not sys.platform.startswith(
+        "linux"
+    ):
+        return f"IPEX is for x86 Linux, this is {platform.machine()} {sys.platform}"
+    if importlib.util.find_spec("intel_extension_for_pytorch") is None:
+        return f"intel-extension-for-pytorch is not installed; {_INSTALL}"
+    version = importlib.metadata.version("intel-extension-for-pytorch")
+    wanted = version.split(".")[:2]
+    if torch.__version__.split(".")[:2] != wanted:
+        return (
+            f"intel-extension-for-pytorch {version} needs torch {'.'.join(wanted)}, this is "
+            f"{torch.__version__}; {_INSTALL}"
+        )
+    return None
+
+
+@register_backend
+class IPEXBackend(Backend):
+    """Kernels of IPEX 2.8. Chosen by name only, since IPEX is no longer maintained.
+
+    The quantized model traces, freezes and warms itself up at its first call; traced by the user,
+    it gives a TorchScript file that a process which imports IPEX can load.
+
+    Args:
+        bfloat16: run what stays in float in bfloat16, int8 products giving bfloat16 too.
+    """
+
+    name = "ipex"
+    priority = -10
+    compiles = True
+
+    def __init__(self, *, bfloat16: bool = False) -> None:
+        self.bfloat16 = bfloat16
+
+    def unavailable(self) -> str | None:
+        return _missing()
+
+    def placement(self) -> Placement:
+        weight = symmetric_weight(bits=8 if has_vnni() else 7)
+        return Placement(self.name, _OPS, QuantSpec(), weight, _refuse)
+
+    def lower(self, context: PassContext) -> fx.GraphModule:
+        import_ipex()  # what traces the graph needs it, and its overrides of float kernels
+        run_passes(context, [*PLACEMENT_FORMS, *GUARDS, quantized_tensors])
+        return context.gm
+
+    def compile(self, body: fx.GraphModule, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
+        return FusedGraph(body, tensors, bfloat16=self.bfloat16)
+
+    def record(self, body: fx.GraphModule, tensors: tuple[Tensor, ...]) -> Any:
+        return record(body, tensors, bfloat16=self.bfloat16)
+
+    def verify(
+        self, model: nn.Module, example_inputs: Any, *, plan: QuantPlan | None = None
+    ) -> Verification:
+        """Run ``model`` on an example and compare what IPEX fused with what should be in int8.
+
+        Args:
+            model: what ``Quantizer.quantize`` returned, or a traced and frozen module of it.
+            example_inputs: a tensor, a tuple of positional inputs or a dict of keywords.
+            plan: the quantizer's plan; needed to name the sites of a traced module.
+        """
+        return verify(model, example_inputs, plan)
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()}{' with bfloat16' if self.bfloat16 else ''}"
+
+
+def _refuse(op: str, activation: QuantSpec | None, weight: QuantSpec | None) -> str | None:
+    if activation is not None and not activation.full_range:
+        return f"IPEX quantizes activations to the full range of 8 bits, not to {activation}"
+    if weight is not None and not (weight.signed and weight.symmetric and weight.per_channel):
+        return f"IPEX wants a signed symmetric per-channel weight, not {weight}"
+    return None
+
+
+def quantized_tensors(context: PassContext) -> int:
+    """Put quantized tensors in the place of quantize, dequantize and int8 weights."""
+    changed = 0
+    for node in list(context.graph.nodes):
+        if node.target is QUANTIZE:
+            x, scale, zero_point, _, _, dtype = node.args
+            node.target, node.args = ipex_ops.quantize, (x, scale, zero_point, dtype)
+        elif node.target is DEQUANTIZE:
+            node.target, node.args = ipex_ops.dequantize, node.args[:1]
+        elif node.target is DEQUANTIZE_CHANNEL:
+            node.target = ipex_ops.dequantize_weight
+        else:
+            continue
+        changed += 1
+    return changed

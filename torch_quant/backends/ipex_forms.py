@@ -1,0 +1,300 @@
+"""The forms of a quantized graph that IPEX fuses, and that it fuses right.
+
+IPEX hands traced graphs to oneDNN Graph, which fuses ``dequantize -> product -> element-wise
+functions -> quantize``. It finds a pair only where quantize and dequantize follow each other
+directly, and some of what it does fuse comes out wrong or takes seconds. Each pass here makes one
+form fit, or keeps it out of the fusion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from torch_quant.backends.ipex_attention import plain_softmax
+from torch_quant.graph.ops import ACTIVATIONS, DATA_MOVEMENT, pattern_of, size_hints
+from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
+from torch_quant.graph.sites import is_constant
+from torch_quant.passes.base import Pass, PassContext
+from torch_quant.passes.constants import evaluate, new_constant
+
+__all__ = ["PLACEMENT_FORMS", "is_quantized_product"]
+
+aten = torch.ops.aten
+
+_PAD = aten.constant_pad_nd.default
+_MOVES = DATA_MOVEMENT | {_PAD}
+_CONV_DIMS: dict[Any, int] = {
+    aten.conv1d.default: 1, aten.conv2d.default: 2, aten.conv3d.default: 3,
+    aten.conv_transpose1d.default: 1, aten.conv_transpose2d.input: 2,
+    aten.conv_transpose3d.input: 3,
+}  # fmt: skip
+_PADDED_CONVS: dict[Any, Any] = {
+    aten.conv1d.padding: aten.conv1d.default,
+    aten.conv2d.padding: aten.conv2d.default,
+    aten.conv3d.padding: aten.conv3d.default,
+}
+_POOLS: dict[Any, int] = {
+    aten.max_pool1d.default: 1, aten.max_pool2d.default: 2, aten.max_pool3d.default: 3,
+    aten.avg_pool1d.default: 1, aten.avg_pool2d.default: 2, aten.avg_pool3d.default: 3,
+}  # fmt: skip
+_LAYOUT = {aten.contiguous.default, aten.clone.default}
+_CONTIGUOUS = {aten.linear.default, aten.layer_norm.default}
+
+
+def _call(before: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    with before.graph.inserting_before(before):
+        return before.graph.call_function(target, args, kwargs)
+
+
+def _replace(old: fx.Node, new: fx.Node) -> None:
+    new.meta = dict(old.meta)
+    old.replace_all_uses_with(new)
+    old.graph.erase_node(old)
+
+
+def is_quantized_product(node: fx.Node) -> bool:
+    """Whether ``node`` multiplies dequantized tensors."""
+    pattern = pattern_of(node)
+    if pattern is None or not pattern.activations:
+        return False
+    found = [node.args[i] for i in pattern.activations]
+    return any(isinstance(x, fx.Node) and _grid_behind(x) is not None for x in found)
+
+
+def _products(graph: fx.Graph) -> Iterator[fx.Node]:
+    yield from [node for node in graph.nodes if is_quantized_product(node)]
+
+
+def _grid_behind(node: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:
+    """The QUANTIZE node whose values ``node`` holds, and the data movement between, last first."""
+    moves: list[fx.Node] = []
+    dequantized = False
+    while node.op == "call_function":
+        if node.target is QUANTIZE:
+            return (node, moves) if dequantized else None
+        if node.target is DEQUANTIZE:
+            dequantized = True
+        elif node.target in _MOVES:
+            moves.append(node)
+        else:
+            return None
+        origin = node.args[0]
+        assert isinstance(origin, fx.Node)
+        node = origin
+    return None
+
+
+def fold_constants(context: PassContext) -> int:
+    """A product of constants only (projected position embeddings): IPEX crashes on it."""
+    changed = 0
+    for node in _products(context.graph):
+        if is_constant(node):
+            new = new_constant(context.gm, f"{node.name}_value", evaluate(context.gm, node), node)
+            _replace(node, new)
+            changed += 1
+    return changed
+
+
+def look_up_embeddings(context: PassContext) -> int:
+    """Read int8 rows and their scales, instead of dequantizing the whole table."""
+    changed = 0
+    for node in list(context.graph.find_nodes(op="call_function", target=aten.embedding.default)):
+        table, indices = node.args[:2]
+        if not isinstance(table, fx.Node) or table.target is not DEQUANTIZE_CHANNEL:
+            continue
+        codes, scale = table.args[:2]
+        rows = _call(node, torch.embedding, codes, indices)
+        real = _call(node, aten.to.dtype, rows, torch.float32)
+        column = _call(node, aten.reshape.default, scale, [-1, 1])
+        steps = _call(node, torch.embedding, column, indices)
+        _replace(node, _call(node, aten.mul.Tensor, real, steps))
+        changed += 1
+    return changed
+
+
+def explicit_padding(context: PassContext) -> int:
+    """``padding="same"`` as numbers; a longer far side is padded before."""
+    changed = 0
+    for node in _products(context.graph):
+        if node.target not in _PADDED_CONVS:
+            continue
+        target = _PADDED_CONVS[node.target]
+        dims = _CONV_DIMS[target]
+        defaults = (None, [1] * dims, "valid", [1] * dims, 1)
+        given = (*node.args, *defaults[len(node.args) - 2 :])
+        x, weight, bias, stride, padding, dilation, groups = given
+        sizes = [0] * dims
+        if padding == "same":
+            kernel = _codes(weight).shape[2:]
+            steps = list(dilation) * dims  # type: ignore[arg-type]
+            total = [d * (k - 1) for d, k in zip(steps, kernel, strict=False)]
+            sizes = [t // 2 for t in total]
+            if any(t % 2 for t in total):
+                far = [side for t in reversed(total) for side in (0, t % 2)]
+                x = _call(node, _PAD, x, far)
+        args = (x, weight, bias, stride, sizes, dilation, groups)
+        _replace(node, _call(node, target, *args))
+        changed += 1
+    return changed
+
+
+def _codes(weight: Any) -> Any:
+    """The buffer behind a dequantized weight, as a tensor."""
+    codes = weight.args[0]
+    return codes.graph.owning_module.get_buffer(codes.target)
+
+
+def batch_images(context: PassContext) -> int:
+    """A convolution of one image without a batch dimension: give it one, and take it away."""
+    changed = 0
+    for node in _products(context.graph):
+        dims = _CONV_DIMS.get(node.target)
+        if dims is None or len(size_hints(node)) != dims + 1:
+            continue
+        batched = _call(node, node.target, _call(node, aten.unsqueeze.default, node.args[0], 0))
+        batched.args = (batched.args[0], *node.args[1:])
+        batched.meta = {k: v for k, v in node.meta.items() if k != "val"}
+        _replace(node, _call(node, aten.squeeze.dim, batched, 0))
+        changed += 1
+    return changed
+
+
+def quantize_last(context: PassContext) -> int:
+    """Move data in float, then quantize and dequantize right before the product.
+
+    ``source -> quantize -> transpose -> dequantize`` is no pair to IPEX; ``source -> transpose ->
+    quantize -> dequantize`` is one, and IPEX itself lifts the quantization back over views and
+    transpositions into the product before them.
+    """
+    changed = 0
+    for node in _products(context.graph):
+        pattern = pattern_of(node)
+        assert pattern is not None
+        for arg in dict.fromkeys(node.args[i] for i in pattern.activations):
+            found = _grid_behind(arg) if isinstance(arg, fx.Node) else None
+            if found is None or not found[1]:
+                continue
+            quantize, moves = found
+            value = quantize.args[0]
+            assert isinstance(value, fx.Node)
+            for move in reversed(moves):
+                if move.target not in _LAYOUT:  # a reorder behind a product would be fused, badly
+                    value = _moved(node, move, value)
+            codes = _call(node, QUANTIZE, value, *quantize.args[1:])
+            real = _call(node, DEQUANTIZE, codes, *quantize.args[1:3])
+            real.meta = dict(arg.meta)  # type: ignore[union-attr]
+            node.replace_input_with(arg, real)  # type: ignore[arg-type]
+            changed += 1
+    return changed
+
+
+def _moved(before: fx.Node, move: fx.Node, value: fx.Node) -> fx.Node:
+    target = move.target
+    if target is aten.reshape.default and value.target in _CONTIGUOUS:
+        target = aten.view.default  # the one that IPEX looks through
+    new = _call(before, target, value, *move.args[1:], **move.kwargs)
+    new.meta = dict(move.meta)
+    return new
+
+
+def separate_twins(context: PassContext) -> int:
+    """A product of a tensor with itself: IPEX never ends if both sides are one dequantization."""
+    changed = 0
+    for node in _products(context.graph):
+        pattern = pattern_of(node)
+        assert pattern is not None
+        if len(pattern.activations) != 2 or node.args[0] is not node.args[1]:
+            continue
+        real = node.args[1]
+        assert isinstance(real, fx.Node)
+        codes = real.args[0]
+        assert isinstance(codes, fx.Node)
+        other = _call(node, aten.clone.default, codes.args[0])
+        again = _call(node, QUANTIZE, other, *codes.args[1:])
+        node.update_arg(1, _call(node, DEQUANTIZE, again, *real.args[1:]))
+        changed += 1
+    return changed
+
+
+def batched_products(context: PassContext) -> int:
+    """``matmul`` of two stacks of matrices as ``bmm``, the form that fuses.
+
+    Its right side has to be contiguous: the kernel fails on a stack along another dimension.
+    """
+    changed = 0
+    for node in _products(context.graph):
+        if node.target not in (aten.matmul.default, aten.bmm.default):
+            continue
+        shapes: list[Any] = [getattr(x.meta.get("val"), "shape", ()) for x in node.all_input_nodes]
+        if len(shapes) != 2 or not all(len(shape) == 3 for shape in shapes):
+            continue
+        if str(shapes[0][0]) == str(shapes[1][0]):
+            node.target = aten.bmm.default
+            right = node.args[1]
+            assert isinstance(right, fx.Node)
+            codes = right.args[0]
+            assert isinstance(codes, fx.Node)
+            straight = _call(node, aten.contiguous.default, codes.args[0])
+            again = _call(node, QUANTIZE, straight, *codes.args[1:])
+            real = _call(node, DEQUANTIZE, again, *right.args[1:])
+            real.meta = dict(right.meta)
+            node.update_arg(1, real)
+            changed += 1
+    return changed
+
+
+def relu6_as_hardtanh(context: PassContext) -> int:
+    """``relu6`` is not fused, ``hardtanh(0, 6)`` is."""
+    found = context.graph.find_nodes(op="call_function", target=aten.relu6.default)
+    for node in found:
+        node.target, node.args = aten.hardtanh.default, (node.args[0], 0.0, 6.0)
+    return len(found)
+
+
+def explicit_pools(context: PassContext) -> int:
+    """Pools with a stride; a maximum whose result is quantized is taken of the integers.
+
+    Rounding to a grid keeps order: ``quantize(max_pool(x)) = max_pool(quantize(x))``, exactly.
+    """
+    changed = 0
+    for node in list(context.graph.nodes):
+        dims = _POOLS.get(node.target)
+        if dims is None:
+            continue
+        if len(node.args) < 3 or not node.args[2]:
+            node.args = (*node.args[:2], node.args[1], *node.args[3:])
+            changed += 1
+        users = list(node.users)
+        alike = {user.args[1:] for user in users if user.target is QUANTIZE}
+        if node.target is not aten.max_pool2d.default or len(size_hints(node)) != 4:
+            continue
+        if len(alike) == 1 and all(user.target is QUANTIZE for user in users):
+            (grid,) = alike
+            codes = _call(node, QUANTIZE, node.args[0], *grid)
+            node.update_arg(0, _call(node, DEQUANTIZE, codes, *grid[:2]))
+            changed += 1
+    return changed
+
+
+PLACEMENT_FORMS: tuple[Pass, ...] = (
+    fold_constants,
+    look_up_embeddings,
+    explicit_padding,
+    batch_images,
+    quantize_last,
+    plain_softmax,
+    separate_twins,
+    batched_products,
+    relu6_as_hardtanh,
+    explicit_pools,
+)
+
+ELEMENTWISE = frozenset(ACTIVATIONS) | {
+    aten.exp.default, aten.abs.default, aten.sqrt.default, aten.square.default, aten.log.default,
+    aten.reciprocal.default, aten.add.Tensor, aten.mul.Tensor, aten.div.Tensor,
+}  # fmt: skip
+"""What may be fused behind a product."""
