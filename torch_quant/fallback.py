@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import operator
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -46,6 +47,16 @@ def precision_of(dtype: torch.dtype) -> str:
     if name not in PRECISIONS:
         raise InvalidConfig(f"fallback to {dtype}; expected torch.float32 or torch.bfloat16")
     return name
+
+
+def _count(value: object, name: str) -> int:
+    try:
+        count = -1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        count = -1
+    if count < 0:
+        raise InvalidConfig(f"{name}={value!r}; expected a count of layers, 0 or more")
+    return count
 
 
 class Fallback:
@@ -140,7 +151,8 @@ class Fallback:
         if isinstance(measure, bool):
             counts = [k for k in _COUNTS if k < len(groups)] if measure else []
         else:
-            counts = sorted({int(k) for k in measure})
+            given = measure if isinstance(measure, Iterable) else [measure]
+            counts = sorted({_count(k, "measure") for k in given})
             if counts and not 0 <= counts[0] <= counts[-1] <= len(groups):
                 raise InvalidConfig(f"measure={counts}; expected counts from 0 to {len(groups)}")
         measured = {
@@ -174,11 +186,10 @@ class Fallback:
 
     def _worst(self, num: int) -> list[tuple[str, ...]]:
         left = self.ranking.left
-        if isinstance(num, bool) or not isinstance(num, int) or num < 0:
-            raise InvalidConfig(f"num={num!r}; expected a count of layers, 0 or more")
-        if num > len(left):
-            logger.warning("num=%d, but only %d are left in int8: all fall back", num, len(left))
-        return left[:num]
+        count = _count(num, "num")
+        if count > len(left):
+            logger.warning("num=%d, but only %d are left in int8: all fall back", count, len(left))
+        return left[:count]
 
     def _reaching(self, target: float) -> list[tuple[str, ...]]:
         if not math.isfinite(target):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping
@@ -102,6 +103,17 @@ class CapturedModel:
                 graphs = [graph.gm] if prepared is None else [graph.gm, prepared[1].canonical]
                 for gm in graphs:
                     _rebind(gm, region.module)
+
+    @contextlib.contextmanager
+    def calibrated_only(self) -> Iterator[None]:
+        """Drop what is captured inside if it turns out to need ranges that there are not."""
+        before = {id(region): len(region.graphs) for region in self.region.walk()}
+        try:
+            yield
+        except NotCalibrated:
+            for region in self.region.walk():
+                del region.graphs[before.get(id(region), 0) :]
+            raise
 
     def prepared(self, region: Region, graph: CapturedGraph) -> Prepared:
         """The prepared form of a captured graph, made once."""

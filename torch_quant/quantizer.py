@@ -139,6 +139,8 @@ class Quantizer:
             raise InvalidConfig(f'unknown metric {metric!r}; expected "output" or "sqnr"')
         if loss_fn is not None and metric != "output":
             raise InvalidConfig('a loss_fn needs gradients; metric="sqnr" takes none: drop one')
+        if max_batches is not None and max_batches < 1:
+            raise InvalidConfig(f"max_batches={max_batches!r}; expected 1 or more, or None for all")
         captured = self._captured(model)
         if self.state.batches == 0:
             raise NotCalibrated(
@@ -301,11 +303,11 @@ class Quantizer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back :meth:`state_dict`; raises :class:`InvalidConfig` if it is something else."""
-        if set(state) != {"state", "model", "fallback"}:
+        if set(state) - {"fallback"} != {"state", "model"}:
             raise InvalidConfig(f"not a Quantizer state: it has the entries {sorted(state)}")
         self.state.load_state_dict(state["state"])
         self._fingerprint = dict(state["model"]) or None
-        self.fallen_back = dict(state["fallback"])
+        self.fallen_back = dict(state.get("fallback", {}))
 
     def save_summary(self, path: str | os.PathLike[str]) -> None:
         """Write the last plan and its ranges as JSON, to be read, edited and given back.

@@ -60,8 +60,9 @@ def tune(
         progress: whether to show a progress bar.
 
     Returns:
-        The quantized model. If the target was not reached, the best one that was found; then
-        ``quantizer.tuning.reached`` is False, and a warning is logged.
+        The quantized model, with at least one layer in int8. If the target was not reached, the
+        best one that was found; then ``quantizer.tuning.reached`` is False, and a warning is
+        logged.
 
     Raises:
         NotCalibrated: the quantizer has seen no data, or ``eval_fn`` never called the model.

@@ -17,7 +17,7 @@ from models import MODELS, example, normal, seeded
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from torch_quant import InvalidConfig, ModuleFilter, QuantError, Quantizer, sqnr
+from torch_quant import InvalidConfig, ModuleFilter, NotCalibrated, QuantError, Quantizer, sqnr
 from torch_quant.backends import available_backends
 from torch_quant.proxies import AmpModel
 
@@ -745,3 +745,14 @@ def test_latency_of_every_site() -> None:
     assert all(each.float32 > 0.0 and each.quantized > 0.0 for each in times.values())
     assert facts(amp_model) == before
     assert_same(amp_model(*x), model(*x))
+
+
+def test_where_calibration_never_went() -> None:
+    """A branch without ranges is refused, and leaves the model as quantizable as it was."""
+    case = CASES["branch_switches"]
+    model = case.build()
+    quantizer = calibrated(model, case.ones())
+    expected = run(quantizer.quantize(model), case.inputs(1))
+    with pytest.raises(NotCalibrated, match="no calibration data passed"):
+        run(quantizer.amp(model), case.inputs(3))
+    assert torch.equal(run(quantizer.quantize(model), case.inputs(1)), expected)

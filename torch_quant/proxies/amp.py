@@ -105,6 +105,7 @@ class AmpModel(Proxy):
         Raises:
             QuantError: an empty batch, or a sensitivity that is not finite (names the site).
             InvalidConfig: ``loss_fn`` gives no scalar that depends on the outputs.
+            NotCalibrated: the inputs take the model where no calibration data went.
         """
         check_not_empty((args, kwargs), self.recorder.batches)
         self._follow()
@@ -113,7 +114,7 @@ class AmpModel(Proxy):
         if self._state() != self._seen:
             self._reset()
         self._grad_mode = torch.is_grad_enabled()
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), self._captured.calibrated_only():
             args, kwargs = pytree.tree_map_only(Tensor, _plain, (args, kwargs))
             kept = _copied((args, kwargs))
             with self.recorder.batch() as record:

@@ -82,7 +82,8 @@ class SensitivityReport(Ranking):
             "sqnr": "by the noise it adds to its own result",
         }[self.metric]
         parts = [
-            f"{len(self)} sites ranked {meaning}, from {self.batches} batches, worst first",
+            f"{len(self)} {'site' if len(self) == 1 else 'sites'} ranked {meaning}, from "
+            f"{self.batches} {'batch' if self.batches == 1 else 'batches'}, worst first",
             tabulate(self.table()[: self.rows], headers="keys", disable_numparse=True),
         ]
         if len(self) > self.rows:
