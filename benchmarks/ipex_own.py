@@ -112,6 +112,7 @@ def measure(name: str, model: nn.Module, inputs: dict[str, Tensor] | Tensor) -> 
     fused: dict[str, str] = {}
     for label, backend in {
         "torch_quant": IPEXBackend(),
+        "torch_quant, int8_shortcuts": IPEXBackend(int8_shortcuts=True),
         "torch_quant, bfloat16": IPEXBackend(bfloat16=True),
     }.items():
         quantizer = Quantizer(backend)

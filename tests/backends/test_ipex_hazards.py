@@ -15,7 +15,7 @@ from flows import calibrated
 from torch import Tensor, nn
 
 from torch_quant import Backend, sqnr
-from torch_quant.backends import ReferenceBackend
+from torch_quant.backends import IPEXBackend, ReferenceBackend
 
 pytestmark = [
     pytest.mark.skipif(
@@ -45,13 +45,15 @@ class Net(nn.Module):
         return self.function(self, *x)
 
 
-def agree(model: nn.Module, *inputs: Tensor, least: float = 60.0) -> None:
+def agree(
+    model: nn.Module, *inputs: Tensor, least: float = 60.0, backend: Backend | None = None
+) -> None:
     """IPEX's output is the reference's, at the third call as at the first; inputs stay as is.
 
     ``least`` dB: the same codes give over 100, and a flipped code between layers some 50.
     """
     model.eval()
-    quantizer = calibrated(model, [(inputs, {})], backend="ipex")
+    quantizer = calibrated(model, [(inputs, {})], backend=backend or "ipex")
     reference = quantizer.quantize(model, backend=ReferenceBackend(Backend.IPEX.placement()))
     expected = reference(*inputs)
     quant_model = quantizer.quantize(model)
@@ -181,3 +183,43 @@ def test_12_a_weight_under_two_names() -> None:
 
     torch.manual_seed(0)
     agree(Tied(), torch.arange(24).view(4, 6))
+
+
+class Blocks(nn.Module):
+    """Convolutions of 8 channels, and what to do with them."""
+
+    def __init__(self, function: Callable[..., Tensor | tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return self.function(self, x)
+
+
+def test_1_and_2_shortcuts_of_convolutions() -> None:
+    x = numbers(2, 8, 9, 9)
+
+    def own(m: Blocks, x: Tensor) -> Tensor:
+        y = m.a(x).relu()
+        return m.c((m.b(y) + y).relu())
+
+    def around_two(m: Blocks, x: Tensor) -> Tensor:
+        y = m.a(x).relu()
+        z = (m.b(m.a(y).relu()) + y).relu()
+        return m.c((m.c(m.a(z).relu()) + z).relu())
+
+    def read_otherwise(m: Blocks, x: Tensor) -> tuple[Tensor, ...]:
+        y = m.a(x).relu()
+        z = (m.b(m.a(y).relu()) + y).relu()
+        return m.c(z), z.mean((2, 3)), y * 2
+
+    def pooled(m: Blocks, x: Tensor) -> Tensor:
+        y = m.a(x).relu()
+        return m.c(F.max_pool2d((m.b(m.a(y).relu()) + y).relu(), 2))
+
+    for function in (own, around_two, read_otherwise, pooled):
+        # Within the error of quantization: IPEX adds codes where the reference adds floats.
+        agree(Blocks(function), x, least=32, backend=IPEXBackend(int8_shortcuts=True))
+        agree(Blocks(function), x, least=40)

@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from torch_quant.backends import ipex_ops
 from torch_quant.backends.base import Backend, register_backend
-from torch_quant.backends.ipex_forms import PLACEMENT_FORMS
+from torch_quant.backends.ipex_forms import placement_forms
 from torch_quant.backends.ipex_guards import GUARDS
 from torch_quant.backends.ipex_trace import FusedGraph, import_ipex, record
 from torch_quant.backends.ipex_verify import Verification, verify
@@ -72,14 +72,16 @@ class IPEXBackend(Backend):
 
     Args:
         bfloat16: run what stays in float in bfloat16, int8 products giving bfloat16 too.
+        int8_shortcuts: add shortcuts of residual blocks as integers, as the recipe of IPEX does:
+            ResNet-50 a quarter faster for 0.1 dB; other networks lose up to 2.5 dB.
     """
 
     name = "ipex"
     priority = -10
     compiles = True
 
-    def __init__(self, *, bfloat16: bool = False) -> None:
-        self.bfloat16 = bfloat16
+    def __init__(self, *, bfloat16: bool = False, int8_shortcuts: bool = False) -> None:
+        self.bfloat16, self.int8_shortcuts = bfloat16, int8_shortcuts
 
     def unavailable(self) -> str | None:
         return _missing()
@@ -90,7 +92,8 @@ class IPEXBackend(Backend):
 
     def lower(self, context: PassContext) -> fx.GraphModule:
         import_ipex()  # what traces the graph needs it, and its overrides of float kernels
-        run_passes(context, [*PLACEMENT_FORMS, *GUARDS, quantized_tensors])
+        forms = placement_forms(int8_shortcuts=self.int8_shortcuts)
+        run_passes(context, [*forms, *GUARDS, quantized_tensors])
         return context.gm
 
     def compile(self, body: fx.GraphModule, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:

@@ -21,7 +21,7 @@ from torch_quant.graph.sites import is_constant
 from torch_quant.passes.base import Pass, PassContext
 from torch_quant.passes.constants import evaluate, new_constant
 
-__all__ = ["PLACEMENT_FORMS", "is_quantized_product"]
+__all__ = ["ELEMENTWISE", "is_quantized_product", "placement_forms"]
 
 aten = torch.ops.aten
 
@@ -280,18 +280,71 @@ def explicit_pools(context: PassContext) -> int:
     return changed
 
 
-PLACEMENT_FORMS: tuple[Pass, ...] = (
-    fold_constants,
-    look_up_embeddings,
-    explicit_padding,
-    batch_images,
-    quantize_last,
-    plain_softmax,
-    separate_twins,
-    batched_products,
-    relu6_as_hardtanh,
-    explicit_pools,
-)
+def integer_shortcuts(context: PassContext) -> int:
+    """Behind a convolution, add the codes of a shortcut that is quantized anyway.
+
+    Then nothing between two blocks is in float, and IPEX fuses whole stages of a residual network.
+    A sum is left alone where IPEX would be wrong: if the convolution itself reads those codes,
+    which the sum overwrites, and if something else than convolutions reads the quantized result.
+    """
+    changed = 0
+    for node in list(context.graph.find_nodes(op="call_function", target=aten.add.Tensor)):
+        if node.kwargs or not _all_read_by_convs(node):
+            continue
+        for i in (0, 1):
+            other = node.args[1 - i]
+            conv = _conv_behind(node.args[i])
+            if conv is None or not isinstance(other, fx.Node):
+                continue
+            grids = [user for user in other.users if user.target is QUANTIZE and user < node]
+            shapes = [str(getattr(x.meta.get("val"), "shape", x)) for x in (node, other)]
+            own = conv.args[0].args[0]  # type: ignore[union-attr]
+            if not grids or grids[0] is own or shapes[0] != shapes[1]:
+                continue
+            real = _call(node, DEQUANTIZE, grids[0], *grids[0].args[1:3])
+            real.meta = dict(other.meta)
+            node.update_arg(1 - i, real)
+            changed += 1
+            break
+    return changed
+
+
+def _conv_behind(node: Any) -> fx.Node | None:
+    """The quantized convolution that ``node`` is the result of, up to an activation function."""
+    while isinstance(node, fx.Node) and node.target in ACTIVATIONS:
+        node = node.args[0]
+    found = isinstance(node, fx.Node) and node.target in _CONV_DIMS and is_quantized_product(node)
+    return node if found else None
+
+
+def _all_read_by_convs(node: fx.Node) -> bool:
+    """Whether the sum, or its rectified form, is read quantized by convolutions, and added on."""
+    users = list(node.users)
+    if len(users) == 1 and users[0].target in ACTIVATIONS:
+        users = list(users[0].users)
+    quantized = [user for user in users if user.target is QUANTIZE]
+    rest = [user for user in users if user.target not in (QUANTIZE, aten.add.Tensor)]
+    readers = [reader for q in quantized for real in q.users for reader in real.users]
+    known = _CONV_DIMS.keys() | {aten.add.Tensor}
+    return bool(quantized) and not rest and all(reader.target in known for reader in readers)
+
+
+def placement_forms(*, int8_shortcuts: bool) -> tuple[Pass, ...]:
+    """The passes of this module, in order."""
+    return (
+        fold_constants,
+        look_up_embeddings,
+        explicit_padding,
+        batch_images,
+        quantize_last,
+        plain_softmax,
+        separate_twins,
+        batched_products,
+        relu6_as_hardtanh,
+        *((integer_shortcuts,) if int8_shortcuts else ()),
+        explicit_pools,
+    )
+
 
 ELEMENTWISE = frozenset(ACTIVATIONS) | {
     aten.exp.default, aten.abs.default, aten.sqrt.default, aten.square.default, aten.log.default,
