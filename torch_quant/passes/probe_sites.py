@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from torch_quant.graph.sites import (
@@ -23,6 +24,8 @@ from torch_quant.passes.base import copy_graph
 from torch_quant.passes.prepare import Prepared
 
 __all__ = ["LocalSite", "cut_sites", "insert_site_probes", "insulated"]
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,23 @@ def _cut(node: fx.Node) -> tuple[fx.Graph, list[fx.Node]]:
     return graph, inputs
 
 
+def _layer_norm(*args: Any, **kwargs: Any) -> Tensor:
+    normed: Tensor = aten.layer_norm.default.decompose(*args, **kwargs)
+    return normed
+
+
+def _group_norm(*args: Any, **kwargs: Any) -> Tensor:
+    normed: Tensor = aten.group_norm.default.decompose(*args, **kwargs)
+    return normed
+
+
+_DIFFERENTIABLE = {
+    aten.layer_norm.default: _layer_norm,
+    aten.group_norm.default: _group_norm,
+}
+"""PyTorch's own definition of what IPEX, once imported, replaces by kernels without gradients."""
+
+
 def insulated(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy of a graph over the same parameters, and over the storage of its buffers.
 
@@ -96,6 +116,8 @@ def insulated(gm: fx.GraphModule) -> fx.GraphModule:
         value = operator.attrgetter(str(node.target))(gm)
         insulate = isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
         attributes[str(node.target)] = value.detach() if insulate else value
+    for node in graph.nodes:
+        node.target = _DIFFERENTIABLE.get(node.target, node.target)
     return fx.GraphModule(attributes, graph)
 
 
