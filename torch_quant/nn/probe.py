@@ -46,7 +46,6 @@ class SiteProbe(nn.Module):
             have both.
         operand: which argument is the quantized activation, where there is one only.
         visit: takes the probe, the result and the arguments, and returns the result.
-        copy: whether the graph writes to tensors in place.
     """
 
     def __init__(
@@ -57,10 +56,9 @@ class SiteProbe(nn.Module):
         half: Callable[..., Tensor] | None,
         operand: int | None,
         visit: Callable[[SiteProbe, Tensor, tuple[Any, ...]], Tensor],
-        copy: bool = True,
     ) -> None:
         super().__init__()
-        self.name, self.operand, self.copy = name, operand, copy
+        self.name, self.operand = name, operand
         # No submodules: nothing may reach the model's parameters through the probe.
         self.__dict__.update(exact=exact, quantized=quantized, half=half, _visit=visit)
         self._faithful: bool | None = None
@@ -81,24 +79,23 @@ class SiteProbe(nn.Module):
 
 class _Track(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, anchor: Tensor, copy: bool) -> Tensor:
-        return y.clone() if copy else y
+    def forward(ctx: Any, y: Tensor, anchor: Tensor) -> Tensor:
+        return y.clone()  # a view must not be written to in place, which operators may do inside
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor]:
         (grad,) = grads
-        return (grad if ctx.needs_input_grad[0] else None), grad.new_zeros(()), None
+        return (grad if ctx.needs_input_grad[0] else None), grad.new_zeros(())
 
 
-def track(y: Tensor, anchor: Tensor, copy: bool) -> Tensor:
+def track(y: Tensor, anchor: Tensor) -> Tensor:
     """``y``, bit for bit, with a path from its gradient to that of ``anchor`` (a zero scalar).
 
     Args:
         y: any tensor.
         anchor: a scalar that wants a gradient.
-        copy: whether ``y`` may be written to in place later on, which a view of it may not.
     """
-    return _Track.apply(y, anchor, copy)  # type: ignore[no-any-return]
+    return _Track.apply(y, anchor)  # type: ignore[no-any-return]
 
 
 class _Substitute(torch.autograd.Function):

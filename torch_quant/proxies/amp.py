@@ -25,7 +25,6 @@ from torch_quant.graph.export import CapturedGraph, run_module
 from torch_quant.graph.outputs import flatten_output, unflatten_output
 from torch_quant.model import CapturedModel
 from torch_quant.nn.probe import SiteProbe, substitute
-from torch_quant.passes.functionalize import written_tensors
 from torch_quant.passes.probe_sites import LocalSite, cut_sites, insert_site_probes
 from torch_quant.proxies.base import Proxy, check_not_empty
 from torch_quant.proxies.noise import NoisePass
@@ -237,7 +236,6 @@ class AmpModel(Proxy):
         prepared = self._captured.prepared(region, graph)
         lowering = self._lowering(self.model)
         sites = cut_sites(prepared, set(lowering.plan.quantized))
-        in_place = bool(written_tensors(prepared.captured.graph))
 
         def probe(local: LocalSite) -> SiteProbe:
             name = local.site.name
@@ -248,7 +246,6 @@ class AmpModel(Proxy):
                 _half(lowering, local),
                 local.operand,
                 lambda *each: self._visitor(*each),
-                in_place,
             )
 
         with torch.no_grad():

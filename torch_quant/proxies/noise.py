@@ -55,7 +55,7 @@ class NoisePass:
                 _add_shares(stats, noise[: len(part)], part)
         if self.anchor is None:
             return y
-        y = track(y, self.anchor, probe.copy)
+        y = track(y, self.anchor)
         y.register_hook(lambda grad: self._arrived(probe.name, grad, noise, part))
         return y
 
