@@ -36,7 +36,7 @@ from torch_quant.passes.base import PassContext, run_passes
 __all__ = ["IPEXBackend"]
 
 _INSTALL = (
-    "in an environment of its own, Python 3.9 to 3.13 on Linux x86: "
+    "in an environment of its own, on x86 Linux: "
     "pip install torch==2.8.0 intel-extension-for-pytorch==2.8.0"
 )
 _OPS = frozenset({
