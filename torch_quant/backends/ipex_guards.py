@@ -18,7 +18,7 @@ from torch_quant.backends.ipex_forms import ELEMENTWISE, is_quantized_product
 from torch_quant.graph.ops import pattern_of
 from torch_quant.graph.qdq import QUANTIZE
 from torch_quant.passes.base import Pass, PassContext
-from torch_quant.passes.functionalize import may_alias_input, written_tensors
+from torch_quant.passes.functionalize import may_alias_input
 
 __all__ = ["GUARDS"]
 
@@ -142,22 +142,4 @@ def guard_gelu(context: PassContext) -> int:
     return changed
 
 
-def guard_writes(context: PassContext) -> int:
-    """A result that is written to through a view must not be the output of a fused partition."""
-    changed = 0
-    memo: dict[fx.Node, fx.Node | None] = {}
-    written = written_tensors(context.graph)
-    for node in [n for n in context.graph.nodes if n in written]:
-        if _fused_product(node, memo) is None:
-            continue
-        with context.graph.inserting_after(node):
-            straight = {"memory_format": torch.contiguous_format}
-            copy = context.graph.call_function(aten.clone.default, (node,), straight)
-        copy.meta = dict(node.meta)
-        for user in [user for user in node.users if user is not copy]:
-            user.replace_input_with(node, copy)
-        changed += 1
-    return changed
-
-
-GUARDS: tuple[Pass, ...] = (guard_writes, guard_sums, guard_gelu)
+GUARDS: tuple[Pass, ...] = (guard_sums, guard_gelu)
