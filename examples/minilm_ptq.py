@@ -28,7 +28,9 @@ BATCH = 8
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, help="a local folder with weights and a tokenizer")
-    parser.add_argument("--backend", help="reference or onednn; default: the best of this machine")
+    parser.add_argument(
+        "--backend", help="reference, onednn or ipex; default: the best of this machine"
+    )
     parser.add_argument("--output", type=Path, default=Path("out/minilm_int8.pt"))
     parser.add_argument("--pairs", type=int, default=400, help="held-out pairs (default 400)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
@@ -111,7 +113,9 @@ def main() -> None:
 
     with torch.no_grad():
         expected = scripted(**inputs)["last_hidden_state"]
-    check_in_fresh_process(options.output, (tokens, mask), expected, "last_hidden_state")
+    ipex = quantizer.backend.name == "ipex"
+    needs = "intel_extension_for_pytorch" if ipex else "torch_quant"
+    check_in_fresh_process(options.output, (tokens, mask), expected, "last_hidden_state", needs)
     print(f"\n{options.output}: loaded in a fresh process, the outputs are the same bit for bit")
 
 

@@ -223,3 +223,18 @@ def test_1_and_2_shortcuts_of_convolutions() -> None:
         # Within the error of quantization: IPEX adds codes where the reference adds floats.
         agree(Blocks(function), x, least=32, backend=IPEXBackend(int8_shortcuts=True))
         agree(Blocks(function), x, least=40)
+
+
+def test_13_a_result_that_is_written_to_through_a_view() -> None:
+    def run(m: Net, x: Tensor) -> Tensor:
+        y = m.a(x)
+        y.view(y.shape[0], -1)[:, ::2] = 0.0
+        return y * 2
+
+    model = Net(run).eval()
+    x = numbers(4, 6, 16)
+    agree(model, x)
+    quant_model = calibrated(model, [((x,), {})], backend="ipex").quantize(model, example_inputs=x)
+    report = IPEXBackend().verify(quant_model, x)
+    assert "through a view" in str(report)
+    assert not report.complete

@@ -24,19 +24,20 @@ from torch_quant.backends import ipex_ops
 from torch_quant.backends.base import Backend, register_backend
 from torch_quant.backends.ipex_forms import placement_forms
 from torch_quant.backends.ipex_guards import GUARDS
-from torch_quant.backends.ipex_trace import FusedGraph, import_ipex, record
+from torch_quant.backends.ipex_trace import WRITES, FusedGraph, import_ipex, record, writes_in_place
 from torch_quant.backends.ipex_verify import Verification, verify
 from torch_quant.backends.onednn import has_vnni
 from torch_quant.backends.reference import symmetric_weight
 from torch_quant.core.plan import Placement, QuantPlan
 from torch_quant.core.spec import QuantSpec
+from torch_quant.errors import InvalidConfig
 from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
 from torch_quant.passes.base import PassContext, run_passes
 
 __all__ = ["IPEXBackend"]
 
 _INSTALL = (
-    "in an environment of its own, Python 3.9 to 3.13 on Linux x86: "
+    "in an environment of its own, on x86 Linux: "
     "pip install torch==2.8.0 intel-extension-for-pytorch==2.8.0"
 )
 _OPS = frozenset({
@@ -97,9 +98,13 @@ class IPEXBackend(Backend):
         return context.gm
 
     def compile(self, body: fx.GraphModule, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
+        if writes_in_place(body):
+            return body
         return FusedGraph(body, tensors, bfloat16=self.bfloat16)
 
     def record(self, body: fx.GraphModule, tensors: tuple[Tensor, ...]) -> Any:
+        if writes_in_place(body):
+            raise InvalidConfig(f"the model cannot be traced for IPEX: {WRITES}")
         return record(body, tensors, bfloat16=self.bfloat16)
 
     def verify(

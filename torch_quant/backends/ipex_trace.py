@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-__all__ = ["FusedGraph", "import_ipex", "record"]
+__all__ = ["WRITES", "FusedGraph", "import_ipex", "record", "writes_in_place"]
 
 _RUNS = 2
 """The first run records shapes and types, the second builds the kernels."""
@@ -21,6 +21,16 @@ def import_ipex() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return importlib.import_module("intel_extension_for_pytorch")
+
+
+WRITES = "it writes to a tensor through a view, which IPEX leaves out"
+"""Why a graph is not traced."""
+
+
+def writes_in_place(body: fx.GraphModule) -> bool:
+    """Whether an operator of ``body`` writes to its argument; IPEX drops some such operators."""
+    schemas = [getattr(node.target, "_schema", None) for node in body.graph.nodes]
+    return any(schema is not None and schema.is_mutable for schema in schemas)
 
 
 def record(body: Callable[..., Any], tensors: tuple[Tensor, ...], *, bfloat16: bool) -> Any:
