@@ -22,6 +22,9 @@ class Placement:
         activation: format of activations.
         weight: format of weights.
         refuse: why it cannot take a site with these formats (op, activation, weight), or None.
+        stored: the op types whose results it wants quantized as well, at ``Site.stored``.
+        passes: what it does to the graph with quantize/dequantize pairs before lowering it, and
+            what therefore belongs to a simulation of it: passes over a ``PassContext``.
     """
 
     name: str
@@ -31,6 +34,8 @@ class Placement:
     refuse: Callable[[str, QuantSpec | None, QuantSpec | None], str | None] = (
         lambda op, activation, weight: None
     )
+    stored: frozenset[str] = frozenset()
+    passes: tuple[Callable[[Any], int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class SitePlan:
         quantized: False leaves the site in float.
         reason: why it stays in float, empty if quantized.
         macs: multiply-accumulates on the captured example.
+        stored: key of its result, or of that behind a rectifier, where it is quantized as well.
     """
 
     name: str
@@ -56,6 +62,7 @@ class SitePlan:
     quantized: bool = True
     reason: str = ""
     macs: int = 0
+    stored: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         data = asdict(self)

@@ -103,6 +103,7 @@ def annotate(
                 quantized=not reason,
                 reason=reason,
                 macs=site.macs,
+                stored=site.stored if site.op in placement.stored else "",
             )
         )
     return QuantPlan(plan)

@@ -48,7 +48,7 @@ def prepare(captured: fx.GraphModule, path: str = "") -> Prepared:
     for node, pattern, site in find_sites(canonical.graph):
         late = [x for arg in operands(node, pattern) for x in behind(arg) if x in dirty]
         sites.append((site, f"{key_of(late[0])} is written to in place" if late else ""))
-        for key in (*site.inputs, site.output):
+        for key in dict.fromkeys((*site.inputs, site.output, site.stored or site.output)):
             observed[key] = (origin[key], None)
         for key, compute in zip(site.internals, pattern.internals.values(), strict=True):
             observed[key] = (node.meta[ORIGIN], compute)
