@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import CaptureFailed, InvalidConfig
 from torch_quant.graph.calls import Call, bind, flatten_call
 from torch_quant.graph.export import no_fastpath
@@ -98,6 +99,8 @@ class QuantizedRegion(nn.Module):
         self.graphs = nn.ModuleList(graphs)
         self.glue = glue
         self.description = ""
+        self.plan = QuantPlan()
+        self.calibration: dict[str, Any] = {}
         self.forward = _Forward(self, signature)
         self.eval()
 

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from torch_quant.errors import InvalidConfig
+from torch_quant.graph.decomposed import NAMESPACE
 from torch_quant.io.files import write_atomically
 
 __all__ = ["export_torchscript"]
@@ -60,6 +61,12 @@ def export_torchscript(
 
 def _would_unpack_weights(model: nn.Module) -> bool:
     """Whether freezing would fold integer weights to float, as plain operators allow."""
+    if any(
+        isinstance(module, fx.GraphModule)
+        and any(str(node.target).startswith(NAMESPACE) for node in module.graph.nodes)
+        for module in model.modules()
+    ):
+        return True
     return any(
         node.target is torch.ops.aten.to.dtype and node.args[0].op == "get_attr"
         for module in model.modules()
