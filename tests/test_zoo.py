@@ -22,6 +22,7 @@ EXCEPTIONS: dict[str, str] = {}
 NOTHING: dict[tuple[str, str], str] = {
     ("einsums", "reference"): "only einsum, which stays float",
     ("einsums", "onednn"): "only einsum, which stays float",
+    ("einsums", "onnx"): "only einsum, which stays float",
     ("batched_products", "onednn"): "only products of activations, for which oneDNN has no kernel",
 }
 

@@ -143,7 +143,7 @@ def verify(path: str | os.PathLike[str]) -> OnnxReport:
         missing=tuple(
             name for name in plan.quantized if plan[name].op != "embedding" and name not in found
         )
-        if metadata.get("torch_quant.pieces") is None
+        if metadata.get("torch_quant.piece") is None
         else (),
     )
 
@@ -161,6 +161,8 @@ def _optimized(file: str) -> Any:
         options = onnxruntime.SessionOptions()
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
         options.log_severity_level = 3
+        # What comes after are changes of layout, which rename nodes.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
         return onnx.load(options.optimized_model_filepath, load_external_data=False)
 

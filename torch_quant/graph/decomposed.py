@@ -5,10 +5,7 @@ The one place that touches ``torch.ao``, for these definitions only, when they a
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
-
-import torch
 
 __all__ = ["NAMESPACE", "decomposed"]
 
@@ -17,5 +14,6 @@ NAMESPACE = "quantized_decomposed"
 
 def decomposed() -> Any:
     """``torch.ops.quantized_decomposed``, defined by now."""
-    importlib.import_module("torch.ao.quantization.fx._decomposed")
+    import torch.ao.quantization.fx._decomposed
+
     return getattr(torch.ops, NAMESPACE)

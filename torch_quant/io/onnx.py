@@ -103,7 +103,7 @@ def export_onnx(
         _check_lowered(graph.body)
         program = _export(graph, tensors, dynamic=dynamic, opset=opset)
         _rename(program, graph, tensors)
-        _describe(program, quant_model)
+        _describe(program, quant_model, "" if whole else name)
         file = target if whole else target.with_name(f"{target.stem}.{name}{target.suffix}")
         _save(program, file)
         written.append(file)
@@ -146,7 +146,7 @@ def _graphs_called(
     finally:
         for hook in hooks:
             hook.remove()
-    return [(names[graph], graph, tensors) for graph, tensors in found.items()]  # type: ignore[index,misc]
+    return [(names[graph], graph, tensors) for graph, tensors in found.items()]
 
 
 def _in_pieces(model: QuantizedRegion, target: Path) -> str:
@@ -284,7 +284,10 @@ def _rename(program: Any, graph: QuantizedGraph, tensors: tuple[Tensor, ...]) ->
         leaves = graph.body(*tensors)
     wanted = leaf_names(graph.out_spec)
     outputs = [name for name, x in zip(wanted, leaves, strict=True) if isinstance(x, Tensor)]
-    names = {id(value): name for value, name in zip(model.graph.inputs, graph.contract.names, strict=True)}
+    names = {
+        id(value): name
+        for value, name in zip(model.graph.inputs, graph.contract.names, strict=True)
+    }
     names |= {id(value): name for value, name in zip(model.graph.outputs, outputs, strict=True)}
     taken = set(names.values())
     for node in model.graph.all_nodes() if hasattr(model.graph, "all_nodes") else model.graph:
@@ -321,7 +324,9 @@ def _name_sizes(program: Any, tensors: tuple[Tensor, ...]) -> None:
             continue
         value.shape = ir.Shape(
             [
-                ir.SymbolicDim(renamed.get(d.value, d.value)) if isinstance(d, ir.SymbolicDim) else d
+                ir.SymbolicDim(renamed.get(str(d.value), d.value))
+                if isinstance(d, ir.SymbolicDim)
+                else d
                 for d in value.shape
             ]
         )
@@ -353,12 +358,14 @@ def _name_products(program: Any, body: fx.GraphModule) -> None:
             taken.add(site)
 
 
-def _describe(program: Any, quant_model: QuantizedRegion) -> None:
+def _describe(program: Any, quant_model: QuantizedRegion, piece: str) -> None:
     model = program.model
     model.producer_name, model.producer_version = "torch_quant", __version__
     model.metadata_props["torch_quant.version"] = __version__
     model.metadata_props["torch_quant.plan"] = json.dumps(quant_model.plan.to_dict())
     model.metadata_props["torch_quant.calibration"] = json.dumps(quant_model.calibration)
+    if piece:
+        model.metadata_props["torch_quant.piece"] = piece
     _sums_before_norms(model)
 
 
@@ -395,8 +402,8 @@ def _save(program: Any, target: Path) -> None:
         ) from error
     try:
         data = f"{target.name}.data"
-        external = {"external_data": data} if size > _LARGEST else {}
-        ir.save(program.model, folder / target.name, **external)
+        external = data if size > _LARGEST else None
+        ir.save(program.model, folder / target.name, external_data=external)
         if external:
             os.replace(folder / data, target.with_name(data))
         os.replace(folder / target.name, target)

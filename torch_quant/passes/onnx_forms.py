@@ -27,7 +27,7 @@ _INT32 = torch.iinfo(torch.int32)
 _BIAS_LIMIT = 2**30
 """Codes of a bias stay below it, which leaves room for the products that are added to it."""
 _CONVS = frozenset({aten.conv1d.default, aten.conv2d.default, aten.conv3d.default})
-_PADDED_BY_NAME = {
+_PADDED_BY_NAME: dict[Any, Any] = {
     aten.conv1d.padding: aten.conv1d.default,
     aten.conv2d.padding: aten.conv2d.default,
     aten.conv3d.padding: aten.conv3d.default,
@@ -38,7 +38,7 @@ def move_codes(context: PassContext) -> int:
     """``dequantize -> move`` becomes ``move -> dequantize``, next to the product that reads it."""
     changed = 0
     for node in list(context.graph.nodes):
-        real = node.args[0] if node.args else None
+        real: Any = node.args[0] if node.args else None
         if node.target not in DATA_MOVEMENT or not _is_target(real, DEQUANTIZE):
             continue
         moved = call_like(node, node.target, (real.args[0], *node.args[1:]), **node.kwargs)
@@ -64,9 +64,7 @@ def attention_forms(context: PassContext) -> int:
         decompose_attention(node)
     masks: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
     changed = 0
-    for node in context.graph.find_nodes(
-        op="call_function", target=aten._safe_softmax.default
-    ):
+    for node in context.graph.find_nodes(op="call_function", target=aten._safe_softmax.default):
         product = _product_behind(node)
         if product is not None:
             node.target = aten.softmax.int
@@ -118,7 +116,7 @@ def _add_mask(
 
 
 def _additive(graph: fx.Graph, mask: fx.Node, *, boolean: bool) -> tuple[fx.Node, fx.Node]:
-    """What to add to the scores, and the factor of each row of the result, right behind ``mask``."""
+    """What to add to the scores, and a factor for each row of the result, behind ``mask``."""
     anchor = mask.next
     while anchor.op == "placeholder":
         anchor = anchor.next
@@ -144,7 +142,7 @@ def _add_causal_mask(scores: fx.Node) -> None:
     graph, x = scores.graph, scores.args[0]
     with graph.inserting_before(scores):
         sizes = [graph.call_function(aten.sym_size.int, (x, dim)) for dim in (-2, -1)]
-        options = {"dtype": torch.float32, "device": torch.device("cpu")}
+        options: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
         full = graph.call_function(aten.full.default, (sizes, -math.inf), options)
         added = graph.call_function(aten.triu.default, (full, 1))
     scores.target, scores.args = aten.add.Tensor, (x, added)
@@ -153,6 +151,7 @@ def _add_causal_mask(scores: fx.Node) -> None:
 def _fold_scale(node: fx.Node) -> None:
     """``product * number``: scale an operand's grid instead, where the product is quantized."""
     product, factor = node.args
+    real: Any
     if not (_is_target(product, aten.matmul.default) and isinstance(factor, float)):
         return
     assert isinstance(product, fx.Node)
@@ -173,11 +172,11 @@ def integer_bias(context: PassContext) -> int:
     changed = 0
     for node in list(context.graph.nodes):
         if node.target in _PADDED_BY_NAME and _is_quantized(node):
-            _explicit_padding(node)
-        if node.target in _CONVS and _is_quantized(node) and len(node.args) > 2:
-            if (bias := node.args[2]) is not None:
-                node.update_arg(2, _bias(context.gm, node, node.args[0], node.args[1], bias, 0))
-                changed += 1
+            _explicit_padding(context.gm, node)
+        bias = node.args[2] if node.target in _CONVS and len(node.args) > 2 else None
+        if bias is not None and _is_quantized(node):
+            node.update_arg(2, _bias(context.gm, node, node.args[0], node.args[1], bias, 0))
+            changed += 1
     return changed
 
 
@@ -202,6 +201,7 @@ def _linear(gm: fx.GraphModule, node: fx.Node) -> None:
     assert isinstance(weight, fx.Node)
     codes = gm.get_buffer(str(weight.args[0].target))  # type: ignore[union-attr]
     outputs, inputs = codes.shape
+    dequantize: Any = weight.target
     if bias is not None:
         bias = _bias(gm, node, x, weight, bias, 0)
         codes = gm.get_buffer(str(weight.args[0].target))  # type: ignore[union-attr]
@@ -209,7 +209,7 @@ def _linear(gm: fx.GraphModule, node: fx.Node) -> None:
     transposed = new_constant(gm, name, codes.t().contiguous(), node)
     with graph.inserting_before(node):
         axis = (1,) if weight.target is DEQUANTIZE_CHANNEL else ()
-        matrix = graph.call_function(weight.target, (transposed, *weight.args[1:3], *axis))
+        matrix = graph.call_function(dequantize, (transposed, *weight.args[1:3], *axis))
         source = x.args[0]
         sizes = [graph.call_function(aten.sym_size.int, (source, i)) for i in range(rank - 1)]
         if rank != 2:
@@ -252,9 +252,7 @@ _ELEMENTWISE = frozenset({
 })  # fmt: skip
 
 
-def _bias(
-    gm: fx.GraphModule, node: fx.Node, x: Any, weight: Any, bias: Any, axis: int
-) -> fx.Node:
+def _bias(gm: fx.GraphModule, node: fx.Node, x: Any, weight: Any, bias: Any, axis: int) -> fx.Node:
     """The bias as dequantized int32 codes, scale = that of the input times that of the weight."""
     value = evaluate(gm, bias).detach().to(torch.float32)
     step = float(x.args[1])
@@ -296,23 +294,19 @@ def _widen(gm: fx.GraphModule, node: fx.Node, weight: Any, scale: Tensor, axis: 
     return scale
 
 
-def _explicit_padding(node: fx.Node) -> None:
+def _explicit_padding(gm: fx.GraphModule, node: fx.Node) -> None:
     """``"valid"``, and ``"same"`` where both sides get as much, as numbers."""
-    target: Any = node.target
-    dims = len(size_hints(node)) - 2
     defaults = (None, None, None, 1, "valid", 1, 1)
-    x, weight, bias, stride, padding, dilation, groups = (*node.args, *defaults[len(node.args) :])
-    kernel = size_hints(weight)[2:] if "val" in weight.meta else None  # type: ignore[union-attr]
-    kernel = kernel or node.graph.owning_module.get_buffer(weight.args[0].target).shape[2:]  # type: ignore[union-attr]
-    steps = [dilation] * dims if isinstance(dilation, int) else list(dilation)  # type: ignore[call-overload]
-    if len(steps) == 1:
-        steps *= dims
+    arguments: list[Any] = [*node.args, *defaults[len(node.args) :]]
+    x, weight, bias, stride, padding, dilation, groups = arguments
+    kernel = gm.get_buffer(str(weight.args[0].target)).shape[2:]
+    steps = list(dilation) if isinstance(dilation, (list, tuple)) else [dilation]
+    steps = steps * len(kernel) if len(steps) == 1 else steps
     total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(steps, kernel, strict=True)]
     if any(t % 2 for t in total):
         return
-    sides = [t // 2 for t in total]
-    node.target = _PADDED_BY_NAME[target]
-    node.args = (x, weight, bias, stride, sides, dilation, groups)
+    node.target = _PADDED_BY_NAME[node.target]
+    node.args = (x, weight, bias, stride, [t // 2 for t in total], dilation, groups)
 
 
 def embedding_forms(context: PassContext) -> int:

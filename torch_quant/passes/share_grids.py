@@ -1,7 +1,7 @@
 """For runtimes whose convolutions give integers: stay on a grid, and on integers, where possible.
 
-    dequantize -> max_pool -> quantize      the pooled values lie on the grid already: keep it
-    dequantize + x, where x has codes       read x through its codes: an integer addition
+dequantize -> max_pool -> quantize      the pooled values lie on the grid already: keep it
+dequantize + x, where x has codes       read x through its codes: an integer addition
 """
 
 from __future__ import annotations
