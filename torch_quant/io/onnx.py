@@ -36,6 +36,7 @@ _LARGEST = 2**31 - 2**20
 """Bytes of weights that fit into one file, which protobuf limits to 2 GB, the graph included."""
 
 aten = torch.ops.aten
+logger = logging.getLogger("torch_quant")
 
 _PRODUCTS = frozenset({
     aten.addmm.default, aten.mm.default, aten.matmul.default, aten.bmm.default,
@@ -129,17 +130,18 @@ def _graphs_called(
             assert isinstance(graph, QuantizedGraph)
             if graph.mismatch(call) is None:
                 return [("", graph, call.tensors)]
-    names = {
-        graph: region.path + (f".{i}" if i else "")
-        for region in model.modules()
-        if isinstance(region, QuantizedRegion)
-        for i, graph in enumerate(region.graphs)
-    }
-    found: dict[nn.Module, tuple[Tensor, ...]] = {}
-    hooks = [
-        graph.register_forward_pre_hook(lambda graph, args: found.setdefault(graph, args) and None)
-        for graph in names
-    ]
+    names: dict[QuantizedGraph, str] = {}
+    for region in model.modules():
+        if isinstance(region, QuantizedRegion):
+            for i, graph in enumerate(region.graphs):
+                assert isinstance(graph, QuantizedGraph)
+                names[graph] = region.path + (f".{i}" if i else "")
+    found: dict[QuantizedGraph, tuple[Tensor, ...]] = {}
+
+    def note(graph: Any, tensors: tuple[Tensor, ...]) -> None:
+        found.setdefault(graph, tensors)
+
+    hooks = [graph.register_forward_pre_hook(note) for graph in names]
     try:
         with torch.no_grad():
             model(*args, **kwargs)  # raises, saying why, where no graph serves the example
@@ -193,9 +195,24 @@ class _Tensors(nn.Module):
         return tuple(outputs)
 
 
-def _export(
-    graph: QuantizedGraph, tensors: tuple[Tensor, ...], *, dynamic: bool, opset: int | None
-) -> Any:
+def _captured(graph: QuantizedGraph, tensors: tuple[Tensor, ...]) -> Any:
+    """The exported graph with its sizes free; a batch of 1 may have to be repeated for that."""
+    twice = tuple(torch.cat([x, x]) if x.dim() and x.shape[0] == 1 else x for x in tensors)
+    reasons: list[Exception] = []
+    for example, mode in ((tensors, "oblivious"), (twice, "oblivious"), (twice, "dynamic")):
+        try:
+            return _traced(graph, example, mode)
+        except Exception as error:  # torch.export raises errors of many unrelated classes
+            reasons.append(error)
+    try:
+        exported = _traced(graph, tensors, "static")
+    except Exception as error:
+        raise _without_form(reasons[0], graph.body) from error
+    logger.warning("the ONNX file serves sizes as in the example only: %s", reasons[0])
+    return exported
+
+
+def _traced(graph: QuantizedGraph, tensors: tuple[Tensor, ...], mode: str) -> Any:
     from torch.export import Dim
     from torch.fx.experimental import _config as fx_config
 
@@ -203,14 +220,25 @@ def _export(
         {i: Dim.AUTO for i, size in enumerate(sizes) if isinstance(size, str)} or None
         for sizes in graph.contract.shapes
     )
-    oblivious = fx_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
-    with torch.no_grad(), _quiet(), oblivious:
-        exported = torch.export.export(
+    oblivious = (
+        fx_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+        if mode == "oblivious"
+        else contextlib.nullcontext()
+    )
+    with oblivious:
+        return torch.export.export(
             _Tensors(graph.body),
             tuple(x.clone() for x in tensors),
-            dynamic_shapes={"tensors": shapes} if dynamic else None,
+            dynamic_shapes=None if mode == "static" else {"tensors": shapes},
             strict=False,
         )
+
+
+def _export(
+    graph: QuantizedGraph, tensors: tuple[Tensor, ...], *, dynamic: bool, opset: int | None
+) -> Any:
+    with torch.no_grad(), _quiet():
+        exported = _captured(graph, tensors) if dynamic else _traced(graph, tensors, "static")
         try:
             program = torch.onnx.export(exported, dynamo=True, opset_version=opset, verbose=False)
         except Exception as error:
@@ -240,17 +268,21 @@ def _without_form(error: BaseException, body: fx.GraphModule) -> Exception:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return UnsupportedOp(f"the model cannot be exported to ONNX: {' '.join(lines[:3])[:500]}")
     name = f"{match[1]}.{match[2]}" if match[1] else match[0]
+    operator = name.split(".")[-2] if "." in name else name
     places = [
         str(node.meta.get(KEY, node.name))
         for node in body.graph.nodes
-        if node.op != "output"
-        and str(node.target).split(".")[:2] in (name.split(".")[:2], name.split(".")[1:2])
+        if node.op == "call_function" and _op_name(node).startswith(operator.strip("_"))
     ]
     where = f" at {', '.join(places[:3])}" if places else ""
     return UnsupportedOp(
         f"{name}{where} has no ONNX form in PyTorch {torch.__version__} and the installed "
         "onnxscript; rewrite it in the model, or export the rest of the model without it"
     )
+
+
+def _op_name(node: fx.Node) -> str:
+    return str(getattr(node.target, "_opname", node.name)).strip("_")
 
 
 @contextlib.contextmanager

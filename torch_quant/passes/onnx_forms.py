@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from torch_quant.core.qparams import MIN_SCALE
 from torch_quant.graph.ops import DATA_MOVEMENT, size_hints
 from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
 from torch_quant.graph.sites import KEY
@@ -259,9 +260,12 @@ def _bias(gm: fx.GraphModule, node: fx.Node, x: Any, weight: Any, bias: Any, axi
     scale: Any = weight.args[1]
     if weight.target is DEQUANTIZE_CHANNEL:
         scale = gm.get_buffer(str(scale.target))
-        needed = value.abs() / (step * _BIAS_LIMIT)
-        if bool((needed > scale).any()):
-            scale = _widen(gm, node, weight, torch.maximum(scale, needed), axis)
+        needed = (value.abs() / (step * _BIAS_LIMIT)).clamp(min=MIN_SCALE)
+        codes = gm.get_buffer(str(weight.args[0].target))
+        empty = (codes == 0).flatten(1).all(1) if axis == 0 else torch.zeros_like(value).bool()
+        if bool(((needed > scale) | empty).any()):
+            wanted = torch.where(empty, needed, torch.maximum(scale, needed))
+            scale = _widen(gm, node, weight, wanted, axis)
     grid = (torch.as_tensor(scale, dtype=torch.float32) * step).expand(value.shape).contiguous()
     codes = (value / grid).round().clamp(-_BIAS_LIMIT, _BIAS_LIMIT).to(torch.int32)
     base = str(weight.args[0].target).removesuffix("weight")
@@ -277,7 +281,10 @@ def _bias(gm: fx.GraphModule, node: fx.Node, x: Any, weight: Any, bias: Any, axi
 
 
 def _widen(gm: fx.GraphModule, node: fx.Node, weight: Any, scale: Tensor, axis: int) -> Tensor:
-    """A channel whose weights vanish beside its bias, on a grid on which the bias fits int32."""
+    """Channels whose weights vanish beside their bias, on grids that serve the bias.
+
+    On a finer one the bias would not fit int32; without any weight, a coarse one would round it.
+    """
     names = [str(each.target) for each in weight.args[:3]]
     codes, old, zero_point = (gm.get_buffer(name) for name in names)
     shape = [1] * codes.dim()
@@ -296,17 +303,23 @@ def _widen(gm: fx.GraphModule, node: fx.Node, weight: Any, scale: Tensor, axis: 
 
 def _explicit_padding(gm: fx.GraphModule, node: fx.Node) -> None:
     """``"valid"``, and ``"same"`` where both sides get as much, as numbers."""
-    defaults = (None, None, None, 1, "valid", 1, 1)
+    defaults = (None, None, None, [1], "valid", [1], 1)
     arguments: list[Any] = [*node.args, *defaults[len(node.args) :]]
     x, weight, bias, stride, padding, dilation, groups = arguments
     kernel = gm.get_buffer(str(weight.args[0].target)).shape[2:]
-    steps = list(dilation) if isinstance(dilation, (list, tuple)) else [dilation]
-    steps = steps * len(kernel) if len(steps) == 1 else steps
-    total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(steps, kernel, strict=True)]
+    dilation = _spread(dilation, len(kernel))
+    total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
     if any(t % 2 for t in total):
         return
     node.target = _PADDED_BY_NAME[node.target]
-    node.args = (x, weight, bias, stride, [t // 2 for t in total], dilation, groups)
+    sides = [t // 2 for t in total]
+    node.args = (x, weight, bias, _spread(stride, len(kernel)), sides, dilation, groups)
+
+
+def _spread(value: Any, dims: int) -> list[int]:
+    """An argument by dimension: ``2`` and ``[2]`` are short for ``[2, 2]``."""
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    return values * dims if len(values) == 1 else values
 
 
 def embedding_forms(context: PassContext) -> int:
