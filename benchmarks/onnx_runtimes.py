@@ -1,12 +1,13 @@
 """ONNX files in two runtimes: float, ours, onnxruntime's own int8 and, where installed, NNCF's.
 
-MiniLM at 8 x 128 and ResNet-50 on one image: latency in onnxruntime and OpenVINO, size, fidelity. All
-are calibrated on the same data. ResNet-50 has random weights; its fidelity is that of its features.
+MiniLM at 8 x 128 and ResNet-50 on one image: latency in onnxruntime and OpenVINO, size, fidelity.
+All are calibrated on the same data. ResNet-50 has random weights; its fidelity is that of features.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import logging
 import tempfile
@@ -14,7 +15,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import onnxruntime
@@ -68,7 +68,7 @@ class InRuntime(nn.Module):
             first = self.request.infer(feed)[0]
         else:
             first = self.session.run(None, feed)[0]
-        return SimpleNamespace(last_hidden_state=torch.from_numpy(first.copy()))
+        return {"last_hidden_state": torch.from_numpy(first.copy())}
 
 
 class Reader:
@@ -170,16 +170,21 @@ def measure(
     return rows
 
 
+@functools.cache
+def embeddings(path: Path) -> tuple[Tensor, Tensor]:
+    """Of the held-out queries and of their bodies."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder())
+    model, pairs = InRuntime(path), load_pairs().held_out
+    queries = embed(model, tokenizer, [pair.query for pair in pairs])
+    return queries, embed(model, tokenizer, [pair.body for pair in pairs])
+
+
 def fidelity(kind: str, path: Path, float_file: Path, feed: Feed) -> dict[str, Any]:
     """Cosine and retrieval score of sentence embeddings, or SQNR of features."""
     if kind == "transformer":
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(model_folder())
-        pairs = load_pairs().held_out
-        texts = [[pair.query for pair in pairs], [pair.body for pair in pairs]]
-        vectors = [embed(InRuntime(path), tokenizer, each) for each in texts]
-        truth = [embed(InRuntime(float_file), tokenizer, each) for each in texts]
+        vectors, truth = embeddings(path), embeddings(float_file)
         score, _ = retrieval(*vectors)
         return {"cosine": float(cosine(torch.cat(truth), torch.cat(vectors)).mean()), "MRR": score}
     if path.suffix == ".xml":
@@ -206,7 +211,7 @@ def main() -> None:
         names = ("input_ids", "attention_mask")
         texts = load_pairs().calibration
         encoded = [
-            tokenizer([text], truncation=True, max_length=256, return_tensors="pt")
+            tokenizer([text], truncation=True, max_length=128, return_tensors="pt")
             for text in texts
         ]
         feeds = [{name: each[name] for name in names} for each in encoded]

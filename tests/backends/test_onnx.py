@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from flows import calibrated
-from models import example, mobile_cnn, normal, small_cnn, tiny_transformer
+from models import example, mobile_cnn, normal, seeded, small_cnn, tiny_transformer
 from onnx_files import feeds, needs, operators, run_onnxruntime, run_openvino, tensors, written
 from torch import Tensor, nn
 
@@ -60,7 +60,9 @@ def check_one_step(
     quant_model = written(quantizer, model, ((x,), {}), path)
     simulation = quantizer.quantize(model, backend=ReferenceBackend(Backend.ONNX.placement()))
     expected = simulation(x)
-    step = (expected.max() - expected.min()) / 255
+    first = model[0] if isinstance(model, nn.Sequential) else model
+    step = max(float(y.max() - y.min()) for y in (expected, first(x))) / 255
+    step *= 1.13  # the steepest slope of the functions behind a product, GELU's
     (found,) = run_onnxruntime(path, feeds(quant_model, ((x,), {})))
     assert (quant_model(x) - expected).abs().max() <= 1.01 * step
     assert (found - expected).abs().max() <= 1.01 * step
@@ -73,7 +75,7 @@ def check_one_step(
 @pytest.mark.parametrize("name", OPS)
 def test_each_product(name: str, tmp_path: Path) -> None:
     build, shape = OPS[name]
-    check_one_step(build(), shifted(*shape), tmp_path / "model.onnx")
+    check_one_step(seeded(build), shifted(*shape), tmp_path / "model.onnx")
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
@@ -81,7 +83,7 @@ def test_each_product(name: str, tmp_path: Path) -> None:
 def test_what_stands_behind_a_product(name: str, kind: str, tmp_path: Path) -> None:
     layer = nn.Linear(16, 8) if kind == "linear" else nn.Conv2d(8, 8, 3)
     x = shifted(4, 5, 16) if kind == "linear" else shifted(2, 8, 9, 9)
-    model = nn.Sequential(layer, BEHIND[name]())
+    model = seeded(lambda: nn.Sequential(layer, BEHIND[name]()))
     kernels = check_one_step(model, x, tmp_path / "model.onnx")
     assert kernels == ["QGemm" if kind == "linear" else "QLinearConv"]
 
@@ -102,7 +104,7 @@ FORMATS = {
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 @pytest.mark.parametrize("name", FORMATS)
 def test_formats(name: str, kind: str, tmp_path: Path) -> None:
-    model = nn.Linear(16, 8) if kind == "linear" else nn.Conv2d(8, 8, 3)
+    model = seeded(lambda: nn.Linear(16, 8) if kind == "linear" else nn.Conv2d(8, 8, 3))
     x = shifted(4, 16) if kind == "linear" else shifted(2, 8, 9, 9)
     quantizer = calibrated(model, [((x,), {})], backend="onnx", qconfig=FORMATS[name])
     quant_model = written(quantizer, model, ((x,), {}), tmp_path / "model.onnx")
