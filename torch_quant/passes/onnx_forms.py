@@ -157,12 +157,13 @@ def _fold_scale(node: fx.Node) -> None:
         return
     assert isinstance(product, fx.Node)
     real = product.args[0]
-    if len(product.users) > 1 or not _is_target(real, DEQUANTIZE) or len(real.users) > 1:
+    if len(product.users) > 1 or not _is_target(real, DEQUANTIZE) or factor <= 0:
         return
-    if factor > 0:
-        real.update_arg(1, real.args[1] * factor)
-        node.replace_all_uses_with(product)
-        node.graph.erase_node(node)
+    scaled = call_like(product, DEQUANTIZE, (real.args[0], real.args[1] * factor, real.args[2]))
+    scaled.meta = dict(real.meta)
+    product.update_arg(0, scaled)
+    node.replace_all_uses_with(product)
+    node.graph.erase_node(node)
 
 
 # Products with a weight
