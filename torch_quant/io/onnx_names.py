@@ -19,7 +19,7 @@ __all__ = ["describe", "rename"]
 aten = torch.ops.aten
 
 _PRODUCTS = frozenset({
-    aten.addmm.default, aten.mm.default, aten.matmul.default, aten.bmm.default,
+    aten.mm.default, aten.matmul.default, aten.bmm.default,
     aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
     aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
     aten.linear.default, aten.embedding.default,

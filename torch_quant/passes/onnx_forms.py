@@ -183,12 +183,9 @@ def integer_bias(context: PassContext) -> int:
 
 
 def linear_forms_2d(context: PassContext) -> int:
-    """Quantized ``linear`` as ``addmm`` of 2-D tensors, what follows kept 2-D if it can be.
-
-    The weight is stored as ``[in, out]``, the layout of ONNX' MatMul.
-    """
+    """Quantized ``linear`` of 2-D tensors, ONNX' Gemm; what follows is kept 2-D if it can be."""
     changed = 0
-    for node in context.graph.find_nodes(op="call_function", target=aten.linear.default):
+    for node in list(context.graph.find_nodes(op="call_function", target=aten.linear.default)):
         if _is_quantized(node):
             _linear(context.gm, node)
             changed += 1
@@ -201,26 +198,16 @@ def _linear(gm: fx.GraphModule, node: fx.Node) -> None:
     bias = node.args[2] if len(node.args) > 2 else None
     assert isinstance(x, fx.Node)
     assert isinstance(weight, fx.Node)
-    codes = gm.get_buffer(str(weight.args[0].target))  # type: ignore[union-attr]
-    outputs, inputs = codes.shape
-    dequantize: Any = weight.target
+    outputs, inputs = gm.get_buffer(str(weight.args[0].target)).shape  # type: ignore[union-attr]
     if bias is not None:
         bias = _bias(gm, node, x, weight, bias, 0)
-        codes = gm.get_buffer(str(weight.args[0].target))  # type: ignore[union-attr]
-    name = f"{weight.args[0].target}_t"  # type: ignore[union-attr]
-    transposed = new_constant(gm, name, codes.t().contiguous(), node)
     with graph.inserting_before(node):
-        axis = (1,) if weight.target is DEQUANTIZE_CHANNEL else ()
-        matrix = graph.call_function(dequantize, (transposed, *weight.args[1:3], *axis))
         source = x.args[0]
         sizes = [graph.call_function(aten.sym_size.int, (source, i)) for i in range(rank - 1)]
         if rank != 2:
             source = graph.call_function(aten.reshape.default, (source, [-1, inputs]))
         rows = graph.call_function(DEQUANTIZE, (source, *x.args[1:]))
-        if bias is None:
-            product = graph.call_function(aten.mm.default, (rows, matrix))
-        else:
-            product = graph.call_function(aten.addmm.default, (bias, rows, matrix))
+        product = graph.call_function(aten.linear.default, (rows, weight, bias))
     product.meta = dict(node.meta)
     last = _chain_to_quantize(node) if rank != 2 else node
     node.replace_all_uses_with(product)
