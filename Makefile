@@ -7,7 +7,7 @@ TORCH := 2.13.0
 OLD_VENV := .venv-ipex
 OLD_TORCH := 2.8.0
 
-.PHONY: help demo demo-cnn test test-core test-old check format bench clean
+.PHONY: help demo demo-cnn test test-core test-old test-onnx check format bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort
@@ -39,6 +39,9 @@ test-core: $(VENV)/ready  ## the whole suite on torch $(TORCH)
 
 test-old: $(OLD_VENV)/ready  ## the whole suite on torch $(OLD_TORCH)
 	$(OLD_VENV)/bin/python -m pytest -n 2
+
+test-onnx: $(VENV)/ready  ## every architecture as an ONNX file; `make test` takes one of each kind
+	ALL_ARCHITECTURES=1 $(BIN)/python -m pytest -n 2 tests/test_onnx_zoo.py
 
 check: $(VENV)/ready  ## lint, types and the smoke tests
 	$(BIN)/ruff check .
