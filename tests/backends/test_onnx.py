@@ -216,7 +216,7 @@ def test_masks_of_attention(kind: str, floating: bool, tmp_path: Path) -> None:
     """A row without any key gives zeros, as in PyTorch."""
     model = nn.Sequential()
     model.add_module("attention", Masked(kind))
-    model.add_module("out", nn.Linear(16, 16))
+    model.add_module("out", seeded(lambda: nn.Linear(16, 16)))
     model.forward = lambda x, keep: model.out(model.attention(x, keep))  # type: ignore[method-assign]
     x = normal(4, 6, 16)
     keep = (torch.arange(6) < torch.tensor([6, 4, 1, 0])[:, None]).long()

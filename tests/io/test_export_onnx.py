@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from flows import CASES, calibrated, run
-from models import example, images, mlp, normal, tiny_transformer
+from models import example, images, mlp, normal, seeded, tiny_transformer
 from onnx_files import feeds, needs, run_onnxruntime, session, tensors, written
 from torch import Tensor, nn
 
@@ -53,7 +53,7 @@ class Named(nn.Module):
 def test_names_sizes_and_metadata(tmp_path: Path) -> None:
     import onnx
 
-    model = Named()
+    model = seeded(Named)
     inputs = ((normal(2, 5, 8), {"left": normal(2, 3, 8)}), {})
     many = ((normal(64, 5, 8), {"left": normal(64, 3, 8)}), {})
     quantizer = calibrated(model, [many], backend="onnx")
@@ -245,9 +245,11 @@ def test_unpickled_in_a_process_that_has_not_seen_the_operators(tmp_path: Path) 
 
 
 def test_images_of_other_sizes(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    model = seeded(
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    )
     inputs = ((images(2, 16),), {})
-    quantizer = calibrated(model, [inputs], backend="onnx")
+    quantizer = calibrated(model, [((images(64, 16),), {})], backend="onnx")
     quant_model = written(quantizer, model, inputs, tmp_path / "m.onnx")
     others = ((images(3, 24),), {})
     found = run_onnxruntime(tmp_path / "m.onnx", feeds(quant_model, others))
