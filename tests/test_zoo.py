@@ -25,6 +25,7 @@ NOTHING: dict[tuple[str, str], str] = {
     ("einsums", "reference"): "only einsum, which stays float",
     ("einsums", "onednn"): "only einsum, which stays float",
     ("einsums", "ipex"): "only einsum, which stays float",
+    ("einsums", "onnx"): "only einsum, which stays float",
     ("batched_products", "onednn"): "only products of activations, for which oneDNN has no kernel",
 }
 

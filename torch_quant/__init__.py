@@ -13,6 +13,7 @@ from torch_quant.errors import (
     QuantError,
     UnsupportedOp,
 )
+from torch_quant.io.onnx import export_onnx
 from torch_quant.io.torchscript import export_torchscript
 from torch_quant.quantizer import Quantizer
 from torch_quant.sensitivity import Sensitivity
@@ -38,6 +39,7 @@ __all__ = [
     "__version__",
     "available_backends",
     "cosine",
+    "export_onnx",
     "export_torchscript",
     "sqnr",
     "tune",

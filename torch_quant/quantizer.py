@@ -266,7 +266,8 @@ class Quantizer:
             f"{chosen!r}, {len(plan.quantized)} of {len(plan)} sites in int8, "
             f"{plan.coverage:.1%} of the multiply-accumulates"
         )
-        self.plan = plan
+        self.plan = quantized.plan = plan
+        quantized.calibration = self.state.describe()
         logger.info("quantized: %s", quantized.description)
         return quantized
 

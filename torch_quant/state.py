@@ -69,6 +69,11 @@ class QuantState:
             )
         return observer.qparams(spec)
 
+    def describe(self) -> dict[str, Any]:
+        """How the ranges came about: the number of batches, and the observers by name."""
+        names = sorted({observer.name for observer in self.observers.values()})
+        return {"batches": self.batches, "observers": names}
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only, so that ``torch.load(weights_only=True)`` reads it."""
         foreign = {each.name for each in self.observers.values()} - set(OBSERVERS)

@@ -3,12 +3,14 @@
 from torch_quant.backends.base import Backend, available_backends, best_backend, register_backend
 from torch_quant.backends.ipex import IPEXBackend
 from torch_quant.backends.onednn import OneDNNBackend
+from torch_quant.backends.onnx import OnnxBackend
 from torch_quant.backends.reference import ReferenceBackend
 
 __all__ = [
     "Backend",
     "IPEXBackend",
     "OneDNNBackend",
+    "OnnxBackend",
     "ReferenceBackend",
     "available_backends",
     "best_backend",

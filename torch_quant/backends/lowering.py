@@ -64,7 +64,7 @@ class Lowering:
         context = PassContext(copy_graph(canonical))
         lower_precision(context, self.plan)
         insert_qdq(context, self.plan, self.grid_of, self.weight_grid_of)
-        context.graph.eliminate_dead_code()
+        run_passes(context, self.backend.placement().passes)
         lowered = self.backend.lower(context)
         run_passes(PassContext(lowered), [dynamic_sizes])
         return _only_used(lowered)

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from torch_quant.backends.base import Backend
+from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import CaptureFailed, InvalidConfig
 from torch_quant.graph.calls import Call, bind, flatten_call
 from torch_quant.graph.export import no_fastpath
@@ -123,6 +124,8 @@ class QuantizedRegion(nn.Module):
         self.graphs = nn.ModuleList(graphs)
         self.glue = glue
         self.description = ""
+        self.plan = QuantPlan()
+        self.calibration: dict[str, Any] = {}
         self.forward = _Forward(self, signature)
         self.eval()
 

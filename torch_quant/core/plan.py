@@ -30,6 +30,9 @@ class Placement:
         together: what forces sites that share it into int8 or float as one, ``"weight"`` or
             ``"input"`` (a kernel that computes Q, K and V at once would want the latter). By
             default weights: in both forms one takes more memory than in float alone.
+        stored: the op types whose results it wants quantized as well, at ``Site.stored``.
+        passes: what it does to the graph with quantize/dequantize pairs before lowering it, and
+            what therefore belongs to a simulation of it: passes over a ``PassContext``.
     """
 
     name: str
@@ -40,6 +43,8 @@ class Placement:
         lambda op, activation, weight: None
     )
     together: frozenset[str] = frozenset({"weight"})
+    stored: frozenset[str] = frozenset()
+    passes: tuple[Callable[[Any], int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class SitePlan:
         reason: why it stays in float, empty if quantized.
         macs: multiply-accumulates on the captured example.
         precision: ``"float32"`` or ``"bfloat16"``, the arithmetic of a site that stays in float.
+        stored: key of its result, or of that behind a rectifier, where it is quantized as well.
 
     Raises:
         InvalidConfig: another precision.
@@ -70,6 +76,7 @@ class SitePlan:
     reason: str = ""
     macs: int = 0
     precision: str = "float32"
+    stored: str = ""
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:

@@ -98,6 +98,7 @@ def annotate(
                 quantized=not reason,
                 reason=reason,
                 macs=site.macs,
+                stored=site.stored if site.op in placement.stored else "",
             )
         )
     return QuantPlan(plan)

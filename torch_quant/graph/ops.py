@@ -19,6 +19,7 @@ __all__ = [
     "IDENTITY",
     "INT8_NEVER",
     "PATTERNS",
+    "RECTIFIERS",
     "OpPattern",
     "pattern_of",
     "size_hints",
@@ -195,6 +196,11 @@ ACTIVATIONS = {
     aten.clamp.default: "clamp", aten.elu.default: "elu", aten.mish.default: "mish",
 }  # fmt: skip
 """Element-wise functions that kernels fuse into the product before them, by their common name."""
+
+RECTIFIERS = frozenset({
+    aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default,
+})  # fmt: skip
+"""Activation functions that only cut the range: a grid behind them does their work."""
 
 INT8_NEVER = {
     aten.lstm.input: "recurrent layers have no static int8 form here",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -12,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from torch_quant.errors import CaptureFailed
 
-__all__ = ["flatten_output", "unflatten_output"]
+__all__ = ["flatten_output", "leaf_names", "unflatten_output"]
 
 
 @dataclass(frozen=True)
@@ -117,3 +118,37 @@ def _unflatten(leaves: Any, spec: _Tree) -> Any:
                     object.__setattr__(new, key, value)
             items.append(new)
     return pytree.tree_unflatten(items, spec.tree)
+
+
+def leaf_names(spec: Any) -> list[str]:
+    """A name for each leaf: ``logits``, ``past_key_values.0``, ``output``, ``output_1``."""
+    return [name or "output" for name in _names(spec, "")]
+
+
+def _names(spec: _Tree, prefix: str) -> Iterator[str]:
+    marked = pytree.tree_unflatten(list(range(len(spec.leaves))), spec.tree)
+    paths = dict(_paths(marked, prefix))
+    for i, item in enumerate(spec.leaves):
+        if isinstance(item, str):
+            yield paths[i]
+        elif isinstance(item, _Object):
+            for (_, key), inner in zip(item.parts, item.specs, strict=True):
+                step = "" if key is None else str(key)
+                yield from _names(inner, ".".join(part for part in (paths[i], step) if part))
+
+
+def _paths(value: Any, path: str) -> Iterator[tuple[int, str]]:
+    """(number, path) of every number in nested containers."""
+    if isinstance(value, int):
+        yield value, path
+        return
+    if isinstance(value, Mapping):
+        items = [(str(key), each) for key, each in value.items()]
+    elif hasattr(value, "_fields"):
+        items = list(zip(value._fields, value, strict=True))
+    elif isinstance(value, (tuple, list)):
+        items = [(str(i) if path else f"output_{i}", each) for i, each in enumerate(value)]
+    else:
+        items = [(name, each) for name, each in vars(value).items()]
+    for name, each in items:
+        yield from _paths(each, f"{path}.{name}" if path else name)

@@ -14,6 +14,8 @@ import torch
 from torch import fx
 from torch._ops import HigherOrderOperator
 
+from torch_quant.graph.decomposed import NAMESPACE, decomposed
+
 __all__ = ["pack", "unpack"]
 
 
@@ -31,6 +33,8 @@ class _Op:
     name: str
 
     def resolve(self) -> Any:
+        if self.name.startswith(f"{NAMESPACE}."):
+            decomposed()  # a new process may not have them yet
         return operator.attrgetter(self.name)(torch.ops)
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
 from torch_quant.graph.ops import (
     ACTIVATIONS,
     DATA_MOVEMENT,
+    RECTIFIERS,
     OpPattern,
     pattern_of,
     size_hints,
@@ -40,6 +42,9 @@ ORIGIN = "torch_quant_origin"
 """Entry of ``node.meta``: name of the node of the captured graph that computes the same tensor."""
 
 
+_STORES = frozenset({"conv1d", "conv2d", "conv3d"})
+
+
 @dataclass(frozen=True)
 class Site:
     """One quantizable operator of a captured model.
@@ -53,6 +58,8 @@ class Site:
         output: key of its result.
         macs: multiply-accumulates on the captured example.
         weight_shape: sizes of its weight, empty without one.
+        stored: key of what a convolution leaves behind, its result or that of the rectifier which
+            alone uses it: some kernels give nothing but integers there. Empty for other operators.
     """
 
     name: str
@@ -63,11 +70,12 @@ class Site:
     output: str
     macs: int
     weight_shape: tuple[int, ...]
+    stored: str = ""
 
     @property
     def keys(self) -> tuple[str, ...]:
         """Keys of every tensor that a grid may be wanted for."""
-        return (*self.inputs, *self.internals, self.output)
+        return (*self.inputs, *self.internals, self.output, *([self.stored] if self.stored else []))
 
 
 def module_path(node: fx.Node) -> str:
@@ -166,10 +174,10 @@ def operands(node: fx.Node, pattern: OpPattern) -> list[fx.Node]:
     return found  # type: ignore[return-value]
 
 
-def fused_output(node: fx.Node) -> fx.Node:
+def fused_output(node: fx.Node, functions: Container[Any] = ACTIVATIONS) -> fx.Node:
     """``node``, or the activation function that alone uses it: where a kernel's output would be."""
     users = list(node.users)
-    return users[0] if len(users) == 1 and users[0].target in ACTIVATIONS else node
+    return users[0] if len(users) == 1 and users[0].target in functions else node
 
 
 def find_sites(graph: fx.Graph) -> Iterator[tuple[fx.Node, OpPattern, Site]]:
@@ -196,5 +204,6 @@ def find_sites(graph: fx.Graph) -> Iterator[tuple[fx.Node, OpPattern, Site]]:
             output=key_of(fused_output(node)),
             macs=pattern.macs(node),
             weight_shape=size_hints(weight),
+            stored=key_of(fused_output(node, RECTIFIERS)) if pattern.name in _STORES else "",
         )
         yield node, pattern, site

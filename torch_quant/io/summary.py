@@ -46,7 +46,7 @@ class Summary:
 def _ranges(plan: QuantPlan, state: QuantState) -> dict[str, list[float]]:
     ranges = {}
     for site in plan.values():
-        for key in site.inputs:
+        for key in (*site.inputs, *([site.stored] if site.stored else [])):
             observer = state.observers.get(key)
             if site.activation is not None and observer is not None and observer.batches:
                 ranges[key] = [float(end) for end in observer.range(site.activation)]

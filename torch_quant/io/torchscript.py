@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from torch_quant.backends.quantized import QuantizedGraph
 from torch_quant.errors import InvalidConfig
+from torch_quant.graph.decomposed import NAMESPACE
 from torch_quant.io.files import write_atomically
 from torch_quant.model import call_example
 
@@ -74,6 +75,12 @@ def _is_compiled(model: nn.Module) -> bool:
 
 def _would_unpack_weights(model: nn.Module) -> bool:
     """Whether freezing would fold integer weights to float, as plain operators allow."""
+    if any(
+        isinstance(module, fx.GraphModule)
+        and any(str(node.target).startswith(NAMESPACE) for node in module.graph.nodes)
+        for module in model.modules()
+    ):
+        return True
     return any(
         node.target is torch.ops.aten.to.dtype and node.args[0].op == "get_attr"
         for module in model.modules()

@@ -82,6 +82,18 @@ class _Inserter:
         self.integers[node, spec] = codes
         return codes
 
+    def result(self, node: fx.Node, entry: SitePlan) -> None:
+        """Let all that reads the site's stored result read it quantized."""
+        assert entry.activation is not None
+        stored = node if key_of(node) == entry.stored else next(iter(node.users))
+        qparams = self.grid_of(entry.stored, entry.activation)
+        scale, zero_point = float(qparams.scale), int(qparams.zero_point)
+        codes = self._codes(stored, entry.activation, scale, zero_point)
+        with node.graph.inserting_after(codes):
+            real = node.graph.call_function(DEQUANTIZE, (codes, scale, zero_point))
+        real.meta["val"] = stored.meta["val"]
+        stored.replace_all_uses_with(real, delete_user_cb=lambda user: user is not codes)
+
     def weight(self, node: fx.Node, pattern: OpPattern, site: SitePlan) -> None:
         """Replace the weight argument by integer codes and their dequantization."""
         assert pattern.weight is not None
@@ -125,6 +137,7 @@ def insert_qdq(
     """
     inserter = _Inserter(context, grid_of, weight_grid_of)
     changed = 0
+    stored: list[tuple[fx.Node, SitePlan]] = []
     with torch.no_grad():
         for node, pattern, site in list(find_sites(context.graph)):
             entry = plan[site.name]
@@ -137,7 +150,11 @@ def insert_qdq(
                     inserter.activations(node, operands(node, pattern), entry)
                 if pattern.weight is not None and entry.weight is not None:
                     inserter.weight(node, pattern, entry)
+                if entry.stored:
+                    stored.append((node, entry))
             changed += 1
+    for node, entry in stored:  # last: until here, sites find the source of what they read
+        inserter.result(node, entry)
     return changed
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, fx
@@ -47,8 +47,10 @@ def prepare(captured: fx.GraphModule, path: str = "") -> Prepared:
     observed: dict[str, tuple[str, Callable[..., Tensor] | None]] = {}
     for node, pattern, site in find_sites(canonical.graph):
         late = [x for arg in operands(node, pattern) for x in behind(arg) if x in dirty]
+        if {node, *node.users} & dirty:
+            site = replace(site, stored="")  # a copy on a grid would miss what is written
         sites.append((site, f"{key_of(late[0])} is written to in place" if late else ""))
-        for key in (*site.inputs, site.output):
+        for key in dict.fromkeys((*site.inputs, site.output, site.stored or site.output)):
             observed[key] = (origin[key], None)
         for key, compute in zip(site.internals, pattern.internals.values(), strict=True):
             observed[key] = (node.meta[ORIGIN], compute)

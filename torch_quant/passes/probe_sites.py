@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,13 +47,24 @@ class LocalSite:
     operand: int | None
 
 
-def cut_sites(prepared: Prepared, names: Collection[str]) -> list[LocalSite]:
-    """Every site of ``names`` that a prepared graph has, in order."""
+def cut_sites(
+    prepared: Prepared, names: Collection[str], stored: Mapping[str, str] | None = None
+) -> list[LocalSite]:
+    """Every site of ``names`` that a prepared graph has, in order.
+
+    Args:
+        prepared: the graph.
+        names: of sites.
+        stored: site -> the key of its result, for those whose results are quantized as well; the
+            rectifier in between belongs to the site then.
+    """
     found = []
     for node, pattern, site in find_sites(prepared.canonical.graph):
         if site.name not in names:
             continue
-        graph, inputs = _cut(node)
+        key = (stored or {}).get(site.name)
+        last = next(iter(node.users)) if key and key != site.name else node
+        graph, inputs = _cut(node, last)
         single = len(pattern.activations) == 1
         quantized = [x for x in operands(node, pattern) if x in inputs]
         found.append(
@@ -61,15 +72,15 @@ def cut_sites(prepared: Prepared, names: Collection[str]) -> list[LocalSite]:
                 site,
                 fx.GraphModule(prepared.canonical, graph),
                 tuple(each.meta[ORIGIN] for each in inputs),
-                node.meta[ORIGIN],
+                last.meta[ORIGIN],
                 inputs.index(quantized[0]) if single and quantized else None,
             )
         )
     return found
 
 
-def _cut(node: fx.Node) -> tuple[fx.Graph, list[fx.Node]]:
-    """A graph of ``node`` alone, constants included, and the nodes that it takes as inputs."""
+def _cut(node: fx.Node, last: fx.Node) -> tuple[fx.Graph, list[fx.Node]]:
+    """A graph from ``node`` to ``last``, constants included, and the nodes it takes as inputs."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     inputs = [each for each in node.all_input_nodes if not is_constant(each)]
@@ -83,7 +94,7 @@ def _cut(node: fx.Node) -> tuple[fx.Graph, list[fx.Node]]:
             copies[each] = graph.node_copy(each, copy)
         return copies[each]
 
-    graph.output(graph.node_copy(node, copy))
+    graph.output(copy(last))
     return graph, inputs
 
 

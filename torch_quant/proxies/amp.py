@@ -235,7 +235,9 @@ class AmpModel(Proxy):
     def _instrument(self, region: Region, graph: CapturedGraph) -> torch.fx.GraphModule:
         prepared = self._captured.prepared(region, graph)
         lowering = self._lowering(self.model)
-        sites = cut_sites(prepared, set(lowering.plan.quantized))
+        plan = lowering.plan
+        stored = {name: plan[name].stored for name in plan.quantized}
+        sites = cut_sites(prepared, set(plan.quantized), stored)
 
         def probe(local: LocalSite) -> SiteProbe:
             name = local.site.name

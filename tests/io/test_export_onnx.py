@@ -1,0 +1,256 @@
+"""ONNX files: names, free sizes, metadata, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flows import CASES, calibrated, run
+from models import example, images, mlp, normal, seeded, tiny_transformer
+from onnx_files import feeds, needs, run_onnxruntime, session, tensors, written
+from torch import Tensor, nn
+
+from torch_quant import (
+    Backend,
+    BackendUnavailable,
+    InvalidConfig,
+    QuantPlan,
+    UnsupportedOp,
+    export_onnx,
+    sqnr,
+)
+from torch_quant.io import onnx as onnx_io
+
+pytestmark = needs("onnx", "onnxscript", "onnxruntime")
+
+
+def small() -> tuple[Any, Tensor]:
+    """A quantized ``mlp`` and an input of it."""
+    model, (x,) = mlp(), example("mlp", 4)
+    return calibrated(model, [((x,), {})], backend="onnx").quantize(model), x
+
+
+class Named(nn.Module):
+    """Inputs and outputs by name; one input goes to an output as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(
+        self, pixels: Tensor, other: dict[str, Tensor], scale: float = 2.0
+    ) -> dict[str, Any]:
+        y = self.query(pixels) * scale
+        return {"logits": y, "both": (self.key(other["left"]), y), "seen": pixels, "size": 3}
+
+
+def test_names_sizes_and_metadata(tmp_path: Path) -> None:
+    import onnx
+
+    model = seeded(Named)
+    inputs = ((normal(2, 5, 8), {"left": normal(2, 3, 8)}), {})
+    many = ((normal(64, 5, 8), {"left": normal(64, 3, 8)}), {})
+    quantizer = calibrated(model, [many], backend="onnx")
+    quant_model = written(quantizer, model, inputs, tmp_path / "model.onnx")
+    file = onnx.load(tmp_path / "model.onnx")
+    sizes = {
+        each.name: [d.dim_param or d.dim_value for d in each.type.tensor_type.shape.dim]
+        for each in (*file.graph.input, *file.graph.output)
+    }
+    assert list(sizes) == ["pixels", "other['left']", "logits", "both.0", "both.1", "seen"]
+    assert sizes["pixels"] == ["batch", "pixels_1", 8]
+    assert sizes["logits"] == ["batch", "pixels_1", 8]
+    names = {node.name for node in file.graph.node}
+    assert {"query", "key"} <= names
+    metadata = {entry.key: entry.value for entry in file.metadata_props}
+    plan = QuantPlan.from_dict(json.loads(metadata["torch_quant.plan"]))
+    assert dict(plan) == dict(quantizer.plan)
+    calibration = json.loads(metadata["torch_quant.calibration"])
+    assert calibration == {"batches": 1, "observers": ["minmax"]}
+    assert metadata["torch_quant.version"]
+
+    others = ((normal(4, 7, 8), {"left": normal(4, 1, 8)}), {})
+    found = run_onnxruntime(tmp_path / "model.onnx", feeds(quant_model, others))
+    assert sqnr(tensors(model, others), found) > 25
+
+
+def test_one_tensor_is_called_output(tmp_path: Path) -> None:
+    quant_model, x = small()
+    assert export_onnx(quant_model, x, tmp_path / "m.onnx") == [tmp_path / "m.onnx"]
+    loaded = session(tmp_path / "m.onnx")
+    assert [each.name for each in loaded.get_inputs()] == ["input"]
+    assert [each.name for each in loaded.get_outputs()] == ["output"]
+    assert loaded.get_inputs()[0].shape == ["batch", 16]
+
+
+def test_static_sizes(tmp_path: Path) -> None:
+    quant_model, x = small()
+    export_onnx(quant_model, x, tmp_path / "m.onnx", dynamic=False)
+    assert session(tmp_path / "m.onnx").get_inputs()[0].shape == [4, 16]
+
+
+@pytest.mark.parametrize("opset", [18, 19, 20, 21])
+def test_opsets(opset: int, tmp_path: Path) -> None:
+    quant_model, x = small()
+    export_onnx(quant_model, x, tmp_path / "m.onnx", opset=opset)
+    report = Backend.ONNX.verify(tmp_path / "m.onnx")
+    assert report.opset == opset
+    assert report.ok, str(report)
+    (found,) = run_onnxruntime(tmp_path / "m.onnx", {"input": x.numpy()})
+    assert sqnr(quant_model(x), found) > 35
+
+
+@pytest.mark.parametrize("opset", [11, 17])
+def test_an_opset_too_low(opset: int, tmp_path: Path) -> None:
+    quant_model, x = small()
+    with pytest.raises(InvalidConfig, match="expected 18 or more"):
+        export_onnx(quant_model, x, tmp_path / "m.onnx", opset=opset)
+    assert not list(tmp_path.iterdir())
+
+
+def test_torch_onnx_export_takes_the_model(tmp_path: Path) -> None:
+    model = tiny_transformer()
+    quantizer = calibrated(model, [(example("tiny_transformer", 16), {})], backend="onnx")
+    quant_model, args = quantizer.quantize(model), example("tiny_transformer", 2)
+    sizes = tuple({0: torch.export.Dim.AUTO} for _ in args)
+    program = torch.onnx.export(quant_model, args, dynamo=True, dynamic_shapes=sizes, verbose=False)
+    assert program is not None
+    program.save(tmp_path / "m.onnx", external_data=False)
+    loaded = session(tmp_path / "m.onnx")
+    others = example("tiny_transformer", 5)
+    feed = {each.name: x.numpy() for each, x in zip(loaded.get_inputs(), others, strict=True)}
+    assert sqnr(model(*others), torch.from_numpy(loaded.run(None, feed)[0])) > 25
+    assert Backend.ONNX.verify(tmp_path / "m.onnx").ok
+
+
+def test_large_weights_go_to_a_second_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is protobuf's 2 GB, lowered here."""
+    monkeypatch.setattr(onnx_io, "_LARGEST", 1000)
+    quant_model, x = small()
+    export_onnx(quant_model, x, tmp_path / "m.onnx")
+    assert {each.name for each in tmp_path.iterdir()} == {"m.onnx", "m.onnx.data"}
+    (found,) = run_onnxruntime(tmp_path / "m.onnx", {"input": x.numpy()})
+    assert sqnr(quant_model(x), found) > 35
+    assert Backend.ONNX.verify(tmp_path / "m.onnx").ok
+
+
+def test_pieces_are_exported_if_asked(tmp_path: Path) -> None:
+    case = CASES["branch_on_data"]
+    model = case.build()
+    quant_model = calibrated(model, case.ones(), backend="onnx").quantize(model)
+    args, kwargs = case.inputs(2)
+    inputs = kwargs or args
+    with pytest.raises(InvalidConfig, match=r"captured in pieces.*pieces=True"):
+        export_onnx(quant_model, inputs, tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+    files = export_onnx(quant_model, inputs, tmp_path / "m.onnx", pieces=True)
+    assert files
+    assert set(files) == set(tmp_path.iterdir())
+    for file in files:
+        report = Backend.ONNX.verify(file)
+        assert report.ok, str(report)
+    run(quant_model, case.inputs(2))
+
+
+# Bad input
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
+    quant_model, x = small()
+    with pytest.raises(InvalidConfig, match="give a writable folder"):
+        export_onnx(quant_model, x, tmp_path / "absent" / "m.onnx")
+    if os.geteuid():  # root may write anywhere
+        tmp_path.chmod(0o500)
+        with pytest.raises(InvalidConfig, match="give a writable folder"):
+            export_onnx(quant_model, x, tmp_path / "m.onnx")
+        tmp_path.chmod(0o700)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_left_of_an_export_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnx_ir
+
+    quant_model, x = small()
+    (tmp_path / "m.onnx").write_text("before")
+
+    def full(model: Any, path: Path, **options: Any) -> None:
+        Path(path).write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(onnx_ir, "save", full)
+    with pytest.raises(InvalidConfig, match="No space left"):
+        export_onnx(quant_model, x, tmp_path / "m.onnx")
+    assert [each.name for each in tmp_path.iterdir()] == ["m.onnx"]
+    assert (tmp_path / "m.onnx").read_text() == "before"
+
+
+def test_missing_packages_say_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quant_model, x = small()
+    export_onnx(quant_model, x, tmp_path / "m.onnx")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(BackendUnavailable, match="pip install onnx onnxscript"):
+        export_onnx(quant_model, x, tmp_path / "m.onnx")
+    with pytest.raises(BackendUnavailable, match="pip install onnx onnxruntime"):
+        Backend.ONNX.verify(tmp_path / "m.onnx")
+    assert "pip install onnx onnxscript" in (Backend.ONNX.unavailable() or "")
+
+
+@pytest.mark.parametrize("backend", ["reference", "onednn"])
+def test_a_model_for_another_backend(backend: str, tmp_path: Path) -> None:
+    if Backend.of(backend).unavailable():
+        pytest.skip(f"Backend {backend}: {Backend.of(backend).unavailable()}")
+    model, (x,) = mlp(), example("mlp", 4)
+    quant_model = calibrated(model, [((x,), {})], backend=backend).quantize(model)
+    with pytest.raises(InvalidConfig, match=r"backend=Backend\.ONNX"):
+        export_onnx(quant_model, x, tmp_path / "m.onnx")
+    with pytest.raises(InvalidConfig, match="expected a quantized model, got Sequential"):
+        export_onnx(model, x, tmp_path / "m.onnx")
+
+
+def test_an_operator_without_a_form_is_named(tmp_path: Path) -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.inner = nn.Linear(4, 4), nn.Module()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.linalg.eigvals(self.linear(x)).real
+
+    model, x = Odd(), normal(2, 4, 4)
+    quant_model = calibrated(model, [((x,), {})], backend="onnx").quantize(model)
+    with pytest.raises(UnsupportedOp, match=r"linalg_eig\S* at \S*eigvals has no ONNX form"):
+        export_onnx(quant_model, x, tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_unpickled_in_a_process_that_has_not_seen_the_operators(tmp_path: Path) -> None:
+    quant_model, x = small()
+    torch.save((quant_model, x, quant_model(x)), tmp_path / "model.pt")
+    code = (
+        "import sys, torch, torch_quant; "
+        "m, x, y = torch.load(sys.argv[1], weights_only=False); "
+        "assert torch.equal(m(x), y)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.pt")], check=True)
+
+
+def test_images_of_other_sizes(tmp_path: Path) -> None:
+    model = seeded(
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    )
+    inputs = ((images(2, 16),), {})
+    quantizer = calibrated(model, [((images(64, 16),), {})], backend="onnx")
+    quant_model = written(quantizer, model, inputs, tmp_path / "m.onnx")
+    others = ((images(3, 24),), {})
+    found = run_onnxruntime(tmp_path / "m.onnx", feeds(quant_model, others))
+    assert sqnr(tensors(model, others), found) > 25

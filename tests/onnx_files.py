@@ -1,0 +1,84 @@
+"""What the tests of ONNX files share: export, run in onnxruntime or OpenVINO, look inside."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flows import Inputs, run
+from torch import Tensor, nn
+
+from torch_quant import Quantizer, export_onnx
+from torch_quant.backends.quantized import QuantizedRegion
+from torch_quant.graph.calls import bind, flatten_call
+from torch_quant.graph.outputs import flatten_output
+
+__all__ = ["feeds", "needs", "operators", "run_onnxruntime", "run_openvino", "tensors", "written"]
+
+
+def needs(*packages: str) -> pytest.MarkDecorator:
+    """Skips where a package is missing, saying how to get it."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    return pytest.mark.skipif(
+        bool(missing), reason=f"missing: pip install {' '.join(missing)}, or -e '.[dev]' has all"
+    )
+
+
+def written(
+    quantizer: Quantizer, model: nn.Module, inputs: Inputs, path: Path, **options: Any
+) -> QuantizedRegion:
+    """Quantize for ONNX and export with ``inputs`` as the example."""
+    quant_model = quantizer.quantize(model, backend="onnx")
+    args, kwargs = bind(quant_model.signature, *inputs)
+    export_onnx(quant_model, kwargs if kwargs and not args else args, path, **options)
+    return quant_model
+
+
+def feeds(quant_model: QuantizedRegion, inputs: Inputs) -> dict[str, Any]:
+    """The tensors of a call under the names that the file gives its inputs."""
+    call = flatten_call(*bind(quant_model.signature, *inputs))
+    return {name: x.numpy() for name, x in zip(call.names(), call.tensors, strict=True)}
+
+
+def tensors(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """The tensors among a model's outputs, in order."""
+    return [x for x in flatten_output(run(model, inputs))[0] if isinstance(x, Tensor)]
+
+
+def session(path: Path, **options: Any) -> Any:
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads, settings.log_severity_level = 1, 3
+    for name, value in options.items():
+        setattr(settings, name, value)
+    return onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+
+
+def run_onnxruntime(path: Path, feed: dict[str, Any], **options: Any) -> list[Tensor]:
+    """The outputs on onnxruntime's CPU provider; inputs the file does not have are left out."""
+    loaded = session(path, **options)
+    known = {each.name for each in loaded.get_inputs()}
+    outputs = loaded.run(None, {name: x for name, x in feed.items() if name in known})
+    return [torch.from_numpy(x) for x in outputs]
+
+
+def run_openvino(path: Path, feed: dict[str, Any]) -> list[Tensor]:
+    """The outputs on OpenVINO's CPU plugin, in float32 where it is not int8."""
+    import openvino
+
+    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+    compiled = openvino.Core().compile_model(path, "CPU", options)
+    known = {name for each in compiled.inputs for name in each.names}
+    outputs = compiled({name: x for name, x in feed.items() if name in known})
+    return [torch.from_numpy(outputs[each].copy()) for each in compiled.outputs]
+
+
+def operators(path: Path) -> list[str]:
+    """Operators of the file, in order."""
+    import onnx
+
+    return [node.op_type for node in onnx.load(path).graph.node]

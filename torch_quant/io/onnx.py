@@ -1,0 +1,324 @@
+"""Deploy as ONNX: quantize/dequantize pairs, integer weights, the model's own names, free sizes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from torch_quant.backends.onnx import missing_packages
+from torch_quant.backends.quantized import QuantizedGraph, QuantizedRegion
+from torch_quant.errors import BackendUnavailable, InvalidConfig, UnsupportedOp
+from torch_quant.graph.calls import bind, flatten_call
+from torch_quant.graph.decomposed import NAMESPACE
+from torch_quant.graph.sites import KEY
+from torch_quant.io.onnx_names import describe, rename
+
+__all__ = ["export_onnx"]
+
+LOWEST_OPSET = 18
+"""The lowest that PyTorch's exporter writes."""
+_LARGEST = 2**31 - 2**20
+"""Bytes of weights that fit into one file, which protobuf limits to 2 GB, the graph included."""
+
+logger = logging.getLogger("torch_quant")
+
+
+def export_onnx(
+    quant_model: nn.Module,
+    example_inputs: Any,
+    path: str | os.PathLike[str],
+    *,
+    dynamic: bool = True,
+    opset: int | None = None,
+    pieces: bool = False,
+) -> list[Path]:
+    """Write a quantized model as an ONNX file that onnxruntime and OpenVINO run on int8 kernels.
+
+    The graph that serves the example is written. Inputs and outputs are named as the model's; the
+    file tells in its metadata which version wrote it, the plan and how it was calibrated. It is
+    written at the end, in one step; weights above 2 GB go to ``<path>.data`` beside it.
+
+    Args:
+        quant_model: what ``quantizer.quantize(model, backend=Backend.ONNX)`` returned.
+        example_inputs: a tensor, a tuple of positional inputs or a dict of keywords.
+        path: where to write.
+        dynamic: keep batch, length and image sizes free, as far as the model itself does.
+        opset: the ONNX operator set, 18 or more; None for the exporter's own choice.
+        pieces: write a model that was captured in pieces as one file for each graph that the
+            example takes: ``model.onnx`` gives ``model.encoder.layer.0.onnx`` and so on.
+
+    Returns:
+        The files: one, or one for each piece.
+
+    Raises:
+        BackendUnavailable: onnx or onnxscript is not installed.
+        InvalidConfig: not a model for Backend.ONNX, one in pieces, an opset or path that will not
+            do.
+        UnsupportedOp: an operator has no ONNX form; names where it is.
+    """
+    if missing := missing_packages("onnx", "onnxscript"):
+        raise BackendUnavailable(f"export_onnx: {missing}")
+    if opset is not None and opset < LOWEST_OPSET:
+        raise InvalidConfig(
+            f"export_onnx(opset={opset}): expected {LOWEST_OPSET} or more, the lowest that "
+            "PyTorch exports to"
+        )
+    if not isinstance(quant_model, QuantizedRegion):
+        raise InvalidConfig(
+            f"expected a quantized model, got {type(quant_model).__name__}: "
+            "quantizer.quantize(model, backend=Backend.ONNX)"
+        )
+    target = Path(path)
+    if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
+        raise InvalidConfig(f"cannot write {target}: give a writable folder")
+    calls = _graphs_called(quant_model, example_inputs)
+    whole = [name for name, *_ in calls] == [""]
+    if not whole and not pieces:
+        raise InvalidConfig(_in_pieces(quant_model, target))
+    written = []
+    for name, graph, tensors in calls:
+        _check_lowered(graph.body)
+        program = _export(graph, tensors, dynamic=dynamic, opset=opset)
+        rename(program, graph, tensors)
+        describe(program, quant_model, "" if whole else name)
+        file = target if whole else target.with_name(f"{target.stem}.{name}{target.suffix}")
+        _save(program, file)
+        written.append(file)
+    return written
+
+
+# Which graphs
+
+
+def _graphs_called(
+    model: QuantizedRegion, example_inputs: Any
+) -> list[tuple[str, QuantizedGraph, tuple[Tensor, ...]]]:
+    """(name, graph, tensors) of each graph that the example takes, in order, once each."""
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(example_inputs, Mapping):
+        kwargs = dict(example_inputs)
+    else:
+        args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    if model.glue is None:
+        call = flatten_call(*bind(model.signature, args, kwargs))
+        for graph in model.graphs:
+            assert isinstance(graph, QuantizedGraph)
+            if graph.mismatch(call) is None:
+                return [("", graph, call.tensors)]
+    names: dict[QuantizedGraph, str] = {}
+    for region in model.modules():
+        if isinstance(region, QuantizedRegion):
+            for i, graph in enumerate(region.graphs):
+                assert isinstance(graph, QuantizedGraph)
+                names[graph] = region.path + (f".{i}" if i else "")
+    found: dict[QuantizedGraph, tuple[Tensor, ...]] = {}
+
+    def note(graph: Any, tensors: tuple[Tensor, ...]) -> None:
+        found.setdefault(graph, tensors)
+
+    hooks = [graph.register_forward_pre_hook(note) for graph in names]
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)  # raises, saying why, where no graph serves the example
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [(names[graph], graph, tensors) for graph, tensors in found.items()]
+
+
+def _in_pieces(model: QuantizedRegion, target: Path) -> str:
+    glue = [
+        region.path or "(root)"
+        for region in model.modules()
+        if isinstance(region, QuantizedRegion) and region.glue is not None
+    ]
+    return (
+        f"the model was captured in pieces, with Python code between them in {', '.join(glue)}, "
+        "and cannot be one ONNX graph; print(quantizer.coverage(model)) says why. "
+        f"export_onnx(..., {target.name!r}, pieces=True) writes a file for each piece"
+    )
+
+
+def _check_lowered(body: fx.GraphModule) -> None:
+    """Other backends' operators have no ONNX form."""
+    names = {str(node.target) for node in body.graph.nodes if node.op == "call_function"}
+    if any(name.startswith("torch_quant.") for name in names) or not any(
+        name.startswith(NAMESPACE) for name in names
+    ):
+        raise InvalidConfig(
+            "the model was not quantized for ONNX: quantizer.quantize(model, backend=Backend.ONNX)"
+        )
+
+
+# Exporting
+
+
+class _Tensors(nn.Module):
+    """A graph whose outputs that are no tensors are left out, and repeated ones are their own."""
+
+    def __init__(self, body: fx.GraphModule) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        seen: set[int] = {id(x) for x in tensors}
+        outputs = []
+        for x in self.body(*tensors):
+            if isinstance(x, Tensor):
+                outputs.append(x.clone() if id(x) in seen else x)
+                seen.add(id(x))
+        return tuple(outputs)
+
+
+def _captured(graph: QuantizedGraph, tensors: tuple[Tensor, ...]) -> Any:
+    """The exported graph with its sizes free; a batch of 1 may have to be repeated for that."""
+    twice = tuple(torch.cat([x, x]) if x.dim() and x.shape[0] == 1 else x for x in tensors)
+    reasons: list[Exception] = []
+    for example, mode in ((tensors, "oblivious"), (twice, "oblivious"), (twice, "dynamic")):
+        try:
+            return _traced(graph, example, mode)
+        except Exception as error:  # torch.export raises errors of many unrelated classes
+            reasons.append(error)
+    try:
+        exported = _traced(graph, tensors, "static")
+    except Exception as error:
+        raise _without_form(reasons[0], graph.body) from error
+    logger.warning("the ONNX file serves sizes as in the example only: %s", reasons[0])
+    return exported
+
+
+def _traced(graph: QuantizedGraph, tensors: tuple[Tensor, ...], mode: str) -> Any:
+    from torch.export import Dim
+    from torch.fx.experimental import _config as fx_config
+
+    shapes = tuple(
+        {i: Dim.AUTO for i, size in enumerate(sizes) if isinstance(size, str)} or None
+        for sizes in graph.contract.shapes
+    )
+    oblivious = (
+        fx_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+        if mode == "oblivious"
+        else contextlib.nullcontext()
+    )
+    with oblivious:
+        return torch.export.export(
+            _Tensors(graph.body),
+            tuple(x.clone() for x in tensors),
+            dynamic_shapes=None if mode == "static" else {"tensors": shapes},
+            strict=False,
+        )
+
+
+def _export(
+    graph: QuantizedGraph, tensors: tuple[Tensor, ...], *, dynamic: bool, opset: int | None
+) -> Any:
+    with torch.no_grad(), _quiet():
+        exported = _captured(graph, tensors) if dynamic else _traced(graph, tensors, "static")
+        try:
+            program = torch.onnx.export(exported, dynamo=True, opset_version=opset, verbose=False)
+        except Exception as error:
+            raise _without_form(error, graph.body) from error
+    assert program is not None
+    version = program.model.opset_imports.get("", 0)
+    if opset is not None and version != opset:
+        raise InvalidConfig(
+            f"export_onnx(opset={opset}): PyTorch {torch.__version__} and the installed onnxscript "
+            f"export this model to opset {version} only"
+        )
+    program.exported_program = exported
+    return program
+
+
+_OPERATOR = re.compile(r"OpOverload\(op='([\w.]+)', overload='(\w+)'\)|<built-in[^>]*>")
+
+
+def _without_form(error: BaseException, body: fx.GraphModule) -> Exception:
+    """What the exporter raised, as an error that names the operator and the place."""
+    text, cause = "", error
+    while cause is not None:
+        text += f"{cause}\n"
+        cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
+    match = _OPERATOR.search(text)
+    if match is None:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return UnsupportedOp(f"the model cannot be exported to ONNX: {' '.join(lines[:3])[:500]}")
+    name = f"{match[1]}.{match[2]}" if match[1] else match[0]
+    operator = name.split(".")[-2] if "." in name else name
+    places = [
+        str(node.meta.get(KEY, node.name))
+        for node in body.graph.nodes
+        if node.op == "call_function" and _op_name(node).startswith(operator.strip("_"))
+    ]
+    where = f" at {', '.join(places[:3])}" if places else ""
+    return UnsupportedOp(
+        f"{name}{where} has no ONNX form in PyTorch {torch.__version__} and the installed "
+        "onnxscript; rewrite it in the model, or export the rest of the model without it"
+    )
+
+
+def _op_name(node: fx.Node) -> str:
+    return str(getattr(node.target, "_opname", node.name)).strip("_")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter logs and warns of matters that are not the user's."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.CRITICAL)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)
+
+
+# Saving
+
+
+def _save(program: Any, target: Path) -> None:
+    """Write into a folder of its own beside ``target``, then rename: all or nothing."""
+    import onnx_ir as ir
+
+    for node in program.model.graph:
+        for key in [key for key in node.metadata_props if key.startswith("pkg.")]:
+            del node.metadata_props[key]  # stack traces of the exporter
+        node.doc_string = None
+    size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
+    try:
+        folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    except OSError as error:
+        raise InvalidConfig(
+            f"cannot write {target}: {error.strerror}; give a writable folder"
+        ) from error
+    try:
+        data = f"{target.name}.data"
+        external = data if size > _LARGEST else None
+        ir.save(program.model, folder / target.name, external_data=external)
+        if external:
+            os.replace(folder / data, target.with_name(data))
+        os.replace(folder / target.name, target)
+    except OSError as error:
+        raise InvalidConfig(f"cannot write {target}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
