@@ -14,7 +14,7 @@ from zoo import ZOO, samples
 
 from torch_quant import Quantizer
 
-__all__ = ["CASES", "Case", "Inputs", "calibrated", "rows", "run", "snapshot"]
+__all__ = ["CASES", "Case", "Inputs", "calibrated", "rows", "run", "settled", "snapshot"]
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -107,3 +107,10 @@ def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
     for name, (identity, value) in before["state"].items():
         assert after["state"][name][0] == identity, name
         assert torch.equal(after["state"][name][1], value), name
+
+
+def settled(scripted: Any, x: tuple[Any, ...]) -> Any:
+    """The output once a compiler behind TorchScript has seen the shapes."""
+    for _ in range(2):
+        scripted(*x)
+    return scripted(*x)

@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from flows import assert_unchanged, calibrated, run, snapshot
+from flows import assert_unchanged, calibrated, run, settled, snapshot
 from models import MODELS, example, normal, seeded
 from torch import Tensor, nn
 
 from torch_quant import (
+    Backend,
     InvalidConfig,
     NotCalibrated,
     QuantError,
@@ -284,10 +285,15 @@ def test_traced_exported_copied_and_saved(
     assert torch.equal(copy.deepcopy(quant_model)(*x), expected)
     assert torch.equal(pickle.loads(pickle.dumps(quant_model))(*x), expected)
     export_torchscript(quant_model, example(name, 2), tmp_path / "model.pt")
-    assert torch.equal(torch.jit.load(tmp_path / "model.pt")(*x), expected)
+    loaded = torch.jit.load(tmp_path / "model.pt")
+    compiles = Backend.of(backend).compiles
+    assert torch.equal(settled(loaded, x) if compiles else loaded(*x), expected)
     sizes = tuple({0: torch.export.Dim.AUTO} for _ in x)
     program = torch.export.export(quant_model, example(name, 2), dynamic_shapes=sizes, strict=False)
-    assert torch.equal(program.module()(*x), expected)
+    if compiles:  # not what its compiler reads: the same graph in float
+        assert sqnr(expected, program.module()(*x)) > 30.0
+    else:
+        assert torch.equal(program.module()(*x), expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -507,9 +513,11 @@ def test_what_is_not_finite_is_named(place: str, value: float, metric: str) -> N
     assert amp_model.recorder.batches == 0
 
 
-def test_a_state_from_before_says_what_is_missing() -> None:
+def test_a_state_without_a_fallback() -> None:
     _, quantizer, _ = analysed()
     state = quantizer.state_dict()
     del state["fallback"]
-    with pytest.raises(InvalidConfig, match="not a Quantizer state"):
-        Quantizer("reference").load_state_dict(state)
+    other = Quantizer("reference")
+    other.load_state_dict(state)
+    assert other.fallen_back == {}
+    assert other.state.batches == quantizer.state.batches

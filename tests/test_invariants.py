@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from flows import CASES, assert_unchanged, calibrated, run, snapshot
+from flows import CASES, assert_unchanged, calibrated, run, settled, snapshot
 from models import MODELS, example
 from torch import nn
 
@@ -24,13 +24,6 @@ SOME = ["mlp", "small_cnn", "mobile_cnn", "tiny_transformer", "attention_explici
 
 def batches(name: str, sizes: tuple[int, ...] = (32, 64)) -> list[Any]:
     return [(example(name, size), {}) for size in sizes]
-
-
-def settled(scripted: Any, x: tuple[Any, ...]) -> Any:
-    """The output once a compiler behind TorchScript has seen the shapes."""
-    for _ in range(2):
-        scripted(*x)
-    return scripted(*x)
 
 
 @pytest.mark.parametrize("observer", sorted(OBSERVERS))

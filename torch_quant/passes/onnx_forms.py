@@ -109,6 +109,10 @@ def _add_mask(
     if mask not in masks:
         masks[mask] = _additive(graph, mask, boolean=hidden is not None)
     added, alive = masks[mask]
+    value = product.args[1]
+    if _is_target(value, aten.to.dtype) and value.args[1] is torch.bfloat16:  # type: ignore[union-attr]
+        with graph.inserting_before(scores):  # the attention fell back to it, the mask did not
+            added = graph.call_function(aten.to.dtype, (added, torch.bfloat16))
     scores.target, scores.args = aten.add.Tensor, (scores.args[0], added)
     with graph.inserting_after(product):
         masked = graph.call_function(aten.mul.Tensor, (product, alive))
