@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from torch_quant.backends import Backend, best_backend
+from torch_quant.backends import Backend, usable_backend
 from torch_quant.backends.quantized import QuantizedRegion
 from torch_quant.config import ModuleFilter, Overrides, QConfig
 from torch_quant.core.plan import FALLEN_BACK, PRECISIONS, QuantPlan
 from torch_quant.errors import (
-    BackendUnavailable,
     InvalidConfig,
     NotCalibrated,
     UnsupportedOp,
@@ -69,10 +68,12 @@ class Quantizer:
         overrides: Overrides | None = None,
         module_filter: ModuleFilter | None = None,
     ) -> None:
-        self.backend = _usable(backend)
-        self.settings = Settings(
-            qconfig or QConfig(), dict(overrides or {}), module_filter or ModuleFilter()
-        )
+        self.backend = usable_backend(backend)
+        self.qconfig = qconfig or QConfig()
+        self.overrides = dict(overrides or {})
+        self.module_filter = module_filter or ModuleFilter()
+        self._edits = QuantPlan()
+        self.settings.check()
         self.state = QuantState()
         self.plan = QuantPlan()
         self.fallen_back: dict[str, str] = {}  # site -> precision
@@ -83,6 +84,11 @@ class Quantizer:
 
     def __repr__(self) -> str:
         return f"Quantizer({self.backend!r}, {self.state.batches} batches seen, {self.plan!r})"
+
+    @property
+    def settings(self) -> Settings:
+        """The configuration as it is now."""
+        return Settings(self.qconfig, self.overrides, self.module_filter, self._edits)
 
     # Proxies
 
@@ -103,8 +109,13 @@ class Quantizer:
         self.settings.check_names(model)
         if example_inputs is not None:
             run_example(captured, example_inputs)
-        observer = partial(self.settings.observer, captured)
-        return CalibModel(captured, model, self.state, observer, partial(self._seen, captured))
+        return CalibModel(
+            captured,
+            model,
+            self.state,
+            lambda key: self.settings.observer(captured, key),
+            partial(self._seen, captured),
+        )
 
     def amp(
         self,
@@ -153,7 +164,7 @@ class Quantizer:
             captured,
             model,
             lambda model: self.settings.lowering(captured, model, self.backend, self.state),
-            lambda: (self.state.batches, id(self.settings.edits)),
+            lambda: (self.state.batches, self.qconfig, id(self._edits)),
             metric,
             loss_fn,
             max_batches,
@@ -331,7 +342,7 @@ class Quantizer:
         """
         summary = load_summary(path)
         summary.apply_to(self.state)
-        self.settings.edits = summary.plan
+        self._edits = summary.plan
 
     # Inside
 
@@ -373,7 +384,7 @@ class Quantizer:
         self, model: nn.Module, backend: Backend | str | None, example_inputs: Any, method: str
     ) -> tuple[Backend, CapturedModel]:
         """The backend and the model, captured, for ``method``."""
-        chosen = self.backend if backend is None else _usable(backend)
+        chosen = self.backend if backend is None else usable_backend(backend)
         captured = self._captured(model, chosen)
         if example_inputs is not None:
             run_example(captured, example_inputs)
@@ -385,10 +396,3 @@ class Quantizer:
                 f"were loaded, or it is a copy): quantizer.{method}(model, example_inputs=...)"
             )
         return chosen, captured
-
-
-def _usable(backend: Backend | str | None) -> Backend:
-    chosen = best_backend() if backend is None else Backend.of(backend)
-    if reason := chosen.unavailable():
-        raise BackendUnavailable(f"{chosen!r} does not run here: {reason}")
-    return chosen

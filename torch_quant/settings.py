@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from torch_quant.state import QuantState
 __all__ = ["Settings"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Settings:
     """Configuration of one quantizer.
 
@@ -33,17 +33,15 @@ class Settings:
         overrides: exceptions to it.
         module_filter: which sites to quantize at all.
         edits: a summary that was read; goes before all of these, site by site.
-
-    Raises:
-        InvalidConfig: an override that is no QConfig.
     """
 
     qconfig: QConfig
     overrides: Overrides
     module_filter: ModuleFilter
-    edits: QuantPlan = field(default_factory=QuantPlan)
+    edits: QuantPlan
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise :class:`InvalidConfig` for an override that is no QConfig."""
         for key, value in self.overrides.items():
             if value is not None and not isinstance(value, QConfig):
                 raise InvalidConfig(f"override {key!r} is {value!r}; expected a QConfig or None")

@@ -1,6 +1,12 @@
 """Runtimes. Importing this package registers every backend."""
 
-from torch_quant.backends.base import Backend, available_backends, best_backend, register_backend
+from torch_quant.backends.base import (
+    Backend,
+    available_backends,
+    best_backend,
+    register_backend,
+    usable_backend,
+)
 from torch_quant.backends.ipex import IPEXBackend
 from torch_quant.backends.onednn import OneDNNBackend
 from torch_quant.backends.onnx import OnnxBackend
@@ -15,4 +21,5 @@ __all__ = [
     "available_backends",
     "best_backend",
     "register_backend",
+    "usable_backend",
 ]

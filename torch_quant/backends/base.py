@@ -9,10 +9,10 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor, fx
 
 from torch_quant.core.plan import Placement
-from torch_quant.errors import InvalidConfig
+from torch_quant.errors import BackendUnavailable, InvalidConfig
 from torch_quant.passes.base import PassContext
 
-__all__ = ["Backend", "available_backends", "best_backend", "register_backend"]
+__all__ = ["Backend", "available_backends", "best_backend", "register_backend", "usable_backend"]
 
 _REGISTRY: dict[str, Backend] = {}
 T = TypeVar("T", bound="type[Backend]")
@@ -105,3 +105,11 @@ def available_backends() -> list[Backend]:
 def best_backend() -> Backend:
     """The fastest backend that needs nothing more than this machine has."""
     return available_backends()[0]
+
+
+def usable_backend(backend: Backend | str | None) -> Backend:
+    """The backend meant, None for the best; raises :class:`BackendUnavailable` if not on here."""
+    chosen = best_backend() if backend is None else Backend.of(backend)
+    if reason := chosen.unavailable():
+        raise BackendUnavailable(f"{chosen!r} does not run here: {reason}")
+    return chosen
