@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from zoo import ZOO, samples
 
 from torch_quant import Quantizer
 
-__all__ = ["CASES", "Case", "Inputs", "calibrated", "rows", "run", "settled", "snapshot"]
+__all__ = ["CASES", "Case", "Inputs", "calibrated", "equal", "rows", "run", "settled", "snapshot"]
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -114,3 +115,14 @@ def settled(scripted: Any, x: tuple[Any, ...]) -> Any:
     for _ in range(2):
         scripted(*x)
     return scripted(*x)
+
+
+def equal(x: Tensor, y: Tensor) -> bool:
+    """Bit equality; up to rounding once IPEX is loaded, which replaces kernels of float operators.
+
+    (Layer norms, and whatever stands in a traced graph: one and the same computation is then done
+    by different kernels, depending on how it is run.)
+    """
+    if "intel_extension_for_pytorch" in sys.modules:
+        return torch.allclose(x, y, rtol=1e-4, atol=1e-5)
+    return torch.equal(x, y)
