@@ -23,6 +23,7 @@ __all__ = [
     "Compute",
     "Two",
     "attention_explicit",
+    "exact_copy",
     "example",
     "images",
     "mlp",
@@ -125,6 +126,13 @@ class Two(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return self.l1(self.l0(x).relu())
+
+
+def exact_copy(features: int) -> nn.Linear:
+    """The identity: its weight is exact in int8, so it shows the integers before it."""
+    layer = nn.Linear(features, features, bias=False)
+    layer.weight.data.copy_(torch.eye(features))
+    return layer
 
 
 def mlp() -> nn.Sequential:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from flows import calibrated
+from models import exact_copy
 from torch import Tensor, nn
 
 from torch_quant import Backend, QConfig, QuantSpec, export_torchscript, sqnr
@@ -56,13 +57,6 @@ def both(model: nn.Module, *inputs: Tensor, config: QConfig | None = None) -> tu
     report = IPEXBackend().verify(quant_model, inputs)
     assert report.complete, str(report)
     return expected, actual
-
-
-def exact_copy(features: int) -> nn.Linear:
-    """The identity: its weight is exact in int8, so it shows the integers before it."""
-    layer = nn.Linear(features, features, bias=False)
-    layer.weight.data.copy_(torch.eye(features))
-    return layer
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

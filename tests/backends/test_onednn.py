@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from flows import calibrated
+from models import exact_copy
 from torch import Tensor, nn
 
 from torch_quant import Backend, QConfig, QuantSpec, sqnr
@@ -71,13 +72,6 @@ def kernels(quant_model: QuantizedRegion) -> list[str]:
         for node in graph.body.graph.nodes
         if node.op == "call_function"
     ]
-
-
-def exact_copy(features: int) -> nn.Linear:
-    """The identity: its weight is exact in int8, so it shows the integers before it."""
-    layer = nn.Linear(features, features, bias=False)
-    layer.weight.data.copy_(torch.eye(features))
-    return layer
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

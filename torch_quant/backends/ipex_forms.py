@@ -209,15 +209,21 @@ def separate_twins(context: PassContext) -> int:
         assert pattern is not None
         if len(pattern.activations) != 2 or node.args[0] is not node.args[1]:
             continue
-        real = node.args[1]
-        assert isinstance(real, fx.Node)
-        codes = real.args[0]
-        assert isinstance(codes, fx.Node)
-        other = _call(node, aten.clone.default, codes.args[0])
-        again = _call(node, QUANTIZE, other, *codes.args[1:])
-        node.update_arg(1, _call(node, DEQUANTIZE, again, *real.args[1:]))
+        _quantize_again(node, aten.clone.default)
         changed += 1
     return changed
+
+
+def _quantize_again(product: fx.Node, copy: Any) -> fx.Node:
+    """Give a product's right side a pair of its own, behind a copy of the float tensor."""
+    real = product.args[1]
+    assert isinstance(real, fx.Node)
+    codes = real.args[0]
+    assert isinstance(codes, fx.Node)
+    again = _call(product, QUANTIZE, _call(product, copy, codes.args[0]), *codes.args[1:])
+    new = _call(product, DEQUANTIZE, again, *real.args[1:])
+    product.update_arg(1, new)
+    return new
 
 
 def batched_products(context: PassContext) -> int:
@@ -236,13 +242,7 @@ def batched_products(context: PassContext) -> int:
             node.target = aten.bmm.default
             right = node.args[1]
             assert isinstance(right, fx.Node)
-            codes = right.args[0]
-            assert isinstance(codes, fx.Node)
-            straight = _call(node, aten.contiguous.default, codes.args[0])
-            again = _call(node, QUANTIZE, straight, *codes.args[1:])
-            real = _call(node, DEQUANTIZE, again, *right.args[1:])
-            real.meta = dict(right.meta)
-            node.update_arg(1, real)
+            _quantize_again(node, aten.contiguous.default).meta = dict(right.meta)
             changed += 1
     return changed
 

@@ -18,7 +18,7 @@ from torch_quant.backends.base import Backend, register_backend
 from torch_quant.backends.reference import symmetric_weight
 from torch_quant.core.plan import Placement
 from torch_quant.core.spec import QuantSpec
-from torch_quant.graph.ops import size_hints
+from torch_quant.graph.ops import size_hints, spread
 from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
 from torch_quant.passes.base import PassContext
 
@@ -196,7 +196,7 @@ def _lower_conv(node: fx.Node) -> None:
     x, x_scale, x_zero_point, weight, *rest = _operands(node)
     arguments = (*node.args[3:7], *(1, 0, 1, 1)[len(node.args[3:7]) :])
     stride, padding, dilation, groups = arguments
-    steps = _spread(dilation, dims)
+    steps = spread(dilation, dims)
     if padding == "same":
         kernel = node.graph.owning_module.get_buffer(weight.target).shape[2:]  # type: ignore[union-attr]
         total = [d * (k - 1) for d, k in zip(steps, kernel, strict=True)]
@@ -209,17 +209,11 @@ def _lower_conv(node: fx.Node) -> None:
                 x = node.graph.call_function(aten.constant_pad_nd.default, pad)
     elif padding == "valid":
         padding = 0
-    geometry = (_spread(stride, dims), _spread(padding, dims), steps, groups)
+    geometry = (spread(stride, dims), spread(padding, dims), steps, groups)
     out = _output(node, _CONV_POST_OPS[dims])
     ending = (out.scale, out.zero_point, out.dtype, out.post_op, list(out.post_args))
     args = (x, x_scale, x_zero_point, weight, *rest, *geometry, *ending)
     _replace(node, out, onednn_ops.CONV, args)
-
-
-def _spread(value: Any, dims: int) -> list[int]:
-    """One value for each spatial dimension."""
-    values = [value] if isinstance(value, int) else list(value)
-    return values * dims if len(values) == 1 else values
 
 
 def _lower_embedding(node: fx.Node) -> None:

@@ -20,7 +20,14 @@ from torch_quant.graph.calls import Call
 from torch_quant.graph.outputs import flatten_output, unflatten_output
 from torch_quant.graph.shapes import ShapeContract
 
-__all__ = ["CapturedGraph", "ModelRefuses", "export_graph", "no_fastpath", "run_module"]
+__all__ = [
+    "CapturedGraph",
+    "ModelRefuses",
+    "export_graph",
+    "no_fastpath",
+    "run_module",
+    "size_oblivious",
+]
 
 logger = logging.getLogger("torch_quant")
 
@@ -223,6 +230,17 @@ def _frozen(module: nn.Module) -> Iterator[None]:
                     buffer.copy_(saved)
 
 
+def size_oblivious(wanted: bool) -> contextlib.AbstractContextManager[Any]:
+    """Export without taking a dimension of size 1 for a constant, if ``wanted``."""
+    from torch.fx.experimental import _config as fx_config
+
+    if not wanted:
+        return contextlib.nullcontext()
+    patch: contextlib.AbstractContextManager[Any]
+    patch = fx_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    return patch
+
+
 @contextlib.contextmanager
 def no_fastpath() -> Iterator[None]:
     """Attention modules compute by their own Linears, not by one opaque operator."""
@@ -303,18 +321,11 @@ def _same(actual: Any, expected: Any) -> bool:
 def _export(module: nn.Module, example: Call, mode: str) -> CapturedGraph:
     # Imported here: with sympy behind it, it takes longer than all the rest of the package.
     from torch.export import Dim
-    from torch.fx.experimental import _config as fx_config
 
     out_specs: list[Any] = []
     flat = _Flat(module, example, out_specs.append)
     shapes = tuple(dict.fromkeys(range(x.dim()), Dim.AUTO) or None for x in example.tensors)
-    # Without it, a dimension of size 1 is taken for a constant.
-    oblivious = (
-        fx_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
-        if mode == "oblivious"
-        else contextlib.nullcontext()
-    )
-    with _frozen(module), no_fastpath(), _quiet(), oblivious:
+    with _frozen(module), no_fastpath(), _quiet(), size_oblivious(mode == "oblivious"):
         program = torch.export.export(
             flat,
             _copied(example).tensors,

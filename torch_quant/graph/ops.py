@@ -23,6 +23,7 @@ __all__ = [
     "OpPattern",
     "pattern_of",
     "size_hints",
+    "spread",
 ]
 
 aten = torch.ops.aten
@@ -62,6 +63,12 @@ def size_hints(value: Any) -> tuple[int, ...]:
     if not isinstance(value, Tensor):
         return ()
     return tuple(size if isinstance(size, int) else _hint(size) for size in value.shape)
+
+
+def spread(value: Any, dims: int) -> list[int]:
+    """An argument by spatial dimension: ``2`` and ``[2]`` are short for ``[2, 2]``."""
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    return values * dims if len(values) == 1 else values
 
 
 def _hint(size: SymInt) -> int:

@@ -22,6 +22,7 @@ from torch_quant.backends.quantized import QuantizedGraph, QuantizedRegion
 from torch_quant.errors import BackendUnavailable, InvalidConfig, UnsupportedOp
 from torch_quant.graph.calls import bind, flatten_call
 from torch_quant.graph.decomposed import NAMESPACE
+from torch_quant.graph.export import size_oblivious
 from torch_quant.graph.sites import KEY
 from torch_quant.io.onnx_names import describe, rename
 
@@ -202,18 +203,12 @@ def _captured(graph: QuantizedGraph, tensors: tuple[Tensor, ...]) -> Any:
 
 def _traced(graph: QuantizedGraph, tensors: tuple[Tensor, ...], mode: str) -> Any:
     from torch.export import Dim
-    from torch.fx.experimental import _config as fx_config
 
     shapes = tuple(
         {i: Dim.AUTO for i, size in enumerate(sizes) if isinstance(size, str)} or None
         for sizes in graph.contract.shapes
     )
-    oblivious = (
-        fx_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
-        if mode == "oblivious"
-        else contextlib.nullcontext()
-    )
-    with oblivious:
+    with size_oblivious(mode == "oblivious"):
         return torch.export.export(
             _Tensors(graph.body),
             tuple(x.clone() for x in tensors),

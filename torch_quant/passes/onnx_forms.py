@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from torch_quant.core.qparams import MIN_SCALE
-from torch_quant.graph.ops import DATA_MOVEMENT, size_hints
+from torch_quant.graph.ops import DATA_MOVEMENT, size_hints, spread
 from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
 from torch_quant.graph.sites import KEY
 from torch_quant.passes.attention import decompose_attention
@@ -299,19 +299,13 @@ def _explicit_padding(gm: fx.GraphModule, node: fx.Node) -> None:
     arguments: list[Any] = [*node.args, *defaults[len(node.args) :]]
     x, weight, bias, stride, padding, dilation, groups = arguments
     kernel = gm.get_buffer(str(weight.args[0].target)).shape[2:]
-    dilation = _spread(dilation, len(kernel))
+    dilation = spread(dilation, len(kernel))
     total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
     if any(t % 2 for t in total):
         return
     node.target = _PADDED_BY_NAME[node.target]
     sides = [t // 2 for t in total]
-    node.args = (x, weight, bias, _spread(stride, len(kernel)), sides, dilation, groups)
-
-
-def _spread(value: Any, dims: int) -> list[int]:
-    """An argument by dimension: ``2`` and ``[2]`` are short for ``[2, 2]``."""
-    values = list(value) if isinstance(value, (list, tuple)) else [value]
-    return values * dims if len(values) == 1 else values
+    node.args = (x, weight, bias, spread(stride, len(kernel)), sides, dilation, groups)
 
 
 def embedding_forms(context: PassContext) -> int:
