@@ -28,17 +28,25 @@ class QConfig:
         weight: format of the weight.
         observer: statistics taken of activations.
         weight_observer: statistics taken of weights.
+        smooth: 0 to 1, how much of the spread between the channels of a linear layer's input goes
+            over to its weight before both are quantized: SmoothQuant's alpha. 0.5 to 0.8 help
+            transformers, whose activations have a few channels far larger than the rest; None, the
+            default, leaves it out. Ask for it before calibrating; the input's range is then that
+            of its channels, whatever ``observer`` is.
 
     Raises:
-        InvalidConfig: per-channel activations, an unknown observer name.
+        InvalidConfig: per-channel activations, an unknown observer name, ``smooth`` not 0 to 1.
     """
 
     input: QuantSpec | None = None
     weight: QuantSpec | None = None
     observer: ObserverLike | None = None
     weight_observer: ObserverLike = "minmax"
+    smooth: float | None = None
 
     def __post_init__(self) -> None:
+        if self.smooth is not None and not 0 <= self.smooth <= 1:
+            raise InvalidConfig(f"QConfig(smooth=...) is {self.smooth!r}; expected 0 to 1, or None")
         for name in ("input", "weight"):
             spec = getattr(self, name)
             if spec is not None and not isinstance(spec, QuantSpec):

@@ -113,7 +113,8 @@ class Quantizer:
             captured,
             model,
             self.state,
-            lambda key: self.settings.observer(captured, key),
+            lambda key: self.settings.statistics(captured, key),
+            lambda name: self.settings.observer(captured, name),
             partial(self._seen, captured),
         )
 

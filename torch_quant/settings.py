@@ -8,6 +8,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from torch_quant.algorithms.smoothquant import SmoothQuant, channels_key, is_channels_key
 from torch_quant.backends import Backend
 from torch_quant.backends.lowering import Lowering
 from torch_quant.config import ModuleFilter, ObserverLike, Overrides, QConfig, check_names
@@ -18,7 +19,12 @@ from torch_quant.errors import InvalidConfig, QuantError
 from torch_quant.graph.annotate import annotate, modules_of, qconfig_of
 from torch_quant.graph.sites import Site
 from torch_quant.model import CapturedModel
-from torch_quant.observers import DEFAULT_OBSERVER, Observer, observer_class
+from torch_quant.observers import (
+    DEFAULT_OBSERVER,
+    MinMaxObserver,
+    Observer,
+    observer_class,
+)
 from torch_quant.state import QuantState
 
 __all__ = ["Settings"]
@@ -96,10 +102,25 @@ class Settings:
         """How the model is put on a backend, with the ranges as they are now."""
         plan = self.plan(captured, model, backend, fallen)
         weight_grid = partial(self._weight_grid, captured, model)
-        return Lowering(captured, plan, backend, state.qparams, weight_grid)
+        smoothing = SmoothQuant(captured, plan, state)
+        return Lowering(captured, plan, backend, smoothing.grid, weight_grid, smoothing.factor)
+
+    def statistics(self, captured: CapturedModel, key: str) -> tuple[str, ...]:
+        """Under which names a tensor is recorded: its own, and that of its channels if wanted."""
+        smoothed = (
+            site.smoothable and site.inputs == (key,) and self._smooths(captured, site)
+            for site, _ in captured.sites()
+        )
+        return (key, channels_key(key)) if any(smoothed) else (key,)
+
+    def _smooths(self, captured: CapturedModel, site: Site) -> bool:
+        config = self._config(captured.region.module, site)
+        return config is not None and config.smooth is not None
 
     def observer(self, captured: CapturedModel, key: str) -> Observer:
         """A new observer for a tensor: that of the first site that uses it."""
+        if is_channels_key(key):
+            return MinMaxObserver(ch_axis=-1)
         for prepared in captured.graphs():
             for site, _ in prepared.sites:
                 if key in site.keys:

@@ -17,6 +17,7 @@ from torch_quant.passes.base import PassContext, copy_graph, run_passes
 from torch_quant.passes.dynamic_sizes import dynamic_sizes
 from torch_quant.passes.insert_qdq import GridOf, WeightGridOf, insert_qdq
 from torch_quant.passes.lower_precision import lower_precision
+from torch_quant.passes.smooth_inputs import FactorOf, smooth_inputs
 
 __all__ = ["Lowering"]
 
@@ -30,6 +31,7 @@ class Lowering:
     backend: Backend
     grid_of: GridOf
     weight_grid_of: WeightGridOf
+    factor_of: FactorOf
 
     def run(self) -> QuantizedRegion:
         """The whole model, quantized; the float model is untouched."""
@@ -63,6 +65,7 @@ class Lowering:
         """One canonical graph, or a part of one, on the backend's kernels."""
         context = PassContext(copy_graph(canonical))
         lower_precision(context, self.plan)
+        smooth_inputs(context, self.plan, self.factor_of)
         insert_qdq(context, self.plan, self.grid_of, self.weight_grid_of)
         run_passes(context, self.backend.placement().passes)
         lowered = self.backend.lower(context)

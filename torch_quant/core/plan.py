@@ -62,6 +62,7 @@ class SitePlan:
         macs: multiply-accumulates on the captured example.
         precision: ``"float32"`` or ``"bfloat16"``, the arithmetic of a site that stays in float.
         stored: key of its result, or of that behind a rectifier, where it is quantized as well.
+        smooth: SmoothQuant's alpha, None without smoothing.
 
     Raises:
         InvalidConfig: another precision.
@@ -77,6 +78,7 @@ class SitePlan:
     macs: int = 0
     precision: str = "float32"
     stored: str = ""
+    smooth: float | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -177,6 +179,7 @@ class QuantPlan(Mapping[str, SitePlan]):
                         weight=edit.weight,
                         quantized=not reason,
                         reason=reason,
+                        smooth=edit.smooth,
                     )
                 )
         return QuantPlan(plan)

@@ -99,6 +99,7 @@ def annotate(
                 reason=reason,
                 macs=site.macs,
                 stored=site.stored if site.op in placement.stored else "",
+                smooth=config.smooth if config is not None and site.smoothable else None,
             )
         )
     return QuantPlan(plan)

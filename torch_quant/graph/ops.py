@@ -20,6 +20,7 @@ __all__ = [
     "INT8_NEVER",
     "PATTERNS",
     "RECTIFIERS",
+    "ROW_MOVEMENT",
     "OpPattern",
     "pattern_of",
     "size_hints",
@@ -188,6 +189,15 @@ DATA_MOVEMENT = frozenset({
 the input serves the output, so quantization passes through. Slices and splits are left out on
 purpose: parts (Q, K and V of one projection) deserve grids of their own. Max pooling is, because
 ATen's integer kernel takes small images only."""
+
+ROW_MOVEMENT = frozenset({
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints,
+    aten.unflatten.int, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim,
+    aten.squeeze.dims, aten.contiguous.default, aten.clone.default, aten.alias.default,
+    aten.detach.default,
+})  # fmt: skip
+"""Data movement that keeps the order of elements: a last dimension that has the same size before
+and after is the same dimension."""
 
 IDENTITY = frozenset({
     aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default,

@@ -13,6 +13,7 @@ from torch_quant.graph.ops import (
     ACTIVATIONS,
     DATA_MOVEMENT,
     RECTIFIERS,
+    ROW_MOVEMENT,
     OpPattern,
     pattern_of,
     size_hints,
@@ -60,6 +61,8 @@ class Site:
         weight_shape: sizes of its weight, empty without one.
         stored: key of what a convolution leaves behind, its result or that of the rectifier which
             alone uses it: some kernels give nothing but integers there. Empty for other operators.
+        smoothable: whether the last dimension of its input's source is that of its weight, so that
+            statistics of channels recorded there hold for the input.
     """
 
     name: str
@@ -71,6 +74,7 @@ class Site:
     macs: int
     weight_shape: tuple[int, ...]
     stored: str = ""
+    smoothable: bool = False
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -180,6 +184,15 @@ def fused_output(node: fx.Node, functions: Container[Any] = ACTIVATIONS) -> fx.N
     return users[0] if len(users) == 1 and users[0].target in functions else node
 
 
+def _keeps_channels(arg: Any) -> bool:
+    """Whether all that lies between ``arg`` and its source leaves the last dimension alone."""
+    *moves, origin = behind(arg)
+    channels = size_hints(arg)[-1]
+    return all(move.target in ROW_MOVEMENT for move in moves) and all(
+        size_hints(node)[-1:] == (channels,) for node in (*moves, origin)
+    )
+
+
 def find_sites(graph: fx.Graph) -> Iterator[tuple[fx.Node, OpPattern, Site]]:
     """Every site of a canonical graph in order: its node, its row and its description.
 
@@ -205,5 +218,6 @@ def find_sites(graph: fx.Graph) -> Iterator[tuple[fx.Node, OpPattern, Site]]:
             macs=pattern.macs(node),
             weight_shape=size_hints(weight),
             stored=key_of(fused_output(node, RECTIFIERS)) if pattern.name in _STORES else "",
+            smoothable=pattern.name == "linear" and _keeps_channels(node.args[0]),
         )
         yield node, pattern, site

@@ -39,9 +39,11 @@ class MinMaxObserver(Observer):
         return self.min_val, self.max_val
 
     def state_dict(self) -> dict[str, Any]:
-        return {"batches": self.batches, "min_val": self.min_val, "max_val": self.max_val}
+        state = {"batches": self.batches, "min_val": self.min_val, "max_val": self.max_val}
+        return state if self.ch_axis is None else state | {"ch_axis": self.ch_axis}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.batches = int(state["batches"])
         self.min_val = state["min_val"]
         self.max_val = state["max_val"]
+        self.ch_axis = state.get("ch_axis")

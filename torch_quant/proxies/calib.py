@@ -27,7 +27,8 @@ class CalibModel(Proxy):
         captured: the model's regions and graphs.
         model: the float model.
         state: takes the ranges.
-        make: makes the observer of a new key.
+        statistics: the names that a tensor's key is recorded under.
+        make: makes the observer of a new name.
         seen: called after every batch that was recorded.
     """
 
@@ -36,10 +37,12 @@ class CalibModel(Proxy):
         captured: CapturedModel,
         model: nn.Module,
         state: QuantState,
+        statistics: Callable[[str], tuple[str, ...]],
         make: Callable[[str], Observer],
         seen: Callable[[], None],
     ) -> None:
         self._state, self._make, self._seen = state, make, seen
+        self._statistics = statistics
         super().__init__(captured, model)
 
     def _reset(self) -> None:
@@ -66,4 +69,5 @@ class CalibModel(Proxy):
         return region.module(*args, **kwargs)
 
     def _observe(self, key: str, x: Tensor) -> None:
-        self._state.observe(key, x, partial(self._make, key))
+        for name in self._statistics(key):
+            self._state.observe(name, x, partial(self._make, name))

@@ -1,0 +1,136 @@
+"""SmoothQuant: move the spread of an activation's channels into the weight that reads them.
+
+A few channels of a transformer's activations are far larger than the rest, and the one scale that a
+kernel allows has to cover them. Dividing channel ``j`` by ``s_j``, and multiplying column ``j`` of
+the weight by it, changes nothing in float and evens out the channels:
+
+    s_j = max|x_j| ** alpha / max|w_j| ** (1 - alpha)
+
+Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language
+Models", 2023, equation 4. Layers that read the same tensor share ``s``, and ``max|w_j|`` is taken
+over all of them, so that the tensor is quantized once.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from functools import cached_property
+
+import torch
+from torch import Tensor, fx
+
+from torch_quant.core.plan import QuantPlan, SitePlan
+from torch_quant.core.qparams import QParams, choose_qparams
+from torch_quant.core.spec import QuantSpec
+from torch_quant.errors import InvalidConfig, NotCalibrated
+from torch_quant.graph.sites import find_sites
+from torch_quant.model import CapturedModel
+from torch_quant.observers import MinMaxObserver
+from torch_quant.passes.constants import evaluate
+from torch_quant.passes.smooth_inputs import smoothed_key
+from torch_quant.state import QuantState
+
+__all__ = ["SmoothQuant", "channels_key", "is_channels_key", "smoothing_factor"]
+
+_CHANNELS = "[channels]"
+
+
+def channels_key(key: str) -> str:
+    """The name under which statistics of a tensor's last dimension are kept."""
+    return f"{key}{_CHANNELS}"
+
+
+def is_channels_key(name: str) -> bool:
+    """Whether :func:`channels_key` made this name."""
+    return name.endswith(_CHANNELS)
+
+
+def smoothing_factor(reach: Tensor, weight: Tensor, alpha: float) -> Tensor:
+    """What each channel is divided by.
+
+    Args:
+        reach: largest magnitude of each input channel, shape ``[channels]``.
+        weight: largest magnitude of each column of the weight, shape ``[channels]``.
+        alpha: 0 evens out the weight alone, 1 the activation alone.
+
+    Returns:
+        Positive factors, shape ``[channels]``; 1 where a channel or its column is all zeros.
+    """
+    factor = reach**alpha / weight ** (1 - alpha)
+    used = (reach > 0) & (weight > 0)
+    return torch.where(used, factor, torch.ones_like(factor))
+
+
+class SmoothQuant:
+    """Factors and grids of the sites that a plan smooths.
+
+    Args:
+        captured: the model's graphs.
+        plan: says which sites, and how strongly.
+        state: ranges from calibration, those of channels among them.
+    """
+
+    def __init__(self, captured: CapturedModel, plan: QuantPlan, state: QuantState) -> None:
+        self._captured, self._state = captured, state
+        self._groups: defaultdict[str, list[SitePlan]] = defaultdict(list)
+        for entry in plan.values():
+            if entry.quantized and entry.smooth is not None:
+                self._groups[smoothed_key(entry)].append(entry)
+
+    def factor(self, entry: SitePlan) -> Tensor:
+        """What the channels of the site's input are divided by, shape ``[channels]``.
+
+        Raises:
+            NotCalibrated: calibration recorded no channels there, or not from the start.
+            InvalidConfig: the site cannot be smoothed.
+        """
+        group = self._groups[smoothed_key(entry)]
+        low, high = self._extremes(entry.inputs[0])
+        missing = [each.name for each in group if each.name not in self._columns]
+        if missing:
+            raise InvalidConfig(
+                f"{missing[0]} cannot be smoothed: only linear layers whose input's last dimension "
+                'is as it was computed; set "smooth" to null there'
+            )
+        columns = torch.stack([self._columns[each.name] for each in group]).amax(0)
+        assert entry.smooth is not None
+        return smoothing_factor(torch.maximum(-low, high).clamp(min=0), columns, entry.smooth)
+
+    def grid(self, key: str, spec: QuantSpec) -> QParams:
+        """The grid of a tensor, smoothed or not; raises as :meth:`factor` does."""
+        if key not in self._groups:
+            return self._state.qparams(key, spec)
+        entry = self._groups[key][0]
+        low, high = self._extremes(entry.inputs[0])
+        factor = self.factor(entry)
+        return choose_qparams((low / factor).amin(), (high / factor).amax(), spec)
+
+    def _extremes(self, key: str) -> tuple[Tensor, Tensor]:
+        whole, channels = (self._state.observers.get(k) for k in (key, channels_key(key)))
+        if not isinstance(channels, MinMaxObserver) or whole is None:
+            raise NotCalibrated(
+                f"the channels of {key} were not recorded: give QConfig(smooth=...) to the "
+                "quantizer before running quantizer.calib(model)"
+            )
+        if channels.batches != whole.batches:
+            raise NotCalibrated(
+                f"the channels of {key} were recorded in {channels.batches} of {whole.batches} "
+                "batches only: QConfig(smooth=...) came after calibration had begun; calibrate anew"
+            )
+        return channels.min_val, channels.max_val
+
+    @cached_property
+    def _columns(self) -> dict[str, Tensor]:
+        """Site -> largest magnitude of each column of its weight, of all that can be smoothed."""
+        return {
+            site.name: _columns(prepared.canonical, node)
+            for prepared in self._captured.graphs()
+            for node, _, site in find_sites(prepared.canonical.graph)
+            if site.smoothable
+        }
+
+
+def _columns(gm: fx.GraphModule, node: fx.Node) -> Tensor:
+    weight = node.args[1]
+    assert isinstance(weight, fx.Node)
+    return evaluate(gm, weight).detach().abs().amax(0)

@@ -1,0 +1,60 @@
+"""Divide the channels of a linear layer's input by factors, and multiply its weight by them.
+
+x -> mul(1 / factor) -> linear(weight * factor)
+
+In float this changes nothing but the last digit; behind it both sides are easier to quantize.
+Layers that read one tensor share the multiplication.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx
+
+from torch_quant.core.plan import QuantPlan, SitePlan
+from torch_quant.graph.sites import KEY, find_sites
+from torch_quant.passes.base import PassContext
+from torch_quant.passes.constants import evaluate, new_constant
+
+__all__ = ["FactorOf", "smooth_inputs", "smoothed_key"]
+
+FactorOf = Callable[[SitePlan], Tensor]
+"""Site -> positive factors, shape ``[channels]``; the same for sites of one smoothed tensor."""
+
+
+def smoothed_key(entry: SitePlan) -> str:
+    """The key of a site's input behind the multiplication."""
+    assert entry.smooth is not None
+    return f"{entry.inputs[0]}[smooth={entry.smooth:g}]"
+
+
+@torch.no_grad()
+def smooth_inputs(context: PassContext, plan: QuantPlan, factor_of: FactorOf) -> int:
+    """Smooth every site that the plan smooths; returns how many."""
+    changed = 0
+    smoothed: dict[tuple[fx.Node, str], fx.Node] = {}
+    weights: dict[tuple[int, str], Tensor] = {}
+    for node, _, site in list(find_sites(context.graph)):
+        entry = plan[site.name]
+        if not entry.quantized or entry.smooth is None:
+            continue
+        x, weight = node.args[:2]
+        assert isinstance(x, fx.Node)
+        assert isinstance(weight, fx.Node)
+        key, factor = smoothed_key(entry), factor_of(entry)
+        if (x, key) not in smoothed:
+            inverse = new_constant(context.gm, f"{key}.inverse", 1 / factor, node)
+            with context.graph.inserting_before(node):
+                mul = context.graph.call_function(torch.ops.aten.mul.Tensor, (x, inverse))
+            mul.meta = {**x.meta, KEY: key}
+            smoothed[x, key] = mul
+        value = evaluate(context.gm, weight)
+        scaled = weights.setdefault((id(value), key), value.detach() * factor)
+        constant = new_constant(context.gm, f"{site.name}.smoothed_weight", scaled, node)
+        constant.meta = {k: v for k, v in weight.meta.items() if k == "val"}
+        node.update_arg(0, smoothed[x, key])
+        node.update_arg(1, constant)
+        changed += 1
+    return changed
