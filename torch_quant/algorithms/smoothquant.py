@@ -85,13 +85,13 @@ class SmoothQuant:
             InvalidConfig: the site cannot be smoothed.
         """
         group = self._groups[smoothed_key(entry)]
-        low, high = self._extremes(entry.inputs[0])
         missing = [each.name for each in group if each.name not in self._columns]
         if missing:
             raise InvalidConfig(
                 f"{missing[0]} cannot be smoothed: only linear layers whose input's last dimension "
                 'is as it was computed; set "smooth" to null there'
             )
+        low, high = self._extremes(entry.inputs[0])
         columns = torch.stack([self._columns[each.name] for each in group]).amax(0)
         assert entry.smooth is not None
         return smoothing_factor(torch.maximum(-low, high).clamp(min=0), columns, entry.smooth)

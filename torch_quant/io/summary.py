@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from torch_quant.algorithms.smoothquant import channels_key
 from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import InvalidConfig
 from torch_quant.io.files import write_atomically
@@ -30,16 +32,22 @@ class Summary:
     Args:
         plan: every site: quantized or not and why, formats of activations and weight.
         ranges: tensor key -> (minimum, maximum) that its grid covers.
+        channels: tensor key -> minimum and maximum of each channel, shape ``[2, channels]``, of
+            tensors that are smoothed.
     """
 
     plan: QuantPlan
     ranges: Mapping[str, tuple[float, float]]
+    channels: Mapping[str, Tensor] = field(default_factory=dict)
 
     def apply_to(self, state: QuantState) -> None:
         """Put the ranges in the place of what was observed of these tensors."""
         for key, (low, high) in self.ranges.items():
             observer = state.observers[key] = MinMaxObserver()
             observer.observe(torch.tensor([low, high]))
+        for key, extremes in self.channels.items():
+            observer = state.observers[channels_key(key)] = MinMaxObserver(ch_axis=-1)
+            observer.observe(extremes)
         state.batches = max(state.batches, 1)
 
 
@@ -53,20 +61,35 @@ def _ranges(plan: QuantPlan, state: QuantState) -> dict[str, list[float]]:
     return ranges
 
 
+def _channels(plan: QuantPlan, state: QuantState) -> dict[str, list[list[float]]]:
+    """Minimum and maximum of each channel, of the tensors that the plan smooths."""
+    keys = dict.fromkeys(site.inputs[0] for site in plan.values() if site.smooth is not None)
+    observers = {key: state.observers.get(channels_key(key)) for key in keys}
+    return {
+        key: [observer.min_val.tolist(), observer.max_val.tolist()]
+        for key, observer in observers.items()
+        if isinstance(observer, MinMaxObserver)
+    }
+
+
 def save_summary(path: str | os.PathLike[str], plan: QuantPlan, state: QuantState) -> None:
     """Write plan and ranges; raises :class:`InvalidConfig` if the path cannot be written."""
-    write_summary(path, plan, _ranges(plan, state))
+    write_summary(path, plan, _ranges(plan, state), _channels(plan, state))
 
 
 def write_summary(
-    path: str | os.PathLike[str], plan: QuantPlan, ranges: Mapping[str, list[float]]
+    path: str | os.PathLike[str],
+    plan: QuantPlan,
+    ranges: Mapping[str, list[float]],
+    channels: Mapping[str, list[list[float]]] | None = None,
 ) -> None:
-    """Write a plan and the range of each tensor key, in this file's format."""
+    """Write a plan, and ranges by tensor key and by channel, in this file's format."""
     data = {
         "format": _FORMAT,
         "version": _VERSION,
         "sites": plan.to_dict()["sites"],
         "ranges": dict(ranges),
+        "channels": dict(channels or {}),
     }
     text = json.dumps(data, indent=1) + "\n"
     write_atomically(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
@@ -84,6 +107,7 @@ def load_summary(path: str | os.PathLike[str]) -> Summary:
         raise InvalidConfig(f"{path} has version {data.get('version')}; expected {_VERSION}")
     try:
         ranges = {key: (float(low), float(high)) for key, (low, high) in data["ranges"].items()}
+        channels = {key: torch.tensor(pair) for key, pair in data.get("channels", {}).items()}
         plan = QuantPlan.from_dict(data)
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidConfig(f"{path}: {type(error).__name__}: {error}") from error
@@ -92,4 +116,10 @@ def load_summary(path: str | os.PathLike[str]) -> Summary:
             raise InvalidConfig(
                 f"{path}: the range of {key} is [{low}, {high}]; expected low <= high"
             )
-    return Summary(plan, ranges)
+    for key, pair in channels.items():
+        if pair.dim() != 2 or len(pair) != 2 or not bool((pair[0] <= pair[1]).all()):
+            raise InvalidConfig(
+                f"{path}: the channels of {key} are of shape {tuple(pair.shape)}; expected as many "
+                "minima as maxima, none above its maximum"
+            )
+    return Summary(plan, ranges, channels)
