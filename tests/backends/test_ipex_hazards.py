@@ -221,8 +221,9 @@ def test_1_and_2_shortcuts_of_convolutions() -> None:
 
     for function in (own, around_two, read_otherwise, pooled):
         # Within the error of quantization: IPEX adds codes where the reference adds floats.
-        agree(Blocks(function), x, least=32, backend=IPEXBackend(int8_shortcuts=True))
-        agree(Blocks(function), x, least=40)
+        for shortcuts, least in ((True, 32), (None, 32), (False, 40)):
+            backend = IPEXBackend(int8_shortcuts=shortcuts)
+            agree(Blocks(function), x, least=least, backend=backend)
 
 
 def test_13_a_result_that_is_written_to_through_a_view() -> None:

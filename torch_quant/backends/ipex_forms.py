@@ -15,9 +15,15 @@ import torch
 from torch import fx
 
 from torch_quant.backends.ipex_attention import plain_softmax
-from torch_quant.graph.ops import ACTIVATIONS, DATA_MOVEMENT, pattern_of, size_hints
+from torch_quant.graph.ops import (
+    ACTIVATIONS,
+    DATA_MOVEMENT,
+    RECTIFIERS,
+    pattern_of,
+    size_hints,
+)
 from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
-from torch_quant.graph.sites import is_constant
+from torch_quant.graph.sites import fused_output, is_constant
 from torch_quant.passes.base import Pass, PassContext
 from torch_quant.passes.constants import evaluate, new_constant
 
@@ -280,7 +286,15 @@ def explicit_pools(context: PassContext) -> int:
     return changed
 
 
-def integer_shortcuts(context: PassContext) -> int:
+def rectified_shortcuts(context: PassContext) -> int:
+    """:func:`integer_shortcuts` where a rectifier alone reads the sum, as in ResNet.
+
+    Convolution, sum and rectifier are one kernel there, which then neither reads nor writes floats.
+    """
+    return integer_shortcuts(context, rectified=True)
+
+
+def integer_shortcuts(context: PassContext, *, rectified: bool = False) -> int:
     """Behind a convolution, add the codes of a shortcut that is quantized anyway.
 
     Then nothing between two blocks is in float, and IPEX fuses whole stages of a residual network.
@@ -290,6 +304,8 @@ def integer_shortcuts(context: PassContext) -> int:
     changed = 0
     for node in list(context.graph.find_nodes(op="call_function", target=aten.add.Tensor)):
         if node.kwargs or not _all_read_by_convs(node):
+            continue
+        if rectified and fused_output(node, RECTIFIERS) is node:
             continue
         for i in (0, 1):
             other = node.args[1 - i]
@@ -329,8 +345,11 @@ def _all_read_by_convs(node: fx.Node) -> bool:
     return bool(quantized) and not rest and all(reader.target in known for reader in readers)
 
 
-def placement_forms(*, int8_shortcuts: bool) -> tuple[Pass, ...]:
+def placement_forms(*, int8_shortcuts: bool | None) -> tuple[Pass, ...]:
     """The passes of this module, in order."""
+    shortcuts: dict[bool | None, tuple[Pass, ...]] = {
+        None: (rectified_shortcuts,), True: (integer_shortcuts,), False: (),
+    }  # fmt: skip
     return (
         fold_constants,
         look_up_embeddings,
@@ -341,7 +360,7 @@ def placement_forms(*, int8_shortcuts: bool) -> tuple[Pass, ...]:
         separate_twins,
         batched_products,
         relu6_as_hardtanh,
-        *((integer_shortcuts,) if int8_shortcuts else ()),
+        *shortcuts[int8_shortcuts],
         explicit_pools,
     )
 
