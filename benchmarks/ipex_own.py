@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch_quant import QConfig, Quantizer, sqnr
 from torch_quant.backends import IPEXBackend
 
-SMOOTH = 0.7
+SMOOTH = 0.8
 """SmoothQuant's alpha."""
 
 

@@ -20,7 +20,7 @@ from common import check_in_fresh_process, file_size, interleaved_latency, print
 from minilm_data import embed, load_pairs, model_folder, retrieval
 from tqdm import tqdm
 
-from torch_quant import Quantizer, cosine, export_torchscript
+from torch_quant import QConfig, Quantizer, cosine, export_torchscript
 
 BATCH = 8
 
@@ -31,6 +31,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--backend", help="reference, onednn or ipex; default: the best of this machine"
     )
+    parser.add_argument("--smooth", type=float, help="SmoothQuant's alpha, 0.8 say; default: none")
     parser.add_argument("--output", type=Path, default=Path("out/minilm_int8.pt"))
     parser.add_argument("--pairs", type=int, default=400, help="held-out pairs (default 400)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
@@ -56,7 +57,7 @@ def main() -> None:
     data = load_pairs(held_out=options.pairs)
 
     # The three lines: calibrate, run data, quantize.
-    quantizer = Quantizer(options.backend)
+    quantizer = Quantizer(options.backend, qconfig=QConfig(smooth=options.smooth))
     calib_model = quantizer.calib(model.eval())
     for body in tqdm(data.calibration, desc="calibrating", unit="text"):
         embed(calib_model, tokenizer, [body])  # one at a time: padding would widen the ranges

@@ -29,7 +29,7 @@ class QConfig:
         observer: statistics taken of activations.
         weight_observer: statistics taken of weights.
         smooth: 0 to 1, how much of the spread between the channels of a linear layer's input goes
-            over to its weight before both are quantized: SmoothQuant's alpha. 0.5 to 0.8 help
+            over to its weight before both are quantized: SmoothQuant's alpha. 0.7 to 0.8 help
             transformers, whose activations have a few channels far larger than the rest; None, the
             default, leaves it out. Ask for it before calibrating; the input's range is then that
             of its channels, whatever ``observer`` is.
