@@ -19,6 +19,7 @@ from torch_quant.graph.ops import (
     IDENTITY,
     INT8_NEVER,
     PATTERNS,
+    padding_sizes,
     sdpa_probabilities,
 )
 from torch_quant.graph.sites import find_sites
@@ -226,3 +227,17 @@ def test_hidden_probabilities_of_a_fully_masked_row_are_zero() -> None:
     assert torch.equal(probabilities[..., 1, :], torch.zeros(1, 2, 3))
     torch.testing.assert_close(probabilities.sum(-1)[..., [0, 2]], torch.ones(1, 2, 2))
     assert torch.equal(probabilities[..., 0, 1], torch.zeros(1, 2))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("padding", ["same", "valid", 2, [2], [1, 2]])
+@pytest.mark.parametrize("kernel", [(3, 5), (2, 3), (2, 4)])
+@pytest.mark.parametrize("dilation", [1, [3], [1, 2]])
+def test_padding_in_numbers(padding: Any, kernel: tuple[int, int], dilation: Any) -> None:
+    x, weight = normal(1, 1, 16, 15), normal(1, 1, *kernel)
+    expected = F.conv2d(x, weight, padding=padding, dilation=dilation)
+    sides, far = padding_sizes(padding, kernel, dilation)
+    plain = F.conv2d(x, weight, padding=sides, dilation=dilation)
+    assert bool(far) == (plain.shape != expected.shape)
+    x = F.pad(x, far)
+    torch.testing.assert_close(F.conv2d(x, weight, padding=sides, dilation=dilation), expected)

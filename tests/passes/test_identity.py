@@ -56,6 +56,30 @@ def test_dropout_that_is_always_on_stays(function: Callable[..., Tensor]) -> Non
     assert len(operators(gm)) == 1
 
 
+CASTS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    "to_dtype": (lambda x: x.relu().to(torch.float32).tanh(), 1),
+    "to_device": (lambda x: x.relu().to("cpu").tanh(), 1),
+    "to_both": (lambda x: x.relu().to("cpu", torch.float32).tanh(), 1),
+    "type_as": (lambda x: x.relu().type_as(x).tanh(), 1),
+    "the_output": (lambda x: x.relu().float(), 1),
+    "written_to_behind_it": (lambda x: x.relu().to(torch.float32).sub_(0.5).tanh(), 1),
+    "another_dtype": (lambda x: x.relu().to(torch.float64).tanh(), 0),
+    "a_copy": (lambda x: x.relu().to(torch.float32, copy=True).tanh(), 0),
+    "a_layout": (lambda x: x.relu().to(memory_format=torch.channels_last).tanh(), 0),
+}
+
+
+@pytest.mark.parametrize("name", CASTS)
+def test_casts_to_the_dtype_at_hand_go(name: str) -> None:
+    compute, changes = CASTS[name]
+    x = normal(2, 3, 4, 4)
+    gm = captured(Compute(compute), x)
+    casts = operators(gm).count("to") + operators(gm).count("type_as")
+    assert apply(remove_identities, gm) == changes
+    assert operators(gm).count("to") + operators(gm).count("type_as") == casts - changes
+    assert torch.equal(gm(x)[0], compute(x))
+
+
 class AddsToConstant(Two):
     """Builds a constant in ``forward`` and writes to it."""
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from models import normal, seeded, tokens
-from rewriting import apply, canonical, grid_of, operators, plan_for, weight_grid_of
+from rewriting import Compute, apply, canonical, grid_of, operators, plan_for, weight_grid_of
 from torch import Tensor, fx, nn
 
 from torch_quant.core.spec import QuantSpec
@@ -19,6 +22,7 @@ from torch_quant.passes.onnx_forms import (
     integer_bias,
     linear_forms_2d,
     move_codes,
+    padding_before_pools,
 )
 
 
@@ -126,3 +130,25 @@ def test_embedding() -> None:
     assert count == 1
     assert operators(after).count("embedding") == 2  # the codes, and their scales
     torch.testing.assert_close(before(x)[0], after(x)[0], rtol=1e-5, atol=1e-5)
+
+
+PADDED: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    "pad": (lambda x: F.max_pool2d(F.pad(x, (1, 1)), 3), 1),
+    "constant_pad_nd": (lambda x: F.max_pool2d(torch.constant_pad_nd(x, [1, 1], 0.0), 3), 1),
+    "one_dimension": (lambda x: F.max_pool1d(F.pad(x[0], (1, 1), "constant", 0.0), 3), 1),
+    "another_value": (lambda x: F.max_pool2d(F.pad(x, (1, 1), value=-2.0), 3), 0),
+    "reflected": (lambda x: F.max_pool2d(F.pad(x, (1, 1, 1, 1), "reflect"), 3), 0),
+    "averaged": (lambda x: F.avg_pool2d(F.pad(x, (1, 1)), 3), 0),
+}
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_zeros_before_a_max_pool(name: str) -> None:
+    """They are negative ones, which onnxruntime does not take for the pool's own padding."""
+    compute, changes = PADDED[name]
+    x = -normal(2, 3, 8, 8).abs()
+    gm = canonical(Compute(compute), x)
+    assert apply(padding_before_pools, gm) == changes
+    found = [n.args[2] for n in gm.graph.nodes if "constant_pad_nd" in str(n.target)]
+    assert [math.copysign(1.0, value) for value in found] == [-1.0] * changes
+    assert torch.equal(gm(x)[0], compute(x))

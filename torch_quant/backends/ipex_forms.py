@@ -19,6 +19,7 @@ from torch_quant.graph.ops import (
     ACTIVATIONS,
     DATA_MOVEMENT,
     RECTIFIERS,
+    padding_sizes,
     pattern_of,
     size_hints,
 )
@@ -133,15 +134,9 @@ def explicit_padding(context: PassContext) -> int:
         defaults = (None, [1] * dims, "valid", [1] * dims, 1)
         given = (*node.args, *defaults[len(node.args) - 2 :])
         x, weight, bias, stride, padding, dilation, groups = given
-        sizes = [0] * dims
-        if padding == "same":
-            kernel = _codes(weight).shape[2:]
-            steps = list(dilation) * dims  # type: ignore[arg-type]
-            total = [d * (k - 1) for d, k in zip(steps, kernel, strict=False)]
-            sizes = [t // 2 for t in total]
-            if any(t % 2 for t in total):
-                far = [side for t in reversed(total) for side in (0, t % 2)]
-                x = _call(node, _PAD, x, far)
+        sizes, far = padding_sizes(padding, _codes(weight).shape[2:], dilation)
+        if far:
+            x = _call(node, _PAD, x, far)
         args = (x, weight, bias, stride, sizes, dilation, groups)
         _replace(node, _call(node, target, *args))
         changed += 1

@@ -18,7 +18,7 @@ from torch_quant.backends.base import Backend, register_backend
 from torch_quant.backends.reference import symmetric_weight
 from torch_quant.core.plan import Placement
 from torch_quant.core.spec import QuantSpec
-from torch_quant.graph.ops import size_hints, spread
+from torch_quant.graph.ops import padding_sizes, size_hints, spread
 from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
 from torch_quant.passes.base import PassContext
 
@@ -196,20 +196,13 @@ def _lower_conv(node: fx.Node) -> None:
     x, x_scale, x_zero_point, weight, *rest = _operands(node)
     arguments = (*node.args[3:7], *(1, 0, 1, 1)[len(node.args[3:7]) :])
     stride, padding, dilation, groups = arguments
-    steps = spread(dilation, dims)
-    if padding == "same":
-        kernel = node.graph.owning_module.get_buffer(weight.target).shape[2:]  # type: ignore[union-attr]
-        total = [d * (k - 1) for d, k in zip(steps, kernel, strict=True)]
-        padding = [t // 2 for t in total]
-        if any(t % 2 for t in total):
-            # The extra column goes to the far side; its code is that of a real 0.
-            far = [side for t in reversed(total) for side in (0, t % 2)]
-            with node.graph.inserting_before(node):
-                pad = (x, far, x_zero_point)
-                x = node.graph.call_function(aten.constant_pad_nd.default, pad)
-    elif padding == "valid":
-        padding = 0
-    geometry = (spread(stride, dims), spread(padding, dims), steps, groups)
+    kernel = node.graph.owning_module.get_buffer(weight.target).shape[2:]  # type: ignore[union-attr]
+    sides, far = padding_sizes(padding, kernel, dilation)
+    if far:  # the code of a real 0
+        with node.graph.inserting_before(node):
+            pad = (x, far, x_zero_point)
+            x = node.graph.call_function(aten.constant_pad_nd.default, pad)
+    geometry = (spread(stride, dims), sides, spread(dilation, dims), groups)
     out = _output(node, _CONV_POST_OPS[dims])
     ending = (out.scale, out.zero_point, out.dtype, out.post_op, list(out.post_args))
     args = (x, x_scale, x_zero_point, weight, *rest, *geometry, *ending)

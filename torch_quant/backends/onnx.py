@@ -27,6 +27,7 @@ from torch_quant.passes.onnx_forms import (
     integer_bias,
     linear_forms_2d,
     move_codes,
+    padding_before_pools,
 )
 from torch_quant.passes.share_grids import keep_grids, read_codes
 
@@ -36,7 +37,14 @@ if TYPE_CHECKING:
 __all__ = ["OnnxBackend", "missing_packages"]
 
 _CONVS = frozenset({"conv1d", "conv2d", "conv3d"})
-_PASSES = (attention_forms, move_codes, embedding_forms, integer_bias, linear_forms_2d)
+_PASSES = (
+    attention_forms,
+    move_codes,
+    embedding_forms,
+    integer_bias,
+    linear_forms_2d,
+    padding_before_pools,
+)
 
 
 def missing_packages(*names: str) -> str | None:

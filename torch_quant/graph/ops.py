@@ -6,7 +6,7 @@ A new operator is one more row here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ __all__ = [
     "RECTIFIERS",
     "ROW_MOVEMENT",
     "OpPattern",
+    "padding_sizes",
     "pattern_of",
     "size_hints",
     "spread",
@@ -70,6 +71,30 @@ def spread(value: Any, dims: int) -> list[int]:
     """An argument by spatial dimension: ``2`` and ``[2]`` are short for ``[2, 2]``."""
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     return values * dims if len(values) == 1 else values
+
+
+def padding_sizes(
+    padding: Any, kernel: Sequence[int], dilation: Any
+) -> tuple[list[int], list[int]]:
+    """A convolution's padding in numbers, also where it is given as ``"same"`` or ``"valid"``.
+
+    Args:
+        padding: the argument, by name or number.
+        kernel: the weight's spatial sizes.
+        dilation: the argument.
+
+    Returns:
+        What both sides get, by spatial dimension; and what is to be added before by
+        ``constant_pad_nd`` where ``"same"`` gives the far side one more, empty if it does not.
+    """
+    dims = len(kernel)
+    if not isinstance(padding, str):
+        return spread(padding, dims), []
+    total = [d * (k - 1) for d, k in zip(spread(dilation, dims), kernel, strict=True)]
+    if padding == "valid":
+        total = [0] * dims
+    far = [side for each in reversed(total) for side in (0, each % 2)]
+    return [each // 2 for each in total], far if any(far) else []
 
 
 def _hint(size: SymInt) -> int:

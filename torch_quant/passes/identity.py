@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from torch_quant.graph.ops import IDENTITY
 from torch_quant.passes.base import PassContext
@@ -14,15 +14,21 @@ __all__ = ["remove_identities", "views_to_reshapes"]
 aten = torch.ops.aten
 _COPIES = (aten.lift_fresh_copy.default, aten.lift_fresh.default)
 """Copies of a constant of the code, needed only if it is written to."""
+_CASTS = frozenset({
+    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.type_as.default,
+})  # fmt: skip
+"""Operators that return their input itself where it has the dtype and device already."""
 
 
 def remove_identities(context: PassContext) -> int:
-    """Dropout in eval mode and the like: users take the input instead."""
+    """Dropout in eval mode, casts to the dtype at hand: users take the input instead."""
     written = written_tensors(context.graph)
     found = [
         n
         for n in context.graph.nodes
-        if (n.target in IDENTITY and not n.args[2]) or (n.target in _COPIES and n not in written)
+        if (n.target in IDENTITY and not n.args[2])
+        or (n.target in _COPIES and n not in written)
+        or (n.target in _CASTS and _casts_nothing(n))
     ]
     for node in found:
         origin = node.args[0]
@@ -30,6 +36,15 @@ def remove_identities(context: PassContext) -> int:
         node.replace_all_uses_with(origin)
         context.graph.erase_node(node)
     return len(found)
+
+
+def _casts_nothing(node: fx.Node) -> bool:
+    before, after = node.args[0].meta.get("val"), node.meta.get("val")  # type: ignore[union-attr]
+    options = (*node.args[1:], *node.kwargs.values())
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+        return False
+    plain = not any(x is True or isinstance(x, torch.memory_format) for x in options)
+    return plain and (before.dtype, before.device) == (after.dtype, after.device)
 
 
 def views_to_reshapes(context: PassContext) -> int:

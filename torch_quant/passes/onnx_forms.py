@@ -13,14 +13,21 @@ import torch
 from torch import Tensor, fx
 
 from torch_quant.core.qparams import MIN_SCALE
-from torch_quant.graph.ops import DATA_MOVEMENT, size_hints, spread
+from torch_quant.graph.ops import DATA_MOVEMENT, padding_sizes, size_hints, spread
 from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
 from torch_quant.graph.sites import KEY
 from torch_quant.passes.attention import decompose_attention
 from torch_quant.passes.base import PassContext, call_like
 from torch_quant.passes.constants import evaluate, new_constant
 
-__all__ = ["attention_forms", "embedding_forms", "integer_bias", "linear_forms_2d", "move_codes"]
+__all__ = [
+    "attention_forms",
+    "embedding_forms",
+    "integer_bias",
+    "linear_forms_2d",
+    "move_codes",
+    "padding_before_pools",
+]
 
 aten = torch.ops.aten
 
@@ -48,6 +55,34 @@ def move_codes(context: PassContext) -> int:
         context.graph.erase_node(node)
         changed += 1
     return changed
+
+
+_MAX_POOLS = frozenset({
+    aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default,
+})  # fmt: skip
+
+
+def padding_before_pools(context: PassContext) -> int:
+    """Zeros before a max pool are written as ``-0.0``, an equal number.
+
+    onnxruntime makes a padding with 0 part of the pool behind it, which pads with minus infinity;
+    where all values are negative, the results differ.
+    """
+    changed = 0
+    for node in context.graph.nodes:
+        if _pads_with_zeros(node) and any(user.target in _MAX_POOLS for user in node.users):
+            node.target, node.args = aten.constant_pad_nd.default, (*node.args[:2], -0.0)
+            changed += 1
+    return changed
+
+
+def _pads_with_zeros(node: fx.Node) -> bool:
+    if node.target is aten.constant_pad_nd.default:
+        return not any(node.args[2:])
+    if node.target is not aten.pad.default:
+        return False
+    mode, value = (*node.args[2:], *("constant", None)[len(node.args) - 2 :])
+    return mode == "constant" and not value
 
 
 # Attention
@@ -299,13 +334,12 @@ def _explicit_padding(gm: fx.GraphModule, node: fx.Node) -> None:
     arguments: list[Any] = [*node.args, *defaults[len(node.args) :]]
     x, weight, bias, stride, padding, dilation, groups = arguments
     kernel = gm.get_buffer(str(weight.args[0].target)).shape[2:]
-    dilation = spread(dilation, len(kernel))
-    total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
-    if any(t % 2 for t in total):
+    sides, far = padding_sizes(padding, kernel, dilation)
+    if far:
         return
     node.target = _PADDED_BY_NAME[node.target]
-    sides = [t // 2 for t in total]
-    node.args = (x, weight, bias, spread(stride, len(kernel)), sides, dilation, groups)
+    dims = len(kernel)
+    node.args = (x, weight, bias, spread(stride, dims), sides, spread(dilation, dims), groups)
 
 
 def embedding_forms(context: PassContext) -> int:
