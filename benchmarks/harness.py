@@ -20,7 +20,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from common import interleaved_latency
 from minilm_data import model_folder
 
-__all__ = ["conditions", "interleaved_latency", "minilm", "minilm_inputs", "report"]
+__all__ = [
+    "conditions",
+    "interleaved_latency",
+    "minilm",
+    "minilm_inputs",
+    "onnxruntime_session",
+    "report",
+]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -74,3 +81,13 @@ def minilm_inputs(batch: int = 8, length: int = 128) -> dict[str, torch.Tensor]:
     mask[0, length * 3 // 4 :] = 0
     ids = torch.randint(1000, 20000, (batch, length), generator=generator)
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def onnxruntime_session(path: Path) -> Any:
+    """The file on onnxruntime's CPU provider, with one thread."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

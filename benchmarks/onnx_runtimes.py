@@ -19,7 +19,7 @@ from typing import Any
 
 import onnxruntime
 import torch
-from harness import interleaved_latency, minilm, minilm_inputs, report
+from harness import interleaved_latency, minilm, minilm_inputs, onnxruntime_session, report
 from latency import resnet50
 from minilm_data import embed, load_pairs, model_folder, retrieval
 from torch import Tensor, nn
@@ -27,13 +27,6 @@ from torch import Tensor, nn
 from torch_quant import Backend, Quantizer, cosine, export_onnx, sqnr
 
 Feed = dict[str, Tensor]
-
-
-def session(path: Path) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def arrays(feed: Feed) -> dict[str, Any]:
@@ -60,7 +53,7 @@ class InRuntime(nn.Module):
 
             self.request = openvino.Core().compile_model(path, "CPU").create_infer_request()
         else:
-            self.session = session(path)
+            self.session = onnxruntime_session(path)
 
     def forward(self, **inputs: Tensor) -> Any:
         feed = {k: v.numpy() for k, v in inputs.items() if k != "token_type_ids"}
@@ -149,7 +142,7 @@ def measure(
     calls: dict[str, Callable[[], Any]] = {}
     for each, path in files.items():
         if path.suffix == ".onnx":
-            loaded, values = session(path), arrays(feed)
+            loaded, values = onnxruntime_session(path), arrays(feed)
             calls[f"onnxruntime {each}"] = lambda s=loaded, v=values: s.run(None, v)  # type: ignore[misc]
         if importlib.util.find_spec("openvino") is not None and "dynamic" not in each:
             calls[f"OpenVINO {each}"] = openvino_call(path, feed)
@@ -190,7 +183,7 @@ def fidelity(kind: str, path: Path, float_file: Path, feed: Feed) -> dict[str, A
     if path.suffix == ".xml":
         return {}
     values = arrays(feed)
-    outputs = [session(each).run(None, values) for each in (float_file, path)]
+    outputs = [onnxruntime_session(each).run(None, values) for each in (float_file, path)]
     expected, found = ([torch.from_numpy(x) for x in each] for each in outputs)
     return {"SQNR dB": sqnr(expected, found)}
 

@@ -68,8 +68,9 @@ def compare_steps(
     feed = feeds(quant_model, inputs)
     outputs, codes = _read_out(file, feed)
     call = flatten_call(*bind(simulation.signature, *inputs))
-    graph = next(g for g in simulation.graphs if g.mismatch(call) is None)  # type: ignore[operator,union-attr]
+    (graph,) = simulation.graphs
     assert isinstance(graph, QuantizedGraph)
+    graph.contract.check(call)
     reference = _FromCodes(graph.body, codes)
     with torch.no_grad():
         leaves = reference.run(*call.tensors)

@@ -6,14 +6,15 @@ from typing import Any
 
 import torch
 from models import images, tokens
+from torch import Tensor
 from zoo_base import ZooEntry, entry, text, wave
-from zoo_text import SEQ2SEQ, SMALL
+from zoo_text import OTHER_TEXT, SEQ2SEQ, SMALL
 from zoo_vision import PATCHES
 
 __all__ = ["AUDIO", "MULTIMODAL"]
 
-SAMPLES = 1600
-FRAMES = 32
+SAMPLES, OTHER_SAMPLES = 1600, 1120
+FRAMES, OTHER_FRAMES = 32, 24
 MELS = 16
 
 WAVE: dict[str, Any] = {
@@ -29,22 +30,28 @@ WAVE: dict[str, Any] = {
 
 
 def waves(name: str, model: str, note: str = "", **config: Any) -> ZooEntry:
-    return entry(name, model, {**WAVE, **config}, wave(SAMPLES), "audio", note=note)
+    options = {**WAVE, **config}
+    return entry(name, model, options, wave(SAMPLES), wave(OTHER_SAMPLES), "audio", note=note)
 
 
-def frames(batch: int) -> dict[str, Any]:
+def spectrogram(batch: int, count: int = FRAMES) -> Tensor:
+    """Smooth, with the mels last."""
+    return images(batch, FRAMES, 1)[:, 0, :count, :MELS]
+
+
+def frames(batch: int, ids: int = 8) -> dict[str, Any]:
     """A smooth spectrogram with the time last, and ids for the decoder."""
     smooth = images(batch, FRAMES, 1)[:, 0, :MELS]
-    return {"input_features": smooth, "decoder_input_ids": tokens(batch, 8, 128, low=3)}
+    return {"input_features": smooth, "decoder_input_ids": tokens(batch, ids, 128, low=3)}
 
 
-def padded_frames(batch: int) -> dict[str, Any]:
-    """A smooth spectrogram with the mels last, its mask, and ids for the decoder."""
-    kept = FRAMES - 8 * ((torch.arange(batch) + 1) % 3)
+def padded_frames(batch: int, count: int = FRAMES) -> dict[str, Any]:
+    """A spectrogram, its mask, and ids for the decoder."""
+    kept = count - 8 * ((torch.arange(batch) + 1) % 3)
     return {
-        "input_features": images(batch, FRAMES, 1)[:, 0, :, :MELS],
-        "attention_mask": (torch.arange(FRAMES) < kept[:, None]).long(),
-        "decoder_input_ids": tokens(batch, 8, 128, low=3),
+        "input_features": spectrogram(batch, count),
+        "attention_mask": (torch.arange(count) < kept[:, None]).long(),
+        "decoder_input_ids": tokens(batch, count // 4, 128, low=3),
     }
 
 
@@ -83,6 +90,7 @@ AUDIO = [
             "max_target_positions": 32,
         },
         frames,
+        lambda batch: frames(batch, 5),  # of frames it takes one number
         "audio",
         gain=1.2,
         note="1-D convolutions, then an encoder-decoder",
@@ -98,6 +106,7 @@ AUDIO = [
             "max_target_positions": 32,
         },
         padded_frames,
+        lambda batch: padded_frames(batch, OTHER_FRAMES),
         "audio",
         note="strided convolutions with gates; its mask shrinks with them",
     ),
@@ -111,7 +120,8 @@ AUDIO = [
             "frequency_stride": 4,
             "time_stride": 4,
         },
-        lambda batch: {"input_values": images(batch, FRAMES, 1)[:, 0, :, :MELS]},
+        lambda batch: {"input_values": spectrogram(batch)},
+        lambda batch: {"input_values": spectrogram(batch, OTHER_FRAMES)},
         "audio",
         note="overlapping patches",
     ),
@@ -126,7 +136,8 @@ AUDIO = [
             "resblock_kernel_sizes": [3, 5],
             "resblock_dilation_sizes": [[1, 3], [1, 3]],
         },
-        lambda batch: {"spectrogram": images(batch, FRAMES, 1)[:, 0, :, :MELS]},
+        lambda batch: {"spectrogram": spectrogram(batch)},
+        lambda batch: {"spectrogram": spectrogram(batch, OTHER_FRAMES)},
         "audio",
         gain=1.0,
         note="a vocoder: transposed and dilated 1-D convolutions, a waveform out",
@@ -141,12 +152,17 @@ def _captioned(batch: int) -> dict[str, Any]:
     return {**text(batch), "pixel_values": images(batch, 32)}
 
 
+def _other_captioned(batch: int) -> dict[str, Any]:
+    return {**OTHER_TEXT(batch), "pixel_values": images(batch, 32)}
+
+
 MULTIMODAL = [
     entry(
         "clip",
         "CLIPModel",
         {"text_config": _TEXT, "vision_config": _VISION, "projection_dim": 16},
         _captioned,
+        _other_captioned,
         "multimodal",
         note="logits of every picture with every text: (batch, batch)",
     ),
@@ -158,6 +174,7 @@ MULTIMODAL = [
             "vision_config": _VISION,
         },
         _captioned,
+        _other_captioned,
         "multimodal",
         note="nn.MultiheadAttention pools the picture",
     ),
@@ -170,6 +187,7 @@ MULTIMODAL = [
             "image_text_hidden_size": 16,
         },
         _captioned,
+        _other_captioned,
         "multimodal",
         note="the text attends to the picture; fused qkv",
     ),

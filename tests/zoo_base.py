@@ -12,12 +12,23 @@ import torch
 from models import images, normal, randomize_batch_norms, scale_weights, tokens
 from torch import Tensor, nn
 
-__all__ = ["Inputs", "ZooEntry", "entry", "padding", "pixels", "text", "text_to_text", "wave"]
+__all__ = [
+    "OTHER_LENGTH",
+    "Inputs",
+    "ZooEntry",
+    "entry",
+    "padding",
+    "pixels",
+    "text",
+    "text_to_text",
+    "wave",
+]
 
 Inputs = Callable[[int], dict[str, Any]]
 
 VOCAB = 128
 LENGTH = 16
+OTHER_LENGTH = 11
 
 
 @dataclass(frozen=True)
@@ -25,12 +36,14 @@ class ZooEntry:
     """An architecture at toy size: ``build()(**inputs(batch))`` runs it.
 
     Every ``build()`` gives the same weights, in eval mode; every ``inputs(batch)`` the same data,
-    other data for another batch size.
+    other data for another batch size. ``other(batch)`` has another length or image size, which not
+    every architecture takes.
     """
 
     name: str
     build: Callable[[], nn.Module]
     inputs: Inputs
+    other: Inputs
     family: str
     note: str = ""
 
@@ -40,6 +53,7 @@ def entry(
     model: str,
     config: Mapping[str, Any],
     inputs: Inputs,
+    other: Inputs,
     family: str,
     *,
     gain: float = 0.8,
@@ -54,7 +68,7 @@ def entry(
     random layers that cut half of their inputs amplify any noise, as no trained network does.
     """
     build = partial(_build, model, config, inputs, gain, shift)
-    return ZooEntry(name, build, inputs, family, note)
+    return ZooEntry(name, build, inputs, other, family, note)
 
 
 def _build(
@@ -112,15 +126,16 @@ def padding(batch: int, length: int = LENGTH) -> Tensor:
     return (torch.arange(length) < kept[:, None]).long()
 
 
-def text(batch: int) -> dict[str, Any]:
+def text(batch: int, length: int = LENGTH) -> dict[str, Any]:
     """Token ids from 3 up, 0 where padded, and the mask."""
-    mask = padding(batch)
-    return {"input_ids": tokens(batch, LENGTH, VOCAB, low=3) * mask, "attention_mask": mask}
+    mask = padding(batch, length)
+    return {"input_ids": tokens(batch, length, VOCAB, low=3) * mask, "attention_mask": mask}
 
 
-def text_to_text(batch: int) -> dict[str, Any]:
+def text_to_text(batch: int, length: int = LENGTH) -> dict[str, Any]:
     """``text``, and the first half of another text for the decoder."""
-    return {**text(batch), "decoder_input_ids": tokens(batch, LENGTH // 2, VOCAB, low=3)}
+    ids = tokens(batch, length // 2, VOCAB, low=3)
+    return {**text(batch, length), "decoder_input_ids": ids}
 
 
 def pixels(size: int) -> Inputs:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-from zoo_base import ZooEntry, entry, text, text_to_text
+from zoo_base import OTHER_LENGTH, ZooEntry, entry, text, text_to_text
 
-__all__ = ["SEQ2SEQ", "SMALL", "TEXT"]
+__all__ = ["OTHER_TEXT", "SEQ2SEQ", "SMALL", "TEXT"]
+
+OTHER_TEXT = partial(text, length=OTHER_LENGTH)
+OTHER_TEXT_TO_TEXT = partial(text_to_text, length=OTHER_LENGTH)
 
 TOKENS: dict[str, Any] = {
     "vocab_size": 128,
@@ -43,16 +47,18 @@ SEQ2SEQ: dict[str, Any] = {
 
 
 def encoder(name: str, model: str, note: str = "", **config: Any) -> ZooEntry:
-    return entry(name, model, {**SMALL, **config}, text, "text", note=note)
+    return entry(name, model, {**SMALL, **config}, text, OTHER_TEXT, "text", note=note)
 
 
 def decoder(name: str, model: str, note: str = "", **config: Any) -> ZooEntry:
     options = {**SMALL, "use_cache": False, **config}
-    return entry(name, model, options, text, "text", note=note)
+    return entry(name, model, options, text, OTHER_TEXT, "text", note=note)
 
 
 def seq2seq(name: str, model: str, note: str = "", **config: Any) -> ZooEntry:
-    return entry(name, model, {**SEQ2SEQ, **config}, text_to_text, "text", note=note)
+    return entry(
+        name, model, {**SEQ2SEQ, **config}, text_to_text, OTHER_TEXT_TO_TEXT, "text", note=note
+    )
 
 
 ENCODERS = [
@@ -112,6 +118,7 @@ ENCODERS = [
             "d_inner": 64,
         },
         text,
+        OTHER_TEXT,
         "text",
         note="pools the sequence, then repeats it",
     ),
@@ -130,6 +137,7 @@ ENCODERS = [
         "FNetModel",
         SMALL,
         lambda batch: {"input_ids": text(batch)["input_ids"]},
+        lambda batch: {"input_ids": OTHER_TEXT(batch)["input_ids"]},
         "text",
         note="a Fourier transform mixes the tokens; no mask",
     ),
@@ -207,6 +215,7 @@ ENCODER_DECODERS = [
             "use_cache": False,
         },
         text_to_text,
+        OTHER_TEXT_TO_TEXT,
         "text",
         note="scores unscaled, a learnt bias by distance",
     ),

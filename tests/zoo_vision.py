@@ -9,6 +9,8 @@ from zoo_base import ZooEntry, entry, pixels
 
 __all__ = ["PATCHES", "VISION"]
 
+OTHER_SIZE = 48
+
 PATCHES: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -21,22 +23,38 @@ PATCHES: dict[str, Any] = {
 
 
 def conv_net(
-    name: str, model: str, note: str = "", *, size: int = 32, shift: float = 0.0, **config: Any
+    name: str,
+    model: str,
+    note: str = "",
+    *,
+    size: int = 32,
+    other: int = OTHER_SIZE,
+    shift: float = 0.0,
+    **config: Any,
 ) -> ZooEntry:
     """With a gain that makes up for what a rectifier takes."""
-    options = {"num_labels": 10, **config}
-    return entry(name, model, options, pixels(size), "vision", gain=1.3, shift=shift, note=note)
+    options, sizes = {"num_labels": 10, **config}, (pixels(size), pixels(other))
+    return entry(name, model, options, *sizes, "vision", gain=1.3, shift=shift, note=note)
 
 
 def patch_net(name: str, model: str, note: str = "", *, size: int = 32, **config: Any) -> ZooEntry:
-    return entry(name, model, {**PATCHES, **config}, pixels(size), "vision", note=note)
+    options, sizes = {**PATCHES, **config}, (pixels(size), pixels(OTHER_SIZE))
+    return entry(name, model, options, *sizes, "vision", note=note)
 
 
 def staged_net(
-    name: str, model: str, note: str = "", *, size: int = 32, shift: float = 0.0, **config: Any
+    name: str,
+    model: str,
+    note: str = "",
+    *,
+    size: int = 32,
+    other: int = OTHER_SIZE,
+    shift: float = 0.0,
+    **config: Any,
 ) -> ZooEntry:
     options = {"num_labels": 10, "image_size": size, **config}
-    return entry(name, model, options, pixels(size), "vision", shift=shift, note=note)
+    sizes = (pixels(size), pixels(other))
+    return entry(name, model, options, *sizes, "vision", shift=shift, note=note)
 
 
 CONVOLUTIONAL = [
@@ -69,6 +87,7 @@ CONVOLUTIONAL = [
         "MobileNetV1ForImageClassification",
         "depthwise",
         size=64,
+        other=32,
         shift=0.75,
         depth_multiplier=0.25,
     ),
@@ -178,6 +197,7 @@ TRANSFORMERS = [
         "ViTMAEModel",
         PATCHES,
         lambda batch: {**pixels(32)(batch), "noise": normal(batch, 16)},
+        lambda batch: {**pixels(OTHER_SIZE)(batch), "noise": normal(batch, 36)},
         "vision",
         note="keeps the patches that `noise` ranks first",
     ),
@@ -244,6 +264,7 @@ TRANSFORMERS = [
         "MobileViTV2ForImageClassification",
         "linear attention in 1x1 convolutions",
         size=64,
+        other=96,
         shift=1.0,
         width_multiplier=0.125,
         n_attn_blocks=[1, 1, 1],

@@ -174,6 +174,20 @@ def test_a_residual_network_is_integers_throughout(tmp_path: Path) -> None:
     assert "Clip" not in kinds
 
 
+def test_zeros_before_a_max_pool(tmp_path: Path) -> None:
+    """onnxruntime would have the pool pad with minus infinity in their place."""
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ZeroPad2d(1), nn.MaxPool2d(3, 2)))
+    with torch.no_grad():
+        model[0].bias.sub_(20.0)
+    x = shifted(2, 3, 10, 10)
+    assert model[0](x).max() < 0
+    quantizer = calibrated(model, [((x,), {})], backend="onnx")
+    quant_model = written(quantizer, model, ((x,), {}), tmp_path / "model.onnx")
+    (found,) = run_onnxruntime(tmp_path / "model.onnx", feeds(quant_model, ((x,), {})))
+    assert torch.equal(found == 0, model(x) == 0)
+    assert sqnr(model(x), found) > 30
+
+
 def test_data_moves_as_integers_and_embeddings_are_gathered(tmp_path: Path) -> None:
     model = tiny_transformer()
     quantizer = calibrated(model, [(example("tiny_transformer", 32), {})], backend="onnx")

@@ -25,6 +25,7 @@ from torch_quant.graph.decomposed import NAMESPACE
 from torch_quant.graph.export import size_oblivious
 from torch_quant.graph.sites import KEY
 from torch_quant.io.onnx_names import describe, rename
+from torch_quant.io.onnx_ops import own_forms
 
 __all__ = ["export_onnx"]
 
@@ -223,7 +224,13 @@ def _export(
     with torch.no_grad(), _quiet():
         exported = _captured(graph, tensors) if dynamic else _traced(graph, tensors, "static")
         try:
-            program = torch.onnx.export(exported, dynamo=True, opset_version=opset, verbose=False)
+            program = torch.onnx.export(
+                exported,
+                dynamo=True,
+                opset_version=opset,
+                verbose=False,
+                custom_translation_table=own_forms(),
+            )
         except Exception as error:
             raise _without_form(error, graph.body) from error
     assert program is not None

@@ -81,7 +81,8 @@ def _pads_with_zeros(node: fx.Node) -> bool:
         return not any(node.args[2:])
     if node.target is not aten.pad.default:
         return False
-    mode, value = (*node.args[2:], *("constant", None)[len(node.args) - 2 :])
+    arguments: list[Any] = [*node.args[2:], *("constant", None)[len(node.args) - 2 :]]
+    mode, value = arguments
     return mode == "constant" and not value
 
 

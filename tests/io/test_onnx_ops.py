@@ -1,0 +1,40 @@
+"""Operators that PyTorch's exporter has no form for, in onnxruntime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from flows import calibrated
+from models import normal, seeded
+from onnx_files import feeds, needs, run_onnxruntime, written
+from torch import Tensor, nn
+
+pytestmark = needs("onnx", "onnxscript", "onnxruntime", "transformers")
+
+
+class Experts(nn.Module):
+    """Rows sorted by expert, each multiplied with the weight of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 8)
+        self.weights = nn.Parameter(normal(4, 8, 6))
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        ends = counts.cumsum(0, dtype=torch.int32)
+        return torch.ops.transformers.grouped_mm_fallback(self.linear(x), self.weights, ends)
+
+
+def test_products_of_experts(tmp_path: Path) -> None:
+    """Some have no row, and the number of rows is free."""
+    pytest.importorskip("transformers.integrations.moe")  # registers the operator
+    model, file = seeded(Experts), tmp_path / "model.onnx"
+    inputs = ((normal(12, 16), torch.tensor([3, 0, 4, 5])), {})
+    quantizer = calibrated(model, [((normal(64, 16), torch.tensor([16] * 4)), {}), inputs])
+    quant_model = written(quantizer, model, inputs, file)
+    for counts in ([3, 0, 4, 5], [0, 0, 7, 0], [9, 1, 0, 0]):
+        some = ((normal(sum(counts), 16), torch.tensor(counts)), {})
+        (found,) = run_onnxruntime(file, feeds(quant_model, some))
+        torch.testing.assert_close(found, quant_model(*some[0]), rtol=1e-4, atol=1e-4)
