@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from flows import CASES, calibrated, run
-from models import example, images, mlp, normal, seeded, tiny_transformer
+from models import example, images, mlp, normal, seeded, tiny_transformer, tokens
 from onnx_files import feeds, needs, run_onnxruntime, session, tensors, written
 from torch import Tensor, nn
 
@@ -254,3 +254,30 @@ def test_images_of_other_sizes(tmp_path: Path) -> None:
     others = ((images(3, 24),), {})
     found = run_onnxruntime(tmp_path / "m.onnx", feeds(quant_model, others))
     assert sqnr(tensors(model, others), found) > 25
+
+
+class Positions(nn.Module):
+    """Texts of up to 16 tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(64, 8), nn.Embedding(16, 8)
+        self.register_buffer("positions", torch.arange(16)[None])
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        length = ids.shape[-1]
+        words = self.words(ids.view(-1, length))
+        return self.linear(words + self.places(self.positions[:, :length]))
+
+
+@pytest.mark.parametrize("length", [16, 9])
+def test_an_example_as_long_as_texts_may_be(length: int, tmp_path: Path) -> None:
+    model = seeded(Positions)
+    inputs = ((tokens(2, length),), {})
+    quantizer = calibrated(model, [((tokens(16, length),), {})], backend="onnx")
+    quant_model = written(quantizer, model, inputs, tmp_path / "m.onnx")
+    for other in (1, 5, 16):
+        others = ((tokens(3, other),), {})
+        found = run_onnxruntime(tmp_path / "m.onnx", feeds(quant_model, others))
+        assert sqnr(tensors(model, others), found) > 25

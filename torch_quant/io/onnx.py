@@ -223,6 +223,8 @@ def _export(
 ) -> Any:
     with torch.no_grad(), _quiet():
         exported = _captured(graph, tensors) if dynamic else _traced(graph, tensors, "static")
+        # The exporter would evaluate them on the example, which can fix a size in the file.
+        exported._guards_code = []
         try:
             program = torch.onnx.export(
                 exported,
