@@ -16,7 +16,17 @@ from torch_quant.backends.quantized import QuantizedRegion
 from torch_quant.graph.calls import bind, flatten_call
 from torch_quant.graph.outputs import flatten_output
 
-__all__ = ["feeds", "needs", "operators", "run_onnxruntime", "run_openvino", "tensors", "written"]
+__all__ = [
+    "feeds",
+    "needs",
+    "operators",
+    "run_onnxruntime",
+    "run_openvino",
+    "run_session",
+    "session",
+    "tensors",
+    "written",
+]
 
 
 def needs(*packages: str) -> pytest.MarkDecorator:
@@ -60,7 +70,11 @@ def session(path: Path, **options: Any) -> Any:
 
 def run_onnxruntime(path: Path, feed: dict[str, Any], **options: Any) -> list[Tensor]:
     """The outputs on onnxruntime's CPU provider; inputs the file does not have are left out."""
-    loaded = session(path, **options)
+    return run_session(session(path, **options), feed)
+
+
+def run_session(loaded: Any, feed: dict[str, Any]) -> list[Tensor]:
+    """The outputs of a file that is loaded already."""
     known = {each.name for each in loaded.get_inputs()}
     outputs = loaded.run(None, {name: x for name, x in feed.items() if name in known})
     return [torch.from_numpy(x) for x in outputs]

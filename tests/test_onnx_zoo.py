@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from flows import calibrated
-from onnx_files import needs, written
-from onnx_quality import compare_quality
+from flows import Inputs, calibrated
+from onnx_files import feeds, needs, run_session, session, written
 from onnx_steps import compare_steps
+from quality import compare_quality
+from torch import Tensor
 from zoo import ZOO, ZooEntry, samples
 
 from torch_quant import Backend, CaptureFailed, sqnr
@@ -79,6 +80,11 @@ def test_file_of_an_architecture(entry: ZooEntry, tmp_path: Path) -> None:
     simulation = quantizer.quantize(model, backend=ReferenceBackend(Backend.ONNX.placement()))
     report = Backend.ONNX.verify(file)
     assert report.ok, str(report)
+    loaded = session(file)
+
+    def run_file(some: Inputs) -> list[Tensor]:
+        return run_session(loaded, feeds(quant_model, some))
+
     sizes = [entry.inputs]
     if entry.name in ONE_SIZE:
         with pytest.raises(CaptureFailed, match="was quantized for other inputs"):
@@ -91,9 +97,7 @@ def test_file_of_an_architecture(entry: ZooEntry, tmp_path: Path) -> None:
             assert max(steps.apart.values()) <= 1, steps.apart
             assert max(steps.error.values()) <= ERROR, steps.error
             assert all(sqnr(*pair) >= FLOAT for pair in zip(*steps.outputs, strict=True))
-            quality = compare_quality(
-                model, file, quant_model, simulation, inputs, batch, DEVIATION
-            )
+            quality = compare_quality(model, run_file, simulation, inputs, batch, DEVIATION)
             assert quality.deviation <= DEVIATION, str(quality)
             assert quality.loss <= LOSS, str(quality)
             assert quality.sqnr >= 18, str(quality)

@@ -15,8 +15,9 @@ from torch import Tensor, fx
 
 from torch_quant.backends.ipex_attention import FUSED_MASK
 from torch_quant.backends.ipex_forms import ELEMENTWISE, is_quantized_product
-from torch_quant.graph.ops import pattern_of
+from torch_quant.graph.ops import ROW_MOVEMENT, contiguous_as_captured, pattern_of
 from torch_quant.graph.qdq import QUANTIZE
+from torch_quant.graph.sites import behind
 from torch_quant.passes.base import Pass, PassContext
 from torch_quant.passes.functionalize import may_alias_input
 
@@ -86,6 +87,21 @@ def _shared(node: fx.Node) -> bool:
     return any(may_alias_input(user) for user in node.users)
 
 
+def _strided(node: fx.Node) -> bool:
+    """Whether the elements may lie in another order than that of the dimensions.
+
+    A sum takes over the layout of what it overwrites. IPEX compiles the products behind it for the
+    layout of the first call, and is wrong once sizes change and come back.
+    """
+    moves = [each for each in behind(node)[:-1] if each.target not in ROW_MOVEMENT]
+    return bool(moves) or not contiguous_as_captured(node)
+
+
+def _is_conv(product: fx.Node) -> bool:
+    pattern = pattern_of(product)
+    return pattern is not None and pattern.name.startswith("conv")
+
+
 def guard_sums(context: PassContext) -> int:
     """Keep broadcasts that the kernels do not have unfused, and copy what a sum may overwrite."""
     changed = 0
@@ -106,9 +122,11 @@ def guard_sums(context: PassContext) -> int:
                 _barrier(node, arg)
                 changed += 1
                 break
-            if node.target is aten.add.Tensor and _shared(other):
+            strided = _strided(other) and not _is_conv(product)
+            if node.target is aten.add.Tensor and (strided or _shared(other)):
+                layout = {"memory_format": torch.contiguous_format} if strided else {}
                 with node.graph.inserting_before(node):
-                    copy = node.graph.call_function(aten.clone.default, (other,))
+                    copy = node.graph.call_function(aten.clone.default, (other,), layout)
                 copy.meta = dict(other.meta)
                 node.update_arg(1 - i, copy)
                 changed += 1

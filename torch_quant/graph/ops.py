@@ -23,6 +23,7 @@ __all__ = [
     "ROW_MOVEMENT",
     "OpPattern",
     "padding_sizes",
+    "contiguous_as_captured",
     "pattern_of",
     "size_hints",
     "spread",
@@ -64,7 +65,21 @@ def size_hints(value: Any) -> tuple[int, ...]:
         value = value.meta.get("val")
     if not isinstance(value, Tensor):
         return ()
-    return tuple(size if isinstance(size, int) else _hint(size) for size in value.shape)
+    return tuple(map(_hint, value.shape))
+
+
+def contiguous_as_captured(node: fx.Node) -> bool:
+    """Whether the value, if it is a tensor, lay in the order of its dimensions in the example."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return True
+    expected = 1
+    for size, step in zip(reversed(value.shape), reversed(value.stride()), strict=True):
+        if _hint(size) != 1:
+            if _hint(step) != expected:
+                return False
+            expected *= _hint(size)
+    return True
 
 
 def spread(value: Any, dims: int) -> list[int]:
@@ -97,7 +112,9 @@ def padding_sizes(
     return [each // 2 for each in total], far if any(far) else []
 
 
-def _hint(size: SymInt) -> int:
+def _hint(size: int | SymInt) -> int:
+    if isinstance(size, int):
+        return size
     return int(size.node.hint) if size.node.has_hint() else 1
 
 

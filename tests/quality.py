@@ -1,18 +1,16 @@
-"""How near to the float model a file and its reference are, and how sure that is."""
+"""How near to the float model a runtime and its reference are, and how sure that is."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from flows import Inputs
-from onnx_files import feeds, session, tensors
+from onnx_files import tensors
 from torch import Tensor, nn
 from zoo_base import Inputs as ZooInputs
-
-from torch_quant.backends.quantized import QuantizedRegion
 
 __all__ = ["FEWEST", "MOST", "Quality", "compare_quality"]
 
@@ -26,64 +24,60 @@ class Quality:
 
     Args:
         signal: of the float outputs.
-        file: of the errors of the file in onnxruntime.
+        found: of the errors of the runtime.
         reference: of the errors of the reference.
     """
 
     signal: Tensor
-    file: Tensor
+    found: Tensor
     reference: Tensor
 
     @property
     def sqnr(self) -> float:
-        """Of the file, over all samples, dB."""
-        return _decibels(self.signal.sum() / self.file.sum())
+        """Of the runtime, over all samples, dB."""
+        return _decibels(self.signal.sum() / self.found.sum())
 
     @property
     def loss(self) -> float:
         """By how many dB that is below the reference's."""
-        return _decibels(self.file.sum() / self.reference.sum())
+        return _decibels(self.found.sum() / self.reference.sum())
 
     @property
     def deviation(self) -> float:
         """Standard deviation of ``loss`` by the choice of the samples, by the jackknife."""
-        file, reference = self.file.sum() - self.file, self.reference.sum() - self.reference
-        without = 10 * torch.log10(file / reference)
+        found, reference = self.found.sum() - self.found, self.reference.sum() - self.reference
+        without = 10 * torch.log10(found / reference)
         count = len(without)
         return math.sqrt((count - 1) * float(without.var(correction=0)))
 
     def __str__(self) -> str:
         return (
-            f"file {self.sqnr:.2f} dB, reference {self.sqnr + self.loss:.2f} dB, "
+            f"found {self.sqnr:.2f} dB, reference {self.sqnr + self.loss:.2f} dB, "
             f"+- {self.deviation:.2f} dB on {len(self.signal)} samples"
         )
 
 
 def compare_quality(
     model: nn.Module,
-    file: Path,
-    quant_model: QuantizedRegion,
-    simulation: QuantizedRegion,
+    run: Callable[[Inputs], list[Tensor]],
+    simulation: nn.Module,
     inputs: ZooInputs,
     batch: int,
     deviation: float,
 ) -> Quality:
-    """Run ``model``, ``file`` and ``simulation`` on batches of ``batch``.
+    """Run ``model``, what is to be judged and its ``simulation`` on batches of ``batch``.
 
     Rounding makes the errors of two right computations differ by chance. As many samples are drawn
     as it takes to know ``loss`` up to ``deviation`` dB, twice as many each time; nothing else
     stops it, in particular not the loss itself.
     """
-    loaded = session(file)
-    known = {each.name for each in loaded.get_inputs()}
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     count, total = FEWEST, 0
     while True:
         data = inputs(count)
         for start in range(0, count, batch):
             some: Inputs = ((), {key: x[start : start + batch] for key, x in data.items()})
-            feed = {name: x for name, x in feeds(quant_model, some).items() if name in known}
-            outputs = [torch.from_numpy(x) for x in loaded.run(None, feed)]
+            outputs = run(some)
             expected, simulated = tensors(model, some), tensors(simulation, some)
             assert [x.shape for x in outputs] == [x.shape for x in expected]
             found.append(_energies(expected, outputs, simulated))
