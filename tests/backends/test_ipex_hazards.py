@@ -239,3 +239,34 @@ def test_13_a_result_that_is_written_to_through_a_view() -> None:
     report = IPEXBackend().verify(quant_model, x)
     assert "through a view" in str(report)
     assert not report.complete
+
+
+@pytest.mark.parametrize(
+    "reordered",
+    [
+        lambda m, x: m.a(x).transpose(1, 2).contiguous().transpose(1, 2),
+        lambda m, x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda m, x: x.transpose(1, 2).contiguous().transpose(1, 2) * 2,
+    ],
+    ids=["of a product", "of the input", "of an operator that keeps the order"],
+)
+def test_14_sums_into_another_order_when_sizes_come_back(
+    reordered: Callable[[Net, Tensor], Tensor],
+) -> None:
+    def run(m: Net, x: Tensor) -> Tensor:
+        x = reordered(m, x)
+        x = x + m.a(F.layer_norm(x, [16]))
+        return x + m.b(F.layer_norm(x, [16]))
+
+    model = Net(run).eval()
+    quantizer = calibrated(model, [((numbers(4, 6, 16),), {})], backend="ipex")
+    reference = quantizer.quantize(model, backend=ReferenceBackend(Backend.IPEX.placement()))
+    quant_model = quantizer.quantize(model)
+    for turn, batch in enumerate((2, 2, 24, 3, 2, 2, 3, 24, 2)):
+        x = numbers(batch, 6, 16, seed=turn)
+        assert sqnr(reference(x), quant_model(x)) > 60
+
+
+@pytest.mark.parametrize("shape", [[16], [6, 16]])
+def test_15_layer_norms_without_a_weight(shape: list[int]) -> None:
+    agree(Net(lambda m, x: m.b(F.layer_norm(m.a(x), shape))), numbers(4, 6, 16), least=40)

@@ -94,6 +94,9 @@ IMAGES: dict[str, Function] = {
     "bilinear, corners aligned": lambda x: F.interpolate(
         small(x), size=(x.shape[2] + 1, x.shape[3] - 1), mode="bilinear", align_corners=True
     ),
+    "unfold and fold": lambda x: F.fold(
+        F.unfold(x, 2, stride=2) * 2, (x.shape[2], x.shape[3]), 2, stride=2
+    ),
     "bicubic": lambda x: F.interpolate(small(x), size=x.shape[-2:], mode="bicubic"),
     "bilinear, antialiased": lambda x: F.interpolate(
         x, size=(x.shape[2] // 2, x.shape[3] // 2), mode="bilinear", antialias=True

@@ -160,4 +160,15 @@ def guard_gelu(context: PassContext) -> int:
     return changed
 
 
-GUARDS: tuple[Pass, ...] = (guard_sums, guard_gelu)
+def guard_norms(context: PassContext) -> int:
+    """IPEX fails on a layer norm without a weight whose result is quantized."""
+    changed = 0
+    for node in list(context.graph.find_nodes(op="call_function", target=aten.layer_norm.default)):
+        weight = node.args[2] if len(node.args) > 2 else None
+        for user in [user for user in node.users if user.target is QUANTIZE and weight is None]:
+            _barrier(user, node)
+            changed += 1
+    return changed
+
+
+GUARDS: tuple[Pass, ...] = (guard_sums, guard_gelu, guard_norms)

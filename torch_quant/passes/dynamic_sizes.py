@@ -147,3 +147,5 @@ def _call_by_name(node: fx.Node) -> None:
         node.target = getattr(torch, name)
     elif hasattr(torch.nn.functional, name):
         node.target = getattr(torch.nn.functional, name)
+    elif hasattr(torch._C._nn, name):  # im2col and col2im
+        node.target = getattr(torch._C._nn, name)
