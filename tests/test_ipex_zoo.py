@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import os
 
 import pytest
 from flows import calibrated
 from onnx_files import tensors
 from quality import compare_quality
-from test_onnx_zoo import ONE_SIZE
+from test_onnx_zoo import DIFFERENT, ONE_SIZE
 from zoo import ZOO, ZooEntry, samples
 
-from torch_quant import Backend
-from torch_quant.backends import IPEXBackend, ReferenceBackend
+from torch_quant import Backend, CaptureFailed
+from torch_quant.backends import ReferenceBackend
 
 pytestmark = pytest.mark.skipif(
     Backend.IPEX.unavailable() is not None, reason=f"Backend.IPEX: {Backend.IPEX.unavailable()}"
@@ -24,23 +24,35 @@ DEVIATION = LOSS / 4
 """dB. Two right computations differ by chance; here by ``LOSS`` in one of 30,000 cases."""
 
 
-@pytest.mark.parametrize("entry", ZOO.values(), ids=lambda entry: entry.name)
+SPECIALIZED = {
+    "mobilenet_v1": "computes paddings in Python: exported for one size",
+}
+"""More architectures that torch 2.8 exports for one size, and why."""
+
+ARCHITECTURES = [
+    entry for name, entry in ZOO.items() if name in DIFFERENT or "ALL_ARCHITECTURES" in os.environ
+]
+
+
+@pytest.mark.parametrize("entry", ARCHITECTURES, ids=lambda entry: entry.name)
 def test_architecture(entry: ZooEntry) -> None:
     model = entry.build()
     quantizer = calibrated(model, [((), x) for x in samples(entry.name, 16)], backend="ipex")
     simulation = quantizer.quantize(model, backend=ReferenceBackend(Backend.IPEX.placement()))
     quant_model = quantizer.quantize(model)
-    sizes = [entry.inputs]
-    if entry.name not in ONE_SIZE:
-        sizes.append(entry.other)
-    for inputs in sizes:
-        for batch in (2, 24):
-            quality = compare_quality(
-                model, lambda some: tensors(quant_model, some), simulation, inputs, batch, DEVIATION
-            )
-            assert quality.deviation <= DEVIATION, str(quality)
-            assert quality.loss <= LOSS, str(quality)
-            assert quality.sqnr >= 18, str(quality)
-            print(entry.name, batch, quality)
-    report = IPEXBackend().verify(quant_model, entry.inputs(2))
-    print(Counter(report.int8), report)
+    sizes = [(entry.inputs, 2), (entry.inputs, 24)]
+    if entry.name in ONE_SIZE | SPECIALIZED:
+        with pytest.raises(CaptureFailed, match="was quantized for other inputs"):
+            quant_model(**entry.other(2))
+    else:
+        sizes += [(entry.other, 2), (entry.other, 24)]
+    for inputs, batch in (*sizes, (entry.inputs, 2)):  # the first size once more: see hazard 14
+        quality = compare_quality(
+            model, lambda some: tensors(quant_model, some), simulation, inputs, batch, DEVIATION
+        )
+        assert quality.deviation <= DEVIATION, str(quality)
+        assert quality.loss <= LOSS, str(quality)
+        assert quality.sqnr >= 18, str(quality)
+    report = Backend.IPEX.verify(quant_model, entry.inputs(2))
+    for name, reason in report.left_out.items():
+        assert "broadcast" in reason, f"{name}: {reason}"
