@@ -29,6 +29,9 @@ SPECIALIZED = {
 }
 """More architectures that torch 2.8 exports for one size, and why."""
 
+NOT_COMPILED = {"gpt2_cache", "gpt_neo", "deberta_v2", "llama_cache", "mixtral", "bart_cache"}
+"""Architectures that write to parts of a tensor, which IPEX would leave out: they run unfused."""
+
 ARCHITECTURES = [
     entry for name, entry in ZOO.items() if name in DIFFERENT or "ALL_ARCHITECTURES" in os.environ
 ]
@@ -54,5 +57,6 @@ def test_architecture(entry: ZooEntry) -> None:
         assert quality.loss <= LOSS, str(quality)
         assert quality.sqnr >= 18, str(quality)
     report = Backend.IPEX.verify(quant_model, entry.inputs(2))
-    for name, reason in report.left_out.items():
-        assert "broadcast" in reason, f"{name}: {reason}"
+    reason = "writes to a tensor through a view" if entry.name in NOT_COMPILED else "broadcast"
+    assert all(reason in each for each in report.left_out.values()), str(report)
+    assert bool(report.left_out) or entry.name not in NOT_COMPILED

@@ -243,7 +243,8 @@ and after is the same dimension."""
 
 IDENTITY = frozenset({
     aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default,
-    aten.feature_alpha_dropout.default,
+    aten.feature_alpha_dropout.default, aten.dropout_.default, aten.feature_dropout_.default,
+    aten.alpha_dropout_.default, aten.feature_alpha_dropout_.default,
 })  # fmt: skip
 """Operators that return their first argument if their third, ``train``, is false."""
 
