@@ -45,6 +45,7 @@ class OpPattern:
         macs: multiply-accumulates of one call, from sizes as captured.
         internals: tensors that exist only inside the operator, each computed from its arguments so
             that calibration can observe it.
+        obstacle: why a call of it cannot run in int8 anywhere, empty if it can.
     """
 
     name: str
@@ -54,6 +55,7 @@ class OpPattern:
     weight_axis: int
     macs: Callable[[fx.Node], int]
     internals: dict[str, Callable[..., Tensor]] = field(default_factory=dict)
+    obstacle: Callable[[fx.Node], str] = lambda node: ""
 
 
 def size_hints(value: Any) -> tuple[int, ...]:
@@ -181,6 +183,11 @@ def sdpa_probabilities(
     return torch.softmax(scores, -1).nan_to_num(0.0)
 
 
+def _bag_obstacle(node: fx.Node) -> str:
+    others = any(user.args[1] != 0 for user in node.users)
+    return "more of its results than the bags are read" if others else ""
+
+
 PATTERNS: tuple[OpPattern, ...] = (
     OpPattern("linear", (aten.linear.default,), (0,), 1, 0, _gemm_macs),
     OpPattern("conv1d", (aten.conv1d.default, aten.conv1d.padding), (0,), 1, 0, _conv_macs),
@@ -207,6 +214,15 @@ PATTERNS: tuple[OpPattern, ...] = (
         {"probabilities": sdpa_probabilities},
     ),
     OpPattern("embedding", (aten.embedding.default,), (), 0, 0, lambda node: 0),
+    OpPattern(
+        "embedding_bag",
+        (aten.embedding_bag.default, aten.embedding_bag.padding_idx),
+        (),
+        0,
+        0,
+        lambda node: 0,
+        obstacle=_bag_obstacle,
+    ),
 )  # fmt: skip
 
 _BY_TARGET = {target: pattern for pattern in PATTERNS for target in pattern.targets}

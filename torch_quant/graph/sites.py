@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ __all__ = [
     "module_path",
     "name_tensors",
     "operands",
+    "results",
     "source",
 ]
 
@@ -43,7 +45,10 @@ ORIGIN = "torch_quant_origin"
 """Entry of ``node.meta``: name of the node of the captured graph that computes the same tensor."""
 
 
-_STORES = frozenset({"conv1d", "conv2d", "conv3d"})
+_STORES: dict[str, Container[Any]] = {
+    "conv1d": RECTIFIERS, "conv2d": RECTIFIERS, "conv3d": RECTIFIERS, "embedding_bag": (),
+}  # fmt: skip
+"""Op types whose kernels may give nothing but integers, and the functions that these do as well."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +61,12 @@ class Site:
         module: path of the innermost module it runs in.
         inputs: keys of the activations it takes, in the row's order.
         internals: keys of the tensors that exist only inside it.
-        output: key of its result.
+        output: key of its result, the first that is read if it has several.
         macs: multiply-accumulates on the captured example.
         weight_shape: sizes of its weight, empty without one.
         stored: key of what a convolution leaves behind, its result or that of the rectifier which
-            alone uses it: some kernels give nothing but integers there. Empty for other operators.
+            alone uses it, or of the bags of embeddings: some kernels give nothing but integers
+            there. Empty for other operators.
         smoothable: whether the last dimension of its input's source is that of its weight, so that
             statistics of channels recorded there hold for the input.
     """
@@ -178,6 +184,14 @@ def operands(node: fx.Node, pattern: OpPattern) -> list[fx.Node]:
     return found  # type: ignore[return-value]
 
 
+def results(node: fx.Node) -> list[fx.Node]:
+    """The tensors that an operator gives: its node, or the parts of its tuple that are read."""
+    if not isinstance(node.meta.get("val"), (tuple, list)):
+        return [node]
+    parts = [user for user in node.users if user.target is operator.getitem]
+    return sorted(parts, key=lambda part: part.args[1])  # type: ignore[arg-type, return-value]
+
+
 def fused_output(node: fx.Node, functions: Container[Any] = ACTIVATIONS) -> fx.Node:
     """``node``, or the activation function that alone uses it: where a kernel's output would be."""
     users = list(node.users)
@@ -202,7 +216,10 @@ def find_sites(graph: fx.Graph) -> Iterator[tuple[fx.Node, OpPattern, Site]]:
     memo: dict[fx.Node, bool] = {}
     for node in graph.nodes:
         pattern = pattern_of(node)
-        if pattern is None or not is_float(node):
+        if pattern is None:
+            continue
+        found = results(node)
+        if not found or not is_float(found[0]):
             continue
         weight = None if pattern.weight is None else node.args[pattern.weight]
         if weight is not None and not (isinstance(weight, fx.Node) and is_constant(weight, memo)):
@@ -214,10 +231,12 @@ def find_sites(graph: fx.Graph) -> Iterator[tuple[fx.Node, OpPattern, Site]]:
             module=node.meta[MODULE],
             inputs=tuple(key_of(source(arg)) for arg in operands(node, pattern)),
             internals=tuple(f"{key}.{name}" for name in pattern.internals),
-            output=key_of(fused_output(node)),
+            output=key_of(fused_output(found[0])),
             macs=pattern.macs(node),
             weight_shape=size_hints(weight),
-            stored=key_of(fused_output(node, RECTIFIERS)) if pattern.name in _STORES else "",
+            stored=key_of(fused_output(found[0], _STORES[pattern.name]))
+            if pattern.name in _STORES
+            else "",
             smoothable=pattern.name == "linear" and _keeps_channels(node.args[0]),
         )
         yield node, pattern, site

@@ -21,7 +21,7 @@ from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.graph.ops import PATTERNS, OpPattern
 from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
-from torch_quant.graph.sites import find_sites, is_constant, key_of, operands, source
+from torch_quant.graph.sites import find_sites, is_constant, key_of, operands, results, source
 from torch_quant.passes.attention import decompose_attention
 from torch_quant.passes.base import PassContext
 from torch_quant.passes.constants import evaluate, new_constant
@@ -120,7 +120,7 @@ class _Inserter:
             target = DEQUANTIZE_CHANNEL if site.weight.per_channel else DEQUANTIZE
             real = node.graph.call_function(target, args)
         node.update_arg(pattern.weight, real)
-        bias = node.args[2] if site.op != "embedding" and len(node.args) > 2 else None
+        bias = node.args[2] if pattern.activations and len(node.args) > 2 else None
         if isinstance(bias, fx.Node) and bias.op != "get_attr" and is_constant(bias):
             folded = new_constant(gm, f"{site.name}.bias", evaluate(gm, bias), node)
             node.update_arg(2, folded)
@@ -151,7 +151,7 @@ def insert_qdq(
                 if pattern.weight is not None and entry.weight is not None:
                     inserter.weight(node, pattern, entry)
                 if entry.stored:
-                    stored.append((node, entry))
+                    stored.append((results(node)[0], entry))
             changed += 1
     for node, entry in stored:  # last: until here, sites find the source of what they read
         inserter.result(node, entry)
