@@ -91,6 +91,14 @@ CASES: dict[str, list[Case]] = {
         (nn.EmbeddingBag(10, 4, mode=mode), (torch.tensor([[1, 2, 3]]),), 0)
         for mode in ("sum", "mean", "max")
     ],
+    "aten.lstm.input": [
+        (nn.LSTM(8, 6), (normal(5, 3, 8),), 5 * 3 * 24 * (8 + 6)),
+        (
+            nn.LSTM(8, 6, 2, bidirectional=True, bias=False),
+            (normal(5, 3, 8),),
+            5 * 3 * 24 * 2 * (8 + 6 + 12 + 6),
+        ),
+    ],
 }
 
 OVERLOADS = [(pattern, target) for pattern in PATTERNS for target in pattern.targets]
@@ -109,12 +117,13 @@ def test_a_module_with_the_operator_has_exactly_that_site(pattern: Any, target: 
         assert len(site.inputs) == len(pattern.activations)
         assert len(site.internals) == len(pattern.internals)
         assert bool(site.weight_shape) == (pattern.weight is not None)
-        if pattern.weight is not None:
+        if pattern.name == "lstm":
+            matrices = [x for name, x in model.named_parameters() if name.startswith("weight")]
+            assert site.weight_shape == (sum(x.numel() for x in matrices),)
+        elif pattern.weight is not None:
             weight = model.get_parameter("weight")
             assert site.weight_shape == tuple(weight.shape)
-            if not pattern.name.startswith(
-                "embedding"
-            ):  # whose axis 0 is the vocabulary, a scale a row
+            if pattern.activations:  # else axis 0 is the vocabulary, a scale a row
                 transposed = isinstance(model, nn.modules.conv._ConvTransposeNd)
                 channels = getattr(model, "out_channels", getattr(model, "out_features", 0))
                 share = channels // model.groups if transposed else channels

@@ -25,6 +25,7 @@ from torch_quant.backends.base import Backend, register_backend
 from torch_quant.backends.ipex_bags import look_up_bags
 from torch_quant.backends.ipex_forms import placement_forms
 from torch_quant.backends.ipex_guards import GUARDS
+from torch_quant.backends.ipex_lstm import lower_lstms
 from torch_quant.backends.ipex_trace import WRITES, FusedGraph, import_ipex, record, writes_in_place
 from torch_quant.backends.ipex_verify import Verification, verify
 from torch_quant.backends.onednn import has_vnni
@@ -44,6 +45,7 @@ _INSTALL = (
 _OPS = frozenset({
     "linear", "conv1d", "conv2d", "conv3d", "conv_transpose2d", "conv_transpose3d", "matmul",
     "scaled_dot_product_attention", "embedding", "embedding_bag",
+    "lstm",
 })  # fmt: skip
 _SYMMETRIC = QuantSpec.of(signed=True, symmetric=True)
 
@@ -105,7 +107,7 @@ class IPEXBackend(Backend):
     def lower(self, context: PassContext) -> fx.GraphModule:
         import_ipex()  # what traces the graph needs it, and its overrides of float kernels
         forms = placement_forms(int8_shortcuts=self.int8_shortcuts)
-        run_passes(context, [look_up_bags, *forms, *GUARDS, quantized_tensors])
+        run_passes(context, [lower_lstms, look_up_bags, *forms, *GUARDS, quantized_tensors])
         return context.gm
 
     def compile(self, body: fx.GraphModule, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
@@ -140,6 +142,8 @@ def _refuse(op: str, activation: QuantSpec | None, weight: QuantSpec | None) -> 
         return None if fits else f"IPEX sums bags of {_SYMMETRIC}, not of {weight} to {activation}"
     if activation is not None and not activation.full_range:
         return f"IPEX quantizes activations to the full range of 8 bits, not to {activation}"
+    if op == "lstm" and activation is not None and activation.signed:
+        return f"IPEX's LSTM takes unsigned activations, not {activation}"
     if weight is not None and not (weight.signed and weight.symmetric and weight.per_channel):
         return f"IPEX wants a signed symmetric per-channel weight, not {weight}"
     return None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from torch_quant.backends import ipex_bags, ipex_ops
+from torch_quant.backends import ipex_bags, ipex_lstm, ipex_ops
 from torch_quant.backends.embedding_bags import bags_of_rows
 from torch_quant.backends.ipex_trace import WRITES, FusedGraph
 from torch_quant.backends.quantized import QuantizedGraph
@@ -32,7 +32,7 @@ _KINDS: dict[str, str] = {
 """Name of an operator -> the kind of product that it is."""
 _NAMED = {"ipex::qembedding_bag": "embedding_bag", "ipex::quantized_lstm": "lstm"}
 """Kernel that stands outside of the fused partitions -> what it computes."""
-_ALONE = {"embedding_bag": ipex_bags.NO_KERNEL}
+_ALONE = {"embedding_bag": ipex_bags.NO_KERNEL, "lstm": ipex_lstm.NO_KERNEL}
 """Why what has a kernel of its own is not on it."""
 _PRODUCTS = {"scaled_dot_product_attention": ("matmul", "matmul")}
 
@@ -165,15 +165,12 @@ def _product_of(node: Any, kind: str) -> Product | None:
 
 
 def _first_weight(node: Any) -> tuple[Any, ...]:
-    """Fingerprint of the first int8 constant that a kernel reads."""
+    """Fingerprint of the first int8 constant that a kernel reads, alone or in a list."""
     for value in node.inputs():
-        source = value.node()
-        if source.kind() == "prim::ListConstruct" and (weight := _first_weight(source)):
-            return weight
-        if source.kind() == "prim::Constant" and source.hasAttribute("value"):
-            constant = source.t("value")
-            if constant.is_quantized:
-                return _fingerprint(constant.int_repr())
+        constant = value.toIValue() if value.node().kind() == "prim::Constant" else None
+        first = constant[0] if isinstance(constant, list) and constant else constant
+        if isinstance(first, Tensor) and first.is_quantized:
+            return _fingerprint(first.int_repr())
     return ()
 
 
@@ -207,6 +204,10 @@ def _expected(body: fx.GraphModule) -> Iterator[tuple[str, Product]]:
             codes = node.args[0].target
             name = str(node.meta.get(KEY, codes.removesuffix("_weight")))
             yield name, Product("embedding_bag", (), _fingerprint(body.get_buffer(codes)))
+        if node.target is ipex_lstm.int8_lstm:
+            codes = node.args[2][0].target
+            name = str(node.meta.get(KEY, codes.partition("_weight_ih")[0]))
+            yield name, Product("lstm", (), _fingerprint(body.get_buffer(codes)))
         kind = _KINDS.get(str(getattr(node.target, "_opname", "")))
         if kind is None:
             continue

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from torch_quant.errors import CaptureFailed
 from torch_quant.graph.calls import Call
+from torch_quant.graph.lstm import restore_lstms, whole_lstms
 from torch_quant.graph.outputs import flatten_output, unflatten_output
 from torch_quant.graph.shapes import ShapeContract
 
@@ -339,6 +340,7 @@ def _export(module: nn.Module, example: Call, mode: str) -> CapturedGraph:
     with (
         _frozen(module),
         _own_operators(),
+        whole_lstms(),
         no_fastpath(),
         _quiet(),
         size_oblivious(mode == "oblivious"),
@@ -372,6 +374,7 @@ def _plain(exported: fx.GraphModule) -> fx.GraphModule:
                 for key, (path, cls) in stack.items()
                 if path
             }
+    restore_lstms(graph)
     graph.set_codegen(fx.graph.CodeGen())
     output = next(iter(reversed(graph.nodes)))
     output.args = (tuple(pytree.tree_leaves(output.args, is_leaf=lambda x: x is None)),)

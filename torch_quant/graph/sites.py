@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import Counter
 from collections.abc import Container, Iterator
@@ -35,6 +36,7 @@ __all__ = [
     "operands",
     "results",
     "source",
+    "weights",
 ]
 
 KEY = "torch_quant_key"
@@ -63,7 +65,7 @@ class Site:
         internals: keys of the tensors that exist only inside it.
         output: key of its result, the first that is read if it has several.
         macs: multiply-accumulates on the captured example.
-        weight_shape: sizes of its weight, empty without one.
+        weight_shape: sizes of its weight, empty without one; of several, how many values they have.
         stored: key of what a convolution leaves behind, its result or that of the rectifier which
             alone uses it, or of the bags of embeddings: some kernels give nothing but integers
             there. Empty for other operators.
@@ -148,7 +150,9 @@ def is_constant(node: fx.Node, _memo: dict[fx.Node, bool] | None = None) -> bool
     memo = {} if _memo is None else _memo
     if node not in memo:
         if node.op == "get_attr":
-            memo[node] = not any(user.is_impure() for user in node.users)
+            # (An LSTM counts as impure, for the dropout that it could do.)
+            users = [user for user in node.users if pattern_of(user) is None]
+            memo[node] = not any(user.is_impure() for user in users)
         elif node.op == "call_function" and node.all_input_nodes and not node.is_impure():
             memo[node] = all(is_constant(n, memo) for n in node.all_input_nodes)
         else:
@@ -182,6 +186,16 @@ def operands(node: fx.Node, pattern: OpPattern) -> list[fx.Node]:
     found = [node.args[i] for i in pattern.activations]
     assert all(isinstance(arg, fx.Node) for arg in found)
     return found  # type: ignore[return-value]
+
+
+def weights(node: fx.Node, pattern: OpPattern) -> list[Any]:
+    """What stands for the weight of a quantizable node: one argument, or each matrix of a list."""
+    if pattern.weight is None:
+        return []
+    found = node.args[pattern.weight]
+    if not isinstance(found, (list, tuple)):
+        return [found]
+    return [each for each in found if len(size_hints(each)) == 2]
 
 
 def results(node: fx.Node) -> list[fx.Node]:
@@ -221,9 +235,10 @@ def find_sites(graph: fx.Graph) -> Iterator[tuple[fx.Node, OpPattern, Site]]:
         found = results(node)
         if not found or not is_float(found[0]):
             continue
-        weight = None if pattern.weight is None else node.args[pattern.weight]
-        if weight is not None and not (isinstance(weight, fx.Node) and is_constant(weight, memo)):
+        matrices = weights(node, pattern)
+        if not all(isinstance(each, fx.Node) and is_constant(each, memo) for each in matrices):
             continue
+        shapes = [size_hints(each) for each in matrices]
         key = key_of(node)
         site = Site(
             name=key,
@@ -233,7 +248,9 @@ def find_sites(graph: fx.Graph) -> Iterator[tuple[fx.Node, OpPattern, Site]]:
             internals=tuple(f"{key}.{name}" for name in pattern.internals),
             output=key_of(fused_output(found[0])),
             macs=pattern.macs(node),
-            weight_shape=size_hints(weight),
+            weight_shape=shapes[0]
+            if len(shapes) == 1
+            else (sum(map(math.prod, shapes)),) * any(shapes),
             stored=key_of(fused_output(found[0], _STORES[pattern.name]))
             if pattern.name in _STORES
             else "",
