@@ -198,6 +198,11 @@ def weights(node: fx.Node, pattern: OpPattern) -> list[Any]:
     return [each for each in found if len(size_hints(each)) == 2]
 
 
+def _weight_shape(matrices: list[Any]) -> tuple[int, ...]:
+    shapes = [size_hints(each) for each in matrices]
+    return (sum(map(math.prod, shapes)),) if len(shapes) > 1 else next(iter(shapes), ())
+
+
 def results(node: fx.Node) -> list[fx.Node]:
     """The tensors that an operator gives: its node, or the parts of its tuple that are read."""
     if not isinstance(node.meta.get("val"), (tuple, list)):
@@ -238,7 +243,6 @@ def find_sites(graph: fx.Graph) -> Iterator[tuple[fx.Node, OpPattern, Site]]:
         matrices = weights(node, pattern)
         if not all(isinstance(each, fx.Node) and is_constant(each, memo) for each in matrices):
             continue
-        shapes = [size_hints(each) for each in matrices]
         key = key_of(node)
         site = Site(
             name=key,
@@ -248,9 +252,7 @@ def find_sites(graph: fx.Graph) -> Iterator[tuple[fx.Node, OpPattern, Site]]:
             internals=tuple(f"{key}.{name}" for name in pattern.internals),
             output=key_of(fused_output(found[0])),
             macs=pattern.macs(node),
-            weight_shape=shapes[0]
-            if len(shapes) == 1
-            else (sum(map(math.prod, shapes)),) * any(shapes),
+            weight_shape=_weight_shape(matrices),
             stored=key_of(fused_output(found[0], _STORES[pattern.name]))
             if pattern.name in _STORES
             else "",
