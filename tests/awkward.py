@@ -2,7 +2,8 @@
 
 ``AWKWARD[name].build()`` is seeded and in eval mode; ``inputs(batch)`` gives ``(args, kwargs)``,
 new objects at each call, with other data for another batch size. An entry has its builder's name.
-Here: control flow, objects, sharing, inputs, outputs, writes in place. ``awkward_ops``: the rest.
+Here: control flow, objects, sharing, inputs, outputs, writes in place. ``awkward_ops``,
+``awkward_sequences``: the rest.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from awkward_ops import AWKWARD, AwkwardEntry, Call, Linears, awkward, pictures, rows
+from awkward_ops import AwkwardEntry, Call, Linears, awkward, pictures, rows
+from awkward_sequences import AWKWARD
 from models import normal, tokens
 from torch import Tensor, nn
 

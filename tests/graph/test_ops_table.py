@@ -30,6 +30,13 @@ aten = torch.ops.aten
 Case = tuple[nn.Module, tuple[Tensor, ...], int]
 
 
+class PlainBag(nn.EmbeddingBag):
+    """Called as early versions of PyTorch did, without a padding index."""
+
+    def forward(self, ids: Tensor, offsets: Tensor) -> Tensor:
+        return torch.ops.aten.embedding_bag.default(self.weight, ids, offsets)[0]
+
+
 def convolved(kind: Callable[..., nn.Module], *shape: int, **options: Any) -> Case:
     """A convolution 4 to 6 over 2 inputs; macs are counted below, by hand."""
     macs = options.pop("macs")
@@ -79,6 +86,19 @@ CASES: dict[str, list[Case]] = {
         )
     ],
     "aten.embedding.default": [(nn.Embedding(10, 4), (torch.tensor([[1, 2, 3]]),), 0)],
+    "aten.embedding_bag.default": [(PlainBag(10, 4), (torch.tensor([1, 2]), torch.tensor([0])), 0)],
+    "aten.embedding_bag.padding_idx": [
+        (nn.EmbeddingBag(10, 4, mode=mode), (torch.tensor([[1, 2, 3]]),), 0)
+        for mode in ("sum", "mean", "max")
+    ],
+    "aten.lstm.input": [
+        (nn.LSTM(8, 6), (normal(5, 3, 8),), 5 * 3 * 24 * (8 + 6)),
+        (
+            nn.LSTM(8, 6, 2, bidirectional=True, bias=False),
+            (normal(5, 3, 8),),
+            5 * 3 * 24 * 2 * (8 + 6 + 12 + 6),
+        ),
+    ],
 }
 
 OVERLOADS = [(pattern, target) for pattern in PATTERNS for target in pattern.targets]
@@ -97,10 +117,13 @@ def test_a_module_with_the_operator_has_exactly_that_site(pattern: Any, target: 
         assert len(site.inputs) == len(pattern.activations)
         assert len(site.internals) == len(pattern.internals)
         assert bool(site.weight_shape) == (pattern.weight is not None)
-        if pattern.weight is not None:
+        if pattern.name == "lstm":
+            matrices = [x for name, x in model.named_parameters() if name.startswith("weight")]
+            assert site.weight_shape == (sum(x.numel() for x in matrices),)
+        elif pattern.weight is not None:
             weight = model.get_parameter("weight")
             assert site.weight_shape == tuple(weight.shape)
-            if pattern.name != "embedding":  # whose axis 0 is the vocabulary, a scale a row
+            if pattern.activations:  # else axis 0 is the vocabulary, a scale a row
                 transposed = isinstance(model, nn.modules.conv._ConvTransposeNd)
                 channels = getattr(model, "out_channels", getattr(model, "out_features", 0))
                 share = channels // model.groups if transposed else channels

@@ -22,8 +22,10 @@ from torch import Tensor, fx, nn
 
 from torch_quant.backends import ipex_ops
 from torch_quant.backends.base import Backend, register_backend
+from torch_quant.backends.ipex_bags import look_up_bags
 from torch_quant.backends.ipex_forms import placement_forms
 from torch_quant.backends.ipex_guards import GUARDS
+from torch_quant.backends.ipex_lstm import lower_lstms
 from torch_quant.backends.ipex_trace import WRITES, FusedGraph, import_ipex, record, writes_in_place
 from torch_quant.backends.ipex_verify import Verification, verify
 from torch_quant.backends.onednn import has_vnni
@@ -42,8 +44,10 @@ _INSTALL = (
 )
 _OPS = frozenset({
     "linear", "conv1d", "conv2d", "conv3d", "conv_transpose2d", "conv_transpose3d", "matmul",
-    "scaled_dot_product_attention", "embedding",
+    "scaled_dot_product_attention", "embedding", "embedding_bag",
+    "lstm",
 })  # fmt: skip
+_SYMMETRIC = QuantSpec.of(signed=True, symmetric=True)
 
 
 @functools.cache
@@ -90,12 +94,20 @@ class IPEXBackend(Backend):
 
     def placement(self) -> Placement:
         weight = symmetric_weight(bits=8 if has_vnni() else 7)
-        return Placement(self.name, _OPS, QuantSpec(), weight, _refuse)
+        return Placement(
+            self.name,
+            _OPS,
+            QuantSpec(),
+            weight,
+            _refuse,
+            stored=frozenset({"embedding_bag"}),
+            formats={"embedding_bag": (_SYMMETRIC, _SYMMETRIC)},
+        )
 
     def lower(self, context: PassContext) -> fx.GraphModule:
         import_ipex()  # what traces the graph needs it, and its overrides of float kernels
         forms = placement_forms(int8_shortcuts=self.int8_shortcuts)
-        run_passes(context, [*forms, *GUARDS, quantized_tensors])
+        run_passes(context, [lower_lstms, look_up_bags, *forms, *GUARDS, quantized_tensors])
         return context.gm
 
     def compile(self, body: fx.GraphModule, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
@@ -125,8 +137,13 @@ class IPEXBackend(Backend):
 
 
 def _refuse(op: str, activation: QuantSpec | None, weight: QuantSpec | None) -> str | None:
+    if op == "embedding_bag":
+        fits = activation == weight == _SYMMETRIC
+        return None if fits else f"IPEX sums bags of {_SYMMETRIC}, not of {weight} to {activation}"
     if activation is not None and not activation.full_range:
         return f"IPEX quantizes activations to the full range of 8 bits, not to {activation}"
+    if op == "lstm" and activation is not None and activation.signed:
+        return f"IPEX's LSTM takes unsigned activations, not {activation}"
     if weight is not None and not (weight.signed and weight.symmetric and weight.per_channel):
         return f"IPEX wants a signed symmetric per-channel weight, not {weight}"
     return None

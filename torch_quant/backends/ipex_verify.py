@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from torch_quant.backends import ipex_ops
+from torch_quant.backends import ipex_bags, ipex_lstm, ipex_ops
+from torch_quant.backends.embedding_bags import bags_of_rows
 from torch_quant.backends.ipex_trace import WRITES, FusedGraph
 from torch_quant.backends.quantized import QuantizedGraph
 from torch_quant.core.plan import QuantPlan
@@ -30,6 +31,9 @@ _KINDS: dict[str, str] = {
 }  # fmt: skip
 """Name of an operator -> the kind of product that it is."""
 _NAMED = {"ipex::qembedding_bag": "embedding_bag", "ipex::quantized_lstm": "lstm"}
+"""Kernel that stands outside of the fused partitions -> what it computes."""
+_ALONE = {"embedding_bag": ipex_bags.NO_KERNEL, "lstm": ipex_lstm.NO_KERNEL}
+"""Why what has a kernel of its own is not on it."""
 _PRODUCTS = {"scaled_dot_product_attention": ("matmul", "matmul")}
 
 
@@ -107,7 +111,6 @@ def _positional(model: torch.jit.ScriptModule, example: Any) -> tuple[Any, ...]:
 class _Found:
     partitions: int = 0
     fused: list[Product] = field(default_factory=list)
-    named: list[str] = field(default_factory=list)
     unfused: list[tuple[Product, str]] = field(default_factory=list)
 
 
@@ -118,7 +121,7 @@ def _read(graph: Any, found: _Found, *, inside: bool = False) -> None:
             found.partitions += 1
             _read(node.g("Subgraph"), found, inside=True)
         elif kind in _NAMED:
-            found.named.append(_NAMED[kind])
+            found.fused.append(Product(_NAMED[kind], (), _first_weight(node)))
         elif kind.partition("::")[2].removeprefix("_") in _KINDS or _base(kind) in _KINDS:
             product = _product_of(node, _KINDS[_base(kind)])
             if product is None:
@@ -161,6 +164,16 @@ def _product_of(node: Any, kind: str) -> Product | None:
     return Product(kind, tuple(grids), weight) if grids else None
 
 
+def _first_weight(node: Any) -> tuple[Any, ...]:
+    """Fingerprint of the first int8 constant that a kernel reads, alone or in a list."""
+    for value in node.inputs():
+        constant = value.toIValue() if value.node().kind() == "prim::Constant" else None
+        first = constant[0] if isinstance(constant, list) and constant else constant
+        if isinstance(first, Tensor) and first.is_quantized:
+            return _fingerprint(first.int_repr())
+    return ()
+
+
 def _grid_of(quantize: Any) -> tuple[float, int]:
     """The grid of a quantize node that was not fused; its constants stand beside it."""
     while quantize.kind() not in ("aten::quantize_per_tensor", "prim::Param", _GROUP):
@@ -187,6 +200,14 @@ def _fingerprint(codes: Tensor) -> tuple[Any, ...]:
 def _expected(body: fx.GraphModule) -> Iterator[tuple[str, Product]]:
     """Products of dequantized tensors in a lowered graph, each with a name."""
     for node in body.graph.nodes:
+        if node.target in (ipex_bags.sum_bags, bags_of_rows):
+            codes = node.args[0].target
+            name = str(node.meta.get(KEY, codes.removesuffix("_weight")))
+            yield name, Product("embedding_bag", (), _fingerprint(body.get_buffer(codes)))
+        if node.target is ipex_lstm.int8_lstm:
+            codes = node.args[2][0].target
+            name = str(node.meta.get(KEY, codes.partition("_weight_ih")[0]))
+            yield name, Product("lstm", (), _fingerprint(body.get_buffer(codes)))
         kind = _KINDS.get(str(getattr(node.target, "_opname", "")))
         if kind is None:
             continue
@@ -228,8 +249,6 @@ def _compare(ran: list[tuple[QuantizedGraph, tuple[Any, ...]]]) -> Verification:
         found = _Found()
         _read(fused.script.graph_for(*tensors), found)
         partitions += found.partitions
-        int8.update(found.named)
-        expected.update(found.named)
         matched = Counter(_same(product) for product in found.fused)
         outside = {_same(product): kind for product, kind in found.unfused}
         for name, product in _expected(graph.body):
@@ -242,7 +261,9 @@ def _compare(ran: list[tuple[QuantizedGraph, tuple[Any, ...]]]) -> Verification:
                 left_out[name] = (
                     f"IPEX runs it as {kind} on dequantized tensors, in no fused partition"
                     if kind
-                    else "it is in no fused partition of the graph that ran"
+                    else _ALONE.get(
+                        product.kind, "it is in no fused partition of the graph that ran"
+                    )
                 )
     return Verification(partitions, dict(int8), dict(expected), left_out)
 
@@ -251,7 +272,7 @@ def _compare_counts(graph: Any, plan: QuantPlan | None) -> Verification:
     """For a traced module, whose products have no names: counts against the plan."""
     found = _Found()
     _read(graph, found)
-    int8 = Counter(product.kind for product in found.fused) + Counter(found.named)
+    int8 = Counter(product.kind for product in found.fused)
     expected = int8 + Counter(product.kind for product, _ in found.unfused)
     left_out = {
         f"{product.kind} of {product.grids}": f"IPEX runs it as {kind}, in no fused partition"

@@ -15,11 +15,13 @@ from torch import fx
 
 from torch_quant.backends import onednn_ops
 from torch_quant.backends.base import Backend, register_backend
+from torch_quant.backends.embedding_bags import bag_arguments
 from torch_quant.backends.reference import symmetric_weight
 from torch_quant.core.plan import Placement
 from torch_quant.core.spec import QuantSpec
 from torch_quant.graph.ops import padding_sizes, size_hints, spread
 from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
+from torch_quant.graph.sites import results
 from torch_quant.passes.base import PassContext
 
 __all__ = ["OneDNNBackend", "has_vnni"]
@@ -31,6 +33,7 @@ _CONVS: dict[Any, int] = {
     aten.conv2d.default: 2, aten.conv2d.padding: 2,
     aten.conv3d.default: 3, aten.conv3d.padding: 3,
 }  # fmt: skip
+_BAGS = (aten.embedding_bag.default, aten.embedding_bag.padding_idx)
 _CONV_POST_OPS: dict[int, set[str]] = {
     1: {"relu"},
     2: {"relu", "hardtanh", "swish", "hardswish"},
@@ -67,7 +70,7 @@ class OneDNNBackend(Backend):
     def placement(self) -> Placement:
         return Placement(
             self.name,
-            frozenset({"linear", "conv1d", "conv2d", "conv3d", "embedding"}),
+            frozenset({"linear", "conv1d", "conv2d", "conv3d", "embedding", "embedding_bag"}),
             QuantSpec(),
             symmetric_weight(bits=8 if has_vnni() else 7),
             _refuse,
@@ -81,6 +84,8 @@ class OneDNNBackend(Backend):
                 _lower_conv(node)
             elif node.target is aten.embedding.default and _weight_of(node, 0) is not None:
                 _lower_embedding(node)
+            elif node.target in _BAGS and _weight_of(node, 0) is not None:
+                _lower_embedding_bag(node)
         for node in context.graph.find_nodes(op="call_function", target=QUANTIZE):
             _lower_quantize(node)
         return context.gm
@@ -213,6 +218,19 @@ def _lower_embedding(node: fx.Node) -> None:
     weight = _weight_of(node, 0)
     assert weight is not None
     _replace(node, _Output(node), onednn_ops.EMBEDDING, (*weight, node.args[1]))
+
+
+def _lower_embedding_bag(node: fx.Node) -> None:
+    weight = _weight_of(node, 0)
+    assert weight is not None
+    args = (*weight, *bag_arguments(node))
+    with node.graph.inserting_before(node):
+        new = node.graph.call_function(onednn_ops.EMBEDDING_BAG, args)
+    for bags in results(node):
+        new.meta = dict(bags.meta)
+        bags.replace_all_uses_with(new)
+        node.graph.erase_node(bags)
+    node.graph.erase_node(node)
 
 
 def _lower_quantize(node: fx.Node) -> None:

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_quant.backends.embedding_bags import bags_of_rows
 from torch_quant.graph.qdq import library
 
-__all__ = ["CONV", "EMBEDDING", "LINEAR", "QUANTIZE_FAST", "packed_weights"]
+__all__ = ["CONV", "EMBEDDING", "EMBEDDING_BAG", "LINEAR", "QUANTIZE_FAST", "packed_weights"]
 
 library.define("onednn_quantize(Tensor x, float scale, int zero_point, ScalarType dtype) -> Tensor")
 library.define(
@@ -34,6 +35,10 @@ library.define(
     "int out_zero_point, ScalarType out_dtype, str post_op, float[] post_args) -> Tensor"
 )
 library.define("int8_embedding(Tensor weight, Tensor scale, Tensor indices) -> Tensor")
+library.define(
+    "int8_embedding_bag(Tensor weight, Tensor scale, Tensor indices, Tensor offsets, int mode, "
+    "Tensor? per_sample_weights, bool include_last_offset, int? padding_idx) -> Tensor"
+)
 
 _QUANTIZED = {torch.uint8: torch.quint8, torch.int8: torch.qint8}
 
@@ -184,11 +189,25 @@ def _fake_embedding(weight: Tensor, scale: Tensor, indices: Tensor) -> Tensor:
     return scale.new_empty((*indices.shape, weight.shape[1]))
 
 
+def _fake_embedding_bag(
+    weight: Tensor,
+    scale: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    mode: int,
+    per_sample_weights: Tensor | None,
+    include_last_offset: bool,
+    padding_idx: int | None,
+) -> Tensor:
+    return scale.new_empty((offsets.shape[0] - include_last_offset, weight.shape[1]))
+
+
 for _name, _impl, _fake in (
     ("onednn_quantize", _quantize, _fake_quantize),
     ("onednn_linear", _linear, _fake_linear),
     ("onednn_conv", _conv, _fake_conv),
     ("int8_embedding", _embedding, _fake_embedding),
+    ("int8_embedding_bag", bags_of_rows, _fake_embedding_bag),
 ):
     library.impl(_name, _impl, "CPU")
     torch.library.register_fake(f"torch_quant::{_name}", _fake, lib=library)
@@ -197,3 +216,4 @@ QUANTIZE_FAST = torch.ops.torch_quant.onednn_quantize.default
 LINEAR = torch.ops.torch_quant.onednn_linear.default
 CONV = torch.ops.torch_quant.onednn_conv.default
 EMBEDDING = torch.ops.torch_quant.int8_embedding.default
+EMBEDDING_BAG = torch.ops.torch_quant.int8_embedding_bag.default

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch_quant.core.spec import QuantSpec
@@ -31,6 +31,7 @@ class Placement:
             ``"input"`` (a kernel that computes Q, K and V at once would want the latter). By
             default weights: in both forms one takes more memory than in float alone.
         stored: the op types whose results it wants quantized as well, at ``Site.stored``.
+        formats: op type -> the formats of its activations and weight where they are not those.
         passes: what it does to the graph with quantize/dequantize pairs before lowering it, and
             what therefore belongs to a simulation of it: passes over a ``PassContext``.
     """
@@ -44,6 +45,7 @@ class Placement:
     )
     together: frozenset[str] = frozenset({"weight"})
     stored: frozenset[str] = frozenset()
+    formats: Mapping[str, tuple[QuantSpec, QuantSpec]] = field(default_factory=dict)
     passes: tuple[Callable[[Any], int], ...] = ()
 
 

@@ -81,10 +81,12 @@ def annotate(
         if config is None:
             reason = reason or "left in float by an override"
         else:
-            if site.inputs:
-                activation = config.input or placement.activation
+            default = (placement.activation, placement.weight)
+            wanted = placement.formats.get(site.op, default)
+            if site.inputs or site.op in placement.stored:
+                activation = config.input or wanted[0]
             if site.weight_shape:
-                weight = config.weight or placement.weight
+                weight = config.weight or wanted[1]
             if not reason and site.op not in placement.ops:
                 reason = f"{placement.name} has no int8 kernel for {site.op}"
             reason = reason or placement.refuse(site.op, activation, weight) or ""

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from torch_quant.errors import CaptureFailed
 from torch_quant.graph.calls import Call
+from torch_quant.graph.lstm import restore_lstms, whole_lstms
 from torch_quant.graph.outputs import flatten_output, unflatten_output
 from torch_quant.graph.shapes import ShapeContract
 
@@ -253,6 +254,17 @@ def no_fastpath() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _own_operators() -> Iterator[None]:
+    """PyTorch's own ``embedding_bag``: IPEX's, in its place, reads beyond the ids and crashes."""
+    found = torch.embedding_bag
+    torch.embedding_bag = torch._VF.embedding_bag
+    try:
+        yield
+    finally:
+        torch.embedding_bag = found
+
+
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """An attempt that fails is not the user's business: no warnings, no graph dumps on stderr."""
     loggers = [logging.getLogger(name) for name in _EXPORT_LOGGERS]
@@ -281,7 +293,7 @@ def run_module(module: nn.Module, call: Call, grad: bool = False) -> list[Any]:
         call: what to call it with.
         grad: the grad mode it runs in, by which some modules choose their path.
     """
-    with _frozen(module), torch.set_grad_enabled(grad):
+    with _frozen(module), _own_operators(), torch.set_grad_enabled(grad):
         args, kwargs = call.rebuild(_copied(call).tensors)
         leaves, _ = flatten_output(module(*args, **kwargs))
         return [x.detach() if isinstance(x, Tensor) else x for x in leaves]
@@ -325,7 +337,14 @@ def _export(module: nn.Module, example: Call, mode: str) -> CapturedGraph:
     out_specs: list[Any] = []
     flat = _Flat(module, example, out_specs.append)
     shapes = tuple(dict.fromkeys(range(x.dim()), Dim.AUTO) or None for x in example.tensors)
-    with _frozen(module), no_fastpath(), _quiet(), size_oblivious(mode == "oblivious"):
+    with (
+        _frozen(module),
+        _own_operators(),
+        whole_lstms(),
+        no_fastpath(),
+        _quiet(),
+        size_oblivious(mode == "oblivious"),
+    ):
         program = torch.export.export(
             flat,
             _copied(example).tensors,
@@ -355,6 +374,7 @@ def _plain(exported: fx.GraphModule) -> fx.GraphModule:
                 for key, (path, cls) in stack.items()
                 if path
             }
+    restore_lstms(graph)
     graph.set_codegen(fx.graph.CodeGen())
     output = next(iter(reversed(graph.nodes)))
     output.args = (tuple(pytree.tree_leaves(output.args, is_leaf=lambda x: x is None)),)

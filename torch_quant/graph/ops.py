@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import SymInt, Tensor, fx
 
+from torch_quant.graph.lstm import hidden_states, projected
+
 __all__ = [
     "ACTIVATIONS",
     "DATA_MOVEMENT",
@@ -40,11 +42,13 @@ class OpPattern:
         name: the op type that users filter and override by.
         targets: the ATen overloads it stands for.
         activations: argument positions quantized per tensor by observed ranges.
-        weight: argument position of the weight, None if both sides are activations.
+        weight: argument position of the weight, or of the list that holds several matrices and
+            their biases; None if both sides are activations.
         weight_axis: the weight's output-channel axis.
         macs: multiply-accumulates of one call, from sizes as captured.
         internals: tensors that exist only inside the operator, each computed from its arguments so
             that calibration can observe it.
+        obstacle: why a call of it cannot run in int8 anywhere, empty if it can.
     """
 
     name: str
@@ -54,6 +58,7 @@ class OpPattern:
     weight_axis: int
     macs: Callable[[fx.Node], int]
     internals: dict[str, Callable[..., Tensor]] = field(default_factory=dict)
+    obstacle: Callable[[fx.Node], str] = lambda node: ""
 
 
 def size_hints(value: Any) -> tuple[int, ...]:
@@ -143,6 +148,13 @@ def _sdpa_macs(node: fx.Node) -> int:
     return scores * (query[-1] + size_hints(node.args[2])[-1])
 
 
+def _lstm_macs(node: fx.Node) -> int:
+    x: Any = node.args[0]
+    params: Any = node.args[2]
+    weights = sum(_numel(each) for each in params if len(size_hints(each)) == 2)
+    return _numel(x) // size_hints(x)[-1] * weights
+
+
 def sdpa_scores(
     query: Tensor,
     key: Tensor,
@@ -181,6 +193,11 @@ def sdpa_probabilities(
     return torch.softmax(scores, -1).nan_to_num(0.0)
 
 
+def _bag_obstacle(node: fx.Node) -> str:
+    others = any(user.args[1] != 0 for user in node.users)
+    return "more of its results than the bags are read" if others else ""
+
+
 PATTERNS: tuple[OpPattern, ...] = (
     OpPattern("linear", (aten.linear.default,), (0,), 1, 0, _gemm_macs),
     OpPattern("conv1d", (aten.conv1d.default, aten.conv1d.padding), (0,), 1, 0, _conv_macs),
@@ -207,6 +224,25 @@ PATTERNS: tuple[OpPattern, ...] = (
         {"probabilities": sdpa_probabilities},
     ),
     OpPattern("embedding", (aten.embedding.default,), (), 0, 0, lambda node: 0),
+    OpPattern(
+        "embedding_bag",
+        (aten.embedding_bag.default, aten.embedding_bag.padding_idx),
+        (),
+        0,
+        0,
+        lambda node: 0,
+        obstacle=_bag_obstacle,
+    ),
+    OpPattern(
+        "lstm",
+        (aten.lstm.input,),
+        (0,),
+        2,
+        0,
+        _lstm_macs,
+        {"hidden": hidden_states},
+        projected,
+    ),
 )  # fmt: skip
 
 _BY_TARGET = {target: pattern for pattern in PATTERNS for target in pattern.targets}
@@ -263,10 +299,10 @@ RECTIFIERS = frozenset({
 """Activation functions that only cut the range: a grid behind them does their work."""
 
 INT8_NEVER = {
-    aten.lstm.input: "recurrent layers have no static int8 form here",
-    aten.gru.input: "recurrent layers have no static int8 form here",
-    aten.rnn_tanh.input: "recurrent layers have no static int8 form here",
-    aten.rnn_relu.input: "recurrent layers have no static int8 form here",
+    aten.lstm.data: "packed sequences have no int8 form here",
+    aten.gru.input: "of the recurrent layers, only LSTMs have an int8 form here",
+    aten.rnn_tanh.input: "of the recurrent layers, only LSTMs have an int8 form here",
+    aten.rnn_relu.input: "of the recurrent layers, only LSTMs have an int8 form here",
     aten.einsum.default: "write the contraction as matmul to have it quantized",
     aten.bilinear.default: "no int8 form",
     aten.baddbmm.default: "write it as bmm and add to have it quantized",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections import Counter
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
@@ -32,7 +34,9 @@ __all__ = [
     "module_path",
     "name_tensors",
     "operands",
+    "results",
     "source",
+    "weights",
 ]
 
 KEY = "torch_quant_key"
@@ -43,7 +47,10 @@ ORIGIN = "torch_quant_origin"
 """Entry of ``node.meta``: name of the node of the captured graph that computes the same tensor."""
 
 
-_STORES = frozenset({"conv1d", "conv2d", "conv3d"})
+_STORES: dict[str, Container[Any]] = {
+    "conv1d": RECTIFIERS, "conv2d": RECTIFIERS, "conv3d": RECTIFIERS, "embedding_bag": (),
+}  # fmt: skip
+"""Op types whose kernels may give nothing but integers, and the functions that these do as well."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +63,12 @@ class Site:
         module: path of the innermost module it runs in.
         inputs: keys of the activations it takes, in the row's order.
         internals: keys of the tensors that exist only inside it.
-        output: key of its result.
+        output: key of its result, the first that is read if it has several.
         macs: multiply-accumulates on the captured example.
-        weight_shape: sizes of its weight, empty without one.
+        weight_shape: sizes of its weight, empty without one; of several, how many values they have.
         stored: key of what a convolution leaves behind, its result or that of the rectifier which
-            alone uses it: some kernels give nothing but integers there. Empty for other operators.
+            alone uses it, or of the bags of embeddings: some kernels give nothing but integers
+            there. Empty for other operators.
         smoothable: whether the last dimension of its input's source is that of its weight, so that
             statistics of channels recorded there hold for the input.
     """
@@ -142,7 +150,9 @@ def is_constant(node: fx.Node, _memo: dict[fx.Node, bool] | None = None) -> bool
     memo = {} if _memo is None else _memo
     if node not in memo:
         if node.op == "get_attr":
-            memo[node] = not any(user.is_impure() for user in node.users)
+            # (An LSTM counts as impure, for the dropout that it could do.)
+            users = [user for user in node.users if pattern_of(user) is None]
+            memo[node] = not any(user.is_impure() for user in users)
         elif node.op == "call_function" and node.all_input_nodes and not node.is_impure():
             memo[node] = all(is_constant(n, memo) for n in node.all_input_nodes)
         else:
@@ -178,6 +188,29 @@ def operands(node: fx.Node, pattern: OpPattern) -> list[fx.Node]:
     return found  # type: ignore[return-value]
 
 
+def weights(node: fx.Node, pattern: OpPattern) -> list[Any]:
+    """What stands for the weight of a quantizable node: one argument, or each matrix of a list."""
+    if pattern.weight is None:
+        return []
+    found = node.args[pattern.weight]
+    if not isinstance(found, (list, tuple)):
+        return [found]
+    return [each for each in found if len(size_hints(each)) == 2]
+
+
+def _weight_shape(matrices: list[Any]) -> tuple[int, ...]:
+    shapes = [size_hints(each) for each in matrices]
+    return (sum(map(math.prod, shapes)),) if len(shapes) > 1 else next(iter(shapes), ())
+
+
+def results(node: fx.Node) -> list[fx.Node]:
+    """The tensors that an operator gives: its node, or the parts of its tuple that are read."""
+    if not isinstance(node.meta.get("val"), (tuple, list)):
+        return [node]
+    parts = [user for user in node.users if user.target is operator.getitem]
+    return sorted(parts, key=lambda part: part.args[1])  # type: ignore[arg-type, return-value]
+
+
 def fused_output(node: fx.Node, functions: Container[Any] = ACTIVATIONS) -> fx.Node:
     """``node``, or the activation function that alone uses it: where a kernel's output would be."""
     users = list(node.users)
@@ -202,10 +235,13 @@ def find_sites(graph: fx.Graph) -> Iterator[tuple[fx.Node, OpPattern, Site]]:
     memo: dict[fx.Node, bool] = {}
     for node in graph.nodes:
         pattern = pattern_of(node)
-        if pattern is None or not is_float(node):
+        if pattern is None:
             continue
-        weight = None if pattern.weight is None else node.args[pattern.weight]
-        if weight is not None and not (isinstance(weight, fx.Node) and is_constant(weight, memo)):
+        found = results(node)
+        if not found or not is_float(found[0]):
+            continue
+        matrices = weights(node, pattern)
+        if not all(isinstance(each, fx.Node) and is_constant(each, memo) for each in matrices):
             continue
         key = key_of(node)
         site = Site(
@@ -214,10 +250,12 @@ def find_sites(graph: fx.Graph) -> Iterator[tuple[fx.Node, OpPattern, Site]]:
             module=node.meta[MODULE],
             inputs=tuple(key_of(source(arg)) for arg in operands(node, pattern)),
             internals=tuple(f"{key}.{name}" for name in pattern.internals),
-            output=key_of(fused_output(node)),
+            output=key_of(fused_output(found[0])),
             macs=pattern.macs(node),
-            weight_shape=size_hints(weight),
-            stored=key_of(fused_output(node, RECTIFIERS)) if pattern.name in _STORES else "",
+            weight_shape=_weight_shape(matrices),
+            stored=key_of(fused_output(found[0], _STORES[pattern.name]))
+            if pattern.name in _STORES
+            else "",
             smoothable=pattern.name == "linear" and _keeps_channels(node.args[0]),
         )
         yield node, pattern, site

@@ -10,7 +10,8 @@ and each consumer dequantizes what it reads:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -19,9 +20,10 @@ from torch_quant.core.functional import quantize
 from torch_quant.core.plan import QuantPlan, SitePlan
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
+from torch_quant.graph.lstm import LSTM, cells_of
 from torch_quant.graph.ops import PATTERNS, OpPattern
 from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
-from torch_quant.graph.sites import find_sites, is_constant, key_of, operands, source
+from torch_quant.graph.sites import find_sites, is_constant, key_of, operands, results, source
 from torch_quant.passes.attention import decompose_attention
 from torch_quant.passes.base import PassContext
 from torch_quant.passes.constants import evaluate, new_constant
@@ -33,7 +35,9 @@ GridOf = Callable[[str, QuantSpec], QParams]
 WeightGridOf = Callable[[str, Tensor, QuantSpec, int], QParams]
 """Site name, weight, format and channel axis -> grid."""
 
-_ATTENTION = next(p for p in PATTERNS if p.name == "scaled_dot_product_attention")
+_ATTENTION, _LSTM = (
+    next(p for p in PATTERNS if p.name == name) for name in ("scaled_dot_product_attention", "lstm")
+)
 
 
 @dataclass
@@ -108,22 +112,61 @@ class _Inserter:
             codes = quantize(value.detach(), qparams).contiguous()  # what kernels pack
             self.weights[memo] = (value, qparams, codes)
         _, qparams, codes = self.weights[memo]
-        weight = new_constant(gm, f"{site.name}.weight", codes, node)
-        scale = new_constant(gm, f"{site.name}.weight_scale", qparams.scale, node)
-        zero_point = new_constant(gm, f"{site.name}.weight_zero_point", qparams.zero_point, node)
-        with node.graph.inserting_before(node):
-            args = (
-                (weight, scale, zero_point, axis)
-                if site.weight.per_channel
-                else (weight, float(qparams.scale), int(qparams.zero_point))
-            )
-            target = DEQUANTIZE_CHANNEL if site.weight.per_channel else DEQUANTIZE
-            real = node.graph.call_function(target, args)
+        real = self._integers(node, f"{site.name}.weight", codes, qparams)
         node.update_arg(pattern.weight, real)
-        bias = node.args[2] if site.op != "embedding" and len(node.args) > 2 else None
+        bias = node.args[2] if pattern.activations and len(node.args) > 2 else None
         if isinstance(bias, fx.Node) and bias.op != "get_attr" and is_constant(bias):
             folded = new_constant(gm, f"{site.name}.bias", evaluate(gm, bias), node)
             node.update_arg(2, folded)
+
+    def _integers(self, node: fx.Node, name: str, codes: Tensor, qparams: QParams) -> fx.Node:
+        """A dequantized int8 weight, placed before ``node``."""
+        gm, axis = self.context.gm, qparams.ch_axis
+        weight = new_constant(gm, name, codes, node)
+        scale = new_constant(gm, f"{name}_scale", qparams.scale, node)
+        zero_point = new_constant(gm, f"{name}_zero_point", qparams.zero_point, node)
+        args: tuple[Any, ...] = (weight, scale, zero_point, axis)
+        if axis is None:
+            args = (weight, float(qparams.scale), int(qparams.zero_point))
+        with node.graph.inserting_before(node):
+            return node.graph.call_function(
+                DEQUANTIZE if axis is None else DEQUANTIZE_CHANNEL, args
+            )
+
+    def lstm(self, node: fx.Node, entry: SitePlan) -> None:
+        """Quantize an LSTM: input, matrices, and the hidden state at every step.
+
+        Kernels sum ``W_ih x + W_hh h`` as integers, so a row of both matrices shares one scale, in
+        units of a step of ``x`` and of ``h``. Inner layers read ``h``.
+        """
+        assert entry.activation is not None
+        x, hx, params, has_biases, layers, _, _, bidirectional, batch_first = node.args
+        assert isinstance(x, fx.Node)
+        of_x = self.grid_of(key_of(source(x)), entry.activation)
+        of_h = self.grid_of(entry.inputs[-1], entry.activation)
+        outer = float(of_x.scale) / float(of_h.scale)
+        cells = cells_of(params, bool(has_biases))
+        new: list[Any] = []
+        for i, (w_ih, w_hh, *biases) in enumerate(cells):
+            if entry.weight is None:  # what activations alone do is asked for
+                new += [w_ih, w_hh, *biases]
+                continue
+            factor = outer if i < len(cells) // int(layers) else 1.0  # type: ignore[arg-type]
+            values = [evaluate(self.context.gm, each).detach() for each in (w_ih, w_hh)]
+            joined = torch.cat([values[0] * factor, values[1]], 1)
+            qparams = self.weight_grid_of(entry.name, joined, entry.weight, 0)
+            codes = quantize(joined, qparams).split([each.shape[1] for each in values], 1)
+            names = [f"{entry.name}.weight_{role}_{i}" for role in ("ih", "hh")]
+            grids = [replace(qparams, scale=qparams.scale / factor), qparams]
+            for name, part, grid in zip(names, codes, grids, strict=True):
+                new.append(self._integers(node, name, part.contiguous(), grid))
+            new += biases
+        self.activations(node, [x], entry)
+        spec = entry.activation
+        limits = (float(of_h.scale), int(of_h.zero_point), spec.quant_min, spec.quant_max)
+        node.target = LSTM
+        options = (has_biases, layers, bidirectional, batch_first)
+        node.args = (node.args[0], hx, new, *options, *limits)
 
 
 def insert_qdq(
@@ -145,13 +188,15 @@ def insert_qdq(
                 continue
             if pattern is _ATTENTION:
                 _quantize_attention(inserter, node, entry)
+            elif pattern is _LSTM:
+                inserter.lstm(node, entry)
             else:
                 if entry.activation is not None:
                     inserter.activations(node, operands(node, pattern), entry)
                 if pattern.weight is not None and entry.weight is not None:
                     inserter.weight(node, pattern, entry)
                 if entry.stored:
-                    stored.append((node, entry))
+                    stored.append((results(node)[0], entry))
             changed += 1
     for node, entry in stored:  # last: until here, sites find the source of what they read
         inserter.result(node, entry)

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from torch_quant.core.plan import QuantPlan
-from torch_quant.graph.sites import find_sites, is_constant, is_float
+from torch_quant.graph.sites import find_sites, is_constant, is_float, results
 from torch_quant.passes.base import PassContext
 from torch_quant.passes.constants import evaluate, new_constant
 
@@ -32,10 +32,11 @@ def lower_precision(context: PassContext, plan: QuantPlan) -> int:
                 if (arg, dtype) not in casts:  # several sites may read one tensor
                     casts[arg, dtype] = _cast(context, node, arg, dtype)
                 node.replace_input_with(arg, casts[arg, dtype])
-        with context.graph.inserting_after(node):
-            result = context.graph.call_function(aten.to.dtype, (node, torch.float32))
-        result.meta = dict(node.meta)
-        node.replace_all_uses_with(result, lambda user, result=result: user is not result)  # type: ignore[misc]
+        for result in results(node):
+            with context.graph.inserting_after(result):
+                back = context.graph.call_function(aten.to.dtype, (result, torch.float32))
+            back.meta = dict(result.meta)
+            result.replace_all_uses_with(back, lambda user, back=back: user is not back)  # type: ignore[misc]
         changed += 1
     return changed
 

@@ -49,7 +49,8 @@ def prepare(captured: fx.GraphModule, path: str = "") -> Prepared:
         late = [x for arg in operands(node, pattern) for x in behind(arg) if x in dirty]
         if {node, *node.users} & dirty:
             site = replace(site, stored="")  # a copy on a grid would miss what is written
-        sites.append((site, f"{key_of(late[0])} is written to in place" if late else ""))
+        written = f"{key_of(late[0])} is written to in place" if late else ""
+        sites.append((site, written or pattern.obstacle(node)))
         for key in dict.fromkeys((*site.inputs, site.output, site.stored or site.output)):
             observed[key] = (origin[key], None)
         for key, compute in zip(site.internals, pattern.internals.values(), strict=True):

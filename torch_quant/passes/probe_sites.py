@@ -18,6 +18,7 @@ from torch_quant.graph.sites import (
     is_constant,
     key_of,
     operands,
+    results,
     source,
 )
 from torch_quant.passes.base import copy_graph
@@ -36,7 +37,7 @@ class LocalSite:
         site: its description.
         gm: takes what the operator reads that is not constant; holds the same parameters.
         arguments: the captured nodes that compute what ``gm`` takes, in order.
-        result: the captured node that computes what it returns.
+        result: the captured node that computes what it returns: one of the site's results.
         operand: position among the arguments of its only quantized operand, None if it has several.
     """
 
@@ -50,7 +51,7 @@ class LocalSite:
 def cut_sites(
     prepared: Prepared, names: Collection[str], stored: Mapping[str, str] | None = None
 ) -> list[LocalSite]:
-    """Every site of ``names`` that a prepared graph has, in order.
+    """Every site of ``names`` that a prepared graph has, in order; once for each of its results.
 
     Args:
         prepared: the graph.
@@ -63,19 +64,20 @@ def cut_sites(
         if site.name not in names:
             continue
         key = (stored or {}).get(site.name)
-        last = next(iter(node.users)) if key and key != site.name else node
-        graph, inputs = _cut(node, last)
-        single = len(pattern.activations) == 1
-        quantized = [x for x in operands(node, pattern) if x in inputs]
-        found.append(
-            LocalSite(
-                site,
-                fx.GraphModule(prepared.canonical, graph),
-                tuple(each.meta[ORIGIN] for each in inputs),
-                last.meta[ORIGIN],
-                inputs.index(quantized[0]) if single and quantized else None,
+        for result in results(node):
+            last = next(iter(result.users)) if key and key != key_of(result) else result
+            graph, inputs = _cut(node, last)
+            single = len(pattern.activations) + len(pattern.internals) == 1
+            quantized = [x for x in operands(node, pattern) if x in inputs]
+            found.append(
+                LocalSite(
+                    site,
+                    fx.GraphModule(prepared.canonical, graph),
+                    tuple(each.meta[ORIGIN] for each in inputs),
+                    last.meta[ORIGIN],
+                    inputs.index(quantized[0]) if single and quantized else None,
+                )
             )
-        )
     return found
 
 

@@ -287,7 +287,7 @@ class AmpModel(Proxy):
 def _half(lowering: Lowering, local: LocalSite) -> torch.fx.GraphModule | None:
     """The site with quantized activations and its float weight."""
     entry = lowering.plan[local.site.name]
-    if entry.weight is None or entry.activation is None or local.operand is None:
+    if entry.weight is None or entry.activation is None:
         return None
     plan = QuantPlan([replace(entry, weight=None)])
     return replace(lowering, plan=plan, backend=Backend.REFERENCE).graph(local.gm)

@@ -63,8 +63,10 @@ class NoisePass:
         self, probe: SiteProbe, exact: Tensor, inputs: tuple[Any, ...]
     ) -> Tensor | None:
         """The noise of quantized activations alone, for the first rows of the result."""
-        if probe.half is None or probe.operand is None:
+        if probe.half is None:
             return None
+        if probe.operand is None:
+            return exact - probe.half(*inputs)  # type: ignore[operator]
         x, rows = inputs[probe.operand], len(exact) if exact.dim() > 1 else 0
         if rows and len(x) == rows:
             few = -(-rows // _PARTS)

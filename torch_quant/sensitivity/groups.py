@@ -9,7 +9,7 @@ from collections.abc import Collection, Hashable
 from torch import fx
 
 from torch_quant.core.plan import QuantPlan
-from torch_quant.graph.sites import find_sites
+from torch_quant.graph.sites import find_sites, weights
 from torch_quant.model import CapturedModel
 
 __all__ = ["find_groups", "shared_inputs"]
@@ -54,10 +54,8 @@ def _sharing(
             if site.name not in quantized:
                 continue
             things: list[Hashable] = []
-            if "weight" in together and pattern.weight is not None:
-                weight = node.args[pattern.weight]
-                assert isinstance(weight, fx.Node)
-                things.append(_parameter(prepared.canonical, weight))
+            if "weight" in together:
+                things += [_parameter(prepared.canonical, each) for each in weights(node, pattern)]
             if "input" in together:
                 things += site.inputs
             for thing in things:

@@ -1,0 +1,61 @@
+"""Bags of int8 embeddings: gather the rows that are read, and reduce them as PyTorch does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+__all__ = ["bag_arguments", "bags_of_rows"]
+
+aten = torch.ops.aten
+
+_DEFAULTS = (False, 0, False, None, False, None)
+"""Of ``aten.embedding_bag`` behind weight, indices and offsets."""
+
+
+def bag_arguments(node: fx.Node) -> tuple[Any, ...]:
+    """Indices, offsets, mode, weights of the samples, whether the last offset is an end, padding.
+
+    The mode is 0 for sums, 1 for means and 2 for maxima.
+    """
+    given = (*node.args[1:], *_DEFAULTS[len(node.args) - 3 :])
+    return (*given[:2], given[3], *given[5:])
+
+
+def bags_of_rows(
+    codes: Tensor,
+    scale: Tensor | float,
+    indices: Tensor,
+    offsets: Tensor,
+    mode: int,
+    per_sample_weights: Tensor | None,
+    include_last_offset: bool,
+    padding_idx: int | None,
+) -> Tensor:
+    """Bags of an int8 table, float32, shape ``[bags, features]``.
+
+    Args:
+        codes: int8, shape ``[rows, features]``; their zero point is 0.
+        scale: float32, shape ``[rows]``, or one number for all rows.
+        indices: rows to read, shape ``[n]``.
+        offsets: where in ``indices`` the bags begin.
+        mode: 0 for sums, 1 for means, 2 for maxima.
+        per_sample_weights: factor of each index, shape ``[n]``; for sums only.
+        include_last_offset: the last offset is the end of the last bag.
+        padding_idx: a row that does not count; negative, from the end.
+    """
+    rows = aten.embedding.default(codes, indices).to(torch.float32)
+    if isinstance(scale, Tensor):
+        scale = aten.embedding.default(scale.unsqueeze(-1), indices)
+    rows = rows * scale
+    # In the place of the table, one row for each index; the first one stands for padding.
+    table = torch.cat([rows.new_zeros((1, codes.size(1))), rows])
+    places = torch.ones_like(indices).cumsum(0)
+    if padding_idx is not None:
+        places = places * (indices != padding_idx % codes.shape[0])
+    bags: Tensor = aten.embedding_bag.padding_idx(
+        table, places, offsets, False, mode, False, per_sample_weights, include_last_offset, 0
+    )[0]
+    return bags

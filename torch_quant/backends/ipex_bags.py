@@ -1,0 +1,82 @@
+"""Bags of embeddings on IPEX: sums on its int8 kernel, means and maxima of gathered int8 rows.
+
+``ipex::qembedding_bag`` stands for ``dequantize -> embedding_bag -> quantize``. It knows sums
+alone, one scale for the whole table and symmetric int8 results. Where the step of the result is not
+larger than the table's by 1e-4, it copies the codes of a row into bags of one, and of none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from torch_quant.backends.embedding_bags import bag_arguments, bags_of_rows
+from torch_quant.graph.qdq import DEQUANTIZE, FAKE_QUANTIZE, QUANTIZE
+from torch_quant.graph.sites import KEY, key_of, results
+from torch_quant.passes.base import PassContext
+
+__all__ = ["NO_KERNEL", "look_up_bags", "sum_bags"]
+
+aten = torch.ops.aten
+
+_BAGS = (aten.embedding_bag.default, aten.embedding_bag.padding_idx)
+NO_KERNEL = "IPEX's kernel only sums, to larger steps: int8 rows are gathered and reduced in float"
+"""Why a bag is not on the kernel."""
+_COARSER = 1.01e-4
+
+
+def sum_bags(
+    codes: Tensor,
+    scale: float,
+    indices: Tensor,
+    offsets: Tensor,
+    include_last_offset: bool,
+    out_scale: float,
+) -> Tensor:
+    """Sums of rows of an int8 table as a quantized tensor, in the form that IPEX fuses."""
+    if torch.compiler.is_compiling():
+        bags = bags_of_rows(codes, scale, indices, offsets, 0, None, include_last_offset, None)
+        return FAKE_QUANTIZE(bags, out_scale, 0, -128, 127)  # type: ignore[no-any-return]
+    with torch.autocast("cpu", enabled=False):
+        table = torch._make_per_tensor_quantized_tensor(codes, scale, 0).dequantize()
+        bags = torch.ops.torch_ipex.embedding_bag(
+            table, indices, offsets, False, include_last_offset
+        )
+    return torch.quantize_per_tensor(bags, out_scale, 0, torch.qint8)
+
+
+def look_up_bags(context: PassContext) -> int:
+    """Read int8 rows, instead of dequantizing the whole table."""
+    changed = 0
+    for node in list(context.graph.nodes):
+        table = node.args[0] if node.target in _BAGS else None
+        if not isinstance(table, fx.Node) or table.target is not DEQUANTIZE:
+            continue
+        codes, scale = table.args[:2]
+        (bags,) = results(node)
+        (quantize,) = bags.users
+        assert quantize.target is QUANTIZE  # the placement wants the result stored
+        indices, offsets, mode, weights, include_last_offset, padding_idx = bag_arguments(node)
+        plain = mode == 0 and weights is None and padding_idx is None
+        out_scale: Any = quantize.args[1]
+        coarser = out_scale - scale > _COARSER
+        args: tuple[Any, ...]
+        with context.graph.inserting_before(quantize):
+            if plain and coarser and _is_long(indices) and _is_long(offsets):
+                args = (codes, scale, indices, offsets, include_last_offset, out_scale)
+                new, old = context.graph.call_function(sum_bags, args), quantize
+            else:
+                args = (codes, scale, *bag_arguments(node))
+                new, old = context.graph.call_function(bags_of_rows, args), bags
+        new.meta = dict(bags.meta) | {KEY: key_of(node)}
+        old.replace_all_uses_with(new)
+        context.graph.erase_node(old)
+        changed += 1
+    context.graph.eliminate_dead_code()
+    return changed
+
+
+def _is_long(node: Any) -> bool:
+    return bool(node.meta["val"].dtype == torch.int64)
