@@ -27,6 +27,7 @@ def remove_identities(context: PassContext) -> int:
         n
         for n in context.graph.nodes
         if (n.target in IDENTITY and not n.args[2])
+        or n.target is aten.detach_.default
         or (n.target in _COPIES and n not in written)
         or (n.target in _CASTS and _casts_nothing(n))
     ]

@@ -289,7 +289,9 @@ def _half(lowering: Lowering, local: LocalSite) -> torch.fx.GraphModule | None:
     entry = lowering.plan[local.site.name]
     if entry.weight is None or entry.activation is None:
         return None
-    plan = QuantPlan([replace(entry, weight=None)])
+    half = replace(entry, weight=None)
+    sites = lowering.plan.values()  # others, of constants, may belong to the local graph
+    plan = QuantPlan(half if each is entry else each for each in sites)
     return replace(lowering, plan=plan, backend=Backend.REFERENCE).graph(local.gm)
 
 
