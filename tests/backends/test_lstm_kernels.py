@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from torch_quant import Backend, ModuleFilter, QConfig, Quantizer, QuantSpec, sqnr
 from torch_quant.backends import IPEXBackend, available_backends
-from torch_quant.backends.ipex_lstm import NO_KERNEL
+from torch_quant.backends.ipex.lstm import NO_KERNEL
 
 BACKENDS = [b.name for b in available_backends() if "lstm" in b.placement().ops]
 needs_ipex = pytest.mark.skipif(

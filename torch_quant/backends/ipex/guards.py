@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from torch_quant.backends.ipex_attention import FUSED_MASK
-from torch_quant.backends.ipex_forms import ELEMENTWISE, is_quantized_product
+from torch_quant.backends.ipex.attention import FUSED_MASK
+from torch_quant.backends.ipex.forms import ELEMENTWISE, is_quantized_product
 from torch_quant.graph.ops import ROW_MOVEMENT, contiguous_as_captured, pattern_of
 from torch_quant.graph.qdq import QUANTIZE
 from torch_quant.graph.sites import behind

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from torch_quant.backends import ipex_bags, ipex_lstm, ipex_ops
 from torch_quant.backends.embedding_bags import bags_of_rows
-from torch_quant.backends.ipex_trace import WRITES, FusedGraph
+from torch_quant.backends.ipex import bags, lstm, ops
+from torch_quant.backends.ipex.trace import WRITES, FusedGraph
 from torch_quant.backends.quantized import QuantizedGraph
 from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import InvalidConfig
@@ -32,7 +32,7 @@ _KINDS: dict[str, str] = {
 """Name of an operator -> the kind of product that it is."""
 _NAMED = {"ipex::qembedding_bag": "embedding_bag", "ipex::quantized_lstm": "lstm"}
 """Kernel that stands outside of the fused partitions -> what it computes."""
-_ALONE = {"embedding_bag": ipex_bags.NO_KERNEL, "lstm": ipex_lstm.NO_KERNEL}
+_ALONE = {"embedding_bag": bags.NO_KERNEL, "lstm": lstm.NO_KERNEL}
 """Why what has a kernel of its own is not on it."""
 _PRODUCTS = {"scaled_dot_product_attention": ("matmul", "matmul")}
 
@@ -200,11 +200,11 @@ def _fingerprint(codes: Tensor) -> tuple[Any, ...]:
 def _expected(body: fx.GraphModule) -> Iterator[tuple[str, Product]]:
     """Products of dequantized tensors in a lowered graph, each with a name."""
     for node in body.graph.nodes:
-        if node.target in (ipex_bags.sum_bags, bags_of_rows):
+        if node.target in (bags.sum_bags, bags_of_rows):
             codes = node.args[0].target
             name = str(node.meta.get(KEY, codes.removesuffix("_weight")))
             yield name, Product("embedding_bag", (), _fingerprint(body.get_buffer(codes)))
-        if node.target is ipex_lstm.int8_lstm:
+        if node.target is lstm.int8_lstm:
             codes = node.args[2][0].target
             name = str(node.meta.get(KEY, codes.partition("_weight_ih")[0]))
             yield name, Product("lstm", (), _fingerprint(body.get_buffer(codes)))
@@ -216,9 +216,9 @@ def _expected(body: fx.GraphModule) -> Iterator[tuple[str, Product]]:
         name = str(node.meta.get(KEY, node.name))
         for arg in node.args[:2]:
             target = arg.target if isinstance(arg, fx.Node) else None
-            if target is ipex_ops.dequantize:
+            if target is ops.dequantize:
                 grids.append(tuple(arg.args[0].args[1:3]))
-            elif target is ipex_ops.dequantize_weight:
+            elif target is ops.dequantize_weight:
                 codes = arg.args[0].target
                 weight = _fingerprint(body.get_buffer(codes))
                 name = str(node.meta.get(KEY, codes.removesuffix("_weight")))

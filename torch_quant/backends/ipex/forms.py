@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from torch_quant.backends.ipex_attention import plain_softmax
+from torch_quant.backends.ipex.attention import plain_softmax
 from torch_quant.graph.ops import (
     ACTIVATIONS,
     DATA_MOVEMENT,

@@ -32,7 +32,7 @@ from torch_quant.passes.onnx_forms import (
 from torch_quant.passes.share_grids import keep_grids, read_codes
 
 if TYPE_CHECKING:
-    from torch_quant.backends.onnx_verify import OnnxReport
+    from torch_quant.backends.onnx.verify import OnnxReport
 
 __all__ = ["OnnxBackend", "missing_packages"]
 
@@ -95,7 +95,7 @@ class OnnxBackend(Backend):
             BackendUnavailable: onnx or onnxruntime is not installed.
             InvalidConfig: the file cannot be read, or is no valid model.
         """
-        from torch_quant.backends.onnx_verify import verify
+        from torch_quant.backends.onnx.verify import verify
 
         return verify(path)
 

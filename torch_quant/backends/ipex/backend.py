@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from torch_quant.backends import ipex_ops
 from torch_quant.backends.base import Backend, register_backend
-from torch_quant.backends.ipex_bags import look_up_bags
-from torch_quant.backends.ipex_forms import placement_forms
-from torch_quant.backends.ipex_guards import GUARDS
-from torch_quant.backends.ipex_lstm import lower_lstms
-from torch_quant.backends.ipex_trace import WRITES, FusedGraph, import_ipex, record, writes_in_place
-from torch_quant.backends.ipex_verify import Verification, verify
+from torch_quant.backends.ipex import ops
+from torch_quant.backends.ipex.bags import look_up_bags
+from torch_quant.backends.ipex.forms import placement_forms
+from torch_quant.backends.ipex.guards import GUARDS
+from torch_quant.backends.ipex.lstm import lower_lstms
+from torch_quant.backends.ipex.trace import WRITES, FusedGraph, import_ipex, record, writes_in_place
+from torch_quant.backends.ipex.verify import Verification, verify
 from torch_quant.backends.onednn import has_vnni
 from torch_quant.backends.reference import symmetric_weight
 from torch_quant.core.plan import Placement, QuantPlan
@@ -155,11 +155,11 @@ def quantized_tensors(context: PassContext) -> int:
     for node in list(context.graph.nodes):
         if node.target is QUANTIZE:
             x, scale, zero_point, _, _, dtype = node.args
-            node.target, node.args = ipex_ops.quantize, (x, scale, zero_point, dtype)
+            node.target, node.args = ops.quantize, (x, scale, zero_point, dtype)
         elif node.target is DEQUANTIZE:
-            node.target, node.args = ipex_ops.dequantize, node.args[:1]
+            node.target, node.args = ops.dequantize, node.args[:1]
         elif node.target is DEQUANTIZE_CHANNEL:
-            node.target = ipex_ops.dequantize_weight
+            node.target = ops.dequantize_weight
         else:
             continue
         changed += 1
