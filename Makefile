@@ -9,7 +9,7 @@ IPEX_TORCH := 2.8.0
 IPEX := 2.8.0
 IPEX_GIGABYTES := 9
 
-.PHONY: help demo demo-tuning demo-cnn test test-core test-ipex test-onnx check format bench bench-ipex clean
+.PHONY: help demo demo-tuning demo-cnn test test-core test-ipex test-zoo check format bench bench-ipex clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort
@@ -53,8 +53,9 @@ test-core: $(VENV)/ready  ## the whole suite on torch $(TORCH)
 test-ipex: $(IPEX_VENV)/ready  ## the whole suite on torch $(IPEX_TORCH), IPEX $(IPEX) included
 	$(IPEX_VENV)/bin/python -m pytest -n 2
 
-test-onnx: $(VENV)/ready  ## every architecture as an ONNX file; `make test` takes one of each kind
+test-zoo: $(VENV)/ready $(IPEX_VENV)/ready  ## every architecture as ONNX file and on IPEX; `make test` takes one of each kind
 	ALL_ARCHITECTURES=1 $(BIN)/python -m pytest -n 2 tests/test_onnx_zoo.py
+	ALL_ARCHITECTURES=1 $(IPEX_VENV)/bin/python -m pytest -n 2 tests/test_ipex_zoo.py
 
 check: $(VENV)/ready  ## lint, types and the smoke tests
 	$(BIN)/ruff check .

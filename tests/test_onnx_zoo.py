@@ -61,7 +61,7 @@ DIFFERENT = {
     "regnet", "mobilenet_v2", "efficientnet", "convnext", "vit", "swin", "mobilevitv2", "segformer",
     "wav2vec2", "whisper", "clip",
 }  # fmt: skip
-"""One of each kind, for every run; ``make test-onnx`` takes all, which is ten minutes."""
+"""One of each kind, for every run; ``make test-zoo`` takes all, which is ten minutes."""
 
 ARCHITECTURES = [
     entry for name, entry in ZOO.items() if name in DIFFERENT or "ALL_ARCHITECTURES" in os.environ
