@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from torch_quant.core.plan import is_share
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
 from torch_quant.observers import Observer, observer_class
@@ -45,7 +46,7 @@ class QConfig:
     smooth: float | None = None
 
     def __post_init__(self) -> None:
-        if self.smooth is not None and not 0 <= self.smooth <= 1:
+        if self.smooth is not None and not is_share(self.smooth):
             raise InvalidConfig(f"QConfig(smooth=...) is {self.smooth!r}; expected 0 to 1, or None")
         for name in ("input", "weight"):
             spec = getattr(self, name)

@@ -109,12 +109,14 @@ class Settings:
         """Under which names a tensor is recorded: its own, and that of its channels if wanted."""
         smoothed = (
             site.smoothable and site.inputs == (key,) and self._smooths(captured, site)
-            for site, _ in captured.sites()
+            for prepared in captured.graphs()
+            for site, _ in prepared.sites
         )
         return (key, channels_key(key)) if any(smoothed) else (key,)
 
     def _smooths(self, captured: CapturedModel, site: Site) -> bool:
-        config = self._config(captured.region.module, site)
+        edit = self.edits.get(site.name)
+        config = edit or self._config(captured.region.module, site)
         return config is not None and config.smooth is not None
 
     def observer(self, captured: CapturedModel, key: str) -> Observer:

@@ -217,3 +217,44 @@ def test_summary_that_smooths_what_cannot_be(tmp_path: Path) -> None:
     quantizer.load_summary(path)
     with pytest.raises(InvalidConfig, match="cannot be smoothed: only linear layers"):
         quantizer.quantize(model)
+
+
+def test_a_layer_that_reads_another_tensor_in_another_graph() -> None:
+    class Either(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(32, 16)
+
+        def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+            return self.layer(x if y is None else 30 * x + y)
+
+    model = seeded(Either)
+    (x,), _ = data(32)
+    both: list[Inputs] = [((x,), {}), ((x, x.flip(0)), {})]
+    quantizer = calibrated(model, both, backend="reference", qconfig=QConfig(smooth=0.5))
+    quant_model = quantizer.quantize(model)
+    for args, _ in both:
+        assert sqnr(model(*args), quant_model(*args)) >= 35
+
+
+def test_a_summary_that_smooths_can_be_calibrated_further(tmp_path: Path) -> None:
+    model, quantizer = smoothed()
+    quantizer.quantize(model)
+    quantizer.save_summary(tmp_path / "summary.json")
+    other = Quantizer("reference")
+    other.load_summary(tmp_path / "summary.json")
+    run(other.calib(model), data(8, 3))
+    assert sqnr(model(*data(8)[0]), other.quantize(model)(*data(8)[0])) >= 30
+
+
+@pytest.mark.parametrize("alpha", [7, "0.5"])
+def test_summary_with_a_wrong_alpha(alpha: object, tmp_path: Path) -> None:
+    model, quantizer = smoothed()
+    quantizer.quantize(model)
+    path = tmp_path / "summary.json"
+    quantizer.save_summary(path)
+    edited = json.loads(path.read_text())
+    edited["sites"][0]["smooth"] = alpha
+    path.write_text(json.dumps(edited))
+    with pytest.raises(InvalidConfig, match=r"query: smooth .*expected 0 to 1"):
+        Quantizer("reference").load_summary(path)

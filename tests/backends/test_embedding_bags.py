@@ -142,3 +142,24 @@ def test_ipex_wants_one_symmetric_scale() -> None:
     quantizer.quantize(model)
     assert "IPEX sums bags of s8 symmetric per-tensor" in quantizer.plan["0"].reason
     assert quantizer.plan.quantized == ("1",)
+
+
+@pytest.mark.parametrize(
+    "backend", [b.name for b in available_backends() if "embedding_bag" in b.placement().ops]
+)
+def test_bags_that_are_written_to(backend: str) -> None:
+    class Rectified(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.bags = nn.EmbeddingBag(50, 16, mode="sum")
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.bags(x)
+            y[:, 0] = 0.0
+            return y.relu_() + 1.0
+
+    model = Rectified().eval()
+    x = torch.randint(0, 50, (8, 6), generator=torch.Generator().manual_seed(0))
+    quantizer = calibrated(model, [((x,), {})], backend=backend)
+    assert sqnr(model(x), quantizer.quantize(model)(x)) >= 30

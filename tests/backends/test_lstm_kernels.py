@@ -211,6 +211,8 @@ def test_an_lstm_that_fell_back_has_the_models_own_parameters(
     amp_model = quantizer.amp(model)
     amp_model(x)
     assert "1.lstm" in quantizer.fallback(amp_model, num=2, dtype=precision)
+    fallen = quantizer.quantize(model)(x)
+    assert sqnr(model(x), fallen) > (100 if precision == torch.float32 else 25)
     quantizer.reset_fallback()
     quantizer = calibrated(
         model, [((x,), {})], backend=backend, module_filter=ModuleFilter(exclude_op_types=["lstm"])

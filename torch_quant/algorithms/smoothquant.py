@@ -13,7 +13,7 @@ over all of them, so that the tensor is quantized once.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -61,6 +61,21 @@ def smoothing_factor(reach: Tensor, weight: Tensor, alpha: float) -> Tensor:
     return torch.where(used, factor, torch.ones_like(factor))
 
 
+@dataclass
+class _Group:
+    """The sites that read one tensor smoothed alike.
+
+    Args:
+        key: of the tensor.
+        alpha: as in the formula.
+        columns: site -> largest magnitude of each column of its weight.
+    """
+
+    key: str
+    alpha: float
+    columns: dict[str, Tensor] = field(default_factory=dict)
+
+
 class SmoothQuant:
     """Factors and grids of the sites that a plan smooths.
 
@@ -71,39 +86,56 @@ class SmoothQuant:
     """
 
     def __init__(self, captured: CapturedModel, plan: QuantPlan, state: QuantState) -> None:
-        self._captured, self._state = captured, state
-        self._groups: defaultdict[str, list[SitePlan]] = defaultdict(list)
-        for entry in plan.values():
-            if entry.quantized and entry.smooth is not None:
-                self._groups[smoothed_key(entry)].append(entry)
+        self._captured, self._plan, self._state = captured, plan, state
 
-    def factor(self, entry: SitePlan) -> Tensor:
-        """What the channels of the site's input are divided by, shape ``[channels]``.
+    def factor(self, entry: SitePlan, key: str) -> Tensor:
+        """What the channels of a site's input are divided by, shape ``[channels]``.
+
+        Args:
+            entry: the site.
+            key: of its input; a site may read different tensors in different graphs.
 
         Raises:
             NotCalibrated: calibration recorded no channels there, or not from the start.
             InvalidConfig: the site cannot be smoothed.
         """
-        group = self._groups[smoothed_key(entry)]
-        missing = [each.name for each in group if each.name not in self._columns]
-        if missing:
+        assert entry.smooth is not None
+        group = self._groups.get(smoothed_key(key, entry.smooth))
+        if group is None or entry.name not in group.columns:
             raise InvalidConfig(
-                f"{missing[0]} cannot be smoothed: only linear layers whose input's last dimension "
+                f"{entry.name} cannot be smoothed: only linear layers whose input's last dimension "
                 'is as it was computed; set "smooth" to null there'
             )
-        low, high = self._extremes(entry.inputs[0])
-        columns = torch.stack([self._columns[each.name] for each in group]).amax(0)
-        assert entry.smooth is not None
-        return smoothing_factor(torch.maximum(-low, high).clamp(min=0), columns, entry.smooth)
+        return self._factor(group)
 
     def grid(self, key: str, spec: QuantSpec) -> QParams:
         """The grid of a tensor, smoothed or not; raises as :meth:`factor` does."""
         if key not in self._groups:
             return self._state.qparams(key, spec)
-        entry = self._groups[key][0]
-        low, high = self._extremes(entry.inputs[0])
-        factor = self.factor(entry)
+        group = self._groups[key]
+        low, high = self._extremes(group.key)
+        factor = self._factor(group)
         return choose_qparams((low / factor).amin(), (high / factor).amax(), spec)
+
+    def _factor(self, group: _Group) -> Tensor:
+        low, high = self._extremes(group.key)
+        columns = torch.stack(list(group.columns.values())).amax(0)
+        return smoothing_factor(torch.maximum(-low, high).clamp(min=0), columns, group.alpha)
+
+    @cached_property
+    def _groups(self) -> dict[str, _Group]:
+        """Smoothed key -> who reads it, over all graphs."""
+        groups: dict[str, _Group] = {}
+        for prepared in self._captured.graphs():
+            for node, _, site in find_sites(prepared.canonical.graph):
+                entry = self._plan.get(site.name)
+                if entry is None or not entry.quantized or entry.smooth is None:
+                    continue
+                if site.smoothable:
+                    key = smoothed_key(site.inputs[0], entry.smooth)
+                    group = groups.setdefault(key, _Group(site.inputs[0], entry.smooth))
+                    group.columns[site.name] = _columns(prepared.canonical, node)
+        return groups
 
     def _extremes(self, key: str) -> tuple[Tensor, Tensor]:
         whole, channels = (self._state.observers.get(k) for k in (key, channels_key(key)))
@@ -118,16 +150,6 @@ class SmoothQuant:
                 "batches only: QConfig(smooth=...) came after calibration had begun; calibrate anew"
             )
         return channels.min_val, channels.max_val
-
-    @cached_property
-    def _columns(self) -> dict[str, Tensor]:
-        """Site -> largest magnitude of each column of its weight, of all that can be smoothed."""
-        return {
-            site.name: _columns(prepared.canonical, node)
-            for prepared in self._captured.graphs()
-            for node, _, site in find_sites(prepared.canonical.graph)
-            if site.smoothable
-        }
 
 
 def _columns(gm: fx.GraphModule, node: fx.Node) -> Tensor:

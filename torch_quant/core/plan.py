@@ -9,12 +9,17 @@ from typing import Any
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
 
-__all__ = ["FALLEN_BACK", "PRECISIONS", "Placement", "QuantPlan", "SitePlan"]
+__all__ = ["FALLEN_BACK", "PRECISIONS", "Placement", "QuantPlan", "SitePlan", "is_share"]
 
 PRECISIONS = ("float32", "bfloat16")
 """Arithmetic that a site outside int8 may run in."""
 FALLEN_BACK = "fallen back"
 """The reason of a site that sensitivity analysis took back to float."""
+
+
+def is_share(value: Any) -> bool:
+    """Whether ``value`` is a number from 0 to 1."""
+    return isinstance(value, (int, float)) and 0 <= value <= 1
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class SitePlan:
         smooth: SmoothQuant's alpha, None without smoothing.
 
     Raises:
-        InvalidConfig: another precision.
+        InvalidConfig: another precision, an alpha that is not 0 to 1.
     """
 
     name: str
@@ -86,6 +91,8 @@ class SitePlan:
         if self.precision not in PRECISIONS:
             expected = " or ".join(PRECISIONS)
             raise InvalidConfig(f"{self.name}: precision {self.precision!r}; expected {expected}")
+        if self.smooth is not None and not is_share(self.smooth):
+            raise InvalidConfig(f"{self.name}: smooth {self.smooth!r}; expected 0 to 1, or null")
 
     def to_dict(self) -> dict[str, Any]:
         data = asdict(self)

@@ -23,8 +23,9 @@ def _schema(node: fx.Node) -> Any:
 
 
 def may_alias_input(node: fx.Node) -> bool:
-    if node.target is operator.getitem:
-        return True  # a part of what chunk, split or unbind gave
+    if node.target is operator.getitem:  # a part of what chunk, split or unbind gave, or an LSTM
+        origin = node.args[0]
+        return not isinstance(origin, fx.Node) or may_alias_input(origin)
     schema = _schema(node)
     return schema is not None and any(each.alias_info is not None for each in schema.arguments)
 

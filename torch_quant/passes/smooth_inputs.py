@@ -20,14 +20,13 @@ from torch_quant.passes.constants import evaluate, new_constant
 
 __all__ = ["FactorOf", "smooth_inputs", "smoothed_key"]
 
-FactorOf = Callable[[SitePlan], Tensor]
-"""Site -> positive factors, shape ``[channels]``; the same for sites of one smoothed tensor."""
+FactorOf = Callable[[SitePlan, str], Tensor]
+"""Site and key of its input -> positive factors, shape ``[channels]``."""
 
 
-def smoothed_key(entry: SitePlan) -> str:
-    """The key of a site's input behind the multiplication."""
-    assert entry.smooth is not None
-    return f"{entry.inputs[0]}[smooth={entry.smooth:g}]"
+def smoothed_key(key: str, alpha: float) -> str:
+    """The key of a tensor behind the multiplication."""
+    return f"{key}[smooth={alpha:g}]"
 
 
 @torch.no_grad()
@@ -35,7 +34,7 @@ def smooth_inputs(context: PassContext, plan: QuantPlan, factor_of: FactorOf) ->
     """Smooth every site that the plan smooths; returns how many."""
     changed = 0
     smoothed: dict[tuple[fx.Node, str], fx.Node] = {}
-    weights: dict[tuple[int, str], Tensor] = {}
+    weights: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
     for node, _, site in list(find_sites(context.graph)):
         entry = plan[site.name]
         if not entry.quantized or entry.smooth is None:
@@ -43,15 +42,18 @@ def smooth_inputs(context: PassContext, plan: QuantPlan, factor_of: FactorOf) ->
         x, weight = node.args[:2]
         assert isinstance(x, fx.Node)
         assert isinstance(weight, fx.Node)
-        key, factor = smoothed_key(entry), factor_of(entry)
+        factor = factor_of(entry, site.inputs[0])
+        key = smoothed_key(site.inputs[0], entry.smooth)
         if (x, key) not in smoothed:
             inverse = new_constant(context.gm, f"{key}.inverse", 1 / factor, node)
+            inverse.meta = {"val": 1 / factor}
             with context.graph.inserting_before(node):
                 mul = context.graph.call_function(torch.ops.aten.mul.Tensor, (x, inverse))
             mul.meta = {**x.meta, KEY: key}
             smoothed[x, key] = mul
         value = evaluate(context.gm, weight)
-        scaled = weights.setdefault((id(value), key), value.detach() * factor)
+        memo = (id(value), key)
+        _, scaled = weights.setdefault(memo, (value, value.detach() * factor))
         constant = new_constant(context.gm, f"{site.name}.smoothed_weight", scaled, node)
         constant.meta = {k: v for k, v in weight.meta.items() if k == "val"}
         node.update_arg(0, smoothed[x, key])

@@ -56,15 +56,15 @@ def look_up_bags(context: PassContext) -> int:
             continue
         codes, scale = table.args[:2]
         (bags,) = results(node)
-        (quantize,) = bags.users
-        assert quantize.target is QUANTIZE  # the placement wants the result stored
+        quantize, *others = bags.users  # stored quantized, but where it is written to
         indices, offsets, mode, weights, include_last_offset, padding_idx = bag_arguments(node)
         plain = mode == 0 and weights is None and padding_idx is None
-        out_scale: Any = quantize.args[1]
+        stored = quantize.target is QUANTIZE and not others
+        out_scale: Any = quantize.args[1] if stored else 0.0
         coarser = out_scale - scale > _COARSER
         args: tuple[Any, ...]
-        with context.graph.inserting_before(quantize):
-            if plain and coarser and _is_long(indices) and _is_long(offsets):
+        with context.graph.inserting_before(quantize if stored else bags):
+            if stored and plain and coarser and _is_long(indices) and _is_long(offsets):
                 args = (codes, scale, indices, offsets, include_last_offset, out_scale)
                 new, old = context.graph.call_function(sum_bags, args), quantize
             else:
