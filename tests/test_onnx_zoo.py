@@ -56,8 +56,8 @@ ONE_SIZE = {
 """Architectures that serve one length or image size only, in float or once exported, and why."""
 
 DIFFERENT = {
-    "bert", "deberta", "modernbert", "gpt2", "llama_cache", "mixtral", "t5", "resnet", "vit",
-    "swin", "mobilenet_v2", "efficientnet", "convnext", "mobilevitv2", "whisper", "siglip",
+    "bert", "deberta", "modernbert", "gpt2", "llama_cache", "mixtral", "resnet", "mobilenet_v2",
+    "efficientnet", "convnext", "vit", "whisper", "siglip",
 }  # fmt: skip
 """One of each kind, for every run; ``make test-zoo`` takes all, which is ten minutes."""
 
