@@ -29,7 +29,7 @@ SPECIALIZED = {
 }
 """More architectures that torch 2.8 exports for one size, and why."""
 
-NOT_COMPILED = {"funnel", "mixtral", "beit", "vit_mae"}
+NOT_COMPILED = {"funnel", "beit", "vit_mae"}
 """Architectures that write to parts of a tensor, which IPEX would leave out: they run unfused."""
 
 ARCHITECTURES = [
