@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-__all__ = ["bag_arguments", "bags_of_rows"]
+__all__ = ["BAGS", "bag_arguments", "bags_of_rows"]
 
 aten = torch.ops.aten
 
+BAGS = (aten.embedding_bag.default, aten.embedding_bag.padding_idx)
 _DEFAULTS = (False, 0, False, None, False, None)
 """Of ``aten.embedding_bag`` behind weight, indices and offsets."""
 

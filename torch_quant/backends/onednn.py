@@ -15,7 +15,7 @@ from torch import fx
 
 from torch_quant.backends import onednn_ops
 from torch_quant.backends.base import Backend, register_backend
-from torch_quant.backends.embedding_bags import bag_arguments
+from torch_quant.backends.embedding_bags import BAGS, bag_arguments
 from torch_quant.backends.reference import symmetric_weight
 from torch_quant.core.plan import Placement
 from torch_quant.core.spec import QuantSpec
@@ -33,7 +33,6 @@ _CONVS: dict[Any, int] = {
     aten.conv2d.default: 2, aten.conv2d.padding: 2,
     aten.conv3d.default: 3, aten.conv3d.padding: 3,
 }  # fmt: skip
-_BAGS = (aten.embedding_bag.default, aten.embedding_bag.padding_idx)
 _CONV_POST_OPS: dict[int, set[str]] = {
     1: {"relu"},
     2: {"relu", "hardtanh", "swish", "hardswish"},
@@ -84,7 +83,7 @@ class OneDNNBackend(Backend):
                 _lower_conv(node)
             elif node.target is aten.embedding.default and _weight_of(node, 0) is not None:
                 _lower_embedding(node)
-            elif node.target in _BAGS and _weight_of(node, 0) is not None:
+            elif node.target in BAGS and _weight_of(node, 0) is not None:
                 _lower_embedding_bag(node)
         for node in context.graph.find_nodes(op="call_function", target=QUANTIZE):
             _lower_quantize(node)

@@ -189,16 +189,8 @@ def _fake_embedding(weight: Tensor, scale: Tensor, indices: Tensor) -> Tensor:
     return scale.new_empty((*indices.shape, weight.shape[1]))
 
 
-def _fake_embedding_bag(
-    weight: Tensor,
-    scale: Tensor,
-    indices: Tensor,
-    offsets: Tensor,
-    mode: int,
-    per_sample_weights: Tensor | None,
-    include_last_offset: bool,
-    padding_idx: int | None,
-) -> Tensor:
+def _fake_embedding_bag(weight: Tensor, scale: Tensor, *args: Any) -> Tensor:
+    offsets, include_last_offset = args[1], args[4]
     return scale.new_empty((offsets.shape[0] - include_last_offset, weight.shape[1]))
 
 

@@ -48,6 +48,7 @@ class CalibModel(Proxy):
     def _reset(self) -> None:
         super()._reset()
         self._graphs: dict[int, Callable[..., Any]] = {}
+        self._names: dict[str, tuple[str, ...]] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the float model and records its ranges; same inputs and outputs as the model."""
@@ -61,6 +62,7 @@ class CalibModel(Proxy):
     def _run(self, region: Region, graph: CapturedGraph, call: Call) -> Any:
         if id(graph) not in self._graphs:
             prepared = self._captured.prepared(region, graph)
+            self._names.clear()  # its sites may want more of a tensor
             self._graphs[id(graph)] = insert_observers(prepared, self._observe)
         outputs = self._graphs[id(graph)](*call.tensors)
         if graph.exact:
@@ -69,5 +71,7 @@ class CalibModel(Proxy):
         return region.module(*args, **kwargs)
 
     def _observe(self, key: str, x: Tensor) -> None:
-        for name in self._statistics(key):
+        if key not in self._names:
+            self._names[key] = self._statistics(key)
+        for name in self._names[key]:
             self._state.observe(name, x, partial(self._make, name))

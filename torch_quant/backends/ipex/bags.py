@@ -12,16 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from torch_quant.backends.embedding_bags import bag_arguments, bags_of_rows
+from torch_quant.backends.embedding_bags import BAGS, bag_arguments, bags_of_rows
 from torch_quant.graph.qdq import DEQUANTIZE, FAKE_QUANTIZE, QUANTIZE
 from torch_quant.graph.sites import KEY, key_of, results
 from torch_quant.passes.base import PassContext
 
 __all__ = ["NO_KERNEL", "look_up_bags", "sum_bags"]
 
-aten = torch.ops.aten
-
-_BAGS = (aten.embedding_bag.default, aten.embedding_bag.padding_idx)
 NO_KERNEL = "IPEX's kernel only sums, to larger steps: int8 rows are gathered and reduced in float"
 """Why a bag is not on the kernel."""
 _COARSER = 1.01e-4
@@ -51,7 +48,7 @@ def look_up_bags(context: PassContext) -> int:
     """Read int8 rows, instead of dequantizing the whole table."""
     changed = 0
     for node in list(context.graph.nodes):
-        table = node.args[0] if node.target in _BAGS else None
+        table = node.args[0] if node.target in BAGS else None
         if not isinstance(table, fx.Node) or table.target is not DEQUANTIZE:
             continue
         codes, scale = table.args[:2]
