@@ -26,6 +26,7 @@ from torch_quant.graph.export import size_oblivious
 from torch_quant.graph.sites import KEY
 from torch_quant.io.onnx_names import describe, rename
 from torch_quant.io.onnx_ops import own_forms
+from torch_quant.io.onnx_rewrites import rewrite
 
 __all__ = ["export_onnx"]
 
@@ -95,6 +96,7 @@ def export_onnx(
         program = _export(graph, tensors, dynamic=dynamic, opset=opset)
         rename(program, graph, tensors)
         describe(program, quant_model, "" if whole else name)
+        rewrite(program.model)
         file = target if whole else target.with_name(f"{target.stem}.{name}{target.suffix}")
         _save(program, file)
         written.append(file)

@@ -118,17 +118,3 @@ def describe(program: Any, quant_model: QuantizedRegion, piece: str) -> None:
     model.metadata_props["torch_quant.calibration"] = json.dumps(quant_model.calibration)
     if piece:
         model.metadata_props["torch_quant.piece"] = piece
-    _sums_before_norms(model)
-
-
-def _sums_before_norms(model: Any) -> None:
-    """Write the residual sum before a layer norm as ``Sum``, which computes what ``Add`` does.
-
-    onnxruntime puts ``Add`` and the norm together into one operator whose CPU kernel takes eight
-    times as long as both (MiniLM, 8 x 128: 1.6 ms against 0.2, twelve times).
-    """
-    for node in model.graph:
-        if node.op_type == "LayerNormalization" and node.inputs[0] is not None:
-            before = node.inputs[0].producer()
-            if before is not None and (before.domain, before.op_type) == ("", "Add"):
-                before.op_type = "Sum"

@@ -1,0 +1,188 @@
+"""Files after the last touches give the same integers, by the operators that were meant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flows import calibrated
+from models import normal, seeded
+from onnx_files import (
+    feeds,
+    needs,
+    operators,
+    run_onnxruntime,
+    run_openvino,
+    session,
+    tensors,
+    written,
+)
+from torch import Tensor, nn
+
+from torch_quant import Backend, QConfig, Quantizer, QuantSpec
+from torch_quant.io import onnx as onnx_io
+
+pytestmark = needs("onnx", "onnxscript", "onnxruntime")
+
+SIZES = ((3, 12, 16), (2, 11, 16), (3, 14, 9), (2, 13, 15))
+"""Batches, heights and widths: even and odd ones."""
+
+
+class Stem(nn.Module):
+    """A convolution over an image, and another one behind it."""
+
+    def __init__(self, channels: int = 3, kernel: Any = 3, **options: Any) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(channels, 8, kernel, **({"stride": 2} | options))
+        self.next = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.next(self.stem(x).relu())
+
+
+def both_files(
+    model: nn.Module,
+    quantizer: Quantizer,
+    example: Tensor,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    **options: Any,
+) -> tuple[Any, Path, Path]:
+    """The model and its file, rewritten and as the exporter gives it."""
+    quant_model = written(quantizer, model, ((example,), {}), folder / "new.onnx", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(onnx_io, "rewrite", lambda model: None)
+        written(quantizer, model, ((example,), {}), folder / "old.onnx", **options)
+    return quant_model, folder / "new.onnx", folder / "old.onnx"
+
+
+@pytest.mark.parametrize(
+    ("channels", "kernel", "options"),
+    [
+        (3, 7, {"padding": 3}),
+        (3, 3, {"padding": 1}),
+        (1, 5, {"padding": 2, "bias": False}),
+        (4, 3, {}),
+        (3, 5, {"padding": 1}),
+        (3, 1, {}),
+        (3, (3, 7), {"padding": (0, 3)}),
+    ],
+    ids=str,
+)
+def test_blocks_of_an_image_of_any_size(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    channels: int,
+    kernel: Any,
+    options: dict[str, Any],
+) -> None:
+    model = seeded(lambda: Stem(channels, kernel, **options))
+    x = normal(8, channels, 12, 16) + 0.7  # a zero point that is not the middle
+    quantizer = calibrated(model, [((x,), {})], backend="onnx")
+    quant_model, new, old = both_files(model, quantizer, x, tmp_path, monkeypatch)
+    assert operators(new).count("SpaceToDepth") == 1
+    assert "SpaceToDepth" not in operators(old)
+    report = Backend.ONNX.verify(new)
+    assert report.ok, report
+    assert len(report.fused) == 2, report
+    for batch, height, width in SIZES:
+        inputs = ((normal(batch, channels, height, width) + 0.7,), {})
+        feed = feeds(quant_model, inputs)
+        (found,), (expected,) = (run_onnxruntime(path, feed) for path in (new, old))
+        assert torch.equal(found, expected), (height, width)
+        assert found.shape == tensors(model, inputs)[0].shape
+
+
+@pytest.mark.parametrize(
+    ("kernel", "options"),
+    [(2, {}), (4, {"padding": 1}), (6, {"padding": 2}), (3, {"padding": 1})],
+    ids=str,
+)
+def test_blocks_of_an_image_of_even_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: int, options: dict[str, Any]
+) -> None:
+    """Even kernels have a position fewer over an odd size, so the size must be known."""
+    model = seeded(lambda: Stem(3, kernel, **options))
+    x = normal(4, 3, 12, 16) + 0.7
+    quantizer = calibrated(model, [((x,), {})], backend="onnx")
+    quant_model, new, old = both_files(model, quantizer, x, tmp_path, monkeypatch, dynamic=False)
+    assert operators(new).count("SpaceToDepth") == 1
+    assert "Pad" not in operators(new)
+    feed = feeds(quant_model, ((normal(4, 3, 12, 16),), {}))
+    (found,), (expected,) = (run_onnxruntime(path, feed) for path in (new, old))
+    assert torch.equal(found, expected)
+
+
+def test_a_weight_with_a_zero_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taps that are filled in stand for zero, whatever its code is."""
+    model = seeded(lambda: Stem(3, 3, padding=1))
+    with torch.no_grad():
+        model.stem.weight.add_(0.2)
+    affine = QuantSpec.of(signed=True, symmetric=False, per_channel=False)
+    x = normal(4, 3, 12, 16)
+    quantizer = calibrated(model, [((x,), {})], backend="onnx", qconfig=QConfig(weight=affine))
+    quant_model, new, old = both_files(model, quantizer, x, tmp_path, monkeypatch)
+    assert operators(new).count("SpaceToDepth") == 1
+    feed = feeds(quant_model, ((normal(2, 3, 13, 16),), {}))
+    (found,), (expected,) = (run_onnxruntime(path, feed) for path in (new, old))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("channels", "kernel", "options"),
+    [
+        (5, 3, {"padding": 1}),
+        (3, 3, {"padding": 1, "stride": 1}),
+        (3, 3, {"padding": 1, "stride": (2, 1)}),
+        (3, 3, {"padding": 2, "dilation": 2}),
+        (2, 3, {"padding": 1, "groups": 2}),
+        (3, 4, {"padding": 1}),
+    ],
+    ids=str,
+)
+def test_other_convolutions_stay(
+    tmp_path: Path, channels: int, kernel: int, options: dict[str, Any]
+) -> None:
+    model = seeded(lambda: Stem(channels, kernel, **options))
+    x = normal(4, channels, 12, 16)
+    quantizer = calibrated(model, [((x,), {})], backend="onnx")
+    written(quantizer, model, ((x,), {}), tmp_path / "model.onnx")
+    assert "SpaceToDepth" not in operators(tmp_path / "model.onnx")
+
+
+def test_one_image_for_two_convolutions_of_one_weight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each gets its own blocks; what another one still reads stays."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight, bias = self.conv.weight, self.conv.bias
+            halves = nn.functional.conv2d(x, weight, bias, stride=2, padding=1)
+            return halves.mean() + self.conv(x) + nn.functional.conv2d(x, weight, stride=2).sum()
+
+    model, x = seeded(Twice), normal(4, 3, 12, 16)
+    quantizer = calibrated(model, [((x,), {})], backend="onnx")
+    quant_model, new, old = both_files(model, quantizer, x, tmp_path, monkeypatch)
+    assert operators(new).count("SpaceToDepth") == 2
+    session(new)
+    feed = feeds(quant_model, ((normal(2, 3, 11, 16),), {}))
+    (found,), (expected,) = (run_onnxruntime(path, feed) for path in (new, old))
+    torch.testing.assert_close(found, expected)
+
+
+@needs("openvino")
+def test_blocks_in_openvino(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = seeded(lambda: Stem(3, 7, padding=3)), normal(4, 3, 12, 16)
+    quantizer = calibrated(model, [((x,), {})], backend="onnx")
+    quant_model, new, old = both_files(model, quantizer, x, tmp_path, monkeypatch)
+    for batch, height, width in SIZES:
+        feed = feeds(quant_model, ((normal(batch, 3, height, width),), {}))
+        (found,), (expected,) = (run_openvino(path, feed) for path in (new, old))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
