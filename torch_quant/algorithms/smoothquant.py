@@ -126,6 +126,8 @@ class SmoothQuant:
     def _groups(self) -> dict[str, _Group]:
         """Smoothed key -> who reads it, over all graphs."""
         groups: dict[str, _Group] = {}
+        if all(entry.smooth is None for entry in self._plan.values()):
+            return groups  # without a walk over all graphs
         for prepared in self._captured.graphs():
             for node, _, site in find_sites(prepared.canonical.graph):
                 entry = self._plan.get(site.name)
