@@ -24,7 +24,7 @@ from latency import resnet50
 from minilm_data import embed, load_pairs, model_folder, retrieval
 from torch import Tensor, nn
 
-from torch_quant import Backend, Quantizer, cosine, export_onnx, sqnr
+from torch_quant import Backend, QConfig, Quantizer, cosine, export_onnx, sqnr
 
 Feed = dict[str, Tensor]
 
@@ -110,6 +110,19 @@ def peers(float_file: Path, feeds: list[Feed], folder: Path, kind: str) -> dict[
     return found
 
 
+def ours(model: nn.Module, feeds: list[Feed], feed: Feed, path: Path, smooth: float | None) -> None:
+    """Calibrate, quantize, export, and print what onnxruntime makes of the file."""
+    quantizer = Quantizer("onnx", qconfig=QConfig(smooth=smooth))
+    calib_model = quantizer.calib(model)
+    for each in feeds:
+        calib_model(**each)
+    quant_model = quantizer.quantize(model)
+    start = time.perf_counter()
+    export_onnx(quant_model, feed, path)
+    seconds = time.perf_counter() - start
+    print(f"{Backend.ONNX.verify(path)}\nexported in {seconds:.1f} s")
+
+
 def size_of(path: Path) -> int:
     weights = path.with_suffix(".bin")
     return path.stat().st_size + (weights.stat().st_size if weights.is_file() else 0)
@@ -127,17 +140,10 @@ def measure(
         model, (), kwargs=feed, dynamo=True, dynamic_shapes=sizes, verbose=False
     )
     program.save(files["float32"], external_data=False)  # type: ignore[union-attr]
-    quantizer = Quantizer("onnx")
-    calib_model = quantizer.calib(model)
-    for each in feeds:
-        calib_model(**each)
-    files["torch_quant"] = folder / "ours.onnx"
-    quant_model = quantizer.quantize(model)
-    start = time.perf_counter()
-    export_onnx(quant_model, feed, files["torch_quant"])
-    seconds = time.perf_counter() - start
-    verdict = Backend.ONNX.verify(files["torch_quant"])
-    print(f"{verdict}\nexported in {seconds:.1f} s")
+    alphas = {"torch_quant": None} | ({"torch_quant, smooth": 0.8} if kind == "transformer" else {})
+    for each, alpha in alphas.items():
+        files[each] = folder / f"{each}.onnx"
+        ours(model, feeds, feed, files[each], alpha)
     files |= peers(files["float32"], feeds, folder, kind)
     calls: dict[str, Callable[[], Any]] = {}
     for each, path in files.items():
