@@ -14,8 +14,24 @@ from torch.utils import _pytree as pytree
 from zoo import ZOO, samples
 
 from torch_quant import Quantizer
+from torch_quant.backends import available_backends
 
-__all__ = ["CASES", "Case", "Inputs", "calibrated", "equal", "rows", "run", "settled", "snapshot"]
+__all__ = [
+    "BACKENDS",
+    "CASES",
+    "Case",
+    "Inputs",
+    "assert_unchanged",
+    "calibrated",
+    "equal",
+    "rows",
+    "run",
+    "settled",
+    "snapshot",
+]
+
+BACKENDS = [backend.name for backend in available_backends()]
+"""Names of those that run on this machine."""
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 

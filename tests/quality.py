@@ -12,7 +12,13 @@ from onnx_files import tensors
 from torch import Tensor, nn
 from zoo_base import Inputs as ZooInputs
 
-__all__ = ["FEWEST", "MOST", "Quality", "compare_quality"]
+__all__ = ["DEVIATION", "FEWEST", "LOSS", "MOST", "Quality", "compare_quality"]
+
+LOSS = 0.5
+"""dB that a runtime may be worse than the reference, end to end."""
+
+DEVIATION = LOSS / 4
+"""dB. Two right computations differ by chance; here by ``LOSS`` in one of 30,000 cases."""
 
 FEWEST, MOST = 96, 6000
 """Samples."""

@@ -7,9 +7,8 @@ import os
 import pytest
 from flows import calibrated
 from onnx_files import tensors
-from quality import compare_quality
-from test_onnx_zoo import DIFFERENT, ONE_SIZE
-from zoo import ZOO, ZooEntry, samples
+from quality import DEVIATION, LOSS, compare_quality
+from zoo import DIFFERENT, ONE_SIZE, ZOO, ZooEntry, samples
 
 from torch_quant import Backend, CaptureFailed
 from torch_quant.backends import ReferenceBackend
@@ -17,12 +16,6 @@ from torch_quant.backends import ReferenceBackend
 pytestmark = pytest.mark.skipif(
     Backend.IPEX.unavailable() is not None, reason=f"Backend.IPEX: {Backend.IPEX.unavailable()}"
 )
-
-LOSS = 0.5
-"""dB that IPEX may be worse than the reference, end to end."""
-DEVIATION = LOSS / 4
-"""dB. Two right computations differ by chance; here by ``LOSS`` in one of 30,000 cases."""
-
 
 SPECIALIZED = {
     "mobilenet_v1": "computes paddings in Python: exported for one size",

@@ -10,9 +10,9 @@ import torch
 from flows import Inputs, calibrated
 from onnx_files import feeds, needs, run_session, session, written
 from onnx_steps import compare_steps
-from quality import compare_quality
+from quality import DEVIATION, LOSS, compare_quality
 from torch import Tensor
-from zoo import ZOO, ZooEntry, samples
+from zoo import DIFFERENT, ONE_SIZE, ZOO, ZooEntry, samples
 
 from torch_quant import Backend, CaptureFailed, sqnr
 from torch_quant.backends import ReferenceBackend
@@ -25,12 +25,6 @@ pytestmark = [
     ),
 ]
 
-LOSS = 0.5
-"""dB that a file may be worse than the reference, end to end."""
-
-DEVIATION = LOSS / 4
-"""dB. Two right computations differ by chance; here by ``LOSS`` in one of 30,000 cases."""
-
 ERROR = 0.05
 """Steps that the kernel of one operator may err, on the same integers, before it rounds.
 
@@ -39,27 +33,6 @@ Rounding makes a step of it, near the border of two codes. Measured: up to 0.03.
 
 FLOAT = 60.0
 """dB. Float operators behind the last integers; a grid of 8 bits has about 46."""
-
-ONE_SIZE = {
-    "funnel": "counts in Python how often the text can be pooled: exported for one length",
-    "mobilenet_v2": "computes paddings in Python: exported for one size",
-    "vit": "checks the size of images",
-    "deit": "checks the size of images",
-    "vit_mae": "checks the size of images",
-    "beit": "interpolates positions for other sizes, which is other code",
-    "dinov2": "interpolates positions for other sizes, which is other code",
-    "dinov2_swiglu": "interpolates positions for other sizes, which is other code",
-    "mobilevit": "resizes what does not divide into patches, which is other code",
-    "levit": "has biases for one size only",
-    "audio_spectrogram_transformer": "has positions for one length only",
-}
-"""Architectures that serve one length or image size only, in float or once exported, and why."""
-
-DIFFERENT = {
-    "bert", "deberta", "modernbert", "gpt2", "llama_cache", "mixtral", "resnet", "mobilenet_v2",
-    "efficientnet", "convnext", "vit", "whisper", "siglip",
-}  # fmt: skip
-"""One of each kind, for every run; ``make test-zoo`` takes all, which is ten minutes."""
 
 ARCHITECTURES = [
     entry for name, entry in ZOO.items() if name in DIFFERENT or "ALL_ARCHITECTURES" in os.environ

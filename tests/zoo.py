@@ -19,9 +19,30 @@ from zoo_base import ZooEntry
 from zoo_text import TEXT
 from zoo_vision import VISION
 
-__all__ = ["ZOO", "ZooEntry", "samples", "zoo_model"]
+__all__ = ["DIFFERENT", "ONE_SIZE", "ZOO", "ZooEntry", "samples", "zoo_model"]
 
 ZOO: dict[str, ZooEntry] = {e.name: e for e in [*TEXT, *VISION, *AUDIO, *MULTIMODAL]}
+
+ONE_SIZE = {
+    "funnel": "counts in Python how often the text can be pooled: exported for one length",
+    "mobilenet_v2": "computes paddings in Python: exported for one size",
+    "vit": "checks the size of images",
+    "deit": "checks the size of images",
+    "vit_mae": "checks the size of images",
+    "beit": "interpolates positions for other sizes, which is other code",
+    "dinov2": "interpolates positions for other sizes, which is other code",
+    "dinov2_swiglu": "interpolates positions for other sizes, which is other code",
+    "mobilevit": "resizes what does not divide into patches, which is other code",
+    "levit": "has biases for one size only",
+    "audio_spectrogram_transformer": "has positions for one length only",
+}
+"""Architectures that serve one length or image size only, in float or once exported, and why."""
+
+DIFFERENT = {
+    "bert", "deberta", "modernbert", "gpt2", "llama_cache", "mixtral", "resnet", "mobilenet_v2",
+    "efficientnet", "convnext", "vit", "whisper", "siglip",
+}  # fmt: skip
+"""One of each kind, for every run; ``make test-zoo`` takes all, which is ten minutes."""
 
 
 def zoo_model(name: str) -> nn.Module:
