@@ -10,15 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from flows import CASES, assert_unchanged, calibrated, run, settled, snapshot
+from flows import BACKENDS, CASES, assert_unchanged, calibrated, run, settled, snapshot
 from models import MODELS, example
 from torch import nn
 
 from torch_quant import Backend, ModuleFilter, QConfig, Quantizer, QuantPlan, QuantSpec, sqnr
-from torch_quant.backends import available_backends
 from torch_quant.observers import OBSERVERS
 
-BACKENDS = [backend.name for backend in available_backends()]
 SOME = ["mlp", "small_cnn", "mobile_cnn", "tiny_transformer", "attention_explicit"]
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 from flows import calibrated
 from onnx_files import tensors
 from quality import DEVIATION, LOSS, compare_quality
-from zoo import DIFFERENT, ONE_SIZE, ZOO, ZooEntry, samples
+from zoo import ARCHITECTURES, ONE_SIZE, ZooEntry, samples
 
 from torch_quant import Backend, CaptureFailed
 from torch_quant.backends import ReferenceBackend
@@ -24,10 +22,6 @@ SPECIALIZED = {
 
 NOT_COMPILED = {"funnel", "beit", "vit_mae"}
 """Architectures that write to parts of a tensor, which IPEX would leave out: they run unfused."""
-
-ARCHITECTURES = [
-    entry for name, entry in ZOO.items() if name in DIFFERENT or "ALL_ARCHITECTURES" in os.environ
-]
 
 
 @pytest.mark.parametrize("entry", ARCHITECTURES, ids=lambda entry: entry.name)

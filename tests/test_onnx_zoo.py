@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from onnx_files import feeds, needs, run_session, session, written
 from onnx_steps import compare_steps
 from quality import DEVIATION, LOSS, compare_quality
 from torch import Tensor
-from zoo import DIFFERENT, ONE_SIZE, ZOO, ZooEntry, samples
+from zoo import ARCHITECTURES, ONE_SIZE, ZooEntry, samples
 
 from torch_quant import Backend, CaptureFailed, sqnr
 from torch_quant.backends import ReferenceBackend
@@ -33,14 +32,6 @@ Rounding makes a step of it, near the border of two codes. Measured: up to 0.03.
 
 FLOAT = 60.0
 """dB. Float operators behind the last integers; a grid of 8 bits has about 46."""
-
-ARCHITECTURES = [
-    entry for name, entry in ZOO.items() if name in DIFFERENT or "ALL_ARCHITECTURES" in os.environ
-]
-
-
-def test_the_chosen_exist() -> None:
-    assert not (DIFFERENT | set(ONE_SIZE)) - set(ZOO)
 
 
 @pytest.mark.parametrize("entry", ARCHITECTURES, ids=lambda entry: entry.name)

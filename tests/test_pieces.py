@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from flows import assert_unchanged, calibrated, snapshot
+from flows import BACKENDS, assert_unchanged, calibrated, snapshot
 from torch import Tensor, nn
 
 from torch_quant import (
@@ -21,9 +21,6 @@ from torch_quant import (
     export_torchscript,
     sqnr,
 )
-from torch_quant.backends import available_backends
-
-BACKENDS = [backend.name for backend in available_backends()]
 
 
 class Glue(nn.Module):

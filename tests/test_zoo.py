@@ -8,14 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from flows import CASES, Case, assert_unchanged, run, snapshot
+from flows import BACKENDS, CASES, Case, assert_unchanged, run, snapshot
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from zoo import DIFFERENT, ONE_SIZE, ZOO
 
 from torch_quant import Backend, Quantizer, UnsupportedOp, sqnr
-from torch_quant.backends import available_backends
-
-BACKENDS = [backend.name for backend in available_backends()]
 
 # Output SQNR that a case cannot reach, and why.
 EXCEPTIONS: dict[str, str] = {}
@@ -49,6 +47,10 @@ def leaves(outputs: Any) -> Any:
     if is_dataclass(outputs) and not isinstance(outputs, dict):
         return {field.name: getattr(outputs, field.name) for field in fields(outputs)}
     return outputs
+
+
+def test_the_chosen_exist() -> None:
+    assert not (DIFFERENT | set(ONE_SIZE)) - set(ZOO)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))

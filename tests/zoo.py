@@ -11,6 +11,7 @@ model(**entry.inputs(3))
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from torch import nn
@@ -19,7 +20,7 @@ from zoo_base import ZooEntry
 from zoo_text import TEXT
 from zoo_vision import VISION
 
-__all__ = ["DIFFERENT", "ONE_SIZE", "ZOO", "ZooEntry", "samples", "zoo_model"]
+__all__ = ["ARCHITECTURES", "DIFFERENT", "ONE_SIZE", "ZOO", "ZooEntry", "samples", "zoo_model"]
 
 ZOO: dict[str, ZooEntry] = {e.name: e for e in [*TEXT, *VISION, *AUDIO, *MULTIMODAL]}
 
@@ -43,6 +44,11 @@ DIFFERENT = {
     "efficientnet", "convnext", "vit", "whisper", "siglip",
 }  # fmt: skip
 """One of each kind, for every run; ``make test-zoo`` takes all, which is ten minutes."""
+
+ARCHITECTURES = [
+    entry for name, entry in ZOO.items() if name in DIFFERENT or "ALL_ARCHITECTURES" in os.environ
+]
+"""What every run takes, or all."""
 
 
 def zoo_model(name: str) -> nn.Module:

@@ -8,17 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from flows import Inputs, calibrated, equal, run, snapshot
+from flows import BACKENDS, Inputs, calibrated, equal, run, snapshot
 from models import seeded
 from onnx_files import feeds, needs, run_onnxruntime, tensors, written
 from torch import Tensor, nn
 
 from torch_quant import InvalidConfig, NotCalibrated, QConfig, Quantizer, sqnr
 from torch_quant.algorithms.smoothquant import smoothing_factor
-from torch_quant.backends import Backend, available_backends
+from torch_quant.backends import Backend
 from torch_quant.graph.qdq import FAKE_QUANTIZE
-
-BACKENDS = [backend.name for backend in available_backends()]
 
 
 class Spiky(nn.Module):
