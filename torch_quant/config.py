@@ -149,12 +149,21 @@ def _without_calls(name: str) -> str:
     return ".".join(part.partition("@")[0] for part in name.split("."))
 
 
-def check_names(patterns: Iterable[str], known: Iterable[str], what: str) -> None:
-    """Raise :class:`InvalidConfig` with the closest matches for a pattern that covers nothing."""
-    known = list(known)
+def check_names(
+    patterns: Iterable[str], known: Iterable[str], what: str, others: Iterable[str] = ()
+) -> None:
+    """Raise :class:`InvalidConfig` with the closest matches for a pattern that covers nothing.
+
+    Args:
+        patterns: names and globs.
+        known: what they may cover.
+        what: what they are, for the message.
+        others: what else may have been meant.
+    """
+    known = list(dict.fromkeys(known))
     for pattern in patterns:
         if any(matches_name(name, pattern) for name in known):
             continue
-        close = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4)
+        close = difflib.get_close_matches(pattern, [*others, *known], n=3, cutoff=0.4)
         hint = f"; did you mean {', '.join(close)}?" if close else ""
         raise InvalidConfig(f"{what} {pattern!r} matches nothing in the model{hint}")

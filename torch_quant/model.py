@@ -84,7 +84,10 @@ class CapturedModel:
         self._prepared: dict[int, tuple[CapturedGraph, Prepared]] = {}
         training = [name or "the model" for name, m in model.named_modules() if m.training]
         if training:
-            logger.info("%s is in train mode; it is captured as in eval mode", training[0])
+            logger.warning(
+                "%s is in train mode; it is captured, and its proxies compute, as in eval mode",
+                training[0],
+            )
 
     def refresh(self, model: nn.Module) -> None:
         """Read ``model``'s present Parameter and buffer objects, if they were replaced.

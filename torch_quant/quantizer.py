@@ -156,8 +156,8 @@ class Quantizer:
         captured = self._captured(model)
         if self.state.batches == 0:
             raise NotCalibrated(
-                "sensitivity is that to the calibrated ranges: run data through "
-                "quantizer.calib(model) first"
+                "no calibration data was seen: run it through the proxy that "
+                "quantizer.calib(model) returns, then ask for sensitivity"
             )
         if example_inputs is not None:
             run_example(captured, example_inputs)
@@ -269,7 +269,7 @@ class Quantizer:
         needs_data = any(site.quantized and site.activation for site in plan.values())
         if needs_data and self.state.batches == 0:
             raise NotCalibrated(
-                "no calibration data was seen: run it through quantizer.calib(model)"
+                "no calibration data was seen: run it through the proxy of quantizer.calib(model)"
             )
         quantized = lowering.run()
         if example_inputs is not None and chosen.compiles:
@@ -391,7 +391,7 @@ class Quantizer:
             run_example(captured, example_inputs)
         if not captured.region.called:
             raise NotCalibrated(
-                "the model was never run: call quantizer.calib(model) on calibration data first"
+                "no calibration data was seen: run it through what quantizer.calib(model) returns"
                 if self.state.batches == 0 and method == "quantize"
                 else "this model object is not captured yet (it was not calibrated, its ranges "
                 f"were loaded, or it is a copy): quantizer.{method}(model, example_inputs=...)"

@@ -47,8 +47,14 @@ class Settings:
     edits: QuantPlan
 
     def check(self) -> None:
-        """Raise :class:`InvalidConfig` for an override that is no QConfig."""
+        """Raise :class:`InvalidConfig` for an override of nothing, or one that is no QConfig."""
         for key, value in self.overrides.items():
+            if not isinstance(key, str) and not (
+                isinstance(key, type) and issubclass(key, nn.Module)
+            ):
+                raise InvalidConfig(
+                    f"override {key!r}: expected a name, an op type or a module class"
+                )
             if value is not None and not isinstance(value, QConfig):
                 raise InvalidConfig(f"override {key!r} is {value!r}; expected a QConfig or None")
 

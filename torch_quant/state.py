@@ -55,8 +55,8 @@ class QuantState:
             self.observers[key].observe(x)
         except QuantError as error:
             raise QuantError(
-                f"calibration batch {self.batches}, at {key}: {error}. Nothing of this batch was "
-                "recorded; leave it out or mend it and go on."
+                f"calibration batch {self.batches}, at {key.removeprefix(':')}: {error}. "
+                "Nothing of this batch was recorded; leave it out or mend it and go on."
             ) from error
 
     def qparams(self, key: str, spec: QuantSpec) -> QParams:

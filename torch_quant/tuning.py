@@ -68,6 +68,10 @@ def tune(
         NotCalibrated: the quantizer has seen no data, or ``eval_fn`` never called the model.
         InvalidConfig: an argument out of range, or a metric that is not a number.
     """
+    if not isinstance(quantizer, Quantizer):
+        raise InvalidConfig(
+            f"tune(quantizer, model, eval_fn): expected a Quantizer, got {type(quantizer).__name__}"
+        )
     search = _Search(quantizer, model, eval_fn, precision_of(dtype), progress)
     if not (math.isfinite(tolerance) and tolerance >= 0.0):
         raise InvalidConfig(f"tolerance={tolerance!r}; expected 0 or more, 0.01 for 1 %")

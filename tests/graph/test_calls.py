@@ -157,7 +157,7 @@ class Opaque:
 @pytest.mark.parametrize("value", [Opaque(), {1, 2}, object()], ids=["class", "set", "object"])
 def test_objects_are_refused_by_type(value: Any) -> None:
     with pytest.raises(
-        CaptureFailed, match="neither a tensor, a constant nor a registered pytree"
+        CaptureFailed, match=r"neither a tensor .*a constant nor a registered pytree"
     ) as e:
         call(torch.ones(1), state=[value])
     assert type(value).__qualname__ in str(e.value)

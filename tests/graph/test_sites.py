@@ -64,7 +64,7 @@ def test_the_prefix_goes_before_every_name() -> None:
     assert site_names(below) == [f"encoder.layer.0.{name}" for name in site_names(plain)]
     for gm, prefix in ((plain, ""), (below, "encoder.layer.0")):
         (query, *_) = sites_of(gm)
-        assert query.inputs == (f"{prefix}:tensors_0",)
+        assert query.inputs == (f"{prefix}:args_0",)
     assert site_names(canonical(nn.Linear(16, 4), x, path="head")) == ["head"]
 
 

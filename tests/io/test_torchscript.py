@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from flows import calibrated
+from onnx_files import needs
 from torch import nn
 
-from torch_quant import export_torchscript
+from torch_quant import InvalidConfig, export_torchscript
 from torch_quant.backends import available_backends
 
 
-@pytest.mark.parametrize("backend", [b.name for b in available_backends()])
+@pytest.mark.parametrize("backend", [b.name for b in available_backends() if b.name != "onnx"])
 def test_a_file_is_a_quarter_of_the_float_one(tmp_path: Path, backend: str) -> None:
     model = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512))
     x = torch.randn(8, 512)
@@ -27,3 +28,13 @@ def test_a_file_is_a_quarter_of_the_float_one(tmp_path: Path, backend: str) -> N
         actual = loaded(x)
     assert torch.equal(actual, expected)
     assert torch.equal(quant_model(x), expected)
+
+
+@needs("onnx", "onnxscript")
+def test_a_model_for_onnx_is_refused(tmp_path: Path) -> None:
+    """A process that loads the file would not know its operators."""
+    model, x = nn.Linear(8, 8), torch.randn(64, 8)
+    quant_model = calibrated(model, [((x,), {})], backend="onnx").quantize(model)
+    with pytest.raises(InvalidConfig, match="export_onnx"):
+        export_torchscript(quant_model, x, tmp_path / "int8.pt")
+    assert not list(tmp_path.iterdir())

@@ -21,7 +21,7 @@ from torch_quant.passes.insert_qdq import insert_qdq
 
 aten = torch.ops.aten
 
-INPUT = ":tensors_0"
+INPUT = ":args_0"
 
 
 def insert(gm: fx.GraphModule, plan: QuantPlan | None = None) -> tuple[fx.GraphModule, int]:
@@ -86,7 +86,7 @@ def test_both_operands_of_a_product() -> None:
     assert count == 1
     assert len(calls(gm, QUANTIZE)) == len(calls(gm, DEQUANTIZE)) == 2
     x, y = normal(4, 3, 8), normal(4, 8, 5)
-    assert torch.equal(gm(x, y)[0], faked(x, ":tensors_0") @ faked(y, ":tensors_1"))
+    assert torch.equal(gm(x, y)[0], faked(x, ":args_0") @ faked(y, ":args_1"))
 
 
 def test_an_embedding_has_integer_rows_only() -> None:
@@ -105,7 +105,7 @@ def test_attention_quantizes_its_inputs_and_its_probabilities() -> None:
     assert count == 1
     assert len(calls(gm, QUANTIZE)) == 4
     assert operators(gm).count("matmul") == 2
-    q, k, v = (faked(x, f":tensors_{i}") for i, x in enumerate(inputs))
+    q, k, v = (faked(x, f":args_{i}") for i, x in enumerate(inputs))
     probabilities = torch.softmax(q @ k.transpose(-2, -1) * 8**-0.5, -1)
     expected = faked(probabilities, f"{name}.probabilities") @ v
     torch.testing.assert_close(gm(*inputs)[0], expected, rtol=1e-5, atol=1e-5)
@@ -262,5 +262,5 @@ def test_a_missing_grid_is_reported() -> None:
     def nothing(key: str, spec: QuantSpec) -> Any:
         raise NotCalibrated(f"no data passed {key}")
 
-    with pytest.raises(NotCalibrated, match=":tensors_0"):
+    with pytest.raises(NotCalibrated, match=":args_0"):
         insert_qdq(PassContext(copy_graph(gm)), plan_for(gm), nothing, weight_grid_of)

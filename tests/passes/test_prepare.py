@@ -77,8 +77,8 @@ def test_what_is_seen_at_a_layer() -> None:
     x = normal(3, 16)
     _, seen = observed(prepare(graph_of(model, x).gm), x)
     first = model.l0(x)
-    assert list(seen) == [":tensors_0", "relu", "l1"]
-    assert torch.equal(seen[":tensors_0"], x)
+    assert list(seen) == [":args_0", "relu", "l1"]
+    assert torch.equal(seen[":args_0"], x)
     assert torch.equal(seen["relu"], first.relu())
     assert torch.equal(seen["l1"], model.l1(first.relu()))
 
@@ -121,7 +121,7 @@ def test_a_later_write_does_not_disturb_what_was_seen() -> None:
     x = normal(3, 16)
     made = prepare(graph_of(model, x).gm)
     _, seen = observed(made, x.clone())
-    assert torch.equal(seen[":tensors_0"], x)
+    assert torch.equal(seen[":args_0"], x)
     assert torch.equal(seen["l0"], model.l0(x))
     assert torch.equal(seen["l1"], model.l1(model.l0(x)))
 
@@ -136,7 +136,7 @@ def test_an_activation_in_place_is_seen_with_its_own_values() -> None:
     model = seeded(ReluAfter)
     x = normal(3, 16)
     _, seen = observed(prepare(graph_of(model, x).gm), x)
-    values = [key for key in seen if key not in (":tensors_0", "l1")]
+    values = [key for key in seen if key not in (":args_0", "l1")]
     assert len(values) == 1
     assert torch.equal(seen[values[0]], model.l0(x).relu())
 

@@ -73,6 +73,17 @@ class Backend(ABC, metaclass=_ByName):
         """Run a lowered graph while ``torch.jit.trace`` records it."""
         return body(*tensors)
 
+    def verify(self, *args: Any, **kwargs: Any) -> Any:
+        """What runs in int8, read from a runtime that decides that itself.
+
+        Raises:
+            InvalidConfig: the backend calls its kernels itself, so there is nothing to ask.
+        """
+        raise InvalidConfig(
+            f"{self!r} runs every kernel that the plan names, so there is nothing to verify: "
+            "print(quantizer.coverage(model)) lists them"
+        )
+
     @staticmethod
     def of(name: str | Backend) -> Backend:
         """The backend called ``name``; raises :class:`InvalidConfig` listing those there are."""

@@ -36,6 +36,7 @@ class Lowering:
     def run(self) -> QuantizedRegion:
         """The whole model, quantized; the float model is untouched."""
         quantized = self._region(self.captured.region)
+        quantized.backend = self.backend.name
         _detach_parameters(quantized)
         return quantized
 

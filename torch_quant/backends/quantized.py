@@ -61,7 +61,8 @@ class QuantizedGraph(nn.Module):
     def mismatch(self, call: Call) -> str | None:
         """Why it does not serve ``call``, or None."""
         if self.call_signature != call.signature:
-            return f"it was captured for {self.contract.describe()}"
+            differs = call.difference(self.call_signature)
+            return differs or f"it was captured for {self.contract.describe()}"
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             return None  # sizes are symbols there
         state = torch._C._get_tracing_state()
@@ -124,6 +125,7 @@ class QuantizedRegion(nn.Module):
         self.graphs = nn.ModuleList(graphs)
         self.glue = glue
         self.description = ""
+        self.backend = ""
         self.plan = QuantPlan()
         self.calibration: dict[str, Any] = {}
         self.forward = _Forward(self, signature)

@@ -118,7 +118,7 @@ def _check(
     known = [*names, *(name for name, _ in model.named_modules() if name)]
     keys = [key for key in overrides if isinstance(key, str) and key not in ops]
     check_names(module_filter.names, known, "ModuleFilter name")
-    check_names(keys, known, "override")
+    check_names(keys, known, "override", ops)
     for key in overrides:
         if key in ops and key in known:
             raise InvalidConfig(

@@ -60,11 +60,42 @@ class Call:
         return [_path_name(paths[i]) for i in self.positions]
 
     def describe(self) -> list[str]:
-        """Name, shape and dtype of each tensor, for messages."""
-        return [
-            f"{name}: {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
-            for name, x in zip(self.names(), self.tensors, strict=True)
-        ]
+        """Name, shape and dtype of each tensor and the value of what is none, for messages."""
+        paths = pytree.tree_flatten_with_path(self.rebuild(self.tensors))[0]
+        found = [f"{_path_name(path)}: {_facts(leaf)}" for path, leaf in paths if leaf is not None]
+        return [*found[:_MOST], f"and {len(found) - _MOST} more"] if len(found) > _MOST else found
+
+    def difference(self, signature: tuple[Any, ...]) -> str:
+        """The first input in which this call is not of that signature; empty if all have others."""
+        nesting, kinds = signature
+        if nesting != repr(self.spec):
+            return ""
+        paths = pytree.tree_flatten_with_path(self.rebuild(self.tensors))[0]
+        for (path, leaf), kind in zip(paths, kinds, strict=True):
+            first, second = kind
+            if isinstance(leaf, Tensor) and isinstance(first, torch.dtype):
+                if leaf.dtype != first:
+                    return f"{_path_name(path)} is {leaf.dtype}; it was captured for {first}"
+                if leaf.dim() != second:
+                    return (
+                        f"{_path_name(path)} has {leaf.dim()} dimensions; it was captured for "
+                        f"{second}"
+                    )
+            elif isinstance(leaf, Tensor) or kind != (type(leaf), leaf):
+                wanted = "a tensor" if isinstance(first, torch.dtype) else repr(second)
+                found = "a tensor" if isinstance(leaf, Tensor) else repr(leaf)
+                return f"{_path_name(path)} is {found}; it was captured for {wanted}"
+        return ""
+
+
+_MOST = 8
+"""Inputs that a message lists."""
+
+
+def _facts(leaf: Any) -> str:
+    if isinstance(leaf, Tensor):
+        return f"{tuple(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}"
+    return repr(leaf)
 
 
 def _key(entry: Any) -> Any:
@@ -123,7 +154,8 @@ def flatten_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         if not isinstance(leaf, (Tensor, *_CONSTANTS)):
             raise CaptureFailed(
                 f"an input of type {type(leaf).__module__}.{type(leaf).__qualname__} is neither a "
-                "tensor, a constant nor a registered pytree; such a module is captured in pieces"
+                "tensor (torch.from_numpy makes one of an array), a constant nor a registered "
+                "pytree; a module inside the model that takes such an input is captured in pieces"
             )
     positions = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
     return Call(tuple(leaves), spec, positions)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import keyword
 import logging
 import operator
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -353,13 +355,22 @@ def _export(module: nn.Module, example: Call, mode: str) -> CapturedGraph:
         )
     exported = program.module()
     contract = ShapeContract.of(exported, example)
-    return CapturedGraph(_plain(exported), contract, out_specs[-1])
+    return CapturedGraph(_plain(exported, contract.names), contract, out_specs[-1])
 
 
-def _plain(exported: fx.GraphModule) -> fx.GraphModule:
-    """The exported graph without its wrapper, checks, guards and calling convention."""
+def _plain(exported: fx.GraphModule, names: list[str]) -> fx.GraphModule:
+    """The exported graph without its wrapper, checks, guards and calling convention.
+
+    Its inputs are called ``names``, as far as Python allows that.
+    """
     attributes: dict[str, Any] = {}
     graph = exported.graph
+    taken: set[str] = set()
+    for i, node in enumerate(graph.find_nodes(op="placeholder")):
+        name = re.sub(r"\W+", "_", names[i]).strip("_")
+        allowed = name.isidentifier() and not keyword.iskeyword(name) and name != "self"
+        node.target = name if allowed and name not in taken else f"input_{i}"
+        taken.add(node.target)
     for node in list(graph.nodes):
         if node.op == "get_attr":
             value = operator.attrgetter(str(node.target))(exported)

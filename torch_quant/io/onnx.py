@@ -21,7 +21,6 @@ from torch_quant.backends.onnx import missing_packages
 from torch_quant.backends.quantized import QuantizedGraph, QuantizedRegion
 from torch_quant.errors import BackendUnavailable, InvalidConfig, UnsupportedOp
 from torch_quant.graph.calls import bind, flatten_call
-from torch_quant.graph.decomposed import NAMESPACE
 from torch_quant.graph.export import size_oblivious
 from torch_quant.graph.sites import KEY
 from torch_quant.io.onnx_names import describe, rename
@@ -86,13 +85,17 @@ def export_onnx(
     target = Path(path)
     if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
         raise InvalidConfig(f"cannot write {target}: give a writable folder")
+    if quant_model.backend != "onnx":
+        raise InvalidConfig(
+            f"the model was quantized for {quant_model.backend}, whose operators have no ONNX "
+            "form: quantizer.quantize(model, backend=Backend.ONNX)"
+        )
     calls = _graphs_called(quant_model, example_inputs)
     whole = [name for name, *_ in calls] == [""]
     if not whole and not pieces:
         raise InvalidConfig(_in_pieces(quant_model, target))
     written = []
     for name, graph, tensors in calls:
-        _check_lowered(graph.body)
         program = _export(graph, tensors, dynamic=dynamic, opset=opset)
         rename(program, graph, tensors)
         describe(program, quant_model, "" if whole else name)
@@ -154,17 +157,6 @@ def _in_pieces(model: QuantizedRegion, target: Path) -> str:
         "and cannot be one ONNX graph; print(quantizer.coverage(model)) says why. "
         f"export_onnx(..., {target.name!r}, pieces=True) writes a file for each piece"
     )
-
-
-def _check_lowered(body: fx.GraphModule) -> None:
-    """Other backends' operators have no ONNX form."""
-    names = {str(node.target) for node in body.graph.nodes if node.op == "call_function"}
-    if any(name.startswith("torch_quant.") for name in names) or not any(
-        name.startswith(NAMESPACE) for name in names
-    ):
-        raise InvalidConfig(
-            "the model was not quantized for ONNX: quantizer.quantize(model, backend=Backend.ONNX)"
-        )
 
 
 # Exporting

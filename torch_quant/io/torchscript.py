@@ -12,7 +12,6 @@ from torch import fx, nn
 
 from torch_quant.backends.quantized import QuantizedGraph
 from torch_quant.errors import InvalidConfig
-from torch_quant.graph.decomposed import NAMESPACE
 from torch_quant.io.files import write_atomically
 from torch_quant.model import call_example
 
@@ -37,8 +36,15 @@ def export_torchscript(
         The traced module. Dictionaries among the outputs stay dictionaries.
 
     Raises:
-        InvalidConfig: the folder does not exist, or the model cannot be traced.
+        InvalidConfig: the folder does not exist, the model cannot be traced, or is for
+            ``Backend.ONNX``.
     """
+    if getattr(quant_model, "backend", "") == "onnx":
+        raise InvalidConfig(
+            "the model was quantized for ONNX, whose operators a process that loads the file does "
+            "not know: export_onnx(...) writes it, or quantize for another backend, which needs "
+            "no new calibration"
+        )
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit's deprecation, and the tracer's on constants
         try:
@@ -75,12 +81,6 @@ def _is_compiled(model: nn.Module) -> bool:
 
 def _would_unpack_weights(model: nn.Module) -> bool:
     """Whether freezing would fold integer weights to float, as plain operators allow."""
-    if any(
-        isinstance(module, fx.GraphModule)
-        and any(str(node.target).startswith(NAMESPACE) for node in module.graph.nodes)
-        for module in model.modules()
-    ):
-        return True
     return any(
         node.target is torch.ops.aten.to.dtype and node.args[0].op == "get_attr"
         for module in model.modules()
