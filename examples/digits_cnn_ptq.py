@@ -61,7 +61,9 @@ def accuracy(model: nn.Module, data: Digits) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--backend", help="reference or onednn; default: the best of this machine")
+    parser.add_argument(
+        "--backend", choices=("reference", "onednn"), help="default: the best of this machine"
+    )
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--output", type=Path, default=Path("out/digits_int8.pt"))
     options = parser.parse_args()

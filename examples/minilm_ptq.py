@@ -29,7 +29,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, help="a local folder with weights and a tokenizer")
     parser.add_argument(
-        "--backend", help="reference, onednn or ipex; default: the best of this machine"
+        "--backend",
+        choices=("reference", "onednn", "ipex"),
+        help="default: the best of this machine",
     )
     parser.add_argument("--smooth", type=float, help="SmoothQuant's alpha, 0.8 say; default: none")
     parser.add_argument("--output", type=Path, default=Path("out/minilm_int8.pt"))

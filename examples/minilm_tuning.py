@@ -25,13 +25,18 @@ from torch_quant import Quantizer, cosine, tune
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--backend", help="reference or onednn; default: the best of this machine")
+    parser.add_argument(
+        "--backend", choices=("reference", "onednn"), help="default: the best of this machine"
+    )
     parser.add_argument("--cosine", type=float, default=0.995, help="wanted mean (default 0.995)")
     parser.add_argument(
         "--output", type=Path, default=Path("out"), help="folder for plot and table"
     )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if not 0 < options.cosine <= 1:
+        parser.error(f"--cosine {options.cosine}: expected more than 0, at most 1")
+    return options
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from flows import assert_unchanged, calibrated, snapshot
-from models import MODELS, example
+from models import MODELS, example, normal
 from torch import Tensor, nn
 
 from torch_quant import (
@@ -27,7 +27,10 @@ from torch_quant import (
     UnsupportedOp,
     export_torchscript,
     sqnr,
+    tune,
 )
+
+X = normal(4, 8)
 
 
 def ready(name: str = "mlp", **options: Any) -> tuple[nn.Module, Quantizer]:
@@ -264,6 +267,53 @@ def test_a_state_that_is_none() -> None:
         quantizer.load_state_dict(MODELS["mlp"]().state_dict())
     with pytest.raises(InvalidConfig, match="not a calibration state"):
         quantizer.load_state_dict({"state": {"batches": 1}, "model": {}})
+
+
+class Branch(nn.Module):
+    """Two branches by the data, so captured in pieces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.high = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.high(x) if x.sum().item() > 1e9 else self.low(x)
+
+
+def test_a_layer_that_no_data_reaches(caplog: pytest.LogCaptureFixture) -> None:
+    model, quantizer = Branch().eval(), Quantizer("reference")
+    quantizer.calib(model)(X)
+    quant_model = quantizer.quantize(model)
+    quantizer.quantize(model)
+    assert caplog.text.count("no data reached high while calibrating") == 1
+    assert torch.equal(quant_model(X + 1e9), model(X + 1e9))
+    text = str(quantizer.coverage(model))
+    assert "100.0% of the captured multiply-accumulates" in text
+    assert "no data reached it" in text
+
+
+def test_the_arguments_of_tune_swapped() -> None:
+    model, quantizer = ready()
+    with pytest.raises(InvalidConfig, match="expected a Quantizer, got Sequential"):
+        tune(model, quantizer, lambda candidate: 1.0)  # type: ignore[arg-type]
+
+
+def test_an_override_of_nothing() -> None:
+    with pytest.raises(InvalidConfig, match="override 3: expected a name"):
+        Quantizer("reference", overrides={3: None}).calib(MODELS["mlp"]())  # type: ignore[dict-item]
+
+
+def test_suggestions_are_different_names() -> None:
+    model, quantizer = ready(overrides={"linaer": None})
+    with pytest.raises(InvalidConfig, match="did you mean linear") as e:
+        quantizer.quantize(model)
+    found = str(e.value).partition("did you mean ")[2].rstrip("?").split(", ")
+    assert len(set(found)) == len(found)
+
+
+def test_nothing_to_verify() -> None:
+    with pytest.raises(InvalidConfig, match=r"Backend\.REFERENCE runs every kernel"):
+        Backend.REFERENCE.verify(MODELS["mlp"]())
 
 
 def test_an_unwritable_path_leaves_nothing(tmp_path: Path) -> None:

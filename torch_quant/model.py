@@ -81,6 +81,7 @@ class CapturedModel:
         self.parameters = _identities(model)
         self.region = Region(shadow(model))
         self.version = 0
+        self._told: tuple[str, ...] = ()
         self._prepared: dict[int, tuple[CapturedGraph, Prepared]] = {}
         training = [name or "the model" for name, m in model.named_modules() if m.training]
         if training:
@@ -129,6 +130,24 @@ class CapturedModel:
         for region in self.region.walk():
             for _, graph in region.graphs:
                 yield self.prepared(region, graph)
+
+    @property
+    def unreached(self) -> tuple[str, ...]:
+        """Modules with parameters that no call has reached, in a model captured in pieces."""
+        return tuple(
+            region.path
+            for region in self.region.walk()
+            if not region.called and any(True for _ in region.module.parameters())
+        )
+
+    def tell_unreached(self) -> None:
+        """Log a warning of them, once."""
+        unreached = self.unreached
+        if unreached and unreached != self._told:
+            logger.warning(
+                "no data reached %s while calibrating: in float there", ", ".join(unreached)
+            )
+        self._told = unreached
 
     def sites(self) -> list[tuple[Site, str]]:
         """Every site once, with the reason why its graph does not allow int8, or an empty one."""

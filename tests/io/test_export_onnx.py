@@ -281,3 +281,44 @@ def test_an_example_as_long_as_texts_may_be(length: int, tmp_path: Path) -> None
         others = ((tokens(3, other),), {})
         found = run_onnxruntime(tmp_path / "m.onnx", feeds(quant_model, others))
         assert sqnr(tensors(model, others), found) > 25
+
+
+class FloatPieces(nn.Module):
+    """Between two layers, pieces that hold nothing to quantize."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 4)
+        self.drop, self.norm = nn.Dropout(0.1), nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.drop(self.first(x)))
+        return self.second(x if x.sum().item() < 1e9 else -x)
+
+
+def test_pieces_without_anything_quantized(tmp_path: Path) -> None:
+    """They are files too: the chain would not be whole without them."""
+    model = seeded(FloatPieces)
+    quantizer = calibrated(model, [((normal(64, 8),), {})], backend="onnx")
+    quant_model, x = quantizer.quantize(model), normal(3, 8)
+    files = export_onnx(quant_model, x, tmp_path / "m.onnx", pieces=True)
+    assert [file.name for file in files] == [
+        f"m.{name}.onnx" for name in ("first", "drop", "norm", "second")
+    ]
+    assert "it quantizes none" in str(Backend.ONNX.verify(files[1]))
+    y = x
+    for file in files:
+        loaded = session(file)
+        (y,) = run_onnxruntime(file, {loaded.get_inputs()[0].name: y.numpy()})
+    torch.testing.assert_close(y, quant_model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_fallen_back_as_a_whole(tmp_path: Path) -> None:
+    model, x = mlp(), example("mlp", 16)[0]
+    quantizer = calibrated(model, [((x,), {})], backend="onnx")
+    amp_model = quantizer.amp(model)
+    amp_model(x)
+    quantizer.fallback(amp_model, num=len(quantizer.quantize(model).plan))
+    quant_model = written(quantizer, model, ((x,), {}), tmp_path / "m.onnx")
+    (found,) = run_onnxruntime(tmp_path / "m.onnx", feeds(quant_model, ((x,), {})))
+    torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-4)

@@ -35,6 +35,7 @@ class Lowering:
 
     def run(self) -> QuantizedRegion:
         """The whole model, quantized; the float model is untouched."""
+        self.captured.tell_unreached()
         quantized = self._region(self.captured.region)
         quantized.backend = self.backend.name
         _detach_parameters(quantized)

@@ -18,7 +18,8 @@ class Coverage:
         plan: what is quantized.
         backend: for which backend.
         float_ops: (name, reason) of operators that compute products outside the op table.
-        glue: (module, reason) of what is not captured as a graph and runs in Python.
+        glue: (module, reason) of what is not captured as a graph and runs in Python, or was not
+            called.
         rows: how many float sites the table lists.
     """
 
@@ -31,13 +32,8 @@ class Coverage:
     @classmethod
     def of(cls, captured: CapturedModel, plan: QuantPlan, backend: str) -> Coverage:
         """The report of a captured model under ``plan``."""
-        regions = list(captured.region.walk())
-        glue = [(r.path or "(root)", r.failure) for r in regions if r.failure]
-        never = [
-            (r.path, "never called")
-            for r in regions
-            if not r.called and any(True for _ in r.module.parameters())
-        ]
+        glue = [(r.path or "(root)", r.failure) for r in captured.region.walk() if r.failure]
+        never = [(path, "no data reached it while calibrating") for path in captured.unreached]
         float_ops = {op for prepared in captured.graphs() for op in prepared.float_ops}
         return cls(plan, backend, tuple(sorted(float_ops)), tuple(glue + never))
 
@@ -78,8 +74,9 @@ class Coverage:
         from tabulate import tabulate
 
         total = sum(site.macs for site in self.plan.values()) or 1
+        what = "captured multiply-accumulates" if self.glue else "multiply-accumulates"
         parts = [
-            f"{self.backend}: {self.share:.1%} of the multiply-accumulates in int8, "
+            f"{self.backend}: {self.share:.1%} of the {what} in int8, "
             f"{len(self.plan.quantized)} of {len(self.plan)} sites",
             tabulate(self.by_op(), headers="keys"),
         ]
@@ -96,6 +93,7 @@ class Coverage:
         if len(rows) > self.rows:
             parts.append(f"... and {len(rows) - self.rows} more")
         if self.glue:
-            parts.append("Python code between the captured parts, its own operators in float:")
-            parts.append(tabulate(self.glue, headers=("module", "why it is not one graph")))
+            parts.append("Not captured, so in float and not counted above:")
+            headers = ("Python code of", "why it is not one graph")
+            parts.append(tabulate(self.glue, headers=headers, maxcolwidths=[None, 100]))
         return "\n\n".join(parts)

@@ -95,11 +95,12 @@ class OnnxReport:
 
     def __str__(self) -> str:
         kernels = Counter(site.kernel for site in self.fused)
+        names = ", ".join(f"{count} {kernel}" for kernel, count in kernels.items())
         lines = [
             f"{self.path}: valid, opset {self.opset}, written by "
             f"{f'torch_quant {self.version}' if self.version else 'another program'}",
             f"onnxruntime {self.runtime}: {len(self.fused)} of {len(self.sites)} quantized "
-            f"products on integer kernels ({', '.join(f'{n} {k}' for k, n in kernels.items())})",
+            f"products on integer kernels ({names or 'it quantizes none'})",
         ]
         lines += [f"  {site.name}: {site.kernel}: {site.reason}" for site in self.not_fused]
         lines += [f"  {name}: planned in int8, but not in the file" for name in self.missing]

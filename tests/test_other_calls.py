@@ -1,0 +1,54 @@
+"""A quantized model called as it was never calibrated says what differs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from models import normal
+from torch import Tensor, nn
+
+from torch_quant import CaptureFailed, Quantizer
+
+X = normal(4, 8)
+
+
+class Flagged(nn.Module):
+    """Another path with ``both``; a mask that may be left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, both: bool = False) -> Any:
+        y = self.linear(x if mask is None else x * mask)
+        return (y, x) if both else y
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (
+            {"x": X.double(), "both": False},
+            "x is torch.float64; it was captured for torch.float32",
+        ),
+        ({"x": X[None], "both": False}, "x has 3 dimensions; it was captured for 2"),
+        ({"x": X, "both": True}, "both is True; it was captured for False"),
+        (
+            {"x": X.tolist(), "both": False},
+            r"got x\[0\]\[0\]: .* and 25 more",
+        ),
+        ({"x": X, "mask": X, "both": False}, r"got x: .*, mask: \(4, 8\) float32, both: False"),
+        (
+            {"x": X.numpy(), "both": False},
+            r"ndarray is neither a tensor \(torch\.from_numpy",
+        ),
+    ],
+    ids=["dtype", "rank", "constant", "list", "more inputs", "numpy"],
+)
+def test_other_inputs_than_calibrated(inputs: dict[str, Any], message: str) -> None:
+    model, quantizer = Flagged().eval(), Quantizer("reference")
+    quantizer.calib(model)(x=X, both=False)
+    quant_model = quantizer.quantize(model)
+    with pytest.raises(CaptureFailed, match=message):
+        quant_model(**inputs)
