@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import copy
 import enum
+import pickle
+import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -173,3 +176,19 @@ def test_numbers_follow_the_call() -> None:
     output = serve(capture(Returns(), normal(2, 16)), normal(5, 16))
     assert isinstance(output, Record)
     assert output.second == 5
+
+
+def test_a_spec_is_copied_and_pickled_in_silence() -> None:
+    x = torch.ones(2)
+    output = {"a": [x, (x, Pair(x, 3))], "b": OrderedDict(c=x), "d": Record(x, [x, None])}
+    leaves, spec = flatten_output(output)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        others = [copy.deepcopy(spec), pickle.loads(pickle.dumps(spec))]
+    for other in others:
+        assert other == spec
+        again = unflatten_output(leaves, other)
+        assert isinstance(again["a"][1][1], Pair)
+        assert isinstance(again["b"], OrderedDict)
+        assert again["d"].second[1] is None
+        assert again["d"].first is x

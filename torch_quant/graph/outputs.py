@@ -35,6 +35,30 @@ class _Tree:
     tree: pytree.TreeSpec
     leaves: tuple[Any, ...]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled without PyTorch's class for leaves, which warns that it goes away."""
+        return _packed_tree, (_pack(self.tree), self.leaves)
+
+
+def _pack(spec: Any) -> Any:
+    """(type, context, children) of a spec, all the way down; None for a leaf."""
+    if spec.is_leaf():
+        return None
+    if hasattr(spec, "_children"):
+        return spec.type, spec._context, [_pack(child) for child in spec._children]
+    return spec.type, spec.context, [_pack(child) for child in spec.children_specs]
+
+
+def _unpack(packed: Any) -> Any:
+    if packed is None:
+        return pytree.tree_flatten(0)[1]
+    kind, context, children = packed
+    return pytree.TreeSpec(kind, context, [_unpack(child) for child in children])
+
+
+def _packed_tree(packed: Any, leaves: tuple[Any, ...]) -> _Tree:
+    return _Tree(_unpack(packed), leaves)
+
 
 _LEAF = "leaf"
 _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType)
