@@ -45,6 +45,7 @@ def export_onnx(
     dynamic: bool = True,
     opset: int | None = None,
     pieces: bool = False,
+    progress: bool = True,
 ) -> list[Path]:
     """Write a quantized model as an ONNX file that onnxruntime and OpenVINO run on int8 kernels.
 
@@ -60,6 +61,7 @@ def export_onnx(
         opset: the ONNX operator set, 18 or more; None for the exporter's own choice.
         pieces: write a model that was captured in pieces as one file for each graph that the
             example takes: ``model.onnx`` gives ``model.encoder.layer.0.onnx`` and so on.
+        progress: whether to show a progress bar.
 
     Returns:
         The files: one, or one for each piece.
@@ -94,15 +96,25 @@ def export_onnx(
     whole = [name for name, *_ in calls] == [""]
     if not whole and not pieces:
         raise InvalidConfig(_in_pieces(quant_model, target))
+    from tqdm import tqdm
+
     written = []
-    for name, graph, tensors in calls:
-        program = _export(graph, tensors, dynamic=dynamic, opset=opset)
-        rename(program, graph, tensors)
-        describe(program, quant_model, "" if whole else name)
-        rewrite(program.model)
-        file = target if whole else target.with_name(f"{target.stem}.{name}{target.suffix}")
-        _save(program, file)
-        written.append(file)
+    with tqdm(total=3 * len(calls), unit="step", disable=not progress) as bar:
+        for name, graph, tensors in calls:
+            file = target if whole else target.with_name(f"{target.stem}.{name}{target.suffix}")
+            bar.set_description(f"{file.name}: capturing")
+            exported = _captured(graph, tensors, dynamic=dynamic)
+            bar.update()
+            bar.set_description(f"{file.name}: translating")
+            program = _translated(exported, graph, opset)
+            bar.update()
+            bar.set_description(f"{file.name}: writing")
+            rename(program, graph, tensors)
+            describe(program, quant_model, "" if whole else name)
+            rewrite(program.model)
+            _save(program, file)
+            bar.update()
+            written.append(file)
     return written
 
 
@@ -179,8 +191,19 @@ class _Tensors(nn.Module):
         return tuple(outputs)
 
 
-def _captured(graph: QuantizedGraph, tensors: tuple[Tensor, ...]) -> Any:
-    """The exported graph with its sizes free; a batch of 1 may have to be repeated for that."""
+def _captured(graph: QuantizedGraph, tensors: tuple[Tensor, ...], *, dynamic: bool) -> Any:
+    """The graph as a program of PyTorch's exporter."""
+    with torch.no_grad(), _quiet():
+        exported = (
+            _with_free_sizes(graph, tensors) if dynamic else _traced(graph, tensors, "static")
+        )
+    # The translation would evaluate them on the example, which can fix a size in the file.
+    exported._guards_code = []
+    return exported
+
+
+def _with_free_sizes(graph: QuantizedGraph, tensors: tuple[Tensor, ...]) -> Any:
+    """A batch of 1 may have to be repeated for that."""
     twice = tuple(torch.cat([x, x]) if x.dim() and x.shape[0] == 1 else x for x in tensors)
     reasons: list[Exception] = []
     for example, mode in ((tensors, "oblivious"), (twice, "oblivious"), (twice, "dynamic")):
@@ -212,13 +235,9 @@ def _traced(graph: QuantizedGraph, tensors: tuple[Tensor, ...], mode: str) -> An
         )
 
 
-def _export(
-    graph: QuantizedGraph, tensors: tuple[Tensor, ...], *, dynamic: bool, opset: int | None
-) -> Any:
+def _translated(exported: Any, graph: QuantizedGraph, opset: int | None) -> Any:
+    """The program in ONNX operators."""
     with torch.no_grad(), _quiet():
-        exported = _captured(graph, tensors) if dynamic else _traced(graph, tensors, "static")
-        # The exporter would evaluate them on the example, which can fix a size in the file.
-        exported._guards_code = []
         try:
             program = torch.onnx.export(
                 exported,
