@@ -19,11 +19,11 @@ from torch_quant.proxies import Latency
 
 
 def test_amp_before_calib() -> None:
-    with pytest.raises(NotCalibrated, match=r"quantizer\.calib\(model\) first"):
+    with pytest.raises(NotCalibrated, match=r"quantizer\.calib\(model\) returns"):
         Quantizer("reference").amp(MODELS["mlp"]())
     model, quantizer = MODELS["mlp"](), Quantizer("reference")
     quantizer.calib(model, example_inputs=example("mlp", 2))
-    with pytest.raises(NotCalibrated, match=r"quantizer\.calib\(model\) first"):
+    with pytest.raises(NotCalibrated, match=r"quantizer\.calib\(model\) returns"):
         quantizer.amp(model)
 
 

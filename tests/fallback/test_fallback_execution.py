@@ -110,10 +110,11 @@ def test_traced_exported_copied_and_saved(
     expected = quant_model(*x)
     assert torch.equal(copy.deepcopy(quant_model)(*x), expected)
     assert torch.equal(pickle.loads(pickle.dumps(quant_model))(*x), expected)
-    export_torchscript(quant_model, example(name, 2), tmp_path / "model.pt")
-    loaded = torch.jit.load(tmp_path / "model.pt")
     compiles = Backend.of(backend).compiles
-    assert torch.equal(settled(loaded, x) if compiles else loaded(*x), expected)
+    if backend != "onnx":  # whose file is export_onnx's
+        export_torchscript(quant_model, example(name, 2), tmp_path / "model.pt")
+        loaded = torch.jit.load(tmp_path / "model.pt")
+        assert torch.equal(settled(loaded, x) if compiles else loaded(*x), expected)
     sizes = tuple({0: torch.export.Dim.AUTO} for _ in x)
     program = torch.export.export(quant_model, example(name, 2), dynamic_shapes=sizes, strict=False)
     if compiles:  # not what its compiler reads: the same graph in float
