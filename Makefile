@@ -55,7 +55,7 @@ test-ipex: $(IPEX_VENV)/ready  ## the whole suite on torch $(IPEX_TORCH), IPEX $
 
 test-zoo: $(VENV)/ready $(IPEX_VENV)/ready  ## every architecture as ONNX file and on IPEX; `make test` takes one of each kind
 	ALL_ARCHITECTURES=1 $(BIN)/python -m pytest -n 2 tests/test_onnx_zoo.py
-	ALL_ARCHITECTURES=1 $(IPEX_VENV)/bin/python -m pytest -n 2 tests/test_ipex_zoo.py
+	ALL_ARCHITECTURES=1 $(IPEX_VENV)/bin/python -m pytest -n 2 tests/test_ipex_zoo.py tests/test_zoo.py
 
 check: $(VENV)/ready  ## lint, types and the smoke tests
 	$(BIN)/ruff check .

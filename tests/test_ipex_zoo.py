@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from flows import calibrated
 from onnx_files import tensors
 from quality import DEVIATION, LOSS, compare_quality
-from zoo import ARCHITECTURES, ONE_SIZE, ZooEntry, samples
+from zoo import ARCHITECTURES, EVERYTHING, ONE_SIZE, ZooEntry, samples
 
 from torch_quant import Backend, CaptureFailed
 from torch_quant.backends import ReferenceBackend
@@ -30,17 +32,19 @@ def test_architecture(entry: ZooEntry) -> None:
     quantizer = calibrated(model, [((), x) for x in samples(entry.name, 16)], backend="ipex")
     simulation = quantizer.quantize(model, backend=ReferenceBackend(Backend.IPEX.placement()))
     quant_model = quantizer.quantize(model)
-    sizes = [(entry.inputs, 2), (entry.inputs, 24)]
+    sizes = [entry.inputs]
     if entry.name in ONE_SIZE | SPECIALIZED:
         with pytest.raises(
             (CaptureFailed, RuntimeError), match=r"quantized for other inputs|must match the size"
         ):
             quant_model(**entry.other(2))
     else:
-        sizes += [(entry.other, 2), (entry.other, 24)]
-    for inputs, batch in (*sizes, (entry.inputs, 2)):  # the first size once more: see hazard 14
+        sizes.append(entry.other)
+    every = list(itertools.product(sizes, (2, 24)))
+    some = every if EVERYTHING else [every[0], every[-1]]
+    for inputs, batch in (*some, every[0]):  # the first size once more: see hazard 14
         quality = compare_quality(
-            model, lambda some: tensors(quant_model, some), simulation, inputs, batch, DEVIATION
+            model, lambda data: tensors(quant_model, data), simulation, inputs, batch, DEVIATION
         )
         assert quality.deviation <= DEVIATION, str(quality)
         assert quality.loss <= LOSS, str(quality)

@@ -24,7 +24,13 @@ from torch import Tensor, nn
 from torch_quant import Backend, QConfig, Quantizer, QuantSpec
 from torch_quant.io import onnx as onnx_io
 
-pytestmark = needs("onnx", "onnxscript", "onnxruntime")
+pytestmark = [
+    needs("onnx", "onnxscript", "onnxruntime"),
+    pytest.mark.skipif(
+        torch.__version__.startswith("2.8."),
+        reason="what is rewritten is the file; once is enough, on the newest torch",
+    ),
+]
 
 SIZES = ((3, 12, 16), (2, 11, 16), (3, 14, 9), (2, 13, 15))
 """Batches, heights and widths: even and odd ones."""
