@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from awkward import AWKWARD
 from capturing import Compute, Two, capture, executor, serve
-from models import MODELS, example, images, normal
+from models import MODELS, example, images, normal, seeded
 from torch import Tensor, nn
 
 from torch_quant.errors import CaptureFailed
@@ -317,3 +317,26 @@ def test_outputs_of_any_dtype() -> None:
     for actual, expected in zip(serve(graph, normal(3, 16)), compute(normal(3, 16)), strict=True):
         assert actual.dtype == expected.dtype
         assert torch.equal(actual, expected)
+
+
+class Named(nn.Module):
+    """Arguments by names that mean something in generated code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, slice: Tensor, device: Tensor, input_1: Tensor, linear: Tensor) -> Tensor:
+        y = self.linear(slice[:, 1:9]) + device.to(torch.device("cpu"))
+        return y * input_1 + linear
+
+
+def test_arguments_of_any_name() -> None:
+    model, others = seeded(Named), [normal(3, 8, salt=i) for i in range(3)]
+    inputs = dict(
+        zip(("slice", "device", "input_1", "linear"), [normal(3, 10), *others], strict=True)
+    )
+    graph = export_graph(shadow(model), flatten_call((), inputs))
+    names = [node.target for node in graph.gm.graph.find_nodes(op="placeholder")]
+    assert names == ["input_0", "input_1", "input_2", "linear"]
+    assert torch.equal(graph.gm(*inputs.values())[0], model(**inputs))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
 import inspect
+import keyword
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from torch_quant.errors import CaptureFailed
 
-__all__ = ["Call", "bind", "flatten_call"]
+__all__ = ["Call", "bind", "flatten_call", "identifiers"]
 
 _CONSTANTS = (
     type(None), bool, int, float, complex, str, bytes,
@@ -86,6 +89,28 @@ class Call:
                 found = "a tensor" if isinstance(leaf, Tensor) else repr(leaf)
                 return f"{_path_name(path)} is {found}; it was captured for {wanted}"
         return ""
+
+
+_TAKEN = frozenset({"self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree"}) | (
+    frozenset(dir(builtins)) - {"input"}
+)
+"""Names that code generated from a graph means something else by."""
+
+
+def identifiers(names: list[str]) -> list[str]:
+    """``names`` as arguments of code generated from a graph, all different.
+
+    >>> identifiers(["x", "past[0]['key']", "past[0][key]", "slice"])
+    ['x', 'past_0_key', 'input_2', 'input_3']
+    """
+    found: list[str] = []
+    for i, name in enumerate(names):
+        plain = re.sub(r"\W+", "_", name).strip("_")
+        wrong = not plain.isidentifier() or keyword.iskeyword(plain) or plain in _TAKEN
+        found.append(f"input_{i}" if wrong or plain in found else plain)
+        while found.count(found[-1]) > 1:
+            found[-1] += "_"
+    return found
 
 
 _MOST = 8

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-import keyword
 import logging
 import operator
-import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from torch_quant.errors import CaptureFailed
-from torch_quant.graph.calls import Call
+from torch_quant.graph.calls import Call, identifiers
 from torch_quant.graph.lstm import restore_lstms, whole_lstms
 from torch_quant.graph.outputs import flatten_output, unflatten_output
 from torch_quant.graph.shapes import ShapeContract
@@ -365,12 +363,8 @@ def _plain(exported: fx.GraphModule, names: list[str]) -> fx.GraphModule:
     """
     attributes: dict[str, Any] = {}
     graph = exported.graph
-    taken: set[str] = set()
-    for i, node in enumerate(graph.find_nodes(op="placeholder")):
-        name = re.sub(r"\W+", "_", names[i]).strip("_")
-        allowed = name.isidentifier() and not keyword.iskeyword(name) and name != "self"
-        node.target = name if allowed and name not in taken else f"input_{i}"
-        taken.add(node.target)
+    for node, name in zip(graph.find_nodes(op="placeholder"), identifiers(names), strict=True):
+        node.target = name
     for node in list(graph.nodes):
         if node.op == "get_attr":
             value = operator.attrgetter(str(node.target))(exported)
