@@ -28,10 +28,10 @@ def interleaved_latency(
     before leaves the caches full of its own.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
-    shuffle = random.Random(0).sample
+    sample = random.Random(0).sample
     with torch.no_grad():
         for turn in range(warm_up + rounds):
-            for name, call in shuffle(list(calls.items()), len(calls)):
+            for name, call in sample(list(calls.items()), len(calls)):
                 call()
                 start = time.perf_counter()
                 call()

@@ -285,11 +285,25 @@ def test_a_layer_that_no_data_reaches(caplog: pytest.LogCaptureFixture) -> None:
     quantizer.calib(model)(X)
     quant_model = quantizer.quantize(model)
     quantizer.quantize(model)
-    assert caplog.text.count("no data reached high while calibrating") == 1
+    assert caplog.text.count("no call has reached high") == 1
     assert torch.equal(quant_model(X + 1e9), model(X + 1e9))
     text = str(quantizer.coverage(model))
     assert "100.0% of the captured multiply-accumulates" in text
-    assert "no data reached it" in text
+    assert "no call has reached it" in text
+
+
+def test_a_layer_whose_weight_alone_is_used(caplog: pytest.LogCaptureFixture) -> None:
+    """It is reached, in its way."""
+
+    class Borrows(Branch):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.low(x) if x.sum().item() < 1e9 else x
+            return nn.functional.linear(y, self.high.weight)
+
+    model, quantizer = Borrows().eval(), Quantizer("reference")
+    quantizer.calib(model)(X)
+    quantizer.quantize(model)
+    assert "no call has reached" not in caplog.text
 
 
 def test_the_arguments_of_tune_swapped() -> None:

@@ -52,3 +52,17 @@ def test_other_inputs_than_calibrated(inputs: dict[str, Any], message: str) -> N
     quant_model = quantizer.quantize(model)
     with pytest.raises(CaptureFailed, match=message):
         quant_model(**inputs)
+
+
+def test_of_several_graphs_the_nearest_is_named() -> None:
+    model, quantizer = Flagged().eval(), Quantizer("reference")
+    calib_model = quantizer.calib(model)
+    for mask in (None, X):
+        calib_model(x=X, mask=mask)
+    quant_model = quantizer.quantize(model)
+    with pytest.raises(CaptureFailed, match="mask has 3 dimensions; it was captured for 2"):
+        quant_model(x=X, mask=X[None])
+    with pytest.raises(CaptureFailed, match=r"x\.shape\[1\] is 7"):
+        quant_model(x=X[:, :7], mask=X[:, :7])
+    with pytest.raises(CaptureFailed, match=r"with other arguments, x: \(.*, 8\) as tensors"):
+        quant_model(x=X, both=False)

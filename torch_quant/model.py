@@ -137,7 +137,8 @@ class CapturedModel:
         return tuple(
             region.path
             for region in self.region.walk()
-            if not region.called and any(True for _ in region.module.parameters())
+            if not (region.called or region.borrowed)
+            and any(True for _ in region.module.parameters())
         )
 
     def tell_unreached(self) -> None:
@@ -145,7 +146,10 @@ class CapturedModel:
         unreached = self.unreached
         if unreached and unreached != self._told:
             logger.warning(
-                "no data reached %s while calibrating: in float there", ", ".join(unreached)
+                "no call has reached %s since the model was captured, so it stays in float: run "
+                "inputs that take it through the proxy of quantizer.calib(model), or give such "
+                "example_inputs",
+                ", ".join(unreached),
             )
         self._told = unreached
 

@@ -340,3 +340,13 @@ def test_arguments_of_any_name() -> None:
     names = [node.target for node in graph.gm.graph.find_nodes(op="placeholder")]
     assert names == ["input_0", "input_1", "input_2", "linear"]
     assert torch.equal(graph.gm(*inputs.values())[0], model(**inputs))
+
+
+def test_an_argument_called_as_the_exporter_calls_another() -> None:
+    class Second(nn.Module):
+        def forward(self, x: Tensor, tensors_0: Tensor) -> Tensor:
+            return x - 2 * tensors_0
+
+    inputs = {"x": normal(3, 8), "tensors_0": normal(3, 8, salt=1)}
+    graph = export_graph(shadow(Second()), flatten_call((), inputs))
+    assert torch.equal(graph.gm(*inputs.values())[0], Second()(**inputs))

@@ -35,6 +35,7 @@ def test_a_model_for_onnx_is_refused(tmp_path: Path) -> None:
     """A process that loads the file would not know its operators."""
     model, x = nn.Linear(8, 8), torch.randn(64, 8)
     quant_model = calibrated(model, [((x,), {})], backend="onnx").quantize(model)
-    with pytest.raises(InvalidConfig, match="export_onnx"):
-        export_torchscript(quant_model, x, tmp_path / "int8.pt")
+    for each in (quant_model, nn.Sequential(quant_model)):
+        with pytest.raises(InvalidConfig, match="export_onnx"):
+            export_torchscript(each, x, tmp_path / "int8.pt")
     assert not list(tmp_path.iterdir())

@@ -37,7 +37,6 @@ class Lowering:
         """The whole model, quantized; the float model is untouched."""
         self.captured.tell_unreached()
         quantized = self._region(self.captured.region)
-        quantized.backend = self.backend.name
         _detach_parameters(quantized)
         return quantized
 
@@ -56,6 +55,7 @@ class Lowering:
         if region.failure or not graphs:
             rest = glue(region, self._child)
         quantized = QuantizedRegion(region.path, region.signature, graphs, rest)
+        quantized.backend = self.backend.name
         for name in region.borrowed:
             setattr(quantized, name, getattr(region.module, name))
         return quantized

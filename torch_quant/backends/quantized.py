@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -61,8 +62,7 @@ class QuantizedGraph(nn.Module):
     def mismatch(self, call: Call) -> str | None:
         """Why it does not serve ``call``, or None."""
         if self.call_signature != call.signature:
-            differs = call.difference(self.call_signature)
-            return differs or f"it was captured for {self.contract.describe()}"
+            return "it was captured for other arguments"
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             return None  # sizes are symbols there
         state = torch._C._get_tracing_state()
@@ -169,20 +169,24 @@ class QuantizedRegion(nn.Module):
         if self.glue is not None and not len(self.graphs):
             return self._run_glue(args, kwargs)
         call = flatten_call(args, kwargs)
-        reasons = []
         for graph in self.graphs:
-            assert isinstance(graph, QuantizedGraph)
-            reason = graph.mismatch(call)
-            if reason is None:
+            if graph.mismatch(call) is None:  # type: ignore[operator]
                 return graph(*call.tensors)
-            reasons.append(reason)
         if self.glue is not None:
             return self._run_glue(args, kwargs)
         raise CaptureFailed(
             f"{self.path or 'the model'} was quantized for other inputs: got "
-            f"{', '.join(call.describe())}; {reasons[0]}. Run quantizer.calib(model) on such "
-            "inputs too, then quantize again"
+            f"{', '.join(call.describe())}; {self._difference(call)}. Run quantizer.calib(model) "
+            "on such inputs too, then quantize again"
         )
+
+    def _difference(self, call: Call) -> str:
+        """What keeps ``call`` from the graph that comes nearest."""
+        graphs = [graph for graph in self.graphs if isinstance(graph, QuantizedGraph)]
+        nearest = min(graphs, key=lambda graph: call.distance(graph.call_signature))
+        if math.isinf(call.distance(nearest.call_signature)):
+            return f"it was captured with other arguments, {nearest.contract.describe()} as tensors"
+        return call.difference(nearest.call_signature) or str(nearest.mismatch(call))
 
     def _run_glue(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert self.glue is not None

@@ -5,7 +5,9 @@ from __future__ import annotations
 import builtins
 import inspect
 import keyword
+import math
 import re
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,8 +70,20 @@ class Call:
         found = [f"{_path_name(path)}: {_facts(leaf)}" for path, leaf in paths if leaf is not None]
         return [*found[:_MOST], f"and {len(found) - _MOST} more"] if len(found) > _MOST else found
 
+    def distance(self, signature: tuple[Any, ...]) -> float:
+        """How far this call is from that signature; infinite if it has other inputs.
+
+        A tensor of another dtype or rank counts one, a tensor in the place of a constant two.
+        """
+        (nesting, kinds), (mine, found) = signature, self.signature
+        if nesting != mine:
+            return math.inf
+        pairs = [pair for pair in zip(kinds, found, strict=True) if pair[0] != pair[1]]
+        tensors = [all(isinstance(first, torch.dtype) for first, _ in pair) for pair in pairs]
+        return float(2 * len(pairs) - sum(tensors))
+
     def difference(self, signature: tuple[Any, ...]) -> str:
-        """The first input in which this call is not of that signature; empty if all have others."""
+        """The first input in which this call is not of that signature; empty if they are others."""
         nesting, kinds = signature
         if nesting != repr(self.spec):
             return ""
@@ -97,8 +111,8 @@ _TAKEN = frozenset({"self", "torch", "device", "inf", "nan", "NoneType", "fx_pyt
 """Names that code generated from a graph means something else by."""
 
 
-def identifiers(names: list[str]) -> list[str]:
-    """``names`` as arguments of code generated from a graph, all different.
+def identifiers(names: list[str], taken: Container[str] = ()) -> list[str]:
+    """``names`` as arguments of code generated from a graph, all different and none ``taken``.
 
     >>> identifiers(["x", "past[0]['key']", "past[0][key]", "slice"])
     ['x', 'past_0_key', 'input_2', 'input_3']
@@ -107,9 +121,10 @@ def identifiers(names: list[str]) -> list[str]:
     for i, name in enumerate(names):
         plain = re.sub(r"\W+", "_", name).strip("_")
         wrong = not plain.isidentifier() or keyword.iskeyword(plain) or plain in _TAKEN
-        found.append(f"input_{i}" if wrong or plain in found else plain)
-        while found.count(found[-1]) > 1:
-            found[-1] += "_"
+        name = f"input_{i}" if wrong or plain in found or plain in taken else plain
+        while name in found or name in taken:
+            name += "_"
+        found.append(name)
     return found
 
 

@@ -363,7 +363,9 @@ def _plain(exported: fx.GraphModule, names: list[str]) -> fx.GraphModule:
     """
     attributes: dict[str, Any] = {}
     graph = exported.graph
-    for node, name in zip(graph.find_nodes(op="placeholder"), identifiers(names), strict=True):
+    inputs = list(graph.find_nodes(op="placeholder"))
+    taken = {node.name for node in inputs}
+    for node, name in zip(inputs, identifiers(names, taken), strict=True):
         node.target = name
     for node in list(graph.nodes):
         if node.op == "get_attr":

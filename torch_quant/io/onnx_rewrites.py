@@ -41,16 +41,18 @@ def _sum_before(norm: Any) -> None:
 
 @dataclass
 class _Stem:
-    """A convolution with stride 2 over an image of integers.
+    """A convolution with stride 2 over a quantized image.
 
     Args:
-        x: dequantizes what it reads.
+        image: before it is quantized.
+        quantize: makes integers of it.
         weight: dequantizes its weight, of shape ``(outputs, channels, height, width)``.
         begins, ends: padding, in pixels, of height and width.
         even: whether the image sizes are known to be even.
     """
 
-    x: Any
+    image: Any
+    quantize: Any
     weight: Any
     begins: list[int]
     ends: list[int]
@@ -60,20 +62,21 @@ class _Stem:
     def of(cls, conv: Any) -> _Stem | None:
         """None for any other convolution."""
         x, weight = (_producer(value, "DequantizeLinear") for value in conv.inputs[:2])
-        if x is None or weight is None or len(x.inputs) < 3 or len(weight.inputs) < 3:
+        quantize = None if x is None else _producer(x.inputs[0], "QuantizeLinear")
+        if quantize is None or weight is None or len(weight.inputs) < 3:
             return None
-        if weight.inputs[0].const_value is None:
+        if any(value is None or value.const_value is None for value in weight.inputs):
             return None
-        image, taps, attributes = x.inputs[0].shape, weight.inputs[0].shape, conv.attributes
-        if image is None or len(taps) != 4 or taps[1] > _FEW:
+        image, taps, attributes = quantize.inputs[0], weight.inputs[0].shape, conv.attributes
+        if image.shape is None or len(taps) != 4 or taps[1] > _FEW:
             return None
         wanted = {"strides": (2, 2), "dilations": (1, 1), "group": 1, "auto_pad": "NOTSET"}
         usual = wanted | {"strides": (1, 1)}
         if any(_value(attributes, key, usual[key]) != wanted[key] for key in wanted):
             return None
         pads = list(_value(attributes, "pads", (0, 0, 0, 0)))
-        even = all(isinstance(size, int) and size % 2 == 0 for size in image[2:])
-        stem = cls(x, weight, pads[:2], pads[2:], even)
+        even = all(isinstance(size, int) and size % 2 == 0 for size in image.shape[2:])
+        stem = cls(image, quantize, weight, pads[:2], pads[2:], even)
         return stem if min(stem.ends_in_blocks) >= 0 and (even or stem.any_size) else None
 
     @property
@@ -135,37 +138,44 @@ def _space_to_depth(graph: Any, conv: Any) -> None:
     one thread: ResNet-50's 7 x 7 kernel 953 -> 504 us, MobileNetV2's 3 x 3 289 -> 124; forming the
     blocks: 50). The kernel is laid out in blocks too, with zeros where they hold more taps than it.
     The integers that come out are the same. Sizes that may be odd are filled up to even ones.
+    Blocks are formed before the image is quantized: onnxruntime before 1.28 forms none of integers.
     """
     import onnx_ir as ir
 
     stem = _Stem.of(conv)
     if stem is None:
         return
-    tape, name, (codes, scale, zero_point) = ir.tape.Tape(), conv.outputs[0].name, stem.x.inputs
+    tape, image, old = ir.tape.Tape(), stem.image, conv.inputs[0].producer()
+    names = {value.name for value in (*graph.inputs, *graph.initializers.values())}
+    names |= {value.name for node in graph for value in node.outputs}
 
     def constant(role: str, value: Any) -> Any:
-        return tape.initializer(ir.tensor(value), f"{name}_{role}")
+        name = f"{conv.outputs[0].name}_{role}"
+        while name in names:
+            name += "_"
+        return tape.initializer(ir.tensor(value), name)
 
     if not stem.even:
-        sizes = tape.op("Shape", [codes], {"start": 2})
+        sizes = tape.op("Shape", [image], {"start": 2})
         odd = tape.op("Mod", [sizes, constant("block_size", np.array([2]))])
         before = constant("before", np.zeros(6, np.int64))
-        codes = tape.op("Pad", [codes, tape.op("Concat", [before, odd], {"axis": 0}), zero_point])
-    blocks = tape.op("SpaceToDepth", [codes], {"blocksize": 2})
-    image = tape.op("DequantizeLinear", [blocks, scale, zero_point])
+        image = tape.op("Pad", [image, tape.op("Concat", [before, odd], {"axis": 0})])
+    blocks = tape.op("SpaceToDepth", [image], {"blocksize": 2})
+    codes = tape.op("QuantizeLinear", [blocks, *stem.quantize.inputs[1:]])
+    real = tape.op("DequantizeLinear", [codes, *old.inputs[1:]])
     weight = constant("weight_in_blocks", stem.weight_in_blocks())
     attributes = {key: each.value for key, each in stem.weight.attributes.items()}
     kernel = tape.op("DequantizeLinear", [weight, *stem.weight.inputs[1:]], attributes)
     for initializer in tape.initializers:
         graph.register_initializer(initializer)
     graph.insert_before(conv, tape.nodes)
-    conv.replace_input_with(0, image)
+    conv.replace_input_with(0, real)
     conv.replace_input_with(1, kernel)
     pads = [*stem.begins_in_blocks, *stem.ends_in_blocks]
     for key, value in {"kernel_shape": stem.blocks, "strides": [1, 1], "pads": pads}.items():
         conv.attributes[key] = ir.AttrInt64s(key, value)
-    for node in (stem.x, stem.weight):
-        if not node.outputs[0].uses():
+    for node in (old, stem.quantize, stem.weight):
+        if not node.outputs[0].uses() and not node.outputs[0].is_graph_output():
             integers = node.inputs[0]
             graph.remove(node, safe=True)
             if integers.is_initializer() and not integers.uses():

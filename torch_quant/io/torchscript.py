@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from torch_quant.backends.quantized import QuantizedGraph
+from torch_quant.backends.quantized import QuantizedGraph, QuantizedRegion
 from torch_quant.errors import InvalidConfig
 from torch_quant.io.files import write_atomically
 from torch_quant.model import call_example
@@ -39,7 +39,8 @@ def export_torchscript(
         InvalidConfig: the folder does not exist, the model cannot be traced, or is for
             ``Backend.ONNX``.
     """
-    if getattr(quant_model, "backend", "") == "onnx":
+    regions = (m for m in quant_model.modules() if isinstance(m, QuantizedRegion))
+    if any(region.backend == "onnx" for region in regions):
         raise InvalidConfig(
             "the model was quantized for ONNX, whose operators a process that loads the file does "
             "not know: export_onnx(...) writes it, or quantize for another backend, which needs "

@@ -33,7 +33,7 @@ class Coverage:
     def of(cls, captured: CapturedModel, plan: QuantPlan, backend: str) -> Coverage:
         """The report of a captured model under ``plan``."""
         glue = [(r.path or "(root)", r.failure) for r in captured.region.walk() if r.failure]
-        never = [(path, "no data reached it while calibrating") for path in captured.unreached]
+        never = [(path, "no call has reached it") for path in captured.unreached]
         float_ops = {op for prepared in captured.graphs() for op in prepared.float_ops}
         return cls(plan, backend, tuple(sorted(float_ops)), tuple(glue + never))
 
@@ -94,6 +94,6 @@ class Coverage:
             parts.append(f"... and {len(rows) - self.rows} more")
         if self.glue:
             parts.append("Not captured, so in float and not counted above:")
-            headers = ("Python code of", "why it is not one graph")
+            headers = ("module", "why")
             parts.append(tabulate(self.glue, headers=headers, maxcolwidths=[None, 100]))
         return "\n\n".join(parts)

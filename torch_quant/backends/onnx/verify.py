@@ -100,7 +100,7 @@ class OnnxReport:
             f"{self.path}: valid, opset {self.opset}, written by "
             f"{f'torch_quant {self.version}' if self.version else 'another program'}",
             f"onnxruntime {self.runtime}: {len(self.fused)} of {len(self.sites)} quantized "
-            f"products on integer kernels ({names or 'it quantizes none'})",
+            f"products on integer kernels{f' ({names})' if names else ''}",
         ]
         lines += [f"  {site.name}: {site.kernel}: {site.reason}" for site in self.not_fused]
         lines += [f"  {name}: planned in int8, but not in the file" for name in self.missing]
