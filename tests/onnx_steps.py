@@ -51,7 +51,22 @@ class _Codes:
     values: Tensor
     scale: float
     zero_point: int
+    blocks: bool = False
     used: bool = False
+
+    def shaped(self, shape: torch.Size) -> Tensor | None:
+        """The values in that shape, None if they are others.
+
+        A linear layer's rows are two-dimensional in the file; an image may lie in blocks of 2 x 2
+        pixels, the last of which are filled up.
+        """
+        values = self.values
+        if self.blocks and len(shape) == 4:
+            batch, _, high, wide = values.shape
+            split = values.reshape(batch, 2, 2, -1, high, wide).permute(0, 3, 4, 1, 5, 2)
+            image = split.reshape(batch, -1, 2 * high, 2 * wide)
+            values = image[:, :, : shape[2], : shape[3]]
+        return values.reshape(shape) if values.numel() == shape.numel() else None
 
 
 def compare_steps(
@@ -89,7 +104,11 @@ def _read_out(file: Path, feed: dict[str, Any]) -> tuple[list[Tensor], list[_Cod
     constants = {x.name: onnx.numpy_helper.to_array(x) for x in model.graph.initializer}
     quantizers = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
     described = {value.name: value for value in model.graph.value_info}
-    model.graph.output.extend(described[node.output[0]] for node in quantizers)
+    types = {x.name: x.data_type for x in model.graph.initializer}
+    for node in quantizers:
+        name, dtype = node.output[0], types[node.input[2]]
+        unknown = onnx.helper.make_tensor_value_info(name, dtype, [None] * 4)
+        model.graph.output.append(described.get(name, unknown))
     probed = file.with_suffix(".probed.onnx")
     onnx.save(model, probed)
     kernels = [
@@ -102,8 +121,14 @@ def _read_out(file: Path, feed: dict[str, Any]) -> tuple[list[Tensor], list[_Cod
     outputs = [torch.from_numpy(x) for x in found[: len(plain)]]
     for x, y in zip(plain, outputs, strict=True):
         assert torch.equal(torch.from_numpy(x).nan_to_num(), y.nan_to_num())
+    blocks = {x for node in model.graph.node if node.op_type == "SpaceToDepth" for x in node.output}
     codes = [
-        _Codes(node.output[0], torch.from_numpy(x), *(constants[i].item() for i in node.input[1:3]))
+        _Codes(
+            node.output[0],
+            torch.from_numpy(x),
+            *(constants[i].item() for i in node.input[1:3]),
+            blocks=node.input[0] in blocks,
+        )
         for node, x in zip(quantizers, found[len(plain) :], strict=True)
     ]
     return outputs, codes
@@ -123,9 +148,7 @@ class _FromCodes(fx.Interpreter):
         if n.target is not FAKE_QUANTIZE:
             return result
         (x, scale, zero_point, low, high), _ = self.fetch_args_kwargs_from_env(n)
-        found = self._find(scale, zero_point, x.numel())
-        # A linear layer's rows are two-dimensional in the file.
-        values = found.values.reshape(x.shape).to(torch.int32)
+        found, values = self._find(scale, zero_point, x.shape)
         source: Any = n.args[0]
         if source.target is aten._safe_softmax.default:
             # Of queries without any key the file computes something, and multiplies it by 0.
@@ -138,14 +161,15 @@ class _FromCodes(fx.Interpreter):
         self.error[found.name] = float((distance - 0.5).clamp(min=0).max())
         return (values - zero_point).to(torch.float32) * scale
 
-    def _find(self, scale: float, zero_point: int, count: int) -> _Codes:
-        """The next tensor of that grid; equal tensors may be one in the file."""
+    def _find(self, scale: float, zero_point: int, shape: torch.Size) -> tuple[_Codes, Tensor]:
+        """The next tensor of that grid and its values; equal tensors may be one in the file."""
         fitting = [
-            each
+            (each, values.to(torch.int32))
             for each in self.codes
-            if (each.zero_point, each.values.numel()) == (zero_point, count)
+            if each.zero_point == zero_point
             and abs(each.scale / scale - 1) < 1e-6
+            and (values := each.shaped(shape)) is not None
         ]
-        found = next((each for each in fitting if not each.used), fitting[-1])
-        found.used = True
+        found = next((pair for pair in fitting if not pair[0].used), fitting[-1])
+        found[0].used = True
         return found
