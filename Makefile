@@ -2,39 +2,57 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-TORCH := 2.13.0
 # The oldest supported torch, and the one that IPEX needs; its only build is the CUDA one.
 IPEX_VENV := .venv-ipex
-IPEX_TORCH := 2.8.0
-IPEX := 2.8.0
 IPEX_GIGABYTES := 9
+# What writes the locks. It resolves for every platform and Python at once, hashes included.
+LOCK_VENV := .venv-lock
+UV := 0.13.9
+EXTRAS := --extra examples --extra dev
+COMPILE := $(LOCK_VENV)/bin/uv pip compile --quiet --universal --python-version 3.10 \
+  --no-annotate --custom-compile-command 'make lock' $(if $(UPGRADE),--upgrade)
+# What only some builds of torch need stands in torch.txt alone (see requirements/torch.in).
+CUDA := s/^(torch|triton|cuda-[^=]*|nvidia-[^=]*)==.*/--no-emit-package \1/p
+# Nothing but what the locks list, and no other build tools than theirs.
+INSTALL := -m pip install --quiet --no-deps
 
-.PHONY: help demo demo-tuning demo-cnn test test-core test-ipex test-zoo check format bench bench-ipex clean
+.PHONY: help lock demo demo-tuning demo-cnn test test-core test-ipex test-zoo check format bench bench-ipex clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort
 
-$(VENV)/ready: setup.cfg
+$(VENV)/ready: requirements/core.txt requirements/torch.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q torch==$(TORCH)
-	$(BIN)/python -m pip install -q torch==$(TORCH) -e '.[examples,dev]'
+	$(BIN)/python $(INSTALL) --require-hashes -r requirements/core.txt
+	$(BIN)/python -m pip install --quiet -c requirements/torch.txt -r requirements/torch.in
+	$(BIN)/python $(INSTALL) --no-build-isolation -e .
+	$(BIN)/python -m pip check
 	touch $@
 
-$(IPEX_VENV)/ready: setup.cfg
+$(IPEX_VENV)/ready: requirements/ipex.txt
 	@test "$$(uname -s) $$(uname -m)" = "Linux x86_64" || { \
 	  echo "IPEX is for x86 Linux, this is $$(uname -sm): run 'make test' on such a machine," \
 	    "or 'make test-core' for all but IPEX"; exit 1; }
 	@test $$(df -Pk . | awk 'NR == 2 {print int($$4 / 1048576)}') -ge $(IPEX_GIGABYTES) || { \
-	  echo "torch $(IPEX_TORCH) and IPEX $(IPEX) need $(IPEX_GIGABYTES) GB of disk here," \
+	  echo "torch 2.8 and IPEX 2.8 need $(IPEX_GIGABYTES) GB of disk here," \
 	    "there are $$(df -Pk . | awk 'NR == 2 {print int($$4 / 1048576)}'): make room," \
 	    "or run 'make test-core' for all but IPEX"; exit 1; }
 	test -x $(IPEX_VENV)/bin/python || $(PYTHON) -m venv $(IPEX_VENV)
-	$(IPEX_VENV)/bin/python -m pip install -q --upgrade pip
-	$(IPEX_VENV)/bin/python -m pip install -q torch==$(IPEX_TORCH)
-	$(IPEX_VENV)/bin/python -m pip install -q torch==$(IPEX_TORCH) \
-	  intel-extension-for-pytorch==$(IPEX) -e '.[examples,dev]'
+	$(IPEX_VENV)/bin/python $(INSTALL) --require-hashes -r requirements/ipex.txt
+	$(IPEX_VENV)/bin/python $(INSTALL) --no-build-isolation -e .
+	$(IPEX_VENV)/bin/python -m pip check
 	touch $@
+
+$(LOCK_VENV)/ready:
+	test -x $(LOCK_VENV)/bin/python || $(PYTHON) -m venv $(LOCK_VENV)
+	$(LOCK_VENV)/bin/python -m pip install --quiet uv==$(UV)
+	touch $@
+
+lock: $(LOCK_VENV)/ready  ## lock what setup.cfg and requirements/*.in ask for; UPGRADE=1 moves every version
+	$(COMPILE) requirements/torch.in -o requirements/torch.txt
+	$(COMPILE) --generate-hashes $(EXTRAS) requirements/core.in setup.cfg -o requirements/core.txt \
+	  -c requirements/torch.txt $$(sed -nE '$(CUDA)' requirements/torch.txt | sort -u)
+	$(COMPILE) --generate-hashes $(EXTRAS) requirements/ipex.in setup.cfg -o requirements/ipex.txt
 
 demo: $(VENV)/ready  ## quantize the pretrained all-MiniLM-L6-v2 and compare it with float
 	OMP_NUM_THREADS=1 $(BIN)/python examples/minilm_ptq.py
@@ -45,12 +63,12 @@ demo-tuning: $(VENV)/ready  ## find the layers of all-MiniLM-L6-v2 that int8 hur
 demo-cnn: $(VENV)/ready  ## train a small CNN on scikit-learn's digits and quantize it
 	OMP_NUM_THREADS=1 $(BIN)/python examples/digits_cnn_ptq.py
 
-test: test-core test-ipex  ## the whole suite, on the newest torch and on the oldest with IPEX
+test: test-core test-ipex  ## the whole suite, on torch 2.13 and on the oldest, 2.8, with IPEX
 
-test-core: $(VENV)/ready  ## the whole suite on torch $(TORCH)
+test-core: $(VENV)/ready  ## the whole suite on torch 2.13
 	$(BIN)/python -m pytest -n 2
 
-test-ipex: $(IPEX_VENV)/ready  ## the whole suite on torch $(IPEX_TORCH), IPEX $(IPEX) included
+test-ipex: $(IPEX_VENV)/ready  ## the whole suite on torch 2.8, IPEX 2.8 included
 	$(IPEX_VENV)/bin/python -m pytest -n 2
 
 test-zoo: $(VENV)/ready $(IPEX_VENV)/ready  ## every architecture as ONNX file and on IPEX; `make test` takes one of each kind
@@ -77,4 +95,4 @@ bench-ipex: $(IPEX_VENV)/ready  ## latency on IPEX, beside IPEX's own prepare an
 	taskset -c 0 env OMP_NUM_THREADS=1 $(IPEX_VENV)/bin/python benchmarks/ipex_own.py
 
 clean:  ## remove the environments and caches
-	rm -rf $(VENV) $(IPEX_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(IPEX_VENV) $(LOCK_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
