@@ -172,6 +172,20 @@ def test_a_captured_output_never_loses_its_tensors(kind: str) -> None:
     assert torch.equal(scores(run(x)), expected)
 
 
+def test_what_the_model_sets_last_stays_last() -> None:
+    """Items of such an output are read by number as well: ``output[1]``."""
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    output = BaseModelOutputWithPooling(last_hidden_state=A, hidden_states=(B,))
+    output.pooler_output = B
+    leaves, spec = flatten_output({"text": [A], "image": (output,)})
+    for each in (spec, copy.deepcopy(spec)):
+        made = unflatten_output(leaves, each)["image"][0]
+        assert list(made) == ["last_hidden_state", "hidden_states", "pooler_output"]
+        assert made[1] == (B,)
+        assert made.pooler_output is B
+
+
 def test_numbers_follow_the_call() -> None:
     output = serve(capture(Returns(), normal(2, 16)), normal(5, 16))
     assert isinstance(output, Record)

@@ -11,6 +11,7 @@ from models import MODELS, example, normal, seeded
 from rewriting import Two, grid_of, plan_for, weight_grid_of
 from torch import Tensor, nn
 
+from torch_quant import Quantizer, sqnr
 from torch_quant.graph.calls import flatten_call
 from torch_quant.graph.export import CapturedGraph, export_graph
 from torch_quant.graph.ops import sdpa_probabilities
@@ -62,6 +63,36 @@ def test_outputs_are_bit_identical_and_every_key_is_observed(name: str) -> None:
         wanted = {key for site, _ in made.sites for key in site.keys}
         assert set(seen) == set(made.observed) == wanted
         assert all(x.is_floating_point() for x in seen.values())
+
+
+class FilledLater(nn.Module):
+    """Attention over keys whose memory is asked for first and written in two parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts, self.query = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        part = self.parts(x)
+        key = part.new_empty(*part.shape[:-1], 16)
+        key[..., :8] = part[..., :8]
+        key[..., 8:] = part[..., 8:].cos()
+        return F.scaled_dot_product_attention(self.query(x), key, part)
+
+
+def test_memory_that_nobody_has_written_to_yet_is_no_range() -> None:
+    model = seeded(FilledLater)
+    torch.use_deterministic_algorithms(True)  # new memory holds NaN
+    try:
+        quantizer = Quantizer("reference")
+        calib_model = quantizer.calib(model)
+        for batch in (2, 3):
+            x = normal(batch, 5, 16)
+            assert torch.equal(calib_model(x), model(x))
+        assert sqnr(model(x), quantizer.quantize(model)(x)) > 25
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert "new_empty" not in quantizer.state.observers
 
 
 def test_the_graphs_stay_as_they_were() -> None:

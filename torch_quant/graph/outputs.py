@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 import types
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
+from functools import reduce
 from typing import Any
 
 from torch import SymInt, Tensor, nn
@@ -32,12 +35,21 @@ class _Object:
 
 @dataclass(frozen=True)
 class _Tree:
+    """A nest of containers.
+
+    Args:
+        tree: what pytree knows of it.
+        leaves: what stands at each of its leaves.
+        reordered: path and keys of each dictionary that unflattening gives another order.
+    """
+
     tree: pytree.TreeSpec
     leaves: tuple[Any, ...]
+    reordered: tuple[tuple[tuple[Any, ...], tuple[str, ...]], ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copied and pickled without PyTorch's class for leaves, which warns that it goes away."""
-        return _packed_tree, (_pack(self.tree), self.leaves)
+        return _packed_tree, (_pack(self.tree), self.leaves, self.reordered)
 
 
 def _pack(spec: Any) -> Any:
@@ -56,8 +68,24 @@ def _unpack(packed: Any) -> Any:
     return pytree.TreeSpec(kind, context, [_unpack(child) for child in children])
 
 
-def _packed_tree(packed: Any, leaves: tuple[Any, ...]) -> _Tree:
-    return _Tree(_unpack(packed), leaves)
+def _packed_tree(packed: Any, leaves: tuple[Any, ...], reordered: Any = ()) -> _Tree:
+    return _Tree(_unpack(packed), leaves, reordered)
+
+
+def _reordered(value: Any, path: tuple[Any, ...] = ()) -> Iterator[Any]:
+    """Dictionaries made from their fields whose keys came in another order than the fields.
+
+    (The outputs of ``transformers``: the model may have set one later; items are read by number.)
+    """
+    if isinstance(value, OrderedDict) and is_dataclass(value):
+        if list(value) != [field.name for field in fields(value) if field.name in value]:
+            yield path, tuple(value)
+    if isinstance(value, Mapping):
+        items = list(value.items())
+    else:
+        items = list(enumerate(value)) if isinstance(value, (tuple, list)) else []
+    for key, item in items:
+        yield from _reordered(item, (*path, key))
 
 
 _LEAF = "leaf"
@@ -84,7 +112,7 @@ def _flatten(value: Any, leaves: list[Any], depth: int) -> Any:
             specs.append(_LEAF)
         else:
             specs.append(_flatten_object(item, leaves, depth))
-    return _Tree(tree, tuple(specs))
+    return _Tree(tree, tuple(specs), tuple(_reordered(value)))
 
 
 def _flatten_object(item: Any, leaves: list[Any], depth: int) -> Any:
@@ -141,7 +169,11 @@ def _unflatten(leaves: Any, spec: _Tree) -> Any:
                 else:
                     object.__setattr__(new, key, value)
             items.append(new)
-    return pytree.tree_unflatten(items, spec.tree)
+    value = pytree.tree_unflatten(items, spec.tree)
+    for path, keys in spec.reordered:
+        for key in keys:
+            reduce(operator.getitem, path, value).move_to_end(key)
+    return value
 
 
 def leaf_names(spec: Any) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from torch_quant.graph.ops import INT8_NEVER, pattern_of
@@ -16,6 +17,13 @@ from torch_quant.passes.canonicalize import canonicalize
 from torch_quant.passes.functionalize import written_tensors
 
 __all__ = ["Prepared", "insert_observers", "prepare"]
+
+_FRESH = {
+    torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default,
+    torch.ops.aten.empty_strided.default, torch.ops.aten.empty_permuted.default,
+    torch.ops.aten.new_empty.default, torch.ops.aten.new_empty_strided.default,
+}  # fmt: skip
+"""Operators that give memory with anything in it, even NaN, until it is written to."""
 
 
 @dataclass
@@ -51,8 +59,10 @@ def prepare(captured: fx.GraphModule, path: str = "") -> Prepared:
             site = replace(site, stored="")  # a copy on a grid would miss what is written
         written = f"{key_of(late[0])} is written to in place" if late else ""
         sites.append((site, written or pattern.obstacle(node)))
+        fresh = {key_of(x) for x in late if x.target in _FRESH}
         for key in dict.fromkeys((*site.inputs, site.output, site.stored or site.output)):
-            observed[key] = (origin[key], None)
+            if key not in fresh:
+                observed[key] = (origin[key], None)
         for key, compute in zip(site.internals, pattern.internals.values(), strict=True):
             observed[key] = (node.meta[ORIGIN], compute)
     known = {site.output for site, _ in sites}
