@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from flows import BACKENDS, assert_unchanged, calibrated, snapshot
+from models import normal, seeded
 from torch import Tensor, nn
 
 from torch_quant import (
@@ -48,6 +49,38 @@ class TwoPaths(nn.Module):
         if bias is not None:
             x = x * 2 + bias
         return self.long(x) if x.shape[1] > 6 else self.short(x)
+
+
+class Experts(nn.Module):
+    """Each row goes to one of four experts; some get none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 16), nn.ReLU()) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        best, y = x[:, :4].argmax(-1), x.new_zeros(len(x), 16)
+        for i, expert in enumerate(self.experts):
+            rows = torch.where(best == i)[0]
+            y[rows] = expert(x[rows])
+        return y
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_expert_may_get_no_row(backend: str) -> None:
+    model = seeded(Experts)
+    batches = [normal(size, 8) for size in (3, 512, 1)]
+    quantizer = Quantizer(backend)
+    calib_model = quantizer.calib(model)
+    for x in batches:
+        assert torch.equal(calib_model(x), model(x))
+    amp_model = quantizer.amp(model)
+    for x in batches:
+        assert torch.equal(amp_model(x), model(x))
+    assert len(quantizer.sensitivity(amp_model)) == 4
+    quant_model = quantizer.quantize(model)
+    for x in (normal(2, 8), normal(50, 8)):
+        assert sqnr(model(x), quant_model(x)) > 25
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

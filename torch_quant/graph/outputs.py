@@ -77,9 +77,9 @@ def _reordered(value: Any, path: tuple[Any, ...] = ()) -> Iterator[Any]:
 
     (The outputs of ``transformers``: the model may have set one later; items are read by number.)
     """
-    if isinstance(value, OrderedDict) and is_dataclass(value):
-        if list(value) != [field.name for field in fields(value) if field.name in value]:
-            yield path, tuple(value)
+    made = isinstance(value, OrderedDict) and is_dataclass(value)
+    if made and list(value) != [field.name for field in fields(value) if field.name in value]:
+        yield path, tuple(value)
     if isinstance(value, Mapping):
         items = list(value.items())
     else:

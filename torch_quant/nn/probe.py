@@ -14,6 +14,8 @@ __all__ = ["ObserverProbe", "SiteProbe", "substitute", "track"]
 class ObserverProbe(nn.Module):
     """Hands a tensor to whoever keeps the statistics.
 
+    An empty one has none: no token of this batch went to that expert, say.
+
     Args:
         key: the tensor's key.
         observe: takes the key and the tensor.
@@ -32,7 +34,8 @@ class ObserverProbe(nn.Module):
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> None:
         x = args[0] if self._compute is None else self._compute(*args, **kwargs)
-        self._observe(self.key, x)
+        if x.numel():
+            self._observe(self.key, x)
 
 
 class SiteProbe(nn.Module):
@@ -64,6 +67,8 @@ class SiteProbe(nn.Module):
         self._faithful: bool | None = None
 
     def forward(self, y: Tensor, *args: Any) -> Tensor:
+        if not y.numel():  # no token of this batch went to that expert, say: there is no noise
+            return y
         return self._visit(self, y, args)  # type: ignore[no-any-return, operator]
 
     def reference(self, y: Tensor, args: tuple[Any, ...]) -> Tensor:
