@@ -29,7 +29,7 @@ from torch_quant.report.coverage import Coverage
 from torch_quant.report.sensitivity import SensitivityReport
 from torch_quant.report.tuning import Tuning
 from torch_quant.settings import Settings
-from torch_quant.state import QuantState
+from torch_quant.state import QuantState, check_saved
 
 __all__ = ["Quantizer"]
 
@@ -159,6 +159,7 @@ class Quantizer:
                 "no calibration data was seen: run it through the proxy that "
                 "quantizer.calib(model) returns, then ask for sensitivity"
             )
+        self.state.compare_weights(model)
         if example_inputs is not None:
             run_example(captured, example_inputs)
         return AmpModel(
@@ -256,6 +257,7 @@ class Quantizer:
             UnsupportedOp: nothing in the model can be quantized.
         """
         chosen, captured = self._ready(model, backend, example_inputs, "quantize")
+        self.state.compare_weights(model)
         lowering = self.settings.lowering(captured, model, chosen, self.state, self.fallen_back)
         plan = lowering.plan
         in_float = any(site.reason == FALLEN_BACK for site in plan.values())
@@ -315,12 +317,14 @@ class Quantizer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back :meth:`state_dict`; raises :class:`InvalidConfig` if it is something else."""
-        if set(state) - {"fallback"} != {"state", "model"}:
-            raise InvalidConfig(f"not a Quantizer state: it has the entries {sorted(state)}")
+        """Take back :meth:`state_dict`; raises :class:`InvalidConfig` if it is something else.
+
+        Nothing changes then.
+        """
+        fingerprint, fallen = check_saved(state)
         self.state.load_state_dict(state["state"])
-        self._fingerprint = dict(state["model"]) or None
-        self.fallen_back = dict(state.get("fallback", {}))
+        self._fingerprint, self.fallen_back = fingerprint or None, fallen
+        self.plan = QuantPlan()
 
     def save_summary(self, path: str | os.PathLike[str]) -> None:
         """Write the last plan and its ranges as JSON, to be read, edited and given back.
@@ -362,6 +366,7 @@ class Quantizer:
 
     def _seen(self, captured: CapturedModel) -> None:
         self._fingerprint = captured.fingerprint
+        self.state.note_weights(captured.region.module)
 
     def _fallback(self, proxy: AmpModel, precision: str = PRECISIONS[0]) -> Fallback:
         if not isinstance(proxy, AmpModel):

@@ -1,23 +1,52 @@
-"""What calibration has learned: tensor key -> observer."""
+"""What calibration has learned: tensor key -> observer, and the weights that it holds for."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import logging
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from torch_quant.core.plan import PRECISIONS
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig, NotCalibrated, QuantError
 from torch_quant.observers import OBSERVERS, Observer, observer_class
+from torch_quant.observers.base import count_of, entry
 
-__all__ = ["QuantState"]
+__all__ = ["QuantState", "check_saved", "weight_checksums"]
 
 logger = logging.getLogger("torch_quant")
+
+
+def weight_checksums(model: nn.Module) -> dict[str, int]:
+    """A number for each parameter, and for the statistics of each batch norm, by its values.
+
+    Other buffers are left out: a model may write to them in any call.
+
+    >>> layer = nn.Linear(2, 1, bias=False)
+    >>> before = weight_checksums(layer)
+    >>> _ = layer.weight.data.add_(1.0)
+    >>> weight_checksums(layer) == before
+    False
+    """
+    weights: dict[str, Tensor] = dict(model.named_parameters())
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for kind in ("running_mean", "running_var"):
+                if (buffer := getattr(module, kind)) is not None:
+                    weights[f"{name}.{kind}".strip(".")] = buffer
+    return {name: _checksum(x) for name, x in weights.items() if x.device.type != "meta"}
+
+
+def _checksum(x: Tensor) -> int:
+    values: Any = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return zlib.crc32(values)
 
 
 class QuantState:
@@ -26,6 +55,12 @@ class QuantState:
     def __init__(self) -> None:
         self.observers: dict[str, Observer] = {}
         self.batches = 0
+        self.weights: dict[str, int] = {}
+        """Checksums of the weights that the ranges were observed with."""
+        self.version = 0
+        """Grows with every change of the ranges."""
+        self._marks: Any = None
+        self._told: dict[str, int] = {}
 
     @contextlib.contextmanager
     def batch(self) -> Iterator[None]:
@@ -37,6 +72,47 @@ class QuantState:
             self.observers = saved
             raise
         self.batches += 1
+        self.version += 1
+
+    def note_weights(self, model: nn.Module) -> None:
+        """Remember the weights of ``model``, which the last batch ran through."""
+        marks = [(id(x), -1 if x.is_inference() else x._version) for x in model.parameters()]
+        if marks == self._marks:  # reading all values takes as long as some small models do
+            return
+        self._marks, now = marks, weight_checksums(model)
+        if self.weights and now != self.weights:
+            logger.warning(
+                "the weights changed between calibration batches: the ranges mix both; a new "
+                "Quantizer() and quantizer.calib(model) give those of the present weights"
+            )
+        self.weights = now
+
+    def compare_weights(self, model: nn.Module) -> None:
+        """Log a warning, once, if ``model`` has other weights than the ranges were observed with.
+
+        Ranges that were saved before weights were noted, or read from a summary, tell nothing.
+        """
+        if not self.weights:
+            return
+        now = weight_checksums(model)
+        changed = [name for name, value in now.items() if self.weights.get(name) != value]
+        if not changed or now == self._told:
+            return
+        self._told = now
+        rest = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        logger.warning(
+            "the ranges were calibrated with other weights: %s%s changed since. A small change "
+            "does little harm; after a larger one, calibrate a new Quantizer() with "
+            "quantizer.calib(model)",
+            changed[0],
+            rest,
+        )
+
+    def put(self, observers: Mapping[str, Observer]) -> None:
+        """Put observers in the place of those of the same tensors."""
+        self.observers |= observers
+        self.batches = max(self.batches, 1)
+        self.version += 1
 
     def observe(self, key: str, x: Tensor, make: Callable[[], Observer]) -> None:
         """Record one tensor.
@@ -85,19 +161,97 @@ class QuantState:
                 key: {"observer": observer.name, **observer.state_dict()}
                 for key, observer in self.observers.items()
             },
+            "weights": dict(self.weights),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back :meth:`state_dict`; nothing changes if it cannot be read."""
+        """Take back :meth:`state_dict`; nothing changes if it cannot be read.
+
+        Raises:
+            InvalidConfig: it is something else; says which entry is wrong.
+        """
         try:
+            _check_entries(state, {"batches", "observers"}, {"weights"})
+            batches = count_of(state)
             observers = {}
-            for key, data in state["observers"].items():
-                values = dict(data)
-                observers[key] = observer_class(values.pop("observer"))()
-                observers[key].load_state_dict(values)
-            batches = int(state["batches"])
-        except (KeyError, TypeError, AttributeError) as error:
+            for key, saved in _by_name(state, "observers", Mapping).items():
+                try:
+                    observers[key] = _observer(saved)
+                except Exception as error:  # whatever a class of the user's raises
+                    raise InvalidConfig(f"observer of {key!r}: {_facts(error)}") from error
+            weights = _by_name(state, "weights", int) if "weights" in state else {}
+            for name in weights:
+                count_of(weights, name)
+            if not batches and any(observer.batches for observer in observers.values()):
+                raise InvalidConfig("'batches' is 0, but observers have seen data")
+        except InvalidConfig as error:
+            raise InvalidConfig(f"not a calibration state: {error}") from error
+        self.observers, self.batches, self.weights = observers, batches, weights
+        self._marks = None
+        self.version += 1
+
+
+def check_saved(state: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+    """The fingerprint of the model and what fell back, of a saved ``Quantizer``.
+
+    Raises:
+        InvalidConfig: it is something else; says which entry is wrong.
+    """
+    try:
+        _check_entries(state, {"state", "model"}, {"fallback"})
+        fingerprint = _by_name(state, "model", str)
+        fallen = _by_name(state, "fallback", str) if "fallback" in state else {}
+        for name, precision in fallen.items():
+            if precision not in PRECISIONS:
+                raise InvalidConfig(
+                    f"'fallback' has {precision!r} for {name!r}; expected {' or '.join(PRECISIONS)}"
+                )
+    except InvalidConfig as error:
+        raise InvalidConfig(
+            f"not a Quantizer state: {error}; give what Quantizer.state_dict() returned"
+        ) from error
+    return fingerprint, fallen
+
+
+def _check_entries(state: Any, needed: set[str], optional: set[str]) -> None:
+    """Raise :class:`InvalidConfig` unless ``state`` is a dict with these entries."""
+    if not isinstance(state, Mapping):
+        raise InvalidConfig(f"it is of type {type(state).__name__}; expected a dict")
+    found = set(state)
+    if missing := needed - found:
+        raise InvalidConfig(f"it lacks {', '.join(sorted(missing))}; it has {_listed(found)}")
+    if unknown := found - needed - optional:
+        raise InvalidConfig(
+            f"it has {_listed(unknown)}; expected {', '.join(sorted(needed | optional))}"
+        )
+
+
+def _listed(names: set[Any]) -> str:
+    shown = sorted(map(str, names))[:8]
+    return ", ".join(shown + (["..."] if len(names) > len(shown) else [])) or "nothing"
+
+
+def _by_name(state: Mapping[str, Any], name: str, kind: Any) -> dict[str, Any]:
+    """An entry that is a dict with names as keys and values of one type."""
+    found: Mapping[Any, Any] = entry(state, name, Mapping)
+    for key, value in found.items():
+        if not isinstance(key, str):
+            raise InvalidConfig(f"{name!r} has the key {key!r}; expected names")
+        if not isinstance(value, kind) or isinstance(value, bool):
             raise InvalidConfig(
-                f"not a calibration state: {error!r} is missing or wrong"
-            ) from error
-        self.observers, self.batches = observers, batches
+                f"{name!r} has {value!r} for {key!r}; expected values of type {kind.__name__}"
+            )
+    return dict(found)
+
+
+def _observer(saved: Mapping[str, Any]) -> Observer:
+    observer = observer_class(entry(saved, "observer", str))()
+    values = {name: value for name, value in saved.items() if name != "observer"}
+    observer.load_state_dict(values)
+    if unknown := set(values) - set(observer.state_dict()):
+        raise InvalidConfig(f"{_listed(unknown)} is no entry of {observer.name!r}")
+    return observer
+
+
+def _facts(error: Exception) -> str:
+    return str(error) if isinstance(error, QuantError) else f"{type(error).__name__}: {error}"

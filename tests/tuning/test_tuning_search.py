@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from torch_quant import tune
 from torch_quant.proxies import AmpModel
+from torch_quant.report.tuning import Trial, Tuning
 
 
 @pytest.mark.parametrize("needed", range(LAYERS))
@@ -34,6 +35,11 @@ def test_the_fewest_layers_that_will_do(needed: int) -> None:
     worst = quantizer.sensitivity(amp_model).names[:needed]
     assert list(quantizer.fallen_back) == worst
     assert torch.equal(quantizer.quantize(model)(normal(3, 16)), quant_model(normal(3, 16)))
+
+
+def test_a_layer_called_0_is_no_count() -> None:
+    report = Tuning(target=0.9, groups=2, names=("0",), trials=[Trial(1, 1.0, True, 0.1)])
+    assert str(report).endswith("layers in float, by name: '0'")
 
 
 def test_a_target_out_of_reach(caplog: pytest.LogCaptureFixture) -> None:

@@ -16,7 +16,7 @@ from torch_quant.algorithms.smoothquant import channels_key
 from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import InvalidConfig
 from torch_quant.io.files import write_atomically
-from torch_quant.observers import MinMaxObserver
+from torch_quant.observers import MinMaxObserver, Observer
 from torch_quant.state import QuantState
 
 __all__ = ["Summary", "load_summary", "save_summary", "write_summary"]
@@ -42,13 +42,14 @@ class Summary:
 
     def apply_to(self, state: QuantState) -> None:
         """Put the ranges in the place of what was observed of these tensors."""
+        observers: dict[str, Observer] = {}
         for key, (low, high) in self.ranges.items():
-            observer = state.observers[key] = MinMaxObserver()
-            observer.observe(torch.tensor([low, high]))
+            observers[key] = MinMaxObserver()
+            observers[key].observe(torch.tensor([low, high]))
         for key, extremes in self.channels.items():
-            observer = state.observers[channels_key(key)] = MinMaxObserver(ch_axis=-1)
-            observer.observe(extremes)
-        state.batches = max(state.batches, 1)
+            observers[channels_key(key)] = MinMaxObserver(ch_axis=-1)
+            observers[channels_key(key)].observe(extremes)
+        state.put(observers)
 
 
 def _ranges(plan: QuantPlan, state: QuantState) -> dict[str, list[float]]:

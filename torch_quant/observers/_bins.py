@@ -21,7 +21,7 @@ from torch import Tensor
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
 from torch_quant.observers._blocks import Blocks
-from torch_quant.observers.base import channel_rows, in_memory_order, require_finite
+from torch_quant.observers.base import channel_rows, entry, in_memory_order, require_finite
 from torch_quant.observers.minmax import MinMaxObserver
 
 __all__ = ["SAMPLES", "TAIL", "BinnedObserver", "Bins"]
@@ -231,5 +231,26 @@ class BinnedObserver(MinMaxObserver):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        bins = Bins(*(entry(state, name, Tensor) for name in ("counts", "level", "first")))
         super().load_state_dict(state)
-        self.bins = Bins(state["counts"], state["level"], state["first"])
+        channels = max(self.min_val.numel(), 1)
+        shapes = [tuple(x.shape) for x in (bins.counts, bins.level, bins.first)]
+        size = bins.counts.shape[-1] if bins.counts.dim() else 0
+        if shapes != [(channels, size), (channels,), (channels,)] or not 16 <= size <= 65536:
+            raise InvalidConfig(
+                f"'counts', 'level' and 'first' are of shapes {shapes}; expected "
+                f"({channels}, 16 to 65536), ({channels},) and ({channels},)"
+            )
+        if any(x.dtype != torch.int64 for x in (bins.counts, bins.level, bins.first)):
+            raise InvalidConfig("'counts', 'level' and 'first' must be of torch.int64")
+        if bool((bins.counts < 0).any()) or not _covers(bins, self):
+            raise InvalidConfig("the bins hold negative counts, or do not cover the range")
+        self.bins = bins
+
+
+def _covers(bins: Bins, observer: MinMaxObserver) -> bool:
+    """Whether the bins are those of the observed range."""
+    if observer.batches == 0:
+        return torch.equal(bins.level, Bins.empty(16).level) and not bool(bins.counts.any())
+    again = bins.covering(observer.min_val.reshape(-1), observer.max_val.reshape(-1))
+    return again is bins and bool((bins.counts.sum(dim=1) > 0).all())

@@ -17,6 +17,8 @@ __all__ = [
     "OBSERVERS",
     "Observer",
     "channel_rows",
+    "count_of",
+    "entry",
     "in_memory_order",
     "observer_class",
     "register_observer",
@@ -42,6 +44,25 @@ def observer_class(name: str) -> type[Observer]:
             f"unknown observer {name!r}; expected one of {', '.join(sorted(OBSERVERS))}"
         )
     return OBSERVERS[name]
+
+
+def entry(state: Mapping[str, Any], name: str, *kinds: type) -> Any:
+    """An entry of a saved state; raises :class:`InvalidConfig` unless it is one of ``kinds``."""
+    if name not in state:
+        raise InvalidConfig(f"{name!r} is missing")
+    value = state[name]
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        expected = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise InvalidConfig(f"{name!r} is of type {type(value).__name__}; expected {expected}")
+    return value
+
+
+def count_of(state: Mapping[str, Any], name: str = "batches") -> int:
+    """A count in a saved state; raises :class:`InvalidConfig` unless it is 0 or more."""
+    count: int = entry(state, name, int)
+    if count < 0:
+        raise InvalidConfig(f"{name!r} is {count}; expected 0 or more")
+    return count
 
 
 def channel_rows(x: Tensor, ch_axis: int) -> Tensor:
@@ -148,4 +169,8 @@ class Observer(ABC):
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what :meth:`state_dict` gave, bit for bit."""
+        """Take back what :meth:`state_dict` gave, bit for bit.
+
+        Raises:
+            InvalidConfig: an entry is none that :meth:`state_dict` gives; says which.
+        """

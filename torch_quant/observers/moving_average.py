@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from torch_quant.errors import InvalidConfig
-from torch_quant.observers.base import register_observer
+from torch_quant.observers.base import entry, register_observer
 from torch_quant.observers.minmax import MinMaxObserver
 
 __all__ = ["MovingAverageObserver"]
@@ -51,5 +51,8 @@ class MovingAverageObserver(MinMaxObserver):
         return super().state_dict() | {"momentum": self.momentum}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        momentum = float(entry(state, "momentum", float, int))
+        if not 0.0 < momentum <= 1.0:
+            raise InvalidConfig(f"'momentum' is {momentum}; expected 0 < momentum <= 1")
         super().load_state_dict(state)
-        self.momentum = float(state["momentum"])
+        self.momentum = momentum

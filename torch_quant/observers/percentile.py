@@ -11,7 +11,7 @@ from torch import Tensor
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
 from torch_quant.observers._bins import BinnedObserver, Bins
-from torch_quant.observers.base import register_observer
+from torch_quant.observers.base import entry, register_observer
 
 __all__ = ["PercentileObserver"]
 
@@ -74,5 +74,8 @@ class PercentileObserver(BinnedObserver):
         return super().state_dict() | {"percentile": self.percentile}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        percentile = float(entry(state, "percentile", float, int))
+        if not 50.0 < percentile <= 100.0:
+            raise InvalidConfig(f"'percentile' is {percentile}; expected 50 < percentile <= 100")
         super().load_state_dict(state)
-        self.percentile = float(state["percentile"])
+        self.percentile = percentile

@@ -90,7 +90,7 @@ class Tuning:
             f"target: metric {sign} {self.target:.6g}: {verdict}",
         ]
         if self.names:
-            lines.append(f"in float: {', '.join(self.names)}")
+            lines.append(f"layers in float, by name: {', '.join(map(repr, self.names))}")
         if self.stopped:
             lines.append(f"stopped early: {self.stopped}")
         return "\n".join(lines)
