@@ -24,7 +24,7 @@ from torch_quant.errors import (
 from torch_quant.fallback import Fallback, precision_of
 from torch_quant.io.summary import load_summary, save_summary
 from torch_quant.model import CapturedModel, call_example, check_model, check_same, run_example
-from torch_quant.proxies import AmpModel, CalibModel, Latency, LossFn, Proxy
+from torch_quant.proxies import AmpModel, AmpOptions, CalibModel, Latency, LossFn, Proxy
 from torch_quant.report.coverage import Coverage
 from torch_quant.report.sensitivity import SensitivityReport
 from torch_quant.report.tuning import Tuning
@@ -147,12 +147,7 @@ class Quantizer:
             NotCalibrated: no data was seen, or the model has changed since.
             InvalidConfig: an unknown metric.
         """
-        if metric not in ("output", "sqnr"):
-            raise InvalidConfig(f'unknown metric {metric!r}; expected "output" or "sqnr"')
-        if loss_fn is not None and metric != "output":
-            raise InvalidConfig('a loss_fn needs gradients; metric="sqnr" takes none: drop one')
-        if max_batches is not None and max_batches < 1:
-            raise InvalidConfig(f"max_batches={max_batches!r}; expected 1 or more, or None for all")
+        options = AmpOptions(metric, loss_fn, max_batches, seed)
         captured = self._captured(model)
         if self.state.batches == 0:
             raise NotCalibrated(
@@ -166,11 +161,8 @@ class Quantizer:
             captured,
             model,
             lambda model: self.settings.lowering(captured, model, self.backend, self.state),
-            lambda: (self.state.batches, self.qconfig, id(self._edits)),
-            metric,
-            loss_fn,
-            max_batches,
-            seed,
+            self._basis,
+            options,
         )
 
     def sensitivity(
@@ -187,7 +179,8 @@ class Quantizer:
             The sensitivities, worst first: print, index, save or plot them.
 
         Raises:
-            NotCalibrated: no data was run through the proxy.
+            NotCalibrated: no data was run through the proxy, or settings, ranges or weights have
+                changed since.
             InvalidConfig: it is no AMP proxy of this quantizer.
         """
         return self._fallback(amp_model).report(measure)
@@ -221,7 +214,7 @@ class Quantizer:
             Their names, worst first.
 
         Raises:
-            NotCalibrated: no data was run through the proxy.
+            NotCalibrated: as for :meth:`sensitivity`.
             InvalidConfig: it is no AMP proxy of this quantizer; none or several of the three are
                 given; a value out of range.
         """
@@ -368,6 +361,11 @@ class Quantizer:
         self._fingerprint = captured.fingerprint
         self.state.note_weights(captured.region.module)
 
+    def _basis(self) -> dict[str, Any]:
+        """What sensitivities rest on: what of it differs between two calls has changed."""
+        ranges = (self.state, self.state.version)
+        return {"the backend": self.backend, **self.settings.values(), "ranges": ranges}
+
     def _fallback(self, proxy: AmpModel, precision: str = PRECISIONS[0]) -> Fallback:
         if not isinstance(proxy, AmpModel):
             raise InvalidConfig(
@@ -379,10 +377,7 @@ class Quantizer:
                 "the AMP proxy is of another model or another quantizer: use the quantizer that "
                 "made it, or quantizer.amp(model) and run data through it"
             )
-        if proxy.recorder.batches == 0:
-            raise NotCalibrated(
-                "no data was run through the AMP proxy: for batch in loader: amp_model(batch)"
-            )
+        proxy.check()
         lowering = partial(self.settings.lowering, proxy.captured, model, self.backend, self.state)
         return Fallback(proxy, self.backend, self.fallen_back, lowering, precision)
 

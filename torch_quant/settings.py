@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -45,6 +46,15 @@ class Settings:
     overrides: Overrides
     module_filter: ModuleFilter
     edits: QuantPlan
+
+    def values(self) -> dict[str, Any]:
+        """Every setting by name, to be compared later: what may change in place is copied."""
+        return {
+            "qconfig": self.qconfig,
+            "overrides": dict(self.overrides),
+            "module_filter": self.module_filter,
+            "the summary": tuple(self.edits.values()),
+        }
 
     def check(self) -> None:
         """Raise :class:`InvalidConfig` for an override of nothing, or one that is no QConfig."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,21 +15,30 @@ from torch.utils import _pytree as pytree
 
 from torch_quant.backends import Backend
 from torch_quant.backends.lowering import Lowering
-from torch_quant.core.metrics import float_leaves
 from torch_quant.core.plan import QuantPlan
-from torch_quant.errors import InvalidConfig, QuantError
+from torch_quant.errors import InvalidConfig, NotCalibrated, QuantError
 from torch_quant.graph.calls import Call
 from torch_quant.graph.capture import Region
 from torch_quant.graph.export import CapturedGraph, run_module
-from torch_quant.graph.outputs import flatten_output, unflatten_output
 from torch_quant.model import CapturedModel
-from torch_quant.nn.probe import SiteProbe, substitute
+from torch_quant.nn.probe import SiteProbe
 from torch_quant.passes.probe_sites import LocalSite, cut_sites, insert_site_probes
 from torch_quant.proxies.base import Proxy, check_not_empty
 from torch_quant.proxies.noise import NoisePass
+from torch_quant.proxies.values import (
+    batch_size,
+    copied,
+    describe,
+    detached,
+    plain,
+    projected,
+    same,
+    valued,
+)
 from torch_quant.sensitivity import Recorder
+from torch_quant.state import weight_checksums
 
-__all__ = ["AmpModel", "Latency"]
+__all__ = ["AmpModel", "AmpOptions", "Latency"]
 
 logger = logging.getLogger("torch_quant")
 
@@ -49,6 +57,35 @@ class Latency:
     quantized: float = 0.0
 
 
+@dataclass(frozen=True)
+class AmpOptions:
+    """What :meth:`Quantizer.amp` was asked for.
+
+    Args:
+        metric: ``"output"`` or ``"sqnr"``.
+        loss_fn: takes the place of the projection of the outputs.
+        max_batches: how many are recorded; None for all.
+        seed: of the random signs.
+
+    Raises:
+        InvalidConfig: an unknown metric; a loss with ``"sqnr"``; no batches.
+    """
+
+    metric: str = "output"
+    loss_fn: LossFn | None = None
+    max_batches: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.metric not in ("output", "sqnr"):
+            raise InvalidConfig(f'unknown metric {self.metric!r}; expected "output" or "sqnr"')
+        if self.loss_fn is not None and self.metric != "output":
+            raise InvalidConfig('a loss_fn needs gradients; metric="sqnr" takes none: drop one')
+        most = self.max_batches
+        if most is not None and most < 1:
+            raise InvalidConfig(f"max_batches={most!r}; expected 1 or more, or None for all")
+
+
 class AmpModel(Proxy):
     """The proxy that :meth:`Quantizer.amp` makes. Not to be made by hand.
 
@@ -56,11 +93,8 @@ class AmpModel(Proxy):
         captured: the model's regions and graphs.
         model: the float model.
         lowering: how the model's sites would be quantized with the ranges as they are now.
-        version: changes when ranges do.
-        metric: ``"output"`` or ``"sqnr"``.
-        loss_fn: takes the place of the projection of the outputs.
-        max_batches: how many are recorded; None for all.
-        seed: of the random signs.
+        basis: all that what is recorded rests on, ranges and settings by name, as they are now.
+        options: metric and loss, how many batches, the seed.
     """
 
     def __init__(
@@ -68,35 +102,46 @@ class AmpModel(Proxy):
         captured: CapturedModel,
         model: nn.Module,
         lowering: Callable[[nn.Module], Lowering],
-        version: Callable[[], Any],
-        metric: str,
-        loss_fn: LossFn | None,
-        max_batches: int | None,
-        seed: int,
+        basis: Callable[[], Mapping[str, Any]],
+        options: AmpOptions,
     ) -> None:
-        self._lowering, self._ranges = lowering, version
-        self.metric = "loss" if loss_fn is not None else metric
+        self._lowering, self._settings, self._options = lowering, basis, options
+        self._grad_mode = True
+        self._visitor: Callable[[SiteProbe, Tensor, tuple[Any, ...]], Tensor] = _pass_on
+        self._start()
+        super().__init__(captured, model)
+        self._basis = self._present()
+
+    def _start(self) -> None:
+        """As if no data had been seen."""
+        options = self._options
+        self.metric = "loss" if options.loss_fn is not None else options.metric
         self.note = ""
         self.recorder = Recorder()
         self.samples: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []
         """A few of the inputs, and the float outputs for them."""
-        self._loss_fn, self._max_batches = loss_fn, max_batches
-        self._signs = torch.Generator().manual_seed(seed)
-        self._grad_mode = True
-        self._visitor: Callable[[SiteProbe, Tensor, tuple[Any, ...]], Tensor] = _pass_on
-        super().__init__(captured, model)
+        self._signs = torch.Generator().manual_seed(options.seed)
 
     def _reset(self) -> None:
         super()._reset()
-        self._seen = self._state()
+        self._written = self._versions()
         self._graphs: dict[int, torch.fx.GraphModule] = {}
         self._exact: dict[Any, bool] = {}
 
-    def _state(self) -> tuple[Any, ...]:
-        """Changes when the ranges or the weights do."""
-        model = self._model() if hasattr(self, "_model") else None
-        tensors = () if model is None else (*model.parameters(), *model.buffers())
-        return (self._ranges(), *(x._version for x in tensors if not x.is_inference()))
+    def _versions(self) -> tuple[int, ...]:
+        """Changes when a buffer is written to: constants of the graphs may depend on it."""
+        buffers = self._captured.region.module.buffers()
+        return tuple(x._version for x in buffers if not x.is_inference())
+
+    def _present(self) -> dict[str, Any]:
+        """What is recorded rests on, as it is now."""
+        return dict(self._settings()) | {"weights": weight_checksums(self._captured.region.module)}
+
+    def changes(self) -> list[str]:
+        """What has changed since the first batch was recorded, so that it holds no longer."""
+        self._follow()
+        present = self._present()
+        return [name for name, value in present.items() if self._basis[name] != value]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the float model and records sensitivities; same inputs and outputs as the model.
@@ -107,19 +152,29 @@ class AmpModel(Proxy):
             NotCalibrated: the inputs take the model where no calibration data went.
         """
         check_not_empty((args, kwargs), self.recorder.batches)
-        self._follow()
-        if self._max_batches is not None and self.recorder.batches >= self._max_batches:
+        if changed := self.changes():
+            if self.recorder.batches:
+                logger.warning(
+                    "%s changed since this AMP proxy saw its first batch: it forgets what it has "
+                    "recorded and starts anew with this one",
+                    ", ".join(changed),
+                )
+            self._start()
+            self._reset()
+            self._basis = self._present()
+        most = self._options.max_batches
+        if most is not None and self.recorder.batches >= most:
             return self._executor(*args, **kwargs)
-        if self._state() != self._seen:
+        if self._versions() != self._written:
             self._reset()
         self._grad_mode = torch.is_grad_enabled()
         with torch.inference_mode(False), self._captured.calibrated_only():
-            args, kwargs = pytree.tree_map_only(Tensor, _plain, (args, kwargs))
-            kept = _copied((args, kwargs))
+            args, kwargs = pytree.tree_map_only(Tensor, plain, (args, kwargs))
+            kept = copied((args, kwargs))
             with self.recorder.batch() as record:
                 outputs = self._recorded(record, args, kwargs, kept)
-            if sum(_rows(inputs[:2]) for inputs in self.samples) < KEPT_ROWS:
-                self.samples.append((*kept, _copied(outputs)))
+            if sum(batch_size(inputs[:2]) for inputs in self.samples) < KEPT_ROWS:
+                self.samples.append((*kept, copied(outputs)))
         return outputs
 
     def _recorded(
@@ -128,7 +183,7 @@ class AmpModel(Proxy):
         if self.metric != "sqnr":
             try:
                 pass_ = NoisePass(
-                    record, _rows((args, kwargs)), torch.zeros((), requires_grad=True)
+                    record, batch_size((args, kwargs)), torch.zeros((), requires_grad=True)
                 )
                 with torch.enable_grad(), self._visiting(pass_.visit):
                     outputs = self._executor(*args, **kwargs)
@@ -136,30 +191,31 @@ class AmpModel(Proxy):
                 raise
             except Exception as error:  # whatever an operator that has no gradient raises
                 with torch.no_grad(), self._visiting(_pass_on):
-                    again = _copied(kept)
+                    again = copied(kept)
                     self._executor(*again[0], **again[1])
                 self._give_up(f"{type(error).__name__}: {error}")
-                args, kwargs = _copied(kept)
+                args, kwargs = copied(kept)
                 record.sites.clear()
             else:
                 self._backward(record, pass_, outputs, args, kwargs)
-                return _detached(outputs)
-        with torch.no_grad(), self._visiting(NoisePass(record, _rows((args, kwargs))).visit):
+                return detached(outputs)
+        with torch.no_grad(), self._visiting(NoisePass(record, batch_size((args, kwargs))).visit):
             outputs = self._executor(*args, **kwargs)
-        record.output_signal = sum(float(x.square().sum()) for x in _projected(outputs))
-        return _detached(outputs)
+        record.output_signal = sum(float(x.square().sum()) for x in projected(outputs))
+        return detached(outputs)
 
     def _backward(
         self, record: Recorder, pass_: NoisePass, outputs: Any, args: Any, kwargs: Any
     ) -> None:
-        record.output_signal = sum(float(x.detach().square().sum()) for x in _projected(outputs))
-        if self._loss_fn is not None:
+        record.output_signal = sum(float(x.detach().square().sum()) for x in projected(outputs))
+        loss_fn = self._options.loss_fn
+        if loss_fn is not None:
             batch = kwargs if not args else args[0] if len(args) == 1 and not kwargs else args
             with torch.enable_grad():
-                loss = self._loss_fn(outputs, batch)
+                loss = loss_fn(outputs, batch)
             if not isinstance(loss, Tensor) or loss.numel() != 1:
                 raise InvalidConfig(
-                    f"loss_fn(outputs, batch) gave {_describe(loss)}; expected a scalar tensor"
+                    f"loss_fn(outputs, batch) gave {describe(loss)}; expected a scalar tensor"
                 )
             if not loss.requires_grad:
                 raise InvalidConfig(
@@ -169,7 +225,7 @@ class AmpModel(Proxy):
         else:
             with torch.enable_grad():
                 loss = torch.zeros((), dtype=torch.float64)
-                for x in _projected(outputs):
+                for x in projected(outputs):
                     loss = loss + (x * self._signs_like(x)).sum()
             if not loss.requires_grad:
                 self._give_up(
@@ -206,6 +262,18 @@ class AmpModel(Proxy):
         bits = torch.randint(0, 2, x.shape, generator=self._signs, dtype=torch.int8)
         return (2 * bits - 1).to(x)
 
+    def check(self) -> None:
+        """Raise :class:`NotCalibrated` unless what was recorded holds as things are now."""
+        if self.recorder.batches == 0:
+            raise NotCalibrated(
+                "no data was run through the AMP proxy: for batch in loader: amp_model(batch)"
+            )
+        if changed := self.changes():
+            raise NotCalibrated(
+                f"{', '.join(changed)} changed since the AMP proxy saw its data, so what it "
+                "recorded holds no longer: run data through it again, it then starts anew"
+            )
+
     # The instrumented graphs
 
     @contextmanager
@@ -229,8 +297,8 @@ class AmpModel(Proxy):
         if values is None:
             return graph.output(leaves)
         if exact is None:
-            self._exact[kind] = all(map(_same, leaves, values))
-        return graph.output(map(_valued, leaves, values))
+            self._exact[kind] = all(map(same, leaves, values))
+        return graph.output(map(valued, leaves, values))
 
     def _instrument(self, region: Region, graph: CapturedGraph) -> torch.fx.GraphModule:
         prepared = self._captured.prepared(region, graph)
@@ -261,7 +329,12 @@ class AmpModel(Proxy):
 
         Args:
             repeats: runs of each; the median counts.
+
+        Raises:
+            NotCalibrated: the proxy has seen no data, or settings, ranges or weights have changed
+                since.
         """
+        self.check()
         args, kwargs, _ = self.samples[0]
         found: dict[str, Latency] = {}
         timed: dict[str, SiteProbe] = {}  # of several results of one site, the first
@@ -282,7 +355,7 @@ class AmpModel(Proxy):
             return y
 
         with self._visiting(visit):
-            again = _copied((args, kwargs))
+            again = copied((args, kwargs))
             self._executor(*again[0], **again[1])
         return found
 
@@ -300,49 +373,3 @@ def _half(lowering: Lowering, local: LocalSite) -> torch.fx.GraphModule | None:
 
 def _pass_on(probe: SiteProbe, y: Tensor, args: tuple[Any, ...]) -> Tensor:
     return y
-
-
-def _plain(x: Tensor) -> Tensor:
-    """Without gradient history, and usable where gradients are taken."""
-    return x.clone() if x.is_inference() else x.detach()
-
-
-def _rows(inputs: Any) -> int:
-    leaves = pytree.tree_leaves(inputs)
-    return next((len(x) for x in leaves if isinstance(x, Tensor) and x.dim()), 1)
-
-
-def _projected(outputs: Any) -> list[Tensor]:
-    """The float tensors of the outputs; where they are not finite, which masks are, zero."""
-    leaves = float_leaves(outputs)
-    if not leaves:
-        parts, _ = flatten_output(outputs)
-        leaves = [x for x in parts if isinstance(x, Tensor) and x.is_floating_point()]
-    return [x.masked_fill(~torch.isfinite(x), 0.0) for x in leaves]
-
-
-def _detached(outputs: Any) -> Any:
-    leaves, spec = flatten_output(outputs)
-    return unflatten_output((x.detach() if isinstance(x, Tensor) else x for x in leaves), spec)
-
-
-def _same(x: Any, value: Any) -> bool:
-    if isinstance(x, Tensor):
-        return torch.equal(x.detach().nan_to_num(), value.nan_to_num())
-    return bool(x == value)
-
-
-def _valued(x: Any, value: Any) -> Any:
-    """``value`` with the gradient of ``x``."""
-    return substitute(x, value) if isinstance(x, Tensor) and x.requires_grad else value
-
-
-def _copied(value: Any) -> Any:
-    """A deep copy, without the gradient history of its tensors."""
-    leaves, _ = flatten_output(value)
-    memo = {id(x): x.detach().clone() for x in leaves if isinstance(x, Tensor)}
-    return copy.deepcopy(value, memo)
-
-
-def _describe(value: Any) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
