@@ -1,27 +1,23 @@
 """Operators over PyTorch's oneDNN int8 kernels that can be traced, copied, exported and saved.
 
 The kernels want a weight packed for the machine, an opaque tensor that none of these can carry. So
-the operators take the plain int8 weight and pack it at the first call, into a cache. An entry keeps
-the weight's storage alive, which makes its address a safe key; entries that nobody else keeps alive
-are dropped when the next weight is packed.
+the operators take the plain int8 weight and pack it at the first call, into a cache.
 """
 
 from __future__ import annotations
 
 import functools
-import threading
 import warnings
-from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torch_quant.backends.embedding_bags import bags_of_rows
+from torch_quant.backends.onednn_cache import PackedWeights
 from torch_quant.graph.qdq import library
 
-__all__ = ["CONV", "EMBEDDING", "EMBEDDING_BAG", "LINEAR", "QUANTIZE_FAST", "packed_weights"]
+__all__ = ["CONV", "EMBEDDING", "EMBEDDING_BAG", "LINEAR", "PACKED", "QUANTIZE_FAST"]
 
 library.define("onednn_quantize(Tensor x, float scale, int zero_point, ScalarType dtype) -> Tensor")
 library.define(
@@ -41,49 +37,8 @@ library.define(
 )
 
 _QUANTIZED = {torch.uint8: torch.quint8, torch.int8: torch.qint8}
-
-
-@dataclass
-class _Packed:
-    storage: torch.UntypedStorage
-    packed: Tensor
-    zero_points: Tensor
-
-
-_CACHE: dict[tuple[Any, ...], _Packed] = {}
-_LOCK = threading.Lock()
-_MAX_VARIANTS = 8
-"""How many input shapes a convolution's weight is kept packed for, each a copy in memory."""
-
-
-def packed_weights() -> int:
-    """How many packed weights are alive."""
-    return len(_CACHE)
-
-
-def _drop_unused() -> None:
-    own = Counter(weight for weight, _ in _CACHE)
-    for key, entry in list(_CACHE.items()):
-        uses = torch._C._storage_Use_Count(entry.storage._cdata)
-        if uses <= own[key[0]]:  # each entry of the weight holds it once
-            del _CACHE[key]
-
-
-def _packed(weight: Tensor, variant: tuple[Any, ...], pack: Any) -> _Packed:
-    """The packed form of ``weight``, made now if need be; ``variant`` is all else it depends on."""
-    same = (weight.data_ptr(), tuple(weight.shape))
-    key = (same, variant)
-    entry = _CACHE.get(key)
-    if entry is not None:
-        return entry
-    with _LOCK:
-        _drop_unused()
-        variants = [known for known in _CACHE if known[0] == same]
-        for oldest in variants[: max(0, len(variants) - _MAX_VARIANTS + 1)]:
-            del _CACHE[oldest]
-        zero_points = torch.zeros(weight.shape[0], dtype=torch.int32)
-        entry = _CACHE[key] = _Packed(weight.untyped_storage(), pack(), zero_points)
-        return entry
+PACKED = PackedWeights()
+"""The packed weights of this process."""
 
 
 @functools.cache
@@ -115,9 +70,11 @@ def _linear(
     post_args: list[float],
     algorithm: str,
 ) -> Tensor:
-    entry = _packed(weight, (), lambda: torch.ops.onednn.qlinear_prepack(weight, None))
+    packed, zero_points = PACKED.get(
+        weight, (), lambda: torch.ops.onednn.qlinear_prepack(weight, None)
+    )
     return torch.ops.onednn.qlinear_pointwise(  # type: ignore[no-any-return]
-        x, x_scale, x_zero_point, entry.packed, weight_scale, entry.zero_points, bias,
+        x, x_scale, x_zero_point, packed, weight_scale, zero_points, bias,
         out_scale, out_zero_point, out_dtype, post_op, post_args, algorithm,
     )  # fmt: skip
 
@@ -140,10 +97,8 @@ def _conv(
     post_args: list[float],
 ) -> Tensor:
     geometry = (stride, padding, dilation, groups)
-    # The best layout of a weight depends on the image size. Packed for another, it is reordered at
-    # every call, which can take a hundred times as long as the convolution.
     sizes = tuple(x.shape)
-    entry = _packed(
+    packed, zero_points = PACKED.get(
         weight,
         (x_scale, x_zero_point, tuple(stride), tuple(padding), tuple(dilation), groups, sizes),
         lambda: torch.ops.onednn.qconv_prepack(
@@ -151,7 +106,7 @@ def _conv(
         ),
     )
     return torch.ops.onednn.qconv_pointwise(  # type: ignore[no-any-return]
-        x, x_scale, x_zero_point, entry.packed, weight_scale, entry.zero_points, bias, *geometry,
+        x, x_scale, x_zero_point, packed, weight_scale, zero_points, bias, *geometry,
         out_scale, out_zero_point, out_dtype, post_op, post_args, "",
     )  # fmt: skip
 
