@@ -16,15 +16,11 @@ from torch_quant.backends import Backend, usable_backend
 from torch_quant.backends.quantized import QuantizedRegion
 from torch_quant.config import ModuleFilter, Overrides, QConfig
 from torch_quant.core.plan import FALLEN_BACK, PRECISIONS, QuantPlan
-from torch_quant.errors import (
-    InvalidConfig,
-    NotCalibrated,
-    UnsupportedOp,
-)
+from torch_quant.errors import InvalidConfig, NotCalibrated, UnsupportedOp
 from torch_quant.fallback import Fallback, precision_of
 from torch_quant.io.summary import load_summary, save_summary
 from torch_quant.model import CapturedModel, call_example, check_model, check_same, run_example
-from torch_quant.proxies import AmpModel, AmpOptions, CalibModel, Latency, LossFn, Proxy
+from torch_quant.proxies import AmpModel, AmpOptions, CalibModel, Latency, LossFn, Proxy, Tied
 from torch_quant.report.coverage import Coverage
 from torch_quant.report.sensitivity import SensitivityReport
 from torch_quant.report.tuning import Tuning
@@ -36,7 +32,7 @@ __all__ = ["Quantizer"]
 logger = logging.getLogger("torch_quant")
 
 
-class Quantizer:
+class Quantizer(Tied):
     """Makes proxies of a float model and keeps what they learn. The model is never changed.
 
     Args:
@@ -97,8 +93,8 @@ class Quantizer:
 
         Args:
             model: a float32 model in any mode; it is captured as in eval mode.
-            example_inputs: a tensor, a tuple or a dict of keywords to capture the model with now,
-                without recording them; by default it is captured at the first call.
+            example_inputs: captured with now, unrecorded: a tuple of positional inputs, a dict of
+                keywords, or the one input: a tensor, a list, a dict as ``(batch,)``.
 
         Raises:
             InvalidConfig: the model cannot be taken, or a filter names what it does not have.

@@ -2,37 +2,149 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from torch_quant.errors import InvalidConfig
 
-__all__ = ["write_atomically"]
+try:
+    import fcntl
+except ImportError:  # not on Windows, where nothing tells a writer that was killed from a slow one
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["checked_target", "staging", "write_atomically"]
+
+_MARK = "torch_quant-"
+
+
+def checked_target(path: str | os.PathLike[str]) -> Path:
+    """``path``, if a file can be written there; to be asked before any work.
+
+    Raises:
+        InvalidConfig: the path is empty, a folder or a device, or its folder does not exist or may
+            not be written to.
+
+    >>> checked_target("model.pt").name
+    'model.pt'
+    """
+    try:
+        text = os.fspath(path)
+    except TypeError:
+        text = None
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise InvalidConfig(f'cannot write to the path {path!r}; give a file, as "model.pt"')
+    target = Path(text)
+    try:
+        reason = _obstacle(text, target)
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        reason = f"{error.strerror}; give another path"
+    if reason:
+        raise InvalidConfig(f"cannot write {text}: {reason}")
+    return target
+
+
+def _obstacle(text: str, target: Path) -> str:
+    """Why ``target`` cannot be written, with the fix, or an empty string."""
+    if target.is_dir() or text.endswith(("/", os.sep)):
+        return f"it is a folder; give a file in it, as {str(target / 'model.pt')!r}"
+    if target.exists() and not target.is_file():
+        return "it is no regular file; give another path"
+    if not target.parent.is_dir():
+        return f"there is no folder {target.parent}; give a writable folder that exists"
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        return f"{target.parent} may not be written to; give a writable folder"
+    return ""
+
+
+@contextlib.contextmanager
+def staging(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder beside ``path`` to write into, gone afterwards.
+
+    It is locked as long as it is used. Those that nobody holds were left by processes that were
+    killed while they wrote to the same path; they are removed.
+
+    Raises:
+        InvalidConfig: nothing can be written there.
+    """
+    target = checked_target(path)
+    _remove_stale(target)
+    with contextlib.ExitStack() as stack:
+        folder = None
+        while folder is None:
+            try:
+                made = Path(tempfile.mkdtemp(dir=target.parent, prefix=_prefix(target)))
+            except OSError as error:
+                raise InvalidConfig(
+                    f"cannot write {target}: {error.strerror}; give a writable folder"
+                ) from error
+            stack.callback(shutil.rmtree, made, ignore_errors=True)
+            try:
+                stack.callback(_release, _lock(made))
+            except BlockingIOError:
+                continue  # another process took it for stale, before it was locked
+            folder = made if made.is_dir() else None
+        yield folder
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[str], Any]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then rename it: all or nothing.
+    """Let ``write`` fill a temporary file, then put it in the place of ``path``: all or nothing.
 
     Raises:
-        InvalidConfig: the folder does not exist or may not be written to.
+        InvalidConfig: nothing can be written there.
     """
-    target = Path(path)
-    try:
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    except OSError as error:
-        raise InvalidConfig(
-            f"cannot write {target}: {error.strerror}; give a writable folder"
-        ) from error
-    os.close(handle)
-    try:
-        write(name)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # a temporary file is private
+    target = checked_target(path)
+    with staging(target) as folder:
+        name = folder / target.name
+        write(str(name))
         os.replace(name, target)
-    except BaseException:
-        os.unlink(name)
-        raise
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name}.{_MARK}"
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock it until the process ends, by a handle; None where folders cannot be locked.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    if fcntl is None:
+        return None
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None
+    return handle
+
+
+def _release(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)
+
+
+def _remove_stale(target: Path) -> None:
+    try:
+        found = [each for each in target.parent.iterdir() if each.name.startswith(_prefix(target))]
+    except OSError:  # the folder may be written to, but not listed
+        return
+    for folder in found:
+        try:
+            lock = _lock(folder)
+        except BlockingIOError:
+            continue  # somebody is writing
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)

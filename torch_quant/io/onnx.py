@@ -7,10 +7,8 @@ import io
 import logging
 import os
 import re
-import shutil
-import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +21,11 @@ from torch_quant.errors import BackendUnavailable, InvalidConfig, UnsupportedOp
 from torch_quant.graph.calls import bind, flatten_call
 from torch_quant.graph.export import size_oblivious
 from torch_quant.graph.sites import KEY
+from torch_quant.io.files import checked_target, staging
 from torch_quant.io.onnx_names import describe, rename
 from torch_quant.io.onnx_ops import own_forms
 from torch_quant.io.onnx_rewrites import rewrite
+from torch_quant.model import example_call
 
 __all__ = ["export_onnx"]
 
@@ -55,7 +55,8 @@ def export_onnx(
 
     Args:
         quant_model: what ``quantizer.quantize(model, backend=Backend.ONNX)`` returned.
-        example_inputs: a tensor, a tuple of positional inputs or a dict of keywords.
+        example_inputs: a tensor, a tuple of positional inputs or a dict of keywords; a list is one
+            input.
         path: where to write.
         dynamic: keep batch, length and image sizes free, as far as the model itself does.
         opset: the ONNX operator set, 18 or more; None for the exporter's own choice.
@@ -84,9 +85,7 @@ def export_onnx(
             f"expected a quantized model, got {type(quant_model).__name__}: "
             "quantizer.quantize(model, backend=Backend.ONNX)"
         )
-    target = Path(path)
-    if not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
-        raise InvalidConfig(f"cannot write {target}: give a writable folder")
+    target = checked_target(path)
     if quant_model.backend != "onnx":
         raise InvalidConfig(
             f"the model was quantized for {quant_model.backend}, whose operators have no ONNX "
@@ -98,10 +97,14 @@ def export_onnx(
         raise InvalidConfig(_in_pieces(quant_model, target))
     from tqdm import tqdm
 
-    written = []
+    files = [
+        target
+        if whole
+        else checked_target(target.with_name(f"{target.stem}.{name}{target.suffix}"))
+        for name, *_ in calls
+    ]
     with tqdm(total=3 * len(calls), unit="step", disable=not progress) as bar:
-        for name, graph, tensors in calls:
-            file = target if whole else target.with_name(f"{target.stem}.{name}{target.suffix}")
+        for file, (piece, graph, tensors) in zip(files, calls, strict=True):
             bar.set_description(f"{file.name}: capturing")
             exported = _captured(graph, tensors, dynamic=dynamic)
             bar.update()
@@ -110,12 +113,11 @@ def export_onnx(
             bar.update()
             bar.set_description(f"{file.name}: writing")
             rename(program, graph, tensors)
-            describe(program, quant_model, "" if whole else name)
+            describe(program, quant_model, "" if whole else piece)
             rewrite(program.model)
             _save(program, file)
             bar.update()
-            written.append(file)
-    return written
+    return files
 
 
 # Which graphs
@@ -125,12 +127,7 @@ def _graphs_called(
     model: QuantizedRegion, example_inputs: Any
 ) -> list[tuple[str, QuantizedGraph, tuple[Tensor, ...]]]:
     """(name, graph, tensors) of each graph that the example takes, in order, once each."""
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    if isinstance(example_inputs, Mapping):
-        kwargs = dict(example_inputs)
-    else:
-        args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    args, kwargs = example_call(example_inputs)
     if model.glue is None:
         call = flatten_call(*bind(model.signature, args, kwargs))
         for graph in model.graphs:
@@ -322,20 +319,13 @@ def _save(program: Any, target: Path) -> None:
             del node.metadata_props[key]  # stack traces of the exporter
         node.doc_string = None
     size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
+    data = f"{target.name}.data"
+    external = data if size > _LARGEST else None
     try:
-        folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    except OSError as error:
-        raise InvalidConfig(
-            f"cannot write {target}: {error.strerror}; give a writable folder"
-        ) from error
-    try:
-        data = f"{target.name}.data"
-        external = data if size > _LARGEST else None
-        ir.save(program.model, folder / target.name, external_data=external)
-        if external:
-            os.replace(folder / data, target.with_name(data))
-        os.replace(folder / target.name, target)
+        with staging(target) as folder:
+            ir.save(program.model, folder / target.name, external_data=external)
+            if external:
+                os.replace(folder / data, target.with_name(data))
+            os.replace(folder / target.name, target)
     except OSError as error:
         raise InvalidConfig(f"cannot write {target}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

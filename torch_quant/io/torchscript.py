@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
-from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from torch_quant.backends.quantized import QuantizedGraph, QuantizedRegion
-from torch_quant.errors import InvalidConfig
-from torch_quant.io.files import write_atomically
-from torch_quant.model import call_example
+from torch_quant.core.metrics import sqnr
+from torch_quant.errors import InvalidConfig, QuantError
+from torch_quant.graph.outputs import flatten_output
+from torch_quant.io.files import checked_target, staging
+from torch_quant.io.tracing import TensorReads
+from torch_quant.model import example_call
 
 __all__ = ["export_torchscript"]
+
+logger = logging.getLogger("torch_quant")
+
+_LEAST = 20.0
+"""dB that a file gives at least of what the model gives. Kernels that are fused otherwise round a
+few codes otherwise; a wrong branch has nothing in common."""
 
 
 def export_torchscript(
@@ -25,54 +36,130 @@ def export_torchscript(
 
     The file holds integer weights and the graph that serves the example: other batch sizes and
     lengths too, but where the model has several graphs (other arguments, or other code for other
-    sizes), only that one. A process that loads it must ``import torch_quant`` first.
+    sizes), only that one. A process that loads it must ``import torch_quant`` first. The file is
+    loaded and compared with the model on the example before it gets its name.
 
     Args:
         quant_model: what ``Quantizer.quantize`` returned.
-        example_inputs: a tensor, a tuple of positional inputs or a dict of keywords.
+        example_inputs: a tensor, a tuple of positional inputs or a dict of keywords; a list is one
+            input.
         path: where to save; written at the end, in one step.
 
     Returns:
         The traced module. Dictionaries among the outputs stay dictionaries.
 
     Raises:
-        InvalidConfig: the folder does not exist, the model cannot be traced, or is for
-            ``Backend.ONNX``.
+        InvalidConfig: it is no quantized model, or one for ``Backend.ONNX``; nothing can be written
+            to the path; the model cannot be traced, as Python code of a model in pieces decides by
+            what a tensor holds (names file and line).
+        QuantError: the file does not give what the model gives.
     """
-    regions = (m for m in quant_model.modules() if isinstance(m, QuantizedRegion))
+    _check_model(quant_model)
+    target = checked_target(path)
+    args, kwargs = example_call(example_inputs)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit's deprecation; the tracer's, see TensorReads
+        scripted = _traced(quant_model, args, kwargs)
+        if not _would_unpack_weights(quant_model):
+            scripted = torch.jit.freeze(scripted)
+        if _is_compiled(quant_model):
+            for _ in range(2):  # the first call records shapes, the second builds the kernels
+                scripted(*args, **kwargs)
+        with staging(target) as folder:
+            file = folder / target.name
+            torch.jit.save(scripted, str(file))
+            _compare(quant_model, file, args, kwargs)
+            os.replace(file, target)
+    return scripted
+
+
+def _check_model(model: Any) -> None:
+    regions = (
+        [m for m in model.modules() if isinstance(m, QuantizedRegion)]
+        if isinstance(model, nn.Module)
+        else []
+    )
+    if not regions:
+        raise InvalidConfig(
+            f"expected a quantized model, got {type(model).__name__}: "
+            "export_torchscript(quantizer.quantize(model), example_inputs, path)"
+        )
     if any(region.backend == "onnx" for region in regions):
         raise InvalidConfig(
             "the model was quantized for ONNX, whose operators a process that loads the file does "
             "not know: export_onnx(...) writes it, or quantize for another backend, which needs "
             "no new calibration"
         )
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.jit's deprecation, and the tracer's on constants
-        try:
-            # A compiler's kernels may round otherwise than the graph it is given.
-            options: dict[str, Any] = {
-                "strict": False,
-                "check_trace": not _is_compiled(quant_model),
-            }
-            if isinstance(example_inputs, Mapping):
-                options["example_kwarg_inputs"] = dict(example_inputs)
-                traced = torch.jit.trace(quant_model, **options)
-            else:
-                traced = torch.jit.trace(quant_model, example_inputs, **options)
-        except RuntimeError as error:
-            raise InvalidConfig(
-                f"the quantized model cannot be traced: {error}. Outputs must be tensors, or "
-                "tuples or dictionaries of them; data-dependent Python code between captured "
-                "pieces is traced as it ran"
-            ) from error
-        scripted: torch.jit.ScriptModule = traced.eval()
-        if not _would_unpack_weights(quant_model):
-            scripted = torch.jit.freeze(scripted)
-        if _is_compiled(quant_model):
-            for _ in range(2):  # the first call records shapes, the second builds the kernels
-                call_example(scripted, example_inputs)
-    write_atomically(path, lambda file: torch.jit.save(scripted, file))
-    return scripted
+
+
+def _traced(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> torch.jit.ScriptModule:
+    """The model in eval mode as traced; raises :class:`InvalidConfig` if that cannot be right."""
+    options: dict[str, Any] = {"strict": False, "check_trace": False}  # the file is, instead
+    if kwargs:
+        options["example_kwarg_inputs"] = kwargs
+    else:
+        options["example_inputs"] = args
+    reads = TensorReads((args, kwargs))
+    failure: Exception | None = None
+    try:
+        with reads:
+            traced = torch.jit.trace(model, **options)
+    except RuntimeError as error:
+        failure = error
+    if reads.of_values:
+        raise InvalidConfig(
+            "the model cannot be traced: Python code between its captured pieces reads what a "
+            "tensor holds, and the file would repeat what that code did on the example, whatever "
+            f"its input: {reads.describe(reads.of_values)}. Compute it with tensors "
+            "(torch.where, masks) and quantize again; or save the quantized model itself, which "
+            "keeps its Python code: torch.save(quant_model, path), and "
+            "torch.load(path, weights_only=False)"
+        ) from failure
+    if failure is not None:
+        raise InvalidConfig(
+            f"the quantized model cannot be traced: {failure}. Inputs must be tensors, or lists, "
+            "tuples or dictionaries of them, and outputs too"
+        ) from failure
+    if reads.of_sizes:
+        logger.warning(
+            "%s: Python code reads sizes, and the file does what that code did for the sizes of "
+            "the example: %s",
+            "export_torchscript",
+            reads.describe(reads.of_sizes),
+        )
+    result: torch.jit.ScriptModule = traced.eval()
+    return result
+
+
+def _compare(model: nn.Module, file: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise :class:`QuantError` unless the file gives what the model gives on the example."""
+
+    def run(function: Any) -> list[Any]:
+        again, named = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+        return flatten_output(function(*again, **named))[0]
+
+    expected, found = run(model), run(torch.jit.load(str(file)))
+    if len(expected) != len(found):
+        raise QuantError(f"the traced model gives {len(found)} outputs, not {len(expected)}")
+    for i, (x, y) in enumerate(zip(expected, found, strict=True)):
+        if reason := _difference(torch.as_tensor(x), torch.as_tensor(y)):
+            raise QuantError(
+                f"the traced model does not give what the quantized one gives on the example: "
+                f"output {i} {reason}; nothing was written. torch.save(quant_model, path) saves "
+                "the model itself"
+            )
+
+
+def _difference(x: Tensor, y: Tensor) -> str:
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return f"is {tuple(y.shape)} {y.dtype}; expected {tuple(x.shape)} {x.dtype}"
+    x, y = x.nan_to_num(), y.nan_to_num()
+    if not x.is_floating_point() or torch.equal(x, y):
+        return ""  # ranks and classes go over with the values they are taken from
+    found = sqnr(x, y)
+    return "" if found >= _LEAST else f"agrees to {found:.1f} dB; expected {_LEAST:.0f} at least"
 
 
 def _is_compiled(model: nn.Module) -> bool:

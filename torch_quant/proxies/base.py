@@ -15,10 +15,21 @@ from torch_quant.graph.capture import Executor, Region
 from torch_quant.graph.export import CapturedGraph
 from torch_quant.model import CapturedModel
 
-__all__ = ["Proxy"]
+__all__ = ["Proxy", "Tied"]
 
 
-class Proxy(nn.Module):
+class Tied:
+    """Base of what is tied to the model objects it has captured: not to be pickled or copied."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise InvalidConfig(
+            f"a {type(self).__name__} is tied to the float model it was given and cannot be copied "
+            "or pickled: keep the float model and quantizer.state_dict(), and give that to "
+            "load_state_dict of a new Quantizer with the same settings"
+        )
+
+
+class Proxy(Tied, nn.Module):
     """Runs the captured model in some instrumented form.
 
     Args:

@@ -11,7 +11,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from torch_quant.errors import BackendUnavailable
-from torch_quant.io.files import write_atomically
+from torch_quant.io.files import checked_target, write_atomically
 from torch_quant.sensitivity import Ranking, Sensitivity
 
 if TYPE_CHECKING:
@@ -155,6 +155,8 @@ class SensitivityReport(Ranking):
             BackendUnavailable: matplotlib is missing.
             InvalidConfig: the path cannot be written.
         """
+        if path is not None:
+            checked_target(path)
         try:
             from matplotlib.figure import Figure
         except ImportError as error:

@@ -127,7 +127,7 @@ class IPEXBackend(Backend):
 
         Args:
             model: what ``Quantizer.quantize`` returned, or a traced and frozen module of it.
-            example_inputs: a tensor, a tuple of positional inputs or a dict of keywords.
+            example_inputs: as for :meth:`Quantizer.calib`.
             plan: the quantizer's plan; needed to name the sites of a traced module.
         """
         return verify(model, example_inputs, plan)

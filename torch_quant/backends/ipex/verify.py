@@ -17,7 +17,7 @@ from torch_quant.backends.quantized import QuantizedGraph
 from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.sites import KEY
-from torch_quant.model import call_example
+from torch_quant.model import call_example, example_call
 
 __all__ = ["Verification", "verify"]
 
@@ -99,9 +99,8 @@ def verify(model: nn.Module, example_inputs: Any, plan: QuantPlan | None = None)
 
 
 def _positional(model: torch.jit.ScriptModule, example: Any) -> tuple[Any, ...]:
-    if isinstance(example, Mapping):
-        return tuple(example.values())
-    return tuple(example) if isinstance(example, (tuple, list)) else (example,)
+    args, kwargs = example_call(example)
+    return (*args, *kwargs.values())
 
 
 # What was fused

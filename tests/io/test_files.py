@@ -1,0 +1,169 @@
+"""Paths are checked before any work, and a writer that was killed leaves nothing for long."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flows import calibrated
+from models import example, mlp
+
+from torch_quant import Backend, InvalidConfig, export_onnx, export_torchscript
+from torch_quant.io.files import write_atomically
+from torch_quant.report.sensitivity import SensitivityReport
+from torch_quant.sensitivity import Ranking
+from torch_quant.sensitivity.gram import NoiseGram
+
+WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "empty": (lambda folder: "", "the path ''"),
+    "dot": (lambda folder: ".", "it is a folder; give a file in it"),
+    "folder": (lambda folder: folder, "it is a folder; give a file in it, as '.*model.pt'"),
+    "slash": (lambda folder: f"{folder}/new/", "it is a folder"),
+    "missing": (lambda folder: folder / "absent" / "m", "there is no folder .*absent; give a"),
+    "below_a_file": (lambda folder: Path(__file__) / "m", "there is no folder .*test_files.py"),
+    "device": (lambda folder: os.devnull, "it is no regular file"),
+    "long": (lambda folder: folder / ("m" * 300), "File name too long"),
+    "none": (lambda folder: None, "the path None"),
+    "number": (lambda folder: 3, "the path 3"),
+}
+
+Writer = Callable[[Any], Any]
+
+
+def _quantized(backend: str) -> Any:
+    model = mlp()
+    return calibrated(model, [(example("mlp", 16), {})], backend=backend).quantize(model)
+
+
+def _idle(quant_model: Any) -> Any:
+    def called(*_: Any) -> None:
+        raise AssertionError("the path was not checked first")
+
+    quant_model.register_forward_pre_hook(called)
+    return quant_model
+
+
+def _torchscript() -> Writer:
+    quant_model = _idle(_quantized("reference"))
+    return lambda path: export_torchscript(quant_model, example("mlp", 2), path)
+
+
+def _onnx() -> Writer:
+    if reason := Backend.ONNX.unavailable():
+        pytest.skip(reason)
+    quant_model = _idle(_quantized("onnx"))
+    return lambda path: export_onnx(quant_model, example("mlp", 2), path)
+
+
+def _summary() -> Writer:
+    model = mlp()
+    quantizer = calibrated(model, [(example("mlp", 16), {})], backend="reference")
+    quantizer.quantize(model)
+    return quantizer.save_summary
+
+
+def _report() -> SensitivityReport:
+    return SensitivityReport(Ranking([], "output", NoiseGram(), 0.0, 1))
+
+
+WRITERS: dict[str, Callable[[], Writer]] = {
+    "torchscript": _torchscript,
+    "onnx": _onnx,
+    "summary": _summary,
+    "json": lambda: _report().to_json,
+    "csv": lambda: _report().to_csv,
+    "plot": lambda: _report().plot,
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_paths_that_will_not_do(writer: str, tmp_path: Path) -> None:
+    write = WRITERS[writer]()
+    for name, (path, message) in WRONG.items():
+        if (writer, name) == ("plot", "none"):
+            continue  # it shows the figure
+        with pytest.raises(InvalidConfig, match=f"cannot write .*{message}"):
+            write(path(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_folder_that_may_not_be_written_to(writer: str, tmp_path: Path) -> None:
+    write = WRITERS[writer]()
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(InvalidConfig, match="may not be written to; give a writable folder"):
+            write(tmp_path / "m")
+    finally:
+        tmp_path.chmod(0o700)
+
+
+# Writers that are killed, and such that are not
+
+
+WRITE = """
+import sys, time
+from pathlib import Path
+from torch_quant.io.files import write_atomically
+def write(name):
+    Path(name).write_text("half")
+    print("writing", flush=True)
+    sys.stdin.readline()
+write_atomically(sys.argv[1], write)
+"""
+
+
+def _writing(path: Path) -> subprocess.Popen[str]:
+    """A process in the middle of writing."""
+    command = [sys.executable, "-c", WRITE, str(path)]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path.cwd()
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "writing\n"
+    return process
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    path, other = tmp_path / "m.ts", tmp_path / ".m.ts.swp"
+    other.write_text("of an editor")
+    with _writing(path) as process:
+        process.kill()
+    (left,) = (each for each in tmp_path.iterdir() if each != other)
+    assert left.name.startswith(".m.ts.torch_quant-")
+    write_atomically(tmp_path / "m", lambda name: Path(name).write_text("of another path"))
+    assert left.exists()
+    write_atomically(path, lambda name: Path(name).write_text("new"))
+    assert path.read_text() == "new"
+    assert {each.name for each in tmp_path.iterdir()} == {"m", "m.ts", ".m.ts.swp"}
+
+
+def test_a_writer_at_the_same_time_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "m.ts"
+    with _writing(path) as process:
+        write_atomically(path, lambda name: Path(name).write_text("new"))
+        assert len(list(tmp_path.iterdir())) == 2
+        process.communicate("\n")
+        assert process.returncode == 0
+    assert path.read_text() == "half"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_writer_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "m.ts"
+    path.write_text("old")
+
+    def fail(name: str) -> None:
+        Path(name).write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, fail)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
