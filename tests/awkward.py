@@ -181,7 +181,9 @@ class Uncopyable(Linears):
         return self.l1(self.l0(x).relu())
 
 
-@awkward("objects", rows(24, 16), "the user's own hooks change an input and an output")
+@awkward(
+    "objects", rows(24, 16), "the user's own hooks change an input and an output", exports=False
+)
 class UserHooks(Linears):
     def __init__(self) -> None:
         super().__init__()

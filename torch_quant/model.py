@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from torch_quant.errors import CaptureFailed, InvalidConfig, NotCalibrated, UnsupportedOp
 from torch_quant.graph.capture import Executor, Region
+from torch_quant.graph.effects import attributes
 from torch_quant.graph.export import CapturedGraph
 from torch_quant.graph.shadow import shadow
 from torch_quant.graph.sites import Site
@@ -79,6 +80,9 @@ class CapturedModel:
 
     def __init__(self, model: nn.Module) -> None:
         self.fingerprint = fingerprint(model)
+        self.attributes = attributes(model)
+        self.altered: tuple[str, ...] = ()
+        """Attributes of the model that are others than when it was first captured."""
         self.parameters = _identities(model)
         self.region = Region(shadow(model))
         self.version = 0
@@ -92,10 +96,12 @@ class CapturedModel:
             )
 
     def refresh(self, model: nn.Module) -> None:
-        """Read ``model``'s present Parameter and buffer objects, if they were replaced.
+        """Notice what has changed in ``model`` since it was captured.
 
-        (``load_state_dict(assign=True)`` does so; the graphs stay what they are.)
+        Where Parameter and buffer objects were replaced (``load_state_dict(assign=True)`` does so),
+        the graphs read the new ones. Where another attribute was, they are captured again.
         """
+        self._compare_attributes(model)
         if self.parameters == _identities(model):
             return
         self.parameters = _identities(model)
@@ -108,6 +114,57 @@ class CapturedModel:
                 graphs = [graph.gm] if prepared is None else [graph.gm, prepared[1].canonical]
                 for gm in graphs:
                     _rebind(gm, region.module)
+
+    def _compare_attributes(self, model: nn.Module) -> None:
+        now = attributes(model)
+        if now == self.attributes:
+            return
+        names = [
+            name
+            for name in now.keys() | self.attributes.keys()
+            if now.get(name) != self.attributes.get(name)
+        ]
+        self.attributes = now
+        written = {
+            f"{region.path}.{name}".strip(".")
+            for region in self.region.walk()
+            for name in (
+                *region.state,
+                *(name for _, graph in region.graphs for name in graph.leaves_behind),
+            )
+        }
+        other = [n for n in names if not any(w == n or w.startswith(f"{n}.") for w in written)]
+        if not other:  # a call of the float model has moved its own state on
+            twin = shadow(model)
+            for region in self.region.walk():
+                own = twin.get_submodule(region.path)
+                for name in {name.partition(".")[0] for name in region.state}:
+                    if name in vars(own):
+                        vars(region.module)[name] = vars(own)[name]
+            return
+        if self.region.called:
+            self.altered = tuple(sorted(other))
+            logger.info("%s changed since the model was captured", ", ".join(self.altered))
+        self.region = Region(shadow(model))
+        self._prepared.clear()
+        self.version += 1
+
+    def check_called(self, method: str, batches: int) -> None:
+        """Raise :class:`NotCalibrated` if no call has captured it, for ``quantizer.<method>``."""
+        if self.region.called:
+            return
+        if self.altered:
+            raise NotCalibrated(
+                f"{', '.join(self.altered)} of the model changed since it was calibrated: run data "
+                "through the proxy of quantizer.calib(model) again, or give "
+                f"quantizer.{method}(model, example_inputs=...) to keep the ranges"
+            )
+        raise NotCalibrated(
+            "no calibration data was seen: run it through what quantizer.calib(model) returns"
+            if batches == 0 and method == "quantize"
+            else "this model object is not captured yet (it was not calibrated, its ranges were "
+            f"loaded, or it is a copy): quantizer.{method}(model, example_inputs=...)"
+        )
 
     @contextlib.contextmanager
     def calibrated_only(self) -> Iterator[None]:

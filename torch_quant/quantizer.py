@@ -385,11 +385,5 @@ class Quantizer(Tied):
         captured = self._captured(model, chosen)
         if example_inputs is not None:
             run_example(captured, example_inputs)
-        if not captured.region.called:
-            raise NotCalibrated(
-                "no calibration data was seen: run it through what quantizer.calib(model) returns"
-                if self.state.batches == 0 and method == "quantize"
-                else "this model object is not captured yet (it was not calibrated, its ranges "
-                f"were loaded, or it is a copy): quantizer.{method}(model, example_inputs=...)"
-            )
+        captured.check_called(method, self.state.batches)
         return chosen, captured

@@ -10,8 +10,9 @@ from torch.utils import _pytree as pytree
 
 from torch_quant.errors import CaptureFailed
 from torch_quant.graph.capture import Region, glue
-from torch_quant.graph.export import ModelRefuses, no_fastpath
+from torch_quant.graph.export import ModelRefuses
 from torch_quant.graph.outputs import flatten_output
+from torch_quant.graph.running import no_fastpath
 
 
 def captured_paths(region: Region) -> set[str]:
@@ -180,11 +181,14 @@ def test_unknown_attributes_stay_errors() -> None:
         _ = run.no_such_thing
 
 
-def test_an_executor_has_no_parameters_of_its_own() -> None:
-    run, _ = executor(Gated().eval())
+def test_an_executor_shows_the_models_parameters_and_owns_none() -> None:
+    model = Gated().eval()
+    run, _ = executor(model)
     run(normal(2, 16))
-    assert not list(run.parameters())
+    assert [name for name, _ in run.named_parameters()] == [n for n, _ in model.named_parameters()]
     assert not run.state_dict()
+    run.double()
+    assert all(x.dtype == torch.float32 for x in model.parameters())
 
 
 def test_glue_replaces_the_children_and_leaves_the_model() -> None:

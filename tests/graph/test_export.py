@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from torch_quant.errors import CaptureFailed
 from torch_quant.graph.calls import flatten_call
-from torch_quant.graph.export import ModelRefuses, export_graph, no_fastpath
+from torch_quant.graph.export import ModelRefuses, export_graph
+from torch_quant.graph.running import no_fastpath
 from torch_quant.graph.shadow import shadow
 
 

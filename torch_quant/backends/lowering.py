@@ -6,12 +6,14 @@ import operator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from torch_quant.backends.base import Backend
-from torch_quant.backends.quantized import QuantizedGraph, QuantizedRegion
+from torch_quant.backends.quantized import Absent, QuantizedGraph, QuantizedRegion
 from torch_quant.core.plan import QuantPlan
 from torch_quant.graph.capture import Region, glue
+from torch_quant.graph.hooks import give_hooks
 from torch_quant.model import CapturedModel
 from torch_quant.passes.base import PassContext, copy_graph, run_passes
 from torch_quant.passes.dynamic_sizes import dynamic_sizes
@@ -37,10 +39,11 @@ class Lowering:
         """The whole model, quantized; the float model is untouched."""
         self.captured.tell_unreached()
         quantized = self._region(self.captured.region)
+        assert isinstance(quantized, QuantizedRegion)
         _detach_parameters(quantized)
         return quantized
 
-    def _region(self, region: Region) -> QuantizedRegion:
+    def _region(self, region: Region) -> nn.Module:
         graphs = [
             QuantizedGraph(
                 self.graph(self.captured.prepared(region, graph).canonical),
@@ -52,16 +55,21 @@ class Lowering:
             for signature, graph in region.graphs
         ]
         rest: nn.Module | None = None
-        if region.failure or not graphs:
-            rest = glue(region, self._child)
+        if region.opened or not graphs:
+            rest = glue(region, self._child if region.failure or not graphs else self._part)
         quantized = QuantizedRegion(region.path, region.signature, graphs, rest)
         quantized.backend = self.backend.name
-        for name in region.borrowed:
-            setattr(quantized, name, getattr(region.module, name))
-        return quantized
+        give_hooks(quantized, region.hooks)
+        if region.lists_parameters:
+            quantized.register_parameter("no_values", nn.Parameter(torch.empty(0), False))
+        return _lent(quantized, region)
 
     def _child(self, region: Region) -> nn.Module:
         return self._region(region) if region.called else glue(region, self._child)
+
+    def _part(self, region: Region) -> nn.Module:
+        """A child of what runs as one graph: only what others called of it is needed."""
+        return self._region(region) if region.called else _lent(Absent(region.path), region)
 
     def graph(self, canonical: fx.GraphModule) -> fx.GraphModule:
         """One canonical graph, or a part of one, on the backend's kernels."""
@@ -73,6 +81,20 @@ class Lowering:
         lowered = self.backend.lower(context)
         run_passes(PassContext(lowered), [dynamic_sizes])
         return _only_used(lowered)
+
+
+def _lent(module: nn.Module, region: Region) -> nn.Module:
+    """Give ``module`` what the code around the region has read from it."""
+    for path in sorted(region.borrowed):
+        *parts, name = path.split(".")
+        owner = module
+        for part in parts:
+            if not hasattr(owner, part):
+                owner.add_module(part, nn.Module())
+            owner = getattr(owner, part)
+        if name not in vars(owner):
+            setattr(owner, name, operator.attrgetter(path)(region.module))
+    return module
 
 
 def _detach_parameters(model: nn.Module) -> None:

@@ -14,12 +14,32 @@ from torch_quant.backends.base import Backend
 from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import CaptureFailed, InvalidConfig
 from torch_quant.graph.calls import Call, bind, flatten_call
-from torch_quant.graph.export import no_fastpath
 from torch_quant.graph.outputs import unflatten_output
+from torch_quant.graph.running import no_fastpath
 from torch_quant.graph.serialize import pack, unpack
 from torch_quant.graph.shapes import ShapeContract
+from torch_quant.nn.forward import SignedForward
 
-__all__ = ["QuantizedGraph", "QuantizedRegion"]
+__all__ = ["Absent", "QuantizedGraph", "QuantizedRegion"]
+
+
+class Absent(nn.Module):
+    """In the place of a module that is part of a larger graph and was never called by itself.
+
+    Args:
+        path: the module's.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused."""
+        raise CaptureFailed(
+            f"{self.path} was never called by itself while calibrating; run quantizer.calib(model) "
+            "on inputs that do so too, then quantize again"
+        )
 
 
 class QuantizedGraph(nn.Module):
@@ -72,8 +92,14 @@ class QuantizedGraph(nn.Module):
         finally:
             torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
-    def forward(self, *tensors: torch.Tensor) -> Any:
-        return unflatten_output(self._run(*tensors), self.out_spec)
+    def forward(self, *tensors: torch.Tensor, source: Any = None) -> Any:
+        """The module's output.
+
+        Args:
+            tensors: those of the call.
+            source: its ``(args, kwargs)``, if arguments that the module changes are to be changed.
+        """
+        return unflatten_output(self._run(*tensors), self.out_spec, source)
 
     def _run(self, *tensors: torch.Tensor) -> Any:
         if self.compiler is None or torch.compiler.is_compiling():
@@ -83,24 +109,6 @@ class QuantizedGraph(nn.Module):
         if self.compiled is None:
             self.compiled = self.compiler.compile(self.body, tensors)
         return self.compiled(*tensors)
-
-
-class _Forward:
-    """The region's ``forward`` under the float module's signature.
-
-    ``torch.jit.trace(..., example_kwarg_inputs=...)`` and ``torch.export`` ask for names.
-    """
-
-    def __init__(self, region: QuantizedRegion, signature: inspect.Signature) -> None:
-        self.region, self.__signature__ = region, signature
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.region.run(*args, **kwargs)
-
-    @property
-    def __code__(self) -> Any:
-        """Where the code is, which ``torch.export`` notes."""
-        return QuantizedRegion.run.__code__
 
 
 class QuantizedRegion(nn.Module):
@@ -128,7 +136,7 @@ class QuantizedRegion(nn.Module):
         self.backend = ""
         self.plan = QuantPlan()
         self.calibration: dict[str, Any] = {}
-        self.forward = _Forward(self, signature)
+        self.forward = SignedForward(self.run, signature)
         self.eval()
 
     def train(self, mode: bool = True) -> QuantizedRegion:
@@ -141,6 +149,16 @@ class QuantizedRegion(nn.Module):
             "a quantized model cannot load a state_dict, since scales are part of its graph; "
             "pickle the model, export it, or save the Quantizer's state_dict and quantize again"
         )
+
+    def __getattr__(self, name: str) -> Any:
+        """In pieces: what the float module's own code has (a method, the state it keeps)."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            rest = self.__dict__.get("_modules", {}).get("glue")
+            if rest is None or name.startswith("__"):
+                raise
+            return getattr(rest, name)
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._container())
@@ -168,10 +186,15 @@ class QuantizedRegion(nn.Module):
         args, kwargs = bind(self.signature, args, kwargs)
         if self.glue is not None and not len(self.graphs):
             return self._run_glue(args, kwargs)
-        call = flatten_call(args, kwargs)
+        try:
+            call = flatten_call(args, kwargs)
+        except CaptureFailed:
+            if self.glue is None:
+                raise
+            return self._run_glue(args, kwargs)
         for graph in self.graphs:
             if graph.mismatch(call) is None:  # type: ignore[operator]
-                return graph(*call.tensors)
+                return graph(*call.tensors, source=call.source)
         if self.glue is not None:
             return self._run_glue(args, kwargs)
         raise CaptureFailed(

@@ -8,7 +8,7 @@ import keyword
 import math
 import re
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,11 +27,15 @@ _CONSTANTS = (
 
 @dataclass(frozen=True)
 class Call:
-    """One call, flattened: ``leaves`` in ``spec``'s order, tensors at ``positions``."""
+    """One call, flattened: ``leaves`` in ``spec``'s order, tensors at ``positions``.
+
+    ``source`` is what the caller gave, ``(args, kwargs)``; None for a call that was made up.
+    """
 
     leaves: tuple[Any, ...]
     spec: pytree.TreeSpec
     positions: tuple[int, ...]
+    source: Any = field(default=None, repr=False, compare=False)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -198,4 +202,4 @@ def flatten_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
                 "pytree; a module inside the model that takes such an input is captured in pieces"
             )
     positions = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
-    return Call(tuple(leaves), spec, positions)
+    return Call(tuple(leaves), spec, positions, (args, kwargs))

@@ -6,8 +6,11 @@ Python, on a shadow whose children are regions again.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
+import operator
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -15,7 +18,10 @@ from torch import nn
 
 from torch_quant.errors import CaptureFailed
 from torch_quant.graph.calls import Call, bind, flatten_call
-from torch_quant.graph.export import CapturedGraph, ModelRefuses, export_graph, no_fastpath
+from torch_quant.graph.effects import KeepsState
+from torch_quant.graph.export import CapturedGraph, ModelRefuses, export_graph
+from torch_quant.graph.hooks import give_hooks, hooked, take_hooks
+from torch_quant.graph.running import CAPTURING, no_fastpath
 from torch_quant.graph.shadow import shadow
 
 __all__ = ["Executor", "Region", "Runner"]
@@ -27,18 +33,26 @@ class Region:
     """One module of a model and the graphs captured of it.
 
     Args:
-        module: the module's shadow, in eval mode.
+        module: the module's shadow, in eval mode; the user's hooks are taken off it.
         path: its path in the whole model, empty for the model itself.
     """
 
     def __init__(self, module: nn.Module, path: str = "") -> None:
         self.module = module
         self.path = path
+        self.hooks = take_hooks(module)
         self.signature = inspect.signature(module.forward)
         self.graphs: list[tuple[Any, CapturedGraph]] = []
         self.children: dict[str, Region] = {}
         self.failure = ""
+        self.opened = False
+        """Whether its children are regions: it is captured in pieces, or others call its parts."""
+        self.state: tuple[str, ...] = ()
+        """Attributes that it keeps from one call to the next."""
         self.borrowed: set[str] = set()
+        """Values that the code around it has read from it, as ``child.attribute``."""
+        self.lists_parameters = False
+        """Whether the code around it has asked for its parameters."""
         self.called = False
 
     def find(self, call: Call) -> CapturedGraph | None:
@@ -65,23 +79,44 @@ class Region:
             call = flatten_call(args, kwargs)
             graph = self.find(call)
             if graph is None and not self.failure:
-                graph = export_graph(self.module, call)
-                self.graphs.append((call.signature, graph))
-                logger.info("captured %s as one graph", self.path or "the model")
+                graph = self._capture(call)
             return None if graph is None else (call, graph)
         except ModelRefuses:
             raise
         except CaptureFailed as error:
-            self._split(str(error))
+            if isinstance(error, KeepsState):
+                self.state = error.names
+            self.split(str(error))
             return None
 
-    def _split(self, reason: str) -> None:
-        self.failure = reason
-        self.children = {
-            f"{self.path}.{name}".strip("."): Region(child, f"{self.path}.{name}".strip("."))
-            for name, child in _callable_children(self.module)
-        }
-        logger.info("%s is captured in pieces: %s", self.path or "the model", reason)
+    def _capture(self, call: Call) -> CapturedGraph:
+        with CAPTURING:
+            if graph := self.find(call):  # another thread was here
+                return graph
+            if below := hooked(self.module):
+                raise CaptureFailed(f"a hook on {below} runs at each of its calls")
+            graph = export_graph(self.module, call)
+            self.graphs.append((call.signature, graph))
+        logger.info("captured %s as one graph", self.path or "the model")
+        return graph
+
+    def split(self, reason: str) -> None:
+        """Run as Python over regions from now on, for calls that no graph serves."""
+        with CAPTURING:
+            if not self.failure:
+                self.failure = reason
+                logger.info("%s is captured in pieces: %s", self.path or "the model", reason)
+            self.open()
+
+    def open(self) -> None:
+        """Make the children regions, once."""
+        with CAPTURING:
+            if self.opened:
+                return
+            for name, child in _callable_children(self.module):
+                path = f"{self.path}.{name}".strip(".")
+                self.children[path] = Region(child, path)
+            self.opened = True
 
     def walk(self) -> Iterator[Region]:
         """This region and all below it."""
@@ -113,6 +148,8 @@ class Runner(Protocol):
 class Executor(nn.Module):
     """A region that can be called like its module; captures as calls come in.
 
+    It keeps a state of its own where the module keeps one, which begins as the module's.
+
     Args:
         region: what to run.
         run: how to run its graphs.
@@ -122,14 +159,15 @@ class Executor(nn.Module):
         super().__init__()
         self.__dict__["region"] = region  # no submodule: its parameters are the user's
         self.run = run
-        self._glue: nn.Module | None = None
+        self.__dict__["_glue"] = None
+        give_hooks(self, region.hooks)
         self.eval()
 
     def __iter__(self) -> Iterator[nn.Module]:
-        return iter(self._opened())
+        return iter(self._layers())
 
     def __getitem__(self, index: Any) -> Any:
-        return self._opened()[index]
+        return self._layers()[index]
 
     def __len__(self) -> int:
         return len(self.region.module)
@@ -137,36 +175,99 @@ class Executor(nn.Module):
     def __bool__(self) -> bool:
         return not hasattr(self.region.module, "__len__") or len(self) > 0
 
-    def _opened(self) -> Any:
+    def _layers(self) -> Any:
         """Glue that calls the layers of a sequence one by one: each is a region then."""
-        if not self.region.failure:
-            self.region._split("its layers are called one by one")
+        self.region.split("its layers are called one by one")
         self.region.called = True
+        return self.glue()
+
+    def glue(self) -> nn.Module:
+        """The module's own Python over executors of its children."""
         if self._glue is None:
-            self._glue = glue(self.region, lambda child: Executor(child, self.run))
-        return self._glue
+            with CAPTURING:
+                self.region.open()
+                if self._glue is None:
+                    made = glue(self.region, lambda child: Executor(child, self.run))
+                    self.__dict__["_glue"] = made
+        return self._glue  # type: ignore[no-any-return]
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Those of the float module: code around it asks ``next(self.parameters()).dtype``."""
+        self.region.lists_parameters = True
+        yield from self.region.module.named_modules(memo, prefix, remove_duplicate)
 
     def __getattr__(self, name: str) -> Any:
-        """Glue may reach into a child (``self.proj.weight``): the child's own attribute, noted."""
+        """Glue may reach into a child: for its attributes, or to call parts of it."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            region: Region = self.__dict__["region"]
-            value = getattr(region.module, name)
-            region.borrowed.add(name)
-            return value
+            return _reach(self, "", name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         resolved = self.region.resolve(args, kwargs)
         if resolved is not None:
             call, graph = resolved
             return self.run(self.region, graph, call)
-        if self._glue is None:
-            self._glue = glue(self.region, lambda child: Executor(child, self.run))
         with no_fastpath():
-            return self._glue(*args, **kwargs)
+            return self.glue()(*args, **kwargs)
+
+
+class _Part:
+    """A part of a region that the code around it reaches into: called, it is a region itself.
+
+    Args:
+        owner: runs the region.
+        path: of the part within the region's module.
+    """
+
+    def __init__(self, owner: Executor, path: str) -> None:
+        self.__dict__.update(_owner=owner, _path=path)
+
+    def _opened(self) -> Any:
+        self._owner.region.called = True
+        return operator.attrgetter(self._path)(self._owner.glue())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._opened()(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return _reach(self._owner, self._path, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._opened())
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._opened()[index]
+
+    def __len__(self) -> int:
+        return len(self._owner.region.module.get_submodule(self._path))
+
+
+def _reach(owner: Executor, path: str, name: str) -> Any:
+    """The attribute ``name`` of the part at ``path``, as the code around the region sees it."""
+    module = owner.region.module.get_submodule(path)
+    value = getattr(module, name)
+    where = f"{path}.{name}".strip(".")
+    if isinstance(value, nn.Module):
+        parts = owner.region.module.named_modules()
+        found = next((known for known, each in parts if each is value), "")
+        return _Part(owner, found) if found else value
+    if isinstance(value, types.MethodType) and value.__self__ is module:
+        # Its own Python, over regions: what it calls must not run in float beside them.
+        return getattr(_Part(owner, path)._opened() if path else owner.glue(), name)
+    owner.region.borrowed.add(where)
+    return value
 
 
 def glue(region: Region, make: Callable[[Region], nn.Module]) -> nn.Module:
-    """The region's module with every child region replaced by what ``make`` gives for it."""
-    return shadow(region.module, {child.module: make(child) for child in region.children.values()})
+    """The region's module with every child region replaced by what ``make`` gives for it.
+
+    Attributes that it keeps between its calls are copies.
+    """
+    twin = shadow(region.module, {child.module: make(child) for child in region.children.values()})
+    for name in {name.partition(".")[0] for name in region.state} - twin._modules.keys():
+        if name in vars(twin):
+            vars(twin)[name] = copy.deepcopy(vars(twin)[name])
+    return twin

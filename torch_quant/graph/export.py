@@ -17,16 +17,26 @@ from torch.utils import _pytree as pytree
 
 from torch_quant.errors import CaptureFailed
 from torch_quant.graph.calls import Call, identifiers
+from torch_quant.graph.effects import KeepsState
 from torch_quant.graph.lstm import restore_lstms, whole_lstms
 from torch_quant.graph.outputs import flatten_output, unflatten_output
+from torch_quant.graph.running import (
+    CAPTURING,
+    Writes,
+    copied,
+    first_run,
+    frozen,
+    no_fastpath,
+    own_operators,
+    run_module,
+    written,
+)
 from torch_quant.graph.shapes import ShapeContract
 
 __all__ = [
     "CapturedGraph",
     "ModelRefuses",
     "export_graph",
-    "no_fastpath",
-    "run_module",
     "size_oblivious",
 ]
 
@@ -53,32 +63,39 @@ class CapturedGraph:
         out_spec: how the leaves form the module's output.
         exact: it gave the module's output bit for bit, not only up to rounding. (Some models take
             another, equivalent path while being exported: a mask where eager code asks for causal.)
+        writes: the arguments that the module changes.
+        leaves_behind: attributes that its calls write and never read, as ``child.attribute``.
     """
 
     gm: fx.GraphModule
     contract: ShapeContract
     out_spec: Any
     exact: bool = True
+    writes: Writes = ()
+    leaves_behind: tuple[str, ...] = ()
 
     def __call__(self, call: Call) -> Any:
-        return self.output(self.gm(*call.tensors))
+        return self.output(self.gm(*call.tensors), call)
 
-    def output(self, leaves: Any) -> Any:
-        """The module's output from the graph's."""
-        return unflatten_output(leaves, self.out_spec)
+    def output(self, leaves: Any, call: Call) -> Any:
+        """The module's output from the graph's; arguments that it changes are changed."""
+        return unflatten_output(leaves, self.out_spec, call.source)
 
 
 class _Flat(nn.Module):
     """``module`` seen as a function of tensors only, returning flat leaves."""
 
-    def __init__(self, module: nn.Module, call: Call, record: Callable[[Any], None]) -> None:
+    def __init__(
+        self, module: nn.Module, call: Call, writes: Writes, record: Callable[[Any], None]
+    ) -> None:
         super().__init__()
         self.add_module(_INNER, module)
-        self._call, self._record = call, record
+        self._call, self._writes, self._record = call, writes, record
 
     def forward(self, *tensors: Tensor) -> list[Any]:
         args, kwargs = self._call.rebuild(tensors)
-        leaves, spec = flatten_output(getattr(self, _INNER)(*args, **kwargs))
+        output = getattr(self, _INNER)(*args, **kwargs)
+        leaves, spec = flatten_output(output, written(args, kwargs, self._writes))
         self._record(spec)
         return leaves
 
@@ -93,26 +110,35 @@ def export_graph(module: nn.Module, call: Call) -> CapturedGraph:
 
     Raises:
         ModelRefuses: the float module raises on ``call``.
+        KeepsState: the module reads what an earlier call of it left in an attribute.
         CaptureFailed: no attempt gave the module's output, or only for the example's batch size
             though the module serves others and has parts that could be captured instead.
     """
     if not call.tensors:
         raise CaptureFailed("the call has no tensor input, so there is nothing to capture")
+    with CAPTURING:
+        return _first_that_serves(module, call)
+
+
+def _first_that_serves(module: nn.Module, call: Call) -> CapturedGraph:
     try:
-        expected = run_module(module, call)
+        expected, writes, left = first_run(module, call)
+    except KeepsState:
+        raise
     except Exception as error:  # whatever the model raises
         raise ModelRefuses(
             f"the float model itself fails on these inputs "
             f"({', '.join(call.describe())}): {type(error).__name__}: {_first_lines(error)}"
         ) from error
-    others = _other_sizes(module, call)
+    others = _other_sizes(module, call, writes)
     best: CapturedGraph | None = None
     reasons: list[str] = []
     twice = _repeat(call, 2) if _batch(call) == 1 else call
     attempts = [(call, "oblivious"), (twice, "oblivious"), (twice, "dynamic"), (call, "static")]
     for example, mode in dict.fromkeys(attempts):
         try:
-            graph = _export(module, example, mode)
+            graph = _export(module, example, mode, writes)
+            graph.leaves_behind = left
             graph.contract = graph.contract.allowing(call)
             graph.exact = _verify(graph, call, expected) and _exact_unmasked(module, graph, call)
         except Exception as error:  # torch.export raises errors of many unrelated classes
@@ -155,13 +181,13 @@ def _takes_another_path(graph: CapturedGraph, call: Call) -> bool:
     return bare.mismatch(call) is None
 
 
-def _other_sizes(module: nn.Module, call: Call) -> list[tuple[Call, list[Any]]]:
+def _other_sizes(module: nn.Module, call: Call, writes: Writes) -> list[tuple[Call, list[Any]]]:
     """The call at other batch sizes, with the module's outputs; without those it refuses."""
     batch, found = _batch(call), []
     sizes = [_repeat(call, 3)] if batch == 1 else [_repeat(call, 2), _first_row(call)]
     for other in sizes:
         try:
-            found.append((other, run_module(module, other)))
+            found.append((other, run_module(module, other, writes=writes)))
         except Exception as error:  # the model's own refusal, whatever it raises
             logger.debug("the float model does not take another batch size: %s", error)
     return found
@@ -185,7 +211,7 @@ def _exact_unmasked(module: nn.Module, graph: CapturedGraph, call: Call) -> bool
         return True
     unmasked = call.with_tensors(tensors)
     try:
-        return _verify(graph, unmasked, run_module(module, unmasked))
+        return _verify(graph, unmasked, run_module(module, unmasked, writes=graph.writes))
     except Exception as error:  # zeros and ones that are no mask may not be a valid input
         logger.debug("not run without its masks: %s", error)
         return True
@@ -214,23 +240,6 @@ def _first_lines(error: Exception, count: int = 2) -> str:
     return " ".join(lines[:count])[:400]
 
 
-@contextlib.contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    """Same random numbers in every run, no gradients, and buffers as they were afterwards."""
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    owners = [(owner, dict(owner._buffers)) for owner in module.modules()]
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        try:
-            yield
-        finally:
-            for owner, names in owners:
-                owner._buffers.update(names)
-            for buffer, saved in buffers:
-                if not torch.equal(buffer, saved):
-                    buffer.copy_(saved)
-
-
 def size_oblivious(wanted: bool) -> contextlib.AbstractContextManager[Any]:
     """Export without taking a dimension of size 1 for a constant, if ``wanted``."""
     from torch.fx.experimental import _config as fx_config
@@ -240,28 +249,6 @@ def size_oblivious(wanted: bool) -> contextlib.AbstractContextManager[Any]:
     patch: contextlib.AbstractContextManager[Any]
     patch = fx_config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
     return patch
-
-
-@contextlib.contextmanager
-def no_fastpath() -> Iterator[None]:
-    """Attention modules compute by their own Linears, not by one opaque operator."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
-
-
-@contextlib.contextmanager
-def _own_operators() -> Iterator[None]:
-    """PyTorch's own ``embedding_bag``: IPEX's, in its place, reads beyond the ids and crashes."""
-    found = torch.embedding_bag
-    torch.embedding_bag = torch._VF.embedding_bag
-    try:
-        yield
-    finally:
-        torch.embedding_bag = found
 
 
 @contextlib.contextmanager
@@ -280,30 +267,11 @@ def _quiet() -> Iterator[None]:
             each.disabled = before
 
 
-def _copied(call: Call) -> Call:
-    """The call on copies of its tensors: a model may write into its inputs."""
-    return call.with_tensors(tuple(x.clone() for x in call.tensors))
-
-
-def run_module(module: nn.Module, call: Call, grad: bool = False) -> list[Any]:
-    """The float module's flat outputs for ``call``, without a trace on its inputs and buffers.
-
-    Args:
-        module: in eval mode.
-        call: what to call it with.
-        grad: the grad mode it runs in, by which some modules choose their path.
-    """
-    with _frozen(module), _own_operators(), torch.set_grad_enabled(grad):
-        args, kwargs = call.rebuild(_copied(call).tensors)
-        leaves, _ = flatten_output(module(*args, **kwargs))
-        return [x.detach() if isinstance(x, Tensor) else x for x in leaves]
-
-
 def _verify(graph: CapturedGraph, call: Call, expected: list[Any]) -> bool:
     """Whether the graph gives ``expected`` bit for bit; raises unless it does so up to rounding."""
     graph.contract.check(call)
-    with _frozen(graph.gm):
-        actual = list(graph.gm(*_copied(call).tensors))
+    with frozen(graph.gm):
+        actual = list(graph.gm(*copied(call).tensors))
     if len(actual) != len(expected):
         raise CaptureFailed(f"the graph gives {len(actual)} outputs, the module {len(expected)}")
     same = [_same(x, y) for x, y in zip(actual, expected, strict=True)]
@@ -330,16 +298,16 @@ def _same(actual: Any, expected: Any) -> bool:
     return False
 
 
-def _export(module: nn.Module, example: Call, mode: str) -> CapturedGraph:
+def _export(module: nn.Module, example: Call, mode: str, writes: Writes) -> CapturedGraph:
     # Imported here: with sympy behind it, it takes longer than all the rest of the package.
     from torch.export import Dim
 
     out_specs: list[Any] = []
-    flat = _Flat(module, example, out_specs.append)
+    flat = _Flat(module, example, writes, out_specs.append)
     shapes = tuple(dict.fromkeys(range(x.dim()), Dim.AUTO) or None for x in example.tensors)
     with (
-        _frozen(module),
-        _own_operators(),
+        frozen(module),
+        own_operators(),
         whole_lstms(),
         no_fastpath(),
         _quiet(),
@@ -347,13 +315,14 @@ def _export(module: nn.Module, example: Call, mode: str) -> CapturedGraph:
     ):
         program = torch.export.export(
             flat,
-            _copied(example).tensors,
+            copied(example).tensors,
             dynamic_shapes=None if mode == "static" else {"tensors": shapes},
             strict=False,
         )
     exported = program.module()
     contract = ShapeContract.of(exported, example)
-    return CapturedGraph(_plain(exported, contract.names), contract, out_specs[-1])
+    gm = _plain(exported, contract.names)
+    return CapturedGraph(gm, contract, out_specs[-1], writes=writes)
 
 
 def _plain(exported: fx.GraphModule, names: list[str]) -> fx.GraphModule:

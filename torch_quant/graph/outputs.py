@@ -15,6 +15,7 @@ from torch import SymInt, Tensor, nn
 from torch.utils import _pytree as pytree
 
 from torch_quant.errors import CaptureFailed
+from torch_quant.graph.effects import assign
 
 __all__ = ["flatten_output", "leaf_names", "unflatten_output"]
 
@@ -88,24 +89,56 @@ def _reordered(value: Any, path: tuple[Any, ...] = ()) -> Iterator[Any]:
         yield from _reordered(item, (*path, key))
 
 
+@dataclass(frozen=True)
+class _Argument:
+    """Stands in an output for an argument that the module has changed and hands back."""
+
+    key: int | str
+
+
+@dataclass(frozen=True)
+class _Written:
+    """An output, and what a module has made of the arguments that it changes."""
+
+    output: _Tree
+    arguments: dict[int | str, _Tree]
+
+
 _LEAF = "leaf"
 _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 
 
-def flatten_output(output: Any) -> tuple[list[Any], Any]:
+def flatten_output(
+    output: Any, arguments: Mapping[int | str, Any] | None = None
+) -> tuple[list[Any], Any]:
     """(tensor and number leaves, spec). Other leaves are constants of the spec.
 
     A leaf that is an object with a ``__dict__`` (a cache, say) is taken apart into its attributes,
     and made again by :func:`unflatten_output`.
+
+    Args:
+        output: of a module.
+        arguments: position or name -> an argument that the module has changed; its leaves follow.
     """
     leaves: list[Any] = []
-    return leaves, _flatten(output, leaves, depth=0)
+    if not arguments:
+        return leaves, _flatten(output, leaves, depth=0)
+    known = {id(value): key for key, value in arguments.items()}
+    spec = _flatten(output, leaves, depth=0, known=known)
+    written = {key: _flatten(value, leaves, depth=0) for key, value in arguments.items()}
+    return leaves, _Written(spec, written)
 
 
-def _flatten(value: Any, leaves: list[Any], depth: int) -> Any:
-    items, tree = pytree.tree_flatten(value)
+def _flatten(
+    value: Any, leaves: list[Any], depth: int, known: Mapping[int, int | str] | None = None
+) -> Any:
+    known = known or {}
+    items, tree = pytree.tree_flatten(value, is_leaf=lambda x: id(x) in known)
     specs: list[Any] = []
     for item in items:
+        if id(item) in known:
+            specs.append(_Argument(known[id(item)]))
+            continue
         # Any number may be a size of this call, so none is taken for a constant.
         if isinstance(item, (Tensor, int, float, SymInt)) and not isinstance(item, bool):
             leaves.append(item)
@@ -146,22 +179,45 @@ def _parts(item: Any) -> list[tuple[str, Any, Any]]:
     return parts
 
 
-def unflatten_output(leaves: Any, spec: Any) -> Any:
-    """Undo :func:`flatten_output`."""
-    return _unflatten(iter(leaves), spec)
+def unflatten_output(leaves: Any, spec: Any, source: Any = None) -> Any:
+    """Undo :func:`flatten_output`; the arguments that the module changes are changed likewise.
+
+    Args:
+        leaves: what a graph gives.
+        spec: how they nest.
+        source: the caller's ``(args, kwargs)``.
+    """
+    if not isinstance(spec, _Written):
+        return _unflatten(iter(leaves), spec, {})
+    leaves = list(leaves)
+    rest = iter(leaves[_count(spec.output) :])
+    arguments = {key: _unflatten(rest, each, {}) for key, each in spec.arguments.items()}
+    if source is not None:
+        args, kwargs = source
+        given = {key: args[key] if isinstance(key, int) else kwargs[key] for key in arguments}
+        arguments = {key: assign(given[key], new) for key, new in arguments.items()}
+    return _unflatten(iter(leaves), spec.output, arguments)
 
 
-def _unflatten(leaves: Any, spec: _Tree) -> Any:
+def _count(spec: _Tree) -> int:
+    """How many leaves a spec takes."""
+    inner = [each for item in spec.leaves if isinstance(item, _Object) for each in item.specs]
+    return sum(isinstance(item, str) for item in spec.leaves) + sum(map(_count, inner))
+
+
+def _unflatten(leaves: Any, spec: _Tree, arguments: Mapping[int | str, Any]) -> Any:
     items = []
     for item in spec.leaves:
         if isinstance(item, str):
             items.append(next(leaves))
         elif isinstance(item, _Constant):
             items.append(item.value)
+        elif isinstance(item, _Argument):
+            items.append(arguments[item.key])
         else:
             new = item.cls.__new__(item.cls)
             for (how, key), inner in zip(item.parts, item.specs, strict=True):
-                value = _unflatten(leaves, inner)
+                value = _unflatten(leaves, inner, arguments)
                 if how == "item":
                     new[key] = value
                 elif how == "append":
@@ -178,6 +234,9 @@ def _unflatten(leaves: Any, spec: _Tree) -> Any:
 
 def leaf_names(spec: Any) -> list[str]:
     """A name for each leaf: ``logits``, ``past_key_values.0``, ``output``, ``output_1``."""
+    if isinstance(spec, _Written):
+        written = [name for k, each in spec.arguments.items() for name in _names(each, str(k))]
+        return [*leaf_names(spec.output), *written]
     return [name or "output" for name in _names(spec, "")]
 
 

@@ -19,7 +19,9 @@ from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import InvalidConfig, NotCalibrated, QuantError
 from torch_quant.graph.calls import Call
 from torch_quant.graph.capture import Region
-from torch_quant.graph.export import CapturedGraph, run_module
+from torch_quant.graph.effects import assign
+from torch_quant.graph.export import CapturedGraph
+from torch_quant.graph.running import run_module
 from torch_quant.model import CapturedModel
 from torch_quant.nn.probe import SiteProbe
 from torch_quant.passes.probe_sites import LocalSite, cut_sites, insert_site_probes
@@ -47,6 +49,10 @@ LossFn = Callable[[Any, Any], Tensor]
 positional argument, or the tuple of them."""
 KEPT_ROWS = 32
 """How many samples are kept to verify predictions with."""
+
+
+_UNCHANGED = (Tensor, bool, int, float, str, type(None))
+"""Arguments that a model cannot change, or that graphs write to themselves."""
 
 
 @dataclass
@@ -167,6 +173,7 @@ class AmpModel(Proxy):
             return self._executor(*args, **kwargs)
         if self._versions() != self._written:
             self._reset()
+        given = (args, kwargs)
         self._grad_mode = torch.is_grad_enabled()
         with torch.inference_mode(False), self._captured.calibrated_only():
             args, kwargs = pytree.tree_map_only(Tensor, plain, (args, kwargs))
@@ -175,6 +182,9 @@ class AmpModel(Proxy):
                 outputs = self._recorded(record, args, kwargs, kept)
             if sum(batch_size(inputs[:2]) for inputs in self.samples) < KEPT_ROWS:
                 self.samples.append((*kept, copied(outputs)))
+            if any(not isinstance(x, _UNCHANGED) for x in (*args, *kwargs.values())):
+                # The model may have changed them; no history of gradients may stay in them.
+                assign(given, detached((args, kwargs)))
         return outputs
 
     def _recorded(
@@ -292,13 +302,13 @@ class AmpModel(Proxy):
         # What kernels are chosen by; where they differ, the float module's own values are given.
         kind = (id(graph), self._grad_mode, call.tensors[0].shape[:1])
         exact = self._exact.get(kind, None if graph.exact else False)
-        values = None if exact else run_module(region.module, call, self._grad_mode)
+        values = None if exact else run_module(region.module, call, self._grad_mode, graph.writes)
         leaves = self._graphs[id(graph)](*call.tensors)
         if values is None:
-            return graph.output(leaves)
+            return graph.output(leaves, call)
         if exact is None:
             self._exact[kind] = all(map(same, leaves, values))
-        return graph.output(map(valued, leaves, values))
+        return graph.output(map(valued, leaves, values), call)
 
     def _instrument(self, region: Region, graph: CapturedGraph) -> torch.fx.GraphModule:
         prepared = self._captured.prepared(region, graph)

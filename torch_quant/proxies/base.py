@@ -14,6 +14,7 @@ from torch_quant.graph.calls import Call
 from torch_quant.graph.capture import Executor, Region
 from torch_quant.graph.export import CapturedGraph
 from torch_quant.model import CapturedModel
+from torch_quant.nn.forward import SignedForward
 
 __all__ = ["Proxy", "Tied"]
 
@@ -44,6 +45,8 @@ class Proxy(Tied, nn.Module):
         self._captured = captured
         self._model = weakref.ref(model)
         self._reset()
+        # Whoever passes only what a model takes asks for its signature.
+        self.forward = SignedForward(self.forward, captured.region.signature)
         self.eval()
 
     def _reset(self) -> None:
@@ -51,6 +54,16 @@ class Proxy(Tied, nn.Module):
         self._version = self._captured.version
         # No submodule: what is done to the proxy (double(), train()) must not reach the parameters.
         self.__dict__["_executor"] = Executor(self._captured.region, self._run)
+
+    def __getattr__(self, name: str) -> Any:
+        """In pieces: what the model's own code has (a method, the state it keeps)."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            executor = self.__dict__.get("_executor")
+            if executor is None or name.startswith("_") or not executor.region.opened:
+                raise
+            return getattr(executor.glue(), name)
 
     @property
     def captured(self) -> CapturedModel:

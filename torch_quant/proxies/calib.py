@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch_quant.graph.calls import Call
 from torch_quant.graph.capture import Region
 from torch_quant.graph.export import CapturedGraph
+from torch_quant.graph.running import copied
 from torch_quant.model import CapturedModel
 from torch_quant.observers import Observer
 from torch_quant.passes.prepare import insert_observers
@@ -64,10 +65,12 @@ class CalibModel(Proxy):
             prepared = self._captured.prepared(region, graph)
             self._names.clear()  # its sites may want more of a tensor
             self._graphs[id(graph)] = insert_observers(prepared, self._observe)
-        outputs = self._graphs[id(graph)](*call.tensors)
+        # Where the module itself follows, it must find its inputs as they were.
+        tensors = call.tensors if graph.exact else copied(call).tensors
+        outputs = self._graphs[id(graph)](*tensors)
         if graph.exact:
-            return graph.output(outputs)
-        args, kwargs = call.rebuild(call.tensors)
+            return graph.output(outputs, call)
+        args, kwargs = call.source
         return region.module(*args, **kwargs)
 
     def _observe(self, key: str, x: Tensor) -> None:

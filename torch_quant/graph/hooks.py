@@ -1,0 +1,49 @@
+"""The user's forward hooks: they run around a piece, on real data, once a call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+__all__ = ["give_hooks", "hooked", "take_hooks"]
+
+Hooks = dict[str, dict[int, Any]]
+"""Entry of a module's dictionary -> what is registered there."""
+
+_CALLED = ("_forward_pre_hooks", "_forward_hooks")
+_FLAGS = (
+    "_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+)  # fmt: skip
+_COMPUTES = "torch.nn.utils"
+"""Hooks of PyTorch's own (weight norm, pruning) make weights: they belong to the computation."""
+
+
+def _users(module: nn.Module) -> set[int]:
+    """The ids of the user's hooks on ``module``."""
+    return {
+        key
+        for name in _CALLED
+        for key, hook in vars(module)[name].items()
+        if not type(hook).__module__.startswith(_COMPUTES)
+    }
+
+
+def hooked(module: nn.Module) -> str:
+    """The path of a module below ``module`` that has hooks of the user's; empty if none has."""
+    return next((path for path, each in module.named_modules() if path and _users(each)), "")
+
+
+def take_hooks(module: nn.Module) -> Hooks:
+    """Take the user's hooks off ``module``, a twin."""
+    keys, taken = _users(module), {}
+    for name in (*_CALLED, *_FLAGS):
+        entries = vars(module)[name]
+        taken[name] = {key: entries.pop(key) for key in list(entries) if key in keys}
+    return taken
+
+
+def give_hooks(module: nn.Module, hooks: Hooks) -> None:
+    """Let hooks that were taken off one module run around another."""
+    for name, entries in hooks.items():
+        vars(module)[name].update(entries)

@@ -1,0 +1,148 @@
+"""Float modules run by the package: the same numbers at each run, and nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from torch_quant.graph.calls import Call
+from torch_quant.graph.effects import KeepsState, Watch, kept_between_calls
+from torch_quant.graph.outputs import flatten_output
+
+__all__ = [
+    "CAPTURING",
+    "Writes",
+    "copied",
+    "first_run",
+    "frozen",
+    "no_fastpath",
+    "own_operators",
+    "run_module",
+    "written",
+]
+
+CAPTURING = threading.RLock()
+"""Held while something is set for the whole process; ``torch.export`` is not thread-safe either."""
+Writes = tuple[int | str, ...]
+"""Positions and names of the arguments that a module changes."""
+
+
+@contextlib.contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Same random numbers in every run, no gradients, and the module as it was afterwards."""
+    attributes = Watch({} if isinstance(module, fx.GraphModule) else {"": module})
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    owners = [(owner, dict(owner._buffers)) for owner in module.modules()]
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        try:
+            yield
+        finally:
+            attributes.restore()
+            for owner, names in owners:
+                owner._buffers.update(names)
+            for buffer, saved in buffers:
+                if not torch.equal(buffer, saved):
+                    buffer.copy_(saved)
+
+
+class _FastPath:
+    """Switches it off for as long as anybody wants that, in whatever thread."""
+
+    def __init__(self) -> None:
+        self._lock, self._users, self._before = threading.Lock(), 0, True
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                self._before = torch.backends.mha.get_fastpath_enabled()
+                torch.backends.mha.set_fastpath_enabled(False)
+            self._users += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                torch.backends.mha.set_fastpath_enabled(self._before)
+
+
+_FAST_PATH = _FastPath()
+
+
+def no_fastpath() -> contextlib.AbstractContextManager[None]:
+    """Attention modules compute by their own Linears, not by one opaque operator."""
+    return _FAST_PATH
+
+
+@contextlib.contextmanager
+def own_operators() -> Iterator[None]:
+    """PyTorch's own ``embedding_bag``: IPEX's, in its place, reads beyond the ids and crashes."""
+    found = torch.embedding_bag
+    torch.embedding_bag = torch._VF.embedding_bag
+    try:
+        yield
+    finally:
+        torch.embedding_bag = found
+
+
+def copied(call: Call) -> Call:
+    """The call on copies of its tensors: a model may write into its inputs."""
+    return call.with_tensors(tuple(x.clone() for x in call.tensors))
+
+
+def run_module(module: nn.Module, call: Call, grad: bool = False, writes: Writes = ()) -> list[Any]:
+    """The float module's flat outputs for ``call``, without a trace on its inputs and itself.
+
+    Args:
+        module: in eval mode.
+        call: what to call it with.
+        grad: the grad mode it runs in, by which some modules choose their path.
+        writes: arguments that it changes; what they become is part of the outputs.
+    """
+    with CAPTURING, frozen(module), own_operators(), torch.set_grad_enabled(grad):
+        return _run(module, call, writes)
+
+
+def _run(module: nn.Module, call: Call, writes: Writes) -> list[Any]:
+    args, kwargs = call.rebuild(copied(call).tensors)
+    output = module(*args, **kwargs)
+    return _detached(flatten_output(output, written(args, kwargs, writes))[0])
+
+
+def first_run(module: nn.Module, call: Call) -> tuple[list[Any], Writes, tuple[str, ...]]:
+    """The outputs, the arguments that the module changes, and attributes that it leaves behind."""
+    with frozen(module), own_operators():
+        args, kwargs = call.rebuild(copied(call).tensors)
+        roots: dict[Any, Any] = dict(enumerate(args)) | kwargs
+        watches = {key: Watch({str(key): x}, tensors=False) for key, x in roots.items()}
+        state = Watch({"": module})
+        output = module(*args, **kwargs)
+        writes = tuple(key for key, watch in watches.items() if watch.changed())
+        expected = _detached(flatten_output(output, written(args, kwargs, writes))[0])
+
+        def again(with_others: bool) -> list[Any]:
+            torch.manual_seed(0)
+            return _run(module, _flipped(call) if with_others else call, writes)
+
+        left = tuple(dict.fromkeys(state.changed()))
+        if left and (kept := kept_between_calls(state, expected, again)):
+            raise KeepsState(kept)
+    return expected, writes, left
+
+
+def _flipped(call: Call) -> Call:
+    """The call with other values, as valid as its own and of the same shapes."""
+    return call.with_tensors(tuple(x.flip(-1) if x.dim() else x for x in call.tensors))
+
+
+def written(args: tuple[Any, ...], kwargs: dict[str, Any], writes: Writes) -> dict[Any, Any]:
+    return {key: args[key] if isinstance(key, int) else kwargs[key] for key in writes}
+
+
+def _detached(leaves: list[Any]) -> list[Any]:
+    return [x.detach() if isinstance(x, Tensor) else x for x in leaves]
