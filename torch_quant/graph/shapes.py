@@ -9,8 +9,11 @@ from torch import SymInt, fx
 
 from torch_quant.errors import CaptureFailed
 from torch_quant.graph.calls import Call
+from torch_quant.graph.size_checks import Failure, SizeChecks, substitute
 
 __all__ = ["ShapeContract"]
+
+_INT = frozenset({int})
 
 
 @dataclass
@@ -19,13 +22,18 @@ class ShapeContract:
 
     Two dimensions of one name must have one size, and every condition that the code checked while
     it was exported must hold (``if x.shape[1] > 128``), or it would have taken another path.
+
+    A call is checked by one Python function, made of all of that at the first call.
     """
 
     names: list[str]
     shapes: list[tuple[int | str, ...]]
     conditions: list[Any] = field(default_factory=list)
     derived: list[tuple[int, int, Any]] = field(default_factory=list)
-    _seen: set[tuple[tuple[int, ...], ...]] = field(default_factory=set, repr=False)
+    _checks: SizeChecks | None = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_checks": None}
 
     @classmethod
     def of(cls, exported: fx.GraphModule, example: Call) -> ShapeContract:
@@ -41,42 +49,50 @@ class ShapeContract:
                 derived += [
                     (len(shapes) - 1, axis, size.node.expr)
                     for axis, size in enumerate(sizes)
-                    if isinstance(size, SymInt) and not str(size).isidentifier()
+                    if not str(size).isidentifier() and not str(size).isdecimal()
                 ]
                 if symbols and not conditions:
-                    conditions = [guard.expr for guard in symbols[0].node.shape_env.guards]
-        return cls(example.names(), shapes, list(dict.fromkeys(conditions)), derived)
+                    env = symbols[0].node.shape_env
+                    conditions = [env.replace(guard.expr) for guard in env.guards]
+        needed = [each for each in dict.fromkeys(conditions) if each != True]  # noqa: E712
+        return cls(example.names(), shapes, needed, derived)
 
     def mismatch(self, call: Call) -> str | None:
-        """Why ``call`` does not fit, or None."""
-        actual = tuple(tuple(_plain(size) for size in x.shape) for x in call.tensors)
-        if actual in self._seen:
-            return None
-        sizes: dict[str, tuple[int, str]] = {}
-        for name, want, have in zip(self.names, self.shapes, actual, strict=True):
-            for axis, (wanted, size) in enumerate(zip(want, have, strict=True)):
-                where = f"{name}.shape[{axis}]"
-                if isinstance(wanted, int):
-                    if wanted != size:
-                        return f"{where} is {size}, but the graph was captured for {wanted}"
-                elif wanted.isidentifier():
-                    first, source = sizes.setdefault(wanted, (size, where))
-                    if first != size:
-                        return f"{where} is {size}, but {source} is {first} and both must be equal"
-        values = {name: size for name, (size, _) in sizes.items()}
-        for i, axis, expression in self.derived:
-            if _substitute(expression, values) not in (actual[i][axis], None):
-                return (
-                    f"{self.names[i]}.shape[{axis}] is {actual[i][axis]}, but the graph was "
-                    f"captured for {expression} ({self.describe()})"
-                )
-        for condition in self.conditions:
-            if _holds(condition, values) is False:
-                found = ", ".join(f"{where} = {size}" for size, where in sizes.values())
-                return f"{found} goes against {condition}, which the captured code relies on"
-        if len(self._seen) < 1024:
-            self._seen.add(actual)
-        return None
+        """Why ``call``, whose tensors have the ranks of the example's, does not fit, or None."""
+        checks = self._checks or self._compiled()
+        sizes = [size for x in call.tensors for size in x.shape]
+        if not _INT.issuperset(map(type, sizes)):
+            sizes = [_plain(size) for size in sizes]
+        failure = checks.failure(sizes)
+        return None if failure is None else self._reason(failure, sizes)
+
+    def _compiled(self) -> SizeChecks:
+        positions = {place: n for n, place in enumerate(self._places())}
+        dimensions = [size for shape in self.shapes for size in shape]
+        derived = {positions[i, axis]: expression for i, axis, expression in self.derived}
+        self._checks = SizeChecks(dimensions, derived, self.conditions)
+        return self._checks
+
+    def _places(self) -> list[tuple[int, int]]:
+        """The input and the axis of each dimension."""
+        return [(i, axis) for i, shape in enumerate(self.shapes) for axis in range(len(shape))]
+
+    def _reason(self, failure: Failure, sizes: list[int]) -> str:
+        where = [f"{self.names[i]}.shape[{axis}]" for i, axis in self._places()]
+        kind, n, wanted = failure
+        if kind == "fixed":
+            return f"{where[n]} is {sizes[n]}, but the graph was captured for {wanted}"
+        if kind == "equal":
+            other, size = where[wanted], sizes[wanted]
+            return f"{where[n]} is {sizes[n]}, but {other} is {size} and both must be equal"
+        if kind == "derived":
+            return (
+                f"{where[n]} is {sizes[n]}, but the graph was captured for {wanted} "
+                f"({self.describe()})"
+            )
+        symbols = (self._checks or self._compiled()).symbols
+        found = ", ".join(f"{where[n]} = {sizes[n]}" for n in symbols.values())
+        return f"{found} goes against {wanted}, which the captured code relies on"
 
     def allowing(self, call: Call) -> ShapeContract:
         """This contract without the conditions that ``call`` does not meet but works all the same.
@@ -112,15 +128,8 @@ def _plain(size: Any) -> int:
 
 def _holds(condition: Any, values: dict[str, int]) -> bool | None:
     """Whether a condition on sizes holds; None where data decide."""
-    result = _substitute(condition, values)
+    result = substitute(condition, values)
     return None if result is None else bool(result)
-
-
-def _substitute(expression: Any, values: dict[str, int]) -> Any:
-    """The expression's value, or None if sizes alone do not give it."""
-    known = {s: values[s.name] for s in expression.free_symbols if s.name in values}
-    result = expression.subs(known)
-    return None if result.free_symbols else result
 
 
 def _fixed_or_name(size: int | SymInt) -> int | str:
