@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 from torch_quant.errors import CaptureFailed
 from torch_quant.graph.calls import Call, identifiers
 from torch_quant.graph.effects import KeepsState
-from torch_quant.graph.lstm import restore_lstms, whole_lstms
 from torch_quant.graph.outputs import flatten_output, unflatten_output
+from torch_quant.graph.recurrent import restore_recurrent, whole_recurrent
 from torch_quant.graph.running import (
     CAPTURING,
     Writes,
@@ -308,7 +308,7 @@ def _export(module: nn.Module, example: Call, mode: str, writes: Writes) -> Capt
     with (
         frozen(module),
         own_operators(),
-        whole_lstms(),
+        whole_recurrent(),
         no_fastpath(),
         _quiet(),
         size_oblivious(mode == "oblivious"),
@@ -350,7 +350,7 @@ def _plain(exported: fx.GraphModule, names: list[str]) -> fx.GraphModule:
                 for key, (path, cls) in stack.items()
                 if path
             }
-    restore_lstms(graph)
+    restore_recurrent(graph)
     graph.set_codegen(fx.graph.CodeGen())
     output = next(iter(reversed(graph.nodes)))
     output.args = (tuple(pytree.tree_leaves(output.args, is_leaf=lambda x: x is None)),)

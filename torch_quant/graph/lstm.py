@@ -7,8 +7,6 @@ h = round_to_grid(sigmoid(o) tanh(c))   read by the next step and the next layer
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,44 +15,13 @@ from torch.nn import functional
 
 from torch_quant.graph.qdq import FAKE_QUANTIZE, library
 
-__all__ = ["LSTM", "cells_of", "hidden_states", "projected", "restore_lstms", "whole_lstms"]
+__all__ = ["LSTM", "cells_of", "hidden_states", "projected"]
 
 library.define(
     "lstm(Tensor x, Tensor[] hx, Tensor[] params, bool has_biases, int num_layers, "
     "bool bidirectional, bool batch_first, float scale, int zero_point, int quant_min, "
     "int quant_max) -> (Tensor, Tensor, Tensor)"
 )
-
-library.define(
-    "whole_lstm(Tensor x, Tensor[] hx, Tensor[] params, bool has_biases, int num_layers, "
-    "float dropout, bool train, bool bidirectional, bool batch_first) -> (Tensor, Tensor, Tensor)"
-)
-
-
-@contextlib.contextmanager
-def whole_lstms() -> Iterator[None]:
-    """Export an LSTM as one operator, for any length; PyTorch's own would fix the length.
-
-    :func:`restore_lstms` puts PyTorch's operator in its place.
-    """
-
-    def lstm(*args: Any) -> Any:
-        packed = isinstance(args[1], Tensor)
-        return torch.lstm(*args) if packed else torch.ops.torch_quant.whole_lstm(*args)
-
-    torch._VF.lstm = lstm  # type: ignore[assignment]  # what nn.LSTM calls
-    try:
-        yield
-    finally:
-        del torch._VF.lstm
-
-
-def restore_lstms(graph: fx.Graph) -> None:
-    """Undo what :func:`whole_lstms` did to an exported graph."""
-    for node in graph.find_nodes(
-        op="call_function", target=torch.ops.torch_quant.whole_lstm.default
-    ):
-        node.target = torch.ops.aten.lstm.input
 
 
 def cells_of(params: Any, has_biases: bool) -> list[Any]:
@@ -136,25 +103,14 @@ def _run(
     return [steps[t] for t in order], c
 
 
-def _fake(x: Tensor, hx: list[Tensor], bidirectional: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_lstm(x: Tensor, hx: list[Tensor], *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    bidirectional = options[3]
     shape = (*x.shape[:2], (2 if bidirectional else 1) * hx[0].shape[-1])
     return x.new_empty(shape), torch.empty_like(hx[0]), torch.empty_like(hx[1])
 
 
-def _fake_lstm(x: Tensor, hx: list[Tensor], *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake(x, hx, options[3])
-
-
-def _fake_whole_lstm(x: Tensor, hx: list[Tensor], *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake(x, hx, options[5])
-
-
-for _name, _impl, _shape in (
-    ("lstm", _lstm, _fake_lstm),
-    ("whole_lstm", torch.ops.aten.lstm.input, _fake_whole_lstm),
-):
-    library.impl(_name, _impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"torch_quant::{_name}", _shape, lib=library)
+library.impl("lstm", _lstm, "CompositeExplicitAutograd")
+torch.library.register_fake("torch_quant::lstm", _fake_lstm, lib=library)
 
 LSTM = torch.ops.torch_quant.lstm.default
 """``aten.lstm`` with hidden states on a grid; ``x`` and the matrices come dequantized."""
