@@ -347,3 +347,99 @@ def test_a_hook_that_comes_later() -> None:
     assert torch.equal(calib_model(x), model(x))
     handle.remove()
     assert torch.equal(calib_model(x), model(x))
+
+
+class LooksBack(nn.Module):
+    """In pieces; reads what the last call of a child has left in an attribute of the child."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child, self.head = Leaves(), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.child(x)
+        return self.head(y + self.child.last) if y.sum() < 1e9 else y
+
+
+class Leaves(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(16, 16)
+        self.last: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = self.inner(x).tanh()
+        return self.last * 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_glue_reads_what_a_child_has_left(backend: str) -> None:
+    model, x = seeded(LooksBack).eval(), normal(4, 16)
+    quantizer = Quantizer(backend)
+    calib_model = quantizer.calib(model)
+    for batch in (4, 2):
+        assert torch.equal(calib_model(normal(batch, 16)), model(normal(batch, 16)))
+    assert quantizer.state.batches == 2
+    quant_model = quantizer.quantize(model)
+    assert set(quantizer.plan.quantized) == {"child.inner", "head"}
+    assert sqnr(model(x), quant_model(x)) > 25
+    later = Quantizer(backend)
+    later.load_state_dict(quantizer.state_dict())
+    again = later.quantize(seeded(LooksBack).eval(), example_inputs=x)
+    assert torch.equal(again(x), quant_model(x))
+
+
+class Counted(nn.Module):
+    """In pieces; looks up by the class of its child what to do, and finds a stand-in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.child(x)
+        return self.head(y * 3 if isinstance(self.child, nn.Linear) else y) if y.sum() < 1e9 else y
+
+
+def test_a_difference_on_the_first_call_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = nn.Sequential(nn.Linear(16, 16), seeded(Counted)).eval(), normal(4, 16)
+    quantizer = Quantizer("reference")
+    assert torch.equal(quantizer.calib(model)(x), model(x))
+    assert "1: its pieces give another result than the module" in caplog.text
+    assert quantizer.state.batches == 1
+    quant_model = quantizer.quantize(model)
+    assert quantizer.plan.quantized == ("0",)
+    assert "1" in dict(quantizer.coverage(model).glue)
+    assert sqnr(model(x), quant_model(x)) > 25
+
+
+class Pooled(nn.Module):
+    """As published: an encoder over padded text, and the mean over positions."""
+
+    def __init__(self, norm: bool) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, nn.LayerNorm(16) if norm else None)
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        return self.encoder(x, src_key_padding_mask=padding).mean(1)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "normed"])
+def test_padding_is_zero_where_pytorchs_fast_path_makes_it_so(norm: bool) -> None:
+    model = seeded(lambda: Pooled(norm)).eval()
+    quantizer = Quantizer("reference")
+    calib_model = quantizer.calib(model)
+    for batch, lengths in ((3, [7, 4, 2]), (2, [5, 7])):
+        x = normal(batch, 7, 16)
+        last = torch.arange(7) >= torch.tensor(lengths)[:, None]
+        with torch.no_grad():
+            assert torch.equal(calib_model(x, last), model(x, last))
+        assert torch.equal(calib_model(x, last), model(x, last))  # with gradients, another path
+    first = last.flip(1)  # padding in front has values
+    with torch.no_grad():
+        assert torch.equal(calib_model(x, first), model(x, first))
+        quant_model = quantizer.quantize(model)
+        for mask in (last, first):
+            assert sqnr(model(x, mask), quant_model(x, mask)) > 20

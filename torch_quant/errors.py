@@ -23,6 +23,14 @@ class NotCalibrated(QuantError):
 class CaptureFailed(QuantError):
     """The model, or a call of it, could not be turned into a graph."""
 
+    leaves_behind: tuple[str, ...] = ()
+    """Attributes that the call writes, as ``child.attribute``, where that is known."""
+
+    def leaving(self, names: tuple[str, ...]) -> CaptureFailed:
+        """This error, knowing them."""
+        self.leaves_behind = names
+        return self
+
 
 class UnsupportedOp(QuantError):
     """An operator, or its dtype, has no quantized form in the chosen backend."""

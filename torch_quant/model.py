@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from torch_quant.errors import CaptureFailed, InvalidConfig, NotCalibrated, UnsupportedOp
-from torch_quant.graph.capture import Executor, Region
+from torch_quant.graph.capture import Executor, Region, Reopened
 from torch_quant.graph.effects import attributes
 from torch_quant.graph.export import CapturedGraph
 from torch_quant.graph.shadow import shadow
@@ -128,10 +128,7 @@ class CapturedModel:
         written = {
             f"{region.path}.{name}".strip(".")
             for region in self.region.walk()
-            for name in (
-                *region.state,
-                *(name for _, graph in region.graphs for name in graph.leaves_behind),
-            )
+            for name in region.written
         }
         other = [n for n in names if not any(w == n or w.startswith(f"{n}.") for w in written)]
         if not other:  # a call of the float model has moved its own state on
@@ -148,6 +145,14 @@ class CapturedModel:
         self.region = Region(shadow(model))
         self._prepared.clear()
         self.version += 1
+
+    def nothing_captured(self) -> str:
+        """Why there is no site at all."""
+        failed = [region for region in self.region.walk() if region.failure and not region.graphs]
+        if failed and not any(True for _ in self.graphs()):
+            where = failed[-1].path or "the model"
+            return f"{where} runs as Python: {failed[-1].failure}"
+        return "it has no product of float tensors"
 
     def check_called(self, method: str, batches: int) -> None:
         """Raise :class:`NotCalibrated` if no call has captured it, for ``quantizer.<method>``."""
@@ -242,9 +247,11 @@ def run_example(captured: CapturedModel, example_inputs: Any) -> Any:
     Raises:
         CaptureFailed: they do not fit the model.
     """
-    executor = Executor(captured.region, lambda region, graph, call: graph(call))
     try:
-        return call_example(executor, example_inputs)
+        while True:
+            executor = Executor(captured.region, lambda region, graph, call: graph(call))
+            with contextlib.suppress(Reopened):
+                return call_example(executor, example_inputs)
     except CaptureFailed as error:
         if not isinstance(example_inputs, list):
             raise

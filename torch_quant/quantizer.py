@@ -254,7 +254,7 @@ class Quantizer(Tied):
             reasons = {site.reason for site in plan.values()}
             raise UnsupportedOp(
                 "nothing in the model can be quantized: "
-                + ("; ".join(sorted(reasons)) or "it has no product of float tensors")
+                + ("; ".join(sorted(reasons)) or captured.nothing_captured())
                 + ". print(quantizer.coverage(model)) lists every operator"
             )
         needs_data = any(site.quantized and site.activation for site in plan.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -55,6 +56,8 @@ class QuantState:
     def __init__(self) -> None:
         self.observers: dict[str, Observer] = {}
         self.batches = 0
+        self.lock = threading.RLock()
+        """Held for a batch: observers see one at a time."""
         self.weights: dict[str, int] = {}
         """Checksums of the weights that the ranges were observed with."""
         self.version = 0

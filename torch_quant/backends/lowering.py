@@ -14,6 +14,7 @@ from torch_quant.backends.quantized import Absent, QuantizedGraph, QuantizedRegi
 from torch_quant.core.plan import QuantPlan
 from torch_quant.graph.capture import Region, glue
 from torch_quant.graph.hooks import give_hooks
+from torch_quant.graph.shadow import shadow
 from torch_quant.model import CapturedModel
 from torch_quant.passes.base import PassContext, copy_graph, run_passes
 from torch_quant.passes.dynamic_sizes import dynamic_sizes
@@ -54,8 +55,8 @@ class Lowering:
             )
             for signature, graph in region.graphs
         ]
-        rest: nn.Module | None = None
-        if region.opened or not graphs:
+        rest: nn.Module | None = shadow(region.module) if region.plain else None
+        if rest is None and (region.opened or not graphs):
             rest = glue(region, self._child if region.failure or not graphs else self._part)
         quantized = QuantizedRegion(region.path, region.signature, graphs, rest)
         quantized.backend = self.backend.name

@@ -24,9 +24,13 @@ from torch_quant.graph.hooks import give_hooks, hooked, take_hooks
 from torch_quant.graph.running import CAPTURING, no_fastpath
 from torch_quant.graph.shadow import shadow
 
-__all__ = ["Executor", "Region", "Runner"]
+__all__ = ["Executor", "Region", "Reopened", "Runner"]
 
 logger = logging.getLogger("torch_quant")
+
+
+class Reopened(Exception):
+    """A graph had to become pieces while it was used; the call has to be made again."""
 
 
 class Region:
@@ -49,10 +53,14 @@ class Region:
         """Whether its children are regions: it is captured in pieces, or others call its parts."""
         self.state: tuple[str, ...] = ()
         """Attributes that it keeps from one call to the next."""
+        self.written: set[str] = set()
+        """Attributes that its calls write, those that none reads included."""
         self.borrowed: set[str] = set()
         """Values that the code around it has read from it, as ``child.attribute``."""
         self.lists_parameters = False
         """Whether the code around it has asked for its parameters."""
+        self.plain = False
+        """Whether it runs as the float module, which its pieces were found to differ from."""
         self.called = False
 
     def find(self, call: Call) -> CapturedGraph | None:
@@ -71,7 +79,7 @@ class Region:
         Raises:
             CaptureFailed: the inputs do not fit the module, or the float module fails on them.
         """
-        args, kwargs = bind(self.signature, args, kwargs)
+        args, kwargs = self.bound(args, kwargs)
         self.called = True
         if self.failure and not self.graphs:
             return None
@@ -84,10 +92,17 @@ class Region:
         except ModelRefuses:
             raise
         except CaptureFailed as error:
+            self.written.update(error.leaves_behind)
             if isinstance(error, KeepsState):
                 self.state = error.names
             self.split(str(error))
             return None
+
+    def bound(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments in their normal form."""
+        return bind(self.signature, args, kwargs)
 
     def _capture(self, call: Call) -> CapturedGraph:
         with CAPTURING:
@@ -96,6 +111,7 @@ class Region:
             if below := hooked(self.module):
                 raise CaptureFailed(f"a hook on {below} runs at each of its calls")
             graph = export_graph(self.module, call)
+            self.written.update(graph.leaves_behind)
             self.graphs.append((call.signature, graph))
         logger.info("captured %s as one graph", self.path or "the model")
         return graph
@@ -117,6 +133,25 @@ class Region:
                 path = f"{self.path}.{name}".strip(".")
                 self.children[path] = Region(child, path)
             self.opened = True
+
+    def distrust(self, call: Call | None) -> None:
+        """Run it otherwise: what served ``call`` gave another result than the float module."""
+        if call is not None and self.find(call) is not None:
+            self.graphs.clear()
+            self.failure = "its graph gives another result than the module"
+        else:
+            self.plain = True
+            self.failure = (
+                "its pieces give another result than the module, which runs in their place"
+            )
+        self.split(self.failure)
+        if self.plain:
+            self.children.clear()
+        logger.warning(
+            "%s: %s. Print quantizer.coverage(model) for what stays in float",
+            self.path or "the model",
+            self.failure,
+        )
 
     def walk(self) -> Iterator[Region]:
         """This region and all below it."""
@@ -187,7 +222,7 @@ class Executor(nn.Module):
             with CAPTURING:
                 self.region.open()
                 if self._glue is None:
-                    made = glue(self.region, lambda child: Executor(child, self.run))
+                    made = glue(self.region, lambda child: type(self)(child, self.run))
                     self.__dict__["_glue"] = made
         return self._glue  # type: ignore[no-any-return]
 
@@ -206,6 +241,8 @@ class Executor(nn.Module):
             return _reach(self, "", name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.region.plain:
+            return self.region.module(*args, **kwargs)
         resolved = self.region.resolve(args, kwargs)
         if resolved is not None:
             call, graph = resolved
@@ -257,6 +294,12 @@ def _reach(owner: Executor, path: str, name: str) -> Any:
     if isinstance(value, types.MethodType) and value.__self__ is module:
         # Its own Python, over regions: what it calls must not run in float beside them.
         return getattr(_Part(owner, path)._opened() if path else owner.glue(), name)
+    if not path and name in vars(owner._glue or owner.region.module) and owner.region.failure:
+        return vars(owner.glue())[name]  # its own code may have written it
+    if where in owner.region.written and owner.region.graphs:
+        owner.region.graphs.clear()
+        owner.region.split(f"the code around it reads {name}, which its calls write")
+        raise Reopened
     owner.region.borrowed.add(where)
     return value
 

@@ -38,7 +38,7 @@ class KeepsState(CaptureFailed):
     def __init__(self, names: tuple[str, ...]) -> None:
         shown = ", ".join(names[:3]) + (" and more" if len(names) > 3 else "")
         super().__init__(f"it keeps {shown} from one call to the next")
-        self.names = names
+        self.names = self.leaves_behind = names
 
 
 class Watch:

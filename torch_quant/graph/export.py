@@ -155,12 +155,12 @@ def _first_that_serves(module: nn.Module, call: Call) -> CapturedGraph:
             logger.debug("captured, but not for another batch size: %s", error)
             best = best or graph
     if best is None:
-        raise CaptureFailed(reasons[0])
+        raise CaptureFailed(reasons[0]).leaving(left)
     paths = all(_takes_another_path(best, other) for other, _ in others)
     if any(True for _ in module.children()) and not paths:
         raise CaptureFailed(
             f"as one graph it serves only {best.contract.describe()}; its parts may serve more"
-        )
+        ).leaving(left)
     return best
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "CAPTURING",
     "Writes",
     "copied",
+    "fastpath_wanted",
     "first_run",
     "frozen",
     "no_fastpath",
@@ -64,6 +65,11 @@ class _FastPath:
                 torch.backends.mha.set_fastpath_enabled(False)
             self._users += 1
 
+    def wanted(self) -> bool:
+        with self._lock:
+            enabled: bool = torch.backends.mha.get_fastpath_enabled()
+            return self._before if self._users else enabled
+
     def __exit__(self, *error: object) -> None:
         with self._lock:
             self._users -= 1
@@ -72,6 +78,11 @@ class _FastPath:
 
 
 _FAST_PATH = _FastPath()
+
+
+def fastpath_wanted() -> bool:
+    """Whether it is enabled, but for our own :func:`no_fastpath`."""
+    return _FAST_PATH.wanted()
 
 
 def no_fastpath() -> contextlib.AbstractContextManager[None]:

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from torch_quant.graph.encoders import PaddedEncoder
+
 __all__ = ["shadow"]
 
 _OWN = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
@@ -35,7 +37,8 @@ def shadow(model: nn.Module, replace: Mapping[nn.Module, nn.Module] | None = Non
         if id(module) in twins:
             return twins[id(module)]
         # Not copy.copy: a parametrized module refuses to be pickled, and so to be copied that way.
-        new: nn.Module = module.__class__.__new__(module.__class__)
+        cls = PaddedEncoder if module.__class__ is nn.TransformerEncoder else module.__class__
+        new: nn.Module = cls.__new__(cls)
         twins[id(module)] = new
         state = dict(module.__dict__)
         for name, value in state.items():

@@ -1,0 +1,99 @@
+"""Proxies that several threads call at once, from the first call on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from models import normal, seeded
+from torch import nn
+
+from torch_quant import Quantizer, UnsupportedOp
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+
+
+def at_once(*jobs: Callable[[], None]) -> None:
+    """Run them in threads that start together; raises what any of them raised."""
+    errors: list[BaseException] = []
+    gate = threading.Barrier(len(jobs))
+
+    def run(job: Callable[[], None]) -> None:
+        try:
+            gate.wait()
+            job()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(job,)) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def test_threads_may_capture_at_once() -> None:
+    models = [seeded(mlp, seed=i) for i in range(4)]
+    quantizers = [Quantizer("reference") for _ in models]
+
+    def job(i: int) -> Callable[[], None]:
+        def calibrate() -> None:
+            calib_model = quantizers[i].calib(models[i])
+            for batch in (1, 3):
+                x = normal(batch, 16)
+                assert torch.equal(calib_model(x), models[i](x))
+            quantizers[i].quantize(models[i])
+
+        return calibrate
+
+    at_once(*(job(i) for i in range(4)))
+    assert all(len(quantizer.plan.quantized) == 2 for quantizer in quantizers)
+
+
+def test_threads_may_share_a_calib_proxy() -> None:
+    model, batches = seeded(mlp), [normal(batch, 16, salt=batch) for batch in range(1, 9)]
+    quantizer, alone = Quantizer("reference"), Quantizer("reference")
+    calib_model, one_by_one = quantizer.calib(model), alone.calib(model)
+
+    def calibrate(mine: list[torch.Tensor]) -> Callable[[], None]:
+        def job() -> None:
+            for x in mine:
+                assert torch.equal(calib_model(x), model(x))
+
+        return job
+
+    at_once(*(calibrate(batches[i::4]) for i in range(4)))
+    for x in batches:
+        one_by_one(x)
+    assert quantizer.state.batches == len(batches)
+    x = normal(5, 16)
+    assert torch.equal(quantizer.quantize(model)(x), alone.quantize(model)(x))
+
+
+def test_only_a_model_without_products_is_called_empty() -> None:
+    empty = nn.Sequential(nn.ReLU(), nn.Flatten())
+    quantizer = Quantizer("reference")
+    quantizer.calib(empty)(normal(2, 4))
+    with pytest.raises(UnsupportedOp, match="it has no product of float tensors"):
+        quantizer.quantize(empty)
+
+    class Undecided(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.weight if x.sum() > 0 else x
+
+    model = Undecided()
+    quantizer = Quantizer("reference")
+    quantizer.calib(model)(normal(2, 4))
+    with pytest.raises(UnsupportedOp, match=r"runs as Python: .*data-dependent") as raised:
+        quantizer.quantize(model)
+    assert "no product" not in str(raised.value)
