@@ -115,3 +115,13 @@ def test_attributes_tell_what_a_user_changes() -> None:
     assert attributes(model) == before
     model.scale = 3.0
     assert attributes(model) != before
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("assigned", [False, True])
+def test_weights_that_a_module_lists_are_no_attributes(assigned: bool) -> None:
+    """An LSTM keeps a list of its parameters, and weak references to them."""
+    model, other = nn.LSTM(4, 4), nn.LSTM(4, 4)
+    before = attributes(model)
+    model.load_state_dict(other.state_dict(), assign=assigned)
+    assert attributes(model) == before

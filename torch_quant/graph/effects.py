@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import types
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -287,7 +288,8 @@ def attributes(model: nn.Module) -> dict[str, Any]:
     Returns:
         ``child.attribute`` -> a fact that compares equal as long as the attribute is the same.
     """
-    seen: dict[int, Any] = {}
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    seen: dict[int, Any] = {id(x): name for name, x in tensors}  # others notice what becomes of them
     return {
         f"{prefix}.{name}".strip("."): _fact(value, seen, 0)
         for prefix, module in model.named_modules()
@@ -305,6 +307,8 @@ def _fact(value: Any, seen: dict[int, Any], depth: int) -> Any:
         return seen[id(value)]
     if isinstance(value, types.MethodType):
         return value.__func__
+    if isinstance(value, weakref.ReferenceType):
+        return _fact(value(), seen, depth + 1)
     fact: Any = _Identity(value)
     seen[id(value)] = fact
     if isinstance(value, tuple):
