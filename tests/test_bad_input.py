@@ -110,6 +110,14 @@ def test_an_empty_batch() -> None:
     assert quantizer.state.batches == 1
 
 
+def test_a_first_call_that_the_model_refuses_counts_for_nothing() -> None:
+    model, quantizer = MODELS["mlp"](), Quantizer("reference")
+    with pytest.raises(CaptureFailed, match="the float model itself fails"):
+        quantizer.calib(model)(torch.zeros(2, 7))
+    with pytest.raises(NotCalibrated, match="no calibration data was seen"):
+        quantizer.quantize(model)
+
+
 def test_an_integer_only_model() -> None:
     class Sum(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ class Region:
             CaptureFailed: the inputs do not fit the module, or the float module fails on them.
         """
         args, kwargs = self.bound(args, kwargs)
-        self.called = True
+        before, self.called = self.called, True
         if self.failure and not self.graphs:
             return None
         try:
@@ -90,6 +90,7 @@ class Region:
                 graph = self._capture(call)
             return None if graph is None else (call, graph)
         except ModelRefuses:
+            self.called = before
             raise
         except CaptureFailed as error:
             self.written.update(error.leaves_behind)

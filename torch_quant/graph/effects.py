@@ -289,7 +289,7 @@ def attributes(model: nn.Module) -> dict[str, Any]:
         ``child.attribute`` -> a fact that compares equal as long as the attribute is the same.
     """
     tensors = (*model.named_parameters(), *model.named_buffers())
-    seen: dict[int, Any] = {id(x): name for name, x in tensors}  # others notice what becomes of them
+    seen: dict[int, Any] = {id(x): name for name, x in tensors}  # which others look after
     return {
         f"{prefix}.{name}".strip("."): _fact(value, seen, 0)
         for prefix, module in model.named_modules()
@@ -308,7 +308,7 @@ def _fact(value: Any, seen: dict[int, Any], depth: int) -> Any:
     if isinstance(value, types.MethodType):
         return value.__func__
     if isinstance(value, weakref.ReferenceType):
-        return _fact(value(), seen, depth + 1)
+        return "a weak reference"  # an LSTM keeps those of its first parameters
     fact: Any = _Identity(value)
     seen[id(value)] = fact
     if isinstance(value, tuple):
