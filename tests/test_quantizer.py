@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 
 import pytest
@@ -127,3 +128,21 @@ def test_the_state_is_plain_data() -> None:
     assert loaded.state.batches == 1
     loaded.calib(model)(*example("mlp", 8))  # and goes on
     assert loaded.state.batches == 2
+
+
+def test_proxies_have_the_models_signature() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor, *, scale: float = 1.0) -> torch.Tensor:
+            return self.linear(x) * scale
+
+    model = Named().eval()
+    quantizer = Quantizer()
+    calib_model = quantizer.calib(model)
+    calib_model(torch.ones(2, 4))
+    wanted = inspect.signature(model.forward)
+    for proxy in (calib_model, quantizer.amp(model), quantizer.quantize(model)):
+        assert inspect.signature(proxy.forward) == wanted
