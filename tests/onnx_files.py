@@ -11,13 +11,15 @@ import torch
 from flows import Inputs, run
 from torch import Tensor, nn
 
-from torch_quant import Quantizer, export_onnx
+from torch_quant import CaptureFailed, Quantizer, export_onnx, sqnr
 from torch_quant.backends.quantized import QuantizedRegion
 from torch_quant.graph.calls import bind, flatten_call
 from torch_quant.graph.outputs import flatten_output
 
 __all__ = [
+    "check_free_sizes",
     "feeds",
+    "free_sizes",
     "needs",
     "operators",
     "run_onnxruntime",
@@ -96,3 +98,55 @@ def operators(path: Path) -> list[str]:
     import onnx
 
     return [node.op_type for node in onnx.load(path).graph.node]
+
+
+def free_sizes(path: Path) -> dict[str, list[tuple[str, int]]]:
+    """Name of each size that the file calls free -> the inputs and axes that have it."""
+    import onnx
+
+    found: dict[str, list[tuple[str, int]]] = {}
+    for each in onnx.load(path, load_external_data=False).graph.input:
+        for axis, size in enumerate(each.type.tensor_type.shape.dim):
+            if size.dim_param:
+                found.setdefault(size.dim_param, []).append((each.name, axis))
+    return found
+
+
+def _resized(x: Tensor, axis: int, size: int) -> Tensor:
+    """``x`` cut or repeated along ``axis``."""
+    times = -(-size // max(x.shape[axis], 1))
+    return torch.cat([x] * times, axis).narrow(axis, 0, size).contiguous()
+
+
+def check_free_sizes(
+    path: Path, quant_model: QuantizedRegion, inputs: Inputs, least: float = 25.0
+) -> list[str]:
+    """Try each size that the file calls free at two other values, in both runtimes.
+
+    The values are some that the quantized model serves, whose outputs the file must give. Returns
+    the names of the sizes.
+    """
+    call = flatten_call(*bind(quant_model.signature, *inputs))
+    example = dict(zip(call.names(), call.tensors, strict=True))
+    loaded, found = session(path), free_sizes(path)
+    for name, places in found.items():
+        first, axis = places[0]
+        now, tried = example[first].shape[axis], 0
+        for size in dict.fromkeys((now + 1, now - 1, 2 * now, now // 2, now + 2, now + 4, 3 * now)):
+            feed = dict(example)
+            for place, at in places:
+                feed[place] = _resized(feed[place], at, max(size, 1))
+            args, kwargs = call.rebuild(tuple(feed[each] for each in call.names()))
+            try:
+                expected = tensors(quant_model, (args, kwargs))
+            except CaptureFailed:
+                continue  # the model itself does not serve it
+            arrays = {each: x.numpy() for each, x in feed.items()}
+            for outputs in (run_session(loaded, arrays), run_openvino(path, arrays)):
+                assert [x.shape for x in outputs] == [x.shape for x in expected], (name, size)
+                assert sqnr(expected, outputs) > least, (name, size, sqnr(expected, outputs))
+            tried += 1
+            if tried == 2:
+                break
+        assert tried == 2, f"{path.name} calls {name} free, but the model serves {now} only"
+    return list(found)

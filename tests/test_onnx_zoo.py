@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from flows import Inputs, calibrated
-from onnx_files import feeds, needs, run_session, session, written
+from onnx_files import check_free_sizes, feeds, needs, run_session, session, written
 from onnx_steps import compare_steps
 from quality import DEVIATION, LOSS, compare_quality
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch_quant import Backend, CaptureFailed, sqnr
 from torch_quant.backends import ReferenceBackend
 
 pytestmark = [
-    needs("onnx", "onnxscript", "onnxruntime"),
+    needs("onnx", "onnxscript", "onnxruntime", "openvino"),
     pytest.mark.skipif(
         torch.__version__.startswith("2.8."),
         reason="the exporter is tested on the newest torch, files of every architecture take long",
@@ -48,6 +48,7 @@ def test_file_of_an_architecture(entry: ZooEntry, tmp_path: Path) -> None:
     def run_file(some: Inputs) -> list[Tensor]:
         return run_session(loaded, feeds(quant_model, some))
 
+    check_free_sizes(file, quant_model, ((), entry.inputs(2)))
     sizes = [entry.inputs]
     if entry.name in ONE_SIZE:
         with pytest.raises(CaptureFailed, match="was quantized for other inputs"):

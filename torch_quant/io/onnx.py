@@ -24,8 +24,10 @@ from torch_quant.graph.sites import KEY
 from torch_quant.io.files import checked_target, staging
 from torch_quant.io.onnx_names import describe, rename
 from torch_quant.io.onnx_ops import own_forms
+from torch_quant.io.onnx_recurrent import recurrent_layers, unrolled
 from torch_quant.io.onnx_rewrites import rewrite
 from torch_quant.model import example_call
+from torch_quant.passes.base import PassContext, copy_graph, run_passes
 
 __all__ = ["export_onnx"]
 
@@ -176,7 +178,8 @@ class _Tensors(nn.Module):
 
     def __init__(self, body: fx.GraphModule) -> None:
         super().__init__()
-        self.body = body
+        self.body = copy_graph(body)
+        run_passes(PassContext(self.body), (recurrent_layers,))
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         seen: set[int] = {id(x) for x in tensors}
@@ -201,11 +204,26 @@ def _captured(graph: QuantizedGraph, tensors: tuple[Tensor, ...], *, dynamic: bo
 
 def _with_free_sizes(graph: QuantizedGraph, tensors: tuple[Tensor, ...]) -> Any:
     """A batch of 1 may have to be repeated for that."""
+    left = unrolled(_Tensors(graph.body).body)
+    if left:
+        places = ", ".join(f"{_op_name(each)} at {each.meta.get(KEY, each.name)}" for each in left)
+        logger.warning(
+            "the ONNX file serves sizes as in the example only: %s has no ONNX operator and is "
+            "written out step by step",
+            places,
+        )
+        from torch._decomp import decomposition_table
+
+        kinds = {each.target for each in left}
+        steps = {kind: decomposition_table[kind] for kind in kinds if kind in decomposition_table}
+        return _traced(graph, tensors, "static").run_decompositions(steps)
     twice = tuple(torch.cat([x, x]) if x.dim() and x.shape[0] == 1 else x for x in tensors)
     reasons: list[Exception] = []
     for example, mode in ((tensors, "oblivious"), (twice, "oblivious"), (twice, "dynamic")):
         try:
-            return _traced(graph, example, mode)
+            exported = _traced(graph, example, mode)
+            _tell_fixed(exported, graph)
+            return exported
         except Exception as error:  # torch.export raises errors of many unrelated classes
             reasons.append(error)
     try:
@@ -214,6 +232,23 @@ def _with_free_sizes(graph: QuantizedGraph, tensors: tuple[Tensor, ...]) -> Any:
         raise _without_form(reasons[0], graph.body) from error
     logger.warning("the ONNX file serves sizes as in the example only: %s", reasons[0])
     return exported
+
+
+def _tell_fixed(exported: Any, graph: QuantizedGraph) -> None:
+    """Log sizes that the exporter fixes though the quantized model leaves them free."""
+    names = exported.graph_signature.user_inputs
+    values = {node.name: node.meta["val"] for node in exported.graph.find_nodes(op="placeholder")}
+    for name, mine, sizes in zip(names, graph.contract.names, graph.contract.shapes, strict=True):
+        for axis, size in enumerate(sizes):
+            found = values[name].shape[axis]
+            if isinstance(size, str) and isinstance(found, int):
+                logger.warning(
+                    "the ONNX file serves %s.shape[%d] = %d only: an operator is exported for the "
+                    "example's size",
+                    mine,
+                    axis,
+                    found,
+                )
 
 
 def _traced(graph: QuantizedGraph, tensors: tuple[Tensor, ...], mode: str) -> Any:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from torch_quant.io.onnx_recurrent import recurrent_forms
+
 __all__ = ["own_forms"]
 
 
@@ -15,7 +17,7 @@ def own_forms() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     It is what ``torch.onnx.export(custom_translation_table=...)`` takes.
     """
-    found: dict[Callable[..., Any], Callable[..., Any]] = {}
+    found = recurrent_forms()
     if hasattr(torch.ops.transformers, "grouped_mm_fallback"):
         found[torch.ops.transformers.grouped_mm_fallback.default] = _grouped_product
     return found

@@ -28,6 +28,9 @@ _LEAST = 20.0
 """dB that a file gives at least of what the model gives. Kernels that are fused otherwise round a
 few codes otherwise; a wrong branch has nothing in common."""
 
+_MESSAGE = 400
+"""Characters of what PyTorch's tracer says, which can hold whole tensors."""
+
 
 def export_torchscript(
     quant_model: nn.Module, example_inputs: Any, path: str | os.PathLike[str]
@@ -119,8 +122,8 @@ def _traced(
         ) from failure
     if failure is not None:
         raise InvalidConfig(
-            f"the quantized model cannot be traced: {failure}. Inputs must be tensors, or lists, "
-            "tuples or dictionaries of them, and outputs too"
+            f"the quantized model cannot be traced: {str(failure)[:_MESSAGE]}. Inputs must be "
+            "tensors, or lists, tuples or dictionaries of them, and outputs too"
         ) from failure
     if reads.of_sizes:
         logger.warning(

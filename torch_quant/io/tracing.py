@@ -31,7 +31,8 @@ _READS = {
     "__bool__": "as a condition", "__int__": "as a Python int", "__float__": "as a Python float",
     "__index__": "as a Python int", "__complex__": "as a Python number", "item": "by item()",
     "_local_scalar_dense": "by item()", "tolist": "by tolist()", "numpy": "as a NumPy array",
-    "__array__": "as a NumPy array", "is_nonzero": "as a condition", "equal": "by torch.equal",
+    "_numpy": "as a NumPy array", "__array__": "as a NumPy array",
+    "is_nonzero": "as a condition", "equal": "by torch.equal",
     "allclose": "by torch.allclose", "__contains__": "by `in`", "cond": "by torch.cond",
     "while_loop": "by torch.while_loop", "tensor": "by torch.tensor", "new_tensor": "by new_tensor",
     "__len__": "by len()",
@@ -44,15 +45,24 @@ _SIZED_BY_VALUES = frozenset({
     "nonzero", "nonzero_numpy", "argwhere", "masked_select", "unique", "unique_consecutive",
     "_unique2", "unique_dim", "repeat_interleave", "bincount", "_pad_packed_sequence",
 })  # fmt: skip
-_SIZED_BY_ARGUMENTS = frozenset({
-    "arange", "zeros", "ones", "full", "empty", "rand", "randn", "linspace", "eye", "narrow",
-    "expand", "repeat", "view", "reshape", "tile", "new_zeros", "new_ones", "new_full", "new_empty",
-    "slice", "one_hot", "pad", "unflatten", "resize_",
+_MADE_TO_SIZE = frozenset({
+    "arange", "zeros", "ones", "full", "empty", "rand", "randn", "linspace", "eye",
 })  # fmt: skip
+_CUT_TO_SIZE = frozenset({
+    "narrow", "expand", "repeat", "view", "reshape", "tile", "new_zeros", "new_ones", "new_full",
+    "new_empty", "slice", "one_hot", "pad", "unflatten", "resize_",
+})  # fmt: skip
+"""The same of a tensor, their first argument."""
 _MOST = 3
 """Places that a message lists."""
+_SITE = Path(torch.__file__).parent
 _PACKAGES = tuple(
-    f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parent.parent)
+    f"{folder}{os.sep}"
+    for folder in (
+        _SITE,
+        _SITE.with_name("intel_extension_for_pytorch"),  # it wraps methods of tensors
+        Path(__file__).parent.parent,
+    )
 )
 _FRAME = re.compile(r'File "(.*)", line (\d+)')
 
@@ -132,14 +142,15 @@ class TensorReads(TorchFunctionMode):
     def _sized_by_values(self, name: str, args: Any, kwargs: Any) -> bool:
         if name in _SIZED_BY_VALUES or (name == "where" and len(args) + len(kwargs) == 1):
             return any(self._of(x) & _VALUE for x in _tensors((args, kwargs)))
-        if name == "__getitem__":
+        if name in ("__getitem__", "index"):
             masks = (x for x in _tensors(args[1:]) if x.dtype in (torch.bool, torch.uint8))
             ends = (x for x in _tensors(_ends(args[1])))
             return any(self._of(x) & _VALUE for x in (*masks, *ends))
-        if name in _SIZED_BY_ARGUMENTS:
+        if name in _MADE_TO_SIZE or name in _CUT_TO_SIZE:
+            rest = args[1:] if name in _CUT_TO_SIZE else args
             numbers = (
                 x
-                for x in _tensors((args, kwargs))
+                for x in _tensors((rest, kwargs))
                 if x.dim() == 0 and not x.is_floating_point() and x.dtype != torch.bool
             )
             return any(self._of(x) & _VALUE for x in numbers)
