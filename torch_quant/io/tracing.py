@@ -108,7 +108,7 @@ class TensorReads(TorchFunctionMode):
     def _note(self, name: str, before: list[int], known: int) -> None:
         first = before[0] if before else 0
         if name in _UNROLLS:
-            if first & _LENGTH:
+            if first & _LENGTH and not _is_in_graph():  # graphs are unrolled by sizes alone
                 self.of_values.setdefault(_place(), "by a loop over what it found")
         elif name == "__len__":
             if first:
@@ -215,6 +215,13 @@ def _place() -> str:
             return _line(file, frame.f_lineno)
         frame = frame.f_back
     return "code of PyTorch"
+
+
+def _is_in_graph() -> bool:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not frame.f_code.co_filename.startswith("<eval_with_key>"):
+        frame = frame.f_back
+    return frame is not None
 
 
 def _in_graph(gm: Any) -> str:
