@@ -78,7 +78,7 @@ def test_coverage_names_the_code_between_pieces() -> None:
     quantizer = Quantizer("reference")
     model = entry.build()
     run(quantizer.calib(model), entry.inputs(1))
-    assert "Not captured, so in float" in str(quantizer.coverage(model))
+    assert "what multiplies there is in float" in str(quantizer.coverage(model))
 
 
 def test_calls_may_be_written_in_any_way() -> None:

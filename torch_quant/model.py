@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from torch_quant.core.plan import FloatOp
 from torch_quant.errors import CaptureFailed, InvalidConfig, NotCalibrated, UnsupportedOp
 from torch_quant.graph.capture import Executor, Region, Reopened
 from torch_quant.graph.effects import attributes
 from torch_quant.graph.export import CapturedGraph
+from torch_quant.graph.macs import GLUE
 from torch_quant.graph.shadow import shadow
 from torch_quant.graph.sites import Site
 from torch_quant.passes.prepare import Prepared, prepare
@@ -215,6 +217,20 @@ class CapturedModel:
                 ", ".join(unreached),
             )
         self._told = unreached
+
+    def float_ops(self) -> list[FloatOp]:
+        """What multiplies and is no site, once: in graphs, and in Python code by operator."""
+        found: dict[str, FloatOp] = {}
+        for region in self.region.walk():
+            for _, graph in region.graphs:
+                for op in self.prepared(region, graph).float_ops:
+                    found.setdefault(op.name, op)
+            for name, macs in region.glue_macs.items():
+                if not name:  # says only that it was counted
+                    continue
+                where = f"{region.path}.{name}".strip(".")
+                found.setdefault(where, FloatOp(where, name, macs, GLUE))
+        return list(found.values())
 
     def sites(self) -> list[tuple[Site, str]]:
         """Every site once, with the reason why its graph does not allow int8, or an empty one."""

@@ -265,10 +265,7 @@ class Quantizer(Tied):
         quantized = lowering.run()
         if example_inputs is not None and chosen.compiles:
             call_example(quantized, example_inputs)
-        quantized.description = (
-            f"{chosen!r}, {len(plan.quantized)} of {len(plan)} sites in int8, "
-            f"{plan.coverage:.1%} of the multiply-accumulates"
-        )
+        quantized.description = f"{chosen!r}: {plan.summary}"
         self.plan = quantized.plan = plan
         quantized.calibration = self.state.describe()
         logger.info("quantized: %s", quantized.description)

@@ -100,6 +100,7 @@ class Settings:
             overrides=self.overrides,
             module_filter=self.module_filter,
         )
+        plan = QuantPlan(plan.values(), captured.float_ops())
         check_names(self.edits, plan, "summary site")
         plan = plan.edited(self.edits, placement)
         for precision in PRECISIONS:

@@ -229,9 +229,9 @@ def test_the_reason_names_the_tensor() -> None:
 def test_products_that_are_no_sites_have_a_reason() -> None:
     made = prepared("gru_middle")
     assert [site.name for site, _ in made.sites] == ["stem", "head"]
-    ((name, reason),) = made.float_ops
-    assert name.startswith("recurrent")
-    assert "recurrent" in reason
+    (op,) = made.float_ops
+    assert op.name.startswith("recurrent")
+    assert "recurrent" in op.reason
 
 
 def test_the_prefix_reaches_all_keys() -> None:

@@ -9,7 +9,15 @@ from typing import Any
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
 
-__all__ = ["FALLEN_BACK", "PRECISIONS", "Placement", "QuantPlan", "SitePlan", "is_share"]
+__all__ = [
+    "FALLEN_BACK",
+    "PRECISIONS",
+    "FloatOp",
+    "Placement",
+    "QuantPlan",
+    "SitePlan",
+    "is_share",
+]
 
 PRECISIONS = ("float32", "bfloat16")
 """Arithmetic that a site outside int8 may run in."""
@@ -115,11 +123,34 @@ class SitePlan:
             raise InvalidConfig(f"not a SitePlan: {dict(data)!r} ({error})") from error
 
 
-class QuantPlan(Mapping[str, SitePlan]):
-    """Sites in the order they run, by name."""
+@dataclass(frozen=True)
+class FloatOp:
+    """An operator that multiplies and is no site, so that it stays in float.
 
-    def __init__(self, sites: Iterable[SitePlan] = ()) -> None:
+    Args:
+        name: where it runs.
+        op: the operator.
+        macs: its multiply-accumulates on the captured example.
+        reason: why it is no site.
+    """
+
+    name: str
+    op: str
+    macs: int
+    reason: str
+
+
+class QuantPlan(Mapping[str, SitePlan]):
+    """Sites in the order they run, by name.
+
+    Args:
+        sites: what is done with each.
+        float_ops: what else multiplies in the model.
+    """
+
+    def __init__(self, sites: Iterable[SitePlan] = (), float_ops: Iterable[FloatOp] = ()) -> None:
         self._sites = {site.name: site for site in sites}
+        self.float_ops = tuple(float_ops)
 
     def __getitem__(self, name: str) -> SitePlan:
         return self._sites[name]
@@ -136,10 +167,25 @@ class QuantPlan(Mapping[str, SitePlan]):
         return tuple(name for name, site in self.items() if site.quantized)
 
     @property
+    def macs(self) -> int:
+        """Multiply-accumulates of the captured example, of sites and of all else."""
+        return sum(site.macs for site in self.values()) + sum(op.macs for op in self.float_ops)
+
+    @property
     def coverage(self) -> float:
-        """Share of the multiply-accumulates that run in int8, 0 to 1."""
-        total = sum(site.macs for site in self.values())
+        """Share of all multiply-accumulates that run in int8, 0 to 1."""
+        total = self.macs
         return sum(self[name].macs for name in self.quantized) / total if total else 0.0
+
+    @property
+    def summary(self) -> str:
+        """The share and the counts, for headlines."""
+        count = len(self.float_ops)
+        rest = f", and {count} other product{'s' if count > 1 else ''} in float" if count else ""
+        return (
+            f"{self.coverage:.1%} of the multiply-accumulates in int8, "
+            f"{len(self.quantized)} of {len(self)} sites{rest}"
+        )
 
     def without(
         self, names: Iterable[str], reason: str = FALLEN_BACK, precision: str = "float32"
@@ -157,12 +203,13 @@ class QuantPlan(Mapping[str, SitePlan]):
         names = set(names)
         if unknown := names - set(self):
             raise InvalidConfig(f"no site is called {', '.join(sorted(unknown))}")
-        return QuantPlan(
+        sites = (
             replace(site, quantized=False, reason=reason, precision=precision)
             if name in names and site.quantized
             else site
             for name, site in self.items()
         )
+        return QuantPlan(sites, self.float_ops)
 
     def edited(self, edits: QuantPlan, placement: Placement) -> QuantPlan:
         """A new plan with the formats and decisions of ``edits``, where the backend can follow.
@@ -191,17 +238,18 @@ class QuantPlan(Mapping[str, SitePlan]):
                         smooth=edit.smooth,
                     )
                 )
-        return QuantPlan(plan)
+        return QuantPlan(plan, self.float_ops)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"sites": [site.to_dict() for site in self.values()]}
+        return {
+            "sites": [site.to_dict() for site in self.values()],
+            "float_ops": [asdict(op) for op in self.float_ops],
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> QuantPlan:
-        return cls(SitePlan.from_dict(site) for site in data["sites"])
+        sites = [SitePlan.from_dict(site) for site in data["sites"]]
+        return cls(sites, [FloatOp(**op) for op in data.get("float_ops", ())])
 
     def __repr__(self) -> str:
-        return (
-            f"QuantPlan({len(self.quantized)} of {len(self)} sites in int8, "
-            f"{self.coverage:.1%} of the multiply-accumulates)"
-        )
+        return f"QuantPlan({self.summary})"

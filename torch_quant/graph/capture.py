@@ -21,6 +21,7 @@ from torch_quant.graph.calls import Call, bind, flatten_call
 from torch_quant.graph.effects import KeepsState
 from torch_quant.graph.export import CapturedGraph, ModelRefuses, export_graph
 from torch_quant.graph.hooks import give_hooks, hooked, take_hooks
+from torch_quant.graph.macs import counted, uncounted
 from torch_quant.graph.running import CAPTURING, no_fastpath
 from torch_quant.graph.shadow import shadow
 
@@ -62,6 +63,8 @@ class Region:
         self.plain = False
         """Whether it runs as the float module, which its pieces were found to differ from."""
         self.called = False
+        self.glue_macs: dict[str, int] = {}
+        """Operator -> multiply-accumulates of its Python code, in the first call."""
 
     def find(self, call: Call) -> CapturedGraph | None:
         """The graph that serves ``call``, if one was captured."""
@@ -148,6 +151,7 @@ class Region:
         self.split(self.failure)
         if self.plain:
             self.children.clear()
+            self.glue_macs.clear()
         logger.warning(
             "%s: %s. Print quantizer.coverage(model) for what stays in float",
             self.path or "the model",
@@ -242,13 +246,18 @@ class Executor(nn.Module):
             return _reach(self, "", name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with uncounted():
+            return self._run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         if self.region.plain:
-            return self.region.module(*args, **kwargs)
+            with counted(self.region.glue_macs):
+                return self.region.module(*args, **kwargs)
         resolved = self.region.resolve(args, kwargs)
         if resolved is not None:
             call, graph = resolved
             return self.run(self.region, graph, call)
-        with no_fastpath():
+        with no_fastpath(), counted(self.region.glue_macs):
             return self.glue()(*args, **kwargs)
 
 

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from torch_quant.errors import CaptureFailed
 from torch_quant.graph.calls import Call, identifiers
 from torch_quant.graph.effects import KeepsState
+from torch_quant.graph.macs import note_sizes
 from torch_quant.graph.outputs import flatten_output, unflatten_output
 from torch_quant.graph.recurrent import restore_recurrent, whole_recurrent
 from torch_quant.graph.running import (
@@ -141,6 +142,8 @@ def _first_that_serves(module: nn.Module, call: Call) -> CapturedGraph:
             graph.leaves_behind = left
             graph.contract = graph.contract.allowing(call)
             graph.exact = _verify(graph, call, expected) and _exact_unmasked(module, graph, call)
+            with frozen(graph.gm):
+                note_sizes(graph.gm, copied(call).tensors)
         except Exception as error:  # torch.export raises errors of many unrelated classes
             reasons.append(f"{type(error).__name__}: {_first_lines(error)}")
             if type(error).__name__ == "GuardOnDataDependentSymNode":
@@ -344,6 +347,8 @@ def _plain(exported: fx.GraphModule, names: list[str]) -> fx.GraphModule:
         elif any(name in str(node.target) for name in _DROPPED):
             node.replace_all_uses_with(None)
             graph.erase_node(node)
+    subgraphs = [x.graph for x in attributes.values() if isinstance(x, fx.GraphModule)]
+    for node in (node for each in (graph, *subgraphs) for node in each.nodes):
         if stack := node.meta.get("nn_module_stack"):
             node.meta["nn_module_stack"] = {
                 key: (path.removeprefix(_INNER).removeprefix("."), cls)

@@ -23,15 +23,21 @@ __all__ = [
     "PATTERNS",
     "RECTIFIERS",
     "ROW_MOVEMENT",
+    "SIZES",
     "OpPattern",
     "padding_sizes",
+    "call_sizes",
     "contiguous_as_captured",
     "pattern_of",
+    "rnn_macs",
     "size_hints",
     "spread",
 ]
 
 aten = torch.ops.aten
+
+SIZES = "torch_quant_sizes"
+"""Entry of ``node.meta``: sizes of its tensor where those of the example are others."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class OpPattern:
         weight: argument position of the weight, or of the list that holds several matrices and
             their biases; None if both sides are activations.
         weight_axis: the weight's output-channel axis.
-        macs: multiply-accumulates of one call, from sizes as captured.
+        macs: multiply-accumulates of one call, of its arguments and its result (nodes or tensors).
         internals: tensors that exist only inside the operator, each computed from its arguments so
             that calibration can observe it.
         obstacle: why a call of it cannot run in int8 anywhere, empty if it can.
@@ -56,7 +62,7 @@ class OpPattern:
     activations: tuple[int, ...]
     weight: int | None
     weight_axis: int
-    macs: Callable[[fx.Node], int]
+    macs: Callable[[Any, Any], int]
     internals: dict[str, Callable[..., Tensor]] = field(default_factory=dict)
     obstacle: Callable[[fx.Node], str] = lambda node: ""
 
@@ -123,36 +129,44 @@ def _hint(size: int | SymInt) -> int:
     return int(size.node.hint) if size.node.has_hint() else 1
 
 
+def call_sizes(value: Any) -> tuple[int, ...]:
+    """Sizes in the call that a graph was captured for, which may have been repeated to do so."""
+    hints = size_hints(value)
+    noted = value.meta.get(SIZES, ()) if isinstance(value, fx.Node) else ()
+    return noted if len(noted) == len(hints) else hints
+
+
 def _numel(value: Any) -> int:
-    return math.prod(size_hints(value))
+    return math.prod(call_sizes(value))
 
 
-def _gemm_macs(node: fx.Node) -> int:
-    inner = size_hints(node.args[0])[-1]
-    return _numel(node) * inner
+def _gemm_macs(args: Any, out: Any) -> int:
+    return _numel(out) * call_sizes(args[0])[-1]
 
 
-def _conv_macs(node: fx.Node) -> int:
-    weight = size_hints(node.args[1])
-    return _numel(node) * math.prod(weight[1:])
+def _conv_macs(args: Any, out: Any) -> int:
+    return _numel(out) * math.prod(call_sizes(args[1])[1:])
 
 
-def _transposed_macs(node: fx.Node) -> int:
-    weight = size_hints(node.args[1])
-    return _numel(node.args[0]) * math.prod(weight[1:])
+def _transposed_macs(args: Any, out: Any) -> int:
+    return _numel(args[0]) * math.prod(call_sizes(args[1])[1:])
 
 
-def _sdpa_macs(node: fx.Node) -> int:
-    query, key = size_hints(node.args[0]), size_hints(node.args[1])
-    scores = math.prod(query[:-1]) * key[-2]
-    return scores * (query[-1] + size_hints(node.args[2])[-1])
+def _sdpa_macs(args: Any, out: Any) -> int:
+    query, key, value = map(call_sizes, args[:3])
+    return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
-def _lstm_macs(node: fx.Node) -> int:
-    x: Any = node.args[0]
-    params: Any = node.args[2]
-    weights = sum(_numel(each) for each in params if len(size_hints(each)) == 2)
-    return _numel(x) // size_hints(x)[-1] * weights
+def rnn_macs(args: Any, out: Any) -> int:
+    """Of ``lstm``, ``gru`` and ``rnn``: each row of the input meets every matrix once.
+
+    Args:
+        args: of the operator: the input, then states, batch sizes and the list of parameters.
+        out: its result.
+    """
+    params: Any = next(each for each in args[2:] if isinstance(each, (list, tuple)))
+    weights = sum(_numel(each) for each in params if len(call_sizes(each)) == 2)
+    return _numel(args[0]) // max(call_sizes(args[0])[-1], 1) * weights
 
 
 def sdpa_scores(
@@ -223,14 +237,14 @@ PATTERNS: tuple[OpPattern, ...] = (
         _sdpa_macs,
         {"probabilities": sdpa_probabilities},
     ),
-    OpPattern("embedding", (aten.embedding.default,), (), 0, 0, lambda node: 0),
+    OpPattern("embedding", (aten.embedding.default,), (), 0, 0, lambda args, out: 0),
     OpPattern(
         "embedding_bag",
         (aten.embedding_bag.default, aten.embedding_bag.padding_idx),
         (),
         0,
         0,
-        lambda node: 0,
+        lambda args, out: 0,
         obstacle=_bag_obstacle,
     ),
     OpPattern(
@@ -239,7 +253,7 @@ PATTERNS: tuple[OpPattern, ...] = (
         (0,),
         2,
         0,
-        _lstm_macs,
+        rnn_macs,
         {"hidden": hidden_states},
         projected,
     ),

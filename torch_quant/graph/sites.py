@@ -33,6 +33,7 @@ __all__ = [
     "key_of",
     "module_path",
     "name_tensors",
+    "op_name",
     "operands",
     "results",
     "source",
@@ -102,9 +103,10 @@ def module_path(node: fx.Node) -> str:
     return f"{path}{at}{call}"
 
 
-def _op_name(node: fx.Node) -> str:
-    name = str(getattr(node.target, "_opname", None) or getattr(node.target, "__name__", node.name))
-    return name.strip("_")
+def op_name(target: Any, default: str = "") -> str:
+    """The bare name of an operator: ``aten._grouped_mm.default`` is ``grouped_mm``."""
+    name = getattr(target, "_opname", None) or getattr(target, "__name__", default)
+    return str(name).strip("_")
 
 
 def name_tensors(graph: fx.Graph, prefix: str = "") -> None:
@@ -131,7 +133,9 @@ def name_tensors(graph: fx.Graph, prefix: str = "") -> None:
             full = node.meta[MODULE] = ".".join(part for part in (prefix, path) if part)
             pattern = pattern_of(node)
             alone = pattern is not None and pattern.weight is not None and weighted[path] == 1
-            name = full if alone and full else f"{full}.{_op_name(node)}".strip(".")
+            name = (
+                full if alone and full else f"{full}.{op_name(node.target, node.name)}".strip(".")
+            )
         key = name
         while key in taken:
             numbered[name] += 1
@@ -251,7 +255,7 @@ def find_sites(graph: fx.Graph) -> Iterator[tuple[fx.Node, OpPattern, Site]]:
             inputs=tuple(key_of(source(arg)) for arg in operands(node, pattern)),
             internals=tuple(f"{key}.{name}" for name in pattern.internals),
             output=key_of(fused_output(found[0])),
-            macs=pattern.macs(node),
+            macs=pattern.macs(node.args, node),
             weight_shape=_weight_shape(matrices),
             stored=key_of(fused_output(found[0], _STORES[pattern.name]))
             if pattern.name in _STORES

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from torch_quant.graph.ops import INT8_NEVER, pattern_of
+from torch_quant.core.plan import FloatOp
+from torch_quant.graph.macs import float_products
 from torch_quant.graph.sites import ORIGIN, Site, behind, find_sites, key_of, operands
 from torch_quant.nn.probe import ObserverProbe
 from torch_quant.passes.base import copy_graph
@@ -34,7 +35,7 @@ class Prepared:
         captured: the graph as exported; gives the float model's output.
         canonical: the graph that is quantized.
         sites: its sites, each with the reason why the graph does not allow int8, or an empty one.
-        float_ops: (name, reason) of operators that compute products and are not sites.
+        float_ops: operators that compute products and are not sites.
         observed: key -> the captured node to observe, and how to compute the key's tensor from
             that node's arguments where it exists only inside the operator.
     """
@@ -42,7 +43,7 @@ class Prepared:
     captured: fx.GraphModule
     canonical: fx.GraphModule
     sites: list[tuple[Site, str]]
-    float_ops: list[tuple[str, str]]
+    float_ops: list[FloatOp]
     observed: dict[str, tuple[str, Callable[..., Tensor] | None]] = field(default_factory=dict)
 
 
@@ -53,7 +54,9 @@ def prepare(captured: fx.GraphModule, path: str = "") -> Prepared:
     origin = {key_of(n): n.meta[ORIGIN] for n in canonical.graph.nodes if ORIGIN in n.meta}
     sites: list[tuple[Site, str]] = []
     observed: dict[str, tuple[str, Callable[..., Tensor] | None]] = {}
+    nodes: set[fx.Node] = set()
     for node, pattern, site in find_sites(canonical.graph):
+        nodes.add(node)
         late = [x for arg in operands(node, pattern) for x in behind(arg) if x in dirty]
         if {node, *node.users} & dirty:
             site = replace(site, stored="")  # a copy on a grid would miss what is written
@@ -65,25 +68,8 @@ def prepare(captured: fx.GraphModule, path: str = "") -> Prepared:
                 observed[key] = (origin[key], None)
         for key, compute in zip(site.internals, pattern.internals.values(), strict=True):
             observed[key] = (node.meta[ORIGIN], compute)
-    known = {site.output for site, _ in sites}
-    float_ops = [
-        (key_of(n), INT8_NEVER[n.target])
-        for n in canonical.graph.nodes
-        if n.op == "call_function" and n.target in INT8_NEVER and key_of(n) not in known
-    ]
-    float_ops += _in_subgraphs(canonical)
+    float_ops = float_products(canonical, nodes, path)
     return Prepared(captured, canonical, sites, float_ops, observed)
-
-
-def _in_subgraphs(gm: fx.GraphModule) -> list[tuple[str, str]]:
-    """Products inside control flow that was exported as such (``torch.cond``)."""
-    return [
-        (f"{name}.{node.name}", "inside a control-flow subgraph")
-        for name, inner in gm.named_modules()
-        if name and isinstance(inner, fx.GraphModule)
-        for node in inner.graph.nodes
-        if pattern_of(node) is not None
-    ]
 
 
 def insert_observers(prepared: Prepared, observe: Callable[[str, Tensor], Any]) -> fx.GraphModule:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch_quant.core.plan import QuantPlan, SitePlan
+from torch_quant.core.plan import FloatOp, QuantPlan, SitePlan
 from torch_quant.model import CapturedModel
 
 __all__ = ["Coverage"]
@@ -17,7 +17,6 @@ class Coverage:
     Args:
         plan: what is quantized.
         backend: for which backend.
-        float_ops: (name, reason) of operators that compute products outside the op table.
         glue: (module, reason) of what is not captured as a graph and runs in Python, or was not
             called.
         rows: how many float sites the table lists.
@@ -25,7 +24,6 @@ class Coverage:
 
     plan: QuantPlan
     backend: str
-    float_ops: tuple[tuple[str, str], ...] = ()
     glue: tuple[tuple[str, str], ...] = ()
     rows: int = 20
 
@@ -34,66 +32,74 @@ class Coverage:
         """The report of a captured model under ``plan``."""
         glue = [(r.path or "(root)", r.failure) for r in captured.region.walk() if r.failure]
         never = [(path, "no call has reached it") for path in captured.unreached]
-        float_ops = {op for prepared in captured.graphs() for op in prepared.float_ops}
-        return cls(plan, backend, tuple(sorted(float_ops)), tuple(glue + never))
+        return cls(plan, backend, tuple(glue + never))
 
     @property
     def share(self) -> float:
-        """Share of the captured multiply-accumulates that run in int8, 0 to 1."""
+        """Share of the multiply-accumulates that run in int8, 0 to 1."""
         return self.plan.coverage
+
+    @property
+    def float_ops(self) -> tuple[FloatOp, ...]:
+        """What multiplies and is no site: in graphs, and in the Python code between them."""
+        return self.plan.float_ops
 
     @property
     def reasons(self) -> dict[str, str]:
         """Site or operator -> why it stays in float."""
-        left = {site.name: site.reason for site in self.plan.values() if not site.quantized}
-        return left | dict(self.float_ops)
+        return {left.name: left.reason for left in self._left()}
 
     def by_op(self) -> list[dict[str, object]]:
-        """A row for each op type: sites, how many in int8, share of all multiply-accumulates."""
-        total = sum(site.macs for site in self.plan.values()) or 1
+        """A row for each op type: how often, how many in int8, share of multiply-accumulates."""
+        total = self.plan.macs or 1
+        found: list[SitePlan | FloatOp] = [*self.plan.values(), *self.float_ops]
         rows = []
-        for op in dict.fromkeys(site.op for site in self.plan.values()):
+        for op in dict.fromkeys(each.op for each in found):
             sites = [site for site in self.plan.values() if site.op == op]
             int8 = [site for site in sites if site.quantized]
+            macs = sum(each.macs for each in found if each.op == op)
             rows.append(
                 {
                     "op": op,
                     "sites": len(sites),
                     "in int8": len(int8),
-                    "share of MACs": f"{sum(s.macs for s in sites) / total:.1%}",
+                    "no sites": sum(each.op == op for each in self.float_ops),
+                    "share of MACs": f"{macs / total:.1%}",
                     "of them int8": f"{sum(s.macs for s in int8) / total:.1%}",
                 }
             )
+        if not self.float_ops:
+            for row in rows:
+                del row["no sites"]
         return rows
 
-    def _left(self) -> list[SitePlan]:
-        left = [site for site in self.plan.values() if not site.quantized]
-        return sorted(left, key=lambda site: -site.macs)
+    def _left(self) -> list[SitePlan | FloatOp]:
+        sites = [site for site in self.plan.values() if not site.quantized]
+        return sorted([*sites, *self.float_ops], key=lambda each: -each.macs)
 
     def __str__(self) -> str:
         from tabulate import tabulate
 
-        total = sum(site.macs for site in self.plan.values()) or 1
-        what = "captured multiply-accumulates" if self.glue else "multiply-accumulates"
+        total = self.plan.macs or 1
+
+        def share(left: SitePlan | FloatOp) -> str:
+            known = left.macs or isinstance(left, SitePlan)
+            return f"{left.macs / total:.1%}" if known else "?"
+
         parts = [
-            f"{self.backend}: {self.share:.1%} of the {what} in int8, "
-            f"{len(self.plan.quantized)} of {len(self.plan)} sites",
+            f"{self.backend}: {self.plan.summary}",
             tabulate(self.by_op(), headers="keys"),
         ]
         rows = [
-            {"left in float": s.name, "op": s.op, "share": f"{s.macs / total:.1%}", "why": s.reason}
-            for s in self._left()
-        ]
-        rows += [
-            {"left in float": name, "op": "", "share": "?", "why": why}
-            for name, why in self.float_ops
+            {"left in float": left.name, "op": left.op, "share": share(left), "why": left.reason}
+            for left in self._left()
         ]
         if rows:
             parts.append(tabulate(rows[: self.rows], headers="keys"))
         if len(rows) > self.rows:
             parts.append(f"... and {len(rows) - self.rows} more")
         if self.glue:
-            parts.append("Not captured, so in float and not counted above:")
+            parts.append("Not captured as graphs; what multiplies there is in float:")
             headers = ("module", "why")
             parts.append(tabulate(self.glue, headers=headers, maxcolwidths=[None, 100]))
         return "\n\n".join(parts)
