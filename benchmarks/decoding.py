@@ -1,0 +1,116 @@
+"""Time of one decoded token with a key-value cache, float against int8, batch 1.
+
+SmolLM2-135M's architecture with random weights, on which latency does not depend. In pieces: the
+cache is an object that only the model's Python knows. Whole: the cache is registered as a pytree,
+so the decoder is one graph that takes and gives its tensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import time
+import warnings
+from statistics import median
+from typing import Any
+
+import torch
+from harness import report
+from torch import nn
+
+from torch_quant import Quantizer
+
+
+def smollm(layers: int) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=49152,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=layers,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            tie_word_embeddings=True,
+        )
+    ).eval()
+
+
+class Decoding:
+    """One model and its cache: every call of it decodes one more token.
+
+    Args:
+        model: the float model, or one made from it.
+        cached: the name of the argument that takes the cache.
+        prompt: token ids, (1, length).
+    """
+
+    def __init__(self, model: Any, cached: str, prompt: torch.Tensor) -> None:
+        self.model, self.cached = model, cached
+        self.cache: Any = None
+        self.ids = prompt
+        self()
+
+    def __call__(self) -> float:
+        """Milliseconds that the call took; each sees a cache length that is new."""
+        start = time.perf_counter()
+        outputs = self.model(input_ids=self.ids, use_cache=True, **{self.cached: self.cache})
+        took = 1e3 * (time.perf_counter() - start)
+        self.cache = outputs[self.cached]
+        self.ids = outputs["logits"][:, -1:].argmax(-1)
+        return took
+
+
+def measure(models: dict[str, Any], cached: str, tokens: int) -> dict[str, float]:
+    """Median milliseconds a token of each model, taken in turns."""
+    prompt = torch.arange(1, 33).reshape(1, -1)
+    running = {name: Decoding(model, cached, prompt) for name, model in models.items()}
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(tokens):
+        for name, decode in running.items():
+            times[name].append(decode())
+    return {name: median(found[2:]) for name, found in times.items()}
+
+
+def quantized(model: nn.Module, cached: str, backend: str | None) -> Any:
+    quantizer = Quantizer(backend)
+    decode = Decoding(quantizer.calib(model), cached, torch.arange(1, 17).reshape(1, -1))
+    for _ in range(2):
+        decode()
+    return quantizer.quantize(model)
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backend", help="default: the best of this machine")
+    parser.add_argument("--layers", type=int, default=30, help="of the decoder")
+    parser.add_argument("--tokens", type=int, default=40, help="decoded with each model")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", message=".*quantize_per_tensor")
+    torch.set_num_threads(1)
+    model = smollm(options.layers)
+    takes = inspect.signature(model.forward).parameters
+    cached = "cache" if "cache" in takes else "past_key_values"
+    models = {"float32": model, "int8, in pieces": quantized(model, cached, options.backend)}
+    register_cache(model)
+    models["int8, whole"] = quantized(model, cached, options.backend)
+    times = measure(models, cached, options.tokens)
+    rows = [
+        {"model": name, "ms a token": time, "speed-up": times["float32"] / time}
+        for name, time in times.items()
+    ]
+    report("decoding", rows, layers=options.layers)
+
+
+def register_cache(model: nn.Module) -> None:
+    """Let pytree know the model's caches, which makes graphs take and give their tensors."""
+    from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
+
+    register_cache_pytrees_for_model(model)
+
+
+if __name__ == "__main__":
+    main()
