@@ -29,10 +29,19 @@ from torch_quant.graph.running import (
     frozen,
     no_fastpath,
     own_operators,
-    run_module,
     written,
 )
 from torch_quant.graph.shapes import ShapeContract
+from torch_quant.graph.verification import (
+    batch_size,
+    exact_unmasked,
+    other_sizes,
+    repeat,
+    takes_another_path,
+    try_size_one,
+    verify,
+    verify_other,
+)
 
 __all__ = [
     "CapturedGraph",
@@ -44,8 +53,6 @@ __all__ = [
 logger = logging.getLogger("torch_quant")
 
 _INNER = "captured"
-_ROUNDING = 2.0**-14
-"""Largest difference, relative to the largest value, that another order of sums explains."""
 _EXPORT_LOGGERS = ("torch.fx.experimental.symbolic_shapes", "torch._export.non_strict_utils")
 _DROPPED = ("_guards_fn", "_assert_tensor_metadata", "_assert_scalar", "_assert_async")
 
@@ -131,17 +138,17 @@ def _first_that_serves(module: nn.Module, call: Call) -> CapturedGraph:
             f"the float model itself fails on these inputs "
             f"({', '.join(call.describe())}): {type(error).__name__}: {_first_lines(error)}"
         ) from error
-    others = _other_sizes(module, call, writes)
+    others = other_sizes(module, call, writes)
     best: CapturedGraph | None = None
     reasons: list[str] = []
-    twice = _repeat(call, 2) if _batch(call) == 1 else call
+    twice = repeat(call, 2) if batch_size(call) == 1 else call
     attempts = [(call, "oblivious"), (twice, "oblivious"), (twice, "dynamic"), (call, "static")]
     for example, mode in dict.fromkeys(attempts):
         try:
             graph = _export(module, example, mode, writes)
             graph.leaves_behind = left
             graph.contract = graph.contract.allowing(call)
-            graph.exact = _verify(graph, call, expected) and _exact_unmasked(module, graph, call)
+            graph.exact = verify(graph, call, expected) and exact_unmasked(module, graph, call)
             with frozen(graph.gm):
                 note_sizes(graph.gm, copied(call).tensors)
         except Exception as error:  # torch.export raises errors of many unrelated classes
@@ -152,90 +159,21 @@ def _first_that_serves(module: nn.Module, call: Call) -> CapturedGraph:
             continue
         try:
             for other, output in others:
-                _verify_other(graph, other, output)
+                verify_other(graph, other, output)
+            try_size_one(module, graph, call)
             return graph
         except Exception as error:  # a wrong size may fail in any operator
             logger.debug("captured, but not for another batch size: %s", error)
             best = best or graph
     if best is None:
         raise CaptureFailed(reasons[0]).leaving(left)
-    paths = all(_takes_another_path(best, other) for other, _ in others)
+    paths = all(takes_another_path(best, other) for other, _ in others)
     if any(True for _ in module.children()) and not paths:
         raise CaptureFailed(
             f"as one graph it serves only {best.contract.describe()}; its parts may serve more"
         ).leaving(left)
+    try_size_one(module, best, call)
     return best
-
-
-def _verify_other(graph: CapturedGraph, call: Call, expected: list[Any]) -> None:
-    """Verify at another batch size; what the graph then turns out not to rely on is dropped."""
-    contract = graph.contract
-    graph.contract = contract.allowing(call)
-    try:
-        _verify(graph, call, expected)
-    except Exception:
-        graph.contract = contract
-        raise
-
-
-def _takes_another_path(graph: CapturedGraph, call: Call) -> bool:
-    """Whether only a condition (``if x.shape[0] > 3``) keeps the graph from serving ``call``."""
-    bare = ShapeContract(graph.contract.names, graph.contract.shapes)
-    return bare.mismatch(call) is None
-
-
-def _other_sizes(module: nn.Module, call: Call, writes: Writes) -> list[tuple[Call, list[Any]]]:
-    """The call at other batch sizes, with the module's outputs; without those it refuses."""
-    batch, found = _batch(call), []
-    sizes = [_repeat(call, 3)] if batch == 1 else [_repeat(call, 2), _first_row(call)]
-    for other in sizes:
-        try:
-            found.append((other, run_module(module, other, writes=writes)))
-        except Exception as error:  # the model's own refusal, whatever it raises
-            logger.debug("the float model does not take another batch size: %s", error)
-    return found
-
-
-def _first_row(call: Call) -> Call:
-    batch = _batch(call)
-    return call.with_tensors(
-        tuple(x[:1] if x.dim() and x.shape[0] == batch else x for x in call.tensors)
-    )
-
-
-def _exact_unmasked(module: nn.Module, graph: CapturedGraph, call: Call) -> bool:
-    """Whether the graph is exact without masking too.
-
-    Code that looks at a mask and drops it when it is all ones does not do so while being exported,
-    and another kernel may sum in another order.
-    """
-    tensors = tuple(torch.ones_like(x) if _is_mask(x) else x for x in call.tensors)
-    if all(x is y for x, y in zip(tensors, call.tensors, strict=True)):
-        return True
-    unmasked = call.with_tensors(tensors)
-    try:
-        return _verify(graph, unmasked, run_module(module, unmasked, writes=graph.writes))
-    except Exception as error:  # zeros and ones that are no mask may not be a valid input
-        logger.debug("not run without its masks: %s", error)
-        return True
-
-
-def _is_mask(x: Tensor) -> bool:
-    return not x.is_floating_point() and x.numel() > 0 and bool(((x == 0) | (x == 1)).all())
-
-
-def _batch(call: Call) -> int:
-    return next((x.shape[0] for x in call.tensors if x.dim()), 0)
-
-
-def _repeat(call: Call, times: int) -> Call:
-    """``call`` with every tensor of its batch size repeated along the first dimension."""
-    batch = _batch(call)
-    return call.with_tensors(
-        tuple(
-            torch.cat([x] * times) if x.dim() and x.shape[0] == batch else x for x in call.tensors
-        )
-    )
 
 
 def _first_lines(error: Exception, count: int = 2) -> str:
@@ -268,37 +206,6 @@ def _quiet() -> Iterator[None]:
     finally:
         for each, before in zip(loggers, disabled, strict=True):
             each.disabled = before
-
-
-def _verify(graph: CapturedGraph, call: Call, expected: list[Any]) -> bool:
-    """Whether the graph gives ``expected`` bit for bit; raises unless it does so up to rounding."""
-    graph.contract.check(call)
-    with frozen(graph.gm):
-        actual = list(graph.gm(*copied(call).tensors))
-    if len(actual) != len(expected):
-        raise CaptureFailed(f"the graph gives {len(actual)} outputs, the module {len(expected)}")
-    same = [_same(x, y) for x, y in zip(actual, expected, strict=True)]
-    return all(same)
-
-
-def _same(actual: Any, expected: Any) -> bool:
-    """Bit equality of one output; raises where more than float rounding differs."""
-    if not isinstance(expected, Tensor):
-        if actual != expected:
-            raise CaptureFailed(f"the graph gives {actual!r} where the module gives {expected!r}")
-        return True
-    if actual.shape != expected.shape or actual.dtype != expected.dtype:
-        raise CaptureFailed(
-            f"the graph gives {tuple(actual.shape)} {actual.dtype}, "
-            f"the module {tuple(expected.shape)} {expected.dtype}"
-        )
-    x, y = actual.nan_to_num(), expected.nan_to_num()
-    if torch.equal(x, y):
-        return True
-    gap = (x - y).abs().max() if x.is_floating_point() else torch.tensor(torch.inf)
-    if gap > _ROUNDING * y.abs().max():
-        raise CaptureFailed(f"the graph's output differs from the module's by up to {gap:.3g}")
-    return False
 
 
 def _export(module: nn.Module, example: Call, mode: str, writes: Writes) -> CapturedGraph:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +55,7 @@ class ShapeContract:
                 if symbols and not conditions:
                     env = symbols[0].node.shape_env
                     conditions = [env.replace(guard.expr) for guard in env.guards]
+                    conditions += _lower_bounds(env, conditions)
         needed = [each for each in dict.fromkeys(conditions) if each != True]  # noqa: E712
         return cls(example.names(), shapes, needed, derived)
 
@@ -99,14 +101,75 @@ class ShapeContract:
 
         (Size-oblivious export leaves such conditions behind for sizes of 1.)
         """
-        values = {
+        values = self.values(call)
+        kept = [c for c in self.conditions if _holds(c, values) is not False]
+        return ShapeContract(self.names, self.shapes, kept, self.derived)
+
+    def proven(self, points: list[dict[str, int]]) -> ShapeContract:
+        """This contract with exceptions for sizes at which the graph is known to be right.
+
+        Each condition is lifted for just the values of its sizes that were tried, and for every
+        value of a size that was tried at two.
+        """
+        import sympy  # type: ignore[import-untyped]
+
+        conditions = []
+        for condition in self.conditions:
+            names = {symbol.name: symbol for symbol in condition.free_symbols}
+            broken = [
+                {name: point[name] for name in names if name in point}
+                for point in points
+                if _holds(condition, point) is False
+            ]
+            for point in broken:
+                free = {
+                    name
+                    for name in point
+                    if any(
+                        other[name] != point[name]
+                        and all(other[n] == point[n] for n in point if n != name)
+                        for other in broken
+                    )
+                }
+                exact = [sympy.Eq(names[n], value) for n, value in point.items() if n not in free]
+                condition = sympy.Or(condition, sympy.And(*exact)) if exact else sympy.true
+            if condition != True:  # noqa: E712
+                conditions.append(condition)
+        return ShapeContract(self.names, self.shapes, conditions, self.derived)
+
+    def refusing(self, sizes: dict[str, int]) -> ShapeContract:
+        """This contract without calls of all these sizes."""
+        import sympy
+
+        symbol = functools.partial(sympy.Symbol, integer=True)
+        wrong = sympy.Or(*(sympy.Ne(symbol(name), size) for name, size in sizes.items()))
+        return ShapeContract(self.names, self.shapes, [*self.conditions, wrong], self.derived)
+
+    def values(self, call: Call) -> dict[str, int]:
+        """The free sizes' names and what they are in ``call``."""
+        return {
             size: actual
             for shape, x in zip(self.shapes, call.tensors, strict=True)
             for size, actual in zip(shape, x.shape, strict=True)
-            if isinstance(size, str)
+            if isinstance(size, str) and size.isidentifier()
         }
-        kept = [c for c in self.conditions if _holds(c, values) is not False]
-        return ShapeContract(self.names, self.shapes, kept, self.derived)
+
+    def resized(self, call: Call, sizes: dict[str, int]) -> Call | None:
+        """``call`` cut down to these free sizes and what follows of them, or None."""
+        values = self.values(call) | sizes
+        wanted = {
+            (i, axis): values[size]
+            for i, shape in enumerate(self.shapes)
+            for axis, size in enumerate(shape)
+            if isinstance(size, str) and size.isidentifier()
+        }
+        wanted |= {(i, axis): substitute(e, values) for i, axis, e in self.derived}
+        tensors = list(call.tensors)
+        for (i, axis), size in wanted.items():
+            if size is None or not 0 <= size <= tensors[i].shape[axis]:
+                return None
+            tensors[i] = tensors[i].narrow(axis, 0, int(size))
+        return call.with_tensors(tuple(tensors))
 
     def describe(self) -> str:
         """The inputs and sizes it serves, for messages."""
@@ -136,3 +199,14 @@ def _fixed_or_name(size: int | SymInt) -> int | str:
     """A size as the graph knows it: ``12``, or ``"s0"``; a specialized symbol is its number."""
     text = str(size)
     return int(text) if text.isdecimal() else text
+
+
+def _lower_bounds(env: Any, conditions: list[Any]) -> list[Any]:
+    """Sizes that were taken to be 2 at least, without a condition that says so."""
+    found = []
+    for symbol, bounds in env.var_to_range.items():
+        small = {symbol.name: 1}
+        known = any(_holds(each, small) is False for each in conditions)
+        if symbol not in env.replacements and not known and bool(bounds.lower >= 2):
+            found.append(symbol >= 2)
+    return found
