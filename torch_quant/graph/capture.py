@@ -114,7 +114,8 @@ class Region:
                 return graph
             if below := hooked(self.module):
                 raise CaptureFailed(f"a hook on {below} runs at each of its calls")
-            graph = export_graph(self.module, call)
+            earlier = [graph for known, graph in self.graphs if known == call.signature]
+            graph = export_graph(self.module, call, earlier)
             self.written.update(graph.leaves_behind)
             self.graphs.append((call.signature, graph))
         logger.info("captured %s as one graph", self.path or "the model")

@@ -7,7 +7,7 @@ import io
 import logging
 import operator
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from torch_quant.errors import CaptureFailed
+from torch_quant.graph.budget import Freedom
 from torch_quant.graph.calls import Call, identifiers
 from torch_quant.graph.effects import KeepsState
 from torch_quant.graph.macs import note_sizes
@@ -73,6 +74,7 @@ class CapturedGraph:
             another, equivalent path while being exported: a mask where eager code asks for causal.)
         writes: the arguments that the module changes.
         leaves_behind: attributes that its calls write and never read, as ``child.attribute``.
+        reduced: not every size could be left free in the time there is.
     """
 
     gm: fx.GraphModule
@@ -81,6 +83,7 @@ class CapturedGraph:
     exact: bool = True
     writes: Writes = ()
     leaves_behind: tuple[str, ...] = ()
+    reduced: bool = False
 
     def __call__(self, call: Call) -> Any:
         return self.output(self.gm(*call.tensors), call)
@@ -108,13 +111,21 @@ class _Flat(nn.Module):
         return leaves
 
 
-def export_graph(module: nn.Module, call: Call) -> CapturedGraph:
+def export_graph(
+    module: nn.Module, call: Call, earlier: Sequence[CapturedGraph] = ()
+) -> CapturedGraph:
     """Capture ``module`` (a shadow, in eval mode) for calls like ``call``.
 
     Every dimension of every tensor is asked to be dynamic. A graph that fixes the batch size of a
     batch-1 example is captured again from the example repeated to batch 2. Each attempt must
     reproduce the module's output on ``call``; the first that also does so on another batch size
-    wins.
+    wins. Where symbolic sizes take too long, fewer of them stay free, with a warning.
+
+    Args:
+        module: what to capture.
+        call: the example.
+        earlier: the module's graphs for calls of this kind, none of which serves ``call``. Where
+            not all sizes can be free, those in which it differs from them are tried.
 
     Raises:
         ModelRefuses: the float module raises on ``call``.
@@ -125,10 +136,14 @@ def export_graph(module: nn.Module, call: Call) -> CapturedGraph:
     if not call.tensors:
         raise CaptureFailed("the call has no tensor input, so there is nothing to capture")
     with CAPTURING:
-        return _first_that_serves(module, call)
+        contracts = [graph.contract for graph in earlier]
+        freedom = Freedom(call, contracts, any(graph.reduced for graph in earlier))
+        graph = _first_that_serves(module, call, freedom)
+        graph.reduced = freedom.reduced
+        return graph
 
 
-def _first_that_serves(module: nn.Module, call: Call) -> CapturedGraph:
+def _first_that_serves(module: nn.Module, call: Call, freedom: Freedom) -> CapturedGraph:
     try:
         expected, writes, left = first_run(module, call)
     except KeepsState:
@@ -145,7 +160,8 @@ def _first_that_serves(module: nn.Module, call: Call) -> CapturedGraph:
     attempts = [(call, "oblivious"), (twice, "oblivious"), (twice, "dynamic"), (call, "static")]
     for example, mode in dict.fromkeys(attempts):
         try:
-            graph = _export(module, example, mode, writes)
+            free = freedom if mode != "static" else None
+            graph = _export(module, example, mode, writes, free)
             graph.leaves_behind = left
             graph.contract = graph.contract.allowing(call)
             graph.exact = verify(graph, call, expected) and exact_unmasked(module, graph, call)
@@ -208,27 +224,33 @@ def _quiet() -> Iterator[None]:
             each.disabled = before
 
 
-def _export(module: nn.Module, example: Call, mode: str, writes: Writes) -> CapturedGraph:
+def _export(
+    module: nn.Module, example: Call, mode: str, writes: Writes, freedom: Freedom | None
+) -> CapturedGraph:
     # Imported here: with sympy behind it, it takes longer than all the rest of the package.
-    from torch.export import Dim
+    from torch.export import Dim, ExportedProgram
 
     out_specs: list[Any] = []
     flat = _Flat(module, example, writes, out_specs.append)
-    shapes = tuple(dict.fromkeys(range(x.dim()), Dim.AUTO) or None for x in example.tensors)
-    with (
-        frozen(module),
-        own_operators(),
-        whole_recurrent(),
-        no_fastpath(),
-        _quiet(),
-        size_oblivious(mode == "oblivious"),
-    ):
-        program = torch.export.export(
-            flat,
-            copied(example).tensors,
-            dynamic_shapes=None if mode == "static" else {"tensors": shapes},
-            strict=False,
-        )
+
+    def export(free: list[set[int]]) -> ExportedProgram:
+        shapes = tuple(dict.fromkeys(sorted(axes), Dim.AUTO) or None for axes in free)
+        with (
+            frozen(module),
+            own_operators(),
+            whole_recurrent(),
+            no_fastpath(),
+            _quiet(),
+            size_oblivious(mode == "oblivious"),
+        ):
+            return torch.export.export(
+                flat,
+                copied(example).tensors,
+                dynamic_shapes={"tensors": shapes} if freedom else None,
+                strict=False,
+            )
+
+    program = freedom.attempt(export) if freedom else export([])
     exported = program.module()
     contract = ShapeContract.of(exported, example)
     gm = _plain(exported, contract.names)
