@@ -146,6 +146,58 @@ def test_other_activation_formats(bits: int, signed: bool) -> None:
     assert sqnr(expected, actual) > 40  # flips of single codes between the two layers
 
 
+SIGNED = QConfig(input=QuantSpec.of(bits=8, signed=True, symmetric=True))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")  # of the float module
+@pytest.mark.parametrize("conv", CONVS)
+def test_convolutions_of_signed_activations(conv: str) -> None:
+    torch.manual_seed(0)
+    build, shape = CONVS[conv]
+    expected, actual = both(build(), shifted(2, *shape), SIGNED)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_signed_results_are_those_of_the_reference(kind: str) -> None:
+    torch.manual_seed(0)
+    layers = {
+        "linear": [nn.Linear(32, 24), nn.GELU(), exact_copy(24)],
+        "conv": [nn.Conv1d(32, 24, 3), nn.Hardswish(), nn.Conv1d(24, 24, 1)],
+    }[kind]
+    model = nn.Sequential(*layers).eval()
+    if kind == "conv":
+        nn.init.dirac_(layers[2].weight)
+        nn.init.zeros_(layers[2].bias)
+    x = shifted(16, 32) if kind == "linear" else shifted(4, 32, 20)
+    expected, actual = both(model, x, SIGNED)
+    quantizer = calibrated(model, [((x,), {})], backend="onednn", qconfig=SIGNED)
+    (key,) = quantizer.coverage(model).plan["2"].inputs
+    step = float(quantizer.state.qparams(key, SIGNED.input).scale)
+    assert float((actual - expected).abs().max()) <= 1.001 * step
+
+
+@pytest.mark.parametrize("bits", [6, 8])
+def test_kernels_get_unsigned_codes(bits: int) -> None:
+    """Signed ones take a reference kernel where there is no AMX."""
+    config = QConfig(input=QuantSpec.of(bits=bits, signed=True, symmetric=True))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(2), nn.Linear(36, 8), nn.Linear(8, 8))
+    x = shifted(2, 3, 8, 8)
+    quant_model = calibrated(model, [((x,), {})], backend="onednn", qconfig=config).quantize(model)
+    assert len(quant_model.plan.quantized) == 3
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if func in (onednn_ops.LINEAR, onednn_ops.CONV):
+                seen.append(args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Watch():
+        quant_model(x)
+    assert seen == [torch.uint8] * 3
+
+
 def test_a_weight_format_that_the_kernels_do_not_have() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     affine = QuantSpec(torch.int8, False, Granularity.PER_CHANNEL, -128, 127)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from torch_quant.backends.embedding_bags import bags_of_rows
 from torch_quant.backends.onednn_cache import PackedWeights
@@ -116,18 +117,17 @@ def _embedding(weight: Tensor, scale: Tensor, indices: Tensor) -> Tensor:
     return rows * torch.nn.functional.embedding(indices, scale.unsqueeze(-1))
 
 
-def _conv_shape(x: Tensor, weight: Tensor, *geometry: Any) -> list[Any]:
+def _image_sizes(x: Tensor, weight: Tensor, *geometry: Any) -> list[Any]:
     stride, padding, dilation = geometry
-    sizes = [
+    return [
         (x.shape[i + 2] + 2 * padding[i] - dilation[i] * (weight.shape[i + 2] - 1) - 1) // stride[i]
         + 1
         for i in range(x.dim() - 2)
     ]
-    return [x.shape[0], weight.shape[0], *sizes]
 
 
 def _fake_quantize(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(x, dtype=dtype)
+    return torch.empty_like(x, dtype=dtype, memory_format=suggest_memory_format(x))
 
 
 def _fake_linear(x: Tensor, *args: Any) -> Tensor:
@@ -137,7 +137,8 @@ def _fake_linear(x: Tensor, *args: Any) -> Tensor:
 
 def _fake_conv(x: Tensor, *args: Any) -> Tensor:
     weight, geometry, out_dtype = args[2], args[5:8], args[11]
-    return x.new_empty(_conv_shape(x, weight, *geometry), dtype=out_dtype)
+    shape = (x.shape[0], *_image_sizes(x, weight, *geometry), weight.shape[0])
+    return x.new_empty(shape, dtype=out_dtype).movedim(-1, 1)  # the kernel puts channels last
 
 
 def _fake_embedding(weight: Tensor, scale: Tensor, indices: Tensor) -> Tensor:
@@ -146,7 +147,7 @@ def _fake_embedding(weight: Tensor, scale: Tensor, indices: Tensor) -> Tensor:
 
 def _fake_embedding_bag(weight: Tensor, scale: Tensor, *args: Any) -> Tensor:
     offsets, include_last_offset = args[1], args[4]
-    return scale.new_empty((offsets.shape[0] - include_last_offset, weight.shape[1]))
+    return scale.new_empty((offsets.shape[0] - int(include_last_offset), weight.shape[1]))
 
 
 for _name, _impl, _fake in (

@@ -1,0 +1,169 @@
+"""Every operator of ours against PyTorch's own checks: schema, fake kernel, strides, compilation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from flows import calibrated
+from torch import Tensor, nn
+
+import torch_quant  # noqa: F401  # defines the operators
+from torch_quant import Backend, QConfig, QuantSpec, sqnr
+
+Sample = tuple[Any, ...]
+
+
+def floats(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def codes(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+    info = torch.iinfo(dtype)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(info.min, info.max + 1, shape, dtype=dtype, generator=generator)
+
+
+def weight(*shape: int) -> tuple[Tensor, Tensor]:
+    return codes(*shape, dtype=torch.int8), floats(shape[0]).abs() + 0.1
+
+
+LAYOUTS: dict[str, Tensor] = {
+    "contiguous": floats(2, 3, 4, 5),
+    "channels_last": floats(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    "channels_last_3d": floats(2, 3, 4, 5, 6).to(memory_format=torch.channels_last_3d),
+    "transposed": floats(2, 3, 4, 5).transpose(1, 3),
+    "permuted": floats(2, 3, 4, 5).permute(3, 1, 0, 2),
+    "matrix_transposed": floats(4, 5).t(),
+    "strided": floats(2, 3, 8, 5)[:, :, ::2],
+    "expanded": floats(4, 1).expand(4, 5),
+    "scalar": floats(1)[0],
+    "empty": floats(0, 5),
+}
+FEW = {name: LAYOUTS[name] for name in ("channels_last", "permuted", "expanded")}
+QUANTIZED = (0.1, 3, torch.uint8)
+FLOAT = (1.0, 0, torch.float32)
+
+
+def linears() -> dict[str, Sample]:
+    x = codes(2, 5, 8)
+    ways = {"uint8": QUANTIZED, "float32": FLOAT}
+    inputs = {"3d": x, "2d": x[0], "1d": x[0, 0], "transposed": codes(5, 2, 8).transpose(0, 1)}
+    return {
+        f"{name}-{way}": (each, 0.1, 3, *weight(6, 8), floats(6), *ending, "none", [], "none")
+        for name, each in inputs.items()
+        for way, ending in ways.items()
+    } | {"gelu": (x, 0.1, 3, *weight(6, 8), None, *FLOAT, "gelu", [], "tanh")}
+
+
+CONVS = {
+    "1d": ((2, 8, 9), (16, 8, 3), 1),
+    "1d_one_channel": ((1, 8, 9), (1, 8, 3), 1),
+    "2d": ((2, 8, 9, 11), (16, 8, 3, 3), 1),
+    "2d_depthwise": ((2, 8, 9, 11), (8, 1, 3, 3), 8),
+    "2d_one_pixel": ((2, 8, 3, 3), (16, 8, 3, 3), 1),
+    "2d_one_channel": ((1, 1, 9, 11), (1, 1, 3, 3), 1),
+    "3d": ((2, 4, 5, 6, 7), (8, 4, 3, 3, 3), 1),
+}
+
+
+def convs() -> dict[str, Sample]:
+    found: dict[str, Sample] = {}
+    for name, (shape, kernel, groups) in CONVS.items():
+        dims = len(shape) - 2
+        geometry = ([1] * dims, [0] * dims, [1] * dims, groups)
+        for way, ending in {"uint8": QUANTIZED, "float32": FLOAT}.items():
+            operands = (codes(*shape), 0.1, 3, *weight(*kernel), floats(kernel[0]))
+            found[f"{name}-{way}"] = (*operands, *geometry, *ending, "none", [])
+    geometry = ([2, 1], [1, 2], [1, 2], 1)
+    x = codes(2, 8, 9, 11).to(memory_format=torch.channels_last)
+    operands = (x, 0.1, 3, *weight(16, 8, 3, 3), None)
+    found["2d_strided_relu"] = (*operands, *geometry, *QUANTIZED, "relu", [])
+    return found
+
+
+def lstm(*grid: Any, middle: Sample = ()) -> Sample:
+    states = [floats(2, 3, 4), floats(2, 3, 4)]
+    params = [x for _ in range(2) for x in (floats(16, 6), floats(16, 4), floats(16), floats(16))]
+    return (floats(3, 5, 6), states, params, True, 1, *middle, True, True, *grid)
+
+
+GRID = (0.1, 3, 0, 255)
+TABLE = weight(12, 6)
+BAGS = (torch.tensor([1, 2, 4, 5, 4, 3]), torch.tensor([0, 2, 4]))
+SAMPLES: dict[str, Callable[[], dict[str, Sample]]] = {
+    "quantize": lambda: {k: (x, *GRID, torch.uint8) for k, x in FEW.items()},
+    "dequantize": lambda: {"": (codes(2, 3), 0.1, 3)},
+    "fake_quantize": lambda: {k: (x, *GRID) for k, x in FEW.items()},
+    "dequantize_channel": lambda: {
+        "": (TABLE[0], TABLE[1], torch.zeros(12, dtype=torch.int32), 0),
+    },
+    "lstm": lambda: {"": lstm(*GRID)},
+    "onednn_quantize": lambda: {
+        f"{name}-{dtype}": (x, 0.1, 3, dtype)
+        for name, x in LAYOUTS.items()
+        for dtype in (torch.uint8, torch.int8)
+    },
+    "onednn_linear": linears,
+    "onednn_conv": convs,
+    "int8_embedding": lambda: {"": (*TABLE, torch.tensor([[1, 2], [3, 3]]))},
+    "int8_embedding_bag": lambda: {
+        "sum": (*TABLE, *BAGS, 0, floats(6), False, None),
+        "mean": (*TABLE, *BAGS, 1, None, True, None),
+        "max": (*TABLE, *BAGS, 2, None, False, 4),
+    },
+}
+
+
+def defined() -> set[str]:
+    names = torch._C._dispatch_get_all_op_names()
+    return {name.partition("::")[2] for name in names if name.startswith("torch_quant::")}
+
+
+def test_every_operator_has_samples() -> None:
+    assert defined() == set(SAMPLES)
+
+
+@pytest.mark.parametrize("operator", sorted(SAMPLES))
+def test_operators_are_what_they_say(operator: str) -> None:
+    if operator.startswith("onednn") and Backend.ONEDNN.unavailable():
+        pytest.skip(f"Backend.ONEDNN: {Backend.ONEDNN.unavailable()}; run on an x86 CPU")
+    for name, sample in SAMPLES[operator]().items():
+        overload = getattr(torch.ops.torch_quant, operator).default
+        try:
+            torch.library.opcheck(overload, sample)
+        except Exception as error:
+            raise AssertionError(f"{operator}({name})") from error
+
+
+class Network(nn.Module):
+    """Convolutions whose results other operators read in whatever order they lie."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, stride=2)
+        self.depthwise, self.head = nn.Conv2d(8, 8, 3, groups=8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        x = self.depthwise(self.second(x) * 2)
+        return self.head(x.flatten(2).transpose(1, 2)).mean(1)
+
+
+@pytest.mark.parametrize("signed", [False, True], ids=["u", "s"])
+@pytest.mark.parametrize("backend", ["onednn", "reference"])
+def test_a_quantized_network_compiles(backend: str, signed: bool) -> None:
+    if backend == "onednn" and Backend.ONEDNN.unavailable():
+        pytest.skip(f"Backend.ONEDNN: {Backend.ONEDNN.unavailable()}; run on an x86 CPU")
+    torch.manual_seed(0)
+    model, x = Network().eval(), floats(2, 3, 14, 12)
+    config = QConfig(input=QuantSpec.of(signed=signed, symmetric=signed))
+    quantizer = calibrated(model, [((x,), {})], backend=backend, qconfig=config)
+    quant_model = quantizer.quantize(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(quant_model, backend="aot_eager")
+    with torch.no_grad():
+        assert sqnr(quant_model(x), compiled(x)) > 60
+        assert sqnr(quant_model(x[:1]), compiled(x[:1])) > 60
