@@ -146,3 +146,18 @@ def test_proxies_have_the_models_signature() -> None:
     wanted = inspect.signature(model.forward)
     for proxy in (calib_model, quantizer.amp(model), quantizer.quantize(model)):
         assert inspect.signature(proxy.forward) == wanted
+
+
+def calls_of_quantize(layers: int) -> int:
+    """How many functions ``quantize`` calls for so many layers, which does not depend on the load."""
+    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(layers)]).eval()
+    quantizer = Quantizer("reference")
+    quantizer.calib(model)(torch.randn(2, 4))
+    quantizer.quantize(model)
+    profile = cProfile.Profile()
+    profile.runcall(quantizer.quantize, model)
+    return sum(entry.callcount for entry in profile.getstats())
+
+
+def test_quantize_is_linear_in_the_number_of_sites() -> None:
+    assert calls_of_quantize(160) <= 4.2 * calls_of_quantize(40)

@@ -118,7 +118,8 @@ class Settings:
     ) -> Lowering:
         """How the model is put on a backend, with the ranges as they are now."""
         plan = self.plan(captured, model, backend, fallen)
-        weight_grid = partial(self._weight_grid, captured, model)
+        sites = {site.name: site for site, _ in captured.sites()}
+        weight_grid = partial(self._weight_grid, sites, model)
         smoothing = SmoothQuant(captured, plan, state)
         return Lowering(captured, plan, backend, smoothing.grid, weight_grid, smoothing.factor)
 
@@ -151,11 +152,10 @@ class Settings:
         return qconfig_of(site, modules_of(model, site), self.qconfig, self.overrides)
 
     def _weight_grid(
-        self, captured: CapturedModel, model: nn.Module,
+        self, sites: Mapping[str, Site], model: nn.Module,
         name: str, weight: Tensor, spec: QuantSpec, axis: int,
     ) -> QParams:  # fmt: skip
-        site = next(site for site, _ in captured.sites() if site.name == name)
-        config = self._config(model, site) or self.qconfig
+        config = self._config(model, sites[name]) or self.qconfig
         observer = _make(config.weight_observer, axis if spec.per_channel else None)
         try:
             observer.observe(weight)

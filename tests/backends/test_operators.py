@@ -1,4 +1,4 @@
-"""Every operator of ours against PyTorch's own checks: schema, fake kernel, strides, compilation."""
+"""Every operator of ours against PyTorch's own checks: schema, fake kernels, compilation."""
 
 from __future__ import annotations
 
