@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cProfile
 import inspect
 import io
 
@@ -149,7 +150,7 @@ def test_proxies_have_the_models_signature() -> None:
 
 
 def calls_of_quantize(layers: int) -> int:
-    """How many functions ``quantize`` calls for so many layers, which does not depend on the load."""
+    """How many functions ``quantize`` calls for so many layers, however busy the machine is."""
     model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(layers)]).eval()
     quantizer = Quantizer("reference")
     quantizer.calib(model)(torch.randn(2, 4))

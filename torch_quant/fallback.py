@@ -239,7 +239,7 @@ class Fallback:
 
     def _quantized(self, names: Iterable[str]) -> nn.Module:
         chosen = {name: self.fallen.get(name, self._precision) for name in names}
-        return self._lowering(chosen).run()
+        return self._lowering(chosen).run(share=True)
 
     @torch.no_grad()
     def measure(self, names: Iterable[str]) -> float:

@@ -232,14 +232,21 @@ class Quantizer(Tied):
         *,
         backend: Backend | str | None = None,
         example_inputs: Any = None,
+        share_float_weights: bool = False,
     ) -> QuantizedRegion:
         """The quantized model, on real kernels: call it, trace it, export it, copy it, save it.
+
+        It is a snapshot: what is done to ``model`` later does not reach it.
 
         Args:
             model: the model that was calibrated; its current weights are used.
             backend: another backend than the quantizer's; needs no second calibration.
             example_inputs: as for :meth:`calib`, for a quantizer whose ranges were loaded, or to
                 have a backend that compiles do so now, not at the first call.
+            share_float_weights: save memory: large weights that stay in float are ``model``'s own.
+                Once an operator has changed one of them in place, as ``model.load_state_dict``
+                does, the quantized model refuses calls; changes through ``weight.data`` are not
+                noticed.
 
         Raises:
             NotCalibrated: no data was seen, or the model has changed since.
@@ -262,7 +269,7 @@ class Quantizer(Tied):
             raise NotCalibrated(
                 "no calibration data was seen: run it through the proxy of quantizer.calib(model)"
             )
-        quantized = lowering.run()
+        quantized = lowering.run(share=share_float_weights)
         if example_inputs is not None and chosen.compiles:
             call_example(quantized, example_inputs)
         quantized.description = f"{chosen!r}: {plan.summary}"

@@ -84,10 +84,20 @@ def convs() -> dict[str, Sample]:
     return found
 
 
-def lstm(*grid: Any, middle: Sample = ()) -> Sample:
-    states = [floats(2, 3, 4), floats(2, 3, 4)]
-    params = [x for _ in range(2) for x in (floats(16, 6), floats(16, 4), floats(16), floats(16))]
-    return (floats(3, 5, 6), states, params, True, 1, *middle, True, True, *grid)
+def recurrent(gates: int) -> Sample:
+    """A bidirectional layer: input, hidden state, parameters, whether they have biases, layers."""
+    cell = (floats(4 * gates, 6), floats(4 * gates, 4), floats(4 * gates), floats(4 * gates))
+    return floats(3, 5, 6), floats(2, 3, 4), [*cell, *cell], True, 1
+
+
+def lstm(*options: Any) -> Sample:
+    x, h, *rest = recurrent(4)
+    return (x, [h, h + 1], *rest, *options)
+
+
+def whole(gates: int) -> dict[str, Sample]:
+    make = lstm if gates == 4 else lambda *options: (*recurrent(gates), *options)
+    return {"batch_first": make(0.0, False, True, True)}
 
 
 GRID = (0.1, 3, 0, 255)
@@ -100,7 +110,11 @@ SAMPLES: dict[str, Callable[[], dict[str, Sample]]] = {
     "dequantize_channel": lambda: {
         "": (TABLE[0], TABLE[1], torch.zeros(12, dtype=torch.int32), 0),
     },
-    "lstm": lambda: {"": lstm(*GRID)},
+    "lstm": lambda: {"": lstm(True, True, *GRID)},
+    "whole_lstm": lambda: whole(4),
+    "whole_gru": lambda: whole(3),
+    "whole_rnn_tanh": lambda: whole(1),
+    "whole_rnn_relu": lambda: whole(1),
     "onednn_quantize": lambda: {
         f"{name}-{dtype}": (x, 0.1, 3, dtype)
         for name, x in LAYOUTS.items()

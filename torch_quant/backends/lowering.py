@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from torch_quant.backends.base import Backend
+from torch_quant.backends.ownership import SharedWeights, own_tensors
 from torch_quant.backends.quantized import Absent, QuantizedGraph, QuantizedRegion
 from torch_quant.core.plan import QuantPlan
 from torch_quant.graph.capture import Region, glue
@@ -36,13 +37,31 @@ class Lowering:
     weight_grid_of: WeightGridOf
     factor_of: FactorOf
 
-    def run(self) -> QuantizedRegion:
-        """The whole model, quantized; the float model is untouched."""
+    def run(self, *, share: bool = False) -> QuantizedRegion:
+        """The whole model, quantized; the float model is untouched.
+
+        Args:
+            share: let it compute with the large float weights of the float model itself.
+        """
         self.captured.tell_unreached()
         quantized = self._region(self.captured.region)
         assert isinstance(quantized, QuantizedRegion)
-        _detach_parameters(quantized)
+        shared = SharedWeights() if share else None
+        own_tensors(quantized, self._theirs(), shared)
+        quantized.shared = shared
         return quantized
+
+    def _theirs(self) -> dict[str, Tensor]:
+        """The tensors of the float model, and those that capturing found in its code."""
+        module = self.captured.region.module
+        theirs = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        for prepared in self.captured.graphs():
+            gm = prepared.canonical
+            for node in gm.graph.find_nodes(op="get_attr"):
+                value = operator.attrgetter(str(node.target))(gm)
+                if isinstance(value, Tensor):
+                    theirs.setdefault(f"{node.target} (a constant)", value)
+        return theirs
 
     def _region(self, region: Region) -> nn.Module:
         graphs = [
@@ -98,21 +117,11 @@ def _lent(module: nn.Module, region: Region) -> nn.Module:
     return module
 
 
-def _detach_parameters(model: nn.Module) -> None:
-    """Parameters of their own over the user's storage: ``double()`` must not reach the user's."""
-    memo: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, value in module._parameters.items():
-            if value is not None:
-                new = memo.setdefault(id(value), nn.Parameter(value.detach(), requires_grad=False))
-                module._parameters[name] = new
-
-
 def _only_used(gm: fx.GraphModule) -> fx.GraphModule:
     """``gm`` without tensors that its graph does not read, and with nothing that wants gradients.
 
-    Parameters that stay in float become buffers over the very same storage. One tensor under two
-    names gets one, since no graph with both can be traced.
+    Parameters that stay in float become buffers over the same storage, for now. One tensor under
+    two names gets one, since no graph with both can be traced.
     """
     attributes: dict[str, Any] = {}
     names: dict[int, str] = {}

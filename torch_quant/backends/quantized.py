@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from torch_quant.backends.base import Backend
+from torch_quant.backends.ownership import SharedWeights
 from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import CaptureFailed, InvalidConfig
 from torch_quant.graph.calls import Call, bind, flatten_call
@@ -134,6 +135,7 @@ class QuantizedRegion(nn.Module):
         self.glue = glue
         self.description = ""
         self.backend = ""
+        self.shared: SharedWeights | None = None
         self.plan = QuantPlan()
         self.calibration: dict[str, Any] = {}
         self.forward = SignedForward(self.run, signature)
@@ -183,6 +185,8 @@ class QuantizedRegion(nn.Module):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """What ``forward`` does."""
+        if self.shared and not torch.compiler.is_compiling():
+            self.shared.check()
         args, kwargs = bind(self.signature, args, kwargs)
         if self.glue is not None and not len(self.graphs):
             return self._run_glue(args, kwargs)

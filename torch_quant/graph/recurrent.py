@@ -54,7 +54,10 @@ def restore_recurrent(graph: fx.Graph) -> None:
 
 
 def _output(x: Tensor, h: Tensor, options: tuple[Any, ...]) -> Tensor:
-    return x.new_empty((*x.shape[:2], (2 if options[5] else 1) * h.shape[-1]))
+    features = (2 if options[5] else 1) * h.shape[-1]
+    if options[6]:  # batch first: computed with the steps first
+        return x.new_empty((x.shape[1], x.shape[0], features)).transpose(0, 1)
+    return x.new_empty((*x.shape[:2], features))
 
 
 def _fake_lstm(x: Tensor, hx: list[Tensor], *options: Any) -> tuple[Tensor, Tensor, Tensor]:

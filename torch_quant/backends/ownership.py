@@ -1,0 +1,142 @@
+"""A quantized model is a snapshot: tensors of the float model that it computes with become its own.
+
+Large float weights may stay shared, on request. Then a change of them is noticed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_quant.errors import QuantError
+
+__all__ = ["SharedWeights", "own_tensors"]
+
+_LARGE = 2**16
+"""Bytes from which on a float tensor is worth sharing."""
+
+
+class SharedWeights:
+    """Tensors that a quantized model shares with the float model, as they were when it was made.
+
+    Copies and pickles of the quantized model have tensors of their own, so theirs is empty.
+    """
+
+    def __init__(self) -> None:
+        self._known: list[tuple[str, Tensor, int]] = []
+
+    def __reduce__(self) -> Any:
+        return SharedWeights, ()
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        self._known.append((name, tensor, tensor._version))
+
+    def check(self) -> None:
+        """Raise :class:`QuantError` if one of them was changed since."""
+        for name, tensor, version in self._known:
+            if tensor._version != version:
+                raise QuantError(
+                    f"{name} of the float model was changed, and the quantized model shares it: "
+                    "quantize again, or with share_float_weights=False to be independent of it"
+                )
+
+
+def _place(x: Tensor) -> tuple[Any, ...]:
+    """What two names of one tensor agree on."""
+    storage = x.untyped_storage()._cdata
+    return storage, x.storage_offset(), tuple(x.shape), x.stride(), x.dtype
+
+
+def _copied(x: Tensor) -> Tensor:
+    """A copy that lies in memory as ``x`` does; what is repeated by expansion is kept once."""
+    for dim, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            return _copied(x.narrow(dim, 0, 1)).expand(x.shape)
+    return x.clone()
+
+
+class _Owner:
+    def __init__(self, theirs: Mapping[str, Tensor], shared: SharedWeights | None) -> None:
+        self.names = {
+            x.untyped_storage()._cdata: name for name, x in reversed(list(theirs.items()))
+        }
+        self.shared = shared
+        self.made: dict[tuple[Any, ...], Tensor] = {}
+
+    def tensor(self, x: Tensor) -> Tensor:
+        """``x``, or what the quantized model has in its place; tied tensors stay tied."""
+        if x.layout != torch.strided:
+            return x
+        name = self.names.get(x.untyped_storage()._cdata)
+        if name is None and not isinstance(x, nn.Parameter):
+            return x
+        place = _place(x)
+        if place not in self.made:
+            self.made[place] = self._new(name, x.detach())
+        new = self.made[place]
+        if not isinstance(x, nn.Parameter):
+            return new
+        key = (*place, "parameter")
+        return self.made.setdefault(key, nn.Parameter(new, requires_grad=False))
+
+    def _new(self, name: str | None, x: Tensor) -> Tensor:
+        if name is None:
+            return x
+        large = x.is_floating_point() and x.nbytes >= _LARGE
+        if self.shared is None or not large or x.is_inference():
+            return _copied(x)
+        self.shared.add(name, x)
+        return x
+
+    def value(self, x: Any) -> Any:
+        """``x`` with tensors of the float model replaced; the very ``x`` if it holds none."""
+        if isinstance(x, Tensor):
+            return self.tensor(x)
+        if type(x) in (list, tuple):
+            items = [self.value(item) for item in x]
+            return type(x)(items) if _differ(items, x) else x
+        if type(x) is dict:
+            items = [self.value(item) for item in x.values()]
+            return dict(zip(x, items, strict=True)) if _differ(items, x.values()) else x
+        return x
+
+
+def _differ(new: Iterable[Any], old: Iterable[Any]) -> bool:
+    return any(a is not b for a, b in zip(new, old, strict=True))
+
+
+@torch.no_grad()
+def own_tensors(
+    model: nn.Module, theirs: Mapping[str, Tensor], shared: SharedWeights | None = None
+) -> None:
+    """Replace every tensor of the float model in a quantized ``model`` by a copy.
+
+    Parameters become parameters that take no gradient.
+
+    Args:
+        model: its modules are its own already; its tensors may be the float model's.
+        theirs: name -> tensor of the float model.
+        shared: notes the large float tensors, which are then not copied.
+    """
+    owner = _Owner(theirs, shared)
+    scripted: dict[int, nn.Module] = {}
+    for module in list(model.modules()):
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        for name, child in module._modules.items():
+            if isinstance(child, torch.jit.ScriptModule):
+                module._modules[name] = scripted.setdefault(id(child), copy.deepcopy(child))
+        for tensors in (module._parameters, module._buffers):
+            for name, value in tensors.items():
+                if value is not None:
+                    tensors[name] = owner.tensor(value)  # type: ignore[assignment]
+        for name, value in list(module.__dict__.items()):
+            if name not in ("_parameters", "_buffers", "_modules"):
+                module.__dict__[name] = owner.value(value)
