@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # The oldest supported torch, and the one that IPEX needs; its only build is the CUDA one.
 IPEX_VENV := .venv-ipex
 IPEX_GIGABYTES := 9
+# The newest of everything that setup.cfg allows.
+LATEST_VENV := .venv-latest
 # What writes the locks. It resolves for every platform and Python at once, hashes included.
 LOCK_VENV := .venv-lock
 UV := 0.13.9
@@ -16,7 +18,7 @@ CUDA := s/^(torch|triton|cuda-[^=]*|nvidia-[^=]*)==.*/--no-emit-package \1/p
 # Nothing but what the locks list, and no other build tools than theirs.
 INSTALL := -m pip install --quiet --no-deps
 
-.PHONY: help lock demo demo-tuning demo-cnn test test-core test-ipex test-zoo check format bench bench-ipex clean
+.PHONY: help lock demo demo-tuning demo-cnn test test-core test-ipex test-latest test-zoo check format bench bench-ipex clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort
@@ -71,6 +73,13 @@ test-core: $(VENV)/ready  ## the whole suite on torch 2.13
 test-ipex: $(IPEX_VENV)/ready  ## the whole suite on torch 2.8, IPEX 2.8 included
 	$(IPEX_VENV)/bin/python -m pytest -n 2
 
+test-latest:  ## the whole suite on the newest of everything that setup.cfg allows
+	test -x $(LATEST_VENV)/bin/python || $(PYTHON) -m venv $(LATEST_VENV)
+	$(LATEST_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(LATEST_VENV)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e '.[examples,dev]'
+	$(LATEST_VENV)/bin/python -m pip freeze --exclude-editable
+	$(LATEST_VENV)/bin/python -m pytest -n 2
+
 test-zoo: $(VENV)/ready $(IPEX_VENV)/ready  ## every architecture as ONNX file and on IPEX; `make test` takes one of each kind
 	ALL_ARCHITECTURES=1 $(BIN)/python -m pytest -n 2 tests/test_onnx_zoo.py
 	ALL_ARCHITECTURES=1 $(IPEX_VENV)/bin/python -m pytest -n 2 tests/test_ipex_zoo.py tests/test_zoo.py
@@ -95,4 +104,4 @@ bench-ipex: $(IPEX_VENV)/ready  ## latency on IPEX, beside IPEX's own prepare an
 	taskset -c 0 env OMP_NUM_THREADS=1 $(IPEX_VENV)/bin/python benchmarks/ipex_own.py
 
 clean:  ## remove the environments and caches
-	rm -rf $(VENV) $(IPEX_VENV) $(LOCK_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(IPEX_VENV) $(LATEST_VENV) $(LOCK_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -9,7 +9,6 @@ Intel archived the project in March 2026, with security issues that nobody will 
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import importlib.util
 import platform
@@ -26,7 +25,15 @@ from torch_quant.backends.ipex.bags import look_up_bags
 from torch_quant.backends.ipex.forms import placement_forms
 from torch_quant.backends.ipex.guards import GUARDS
 from torch_quant.backends.ipex.lstm import lower_lstms
-from torch_quant.backends.ipex.trace import WRITES, FusedGraph, import_ipex, record, writes_in_place
+from torch_quant.backends.ipex.trace import (
+    INSTALL,
+    WRITES,
+    FusedGraph,
+    import_failure,
+    import_ipex,
+    record,
+    writes_in_place,
+)
 from torch_quant.backends.ipex.verify import Verification, verify
 from torch_quant.backends.onednn import has_vnni
 from torch_quant.backends.reference import symmetric_weight
@@ -38,10 +45,6 @@ from torch_quant.passes.base import PassContext, run_passes
 
 __all__ = ["IPEXBackend"]
 
-_INSTALL = (
-    "in an environment of its own, on x86 Linux: "
-    "pip install torch==2.8.0 intel-extension-for-pytorch==2.8.0"
-)
 _OPS = frozenset({
     "linear", "conv1d", "conv2d", "conv3d", "conv_transpose2d", "conv_transpose3d", "matmul",
     "scaled_dot_product_attention", "embedding", "embedding_bag",
@@ -50,20 +53,33 @@ _OPS = frozenset({
 _SYMMETRIC = QuantSpec.of(signed=True, symmetric=True)
 
 
-@functools.cache
+def _release(package: str) -> tuple[str, list[int]] | None:
+    """The version of an installed package, as text and as (major, minor), or None."""
+    try:
+        version = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return version, [int(part) for part in version.split(".")[:2]]
+
+
 def _missing() -> str | None:
+    """What can be told without loading IPEX, which takes long and replaces float kernels."""
     if platform.machine().lower() not in ("x86_64", "amd64") or not sys.platform.startswith(
         "linux"
     ):
         return f"IPEX is for x86 Linux, this is {platform.machine()} {sys.platform}"
     if importlib.util.find_spec("intel_extension_for_pytorch") is None:
-        return f"intel-extension-for-pytorch is not installed; {_INSTALL}"
-    version = importlib.metadata.version("intel-extension-for-pytorch")
-    wanted = version.split(".")[:2]
-    if torch.__version__.split(".")[:2] != wanted:
+        return f"intel-extension-for-pytorch is not installed; {INSTALL}"
+    ipex, transformers = _release("intel-extension-for-pytorch"), _release("transformers")
+    if ipex is not None and torch.__version__.split(".")[:2] != ipex[0].split(".")[:2]:
         return (
-            f"intel-extension-for-pytorch {version} needs torch {'.'.join(wanted)}, this is "
-            f"{torch.__version__}; {_INSTALL}"
+            f"intel-extension-for-pytorch {ipex[0]} needs torch {ipex[0].rpartition('.')[0]}, "
+            f"this is {torch.__version__}; {INSTALL}"
+        )
+    if transformers is not None and transformers[1] >= [5, 24]:
+        return (
+            "intel-extension-for-pytorch imports transformers and fails beside 5.24 and newer "
+            f"(NameError: MoeModelOutputWithPast), this is {transformers[0]}; {INSTALL}"
         )
     return None
 
@@ -90,7 +106,7 @@ class IPEXBackend(Backend):
         self.bfloat16, self.int8_shortcuts = bfloat16, int8_shortcuts
 
     def unavailable(self) -> str | None:
-        return _missing()
+        return _missing() or import_failure()
 
     def placement(self) -> Placement:
         weight = symmetric_weight(bits=8 if has_vnni() else 7)

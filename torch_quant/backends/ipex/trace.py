@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import warnings
 from collections.abc import Callable
@@ -10,17 +11,58 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-__all__ = ["WRITES", "FusedGraph", "import_ipex", "record", "writes_in_place"]
+from torch_quant.errors import BackendUnavailable
+
+__all__ = [
+    "INSTALL", "WRITES", "FusedGraph", "import_failure", "import_ipex", "record",
+    "writes_in_place",
+]  # fmt: skip
+
+INSTALL = (
+    "in an environment of its own, on x86 Linux: "
+    "pip install torch==2.8.0 intel-extension-for-pytorch==2.8.0 'transformers<5.24'"
+)
+"""What to install where IPEX does not load. It imports transformers where that is installed."""
 
 _RUNS = 2
 """The first run records shapes and types, the second builds the kernels."""
 
 
 def import_ipex() -> Any:
-    """IPEX, without what it says about itself when it is loaded."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return importlib.import_module("intel_extension_for_pytorch")
+    """IPEX, without what it says about itself when it is loaded.
+
+    Raises:
+        BackendUnavailable: its import fails, in whatever way; quotes that, says what to install.
+    """
+    module, error = _imported()
+    if error is not None:
+        raise BackendUnavailable(f"Backend.IPEX does not run here: {_told(error)}") from error
+    return module
+
+
+def import_failure() -> str | None:
+    """Why IPEX did not load in this process, or None where it did or nobody has tried."""
+    if not _imported.cache_info().currsize:
+        return None
+    _, error = _imported()
+    return None if error is None else _told(error)
+
+
+@functools.cache  # a second import would find half of it and fail in another way
+def _imported() -> tuple[Any, BaseException | None]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module("intel_extension_for_pytorch"), None
+    except (Exception, SystemExit) as error:  # it exits where it misses instructions of the CPU
+        return None, error
+
+
+def _told(error: BaseException) -> str:
+    return (
+        f"intel-extension-for-pytorch is installed, but its import fails with "
+        f"{type(error).__name__}: {error}; {INSTALL}"
+    )
 
 
 WRITES = "it writes to a tensor through a view, which IPEX leaves out"
