@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,18 @@ def test_a_file_is_a_quarter_of_the_float_one(tmp_path: Path, backend: str) -> N
         actual = loaded(x)
     assert torch.equal(actual, expected)
     assert torch.equal(quant_model(x), expected)
+
+
+@pytest.mark.parametrize("backend", [b.name for b in available_backends() if b.name != "onnx"])
+def test_users_see_no_warning_of_torch_jit(tmp_path: Path, backend: str) -> None:
+    """That it is deprecated (and, from torch 2.14 on, said to everybody) is not their doing."""
+    model, x = nn.Sequential(nn.Linear(16, 16), nn.GELU()), torch.randn(4, 16)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        quant_model = calibrated(model, [((x,), {})], backend=backend).quantize(model)
+        quant_model(x)
+        export_torchscript(quant_model, x, tmp_path / "int8.pt")
+    assert [str(each.message) for each in warned if "torch.jit" in str(each.message)] == []
 
 
 @needs("onnx", "onnxscript")
