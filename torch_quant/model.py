@@ -28,6 +28,7 @@ __all__ = [
     "check_model",
     "example_call",
     "fingerprint",
+    "rebind",
     "run_example",
 ]
 
@@ -115,7 +116,7 @@ class CapturedModel:
                 prepared = self._prepared.get(id(graph))
                 graphs = [graph.gm] if prepared is None else [graph.gm, prepared[1].canonical]
                 for gm in graphs:
-                    _rebind(gm, region.module)
+                    rebind(gm, region.module)
 
     def _compare_attributes(self, model: nn.Module) -> None:
         now = attributes(model)
@@ -243,7 +244,8 @@ class CapturedModel:
         return list(found.values())
 
 
-def _rebind(gm: fx.GraphModule, module: nn.Module) -> None:
+def rebind(gm: fx.GraphModule, module: nn.Module) -> None:
+    """Have a graph read the tensors of ``module``, which is like the one it was captured of."""
     for node in gm.graph.find_nodes(op="get_attr"):
         path, _, name = str(node.target).rpartition(".")
         try:
