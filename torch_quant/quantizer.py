@@ -18,7 +18,7 @@ from torch_quant.config import ModuleFilter, Overrides, QConfig
 from torch_quant.core.plan import FALLEN_BACK, PRECISIONS, QuantPlan
 from torch_quant.errors import InvalidConfig, NotCalibrated, UnsupportedOp
 from torch_quant.fallback import Fallback, precision_of
-from torch_quant.io.summary import load_summary, save_summary
+from torch_quant.io.summary import Summary, load_summary, save_summary
 from torch_quant.model import CapturedModel, call_example, check_model, check_same, run_example
 from torch_quant.proxies import AmpModel, AmpOptions, CalibModel, Latency, LossFn, Proxy, Tied
 from torch_quant.report.coverage import Coverage
@@ -68,7 +68,7 @@ class Quantizer(Tied):
         self.qconfig = qconfig or QConfig()
         self.overrides = dict(overrides or {})
         self.module_filter = module_filter or ModuleFilter()
-        self._edits = QuantPlan()
+        self._summary = Summary(QuantPlan(), {})
         self.settings.check()
         self.state = QuantState()
         self.plan = QuantPlan()
@@ -84,7 +84,7 @@ class Quantizer(Tied):
     @property
     def settings(self) -> Settings:
         """The configuration as it is now."""
-        return Settings(self.qconfig, self.overrides, self.module_filter, self._edits)
+        return Settings(self.qconfig, self.overrides, self.module_filter, self._summary)
 
     # Proxies
 
@@ -336,11 +336,12 @@ class Quantizer(Tied):
         It goes before the configuration given to the constructor, site by site.
 
         Raises:
-            InvalidConfig: the file is no summary; or, when used, it names unknown sites.
+            InvalidConfig: the file holds a mistake; or, when used, what the model does not have.
+                Both say in which line.
         """
         summary = load_summary(path)
         summary.apply_to(self.state)
-        self._edits = summary.plan
+        self._summary = summary
 
     # Inside
 

@@ -19,6 +19,7 @@ from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig, QuantError
 from torch_quant.graph.annotate import annotate, modules_of, qconfig_of
 from torch_quant.graph.sites import Site
+from torch_quant.io.summary import Summary
 from torch_quant.model import CapturedModel
 from torch_quant.observers import (
     DEFAULT_OBSERVER,
@@ -39,13 +40,13 @@ class Settings:
         qconfig: formats and observers where the backend's own should not be used.
         overrides: exceptions to it.
         module_filter: which sites to quantize at all.
-        edits: a summary that was read; goes before all of these, site by site.
+        summary: a file that was read; goes before all of these, site by site.
     """
 
     qconfig: QConfig
     overrides: Overrides
     module_filter: ModuleFilter
-    edits: QuantPlan
+    summary: Summary
 
     def values(self) -> dict[str, Any]:
         """Every setting by name, to be compared later: what may change in place is copied."""
@@ -53,7 +54,7 @@ class Settings:
             "qconfig": self.qconfig,
             "overrides": dict(self.overrides),
             "module_filter": self.module_filter,
-            "the summary": tuple(self.edits.values()),
+            "the summary": self.summary,
         }
 
     def check(self) -> None:
@@ -101,8 +102,8 @@ class Settings:
             module_filter=self.module_filter,
         )
         plan = QuantPlan(plan.values(), captured.float_ops())
-        check_names(self.edits, plan, "summary site")
-        plan = plan.edited(self.edits, placement)
+        self.summary.check([site for each in captured.graphs() for site, _ in each.sites])
+        plan = plan.edited(self.summary.plan, placement)
         for precision in PRECISIONS:
             names = [n for n, given in (fallen or {}).items() if given == precision and n in plan]
             plan = plan.without(names, precision=precision)
@@ -133,7 +134,7 @@ class Settings:
         return (key, channels_key(key)) if any(smoothed) else (key,)
 
     def _smooths(self, captured: CapturedModel, site: Site) -> bool:
-        edit = self.edits.get(site.name)
+        edit = self.summary.plan.get(site.name)
         config = edit or self._config(captured.region.module, site)
         return config is not None and config.smooth is not None
 

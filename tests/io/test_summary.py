@@ -76,10 +76,10 @@ def test_a_summary_of_another_model(tmp_path: Path) -> None:
         ("{", "cannot read the summary"),
         ("{}", "no summary of torch_quant"),
         ('{"format": "torch_quant summary", "version": 9}', "version 9; expected 1"),
-        ('{"format": "torch_quant summary", "version": 1}', "ranges"),
+        ('{"format": "torch_quant summary", "version": 1}', "lacks 'sites'"),
         (
             '{"format": "torch_quant summary", "version": 1, "sites": [], "ranges": {"a": [2, 1]}}',
-            r"the range of a is \[2.0, 1.0\]",
+            r"line 1: the range of a is \[2, 1\]",
         ),
     ],
 )

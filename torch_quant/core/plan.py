@@ -231,7 +231,8 @@ class QuantPlan(Mapping[str, SitePlan]):
                 plan.append(
                     replace(
                         site,
-                        activation=edit.activation,
+                        # A site without inputs has a format where this backend stores results.
+                        activation=edit.activation if site.inputs else site.activation,
                         weight=edit.weight,
                         quantized=not reason,
                         reason=reason,

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from torch_quant.algorithms.smoothquant import channels_key
-from torch_quant.core.plan import QuantPlan
+from torch_quant.config import check_names
+from torch_quant.core.plan import QuantPlan, SitePlan
 from torch_quant.errors import InvalidConfig
+from torch_quant.graph.sites import Site
 from torch_quant.io.files import write_atomically
+from torch_quant.io.summary_schema import FORMAT, VERSION, Lines, read_json, validate
 from torch_quant.observers import MinMaxObserver, Observer
 from torch_quant.state import QuantState
 
 __all__ = ["Summary", "load_summary", "save_summary", "write_summary"]
 
-_FORMAT = "torch_quant summary"
-_VERSION = 1
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Summary:
     """What a summary file says.
 
@@ -34,11 +36,42 @@ class Summary:
         ranges: tensor key -> (minimum, maximum) that its grid covers.
         channels: tensor key -> minimum and maximum of each channel, shape ``[2, channels]``, of
             tensors that are smoothed.
+        lines: where the entries stand in the file.
     """
 
     plan: QuantPlan
     ranges: Mapping[str, tuple[float, float]]
     channels: Mapping[str, Tensor] = field(default_factory=dict)
+    lines: Lines = field(default_factory=Lines)
+
+    def check(self, sites: Collection[Site]) -> None:
+        """Raise :class:`InvalidConfig` where the file does not fit the model as it is captured.
+
+        ``macs`` depends on the example, so it need not be the same: it must be possible.
+        """
+        found: dict[str, list[Site]] = defaultdict(list)
+        for site in sites:
+            found[site.name].append(site)
+        for i, (name, edit) in enumerate(self.plan.items()):
+            try:
+                check_names([name], found, "summary site")
+            except InvalidConfig as error:
+                raise self.lines.error(("sites", i, "name"), str(error)) from error
+            for entry, message in _misfits(edit, found[name]).items():
+                raise self.lines.error(("sites", i, entry), f"{name}: {message}")
+        keys = {key for site in sites for key in site.keys}
+        for key in self.ranges:
+            if key not in keys:
+                close = ", ".join(difflib.get_close_matches(key, keys, n=3, cutoff=0.4))
+                hint = f"; did you mean {close}?" if close else ""
+                message = f"no site of the model reads or writes a tensor {key!r}{hint}"
+                raise self.lines.error(("ranges", key), message)
+        for key, extremes in self.channels.items():
+            widths = {s.weight_shape[-1] for s in sites if s.smoothable and s.inputs == (key,)}
+            if extremes.shape[1] not in widths:
+                expected = " or ".join(map(str, sorted(widths))) or "none: no layer smooths it"
+                message = f"{key!r} has {extremes.shape[1]} channels; expected {expected}"
+                raise self.lines.error(("channels", key), message)
 
     def apply_to(self, state: QuantState) -> None:
         """Put the ranges in the place of what was observed of these tensors."""
@@ -50,6 +83,41 @@ class Summary:
             observers[channels_key(key)] = MinMaxObserver(ch_axis=-1)
             observers[channels_key(key)].observe(extremes)
         state.put(observers)
+
+
+def _misfits(edit: SitePlan, sites: list[Site]) -> dict[str, str]:
+    """Entry -> what is wrong with it, for the site as it is in the graphs of the model."""
+    site, wrong = sites[0], {}
+    if edit.op != site.op:
+        wrong["op"] = f"'op' is {edit.op!r}; in the model it is {site.op!r}"
+    inputs = [(*each.inputs, *each.internals) for each in sites]
+    if edit.inputs not in inputs:
+        wrong["inputs"] = (
+            f"'inputs' is {list(edit.inputs)}; in the model they are {list(inputs[0])}"
+        )
+    stored = {each.stored for each in sites} | {""}
+    if edit.stored not in stored:
+        wrong["stored"] = f"'stored' is {edit.stored!r}; expected {' or '.join(map(repr, stored))}"
+    unit = math.prod(site.weight_shape) if site.weight_shape and site.macs else 1
+    if (edit.macs == 0) != (site.macs == 0) or edit.macs % unit:
+        wrong["macs"] = f"'macs' is {edit.macs}; with the captured example it is {site.macs}" + (
+            f", with any a multiple of {unit}" if unit > 1 else ""
+        )
+    if not edit.quantized:
+        return wrong
+    needs = {"activation": bool(inputs[0]), "weight": bool(site.weight_shape)}
+    for name, needed in needs.items():
+        given = getattr(edit, name) is not None
+        if needed and not given:
+            wrong[name] = f'{name!r} is null; expected a format, or "quantized": false'
+        elif given and not needed and not (name == "activation" and site.stored):
+            wrong[name] = f"{name!r} is a format; expected null: {site.op} quantizes none here"
+    if edit.smooth is not None and not site.smoothable:
+        wrong["smooth"] = (
+            f"'smooth' is {edit.smooth}; expected null: only linear layers can be smoothed whose "
+            "input's last dimension is as it was computed"
+        )
+    return wrong
 
 
 def _ranges(plan: QuantPlan, state: QuantState) -> dict[str, list[float]]:
@@ -86,8 +154,8 @@ def write_summary(
 ) -> None:
     """Write a plan, and ranges by tensor key and by channel, in this file's format."""
     data = {
-        "format": _FORMAT,
-        "version": _VERSION,
+        "format": FORMAT,
+        "version": VERSION,
         "sites": plan.to_dict()["sites"],
         "ranges": dict(ranges),
         "channels": dict(channels or {}),
@@ -97,30 +165,21 @@ def write_summary(
 
 
 def load_summary(path: str | os.PathLike[str]) -> Summary:
-    """Read a summary; raises :class:`InvalidConfig` naming what is missing or wrong in it."""
+    """Read a summary.
+
+    Raises:
+        InvalidConfig: it cannot be read, or an entry is missing or wrong; says which, and its line.
+    """
     try:
-        data: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        data, lines = read_json(Path(path).read_text(encoding="utf-8"), str(path))
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, InvalidConfig):
+            raise
         raise InvalidConfig(f"cannot read the summary {path}: {error}") from error
-    if not isinstance(data, dict) or data.get("format") != _FORMAT:
-        raise InvalidConfig(f"{path} is no summary of torch_quant: it lacks format: {_FORMAT!r}")
-    if data.get("version") != _VERSION:
-        raise InvalidConfig(f"{path} has version {data.get('version')}; expected {_VERSION}")
-    try:
-        ranges = {key: (float(low), float(high)) for key, (low, high) in data["ranges"].items()}
-        channels = {key: torch.tensor(pair) for key, pair in data.get("channels", {}).items()}
-        plan = QuantPlan.from_dict(data)
-    except (KeyError, TypeError, ValueError) as error:
-        raise InvalidConfig(f"{path}: {type(error).__name__}: {error}") from error
-    for key, (low, high) in ranges.items():
-        if not low <= high:
-            raise InvalidConfig(
-                f"{path}: the range of {key} is [{low}, {high}]; expected low <= high"
-            )
-    for key, pair in channels.items():
-        if pair.dim() != 2 or len(pair) != 2 or not bool((pair[0] <= pair[1]).all()):
-            raise InvalidConfig(
-                f"{path}: the channels of {key} are of shape {tuple(pair.shape)}; expected as many "
-                "minima as maxima, none above its maximum"
-            )
-    return Summary(plan, ranges, channels)
+    validate(data, lines)
+    ranges = {key: (float(low), float(high)) for key, (low, high) in data["ranges"].items()}
+    channels = {
+        key: torch.tensor(pair, dtype=torch.float32)
+        for key, pair in data.get("channels", {}).items()
+    }
+    return Summary(QuantPlan.from_dict(data), ranges, channels, lines)

@@ -1,0 +1,262 @@
+"""What a summary file may hold: every entry is checked; what is wrong is named with its line."""
+
+from __future__ import annotations
+
+import bisect
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch_quant.core.plan import PRECISIONS, is_share
+from torch_quant.core.spec import Granularity
+from torch_quant.errors import InvalidConfig
+from torch_quant.graph.ops import PATTERNS
+
+__all__ = ["FORMAT", "VERSION", "Lines", "Place", "read_json", "validate"]
+
+FORMAT = "torch_quant summary"
+VERSION = 1
+
+Place = tuple[str | int, ...]
+"""Keys and indices that lead to an entry of the file."""
+
+_LARGEST = 3.4e38
+"""Beyond, a number is no float32."""
+_SITE = (
+    "name", "op", "inputs", "activation", "weight", "quantized", "reason", "macs", "precision",
+    "stored", "smooth",
+)  # fmt: skip
+_SPEC = ("dtype", "symmetric", "granularity", "quant_min", "quant_max")
+_LIMITS = {"uint8": (0, 255), "int8": (-128, 127)}
+
+
+class Lines:
+    """The line of every entry of a file, for messages.
+
+    Args:
+        source: the file's name.
+        lines: entry -> its line.
+    """
+
+    def __init__(self, source: str = "", lines: Mapping[Place, int] | None = None) -> None:
+        self.source, self._lines = source, dict(lines or {})
+
+    def error(self, place: Place, message: str) -> InvalidConfig:
+        """The error of an entry, with its line, or that of what should hold it."""
+        known = next((place[:n] for n in range(len(place), -1, -1) if place[:n] in self._lines), ())
+        at = f", line {self._lines[known]}" if known in self._lines else ""
+        return InvalidConfig(f"{self.source}{at}: {message}")
+
+
+class _Reader:
+    """Reads JSON that is known to be valid, noting where entries stand."""
+
+    _space = re.compile(r"\s*")
+
+    def __init__(self, text: str, source: str) -> None:
+        self.text, self.lines = text, dict[Place, int]()
+        self._ends = [match.start() for match in re.finditer("\n", text)]
+        self._source, self._scalar = source, json.JSONDecoder().raw_decode
+
+    def _skip(self, at: int) -> int:
+        found = self._space.match(self.text, at)
+        return found.end() if found else at
+
+    def read(self, at: int = 0, place: Place = ()) -> tuple[Any, int]:
+        """The value at ``at``, and where it ends."""
+        at = self._skip(at)
+        self.lines[place] = bisect.bisect(self._ends, at) + 1
+        if self.text[at] == "{":
+            return self._object(self._skip(at + 1), place)
+        if self.text[at] == "[":
+            return self._array(self._skip(at + 1), place)
+        return self._scalar(self.text, at)
+
+    def _object(self, at: int, place: Place) -> tuple[Any, int]:
+        found: dict[str, Any] = {}
+        while self.text[at] != "}":
+            if self.text[at] == ",":
+                at = self._skip(at + 1)
+            key, end = self._scalar(self.text, at)
+            entry = (*place, key)
+            if key in found:
+                self.lines[entry] = bisect.bisect(self._ends, at) + 1
+                where = Lines(self._source, self.lines)
+                raise where.error(entry, f"{key!r} is given twice")
+            found[key], at = self.read(self._skip(end) + 1, entry)
+            at = self._skip(at)
+        return found, at + 1
+
+    def _array(self, at: int, place: Place) -> tuple[Any, int]:
+        found: list[Any] = []
+        while self.text[at] != "]":
+            if self.text[at] == ",":
+                at = self._skip(at + 1)
+            value, at = self.read(at, (*place, len(found)))
+            found.append(value)
+            at = self._skip(at)
+        return found, at + 1
+
+
+def read_json(text: str, source: str) -> tuple[Any, Lines]:
+    """A JSON text and the lines of its entries.
+
+    Raises:
+        ValueError: it is no JSON.
+        InvalidConfig: a key is given twice.
+    """
+    json.loads(text)
+    reader = _Reader(text, source)
+    return reader.read()[0], Lines(source, reader.lines)
+
+
+def validate(data: Any, lines: Lines) -> None:
+    """Raise :class:`InvalidConfig` unless ``data`` is a summary, complete and free of mistakes."""
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise lines.error(
+            ("format",), f"this is no summary of torch_quant: it lacks format: {FORMAT!r}"
+        )
+    version = data.get("version")
+    if version != VERSION or isinstance(version, bool):
+        raise lines.error(("version",), f"this has version {version!r}; expected {VERSION}")
+    _keys(data, (), ("format", "version", "sites", "ranges", "channels"), "the file", lines,
+          optional=("channels",))  # fmt: skip
+    sites = _kind(data["sites"], list, ("sites",), "'sites'", lines)
+    names: set[str] = set()
+    for i, site in enumerate(sites):
+        name = _site(site, ("sites", i), lines)
+        if name in names:
+            raise lines.error(("sites", i, "name"), f"the site {name!r} is given twice")
+        names.add(name)
+    for key, ends in _kind(data["ranges"], dict, ("ranges",), "'ranges'", lines).items():
+        _range(ends, ("ranges", key), f"the range of {key}", lines)
+    channels = _kind(data.get("channels", {}), dict, ("channels",), "'channels'", lines)
+    for key, pair in channels.items():
+        _channels(pair, ("channels", key), f"the channels of {key}", lines)
+
+
+def _keys(
+    data: Mapping[str, Any], place: Place, allowed: Iterable[str], what: str, lines: Lines,
+    optional: Iterable[str] = (),
+) -> None:  # fmt: skip
+    allowed = tuple(allowed)
+    for key in data:
+        if key not in allowed:
+            raise lines.error((*place, key), f"{what} has {key!r}; expected {', '.join(allowed)}")
+    for key in allowed:
+        if key not in data and key not in optional:
+            raise lines.error(place, f"{what} lacks {key!r}")
+
+
+def _kind(value: Any, kind: type, place: Place, what: str, lines: Lines) -> Any:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
+    if not isinstance(value, kind):
+        raise lines.error(place, f"{what} is {_shown(value)}; expected {names[kind]}")
+    return value
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _site(site: Any, place: Place, lines: Lines) -> str:
+    number = f"site {place[-1]}"
+    _kind(site, dict, place, number, lines)
+    name: str = _kind(site.get("name"), str, (*place, "name"), f"the name of {number}", lines)
+    if not name:
+        raise lines.error((*place, "name"), f"the name of {number} is empty")
+    _keys(site, place, _SITE, name, lines)
+
+    def wrong(field: str, expected: str) -> InvalidConfig:
+        found = _shown(site[field])
+        return lines.error((*place, field), f"{name}: {field!r} is {found}; expected {expected}")
+
+    ops = [pattern.name for pattern in PATTERNS]
+    if site["op"] not in ops:
+        raise wrong("op", f"one of {', '.join(ops)}")
+    inputs = site["inputs"]
+    if not isinstance(inputs, list) or not all(isinstance(key, str) and key for key in inputs):
+        raise wrong("inputs", "a list of names of tensors")
+    for field in ("reason", "stored"):
+        if not isinstance(site[field], str):
+            raise wrong(field, "a string")
+    if not isinstance(site["quantized"], bool):
+        raise wrong("quantized", "true or false, without quotes")
+    if not _integer(site["macs"]) or site["macs"] < 0:
+        raise wrong("macs", "an integer, 0 or more")
+    if site["precision"] not in PRECISIONS:
+        raise wrong("precision", " or ".join(map(repr, PRECISIONS)))
+    if site["quantized"] and site["precision"] != PRECISIONS[0]:
+        raise wrong("precision", f"{PRECISIONS[0]!r}, since the site is quantized")
+    smooth = site["smooth"]
+    if smooth is not None and (isinstance(smooth, bool) or not is_share(smooth)):
+        raise wrong("smooth", "a number from 0 to 1, or null")
+    for field in ("activation", "weight"):
+        if site[field] is not None:
+            _spec(site[field], (*place, field), f"{name}: {field!r}", lines, field)
+    return name
+
+
+def _spec(spec: Any, place: Place, what: str, lines: Lines, field: str) -> None:
+    _kind(spec, dict, place, what, lines)
+    _keys(spec, place, _SPEC, what, lines)
+
+    def wrong(entry: str, expected: str) -> InvalidConfig:
+        found = _shown(spec[entry])
+        return lines.error((*place, entry), f"{what}: {entry!r} is {found}; expected {expected}")
+
+    if not isinstance(spec["dtype"], str) or spec["dtype"] not in _LIMITS:
+        raise wrong("dtype", " or ".join(map(repr, _LIMITS)))
+    if not isinstance(spec["symmetric"], bool):
+        raise wrong("symmetric", "true or false, without quotes")
+    allowed = [Granularity.PER_TENSOR.value]
+    allowed += [Granularity.PER_CHANNEL.value] if field == "weight" else []
+    if spec["granularity"] not in allowed:
+        raise wrong("granularity", " or ".join(map(repr, allowed)))
+    low, high = _LIMITS[spec["dtype"]]
+    for entry in ("quant_min", "quant_max"):
+        if not _integer(spec[entry]) or not low <= spec[entry] <= high:
+            raise wrong(entry, f"an integer from {low} to {high}")
+    if spec["quant_min"] >= spec["quant_max"]:
+        raise wrong("quant_max", f"more than quant_min, {spec['quant_min']}")
+    if low < 0 and not spec["quant_min"] < 0 <= spec["quant_max"]:
+        raise wrong("quant_min", "codes on both sides of 0, since int8 is signed")
+
+
+def _integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> bool:
+    """Whether it is a finite number that float32 can hold."""
+    real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return real and math.isfinite(value) and abs(value) <= _LARGEST
+
+
+def _range(ends: Any, place: Place, what: str, lines: Lines) -> None:
+    if not isinstance(ends, list) or len(ends) != 2 or not all(map(_number, ends)):
+        raise lines.error(
+            place, f"{what} is {_shown(ends)}; expected [low, high], two finite numbers"
+        )
+    if ends[0] > ends[1]:
+        raise lines.error(place, f"{what} is {ends}; expected low <= high")
+
+
+def _channels(pair: Any, place: Place, what: str, lines: Lines) -> None:
+    lists = isinstance(pair, list) and len(pair) == 2 and all(isinstance(x, list) for x in pair)
+    if not lists or len(pair[0]) != len(pair[1]) or not pair[0]:
+        raise lines.error(
+            place, f"{what} are {_shown(pair)}; expected two lists, as many minima as maxima"
+        )
+    for side, values in enumerate(pair):
+        for i, value in enumerate(values):
+            if not _number(value):
+                message = f"{what}: {_shown(value)} is no finite number"
+                raise lines.error((*place, side, i), message)
+    for i, (low, high) in enumerate(zip(*pair, strict=True)):
+        if low > high:
+            message = f"{what}: the minimum {low} of channel {i} is above its maximum {high}"
+            raise lines.error((*place, 0, i), message)
