@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from zoo import DIFFERENT, EVERYTHING, ONE_SIZE, ZOO
 
 from torch_quant import Backend, Quantizer, UnsupportedOp, sqnr
+from torch_quant.backends.onednn import has_vnni
 
 # Output SQNR that a case cannot reach, and why.
 EXCEPTIONS: dict[str, str] = {}
@@ -24,6 +25,8 @@ LOWER: dict[tuple[str, str], float] = {
     ("mobilevit", "onnx"): 18.0,
 }
 """Output SQNR, dB, where a backend cannot be held to 20, each with the reason."""
+COARSER = 0.0 if has_vnni() else 6.0
+"""dB that the weights' last bit is worth: without VNNI, kernels of int8 products take 7 bits."""
 NOTHING: dict[tuple[str, str], str] = {
     ("einsums", "reference"): "only einsum, which stays float",
     ("einsums", "onednn"): "only einsum, which stays float",
@@ -101,7 +104,10 @@ def test_captured_calibrated_and_quantized(case: Case) -> None:
     check_amp(quantizer, model, case)
     assert_unchanged(model, before)  # invariant 2
     if case.name not in EXCEPTIONS:
-        floors = {backend: LOWER.get((case.name, backend), 20.0) for backend in found}
+        floors = {
+            backend: LOWER.get((case.name, backend), 20.0) - COARSER * (backend != "reference")
+            for backend in found
+        }
         assert all(value >= floors[backend] for backend, value in found.items()), found
 
 
