@@ -21,10 +21,10 @@ INSTALL := -m pip install --quiet --no-deps
 PYTEST := -m pytest -n 2 --dist worksteal
 # Arithmetic, bookkeeping and rules on the source, which are the same on every torch. All else runs on the oldest too, as
 # do new files: captures, passes, kernels, exports and the zoo depend on it.
-SAME := core observers report sensitivity tuning fallback/test_fallback_bad_input.py fallback/test_fallback_selection.py \
+SAME := core observers report sensitivity sequences tuning fallback/test_fallback_bad_input.py fallback/test_fallback_selection.py \
   fallback/test_fallback_state.py test_architecture.py test_bad_input.py test_requirements.py test_saved_states.py
 
-.PHONY: help lock demo demo-tuning demo-cnn test test-core test-ipex test-latest test-zoo check format bench bench-ipex clean
+.PHONY: help lock demo demo-tuning demo-cnn test test-core test-ipex test-latest test-zoo test-sequences check format bench bench-ipex clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort
@@ -87,8 +87,12 @@ test-latest:  ## the whole suite on the newest of everything that setup.cfg allo
 	$(LATEST_VENV)/bin/python $(PYTEST)
 
 test-zoo: $(VENV)/ready $(IPEX_VENV)/ready  ## every architecture as ONNX file and on IPEX; `make test` takes one of each kind
-	ALL_ARCHITECTURES=1 $(BIN)/python $(PYTEST) tests/test_onnx_zoo.py
+	ALL_ARCHITECTURES=1 $(BIN)/python $(PYTEST) tests/test_onnx_zoo.py tests/test_decoding_zoo.py
 	ALL_ARCHITECTURES=1 $(IPEX_VENV)/bin/python $(PYTEST) tests/test_ipex_zoo.py tests/test_zoo.py
+
+SEQUENCES ?= 200
+test-sequences: $(VENV)/ready  ## SEQUENCES (200) random orders of calls for each small model; `make test` takes the same few each time
+	LONG_SEQUENCES=$(SEQUENCES) $(BIN)/python -m pytest -n 2 --timeout=0 tests/sequences
 
 check: $(VENV)/ready  ## lint, types and the smoke tests
 	$(BIN)/ruff check .

@@ -1,0 +1,44 @@
+"""Each module is exported once for each call, however often a sequence begins anew.
+
+Exporting is nine tenths of what a sequence costs, and depends on the module and the call alone.
+Regions, their graphs and which of them serves a call are still worked out each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from torch import nn
+
+from torch_quant.errors import CaptureFailed
+from torch_quant.graph import capture
+
+__all__ = ["shared_captures"]
+
+_made: dict[Any, Any] = {}
+
+
+@contextmanager
+def shared_captures() -> Iterator[None]:
+    """Have regions take what was exported before, of models that stay alive."""
+    export = capture.export_graph
+
+    def shared(module: nn.Module, call: Any, *more: Any, **options: Any) -> Any:
+        values = (*module.parameters(), *module.buffers())
+        shapes = tuple(x.shape for x in call.tensors)
+        key = (repr(module), tuple(map(id, values)), call.signature, shapes)
+        if key not in _made:
+            try:
+                _made[key] = export(module, call, *more, **options)
+            except CaptureFailed as error:
+                _made[key] = error
+        if isinstance(_made[key], CaptureFailed):
+            raise _made[key]
+        return _made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(capture, "export_graph", shared)
+        yield
