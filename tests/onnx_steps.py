@@ -19,7 +19,8 @@ from torch import Tensor, fx
 
 from torch_quant import Backend
 from torch_quant.backends.quantized import QuantizedGraph, QuantizedRegion
-from torch_quant.graph.calls import bind, flatten_call
+from torch_quant.graph.binding import bind
+from torch_quant.graph.calls import flatten_call
 from torch_quant.graph.qdq import FAKE_QUANTIZE
 
 __all__ = ["Steps", "compare_steps"]

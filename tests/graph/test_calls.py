@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import functools
 import inspect
+import pickle
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,10 +11,14 @@ import torch
 from torch import Tensor
 
 from torch_quant.errors import CaptureFailed
-from torch_quant.graph.calls import Call, bind, flatten_call
+from torch_quant.graph.binding import bind, signature_of
+from torch_quant.graph.calls import Call, flatten_call
 
 
 def plain(x: Any, y: Any = None, *, flag: bool = True) -> None: ...
+
+
+def sized(x: Any, size: Any = (2, 2), rate: float = 0.0) -> None: ...
 
 
 def positional_only(x: Any, /, y: Any = None) -> None: ...
@@ -25,7 +31,7 @@ def variadic(*parts: Any, **named: Any) -> None: ...
 
 
 def bound(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return bind(inspect.signature(function), args, kwargs)
+    return bind(signature_of(function), args, kwargs)
 
 
 def call(*args: Any, **kwargs: Any) -> Call:
@@ -44,7 +50,31 @@ def test_all_ways_of_writing_a_call_are_one(args: Any, kwargs: Any) -> None:
 
 def test_defaults_are_left_to_the_module() -> None:
     assert bound(plain, 1) == ((), {"x": 1})
-    assert bound(plain, 1, None) == ((), {"x": 1, "y": None})
+    assert bound(plain, 1, None) == ((), {"x": 1})
+    assert bound(plain, x=1, flag=True, y=None) == ((), {"x": 1})
+    assert bound(plain, 1, flag=False) == ((), {"x": 1, "flag": False})
+
+
+@pytest.mark.parametrize("value", [1, 1.0, -0.0, "1"])
+def test_a_value_of_another_type_or_sign_is_not_the_default(value: Any) -> None:
+    assert bound(plain, 0, flag=value) == ((), {"x": 0, "flag": value})
+    named = bound(sized, 0, rate=value)[1]
+    assert list(named) == ["x", "rate"]
+    assert repr(named["rate"]) == repr(value)
+
+
+def test_a_tuple_may_be_a_default() -> None:
+    assert bound(sized, 0, (2, 2), 0.0) == ((), {"x": 0})
+    assert bound(sized, 0, (2, 2.0)) == ((), {"x": 0, "size": (2, 2.0)})
+    assert bound(sized, 0, [2, 2]) == ((), {"x": 0, "size": [2, 2]})
+
+
+def test_a_decorator_may_tell_a_default_from_no_argument() -> None:
+    @functools.wraps(plain)
+    def decorated(*args: Any, **kwargs: Any) -> None:
+        plain(*args, **{"flag": False, **kwargs})
+
+    assert bound(decorated, 1, flag=True) == ((), {"x": 1, "flag": True})
 
 
 def test_positional_only_stay_positional() -> None:
@@ -53,6 +83,28 @@ def test_positional_only_stay_positional() -> None:
 
 def test_keywords_of_any_name() -> None:
     assert bound(keywords, 1, mask=2, x_extra=3) == ((), {"x": 1, "mask": 2, "x_extra": 3})
+
+
+@pytest.mark.parametrize("function", [plain, positional_only, keywords, variadic, sized])
+@pytest.mark.parametrize("args", [(), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4)])
+@pytest.mark.parametrize("names", [(), ("x",), ("flag",), ("rate", "y"), ("y", "x"), ("size",)])
+def test_binding_fast_is_binding(function: Any, args: Any, names: Any) -> None:
+    kwargs = dict.fromkeys(names, 9)
+
+    def outcome(signature: inspect.Signature) -> Any:
+        try:
+            positional, named = bind(signature, args, kwargs)
+        except CaptureFailed as error:
+            return str(error)
+        return positional, list(named.items())
+
+    assert outcome(signature_of(function)) == outcome(inspect.signature(function))
+
+
+def test_a_signature_is_pickled() -> None:
+    signature = pickle.loads(pickle.dumps(signature_of(sized)))
+    assert str(signature) == str(signature_of(sized))
+    assert bind(signature, (1, (2, 2)), {}) == ((), {"x": 1})
 
 
 def test_variadic_calls_stay_as_written() -> None:

@@ -127,9 +127,10 @@ def test_a_cache_inside_is_no_obstacle() -> None:
 
 
 def test_other_constants_and_ranks_make_other_graphs() -> None:
-    model = Compute(lambda x, times=1: x.cumsum(-1) * times)
+    model = Compute(lambda x, up=False: x.cumsum(-1) * (2 if up else -2))
     run, region = executor(model)
-    for args in [(normal(2, 3), 2), (normal(5, 4), 2), (normal(2, 3), 3), (normal(2, 3, 4), 2)]:
+    x = normal(2, 3)
+    for args in [(x, True), (normal(5, 4), True), (x, False), (normal(2, 3, 4), True)]:
         assert torch.equal(run(*args), model(*args))
     assert len(region.graphs) == 3
 

@@ -67,12 +67,12 @@ class Lowering:
         graphs = [
             QuantizedGraph(
                 self.graph(self.captured.prepared(region, graph).canonical),
-                signature,
+                kind,
                 graph.contract,
                 graph.out_spec,
                 self.backend if self.backend.compiles else None,
             )
-            for signature, graph in region.graphs
+            for kind, graph in region.graphs
         ]
         rest: nn.Module | None = shadow(region.module) if region.plain else None
         if rest is None and (region.opened or not graphs):

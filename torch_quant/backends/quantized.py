@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +13,9 @@ from torch_quant.backends.base import Backend
 from torch_quant.backends.ownership import SharedWeights
 from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import CaptureFailed, InvalidConfig
-from torch_quant.graph.calls import Call, bind, flatten_call
+from torch_quant.graph.binding import bind
+from torch_quant.graph.calls import Call, flatten_call
+from torch_quant.graph.kinds import Kind
 from torch_quant.graph.outputs import unflatten_output
 from torch_quant.graph.running import no_fastpath
 from torch_quant.graph.serialize import pack, unpack
@@ -22,6 +23,10 @@ from torch_quant.graph.shapes import ShapeContract
 from torch_quant.nn.forward import SignedForward
 
 __all__ = ["Absent", "QuantizedGraph", "QuantizedRegion"]
+
+
+_MOST_VARIANTS = 8
+"""Values of numbers for which a compiled graph is kept."""
 
 
 class Absent(nn.Module):
@@ -48,7 +53,7 @@ class QuantizedGraph(nn.Module):
 
     Args:
         body: the graph.
-        signature: of the calls it serves.
+        kind: of the calls it serves.
         contract: the sizes it serves.
         out_spec: how its outputs nest.
         compiler: the backend, if its kernels come from a compiler.
@@ -57,7 +62,7 @@ class QuantizedGraph(nn.Module):
     def __init__(
         self,
         body: fx.GraphModule,
-        signature: Any,
+        kind: Kind,
         contract: ShapeContract,
         out_spec: Any,
         compiler: Backend | None = None,
@@ -66,10 +71,12 @@ class QuantizedGraph(nn.Module):
         self.body: fx.GraphModule = body
         self.compiler = compiler
         self.compiled: Callable[..., Any] | None = None
-        self.call_signature, self.contract, self.out_spec = signature, contract, out_spec
+        self.variants: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        """The numbers that a call gives -> what was compiled for them, last used last."""
+        self.kind, self.contract, self.out_spec = kind, contract, out_spec
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__ | {"compiled": None}
+        state = self.__dict__ | {"compiled": None, "variants": {}}
         modules = dict(self._modules)
         del modules["body"]
         state["packed"], state["_modules"] = pack(self.body), modules
@@ -80,10 +87,20 @@ class QuantizedGraph(nn.Module):
         super().__setstate__(state)
         self.body = body
 
+    def accept(self, call: Call) -> Call | None:
+        """``call`` as the graph takes it, or None if it does not serve it."""
+        accepted = self.kind.accept(call)
+        return accepted if accepted is not None and self._sizes(accepted) is None else None
+
     def mismatch(self, call: Call) -> str | None:
         """Why it does not serve ``call``, or None."""
-        if self.call_signature != call.signature:
-            return "it was captured for other arguments"
+        accepted = self.kind.accept(call)
+        if accepted is None:
+            return call.difference(self.kind)
+        return self._sizes(accepted)
+
+    def _sizes(self, call: Call) -> str | None:
+        """Which size of an accepted call it does not serve, or None."""
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             return None  # sizes are symbols there
         state = torch._C._get_tracing_state()
@@ -107,9 +124,18 @@ class QuantizedGraph(nn.Module):
             return self.body(*tensors)
         if torch._C._get_tracing_state() is not None:
             return self.compiler.record(self.body, tensors)
-        if self.compiled is None:
-            self.compiled = self.compiler.compile(self.body, tensors)
+        if self.compiled is None or self.kind.numbers:
+            self.compiled = self._variant(self.compiler, tensors)
         return self.compiled(*tensors)
+
+    def _variant(self, compiler: Backend, tensors: tuple[torch.Tensor, ...]) -> Callable[..., Any]:
+        """What is compiled for the numbers among ``tensors``: a compiler takes them for fixed."""
+        numbers = tuple(repr(tensors[place].item()) for place in self.kind.numbers)
+        found = self.variants.pop(numbers, None) or compiler.compile(self.body, tensors)
+        if len(self.variants) >= _MOST_VARIANTS:
+            del self.variants[next(iter(self.variants))]
+        self.variants[numbers] = found
+        return found
 
 
 class QuantizedRegion(nn.Module):
@@ -197,8 +223,9 @@ class QuantizedRegion(nn.Module):
                 raise
             return self._run_glue(args, kwargs)
         for graph in self.graphs:
-            if graph.mismatch(call) is None:  # type: ignore[operator]
-                return graph(*call.tensors, source=call.source)
+            accepted = graph.accept(call)  # type: ignore[operator]
+            if accepted is not None:
+                return graph(*accepted.tensors, source=accepted.source)
         if self.glue is not None:
             return self._run_glue(args, kwargs)
         raise CaptureFailed(
@@ -210,10 +237,12 @@ class QuantizedRegion(nn.Module):
     def _difference(self, call: Call) -> str:
         """What keeps ``call`` from the graph that comes nearest."""
         graphs = [graph for graph in self.graphs if isinstance(graph, QuantizedGraph)]
-        nearest = min(graphs, key=lambda graph: call.distance(graph.call_signature))
-        if math.isinf(call.distance(nearest.call_signature)):
-            return f"it was captured with other arguments, {nearest.contract.describe()} as tensors"
-        return call.difference(nearest.call_signature) or str(nearest.mismatch(call))
+        inputs = set(call.paths())
+        nearest = min(
+            graphs,
+            key=lambda g: (call.distance(g.kind), len(inputs.symmetric_difference(g.kind.names))),
+        )
+        return str(nearest.mismatch(call))
 
     def _run_glue(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert self.glue is not None

@@ -3,57 +3,120 @@
 from __future__ import annotations
 
 import builtins
-import inspect
 import keyword
 import math
 import re
-from collections.abc import Container
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from torch_quant.errors import CaptureFailed
+from torch_quant.graph.flatten import flatten
+from torch_quant.graph.kinds import Kind, Number, Unread, fits, wanted
+from torch_quant.graph.sealed import sealed_constant
 
-__all__ = ["Call", "bind", "flatten_call", "identifiers"]
+__all__ = ["Call", "Uses", "flatten_call", "identifiers"]
 
-_CONSTANTS = (
-    type(None), bool, int, float, complex, str, bytes,
-    torch.dtype, torch.device, torch.layout, torch.memory_format,
-)  # fmt: skip
+
+_MOST = 8
+"""Inputs that a message lists."""
+
+
+@dataclass
+class Uses:
+    """What was seen of a call's numbers and constants while its module was exported."""
+
+    symbols: dict[str, int] = field(default_factory=dict)  # of a number -> its position
+    read: set[int] = field(default_factory=set)  # positions of constants
 
 
 @dataclass(frozen=True)
 class Call:
     """One call, flattened: ``leaves`` in ``spec``'s order, tensors at ``positions``.
 
-    ``source`` is what the caller gave, ``(args, kwargs)``; None for a call that was made up.
+    Args:
+        leaves: tensors and constants.
+        spec: how they nest.
+        positions: where the tensors are.
+        nesting: ``spec`` as text.
+        source: what the caller gave, ``(args, kwargs)``; None for a call that was made up.
+        numbers: those of the positions whose 0-dim tensor stands for a Python number.
+        unread: the positions of constants that the module is taken not to read.
+        uses: of these two, while the module is exported.
     """
 
     leaves: tuple[Any, ...]
     spec: pytree.TreeSpec
     positions: tuple[int, ...]
+    nesting: str
     source: Any = field(default=None, repr=False, compare=False)
+    numbers: frozenset[int] = frozenset()
+    unread: frozenset[int] = frozenset()
+    uses: Uses = field(default_factory=Uses, compare=False, repr=False)
 
-    @property
+    @cached_property
     def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(self.leaves[i] for i in self.positions)
+        leaves = self.leaves
+        return tuple([leaves[i] for i in self.positions])
 
     @property
-    def signature(self) -> tuple[Any, ...]:
-        """What a graph may not vary in: nesting, constants, and each tensor's dtype and rank."""
-        return (
-            repr(self.spec),
-            tuple(
-                (x.dtype, x.dim()) if isinstance(x, Tensor) else (type(x), x) for x in self.leaves
-            ),
+    def signature(self) -> Kind:
+        """The kind of call it is."""
+        leaves = tuple(self._kind(i, x) for i, x in enumerate(self.leaves))
+        return Kind(self.nesting, leaves, tuple(self.paths()))
+
+    def _kind(self, position: int, leaf: Any) -> tuple[Any, Any]:
+        if position in self.numbers:
+            return Number, float if leaf.is_floating_point() else int
+        if isinstance(leaf, Tensor):
+            return leaf.dtype, leaf.dim()
+        return (Unread, type(leaf)) if position in self.unread else (type(leaf), leaf)
+
+    def widened(self, numbers: Iterable[int], unread: Iterable[int] = ()) -> Call:
+        """The same call with the numbers at these positions as tensors, and constants unread."""
+        leaves = list(self.leaves)
+        for i in numbers:
+            dtype = torch.float64 if isinstance(leaves[i], float) else torch.int64
+            leaves[i] = torch.tensor(leaves[i], dtype=dtype)
+        positions = tuple(sorted({*self.positions, *numbers}))
+        return Call(
+            tuple(leaves),
+            self.spec,
+            positions,
+            self.nesting,
+            self.source,
+            frozenset(numbers),
+            frozenset(unread),
         )
 
-    def rebuild(self, tensors: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """``(args, kwargs)`` of the same call with other tensors."""
-        args, kwargs = pytree.tree_unflatten(self.with_tensors(tensors).leaves, self.spec)
+    def narrowed(self) -> Call:
+        """The same call with its numbers as Python has them."""
+        leaves = tuple(x.item() if i in self.numbers else x for i, x in enumerate(self.leaves))
+        positions = tuple(i for i in self.positions if i not in self.numbers)
+        return Call(leaves, self.spec, positions, self.nesting, self.source)
+
+    def rebuild(
+        self, tensors: tuple[Tensor, ...], sealed: bool = False
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """``(args, kwargs)`` of the same call with other tensors.
+
+        Args:
+            tensors: one for each position.
+            sealed: put objects that raise :class:`ConstantRead` in the place of what is unread.
+        """
+        leaves = list(self.with_tensors(tensors).leaves)
+        for i in self.numbers:
+            leaves[i] = leaves[i].item()
+            if isinstance(leaves[i], (torch.SymInt, torch.SymFloat)):
+                self.uses.symbols[str(leaves[i].node.expr)] = i
+        if sealed:
+            for i in self.unread:
+                leaves[i] = sealed_constant(leaves[i], partial(self.uses.read.add, i))
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         return args, kwargs
 
     def with_tensors(self, tensors: tuple[Tensor, ...]) -> Call:
@@ -61,52 +124,80 @@ class Call:
         leaves = list(self.leaves)
         for position, tensor in zip(self.positions, tensors, strict=True):
             leaves[position] = tensor
-        return Call(tuple(leaves), self.spec, self.positions)
+        return replace(self, leaves=tuple(leaves), source=None)
+
+    def paths(self) -> list[str]:
+        """A readable name for each leaf, such as ``pixel_values`` or ``args[0]``."""
+        whole = pytree.tree_unflatten(list(self.leaves), self.spec)
+        return [_path_name(path) for path, _ in pytree.tree_flatten_with_path(whole)[0]]
 
     def names(self) -> list[str]:
-        """A readable name for each tensor, such as ``pixel_values`` or ``args[0]``."""
-        paths = [path for path, _ in pytree.tree_flatten_with_path(self.rebuild(self.tensors))[0]]
-        return [_path_name(paths[i]) for i in self.positions]
+        """The names of the tensors."""
+        names = self.paths()
+        return [names[i] for i in self.positions]
 
     def describe(self) -> list[str]:
         """Name, shape and dtype of each tensor and the value of what is none, for messages."""
-        paths = pytree.tree_flatten_with_path(self.rebuild(self.tensors))[0]
-        found = [f"{_path_name(path)}: {_facts(leaf)}" for path, leaf in paths if leaf is not None]
+        found = [
+            f"{name}: {_facts(leaf.item() if i in self.numbers else leaf)}"
+            for i, (name, leaf) in enumerate(zip(self.paths(), self.leaves, strict=True))
+            if leaf is not None
+        ]
         return [*found[:_MOST], f"and {len(found) - _MOST} more"] if len(found) > _MOST else found
 
-    def distance(self, signature: tuple[Any, ...]) -> float:
-        """How far this call is from that signature; infinite if it has other inputs.
+    def distance(self, kind: Kind) -> float:
+        """How far this call is from that kind; infinite if it has other inputs.
 
         A tensor of another dtype or rank counts one, a tensor in the place of a constant two.
         """
-        (nesting, kinds), (mine, found) = signature, self.signature
-        if nesting != mine:
+        if kind.nesting != self.nesting:
             return math.inf
-        pairs = [pair for pair in zip(kinds, found, strict=True) if pair[0] != pair[1]]
-        tensors = [all(isinstance(first, torch.dtype) for first, _ in pair) for pair in pairs]
-        return float(2 * len(pairs) - sum(tensors))
+        steps = 0
+        for leaf, (first, second) in zip(self.leaves, kind.leaves, strict=True):
+            if isinstance(leaf, Tensor) and isinstance(first, torch.dtype):
+                steps += (leaf.dtype, leaf.dim()) != (first, second)
+            elif isinstance(leaf, Tensor) or not fits(leaf, first, second):
+                steps += 2
+        return steps
 
-    def difference(self, signature: tuple[Any, ...]) -> str:
-        """The first input in which this call is not of that signature; empty if they are others."""
-        nesting, kinds = signature
-        if nesting != repr(self.spec):
-            return ""
-        paths = pytree.tree_flatten_with_path(self.rebuild(self.tensors))[0]
-        for (path, leaf), kind in zip(paths, kinds, strict=True):
-            first, second = kind
+    def constants(self, kind: Kind) -> list[int]:
+        """The positions of constants that are others in that kind of the same nesting."""
+        return [
+            i
+            for i, (leaf, (first, second)) in enumerate(zip(self.leaves, kind.leaves, strict=False))
+            if not isinstance(leaf, Tensor)
+            and not isinstance(first, torch.dtype)
+            and not fits(leaf, first, second)
+        ]
+
+    def difference(self, kind: Kind) -> str:
+        """The first input in which this call is not of that kind; empty if it is of that kind."""
+        if kind.nesting != self.nesting:
+            return self._other_inputs(kind)
+        for name, leaf, (first, second) in zip(self.paths(), self.leaves, kind.leaves, strict=True):
             if isinstance(leaf, Tensor) and isinstance(first, torch.dtype):
                 if leaf.dtype != first:
-                    return f"{_path_name(path)} is {leaf.dtype}; it was captured for {first}"
+                    return f"{name} is {leaf.dtype}; it was captured for {first}"
                 if leaf.dim() != second:
-                    return (
-                        f"{_path_name(path)} has {leaf.dim()} dimensions; it was captured for "
-                        f"{second}"
-                    )
-            elif isinstance(leaf, Tensor) or kind != (type(leaf), leaf):
-                wanted = "a tensor" if isinstance(first, torch.dtype) else repr(second)
+                    return f"{name} has {leaf.dim()} dimensions; it was captured for {second}"
+            elif isinstance(leaf, Tensor) or not fits(leaf, first, second):
                 found = "a tensor" if isinstance(leaf, Tensor) else repr(leaf)
-                return f"{_path_name(path)} is {found}; it was captured for {wanted}"
+                return f"{name} is {found}; it was captured for {wanted(first, second)}"
         return ""
+
+    def _other_inputs(self, kind: Kind) -> str:
+        mine = self.paths()
+        missing = [name for name in kind.names if name not in mine]
+        more = [name for name in mine if name not in kind.names]
+        if missing:
+            given = f", and no {_listed(more)}" if more else ""
+            return f"it was captured with {_listed(missing)}{given}"
+        return f"it was captured without {_listed(more)}" if more else "the inputs nest otherwise"
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
+    return ", ".join(names[:_MOST]) + more
 
 
 _TAKEN = frozenset({"self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree"}) | (
@@ -132,10 +223,6 @@ def identifiers(names: list[str], taken: Container[str] = ()) -> list[str]:
     return found
 
 
-_MOST = 8
-"""Inputs that a message lists."""
-
-
 def _facts(leaf: Any) -> str:
     if isinstance(leaf, Tensor):
         return f"{tuple(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}"
@@ -157,49 +244,11 @@ def _path_name(path: tuple[Any, ...]) -> str:
     return name + "".join(f"[{key!r}]" for key in rest)
 
 
-def bind(
-    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """One normal form for all ways of writing a call: what can go by name goes by name.
-
-    Raises:
-        CaptureFailed: the arguments do not fit the signature.
-    """
-    if any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):
-        return args, dict(kwargs)
-    try:
-        bound = signature.bind(*args, **kwargs)
-    except TypeError as error:
-        raise CaptureFailed(
-            f"the inputs do not fit forward{signature}: {error}; got {len(args)} positional and "
-            f"the keywords {sorted(kwargs)}"
-        ) from error
-    positional: list[Any] = []
-    named: dict[str, Any] = {}
-    for name, value in bound.arguments.items():
-        kind = signature.parameters[name].kind
-        if kind is inspect.Parameter.POSITIONAL_ONLY:
-            positional.append(value)
-        elif kind is inspect.Parameter.VAR_KEYWORD:
-            named.update(value)
-        else:
-            named[name] = value
-    return tuple(positional), named
-
-
 def flatten_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """Flatten a bound call.
 
     Raises:
         CaptureFailed: an input is neither a tensor nor a plain constant.
     """
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    for leaf in leaves:
-        if not isinstance(leaf, (Tensor, *_CONSTANTS)):
-            raise CaptureFailed(
-                f"an input of type {type(leaf).__module__}.{type(leaf).__qualname__} is neither a "
-                "tensor (torch.from_numpy makes one of an array), a constant nor a registered "
-                "pytree; a module inside the model that takes such an input is captured in pieces"
-            )
-    positions = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
-    return Call(tuple(leaves), spec, positions, (args, kwargs))
+    leaves, known = flatten((args, kwargs))
+    return Call(tuple(leaves), known.spec, known.positions, known.nesting, (args, kwargs))

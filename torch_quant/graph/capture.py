@@ -7,7 +7,6 @@ Python, on a shadow whose children are regions again.
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 import operator
 import types
@@ -17,13 +16,16 @@ from typing import Any, Protocol
 from torch import nn
 
 from torch_quant.errors import CaptureFailed
-from torch_quant.graph.calls import Call, bind, flatten_call
+from torch_quant.graph.binding import bind, signature_of
+from torch_quant.graph.calls import Call, flatten_call
 from torch_quant.graph.effects import KeepsState
-from torch_quant.graph.export import CapturedGraph, ModelRefuses, export_graph
+from torch_quant.graph.export import CapturedGraph, ModelRefuses
 from torch_quant.graph.hooks import give_hooks, hooked, take_hooks
+from torch_quant.graph.kinds import Kind
 from torch_quant.graph.macs import counted, uncounted
 from torch_quant.graph.running import CAPTURING, no_fastpath
 from torch_quant.graph.shadow import shadow
+from torch_quant.graph.widen import check_constants, export_call
 
 __all__ = ["Executor", "Region", "Reopened", "Runner"]
 
@@ -46,8 +48,8 @@ class Region:
         self.module = module
         self.path = path
         self.hooks = take_hooks(module)
-        self.signature = inspect.signature(module.forward)
-        self.graphs: list[tuple[Any, CapturedGraph]] = []
+        self.signature = signature_of(module.forward)
+        self.graphs: list[tuple[Kind, CapturedGraph]] = []
         self.children: dict[str, Region] = {}
         self.failure = ""
         self.opened = False
@@ -66,12 +68,12 @@ class Region:
         self.glue_macs: dict[str, int] = {}
         """Operator -> multiply-accumulates of its Python code, in the first call."""
 
-    def find(self, call: Call) -> CapturedGraph | None:
-        """The graph that serves ``call``, if one was captured."""
-        signature = call.signature
-        for known, graph in self.graphs:
-            if known == signature and graph.contract.mismatch(call) is None:
-                return graph
+    def find(self, call: Call) -> tuple[Call, CapturedGraph] | None:
+        """The graph that serves ``call``, if one was captured, and the call as it takes it."""
+        for kind, graph in self.graphs:
+            accepted = kind.accept(call)
+            if accepted is not None and graph.contract.mismatch(accepted) is None:
+                return accepted, graph
         return None
 
     def resolve(
@@ -88,10 +90,10 @@ class Region:
             return None
         try:
             call = flatten_call(args, kwargs)
-            graph = self.find(call)
-            if graph is None and not self.failure:
-                graph = self._capture(call)
-            return None if graph is None else (call, graph)
+            found = self.find(call)
+            if found is None and not self.failure:
+                found = self._capture(call)
+            return found
         except ModelRefuses:
             self.called = before
             raise
@@ -108,18 +110,19 @@ class Region:
         """The arguments in their normal form."""
         return bind(self.signature, args, kwargs)
 
-    def _capture(self, call: Call) -> CapturedGraph:
+    def _capture(self, call: Call) -> tuple[Call, CapturedGraph]:
         with CAPTURING:
-            if graph := self.find(call):  # another thread was here
-                return graph
+            if found := self.find(call):  # another thread was here
+                return found
             if below := hooked(self.module):
                 raise CaptureFailed(f"a hook on {below} runs at each of its calls")
-            earlier = [graph for known, graph in self.graphs if known == call.signature]
-            graph = export_graph(self.module, call, earlier)
-            self.written.update(graph.leaves_behind)
-            self.graphs.append((call.signature, graph))
-        logger.info("captured %s as one graph", self.path or "the model")
-        return graph
+            where = self.path or "the model"
+            check_constants([kind for kind, _ in self.graphs], call, where)
+            found = export_call(self.module, call, self.graphs)
+            self.written.update(found[1].leaves_behind)
+            self.graphs.append((found[0].signature, found[1]))
+        logger.info("captured %s as one graph", where)
+        return found
 
     def split(self, reason: str) -> None:
         """Run as Python over regions from now on, for calls that no graph serves."""

@@ -20,6 +20,7 @@ from torch_quant.graph.budget import Freedom
 from torch_quant.graph.calls import Call, identifiers
 from torch_quant.graph.effects import KeepsState
 from torch_quant.graph.macs import note_sizes
+from torch_quant.graph.numbers import check_numbers
 from torch_quant.graph.outputs import flatten_output, unflatten_output
 from torch_quant.graph.recurrent import restore_recurrent, whole_recurrent
 from torch_quant.graph.running import (
@@ -32,6 +33,7 @@ from torch_quant.graph.running import (
     own_operators,
     written,
 )
+from torch_quant.graph.sealed import ConstantRead
 from torch_quant.graph.shapes import ShapeContract
 from torch_quant.graph.verification import (
     batch_size,
@@ -49,6 +51,7 @@ __all__ = [
     "ModelRefuses",
     "export_graph",
     "size_oblivious",
+    "verify",
 ]
 
 logger = logging.getLogger("torch_quant")
@@ -104,7 +107,7 @@ class _Flat(nn.Module):
         self._call, self._writes, self._record = call, writes, record
 
     def forward(self, *tensors: Tensor) -> list[Any]:
-        args, kwargs = self._call.rebuild(tensors)
+        args, kwargs = self._call.rebuild(tensors, sealed=True)
         output = getattr(self, _INNER)(*args, **kwargs)
         leaves, spec = flatten_output(output, written(args, kwargs, self._writes))
         self._record(spec)
@@ -133,7 +136,7 @@ def export_graph(
         CaptureFailed: no attempt gave the module's output, or only for the example's batch size
             though the module serves others and has parts that could be captured instead.
     """
-    if not call.tensors:
+    if len(call.tensors) == len(call.numbers):
         raise CaptureFailed("the call has no tensor input, so there is nothing to capture")
     with CAPTURING:
         contracts = [graph.contract for graph in earlier]
@@ -155,7 +158,7 @@ def _first_that_serves(module: nn.Module, call: Call, freedom: Freedom) -> Captu
         ) from error
     others = other_sizes(module, call, writes)
     best: CapturedGraph | None = None
-    reasons: list[str] = []
+    reasons: list[tuple[str, Exception]] = []
     twice = repeat(call, 2) if batch_size(call) == 1 else call
     attempts = [(call, "oblivious"), (twice, "oblivious"), (twice, "dynamic"), (call, "static")]
     for example, mode in dict.fromkeys(attempts):
@@ -168,10 +171,11 @@ def _first_that_serves(module: nn.Module, call: Call, freedom: Freedom) -> Captu
             with frozen(graph.gm):
                 note_sizes(graph.gm, copied(call).tensors)
         except Exception as error:  # torch.export raises errors of many unrelated classes
-            reasons.append(f"{type(error).__name__}: {_first_lines(error)}")
-            if type(error).__name__ == "GuardOnDataDependentSymNode":
+            reasons.append((f"{type(error).__name__}: {_first_lines(error)}", error))
+            data = type(error).__name__ == "GuardOnDataDependentSymNode"
+            if data or isinstance(error, ConstantRead):
                 break  # the same for every shape
-            logger.debug("capture, %s: %s", mode, reasons[-1], exc_info=True)
+            logger.debug("capture, %s: %s", mode, reasons[-1][0], exc_info=True)
             continue
         try:
             for other, output in others:
@@ -182,7 +186,7 @@ def _first_that_serves(module: nn.Module, call: Call, freedom: Freedom) -> Captu
             logger.debug("captured, but not for another batch size: %s", error)
             best = best or graph
     if best is None:
-        raise CaptureFailed(reasons[0]).leaving(left)
+        raise CaptureFailed(reasons[0][0]).leaving(left) from reasons[0][1]
     paths = all(takes_another_path(best, other) for other, _ in others)
     if any(True for _ in module.children()) and not paths:
         raise CaptureFailed(
@@ -252,6 +256,8 @@ def _export(
 
     program = freedom.attempt(export) if freedom else export([])
     exported = program.module()
+    if example.numbers:
+        check_numbers(exported.graph)
     contract = ShapeContract.of(exported, example)
     gm = _plain(exported, contract.names)
     return CapturedGraph(gm, contract, out_specs[-1], writes=writes)

@@ -11,13 +11,15 @@ from enum import Enum
 from functools import reduce
 from typing import Any
 
-from torch import SymInt, Tensor, nn
+from torch import SymBool, SymFloat, SymInt, Tensor, nn
 from torch.utils import _pytree as pytree
 
 from torch_quant.errors import CaptureFailed
 from torch_quant.graph.effects import assign
 
 __all__ = ["flatten_output", "leaf_names", "unflatten_output"]
+
+_SYMBOLS = (SymInt, SymFloat, SymBool)
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def _flatten(
             specs.append(_Argument(known[id(item)]))
             continue
         # Any number may be a size of this call, so none is taken for a constant.
-        if isinstance(item, (Tensor, int, float, SymInt)) and not isinstance(item, bool):
+        if isinstance(item, (Tensor, int, float, *_SYMBOLS)) and not isinstance(item, bool):
             leaves.append(item)
             specs.append(_LEAF)
         else:
@@ -157,7 +159,7 @@ def _flatten_object(item: Any, leaves: list[Any], depth: int) -> Any:
     inner: list[Any] = []
     parts = _parts(item)
     specs = tuple(_flatten(value, inner, depth + 1) for _, _, value in parts)
-    if not any(isinstance(leaf, (Tensor, SymInt)) for leaf in inner):
+    if not any(isinstance(leaf, (Tensor, *_SYMBOLS)) for leaf in inner):
         return _Constant(item)
     leaves.extend(inner)
     return _Object(type(item), tuple((how, key) for how, key, _ in parts), specs)

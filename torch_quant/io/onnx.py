@@ -18,7 +18,8 @@ from torch import Tensor, fx, nn
 from torch_quant.backends.onnx import missing_packages
 from torch_quant.backends.quantized import QuantizedGraph, QuantizedRegion
 from torch_quant.errors import BackendUnavailable, InvalidConfig, UnsupportedOp
-from torch_quant.graph.calls import bind, flatten_call
+from torch_quant.graph.binding import bind
+from torch_quant.graph.calls import flatten_call
 from torch_quant.graph.export import size_oblivious
 from torch_quant.graph.sites import KEY
 from torch_quant.io.files import checked_target, staging
@@ -134,8 +135,9 @@ def _graphs_called(
         call = flatten_call(*bind(model.signature, args, kwargs))
         for graph in model.graphs:
             assert isinstance(graph, QuantizedGraph)
-            if graph.mismatch(call) is None:
-                return [("", graph, call.tensors)]
+            accepted = graph.accept(call)
+            if accepted is not None:
+                return [("", graph, accepted.tensors)]
     names: dict[QuantizedGraph, str] = {}
     for region in model.modules():
         if isinstance(region, QuantizedRegion):

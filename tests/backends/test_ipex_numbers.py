@@ -1,0 +1,31 @@
+"""A compiler that takes numbers for fixed compiles anew for others."""
+
+from __future__ import annotations
+
+import pytest
+from flows import BACKENDS, calibrated
+from models import normal
+from torch import Tensor, nn
+
+from torch_quant import sqnr
+from torch_quant.backends.quantized import QuantizedGraph
+
+
+class Tempered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor, temperature: float) -> Tensor:
+        return self.linear(x) / temperature
+
+
+@pytest.mark.skipif("ipex" not in BACKENDS, reason="Backend.IPEX is not installed")
+def test_other_numbers_are_other_kernels() -> None:
+    model, x = Tempered(), normal(4, 64)
+    quant_model = calibrated(model, [((x, 0.5), {})], backend="ipex").quantize(model)
+    for value in (0.5, 2.0, 0.5, *range(3, 12), 0.5):
+        expected = model(x, float(value))
+        assert sqnr(expected, quant_model(x, float(value))) > 30
+    (graph,) = (m for m in quant_model.modules() if isinstance(m, QuantizedGraph))
+    assert len(graph.variants) == 8

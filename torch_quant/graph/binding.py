@@ -1,0 +1,148 @@
+"""One normal form for all ways of writing a call."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from torch_quant.errors import CaptureFailed
+from torch_quant.graph.kinds import equal
+
+__all__ = ["CallSignature", "bind", "signature_of"]
+
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+_COMPARED = (type(None), bool, int, float, str, torch.dtype, torch.device)
+
+
+class CallSignature(inspect.Signature):
+    """A signature that binds fast, and knows what may be left out of a call.
+
+    Args:
+        decorated: another function stands before the one that has these defaults, and may do
+            something else with an argument that is given than with one that is not.
+    """
+
+    decorated = False
+
+    def __reduce__(self) -> Any:
+        return _made, (list(self.parameters.values()), self.return_annotation, self.decorated)
+
+    @cached_property
+    def names(self) -> tuple[str, ...] | None:
+        """Its parameters, if all of them can go by name."""
+        found = [p for p in self.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        return tuple(p.name for p in found) if all(p.kind in _NAMED for p in found) else None
+
+    @cached_property
+    def positional(self) -> int:
+        """How many can also go by position."""
+        kinds = [p.kind for p in self.parameters.values()]
+        return kinds.count(inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+    @cached_property
+    def open(self) -> bool:
+        """Whether it takes any other name."""
+        return any(p.kind is p.VAR_KEYWORD for p in self.parameters.values())
+
+    @cached_property
+    def required(self) -> frozenset[str]:
+        """Parameters without a default."""
+        return frozenset(p.name for p in self.parameters.values() if p.default is p.empty)
+
+    @cached_property
+    def defaults(self) -> dict[str, Any]:
+        """Constants that an argument may be given as or left out, which is the same call."""
+        if self.decorated:
+            return {}
+        named = (p for p in self.parameters.values() if p.kind in _NAMED)
+        return {p.name: p.default for p in named if _constant(p.default)}
+
+
+def signature_of(forward: Callable[..., Any]) -> CallSignature:
+    """The signature of a module's ``forward``."""
+    given = inspect.signature(forward)
+    decorated = hasattr(forward, "__wrapped__") or hasattr(forward, "__signature__")
+    return _made(list(given.parameters.values()), given.return_annotation, decorated)
+
+
+def _made(parameters: list[inspect.Parameter], result: Any, decorated: bool) -> CallSignature:
+    made = CallSignature(parameters, return_annotation=result)
+    made.decorated = decorated
+    return made
+
+
+def bind(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """One normal form for all ways of writing a call: what can go by name goes by name.
+
+    A constant that is given as its default is left out.
+
+    Raises:
+        CaptureFailed: the arguments do not fit the signature.
+    """
+    if not isinstance(signature, CallSignature):
+        return _bind_slowly(signature, args, kwargs)
+    names = signature.names
+    if names is None or len(args) > signature.positional:
+        return _bind_slowly(signature, args, kwargs)
+    named = dict(zip(names, args, strict=False))
+    taken = 0
+    for name in names[len(args) :]:
+        if name in kwargs:
+            named[name] = kwargs[name]
+            taken += 1
+        elif name in signature.required:
+            return _bind_slowly(signature, args, kwargs)
+    if taken < len(kwargs):
+        if not signature.open or any(name in kwargs for name in names[: len(args)]):
+            return _bind_slowly(signature, args, kwargs)
+        named.update((name, value) for name, value in kwargs.items() if name not in named)
+    for name, default in signature.defaults.items():
+        if name in named and _same(named[name], default):
+            del named[name]
+    return (), named
+
+
+def _bind_slowly(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):
+        return args, dict(kwargs)
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise CaptureFailed(
+            f"the inputs do not fit forward{signature}: {error}; got {len(args)} positional and "
+            f"the keywords {sorted(kwargs)}"
+        ) from error
+    positional: list[Any] = []
+    named: dict[str, Any] = {}
+    defaults = getattr(signature, "defaults", {})
+    for name, value in bound.arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.POSITIONAL_ONLY:
+            positional.append(value)
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(value)
+        elif name not in defaults or not _same(value, defaults[name]):
+            named[name] = value
+    return tuple(positional), named
+
+
+def _constant(value: Any) -> bool:
+    return all(map(_constant, value)) if type(value) is tuple else isinstance(value, _COMPARED)
+
+
+def _same(value: Any, default: Any) -> bool:
+    if value is default:
+        return True
+    if type(value) is not type(default):
+        return False
+    if type(value) is tuple:
+        return len(value) == len(default) and all(map(_same, value, default))
+    return equal(value, default)
