@@ -6,9 +6,8 @@ import contextlib
 import copy
 import pickle
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,11 +16,22 @@ import torch
 from flows import BACKENDS, Inputs, assert_unchanged, snapshot
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from small_models import SmallModel
+from steps import (
+    FILTERS,
+    OVERRIDES,
+    QCONFIGS,
+    Event,
+    Options,
+    Saved,
+    call,
+    edit,
+    plain,
+    run,
+    same,
+)
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from torch_quant import ModuleFilter, QConfig, QuantError, Quantizer, QuantSpec
-from torch_quant.graph.outputs import flatten_output
+from torch_quant import QuantError, Quantizer
 
 __all__ = ["Sequences"]
 
@@ -30,54 +40,6 @@ SALTS = st.integers(0, 1)
 KINDS = st.integers(0, 2)
 
 
-@dataclass(frozen=True)
-class Options:
-    """What a user may set between two calls, and which summary was loaded last."""
-
-    qconfig: QConfig = field(default_factory=QConfig)
-    overrides: tuple[tuple[str, QConfig | None], ...] = ()
-    module_filter: ModuleFilter = field(default_factory=ModuleFilter)
-    summary: Path | None = None
-
-    def give(self, quantizer: Quantizer) -> None:
-        quantizer.qconfig = self.qconfig
-        quantizer.overrides = dict(self.overrides)
-        quantizer.module_filter = self.module_filter
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something that changed the ranges: a batch, or a summary that was loaded."""
-
-    options: Options
-    weights: int
-    kind: int = 0
-    salt: int = 0
-    summary: Path | None = None
-
-
-@dataclass
-class Saved:
-    state: dict[str, Any]
-    history: tuple[Event, ...]
-    fallen: dict[str, str]
-
-
-QCONFIGS = {
-    "default": QConfig(),
-    "minmax": QConfig(observer="minmax"),
-    "seven bits": QConfig(input=QuantSpec.of(bits=7)),
-    "per tensor": QConfig(weight=QuantSpec.of(bits=8, signed=True, symmetric=True)),
-}
-OVERRIDES: list[tuple[tuple[str, QConfig | None], ...]] = [
-    (),
-    (("linear", None),),
-    (("*", QConfig(observer="minmax")),),
-]
-FILTERS = {
-    "all": ModuleFilter(),
-    "no linear": ModuleFilter(exclude_op_types="linear"),
-}
 MISTAKES: list[Callable[[Sequences], Any]] = [
     lambda self: self.calibrate_on_what_the_model_refuses(),
     lambda self: self.load_a_summary_that_is_none(),
@@ -88,27 +50,6 @@ MISTAKES: list[Callable[[Sequences], Any]] = [
     lambda self: self.quantizer.calib(torch.ones(2)),  # type: ignore[arg-type]
     lambda self: self.quantizer.amp(self.model, metric="taste"),
 ]
-
-
-def tensors(value: Any) -> list[Tensor]:
-    return [x.clone() for x in flatten_output(value)[0] if isinstance(x, Tensor)]
-
-
-def call(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """The outputs, and what the call has left in its arguments."""
-    args, kwargs = copy.deepcopy(inputs)
-    return tensors((model(*args, **kwargs), args, kwargs))
-
-
-def same(found: list[Tensor], expected: list[Tensor]) -> bool:
-    return len(found) == len(expected) and all(map(torch.equal, found, expected))
-
-
-def plain(state: Any) -> list[Any]:
-    """A state as a list that ``==`` compares."""
-    leaves, spec = pytree.tree_flatten(state)
-    values = [x.tolist() if isinstance(x, Tensor) else x for x in leaves]
-    return [str(spec), *map(repr, values)]
 
 
 class Sequences(RuleBasedStateMachine):
@@ -144,7 +85,7 @@ class Sequences(RuleBasedStateMachine):
             self.calib_model = self.quantizer.calib(self.model)
         inputs = self.inputs(kind, salt)
         expected = call(self.model, inputs)
-        found = _run(lambda: call(self.calib_model, inputs), in_thread)
+        found = run(lambda: call(self.calib_model, inputs), in_thread)
         assert same(found, expected)
         self.called.setdefault(kind, salt)
         self.history = (*self.history, Event(self.options, self.weights, kind, salt))
@@ -236,7 +177,7 @@ class Sequences(RuleBasedStateMachine):
     def call_in_a_thread(self, which: int) -> None:
         quantized, outputs = self.made[which % len(self.made)]
         for inputs, expected in outputs:
-            assert same(_run(lambda inputs=inputs: call(quantized, inputs), True), expected)
+            assert same(run(lambda inputs=inputs: call(quantized, inputs), True), expected)
 
     # Settings, states and weights
 
@@ -379,7 +320,7 @@ class Sequences(RuleBasedStateMachine):
                 event.options.give(seen)
                 if event.options.summary != loaded:
                     loaded = event.options.summary
-                    _edit(seen, loaded)
+                    edit(seen, loaded)
                 if event.summary is not None:
                     seen.load_summary(event.summary)
                     loaded = event.summary
@@ -396,32 +337,3 @@ class Sequences(RuleBasedStateMachine):
             args, kwargs = self.inputs(kind, salt)
             quantizer.calib(self.model, kwargs or args)
         return quantizer
-
-
-def _edit(quantizer: Quantizer, summary: Path | None) -> None:
-    """Load a summary's formats, and keep the ranges."""
-    state = quantizer.state_dict()
-    if summary is not None:
-        quantizer.load_summary(summary)
-        quantizer.load_state_dict(state)
-
-
-def _run(function: Callable[[], Any], in_thread: bool) -> Any:
-    """Its result; an error in a thread is raised here."""
-    if not in_thread:
-        return function()
-    found: list[Any] = []
-
-    def target() -> None:
-        try:
-            with torch.no_grad():
-                found.append(function())
-        except BaseException as error:
-            found.append(error)
-
-    thread = threading.Thread(target=target)
-    thread.start()
-    thread.join()
-    if isinstance(found[0], BaseException):
-        raise found[0]
-    return found[0]
