@@ -15,6 +15,7 @@ from torch import nn
 
 from torch_quant.errors import CaptureFailed
 from torch_quant.graph import capture
+from torch_quant.graph.calls import Call
 
 __all__ = ["shared_captures"]
 
@@ -24,21 +25,23 @@ _made: dict[Any, Any] = {}
 @contextmanager
 def shared_captures() -> Iterator[None]:
     """Have regions take what was exported before, of models that stay alive."""
-    export = capture.export_graph
+    export = capture.export_call
 
-    def shared(module: nn.Module, call: Any, *more: Any, **options: Any) -> Any:
+    def shared(module: nn.Module, call: Call, known: Any = ()) -> Any:
         values = (*module.parameters(), *module.buffers())
         shapes = tuple(x.shape for x in call.tensors)
-        key = (repr(module), tuple(map(id, values)), call.signature, shapes)
+        earlier = tuple(id(graph) for _, graph in known)
+        key = (repr(module), tuple(map(id, values)), call.signature, shapes, earlier)
         if key not in _made:
             try:
-                _made[key] = export(module, call, *more, **options)
+                _made[key] = export(module, call, known)
             except CaptureFailed as error:
                 _made[key] = error
         if isinstance(_made[key], CaptureFailed):
             raise _made[key]
-        return _made[key]
+        first, graph = _made[key]
+        return call.widened(sorted(first.numbers), sorted(first.unread)), graph
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(capture, "export_graph", shared)
+        patch.setattr(capture, "export_call", shared)
         yield
