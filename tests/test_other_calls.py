@@ -47,7 +47,7 @@ class Flagged(nn.Module):
     ids=["dtype", "rank", "constant", "list", "more inputs", "numpy"],
 )
 def test_other_inputs_than_calibrated(inputs: dict[str, Any], message: str) -> None:
-    model, quantizer = Flagged().eval(), Quantizer("reference")
+    model, quantizer = Flagged().eval(), Quantizer("reference", unseen_calls="error")
     quantizer.calib(model)(x=X, both=False)
     quant_model = quantizer.quantize(model)
     with pytest.raises(CaptureFailed, match=message):
@@ -55,7 +55,7 @@ def test_other_inputs_than_calibrated(inputs: dict[str, Any], message: str) -> N
 
 
 def test_of_several_graphs_the_nearest_is_named() -> None:
-    model, quantizer = Flagged().eval(), Quantizer("reference")
+    model, quantizer = Flagged().eval(), Quantizer("reference", unseen_calls="error")
     calib_model = quantizer.calib(model)
     for mask in (None, X):
         calib_model(x=X, mask=mask)

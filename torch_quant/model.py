@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping
@@ -97,6 +98,13 @@ class CapturedModel:
                 "%s is in train mode; it is captured, and its proxies compute, as in eval mode",
                 training[0],
             )
+
+    def copied(self) -> CapturedModel:
+        """The same graphs, to be added to without a trace on these."""
+        twin = copy.copy(self)
+        twin.region = self.region.copied()
+        twin._prepared = dict(self._prepared)
+        return twin
 
     def refresh(self, model: nn.Module) -> None:
         """Notice what has changed in ``model`` since it was captured.

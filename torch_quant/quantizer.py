@@ -26,6 +26,7 @@ from torch_quant.report.sensitivity import SensitivityReport
 from torch_quant.report.tuning import Tuning
 from torch_quant.settings import Settings
 from torch_quant.state import QuantState, check_saved
+from torch_quant.unseen import UnseenCalls, checked_choice
 
 __all__ = ["Quantizer"]
 
@@ -42,6 +43,8 @@ class Quantizer(Tied):
         overrides: exceptions to it, by site or module name (globs too), module class or op type;
             None as a value leaves what matches in float.
         module_filter: which sites to quantize at all.
+        unseen_calls: whether a quantized model captures kinds of calls that were not calibrated,
+            ``"capture"``, or raises :class:`CaptureFailed` for them, ``"error"``.
 
     Raises:
         InvalidConfig: an unknown backend, or settings that contradict each other.
@@ -63,7 +66,9 @@ class Quantizer(Tied):
         qconfig: QConfig | None = None,
         overrides: Overrides | None = None,
         module_filter: ModuleFilter | None = None,
+        unseen_calls: str = "capture",
     ) -> None:
+        self.unseen_calls = checked_choice(unseen_calls)
         self.backend = usable_backend(backend)
         self.qconfig = qconfig or QConfig()
         self.overrides = dict(overrides or {})
@@ -75,8 +80,7 @@ class Quantizer(Tied):
         self.fallen_back: dict[str, str] = {}  # site -> precision
         self.tuning: Tuning | None = None
         self._fingerprint: dict[str, str] | None = None
-        self._models: weakref.WeakKeyDictionary[nn.Module, CapturedModel]
-        self._models = weakref.WeakKeyDictionary()
+        self._models = weakref.WeakKeyDictionary[nn.Module, CapturedModel]()
 
     def __repr__(self) -> str:
         return f"Quantizer({self.backend!r}, {self.state.batches} batches seen, {self.plan!r})"
@@ -256,8 +260,7 @@ class Quantizer(Tied):
         self.state.compare_weights(model)
         lowering = self.settings.lowering(captured, model, chosen, self.state, self.fallen_back)
         plan = lowering.plan
-        in_float = any(site.reason == FALLEN_BACK for site in plan.values())
-        if not plan.quantized and not in_float:
+        if not plan.quantized and all(site.reason != FALLEN_BACK for site in plan.values()):
             reasons = {site.reason for site in plan.values()}
             raise UnsupportedOp(
                 "nothing in the model can be quantized: "
@@ -270,6 +273,9 @@ class Quantizer(Tied):
                 "no calibration data was seen: run it through the proxy of quantizer.calib(model)"
             )
         quantized = lowering.run(share=share_float_weights)
+        if self.unseen_calls == "capture":
+            learned = (self.settings, chosen, self.state, self.fallen_back)
+            UnseenCalls(captured, model, *learned).attend(quantized)
         if example_inputs is not None and chosen.compiles:
             call_example(quantized, example_inputs)
         quantized.description = f"{chosen!r}: {plan.summary}"

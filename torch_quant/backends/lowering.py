@@ -14,7 +14,9 @@ from torch_quant.backends.ownership import SharedWeights, own_tensors
 from torch_quant.backends.quantized import Absent, QuantizedGraph, QuantizedRegion
 from torch_quant.core.plan import QuantPlan
 from torch_quant.graph.capture import Region, glue
+from torch_quant.graph.export import CapturedGraph
 from torch_quant.graph.hooks import give_hooks
+from torch_quant.graph.kinds import Kind
 from torch_quant.graph.shadow import shadow
 from torch_quant.model import CapturedModel
 from torch_quant.passes.base import PassContext, copy_graph, run_passes
@@ -64,25 +66,39 @@ class Lowering:
         return theirs
 
     def _region(self, region: Region) -> nn.Module:
-        graphs = [
-            QuantizedGraph(
-                self.graph(self.captured.prepared(region, graph).canonical),
-                kind,
-                graph.contract,
-                graph.out_spec,
-                self.backend if self.backend.compiles else None,
-            )
-            for kind, graph in region.graphs
-        ]
-        rest: nn.Module | None = shadow(region.module) if region.plain else None
+        graphs = [self._graph(region, kind, graph) for kind, graph in region.graphs]
+        free = region.plain or self._serves_any_call(region)
+        rest: nn.Module | None = shadow(region.module) if free else None
         if rest is None and (region.opened or not graphs):
             rest = glue(region, self._child if region.failure or not graphs else self._part)
         quantized = QuantizedRegion(region.path, region.signature, graphs, rest)
-        quantized.backend = self.backend.name
+        quantized.backend, quantized.in_pieces = self.backend.name, free or bool(region.failure)
         give_hooks(quantized, region.hooks)
         if region.lists_parameters:
             quantized.register_parameter("no_values", nn.Parameter(torch.empty(0), False))
         return _lent(quantized, region)
+
+    def _graph(self, region: Region, kind: Kind, graph: CapturedGraph) -> QuantizedGraph:
+        body = self.graph(self.captured.prepared(region, graph).canonical)
+        compiler = self.backend if self.backend.compiles else None
+        return QuantizedGraph(body, kind, graph.contract, graph.out_spec, compiler)
+
+    def quantized_graph(self, region: Region, kind: Kind, graph: CapturedGraph) -> QuantizedGraph:
+        """One graph of a region by itself, which owns what it computes with."""
+        made = self._graph(region, kind, graph)
+        own_tensors(made, self._theirs(), None)
+        return made
+
+    def _serves_any_call(self, region: Region) -> bool:
+        """Whether a piece computes as the float module does, so that this serves other calls."""
+        prepared = [self.captured.prepared(region, graph) for _, graph in region.graphs]
+        names = {site.name for each in prepared for site, _ in each.sites}
+        changed = [
+            site
+            for name in names
+            if (site := self.plan[name]).quantized or site.precision != "float32"
+        ]
+        return bool(region.path and prepared and not region.opened and not changed)
 
     def _child(self, region: Region) -> nn.Module:
         return self._region(region) if region.called else glue(region, self._child)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
@@ -17,7 +17,7 @@ from torch_quant.graph.binding import bind
 from torch_quant.graph.calls import Call, flatten_call
 from torch_quant.graph.kinds import Kind
 from torch_quant.graph.outputs import unflatten_output
-from torch_quant.graph.running import no_fastpath
+from torch_quant.graph.running import CAPTURING, no_fastpath
 from torch_quant.graph.serialize import pack, unpack
 from torch_quant.graph.shapes import ShapeContract
 from torch_quant.nn.forward import SignedForward
@@ -138,6 +138,13 @@ class QuantizedGraph(nn.Module):
         return found
 
 
+class Unseen(Protocol):
+    """Makes graphs for calls that a region has none for."""
+
+    def graph(self, path: str, call: Call) -> QuantizedGraph:
+        """Raises :class:`CaptureFailed`, saying why, where it cannot."""
+
+
 class QuantizedRegion(nn.Module):
     """A region of the model on its backend; called like the float module.
 
@@ -161,7 +168,10 @@ class QuantizedRegion(nn.Module):
         self.glue = glue
         self.description = ""
         self.backend = ""
+        self.in_pieces = glue is not None
+        """Whether its Python code serves every call that no graph does."""
         self.shared: SharedWeights | None = None
+        self.unseen: Unseen | None = None
         self.plan = QuantPlan()
         self.calibration: dict[str, Any] = {}
         self.forward = SignedForward(self.run, signature)
@@ -222,16 +232,41 @@ class QuantizedRegion(nn.Module):
             if self.glue is None:
                 raise
             return self._run_glue(args, kwargs)
-        for graph in self.graphs:
+        found = self._find(call)
+        if found is None and self.in_pieces:
+            return self._run_glue(args, kwargs)
+        graph, accepted = found or self._capture(call)
+        return graph(*accepted.tensors, source=accepted.source)
+
+    def _find(self, call: Call) -> tuple[QuantizedGraph, Call] | None:
+        """The graph that serves ``call``, and the call as it takes it."""
+        for graph in tuple(self.graphs):  # another thread may add one
             accepted = graph.accept(call)  # type: ignore[operator]
             if accepted is not None:
-                return graph(*accepted.tensors, source=accepted.source)
-        if self.glue is not None:
-            return self._run_glue(args, kwargs)
+                return graph, accepted  # type: ignore[return-value]
+        return None
+
+    def _capture(self, call: Call) -> tuple[QuantizedGraph, Call]:
+        """A new graph for ``call``; raises :class:`CaptureFailed` where there can be none."""
+        recorded = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+        if self.unseen is None:
+            reason = ""
+        elif recorded:
+            reason = ". It cannot be captured while the model is traced: call it so before"
+        else:
+            with CAPTURING:
+                try:
+                    if self._find(call) is None:
+                        self.graphs.append(self.unseen.graph(self.path, call))
+                    if found := self._find(call):
+                        return found
+                    reason = ""
+                except CaptureFailed as error:
+                    reason = f". It cannot be captured now: {error}"
         raise CaptureFailed(
             f"{self.path or 'the model'} was quantized for other inputs: got "
-            f"{', '.join(call.describe())}; {self._difference(call)}. Run quantizer.calib(model) "
-            "on such inputs too, then quantize again"
+            f"{', '.join(call.describe())}; {self._difference(call)}{reason}. Run "
+            "quantizer.calib(model) on such inputs too, then quantize again"
         )
 
     def _difference(self, call: Call) -> str:

@@ -124,6 +124,20 @@ class Region:
         logger.info("captured %s as one graph", where)
         return found
 
+    def add(self, call: Call) -> tuple[Kind, CapturedGraph]:
+        """A graph for ``call``; raises :class:`CaptureFailed` where it must run in pieces."""
+        _, graph = self.find(call) or self._capture(call)
+        self.called = True
+        return next((kind, each) for kind, each in self.graphs if each is graph)
+
+    def copied(self) -> Region:
+        """A region over the same module and graphs, children too, with lists of its own."""
+        twin = copy.copy(self)
+        twin.graphs, twin.written = list(self.graphs), copy.copy(self.written)
+        twin.borrowed = set(self.borrowed)
+        twin.children = {path: child.copied() for path, child in self.children.items()}
+        return twin
+
     def split(self, reason: str) -> None:
         """Run as Python over regions from now on, for calls that no graph serves."""
         with CAPTURING:

@@ -1,0 +1,137 @@
+"""Calls of a quantized model that it has no graph for: they are captured when they come."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import weakref
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from torch_quant.backends import Backend
+from torch_quant.backends.quantized import QuantizedGraph, QuantizedRegion
+from torch_quant.core.plan import QuantPlan
+from torch_quant.errors import CaptureFailed, InvalidConfig
+from torch_quant.graph.calls import Call
+from torch_quant.graph.effects import attributes
+from torch_quant.graph.running import CAPTURING
+from torch_quant.model import CapturedModel
+from torch_quant.passes.prepare import Prepared
+from torch_quant.settings import Settings
+from torch_quant.state import QuantState, weight_checksums
+
+__all__ = ["UnseenCalls", "checked_choice"]
+
+logger = logging.getLogger("torch_quant")
+
+CHOICES = ("capture", "error")
+NO_RANGES = "no calibration data passed it in this kind of call"
+
+
+def checked_choice(choice: str) -> str:
+    """``choice``; raises :class:`InvalidConfig` unless it is one of what can be done."""
+    if choice not in CHOICES:
+        raise InvalidConfig(f'unseen_calls={choice!r}; expected "capture" or "error"')
+    return choice
+
+
+class UnseenCalls:
+    """Makes the graphs that a quantized model lacks, with the ranges and settings it was made with.
+
+    The float model and its quantizer are needed for that, and only weak references are kept. A copy
+    of the quantized model shares this; a pickled one has None in its place.
+
+    Args:
+        captured: the float model's graphs. They are not added to.
+        model: the float model, as it is when the quantized one is made.
+        settings: what the user asked for.
+        backend: where the quantized model runs.
+        state: the ranges.
+        fallen: site -> precision of what fell back to float.
+    """
+
+    def __init__(
+        self,
+        captured: CapturedModel,
+        model: nn.Module,
+        settings: Settings,
+        backend: Backend,
+        state: QuantState,
+        fallen: Mapping[str, str],
+    ) -> None:
+        self._captured, self._model = weakref.ref(captured), weakref.ref(model)
+        self._settings = replace(settings, overrides=dict(settings.overrides))
+        self._backend, self._fallen = backend, dict(fallen)
+        self._state = QuantState()
+        self._state.observers = copy.deepcopy(state.observers)
+        self._state.batches = state.batches
+        self._facts = self._present(model)
+
+    def __deepcopy__(self, memo: Any) -> UnseenCalls:
+        return self
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+    def attend(self, quantized: nn.Module) -> None:
+        """Serve every region of a quantized model."""
+        for region in quantized.modules():
+            if isinstance(region, QuantizedRegion):
+                region.unseen = self
+
+    @staticmethod
+    def _present(model: nn.Module) -> tuple[Any, ...]:
+        return weight_checksums(model), attributes(model)
+
+    def graph(self, path: str, call: Call) -> QuantizedGraph:
+        """A graph of the region at ``path`` for calls like ``call``.
+
+        Raises:
+            CaptureFailed: there can be none; says why.
+        """
+        captured, model = self._captured(), self._model()
+        if captured is None or model is None:
+            raise CaptureFailed("the float model or its quantizer no longer exists")
+        with CAPTURING, torch.inference_mode(False), torch.no_grad():
+            if self._present(model) != self._facts:
+                raise CaptureFailed("the float model has changed since it was quantized")
+            twin = captured.copied()
+            region = next((each for each in twin.region.walk() if each.path == path), None)
+            if region is None:
+                raise CaptureFailed("the float model was captured anew since")
+            kind, graph = region.add(call)
+            lowering = self._settings.lowering(
+                twin, model, self._backend, self._state, self._fallen
+            )
+            missing = self._missing(lowering.plan, twin.prepared(region, graph))
+            lowering = replace(lowering, plan=lowering.plan.without(missing, NO_RANGES))
+            made = lowering.quantized_graph(region, kind, graph)
+        where = path or "the model"
+        if missing:
+            logger.warning(
+                "%s: a call with %s is of a kind that was not calibrated; no ranges are known for "
+                "%s, which such calls run in float. Run quantizer.calib(model) on such inputs too, "
+                "then quantize again; Quantizer(unseen_calls='error') refuses such calls",
+                where,
+                ", ".join(call.describe()),
+                ", ".join(missing),
+            )
+        else:
+            logger.info("captured %s for another kind of call", where)
+        return made
+
+    def _missing(self, plan: QuantPlan, prepared: Prepared) -> list[str]:
+        """Quantized sites of a graph that read or store a tensor without a range."""
+        found = []
+        for site, _ in prepared.sites:
+            entry = plan[site.name]
+            if entry.quantized and entry.activation is not None:
+                keys = [*site.inputs, *site.internals, *([entry.stored] if entry.stored else [])]
+                seen = (self._state.observers.get(key) for key in keys)
+                if any(each is None or each.batches == 0 for each in seen):
+                    found.append(site.name)
+        return list(dict.fromkeys(found))
