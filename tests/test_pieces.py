@@ -240,3 +240,12 @@ def test_example_inputs_in_any_mapping(tmp_path: Path) -> None:
     quantizer.calib(model, example_inputs=inputs)(**inputs)
     export_torchscript(quantizer.quantize(model), inputs, tmp_path / "model.pt")
     assert (tmp_path / "model.pt").stat().st_mode & 0o044  # others may read it
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_scripted_child_stays_what_it_is(backend: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), torch.jit.script(nn.Sequential(nn.Linear(8, 8))))
+    model, x = model.eval(), torch.randn(16, 8)
+    quantizer = calibrated(model, [((x,), {})], backend=backend)
+    assert torch.equal(quantizer.calib(model)(x), model(x))
+    assert sqnr(model(x), quantizer.quantize(model)(x)) > 25

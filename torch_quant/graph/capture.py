@@ -13,6 +13,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from torch_quant.errors import CaptureFailed
@@ -184,10 +185,16 @@ class Region:
 
 
 def _callable_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Direct children, through containers that are never called themselves."""
+    """Direct children, through containers that are never called themselves.
+
+    A scripted module has none: what it calls is compiled into it.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        return
     seen: set[int] = set()
     for name, child in module.named_children():
-        if type(child).forward is nn.Module.forward:
+        scripted = isinstance(child, torch.jit.ScriptModule)
+        if not scripted and type(child).forward is nn.Module.forward:
             inner = [(f"{name}.{below}", m) for below, m in _callable_children(child)]
         else:
             inner = [(name, child)]
@@ -338,7 +345,7 @@ def glue(region: Region, make: Callable[[Region], nn.Module]) -> nn.Module:
     Attributes that it keeps between its calls are copies.
     """
     twin = shadow(region.module, {child.module: make(child) for child in region.children.values()})
-    for name in {name.partition(".")[0] for name in region.state} - twin._modules.keys():
+    for name in {name.partition(".")[0] for name in region.state} - set(twin._modules.keys()):
         if name in vars(twin):
             vars(twin)[name] = copy.deepcopy(vars(twin)[name])
     return twin

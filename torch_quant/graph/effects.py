@@ -23,7 +23,10 @@ __all__ = ["KeepsState", "Watch", "assign", "attributes", "kept_between_calls"]
 _NOT_STATE = frozenset({"_parameters", "_buffers", "_modules", "training"})
 """Entries of a module's dictionary that others look after."""
 _CONTAINERS = (dict, list, set, deque)
-_OPAQUE = (type, enum.Enum, types.ModuleType, types.FunctionType, types.MethodType, torch.Generator)
+_OPAQUE = (
+    type, enum.Enum, types.ModuleType, types.FunctionType, types.MethodType, torch.Generator,
+    torch.jit.ScriptModule,
+)  # fmt: skip
 _FOREIGN = ("torch", "logging", "threading", "weakref", "builtins", "functools", "_thread")
 """Packages whose own objects are not looked into."""
 _DEEPEST = 12
@@ -164,9 +167,11 @@ def _content(value: Any) -> Any:
     """A copy of what a container or object holds itself; None for what holds nothing to change."""
     if isinstance(value, _CONTAINERS):
         return value.copy()
+    if isinstance(value, _OPAQUE):
+        return None
     if isinstance(value, nn.Module):
         return {key: x for key, x in vars(value).items() if key not in _NOT_STATE}
-    if isinstance(value, _OPAQUE) or type(value).__module__.partition(".")[0] in _FOREIGN:
+    if type(value).__module__.partition(".")[0] in _FOREIGN:
         return None
     return dict(vars(value)) if hasattr(value, "__dict__") else None
 
@@ -293,6 +298,7 @@ def attributes(model: nn.Module) -> dict[str, Any]:
     return {
         f"{prefix}.{name}".strip("."): _fact(value, seen, 0)
         for prefix, module in model.named_modules()
+        if not isinstance(module, torch.jit.ScriptModule)
         for name, value in vars(module).items()
         if name not in _NOT_STATE and not (name.startswith("_") and not value)
     }

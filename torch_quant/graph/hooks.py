@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 __all__ = ["give_hooks", "hooked", "take_hooks"]
@@ -21,6 +22,8 @@ _COMPUTES = "torch.nn.utils"
 
 def _users(module: nn.Module) -> set[int]:
     """The ids of the user's hooks on ``module``."""
+    if isinstance(module, torch.jit.ScriptModule):  # its hooks are compiled with it
+        return set()
     return {
         key
         for name in _CALLED
@@ -36,7 +39,10 @@ def hooked(module: nn.Module) -> str:
 
 def take_hooks(module: nn.Module) -> Hooks:
     """Take the user's hooks off ``module``, a twin."""
-    keys, taken = _users(module), {}
+    keys = _users(module)
+    taken: Hooks = {}
+    if not keys:
+        return taken
     for name in (*_CALLED, *_FLAGS):
         entries = vars(module)[name]
         taken[name] = {key: entries.pop(key) for key in list(entries) if key in keys}

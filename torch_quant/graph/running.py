@@ -38,7 +38,11 @@ def frozen(module: nn.Module) -> Iterator[None]:
     """Same random numbers in every run, no gradients, and the module as it was afterwards."""
     attributes = Watch({} if isinstance(module, fx.GraphModule) else {"": module})
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    owners = [(owner, dict(owner._buffers)) for owner in module.modules()]
+    owners = [
+        (owner, dict(owner._buffers))
+        for owner in module.modules()
+        if not isinstance(owner, torch.jit.ScriptModule)
+    ]
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         try:

@@ -32,10 +32,10 @@ def shadow(model: nn.Module, replace: Mapping[nn.Module, nn.Module] | None = Non
     twins: dict[int, nn.Module] = {id(old): new for old, new in (replace or {}).items()}
 
     def twin(module: nn.Module) -> nn.Module:
-        if isinstance(module, torch.jit.ScriptModule):
-            return module
         if id(module) in twins:
             return twins[id(module)]
+        if isinstance(module, torch.jit.ScriptModule):
+            return module
         # Not copy.copy: a parametrized module refuses to be pickled, and so to be copied that way.
         cls = PaddedEncoder if module.__class__ is nn.TransformerEncoder else module.__class__
         new: nn.Module = cls.__new__(cls)
