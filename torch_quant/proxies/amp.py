@@ -25,8 +25,9 @@ from torch_quant.graph.running import run_module
 from torch_quant.model import CapturedModel
 from torch_quant.nn.probe import SiteProbe
 from torch_quant.passes.probe_sites import LocalSite, cut_sites, insert_site_probes
+from torch_quant.proxies.amp_options import AmpOptions
 from torch_quant.proxies.base import Proxy, check_not_empty
-from torch_quant.proxies.noise import NoisePass
+from torch_quant.proxies.noise import NoisePass, culprit
 from torch_quant.proxies.values import (
     batch_size,
     copied,
@@ -40,13 +41,10 @@ from torch_quant.proxies.values import (
 from torch_quant.sensitivity import Recorder
 from torch_quant.state import weight_checksums
 
-__all__ = ["AmpModel", "AmpOptions", "Latency"]
+__all__ = ["AmpModel", "Latency"]
 
 logger = logging.getLogger("torch_quant")
 
-LossFn = Callable[[Any, Any], Tensor]
-"""(outputs, batch) -> scalar. ``batch`` is what the proxy was called with: the keywords, the single
-positional argument, or the tuple of them."""
 KEPT_ROWS = 32
 """How many samples are kept to verify predictions with."""
 
@@ -61,35 +59,6 @@ class Latency:
 
     float32: float = 0.0
     quantized: float = 0.0
-
-
-@dataclass(frozen=True)
-class AmpOptions:
-    """What :meth:`Quantizer.amp` was asked for.
-
-    Args:
-        metric: ``"output"`` or ``"sqnr"``.
-        loss_fn: takes the place of the projection of the outputs.
-        max_batches: how many are recorded; None for all.
-        seed: of the random signs.
-
-    Raises:
-        InvalidConfig: an unknown metric; a loss with ``"sqnr"``; no batches.
-    """
-
-    metric: str = "output"
-    loss_fn: LossFn | None = None
-    max_batches: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.metric not in ("output", "sqnr"):
-            raise InvalidConfig(f'unknown metric {self.metric!r}; expected "output" or "sqnr"')
-        if self.loss_fn is not None and self.metric != "output":
-            raise InvalidConfig('a loss_fn needs gradients; metric="sqnr" takes none: drop one')
-        most = self.max_batches
-        if most is not None and most < 1:
-            raise InvalidConfig(f"max_batches={most!r}; expected 1 or more, or None for all")
 
 
 class AmpModel(Proxy):
@@ -121,12 +90,27 @@ class AmpModel(Proxy):
     def _start(self) -> None:
         """As if no data had been seen."""
         options = self._options
-        self.metric = "loss" if options.loss_fn is not None else options.metric
-        self.note = ""
+        self._metric = "loss" if options.loss_fn is not None else options.metric
+        self._note = ""
         self.recorder = Recorder()
         self.samples: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []
         """A few of the inputs, and the float outputs for them."""
         self._signs = torch.Generator().manual_seed(options.seed)
+
+    @property
+    def metric(self) -> str:
+        """What the scores are: as asked for, unless the model gives no gradient for that."""
+        return "sqnr" if self.recorder.without_gradient else self._metric
+
+    @property
+    def note(self) -> str:
+        """What a reader of the scores must know."""
+        recorder = self.recorder
+        if self._note or not recorder.left_out:
+            return self._note
+        if recorder.without_gradient:
+            return f'ranked by "sqnr": {recorder.cause} for any sample that was seen'
+        return f"samples left out of the scores: {recorder.left_out}, {recorder.cause} for them"
 
     def _reset(self) -> None:
         super()._reset()
@@ -151,6 +135,9 @@ class AmpModel(Proxy):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the float model and records sensitivities; same inputs and outputs as the model.
+
+        Samples whose gradient is not finite are left out of the scores: a warning names the
+        operator. If no sample is left, local noise ranks.
 
         Raises:
             QuantError: an empty batch, or a sensitivity that is not finite (names the site).
@@ -180,6 +167,14 @@ class AmpModel(Proxy):
             kept = copied((args, kwargs))
             with self.recorder.batch() as record:
                 outputs = self._recorded(record, args, kwargs, kept)
+            if record.left_out and record.left_out == self.recorder.left_out:  # the first ones
+                logger.warning(
+                    "samples of batch %d left out of the scores: %d of %d, %s for them",
+                    self.recorder.batches - 1,
+                    record.left_out,
+                    batch_size(kept),
+                    record.cause,
+                )
             if sum(batch_size(inputs[:2]) for inputs in self.samples) < KEPT_ROWS:
                 self.samples.append((*kept, copied(outputs)))
             if any(not isinstance(x, _UNCHANGED) for x in (*args, *kwargs.values())):
@@ -190,7 +185,7 @@ class AmpModel(Proxy):
     def _recorded(
         self, record: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], kept: Any
     ) -> Any:
-        if self.metric != "sqnr":
+        if self._metric != "sqnr":
             try:
                 pass_ = NoisePass(
                     record, batch_size((args, kwargs)), torch.zeros((), requires_grad=True)
@@ -217,7 +212,6 @@ class AmpModel(Proxy):
     def _backward(
         self, record: Recorder, pass_: NoisePass, outputs: Any, args: Any, kwargs: Any
     ) -> None:
-        record.output_signal = sum(float(x.detach().square().sum()) for x in projected(outputs))
         loss_fn = self._options.loss_fn
         if loss_fn is not None:
             batch = kwargs if not args else args[0] if len(args) == 1 and not kwargs else args
@@ -246,11 +240,14 @@ class AmpModel(Proxy):
                 return
         assert pass_.anchor is not None
         try:
-            torch.autograd.grad(loss, [pass_.anchor], allow_unused=True)
+            # The graph of gradients is kept for culprit(), which goes through it once more.
+            torch.autograd.grad(loss, [pass_.anchor], allow_unused=True, retain_graph=True)
         except RuntimeError as error:
             self._give_up(f"{type(error).__name__}: {str(error).splitlines()[0]}")
         else:
-            pass_.finish()
+            pass_.finish([x.detach() for x in projected(outputs)])
+            if record.left_out:
+                record.culprit = culprit(loss, pass_.anchor)
         self._drop_history()
 
     def _drop_history(self) -> None:
@@ -261,11 +258,10 @@ class AmpModel(Proxy):
                     buffer.detach_()
 
     def _give_up(self, reason: str) -> None:
-        self.metric = "sqnr"
-        for stats in self.recorder.sites.values():  # shares of another measure than from now on
-            stats.from_weight = stats.from_activation = 0.0
-        self.note = f'ranked by "sqnr": the model cannot be differentiated ({reason})'
-        logger.warning("%s", self.note)
+        self._metric = "sqnr"
+        self.recorder.drop_shares()  # of another measure than from now on
+        self._note = f'ranked by "sqnr": the model cannot be differentiated ({reason})'
+        logger.warning("%s", self._note)
 
     def _signs_like(self, x: Tensor) -> Tensor:
         """Random signs; of mean 0 and variance 1, as the estimate needs."""

@@ -4,10 +4,13 @@ With local noise ``d = y - y_q`` at a site's result and the gradient ``g`` of
 ``(outputs * r).sum()`` for random signs ``r``, the mean of ``(g . d)^2`` over ``r`` is ``|J d|^2``:
 the energy that the noise has at the outputs, to first order. One forward and one backward give it
 for every site at once, and no labels are needed. Each sample of a batch is one draw.
+
+A sample whose gradient is infinite somewhere (that of a square root at 0) is none: it is left out.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +18,9 @@ import torch
 from torch import Tensor
 
 from torch_quant.nn.probe import SiteProbe, track
-from torch_quant.sensitivity import NoiseGram, Recorder, SiteStats
+from torch_quant.sensitivity import NoiseGram, Recorder
 
-__all__ = ["NoisePass"]
+__all__ = ["NoisePass", "culprit"]
 
 _PARTS = 8
 """One row in so many tells the shares of weight and activations."""
@@ -32,14 +35,17 @@ class NoisePass:
         rows: batch size of the model's inputs.
         anchor: where gradients are asked for; None to record local noise only.
         effects: site -> its noise along the direction of the gradient, for each sample.
-        shares: site -> what of that is due to weight and activations.
+        shares: site -> what of that is due to weight and activations: of some rows of a result,
+            which sample each belongs to, and its squares, shape ``[2, rows]``.
+        done: whether gradients that still arrive are no news.
     """
 
     record: Recorder
     rows: int
     anchor: Tensor | None = None
     effects: dict[str, Tensor] = field(default_factory=dict)
-    shares: dict[str, SiteStats] = field(default_factory=dict)
+    shares: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    done: bool = False
 
     def visit(self, probe: SiteProbe, y: Tensor, args: tuple[Any, ...]) -> Tensor:
         stats = self.record.of(probe.name)
@@ -52,7 +58,9 @@ class NoisePass:
             stats.noise += _dot(noise, noise)
             part = self._activation_part(probe, exact, inputs)
             if part is not None:  # by energy, until the gradient has come to every site
-                _add_shares(stats, noise[: len(part)], part)
+                stats.from_activation += _dot(part, part)
+                rest = noise[: len(part)] - part
+                stats.from_weight += _dot(rest, rest)
         if self.anchor is None:
             return y
         y = track(y, self.anchor)
@@ -77,6 +85,8 @@ class NoisePass:
     @torch.no_grad()
     def _arrived(self, name: str, grad: Tensor, noise: Tensor, part: Tensor | None) -> None:
         """The gradient of a site's result."""
+        if self.done:
+            return
         stats = self.record.of(name)
         apart = grad.dim() > 0 and len(grad) % self.rows == 0
         effect = _projected(noise, grad, self.rows if apart else 1)
@@ -86,26 +96,88 @@ class NoisePass:
         self.effects[name] = effect if known is None else known + effect
         stats.reached = True
         if part is not None:
-            shares = self.shares.setdefault(name, SiteStats())
-            _add_shares(shares, noise[: len(part)], part, grad[: len(part)])
+            count = len(part)
+            rests = (part, noise[:count] - part)
+            squares = [_projected(each, grad[:count], count).square() for each in rests]
+            sample = torch.arange(count) // (len(grad) // self.rows if apart else count)
+            self.shares.setdefault(name, []).append((sample, torch.stack(squares)))
 
-    def finish(self) -> None:
-        """Hand over what has arrived."""
+    def finish(self, outputs: list[Tensor]) -> None:
+        """Hand over what has arrived, of the samples whose gradients are finite.
+
+        If samples cannot be told apart, none of them can be left out, so all are. Then only local
+        noise is handed over.
+
+        Args:
+            outputs: the float outputs of the model.
+        """
+        self.done = True
+        good = self._finite(outputs)
+        self.record.left_out = self.rows - int(good.sum())
+        if not good.any():
+            return
+        whole = bool(good.all())
+        self.record.output_signal = sum(
+            float((x if whole else x.reshape(self.rows, -1)[good]).square().sum()) for x in outputs
+        )
         if self.effects:
-            self.record.gram = NoiseGram.of(self.effects, self.rows)
+            effects = {name: p if whole else p[good] for name, p in self.effects.items()}
+            self.record.gram = NoiseGram.of(effects, int(good.sum()))
         for name, stats in self.record.sites.items():
-            shares = self.shares.get(name, SiteStats())
-            stats.from_weight, stats.from_activation = shares.from_weight, shares.from_activation
+            stats.from_activation = stats.from_weight = 0.0
+            for sample, squares in self.shares.get(name, []):
+                kept = squares if whole else squares[:, good[sample]]
+                stats.from_activation += float(kept[0].sum())
+                stats.from_weight += float(kept[1].sum())
+
+    def _finite(self, outputs: list[Tensor]) -> Tensor:
+        """Which samples count: a mask of shape ``[rows]``."""
+        good = torch.ones(self.rows, dtype=torch.bool)
+        for p in self.effects.values():
+            good &= torch.isfinite(p)
+        apart = all(len(p) == self.rows for p in self.effects.values()) and all(
+            x.dim() > 0 and len(x) % self.rows == 0 for x in outputs
+        )
+        return good if apart or good.all() else torch.zeros_like(good)
 
 
-def _add_shares(stats: SiteStats, noise: Tensor, part: Tensor, grad: Tensor | None = None) -> None:
-    """Split the error of the first rows: by their effect on the output, or by their energy."""
-    for rest, name in ((part, "from_activation"), (noise - part, "from_weight")):
-        if grad is None:
-            value = _dot(rest, rest)
-        else:
-            value = float(_projected(rest, grad, max(len(rest), 1)).square().sum())
-        setattr(stats, name, getattr(stats, name) + value)
+@torch.no_grad()
+def culprit(loss: Tensor, anchor: Tensor) -> str:
+    """The first operator on the way back that makes an infinite gradient of a finite one.
+
+    Args:
+        loss: its graph of gradients is still there.
+        anchor: where gradients are asked for.
+
+    Returns:
+        Its name as autograd knows it, such as ``"sqrt"``; empty if there is none, since it was a
+        sum of gradients that overflowed.
+    """
+    found: list[str] = []
+    seen: set[Any] = set()
+    stack: list[Any] = [loss.grad_fn]
+    handles = []
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        stack += [each for each, _ in node.next_functions]
+
+        def look(inner: Any, outer: Any, name: str = node.name()) -> None:
+            if not found and not _all_finite(inner) and _all_finite(outer):
+                found.append(name)
+
+        handles.append(node.register_hook(look))
+    torch.autograd.grad(loss, [anchor], allow_unused=True)
+    for handle in handles:
+        handle.remove()
+    words = re.sub(r"Backward\d*$", "", found[0] if found else "")
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", words).lower()
+
+
+def _all_finite(grads: tuple[Tensor | None, ...]) -> bool:
+    return all(x is None or bool(torch.isfinite(x).all()) for x in grads)
 
 
 def _projected(x: Tensor, grad: Tensor, groups: int) -> Tensor:

@@ -52,12 +52,28 @@ class Recorder:
         gram: their noise at the outputs (or in the loss).
         output_signal: squared norm of all float outputs.
         batches: how many.
+        left_out: samples that are not in ``gram`` and ``output_signal``, since a gradient of theirs
+            is not finite.
+        culprit: the operator that made the first of them; empty if not known.
     """
 
     sites: dict[str, SiteStats] = field(default_factory=dict)
     gram: NoiseGram = field(default_factory=NoiseGram)
     output_signal: float = 0.0
     batches: int = 0
+    left_out: int = 0
+    culprit: str = ""
+
+    @property
+    def without_gradient(self) -> bool:
+        """Whether every sample was left out, so that only local noise is known."""
+        return self.left_out > 0 and self.gram.draws == 0
+
+    @property
+    def cause(self) -> str:
+        """Why samples were left out."""
+        of = f" of {self.culprit}" if self.culprit else ""
+        return f"the gradient{of} is not finite"
 
     @contextlib.contextmanager
     def batch(self) -> Iterator[Recorder]:
@@ -77,11 +93,23 @@ class Recorder:
                     "for NaN, inf or overflow in the model at that place, or in the inputs. "
                     "Nothing of this batch was recorded"
                 )
+        # Shares of local noise are another measure than those of noise at the outputs.
+        if new.without_gradient and self.gram.draws:
+            new.drop_shares()
+        elif new.gram.draws and self.without_gradient:
+            self.drop_shares()
         for name, stats in new.sites.items():
             self.sites.setdefault(name, SiteStats()).add(stats)
         self.gram.add(new.gram)
         self.output_signal += new.output_signal
         self.batches += 1
+        self.left_out += new.left_out
+        self.culprit = self.culprit or new.culprit
+
+    def drop_shares(self) -> None:
+        """Forget what is due to weights and what to activations."""
+        for stats in self.sites.values():
+            stats.from_weight = stats.from_activation = 0.0
 
     def of(self, name: str) -> SiteStats:
         """The site's sums, new if need be."""
