@@ -1,6 +1,7 @@
 """Latency of float against int8, in one run: MiniLM 8 x 128, and ResNet-50 on one image.
 
-ResNet-50 is transformers' architecture with random weights; its latency does not depend on them.
+Each is timed with one size, and with two in turn, as servers see them. ResNet-50 is transformers'
+architecture with random weights; its latency does not depend on them.
 For the backend ``onnx`` int8 is the exported file in onnxruntime, beside float in eager PyTorch;
 ``onnx_runtimes.py`` has both in onnxruntime and OpenVINO, and other tools' files.
 """
@@ -8,6 +9,7 @@ For the backend ``onnx`` int8 is the exported file in onnxruntime, beside float 
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -28,46 +30,67 @@ def resnet50() -> nn.Module:
     return ResNetModel(ResNetConfig()).eval()
 
 
-Call = Callable[[], dict[str, Any]]
+Inputs = dict[str, Any]
+Run = Callable[[Inputs], dict[str, Any]]
 
 
-def torchscript(quant_model: nn.Module, inputs: dict[str, Any], folder: Path) -> Call:
+def torchscript(quant_model: nn.Module, inputs: Inputs, folder: Path) -> Run:
     scripted = export_torchscript(quant_model, inputs, folder / "model.pt")
-    return lambda: dict(scripted(**inputs))
+    return lambda given: dict(scripted(**given))
 
 
-def onnxruntime(quant_model: nn.Module, inputs: dict[str, Any], folder: Path) -> Call:
+def onnxruntime(quant_model: nn.Module, inputs: Inputs, folder: Path) -> Run:
     (file,) = export_onnx(quant_model, inputs, folder / "model.onnx")
     session = onnxruntime_session(file)
-    feed = {name: x.numpy() for name, x in inputs.items()}
     names = [output.name for output in session.get_outputs()]
-    return lambda: dict(zip(names, map(torch.from_numpy, session.run(None, feed)), strict=True))
+
+    def run(given: Inputs) -> dict[str, Any]:
+        feed = {name: x.numpy() for name, x in given.items()}
+        return dict(zip(names, map(torch.from_numpy, session.run(None, feed)), strict=True))
+
+    return run
 
 
-def measure(name: str, model: nn.Module, inputs: dict[str, Any], backend: str | None) -> Any:
-    """One row: milliseconds in float and int8, the ratio, and the error at the output."""
+def in_turns(run: Run, sizes: list[Inputs]) -> Callable[[], Any]:
+    """Calls with one of ``sizes`` after the other: kernels that are made for a size show here."""
+    turns = itertools.cycle(sizes)
+    return lambda: run(next(turns))
+
+
+def measure(
+    name: str, model: nn.Module, sizes: list[Inputs], backend: str | None
+) -> list[dict[str, Any]]:
+    """A row for the first size alone, and one for all in turns.
+
+    Milliseconds in float and int8, the ratio, and the error at the output.
+    """
     quantizer = Quantizer(backend)
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        quantizer.calib(model)(**inputs)
+        quantizer.calib(model)(**sizes[0])
         quant_model = quantizer.quantize(model)
-        calls: dict[str, Call] = {"float32": lambda: dict(model(**inputs))}
+        runs: dict[str, Run] = {"float32": lambda given: dict(model(**given))}
         if quantizer.backend is Backend.ONNX:  # in PyTorch it computes in float
             deployed = "int8 onnxruntime"
-            calls[deployed] = onnxruntime(quant_model, inputs, Path(folder))
+            runs[deployed] = onnxruntime(quant_model, sizes[0], Path(folder))
         else:
             deployed = "int8 TorchScript"
-            calls["int8"] = lambda: dict(quant_model(**inputs))
-            calls[deployed] = torchscript(quant_model, inputs, Path(folder))
-        times = interleaved_latency(calls)
-        error = sqnr(calls["float32"](), calls[deployed]())
-    return {
-        "model": name,
-        "backend": quantizer.backend.name,
-        **{f"{each} ms": time for each, time in times.items()},
-        "speed-up": times["float32"] / times[deployed],
-        "output SQNR dB": error,
-        "MACs in int8": f"{quantizer.plan.coverage:.1%}",
-    }
+            runs["int8"] = lambda given: dict(quant_model(**given))
+            runs[deployed] = torchscript(quant_model, sizes[0], Path(folder))
+        rows = []
+        for title, given in ((name, sizes[:1]), (f"{name}, and a second size in turn", sizes)):
+            calls = {each: in_turns(run, given) for each, run in runs.items()}
+            times = interleaved_latency(calls)
+            rows.append(
+                {
+                    "model": title,
+                    "backend": quantizer.backend.name,
+                    **{f"{each} ms": time for each, time in times.items()},
+                    "speed-up": times["float32"] / times[deployed],
+                    "output SQNR dB": sqnr(*(runs[r](sizes[0]) for r in ("float32", deployed))),
+                    "MACs in int8": f"{quantizer.plan.coverage:.1%}",
+                }
+            )
+    return rows
 
 
 def main() -> None:
@@ -77,11 +100,16 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*quantize_per_tensor")
     torch.set_num_threads(1)
     rows = [
-        measure("MiniLM-L6, 8 x 128", minilm(), minilm_inputs(), options.backend),
-        measure(
+        *measure(
+            "MiniLM-L6, 8 x 128",
+            minilm(),
+            [minilm_inputs(), minilm_inputs(3, 96)],
+            options.backend,
+        ),
+        *measure(
             "ResNet-50, 1 x 3 x 224 x 224",
             resnet50(),
-            {"pixel_values": torch.randn(1, 3, 224, 224)},
+            [{"pixel_values": torch.randn(1, 3, *size)} for size in ((224, 224), (192, 256))],
             options.backend,
         ),
     ]
