@@ -31,8 +31,9 @@ def quantize(x: Tensor, qparams: QParams) -> Tensor:
     spec = qparams.spec
     scale = _broadcast(qparams.scale, qparams, x.dim())
     zero_point = _broadcast(qparams.zero_point, qparams, x.dim())
-    codes = (x.to(torch.float32) / scale).round() + zero_point
-    return codes.clamp(spec.quant_min, spec.quant_max).to(spec.dtype)
+    codes = x.to(torch.float32) / scale  # a new tensor, so that the rest needs no further memory
+    codes.round_().add_(zero_point).clamp_(spec.quant_min, spec.quant_max)
+    return codes.to(spec.dtype)
 
 
 def dequantize(codes: Tensor, qparams: QParams) -> Tensor:

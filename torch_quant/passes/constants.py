@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-__all__ = ["evaluate", "new_constant"]
+__all__ = ["evaluate", "expression", "new_constant"]
 
 
 @torch.no_grad()
@@ -25,6 +25,18 @@ def evaluate(gm: fx.GraphModule, node: fx.Node) -> Tensor:
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: evaluate(gm, n))
     result: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
     return result
+
+
+def expression(gm: fx.GraphModule, node: fx.Node) -> str:
+    """What a constant node computes, as text: the same for the same operators on the same tensors.
+
+    It holds no tensor, so it can be remembered where the value would take memory. It is valid as
+    long as ``gm`` holds the tensors.
+    """
+    if node.op == "get_attr":
+        return f"tensor {id(operator.attrgetter(str(node.target))(gm))}"
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: expression(gm, n))
+    return f"{node.target!r} {args!r} {kwargs!r}"
 
 
 def new_constant(gm: fx.GraphModule, name: str, value: Any, before: fx.Node) -> fx.Node:

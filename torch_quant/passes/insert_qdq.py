@@ -26,7 +26,7 @@ from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
 from torch_quant.graph.sites import find_sites, is_constant, key_of, operands, results, source
 from torch_quant.passes.attention import decompose_attention
 from torch_quant.passes.base import PassContext
-from torch_quant.passes.constants import evaluate, new_constant
+from torch_quant.passes.constants import evaluate, expression, new_constant
 
 __all__ = ["GridOf", "WeightGridOf", "insert_qdq"]
 
@@ -46,9 +46,8 @@ class _Inserter:
     grid_of: GridOf
     weight_grid_of: WeightGridOf
     integers: dict[tuple[fx.Node, QuantSpec], fx.Node] = field(default_factory=dict)
-    weights: dict[tuple[int, QuantSpec, int], tuple[Tensor, QParams, Tensor]] = field(
-        default_factory=dict
-    )
+    weights: dict[tuple[str, QuantSpec, int], tuple[Tensor, QParams]] = field(default_factory=dict)
+    """What computes a weight, its format and axis -> codes and grid; no float copy is kept."""
 
     def activations(self, user: fx.Node, args: list[fx.Node], entry: SitePlan) -> None:
         """Make ``user`` read ``args`` quantized; one tensor may stand in several places."""
@@ -105,13 +104,13 @@ class _Inserter:
         old = node.args[pattern.weight]
         assert isinstance(old, fx.Node)
         gm, axis = self.context.gm, pattern.weight_axis
-        value = evaluate(gm, old)
-        memo = (id(value), site.weight, axis)
+        memo = (expression(gm, old), site.weight, axis)
         if memo not in self.weights:
+            value = evaluate(gm, old).detach()
             qparams = self.weight_grid_of(site.name, value, site.weight, axis)
-            codes = quantize(value.detach(), qparams).contiguous()  # what kernels pack
-            self.weights[memo] = (value, qparams, codes)
-        _, qparams, codes = self.weights[memo]
+            codes = quantize(value, qparams).contiguous()  # what kernels pack
+            self.weights[memo] = (codes, qparams)
+        codes, qparams = self.weights[memo]
         real = self._integers(node, f"{site.name}.weight", codes, qparams)
         node.update_arg(pattern.weight, real)
         bias = node.args[2] if pattern.activations and len(node.args) > 2 else None

@@ -3,7 +3,8 @@
 x -> mul(1 / factor) -> linear(weight * factor)
 
 In float this changes nothing but the last digit; behind it both sides are easier to quantize.
-Layers that read one tensor share the multiplication.
+Layers that read one tensor share the multiplication. The weight's product is an expression in the
+graph, which is evaluated when the weight is quantized, so only one of them takes memory at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, fx
 from torch_quant.core.plan import QuantPlan, SitePlan
 from torch_quant.graph.sites import KEY, find_sites
 from torch_quant.passes.base import PassContext
-from torch_quant.passes.constants import evaluate, new_constant
+from torch_quant.passes.constants import evaluate, expression, new_constant
 
 __all__ = ["FactorOf", "smooth_inputs", "smoothed_key"]
 
@@ -34,7 +35,8 @@ def smooth_inputs(context: PassContext, plan: QuantPlan, factor_of: FactorOf) ->
     """Smooth every site that the plan smooths; returns how many."""
     changed = 0
     smoothed: dict[tuple[fx.Node, str], fx.Node] = {}
-    weights: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+    factors: dict[str, Tensor] = {}
+    floats: dict[str, Tensor] = {}
     for node, _, site in list(find_sites(context.graph)):
         entry = plan[site.name]
         if not entry.quantized or entry.smooth is None:
@@ -42,8 +44,9 @@ def smooth_inputs(context: PassContext, plan: QuantPlan, factor_of: FactorOf) ->
         x, weight = node.args[:2]
         assert isinstance(x, fx.Node)
         assert isinstance(weight, fx.Node)
-        factor = factor_of(entry, site.inputs[0])
         key = smoothed_key(site.inputs[0], entry.smooth)
+        factor = factor_of(entry, site.inputs[0])  # raises for a site that cannot be smoothed
+        factor = factors.setdefault(key, factor)
         if (x, key) not in smoothed:
             inverse = new_constant(context.gm, f"{key}.inverse", 1 / factor, node)
             inverse.meta = {"val": 1 / factor}
@@ -51,12 +54,18 @@ def smooth_inputs(context: PassContext, plan: QuantPlan, factor_of: FactorOf) ->
                 mul = context.graph.call_function(torch.ops.aten.mul.Tensor, (x, inverse))
             mul.meta = {**x.meta, KEY: key}
             smoothed[x, key] = mul
-        value = evaluate(context.gm, weight)
-        memo = (id(value), key)
-        _, scaled = weights.setdefault(memo, (value, value.detach() * factor))
-        constant = new_constant(context.gm, f"{site.name}.smoothed_weight", scaled, node)
-        constant.meta = {k: v for k, v in weight.meta.items() if k == "val"}
+        columns = new_constant(context.gm, f"{key}.factor", factor, node)
+        with context.graph.inserting_before(node):
+            scaled = context.graph.call_function(torch.ops.aten.mul.Tensor, (weight, columns))
+        scaled.meta = {k: v for k, v in weight.meta.items() if k == "val"}
+        if entry.weight is None:  # it stays in float: computed once and for all
+            product = expression(context.gm, scaled)
+            if product not in floats:
+                floats[product] = evaluate(context.gm, scaled)
+            name = f"{site.name}.smoothed_weight"
+            scaled = new_constant(context.gm, name, floats[product], node)
+            scaled.meta = {k: v for k, v in weight.meta.items() if k == "val"}
         node.update_arg(0, smoothed[x, key])
-        node.update_arg(1, constant)
+        node.update_arg(1, scaled)
         changed += 1
     return changed
