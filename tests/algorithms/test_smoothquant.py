@@ -213,7 +213,7 @@ def test_summary_that_smooths_what_cannot_be(tmp_path: Path) -> None:
     edited["sites"][0]["smooth"] = 0.5
     path.write_text(json.dumps(edited))
     quantizer.load_summary(path)
-    with pytest.raises(InvalidConfig, match="cannot be smoothed: only linear layers"):
+    with pytest.raises(InvalidConfig, match="only linear layers can be smoothed"):
         quantizer.quantize(model)
 
 
@@ -254,5 +254,5 @@ def test_summary_with_a_wrong_alpha(alpha: object, tmp_path: Path) -> None:
     edited = json.loads(path.read_text())
     edited["sites"][0]["smooth"] = alpha
     path.write_text(json.dumps(edited))
-    with pytest.raises(InvalidConfig, match=r"query: smooth .*expected 0 to 1"):
+    with pytest.raises(InvalidConfig, match=r"query: .smooth. is .*expected a number from 0 to 1"):
         Quantizer("reference").load_summary(path)
