@@ -7,6 +7,7 @@ import copy
 import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import fx, nn
 from torch_quant.core.plan import FloatOp
 from torch_quant.errors import CaptureFailed, InvalidConfig, NotCalibrated, UnsupportedOp
 from torch_quant.graph.capture import Executor, Region, Reopened
+from torch_quant.graph.dynamic import check_arguments
 from torch_quant.graph.effects import attributes
 from torch_quant.graph.export import CapturedGraph
 from torch_quant.graph.macs import GLUE
@@ -80,15 +82,26 @@ def check_model(model: nn.Module, devices: frozenset[str], backend: str) -> None
 
 
 class CapturedModel:
-    """Regions and prepared graphs of one model; grows as calls come in."""
+    """Regions and prepared graphs of one model; grows as calls come in.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: the float model.
+        dynamic: the free dimensions of those of its inputs of which not all may be.
+
+    Raises:
+        InvalidConfig: ``dynamic`` names what is no input.
+    """
+
+    def __init__(
+        self, model: nn.Module, dynamic: Mapping[str, frozenset[int]] = MappingProxyType({})
+    ) -> None:
         self.fingerprint = fingerprint(model)
         self.attributes = attributes(model)
         self.altered: tuple[str, ...] = ()
         """Attributes of the model that are others than when it was first captured."""
         self.parameters = _identities(model)
-        self.region = Region(shadow(model))
+        self.region = Region(shadow(model), dynamic=dynamic)
+        check_arguments(dynamic, self.region.signature)
         self.version = 0
         self._told: tuple[str, ...] = ()
         self._prepared: dict[int, tuple[CapturedGraph, Prepared]] = {}
@@ -153,7 +166,7 @@ class CapturedModel:
         if self.region.called:
             self.altered = tuple(sorted(other))
             logger.info("%s changed since the model was captured", ", ".join(self.altered))
-        self.region = Region(shadow(model))
+        self.region = Region(shadow(model), dynamic=self.region.dynamic)
         self._prepared.clear()
         self.version += 1
 

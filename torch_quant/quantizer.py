@@ -18,6 +18,7 @@ from torch_quant.config import ModuleFilter, Overrides, QConfig
 from torch_quant.core.plan import FALLEN_BACK, PRECISIONS, QuantPlan
 from torch_quant.errors import InvalidConfig, NotCalibrated, UnsupportedOp
 from torch_quant.fallback import Fallback, precision_of
+from torch_quant.graph.dynamic import Dynamic, checked_dynamic
 from torch_quant.io.summary import Summary, load_summary, save_summary
 from torch_quant.model import CapturedModel, call_example, check_model, check_same, run_example
 from torch_quant.proxies import AmpModel, AmpOptions, CalibModel, Latency, LossFn, Proxy, Tied
@@ -45,6 +46,9 @@ class Quantizer(Tied):
         module_filter: which sites to quantize at all.
         unseen_calls: whether a quantized model captures kinds of calls that were not calibrated,
             ``"capture"``, or raises :class:`CaptureFailed` for them, ``"error"``.
+        dynamic: the dimensions that one graph leaves free, ``{"pixel_values": [0]}``, of inputs as
+            messages name them; other sizes are captured when first seen. Other inputs, and a model
+            in pieces, take any size.
 
     Raises:
         InvalidConfig: an unknown backend, or settings that contradict each other.
@@ -67,12 +71,14 @@ class Quantizer(Tied):
         overrides: Overrides | None = None,
         module_filter: ModuleFilter | None = None,
         unseen_calls: str = "capture",
+        dynamic: Dynamic | None = None,
     ) -> None:
         self.unseen_calls = checked_choice(unseen_calls)
         self.backend = usable_backend(backend)
         self.qconfig = qconfig or QConfig()
         self.overrides = dict(overrides or {})
         self.module_filter = module_filter or ModuleFilter()
+        self._dynamic = checked_dynamic(dynamic)
         self._summary = Summary(QuantPlan(), {})
         self.settings.check()
         self.state = QuantState()
@@ -89,8 +95,6 @@ class Quantizer(Tied):
     def settings(self) -> Settings:
         """The configuration as it is now."""
         return Settings(self.qconfig, self.overrides, self.module_filter, self._summary)
-
-    # Proxies
 
     def calib(self, model: nn.Module, example_inputs: Any = None) -> CalibModel:
         """A proxy that returns what ``model`` returns, bit for bit, and records ranges.
@@ -305,8 +309,6 @@ class Quantizer(Tied):
         plan = self.settings.plan(captured, model, chosen, self.fallen_back)
         return Coverage.of(captured, plan, repr(chosen))
 
-    # State
-
     def state_dict(self) -> dict[str, Any]:
         """Ranges, their model and what fell back: plain values and tensors, for ``torch.save``."""
         return {
@@ -349,8 +351,6 @@ class Quantizer(Tied):
         summary.apply_to(self.state)
         self._summary = summary
 
-    # Inside
-
     def _captured(self, model: nn.Module, backend: Backend | None = None) -> CapturedModel:
         backend = backend or self.backend
         if isinstance(model, (Proxy, QuantizedRegion)):
@@ -360,7 +360,7 @@ class Quantizer(Tied):
             check_same(self._fingerprint, model)
         captured = self._models.get(model)
         if captured is None:
-            captured = self._models[model] = CapturedModel(model)
+            captured = self._models[model] = CapturedModel(model, self._dynamic)
         captured.refresh(model)
         return captured
 

@@ -12,6 +12,8 @@ from capturing import Compute, capture, executor, serve
 from models import normal, seeded
 from torch import Tensor, nn
 
+from torch_quant import Backend, Quantizer
+from torch_quant.core.metrics import sqnr
 from torch_quant.graph.calls import flatten_call
 from torch_quant.graph.shapes import ShapeContract
 
@@ -41,6 +43,25 @@ def test_language_models_serve_one_token(name: str) -> None:
         actual, expected = run(input_ids=ids), model(input_ids=ids)
         torch.testing.assert_close(actual[0], expected[0], rtol=1e-5, atol=1e-5)
     assert len(region.graphs) == 1
+
+
+@pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.ONEDNN])
+@pytest.mark.parametrize("name", ["Bert", "Llama"])
+@torch.no_grad()
+def test_quantized_language_models_serve_one_token(name: str, backend: Backend) -> None:
+    torch.manual_seed(0)
+    model = language_model(name).eval()
+    quantizer = Quantizer(backend)
+    proxy = quantizer.calib(model)
+    for length in (16, 32):
+        proxy(input_ids=torch.randint(1, 64, (2, length)))
+    quantized = quantizer.quantize(model)
+    assert quantizer.plan.quantized
+    for batch, length in ((1, 1), (2, 1), (3, 1), (1, 7)):
+        ids = torch.randint(1, 64, (batch, length))
+        actual, expected = quantized(input_ids=ids)[0], model(input_ids=ids)[0]
+        assert actual.shape == expected.shape
+        assert sqnr(expected, actual) > 15  # random weights: 20 to 40 dB were seen
 
 
 @torch.no_grad()

@@ -11,12 +11,14 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from torch_quant.errors import CaptureFailed
 from torch_quant.graph.calls import Call
+from torch_quant.graph.progress import Progress
 from torch_quant.graph.shapes import ShapeContract
+from torch_quant.graph.verification import batch_size
 
 __all__ = ["Freedom", "OutOfBudget", "limited"]
 
@@ -25,7 +27,12 @@ T = TypeVar("T")
 
 SECONDS = 20.0
 """Processor time for an attempt with every size free."""
-_SHARES = {"every size": 1.0, "the batch and the sizes that varied": 0.5, "the batch size": 3.0}
+_SHARES = {
+    "every size": 1.0,
+    "what dynamic= names": 1.0,
+    "the batch and the sizes that varied": 0.5,
+    "the batch size": 3.0,
+}
 """What an attempt with fewer free sizes may take, in units of that."""
 
 _EVERY = 64
@@ -37,11 +44,12 @@ class OutOfBudget(BaseException):
 
 
 @contextlib.contextmanager
-def limited(seconds: float) -> Iterator[None]:
+def limited(seconds: float, tick: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Stop what runs inside, in this thread, once it has made sympy's expressions for too long.
 
     Args:
         seconds: of this thread's processor time, which other work on the machine does not change.
+        tick: called now and then.
 
     Raises:
         OutOfBudget: it took longer.
@@ -58,6 +66,7 @@ def limited(seconds: float) -> Iterator[None]:
             left -= 1
             if left <= 0:
                 left = _EVERY
+                tick()
                 if time.thread_time() > deadline:
                     raise OutOfBudget
         return original(cls, *args)
@@ -76,13 +85,34 @@ class Freedom:
         call: the example.
         earlier: contracts of the module's graphs for calls of this kind, none of which serves it.
         reduced: whether one of those had to give up sizes.
+        wanted: the dimensions of each tensor that may be free at all; None for all.
+        adjustable: whether the user could have given ``wanted``.
+        shown: tells the user what is under way.
     """
 
-    def __init__(self, call: Call, earlier: list[ShapeContract], reduced: bool) -> None:
-        self._call = call
-        batch = next((x.shape[0] for x in call.tensors if x.dim()), 0)
-        first: list[set[int]] = [
-            {0} if x.dim() and x.shape[0] == batch else set() for x in call.tensors
+    def __init__(
+        self,
+        call: Call,
+        earlier: list[ShapeContract],
+        reduced: bool,
+        wanted: Sequence[frozenset[int]] | None = None,
+        *,
+        adjustable: bool = False,
+        shown: Progress | None = None,
+    ) -> None:
+        self._call, self._adjustable, self._shown = call, adjustable, shown
+        every = [frozenset(range(x.dim())) for x in call.tensors]
+        allowed = every if wanted is None else list(wanted)
+        batch = batch_size(call)
+        self.batch = all(
+            0 in free
+            for x, free in zip(call.tensors, allowed, strict=True)
+            if x.dim() and x.shape[0] == batch
+        )
+        """Whether the batch size may be free."""
+        first = [
+            free & {0} if x.dim() and x.shape[0] == batch else frozenset()
+            for x, free in zip(call.tensors, allowed, strict=True)
         ]
         varied = [
             {
@@ -92,15 +122,18 @@ class Freedom:
             }
             for i, x in enumerate(call.tensors)
         ]
-        every = [set(range(x.dim())) for x in call.tensors]
-        both = [a | b for a, b in zip(first, varied, strict=True)]
-        self._levels = [] if reduced else [("every size", every)]
-        if both != first:
-            self._levels.append(("the batch and the sizes that varied", both))
-        self._levels.append(("the batch size", first))
+        both = [a | (b & free) for a, b, free in zip(first, varied, allowed, strict=True)]
+        most = "every size" if allowed == every else "what dynamic= names"
+        levels = [] if reduced else [(most, allowed)]
+        levels += [("the batch and the sizes that varied", both), ("the batch size", first)]
+        self._levels = [
+            level
+            for n, level in enumerate(levels)
+            if n == len(levels) - 1 or level[1] != levels[n + 1][1]
+        ]
         self.reduced = reduced
 
-    def attempt(self, export: Callable[[list[set[int]]], T]) -> T:
+    def attempt(self, export: Callable[[list[frozenset[int]]], T]) -> T:
         """What ``export`` gives, called with the free axes of each tensor.
 
         Raises:
@@ -109,8 +142,10 @@ class Freedom:
         while self._levels:
             name, axes = self._levels[0]
             seconds = SECONDS * _SHARES[name]
+            if self._shown:
+                self._shown.say(f"{name} free, {seconds:g} s of processor time at most")
             try:
-                with limited(seconds):
+                with limited(seconds, self._shown.tick if self._shown else lambda: None):
                     return export(axes)
             except OutOfBudget:
                 del self._levels[0]
@@ -120,22 +155,31 @@ class Freedom:
             "symbolic sizes took too long to reason about, the batch size alone too"
         )
 
-    def _tell(self, name: str, before: list[set[int]], seconds: float) -> None:
-        after: list[set[int]] = self._levels[0][1] if self._levels else [set() for _ in before]
+    def _tell(self, name: str, before: list[frozenset[int]], seconds: float) -> None:
+        if not self._levels:
+            return
+        after = self._levels[0][1]
+        names, tensors = self._call.names(), self._call.tensors
+        changes = [
+            change
+            for change in zip(names, tensors, before, after, strict=True)
+            if change[2] != change[3]
+        ]
         fixed = [
             f"{tensor}.shape[{axis}] = {x.shape[axis]}"
-            for tensor, x, old, new in zip(
-                self._call.names(), self._call.tensors, before, after, strict=True
-            )
+            for tensor, x, old, new in changes
             for axis in sorted(old - new)
         ]
+        known = {tensor: sorted(new) for tensor, _, _, new in changes}
+        advice = f". To begin there next time: Quantizer(..., dynamic={known})"
         logger.warning(
             "capturing with %s free took more than %g s of symbolic reasoning; it goes on with %s "
             "fixed. Run every such size that is to be served through the proxy of "
-            "quantizer.calib(model): each is captured when it is first seen",
+            "quantizer.calib(model): each is captured when it is first seen%s",
             name,
             seconds,
             ", ".join(fixed),
+            advice if self._adjustable else "",
         )
 
 

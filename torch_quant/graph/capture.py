@@ -10,7 +10,8 @@ import copy
 import logging
 import operator
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,7 @@ from torch import nn
 from torch_quant.errors import CaptureFailed
 from torch_quant.graph.binding import bind, signature_of
 from torch_quant.graph.calls import Call, flatten_call
+from torch_quant.graph.dynamic import free_axes
 from torch_quant.graph.effects import KeepsState
 from torch_quant.graph.export import CapturedGraph, ModelRefuses
 from torch_quant.graph.hooks import give_hooks, hooked, take_hooks
@@ -43,11 +45,18 @@ class Region:
     Args:
         module: the module's shadow, in eval mode; the user's hooks are taken off it.
         path: its path in the whole model, empty for the model itself.
+        dynamic: the free dimensions of those inputs of which not all may be.
     """
 
-    def __init__(self, module: nn.Module, path: str = "") -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        path: str = "",
+        dynamic: Mapping[str, frozenset[int]] = MappingProxyType({}),
+    ) -> None:
         self.module = module
         self.path = path
+        self.dynamic = dynamic
         self.hooks = take_hooks(module)
         self.signature = signature_of(module.forward)
         self.graphs: list[tuple[Kind, CapturedGraph]] = []
@@ -119,11 +128,14 @@ class Region:
                 raise CaptureFailed(f"a hook on {below} runs at each of its calls")
             where = self.path or "the model"
             check_constants([kind for kind, _ in self.graphs], call, where)
-            found = export_call(self.module, call, self.graphs)
+            found = export_call(self.module, call, self.graphs, path=self.path, free=self._free)
             self.written.update(found[1].leaves_behind)
             self.graphs.append((found[0].signature, found[1]))
         logger.info("captured %s as one graph", where)
         return found
+
+    def _free(self, call: Call) -> list[frozenset[int]] | None:
+        return free_axes(self.dynamic, call, self.signature) if self.dynamic else None
 
     def add(self, call: Call) -> tuple[Kind, CapturedGraph]:
         """A graph for ``call``; raises :class:`CaptureFailed` where it must run in pieces."""

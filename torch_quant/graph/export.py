@@ -22,6 +22,7 @@ from torch_quant.graph.effects import KeepsState
 from torch_quant.graph.macs import note_sizes
 from torch_quant.graph.numbers import check_numbers
 from torch_quant.graph.outputs import flatten_output, unflatten_output
+from torch_quant.graph.progress import Progress, progress
 from torch_quant.graph.recurrent import restore_recurrent, whole_recurrent
 from torch_quant.graph.running import (
     CAPTURING,
@@ -115,7 +116,12 @@ class _Flat(nn.Module):
 
 
 def export_graph(
-    module: nn.Module, call: Call, earlier: Sequence[CapturedGraph] = ()
+    module: nn.Module,
+    call: Call,
+    earlier: Sequence[CapturedGraph] = (),
+    *,
+    path: str = "",
+    free: Sequence[frozenset[int]] | None = None,
 ) -> CapturedGraph:
     """Capture ``module`` (a shadow, in eval mode) for calls like ``call``.
 
@@ -129,6 +135,8 @@ def export_graph(
         call: the example.
         earlier: the module's graphs for calls of this kind, none of which serves ``call``. Where
             not all sizes can be free, those in which it differs from them are tried.
+        path: of the module in the whole model.
+        free: the dimensions of each tensor that may be free; None for all.
 
     Raises:
         ModelRefuses: the float module raises on ``call``.
@@ -140,13 +148,17 @@ def export_graph(
         raise CaptureFailed("the call has no tensor input, so there is nothing to capture")
     with CAPTURING:
         contracts = [graph.contract for graph in earlier]
-        freedom = Freedom(call, contracts, any(graph.reduced for graph in earlier))
-        graph = _first_that_serves(module, call, freedom)
+        reduced = any(graph.reduced for graph in earlier)
+        with progress(path or "the model") as shown:
+            freedom = Freedom(call, contracts, reduced, free, adjustable=not path, shown=shown)
+            graph = _first_that_serves(module, call, freedom, shown)
         graph.reduced = freedom.reduced
         return graph
 
 
-def _first_that_serves(module: nn.Module, call: Call, freedom: Freedom) -> CapturedGraph:
+def _first_that_serves(
+    module: nn.Module, call: Call, freedom: Freedom, shown: Progress
+) -> CapturedGraph:
     try:
         expected, writes, left = first_run(module, call)
     except KeepsState:
@@ -156,16 +168,19 @@ def _first_that_serves(module: nn.Module, call: Call, freedom: Freedom) -> Captu
             f"the float model itself fails on these inputs "
             f"({', '.join(call.describe())}): {type(error).__name__}: {_first_lines(error)}"
         ) from error
-    others = other_sizes(module, call, writes)
+    others = other_sizes(module, call, writes) if freedom.batch else []
     best: CapturedGraph | None = None
     reasons: list[tuple[str, Exception]] = []
     twice = repeat(call, 2) if batch_size(call) == 1 else call
     attempts = [(call, "oblivious"), (twice, "oblivious"), (twice, "dynamic"), (call, "static")]
     for example, mode in dict.fromkeys(attempts):
         try:
+            if mode == "static":
+                shown.say("with every size fixed")
             free = freedom if mode != "static" else None
             graph = _export(module, example, mode, writes, free)
             graph.leaves_behind = left
+            shown.say("comparing it with the module")
             graph.contract = graph.contract.allowing(call)
             graph.exact = verify(graph, call, expected) and exact_unmasked(module, graph, call)
             with frozen(graph.gm):
@@ -237,7 +252,7 @@ def _export(
     out_specs: list[Any] = []
     flat = _Flat(module, example, writes, out_specs.append)
 
-    def export(free: list[set[int]]) -> ExportedProgram:
+    def export(free: list[frozenset[int]]) -> ExportedProgram:
         shapes = tuple(dict.fromkeys(sorted(axes), Dim.AUTO) or None for axes in free)
         with (
             frozen(module),

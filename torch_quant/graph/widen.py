@@ -23,7 +23,12 @@ logger = logging.getLogger("torch_quant")
 
 
 def export_call(
-    module: nn.Module, call: Call, known: Sequence[tuple[Kind, CapturedGraph]] = ()
+    module: nn.Module,
+    call: Call,
+    known: Sequence[tuple[Kind, CapturedGraph]] = (),
+    *,
+    path: str = "",
+    free: Callable[[Call], list[frozenset[int]] | None] = lambda call: None,
 ) -> tuple[Call, CapturedGraph]:
     """Capture ``module`` for calls like ``call``, whatever their numbers and strings if possible.
 
@@ -34,6 +39,8 @@ def export_call(
         module: a shadow, in eval mode.
         call: what it was called with.
         known: the graphs that were captured of it before.
+        path: of the module in the whole model.
+        free: gives the dimensions of each tensor that may be free; None for all.
 
     Returns:
         The call as the graph takes it, and the graph.
@@ -48,7 +55,7 @@ def export_call(
     while numbers or unread:
         wide = call.widened(sorted(numbers), sorted(unread))
         try:
-            graph = export_graph(module, wide, _alike(known, wide))
+            graph = export_graph(module, wide, _alike(known, wide), path=path, free=free(wide))
             if not wide.uses.read:
                 _check_other_numbers(module, graph, wide)
                 return wide, graph
@@ -59,7 +66,7 @@ def export_call(
             if not _narrow(wide, numbers, unread, error):
                 raise
         unread -= wide.uses.read
-    return call, export_graph(module, call, _alike(known, call))
+    return call, export_graph(module, call, _alike(known, call), path=path, free=free(call))
 
 
 def _alike(known: Sequence[tuple[Kind, CapturedGraph]], call: Call) -> list[CapturedGraph]:
