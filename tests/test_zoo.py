@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from flows import BACKENDS, CASES, Case, assert_unchanged, run, snapshot
+from processor import COARSER
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from zoo import DIFFERENT, EVERYTHING, ONE_SIZE, ZOO
 
 from torch_quant import Backend, Quantizer, UnsupportedOp, sqnr
-from torch_quant.backends.onednn import has_vnni
 
 # Output SQNR that a case cannot reach, and why.
 EXCEPTIONS: dict[str, str] = {}
@@ -25,8 +25,6 @@ LOWER: dict[tuple[str, str], float] = {
     ("mobilevit", "onnx"): 18.0,
 }
 """Output SQNR, dB, where a backend cannot be held to 20, each with the reason."""
-COARSER = 0.0 if has_vnni() else 6.0
-"""dB that the weights' last bit is worth: without VNNI, kernels of int8 products take 7 bits."""
 NOTHING: dict[tuple[str, str], str] = {
     ("einsums", "reference"): "only einsum, which stays float",
     ("einsums", "onednn"): "only einsum, which stays float",

@@ -22,6 +22,7 @@ from torch_quant.graph.export import CapturedGraph
 from torch_quant.graph.macs import GLUE
 from torch_quant.graph.shadow import shadow
 from torch_quant.graph.sites import Site
+from torch_quant.passes.functionalize import writes_attributes
 from torch_quant.passes.prepare import Prepared, prepare
 
 __all__ = [
@@ -169,6 +170,14 @@ class CapturedModel:
         self.region = Region(shadow(model), dynamic=self.region.dynamic)
         self._prepared.clear()
         self.version += 1
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether a call changes what later calls give: a quantized model begins before any."""
+        return any(
+            region.state or any(writes_attributes(graph.gm.graph) for _, graph in region.graphs)
+            for region in self.region.walk()
+        )
 
     def nothing_captured(self) -> str:
         """Why there is no site at all."""

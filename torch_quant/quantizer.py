@@ -280,7 +280,7 @@ class Quantizer(Tied):
         if self.unseen_calls == "capture":
             learned = (self.settings, chosen, self.state, self.fallen_back)
             UnseenCalls(captured, model, *learned).attend(quantized)
-        if example_inputs is not None and chosen.compiles:
+        if example_inputs is not None and chosen.compiles and not captured.keeps_state:
             call_example(quantized, example_inputs)
         quantized.description = f"{chosen!r}: {plan.summary}"
         self.plan = quantized.plan = plan

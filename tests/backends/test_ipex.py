@@ -11,6 +11,7 @@ import pytest
 import torch
 from flows import calibrated
 from models import exact_copy
+from processor import needs_bfloat16
 from torch import Tensor, nn
 
 from torch_quant import Backend, QConfig, QuantSpec, export_torchscript, sqnr
@@ -238,6 +239,7 @@ def test_verify_names_what_is_left_out() -> None:
     assert "linear" in str(report)
 
 
+@needs_bfloat16
 def test_bfloat16_for_what_stays_in_float() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.LayerNorm(64), nn.Linear(64, 8)).eval()

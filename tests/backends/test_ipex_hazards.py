@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from flows import calibrated
+from processor import needs_vnni
 from torch import Tensor, nn
 
 from torch_quant import Backend, sqnr
@@ -101,6 +102,7 @@ def test_3_sums_do_not_overwrite_what_is_read_later() -> None:
     agree(Net(part_added), x)
 
 
+@needs_vnni
 def test_4_a_product_of_a_tensor_with_itself() -> None:
     agree(Net(lambda m, x: x @ x), numbers(3, 8, 8))
     agree(Net(lambda m, x: x @ x.transpose(-1, -2)), numbers(3, 2, 8, 8))
@@ -162,6 +164,7 @@ def test_10_products_of_constants() -> None:
     agree(Net(run, 9, 16), numbers(4, 6, 16))
 
 
+@needs_vnni
 def test_11_stacks_along_another_dimension() -> None:
     def run(m: Net, x: Tensor) -> Tensor:
         q, k = (y.view(5, 6, 8).transpose(0, 1) for y in (m.a(x), m.b(x)))

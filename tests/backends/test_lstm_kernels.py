@@ -10,6 +10,7 @@ import pytest
 import torch
 from flows import calibrated
 from models import normal
+from processor import exact_weights
 from torch import Tensor, nn
 
 from torch_quant import Backend, ModuleFilter, QConfig, Quantizer, QuantSpec, sqnr
@@ -154,7 +155,7 @@ def data(
 def test_every_backend_gives_the_numbers_of_the_reference(form: str, given: bool) -> None:
     model = Whole(**FORMS[form]).eval()
     batches = [(data(model, batch, 10, given=given), {}) for batch in (8, 16)]
-    quantizer = calibrated(model, batches, backend="reference")
+    quantizer = calibrated(model, batches, backend="reference", qconfig=exact_weights())
     reference = quantizer.quantize(model)
     for batch, length in ((8, 10), (3, 10), (3, 5), (5, 17)):
         inputs = data(model, batch, length, given=given)
@@ -257,7 +258,7 @@ def test_ipex_runs_it_on_its_kernel_if_only_the_last_state_is_read(form: str) ->
 
     model = Last(**FORMS[form]).eval()
     inputs = data(model, 4, 6, given=False)
-    quantizer = calibrated(model, [(inputs, {})], backend="ipex")
+    quantizer = calibrated(model, [(inputs, {})], backend="ipex", qconfig=exact_weights())
     quant_model = quantizer.quantize(model)
     assert IPEXBackend().verify(quant_model, inputs).complete
     expected = quantizer.quantize(model, backend="reference")(*inputs)
@@ -271,7 +272,8 @@ def test_a_float_lstm_does_not_keep_ipex_from_the_other(name: str) -> None:
     model = Two().eval()
     x = normal(9, 4, 16)
     filter_ = ModuleFilter(exclude_names=[name])
-    quantizer = calibrated(model, [((x,), {})], backend="ipex", module_filter=filter_)
+    options = {"module_filter": filter_, "qconfig": exact_weights()}
+    quantizer = calibrated(model, [((x,), {})], backend="ipex", **options)
     quant_model = quantizer.quantize(model)
     report = IPEXBackend().verify(quant_model, (x,))
     assert report.complete, str(report)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from amp_proxies import achieved, analysed
 from flows import BACKENDS, assert_unchanged, calibrated, settled, snapshot
 from models import example
+from processor import needs_bfloat16
 from torch import Tensor, nn
 
 from torch_quant import Backend, export_torchscript, sqnr
@@ -85,7 +86,9 @@ def test_bfloat16_sites_compute_in_bfloat16(backend: str) -> None:
     assert not torch.equal(outputs, model(x))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "backend", [pytest.param(b, marks=[needs_bfloat16] * (b == "ipex")) for b in BACKENDS]
+)
 @pytest.mark.parametrize("name", ["small_cnn", "tiny_transformer", "attention_explicit"])
 def test_bfloat16_is_close(name: str, backend: str) -> None:
     model, quantizer, amp_model = analysed(name, backend)

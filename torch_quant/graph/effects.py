@@ -48,7 +48,8 @@ class KeepsState(CaptureFailed):
 class Watch:
     """Remembers the attributes and containers that are reached from some objects.
 
-    Parameters, buffers and child modules are not among them: graphs share those with the model.
+    Parameters, child modules and values of buffers are not among them: graphs share those with the
+    model.
 
     Args:
         roots: name -> a module, container or object.
@@ -90,7 +91,9 @@ class Watch:
             for key, item in _items(content):
                 self._walk(f"{path}.{key}".strip("."), item, depth + 1)
             if isinstance(value, nn.Module):
+                # Graphs write to buffers in place; one that is replaced is another matter.
                 self._seen |= {id(x) for x in value._buffers.values()}
+                self._saved.append((path, value._buffers, dict(value._buffers)))
                 for name, child in value._modules.items():
                     self._walk(f"{path}.{name}".strip("."), child, depth)
 

@@ -15,7 +15,7 @@ from torch import fx
 
 from torch_quant.passes.base import PassContext
 
-__all__ = ["functionalize", "may_alias_input", "written_tensors"]
+__all__ = ["functionalize", "writes_attributes", "may_alias_input", "written_tensors"]
 
 
 def _schema(node: fx.Node) -> Any:
@@ -42,6 +42,11 @@ def _writes(node: fx.Node) -> list[fx.Node]:
         if declared.alias_info is not None and declared.alias_info.is_write
         and isinstance(value, fx.Node)
     ]  # fmt: skip
+
+
+def writes_attributes(graph: fx.Graph) -> bool:
+    """Whether an operator writes to a buffer, so that calls leave something for later ones."""
+    return any(written.op == "get_attr" for node in graph.nodes for written in _writes(node))
 
 
 def _functional_form(node: fx.Node) -> Any | None:
