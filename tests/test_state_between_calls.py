@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from flows import BACKENDS, assert_unchanged, snapshot
-from models import normal, seeded
+from models import normal, seeded, tokens
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from zoo_text import SMALL
 
 from torch_quant import Quantizer, sqnr
 from torch_quant.errors import NotCalibrated
@@ -443,3 +444,17 @@ def test_padding_is_zero_where_pytorchs_fast_path_makes_it_so(norm: bool) -> Non
         quant_model = quantizer.quantize(model)
         for mask in (last, first):
             assert sqnr(model(x, mask), quant_model(x, mask)) > 20
+
+
+def test_hooks_by_which_transformers_collects_hidden_states_are_part_of_the_graph() -> None:
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(**{**SMALL, "output_hidden_states": True, "num_hidden_layers": 1})
+    model, ids = seeded(lambda: BertModel(config)).eval(), tokens(2, 7, 128)
+    expected = model(input_ids=ids)
+    calib_model = Quantizer("reference").calib(model)
+    outputs = calib_model(input_ids=ids)
+    assert len(outputs.hidden_states) == len(expected.hidden_states) == 2
+    for mine, theirs in zip(outputs.hidden_states, expected.hidden_states, strict=True):
+        assert torch.equal(mine, theirs)
+    assert not calib_model.captured.region.failure

@@ -16,8 +16,9 @@ _CALLED = ("_forward_pre_hooks", "_forward_hooks")
 _FLAGS = (
     "_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
 )  # fmt: skip
-_COMPUTES = "torch.nn.utils"
-"""Hooks of PyTorch's own (weight norm, pruning) make weights: they belong to the computation."""
+_COMPUTES = ("torch.nn.utils", "transformers.")
+"""Hooks that belong to the computation: PyTorch's own (weight norm, pruning) make weights, those of
+transformers collect hidden states for the outputs."""
 
 
 def _users(module: nn.Module) -> set[int]:
@@ -28,7 +29,7 @@ def _users(module: nn.Module) -> set[int]:
         key
         for name in _CALLED
         for key, hook in vars(module)[name].items()
-        if not type(hook).__module__.startswith(_COMPUTES)
+        if not hook.__module__.startswith(_COMPUTES)
     }
 
 
