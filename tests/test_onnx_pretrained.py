@@ -13,6 +13,7 @@ from flows import Inputs, calibrated
 from models import images
 from onnx_files import feeds, needs, run_onnxruntime, run_openvino, tensors, written
 from onnx_steps import compare_steps
+from processor import WEIGHT_BITS
 from torch import Tensor, nn
 
 from torch_quant import Backend, Quantizer, cosine, sqnr
@@ -25,6 +26,9 @@ pytestmark = [
         torch.__version__.startswith("2.8."), reason="once is enough, on the newest torch"
     ),
 ]
+
+ERROR = 0.05 if WEIGHT_BITS == 8 else 0.1
+"""Steps that float arithmetic may be off before rounding; on AVX2 onnxruntime's erf is coarser."""
 
 
 @pytest.fixture
@@ -58,7 +62,7 @@ def compare(
         parts = rows_of(batch, 6)
         steps = compare_steps(file, quant_model, simulation, parts[0])
         assert max(steps.apart.values()) <= 1, steps.apart
-        assert max(steps.error.values()) <= 0.05, steps.error
+        assert max(steps.error.values()) <= ERROR, steps.error
         assert sqnr(*steps.outputs) >= 60
         for some in ([((), batch)], parts):
             expected = [tensors(model, inputs) for inputs in some]

@@ -104,6 +104,13 @@ class Cond(Two):
         return torch.cond(x.sum() > 0, self.l0, self.l1, (x,))
 
 
+@pytest.fixture
+def _fresh_dynamo() -> None:
+    """``torch.cond`` runs Dynamo, which gives up where it has traced under another test's modes."""
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
 @pytest.mark.parametrize("build", [NoAutocast, Cond])
 def test_graphs_that_hold_graphs(build: Callable[[], nn.Module]) -> None:
     gm = canonical(build(), normal(2, 16))

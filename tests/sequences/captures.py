@@ -27,14 +27,15 @@ def shared_captures() -> Iterator[None]:
     """Have regions take what was exported before, of models that stay alive."""
     export = capture.export_call
 
-    def shared(module: nn.Module, call: Call, known: Any = ()) -> Any:
+    def shared(module: nn.Module, call: Call, known: Any = (), **options: Any) -> Any:
         values = (*module.parameters(), *module.buffers())
         shapes = tuple(x.shape for x in call.tensors)
         earlier = tuple(id(graph) for _, graph in known)
-        key = (repr(module), tuple(map(id, values)), call.signature, shapes, earlier)
+        free = options["free"](call)  # what the user's dynamic= leaves free
+        key = (repr(module), tuple(map(id, values)), call.signature, shapes, earlier, str(free))
         if key not in _made:
             try:
-                _made[key] = export(module, call, known)
+                _made[key] = export(module, call, known, **options)
             except CaptureFailed as error:
                 _made[key] = error
         if isinstance(_made[key], CaptureFailed):
