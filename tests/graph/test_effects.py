@@ -125,3 +125,18 @@ def test_weights_that_a_module_lists_are_no_attributes(assigned: bool) -> None:
     before = attributes(model)
     model.load_state_dict(other.state_dict(), assign=assigned)
     assert attributes(model) == before
+
+
+def test_attributes_of_any_type_are_compared() -> None:
+    model = nn.Linear(2, 2)
+    model._table, model._flag = torch.ones(3), 0
+    before = attributes(model)
+    assert attributes(model) == before
+    model._flag = 1
+    assert attributes(model) != before
+
+
+def test_assign_takes_attributes_away() -> None:
+    old = SimpleNamespace(kept=1, gone=2)
+    assert assign(old, SimpleNamespace(kept=3)) is old
+    assert vars(old) == {"kept": 3}

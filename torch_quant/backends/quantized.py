@@ -124,9 +124,10 @@ class QuantizedGraph(nn.Module):
             return self.body(*tensors)
         if torch._C._get_tracing_state() is not None:
             return self.compiler.record(self.body, tensors)
-        if self.compiled is None or self.kind.numbers:
-            self.compiled = self._variant(self.compiler, tensors)
-        return self.compiled(*tensors)
+        compiled = self.compiled
+        if compiled is None or self.kind.numbers:
+            compiled = self.compiled = self._variant(self.compiler, tensors)
+        return compiled(*tensors)
 
     def _variant(self, compiler: Backend, tensors: tuple[torch.Tensor, ...]) -> Callable[..., Any]:
         """What is compiled for the numbers among ``tensors``: a compiler takes them for fixed."""
@@ -257,7 +258,9 @@ class QuantizedRegion(nn.Module):
             with CAPTURING:
                 try:
                     if self._find(call) is None:
-                        self.graphs.append(self.unseen.graph(self.path, call))
+                        made = self.unseen.graph(self.path, call)
+                        if made.accept(call) is not None:
+                            self.graphs.append(made)
                     if found := self._find(call):
                         return found
                     reason = ""

@@ -303,8 +303,15 @@ def attributes(model: nn.Module) -> dict[str, Any]:
         for prefix, module in model.named_modules()
         if not isinstance(module, torch.jit.ScriptModule)
         for name, value in vars(module).items()
-        if name not in _NOT_STATE and not (name.startswith("_") and not value)
+        if name not in _NOT_STATE and not _empty(name, value)
     }
+
+
+def _empty(name: str, value: Any) -> bool:
+    """A private container that holds nothing, as PyTorch's own of hooks."""
+    return name.startswith("_") and (
+        value is None or (isinstance(value, _CONTAINERS) and not value)
+    )
 
 
 def _fact(value: Any, seen: dict[int, Any], depth: int) -> Any:
@@ -352,4 +359,6 @@ def assign(old: Any, new: Any) -> Any:
         return new
     for key, x in vars(new).items():
         old.__dict__[key] = assign(old.__dict__[key], x) if key in old.__dict__ else x
+    for key in old.__dict__.keys() - vars(new).keys():
+        del old.__dict__[key]
     return old

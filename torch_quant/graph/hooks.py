@@ -29,7 +29,7 @@ def _users(module: nn.Module) -> set[int]:
         key
         for name in _CALLED
         for key, hook in vars(module)[name].items()
-        if not hook.__module__.startswith(_COMPUTES)
+        if not (getattr(hook, "__module__", None) or "").startswith(_COMPUTES)
     }
 
 
