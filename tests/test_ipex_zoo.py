@@ -7,6 +7,7 @@ import itertools
 import pytest
 from flows import calibrated
 from onnx_files import tensors
+from processor import WEIGHT_BITS
 from quality import DEVIATION, LOSS, compare_quality
 from zoo import ARCHITECTURES, EVERYTHING, ONE_SIZE, ZooEntry, samples
 
@@ -25,11 +26,15 @@ SPECIALIZED = {
 NOT_COMPILED = {"funnel", "beit", "vit_mae"}
 """Architectures that write to parts of a tensor, which IPEX would leave out: they run unfused."""
 
+SATURATION = 0.0 if WEIGHT_BITS == 8 else 2.0
+"""dB that attention may lose where products of two 8-bit activations saturate: without VNNI."""
+
 
 @pytest.mark.parametrize("entry", ARCHITECTURES, ids=lambda entry: entry.name)
 def test_architecture(entry: ZooEntry) -> None:
     model = entry.build()
-    quantizer = calibrated(model, [((), x) for x in samples(entry.name, 16)], backend="ipex")
+    batches = [((), x) for x in samples(entry.name, 16)]
+    quantizer = calibrated(model, batches, backend="ipex", unseen_calls="error")
     simulation = quantizer.quantize(model, backend=ReferenceBackend(Backend.IPEX.placement()))
     quant_model = quantizer.quantize(model)
     sizes = [entry.inputs]
@@ -47,7 +52,7 @@ def test_architecture(entry: ZooEntry) -> None:
             model, lambda data: tensors(quant_model, data), simulation, inputs, batch, DEVIATION
         )
         assert quality.deviation <= DEVIATION, str(quality)
-        assert quality.loss <= LOSS, str(quality)
+        assert quality.loss <= LOSS + SATURATION, str(quality)
         assert quality.sqnr >= 18, str(quality)
     report = Backend.IPEX.verify(quant_model, entry.inputs(2))
     reason = "writes to a tensor through a view" if entry.name in NOT_COMPILED else "broadcast"

@@ -118,6 +118,10 @@ def test_a_file_serves_every_length(form: str, tmp_path: Path) -> None:
     assert check_free_sizes(tmp_path / "m.onnx", quant_model, inputs) == ["batch", "x_1"]
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.8."),
+    reason="torch 2.8 unrolls it into nodes that onnxruntime does not load: export with torch 2.13",
+)
 def test_a_size_that_cannot_be_free_is_fixed_and_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
