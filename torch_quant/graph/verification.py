@@ -29,7 +29,7 @@ __all__ = [
 
 logger = logging.getLogger("torch_quant")
 
-_ROUNDING = 2.0**-14
+ROUNDING = 2.0**-14
 """Largest difference, relative to the largest value, that another order of sums explains."""
 _MOST_TRIALS = 24
 """Sizes of 1 that are tried: a decoder's cache may have hundreds of free sizes."""
@@ -181,6 +181,6 @@ def _same(actual: Any, expected: Any) -> bool:
     if torch.equal(x, y):
         return True
     gap = (x - y).abs().max() if x.is_floating_point() else torch.tensor(torch.inf)
-    if gap > _ROUNDING * y.abs().max():
+    if gap > ROUNDING * y.abs().max():
         raise CaptureFailed(f"the graph's output differs from the module's by up to {gap:.3g}")
     return False

@@ -19,14 +19,12 @@ from torch_quant.graph.capture import Executor, Region, Reopened
 from torch_quant.graph.export import CapturedGraph
 from torch_quant.graph.outputs import flatten_output
 from torch_quant.graph.running import CAPTURING, frozen, no_fastpath
+from torch_quant.graph.verification import ROUNDING
 from torch_quant.proxies.values import copied
 
 __all__ = ["comparable", "disagrees", "kind_of", "raises", "settle"]
 
 logger = logging.getLogger("torch_quant")
-
-_ROUNDING = 2.0**-14
-"""Largest difference, relative to the largest value, that another order of sums explains."""
 
 
 def kind_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -75,7 +73,7 @@ def _close(x: Any, y: Any) -> bool:
     if not x.is_floating_point():
         return torch.equal(x, y)
     x, y = x.detach().nan_to_num(), y.nan_to_num()
-    return bool(x.numel() == 0 or (x - y).abs().max() <= _ROUNDING * y.abs().max())
+    return bool(x.numel() == 0 or (x - y).abs().max() <= ROUNDING * y.abs().max())
 
 
 class _Found(Exception):
