@@ -1,7 +1,7 @@
 """Quantize PyTorch models and run them on real int8 kernels."""
 
 from torch_quant.backends import Backend, available_backends
-from torch_quant.config import ModuleFilter, QConfig
+from torch_quant.config import ModuleFilter, QConfig, SiteInfo
 from torch_quant.core.metrics import cosine, sqnr
 from torch_quant.core.plan import QuantPlan, SitePlan
 from torch_quant.core.spec import Granularity, QuantSpec
@@ -34,6 +34,7 @@ __all__ = [
     "QuantSpec",
     "Quantizer",
     "Sensitivity",
+    "SiteInfo",
     "SitePlan",
     "UnsupportedOp",
     "__version__",

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
+from torch_quant.core.naming import did_you_mean
 from torch_quant.core.plan import is_share
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
 from torch_quant.observers import Observer, observer_class
 
-__all__ = ["ModuleFilter", "ObserverLike", "Overrides", "QConfig", "check_names", "matches_name"]
+__all__ = [
+    "ModuleFilter",
+    "ObserverLike",
+    "OverrideKey",
+    "Overrides",
+    "QConfig",
+    "SiteInfo",
+    "check_names",
+    "matched_depth",
+    "matches_name",
+]
 
 ObserverLike = str | Callable[[int | None], Observer]
 """An observer's registered name, its class, or anything that makes one from a channel axis."""
@@ -66,8 +77,30 @@ class QConfig:
                 raise InvalidConfig(f"QConfig observer is {observer!r}; expected a name or a class")
 
 
-Overrides = Mapping[str | type[nn.Module], QConfig | None]
-"""Site or module name (globs too), op type or module class -> its QConfig, None for float."""
+@dataclass(frozen=True)
+class SiteInfo:
+    """What a function among the overrides is asked about; it returns whether it covers the site.
+
+    Args:
+        name: the site.
+        op: its op type.
+        module: the innermost module that it runs in.
+
+    >>> site = SiteInfo("head", "linear", nn.Linear(16, 4))
+    >>> isinstance(site.module, nn.Linear) and site.module.in_features < 32
+    True
+    """
+
+    name: str
+    op: str
+    module: nn.Module
+
+
+OverrideKey = str | type[nn.Module] | Callable[[SiteInfo], bool]
+"""A site's or module's name, a glob, ``re:`` and a regular expression, an op type (``op:linear`` or
+``linear``), a module class (or ``class:`` and its path), or a function of a :class:`SiteInfo`."""
+Overrides = Mapping[OverrideKey, QConfig | None]
+"""What it covers -> its QConfig, None for float. The more specific wins, see ``graph/rules.py``."""
 
 
 def _names(value: Iterable[str] | str) -> tuple[str, ...]:
@@ -110,19 +143,46 @@ class ModuleFilter:
             name: the site.
             op: its op type.
             modules: the modules it runs in, outermost first.
+
+        >>> ModuleFilter(exclude_names="encoder.*").refusal("encoder.query", "linear", ())
+        'excluded by name'
         """
-        if any(matches_name(name, pattern) for pattern in self.exclude_names):
-            return "excluded by name"
-        if any(matches_name(name, pattern) for pattern in self.include_names):
-            return None
-        if any(isinstance(m, self.exclude_classes) for m in modules):
-            return "excluded by class"
+        return self.verdict(name, op, modules)[0]
+
+    def verdict(self, name: str, op: str, modules: tuple[nn.Module, ...]) -> tuple[str | None, str]:
+        """Why the site stays in float, or None, and the entry that decides, empty if none does.
+
+        Args:
+            name: the site.
+            op: its op type.
+            modules: the modules it runs in, outermost first.
+
+        >>> ModuleFilter(exclude_names="encoder.*").verdict("encoder.query", "linear", ())
+        ('excluded by name', "exclude_names='encoder.*'")
+        """
+
+        def named(patterns: tuple[str, ...]) -> str | None:
+            return next((repr(each) for each in patterns if matches_name(name, each)), None)
+
+        def classed(classes: tuple[type[nn.Module], ...]) -> str | None:
+            found = (c.__qualname__ for c in classes if any(isinstance(m, c) for m in modules))
+            return next(found, None)
+
+        if entry := named(self.exclude_names):
+            return "excluded by name", f"exclude_names={entry}"
+        if entry := named(self.include_names):
+            return None, f"include_names={entry}"
+        if entry := classed(self.exclude_classes):
+            return "excluded by class", f"exclude_classes={entry}"
         if op in self.exclude_op_types:
-            return "excluded by op type"
-        if any(isinstance(m, self.include_classes) for m in modules) or op in self.include_op_types:
-            return None
-        includes = self.include_names or self.include_classes or self.include_op_types
-        return "not included" if includes else None
+            return "excluded by op type", f"exclude_op_types={op!r}"
+        if entry := classed(self.include_classes):
+            return None, f"include_classes={entry}"
+        if op in self.include_op_types:
+            return None, f"include_op_types={op!r}"
+        if self.include_names or self.include_classes or self.include_op_types:
+            return "not included", "no include_ entry covers it"
+        return None, ""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -134,15 +194,47 @@ class ModuleFilter:
 
 
 def matches_name(name: str, pattern: str) -> bool:
-    """Whether ``pattern`` covers ``name``: the site, a later call of it, or a module above it."""
+    """Whether ``pattern`` covers ``name``: the site, a later call of it, or a module above it.
+
+    >>> matches_name("encoder.layer.0.query", "encoder.layer.*")
+    True
+    >>> matches_name("encoder.layer.0.query", r"re:encoder.layer.[12]")
+    False
+    """
+    return matched_depth(name, pattern) > 0
+
+
+def matched_depth(name: str, pattern: str) -> int:
+    """How deep the outermost module lies that ``pattern`` covers, 0 if it does not cover ``name``.
+
+    Args:
+        name: a site.
+        pattern: a name, a glob, or ``re:`` and a regular expression for a whole name.
+
+    >>> matched_depth("encoder.layer.0.query", "encoder.*")
+    2
+    >>> matched_depth("encoder.layer.0.query", "*.query")
+    4
+    """
     parts = name.split(".")
-    for end in range(len(parts), 0, -1):
+    for end in range(1, len(parts) + 1):
         prefix = ".".join(parts[:end])
-        if fnmatch.fnmatchcase(prefix, pattern):
-            return True
-        if "@" in prefix and fnmatch.fnmatchcase(_without_calls(prefix), pattern):
-            return True
-    return False
+        if _matches(prefix, pattern):
+            return end
+        if "@" in prefix and _matches(_without_calls(prefix), pattern):
+            return end
+    return 0
+
+
+def _matches(name: str, pattern: str) -> bool:
+    if pattern.startswith("re:"):
+        try:
+            return re.fullmatch(pattern[3:], name) is not None
+        except re.error as error:
+            raise InvalidConfig(
+                f"{pattern!r} is no regular expression of Python: {error}"
+            ) from error
+    return fnmatch.fnmatchcase(name, pattern)
 
 
 def _without_calls(name: str) -> str:
@@ -155,7 +247,7 @@ def check_names(
     """Raise :class:`InvalidConfig` with the closest matches for a pattern that covers nothing.
 
     Args:
-        patterns: names and globs.
+        patterns: names, globs and regular expressions.
         known: what they may cover.
         what: what they are, for the message.
         others: what else may have been meant.
@@ -164,6 +256,5 @@ def check_names(
     for pattern in patterns:
         if any(matches_name(name, pattern) for name in known):
             continue
-        close = difflib.get_close_matches(pattern, [*others, *known], n=3, cutoff=0.4)
-        hint = f"; did you mean {', '.join(close)}?" if close else ""
+        hint = did_you_mean(pattern.removeprefix("re:"), [*others, *known])
         raise InvalidConfig(f"{what} {pattern!r} matches nothing in the model{hint}")

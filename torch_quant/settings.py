@@ -16,8 +16,9 @@ from torch_quant.config import ModuleFilter, ObserverLike, Overrides, QConfig, c
 from torch_quant.core.plan import PRECISIONS, QuantPlan
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
-from torch_quant.errors import InvalidConfig, QuantError
-from torch_quant.graph.annotate import annotate, modules_of, qconfig_of
+from torch_quant.errors import QuantError
+from torch_quant.graph.annotate import annotate
+from torch_quant.graph.rules import modules_of, qconfig_of, rules_of
 from torch_quant.graph.sites import Site
 from torch_quant.io.summary import Summary
 from torch_quant.model import CapturedModel
@@ -59,15 +60,7 @@ class Settings:
 
     def check(self) -> None:
         """Raise :class:`InvalidConfig` for an override of nothing, or one that is no QConfig."""
-        for key, value in self.overrides.items():
-            if not isinstance(key, str) and not (
-                isinstance(key, type) and issubclass(key, nn.Module)
-            ):
-                raise InvalidConfig(
-                    f"override {key!r}: expected a name, an op type or a module class"
-                )
-            if value is not None and not isinstance(value, QConfig):
-                raise InvalidConfig(f"override {key!r} is {value!r}; expected a QConfig or None")
+        rules_of(self.overrides)
 
     def check_names(self, model: nn.Module) -> None:
         """A misspelt module name should not wait for the first batch to be found."""

@@ -12,8 +12,9 @@ from torch_quant.config import ModuleFilter, Overrides, QConfig
 from torch_quant.core.plan import Placement, QuantPlan
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
-from torch_quant.graph.annotate import annotate, modules_of
+from torch_quant.graph.annotate import annotate
 from torch_quant.graph.ops import PATTERNS
+from torch_quant.graph.rules import modules_of
 from torch_quant.model import CapturedModel, run_example
 
 WEIGHT = QuantSpec.of(signed=True, symmetric=True, per_channel=True)
@@ -168,12 +169,12 @@ MID = QConfig(input=QuantSpec.of(bits=7))
         ({"linear": LOW, nn.Linear: MID}, set()),
         ({nn.Linear: MID, "head": LOW, "linear": MID}, {"head"}),
         ({"*": LOW, "head": MID}, {"conv", "block.conv1", "block.conv2"}),
-        ({"head": MID, "*": LOW}, {"conv", "block.conv1", "block.conv2", "head"}),
+        ({"head": MID, "*": LOW}, {"conv", "block.conv1", "block.conv2"}),
         ({"conv": LOW, "conv2d": MID}, {"conv"}),
     ],
     ids=[
         "name", "module", "glob", "class", "op type", "class beats op type", "name beats class",
-        "last name wins", "last glob wins", "name beats op type",
+        "name beats glob before it", "name beats glob behind it", "name beats op type",
     ],
 )  # fmt: skip
 def test_overrides(overrides: Overrides, changed: set[str]) -> None:

@@ -6,47 +6,13 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from torch_quant.config import ModuleFilter, Overrides, QConfig, check_names, matches_name
+from torch_quant.config import ModuleFilter, Overrides, QConfig, check_names
 from torch_quant.core.plan import Placement, QuantPlan, SitePlan
 from torch_quant.errors import InvalidConfig
-from torch_quant.graph.ops import PATTERNS
+from torch_quant.graph.rules import OP_TYPES, modules_of, qconfig_of, rules_of
 from torch_quant.graph.sites import Site
 
-__all__ = ["annotate", "modules_of", "qconfig_of"]
-
-
-def modules_of(model: nn.Module, site: Site) -> tuple[nn.Module, ...]:
-    """The modules that a site runs in, outermost first."""
-    found = [model]
-    for part in site.module.split("."):
-        child = found[-1]._modules.get(part.partition("@")[0])
-        if child is None:
-            break
-        found.append(child)
-    return tuple(found)
-
-
-def qconfig_of(
-    site: Site, modules: tuple[nn.Module, ...], default: QConfig, overrides: Overrides
-) -> QConfig | None:
-    """The site's configuration: an override by name, else by class, else by op type, else default.
-
-    Of several names the last given wins, as in a list of exceptions.
-    """
-    ops = {pattern.name for pattern in PATTERNS}
-    ranked: list[tuple[float, QConfig | None]] = []
-    for key, value in overrides.items():
-        if isinstance(key, str):
-            if key in ops and site.op == key:
-                ranked.append((0, value))
-            elif key not in ops and matches_name(site.name, key):
-                ranked.append((2, value))
-        elif depths := [i for i, module in enumerate(modules) if isinstance(module, key)]:
-            ranked.append((1 + depths[-1] / len(modules), value))  # the innermost class wins
-    if not ranked:
-        return default
-    best = max(rank for rank, _ in ranked)
-    return [value for rank, value in ranked if rank == best][-1]
+__all__ = ["annotate"]
 
 
 def annotate(
@@ -113,18 +79,20 @@ def _check(
     overrides: Overrides,
     module_filter: ModuleFilter,
 ) -> None:
-    ops = [pattern.name for pattern in PATTERNS]
     names = [site.name for site, _ in sites]
     known = [*names, *(name for name, _ in model.named_modules() if name)]
-    keys = [key for key in overrides if isinstance(key, str) and key not in ops]
+    rules = rules_of(overrides)
     check_names(module_filter.names, known, "ModuleFilter name")
-    check_names(keys, known, "override", ops)
-    for key in overrides:
-        if key in ops and key in known:
+    check_names(
+        [str(rule.key) for rule in rules if rule.kind == "name"], known, "override", OP_TYPES
+    )
+    for rule in rules:
+        if rule.kind == "op type" and rule.key in known:
+            key = str(rule.key)
             raise InvalidConfig(
                 f"override {key!r} is both an op type and a module of the model; write "
-                f"{'[' + key[0] + ']' + key[1:]!r} for the module, or exclude_op_types for the op"
+                f"{'[' + key[0] + ']' + key[1:]!r} for the module, or {'op:' + key!r} for the op"
             )
     for op in module_filter.op_types:
-        if op not in ops:
-            raise InvalidConfig(f"unknown op type {op!r}; expected one of {', '.join(ops)}")
+        if op not in OP_TYPES:
+            raise InvalidConfig(f"unknown op type {op!r}; expected one of {', '.join(OP_TYPES)}")
