@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from torch_quant.algorithms.smoothquant import SmoothQuant, channels_key, is_cha
 from torch_quant.backends import Backend
 from torch_quant.backends.lowering import Lowering
 from torch_quant.config import ModuleFilter, ObserverLike, Overrides, QConfig, check_names
-from torch_quant.core.plan import PRECISIONS, QuantPlan
+from torch_quant.core.plan import PRECISIONS, QuantPlan, SitePlan
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import QuantError
@@ -30,7 +29,7 @@ from torch_quant.observers import (
 )
 from torch_quant.state import QuantState
 
-__all__ = ["Settings"]
+__all__ = ["Calibrated", "Settings"]
 
 
 @dataclass(frozen=True)
@@ -112,10 +111,7 @@ class Settings:
     ) -> Lowering:
         """How the model is put on a backend, with the ranges as they are now."""
         plan = self.plan(captured, model, backend, fallen)
-        sites = {site.name: site for site, _ in captured.sites()}
-        weight_grid = partial(self._weight_grid, sites, model)
-        smoothing = SmoothQuant(captured, plan, state)
-        return Lowering(captured, plan, backend, smoothing.grid, weight_grid, smoothing.factor)
+        return Lowering(captured, plan, backend, Calibrated(self, captured, model, plan, state))
 
     def statistics(self, captured: CapturedModel, key: str) -> tuple[str, ...]:
         """Under which names a tensor is recorded: its own, and that of its channels if wanted."""
@@ -145,16 +141,51 @@ class Settings:
     def _config(self, model: nn.Module, site: Site) -> QConfig | None:
         return qconfig_of(site, modules_of(model, site), self.qconfig, self.overrides)
 
-    def _weight_grid(
-        self, sites: Mapping[str, Site], model: nn.Module,
-        name: str, weight: Tensor, spec: QuantSpec, axis: int,
-    ) -> QParams:  # fmt: skip
-        config = self._config(model, sites[name]) or self.qconfig
-        observer = _make(config.weight_observer, axis if spec.per_channel else None)
+    def weight_observer(self, model: nn.Module, site: Site, axis: int | None) -> Observer:
+        """A new observer for a site's weight, ``axis`` being that of its channels."""
+        config = self._config(model, site) or self.qconfig
+        return _make(config.weight_observer, axis)
+
+
+class Calibrated:
+    """Scales and zero points from calibration, and from the weights as they are.
+
+    Args:
+        settings: what the user asked for.
+        captured: the model's graphs.
+        model: the float model.
+        plan: which sites are smoothed.
+        state: the ranges.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        captured: CapturedModel,
+        model: nn.Module,
+        plan: QuantPlan,
+        state: QuantState,
+    ) -> None:
+        self._settings, self._model = settings, model
+        self._sites = {site.name: site for site, _ in captured.sites()}
+        self._smoothing = SmoothQuant(captured, plan, state)
+
+    def activation(self, key: str, spec: QuantSpec) -> QParams:
+        """Of the tensor ``key``; raises :class:`NotCalibrated` where no data passed it."""
+        return self._smoothing.grid(key, spec)
+
+    def factor(self, entry: SitePlan, key: str) -> Tensor:
+        """What the channels of a site's input are divided by; raises as SmoothQuant does."""
+        return self._smoothing.factor(entry, key)
+
+    def weight(self, site: str, weight: Tensor, spec: QuantSpec, axis: int) -> QParams:
+        """Of a site's weight; raises :class:`QuantError` if it is not finite."""
+        channels = axis if spec.per_channel else None
+        observer = self._settings.weight_observer(self._model, self._sites[site], channels)
         try:
             observer.observe(weight)
         except QuantError as error:
-            raise QuantError(f"the weight of {name}: {error}; mend the model's weights") from error
+            raise QuantError(f"the weight of {site}: {error}; mend the model's weights") from error
         return observer.qparams(spec)
 
 

@@ -16,16 +16,18 @@ from torch_quant.graph.calls import flatten_call
 from torch_quant.graph.export import export_graph
 from torch_quant.graph.shadow import shadow
 from torch_quant.graph.sites import ORIGIN, find_sites, is_constant
-from torch_quant.passes.base import Pass, PassContext, copy_graph, run_passes
+from torch_quant.passes.base import Params, Pass, PassContext, copy_graph, run_passes
 from torch_quant.passes.canonicalize import canonicalize
 
 __all__ = [
     "WEIGHT",
     "Compute",
+    "FixedParams",
     "Two",
     "apply",
     "canonical",
     "captured",
+    "context_of",
     "grid_of",
     "mutating",
     "operators",
@@ -49,9 +51,9 @@ def canonical(model: nn.Module, *inputs: Any) -> fx.GraphModule:
     return canonicalize(export_graph(shadow(model), flatten_call(inputs, {})).gm)
 
 
-def apply(rewrite: Pass, gm: fx.GraphModule) -> int:
-    """Run one pass as :func:`run_passes` does; the number of changes it reports."""
-    (count,) = run_passes(PassContext(gm), [rewrite]).values()
+def apply(rewrite: Pass, gm: fx.GraphModule, plan: QuantPlan | None = None) -> int:
+    """Run one pass on ``gm`` as :func:`run_passes` does; the number of changes it reports."""
+    (count,) = run_passes(PassContext(gm, plan or QuantPlan(), FixedParams()), [rewrite]).values()
     return count
 
 
@@ -86,6 +88,27 @@ def weight_grid_of(name: str, weight: Tensor, spec: QuantSpec, axis: int) -> QPa
         return choose_qparams(weight.min(), weight.max(), spec)
     rows = weight.transpose(0, axis).flatten(1)
     return choose_qparams(rows.amin(1), rows.amax(1), spec, axis)
+
+
+class FixedParams:
+    """The parameters of these tests; a subclass changes one of them."""
+
+    def activation(self, key: str, spec: QuantSpec) -> QParams:
+        return grid_of(key, spec)
+
+    def weight(self, site: str, weight: Tensor, spec: QuantSpec, axis: int) -> QParams:
+        return weight_grid_of(site, weight, spec, axis)
+
+    def factor(self, entry: SitePlan, key: str) -> Tensor:
+        raise AssertionError(f"the factors of {key} are asked for, but nothing is smoothed")
+
+
+def context_of(
+    gm: fx.GraphModule, plan: QuantPlan | None = None, params: Params | None = None
+) -> PassContext:
+    """What a pass gets: a copy of ``gm``, by default with everything quantized."""
+    plan = plan_for(gm) if plan is None else plan
+    return PassContext(copy_graph(gm), plan, FixedParams() if params is None else params)
 
 
 def plan_for(

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 from models import normal
-from rewriting import WEIGHT, canonical, grid_of, plan_for, weight_grid_of
+from rewriting import WEIGHT, FixedParams, canonical, context_of, grid_of, plan_for
 from torch import Tensor, fx, nn
 
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.graph.lstm import LSTM, cells_of
 from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
-from torch_quant.passes.base import PassContext, copy_graph, run_passes
+from torch_quant.passes.base import run_passes
 from torch_quant.passes.insert_qdq import insert_qdq
 from torch_quant.passes.lower_precision import lower_precision
 
@@ -23,9 +23,8 @@ def made(weight: QuantSpec = WEIGHT, **options: Any) -> tuple[nn.LSTM, fx.GraphM
     torch.manual_seed(0)
     model = nn.LSTM(8, 6, **options).eval()
     gm = canonical(model, normal(5, 3, 8))
-    context = PassContext(copy_graph(gm))
-    plan = plan_for(gm, weight=weight)
-    counts = run_passes(context, [lambda inner: insert_qdq(inner, plan, grid_of, weight_grid_of)])
+    context = context_of(gm, plan_for(gm, weight=weight))
+    counts = run_passes(context, [insert_qdq])
     assert list(counts.values()) == [1]
     return model, context.gm
 
@@ -97,10 +96,9 @@ def test_a_module_called_twice_is_two_sites() -> None:
             return self.lstm(self.lstm(x)[0])[0]
 
     gm = canonical(Twice().eval(), normal(5, 3, 8))
-    context = PassContext(copy_graph(gm))
-    plan = plan_for(gm)
-    assert list(plan) == ["lstm", "lstm@1"]
-    run_passes(context, [lambda inner: insert_qdq(inner, plan, grid_of, weight_grid_of)])
+    context = context_of(gm)
+    assert list(context.plan) == ["lstm", "lstm@1"]
+    run_passes(context, [insert_qdq])
     assert len(context.graph.find_nodes(op="call_function", target=LSTM)) == 2
 
 
@@ -110,8 +108,8 @@ def test_in_bfloat16_every_result_comes_back_as_float32() -> None:
     model = nn.LSTM(8, 6).eval()
     gm = canonical(model, normal(5, 3, 8))
     plan = plan_for(gm).without(["lstm"], precision="bfloat16")
-    context = PassContext(copy_graph(gm))
-    run_passes(context, [lambda inner: lower_precision(inner, plan)])
+    context = context_of(gm, plan)
+    run_passes(context, [lower_precision])
     x = normal(4, 2, 8)
     output, (h_n, c_n) = model(x)
     for got, expected in zip(context.gm(x), (output, h_n, c_n), strict=True):
@@ -122,11 +120,11 @@ def test_in_bfloat16_every_result_comes_back_as_float32() -> None:
 def test_without_a_grid_for_the_hidden_state_it_is_not_quantized() -> None:
     gm = canonical(nn.LSTM(8, 6).eval(), normal(5, 3, 8))
 
-    def missing(key: str, spec: QuantSpec) -> QParams:
-        if key.endswith(".hidden"):
-            raise KeyError(key)
-        return grid_of(key, spec)
+    class Missing(FixedParams):
+        def activation(self, key: str, spec: QuantSpec) -> QParams:
+            if key.endswith(".hidden"):
+                raise KeyError(key)
+            return grid_of(key, spec)
 
-    context = PassContext(copy_graph(gm))
     with pytest.raises(KeyError, match="hidden"):
-        insert_qdq(context, plan_for(gm), missing, weight_grid_of)
+        insert_qdq(context_of(gm, params=Missing()))

@@ -6,17 +6,28 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import MODELS, example, normal, seeded, tokens
-from rewriting import Compute, Two, canonical, grid_of, operators, plan_for, weight_grid_of
+from rewriting import (
+    Compute,
+    FixedParams,
+    Two,
+    canonical,
+    context_of,
+    grid_of,
+    operators,
+    plan_for,
+    weight_grid_of,
+)
 from torch import Tensor, fx, nn
 
 from torch_quant.core.functional import fake_quantize
 from torch_quant.core.plan import QuantPlan
+from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import NotCalibrated
 from torch_quant.graph.ops import pattern_of
 from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
 from torch_quant.graph.sites import find_sites
-from torch_quant.passes.base import PassContext, copy_graph, run_passes
+from torch_quant.passes.base import run_passes
 from torch_quant.passes.insert_qdq import insert_qdq
 
 aten = torch.ops.aten
@@ -26,13 +37,8 @@ INPUT = ":args_0"
 
 def insert(gm: fx.GraphModule, plan: QuantPlan | None = None) -> tuple[fx.GraphModule, int]:
     """A copy with the pairs that ``plan`` (by default, everything) wants, and how many sites."""
-    context = PassContext(copy_graph(gm))
-    chosen = plan_for(gm) if plan is None else plan
-
-    def rewrite(inner: PassContext) -> int:
-        return insert_qdq(inner, chosen, grid_of, weight_grid_of)
-
-    (count,) = run_passes(context, [rewrite]).values()
+    context = context_of(gm, plan)
+    (count,) = run_passes(context, [insert_qdq]).values()
     return context.gm, count
 
 
@@ -259,8 +265,9 @@ def test_every_site_of_a_model(name: str) -> None:
 def test_a_missing_grid_is_reported() -> None:
     gm = canonical(nn.Linear(16, 8), normal(2, 16))
 
-    def nothing(key: str, spec: QuantSpec) -> Any:
-        raise NotCalibrated(f"no data passed {key}")
+    class Nothing(FixedParams):
+        def activation(self, key: str, spec: QuantSpec) -> QParams:
+            raise NotCalibrated(f"no data passed {key}")
 
     with pytest.raises(NotCalibrated, match=":args_0"):
-        insert_qdq(PassContext(copy_graph(gm)), plan_for(gm), nothing, weight_grid_of)
+        insert_qdq(context_of(gm, params=Nothing()))

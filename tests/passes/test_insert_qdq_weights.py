@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from awkward import AWKWARD
 from models import normal, seeded, tokens
-from rewriting import WEIGHT, Two, canonical, grid_of, plan_for, weight_grid_of
+from rewriting import WEIGHT, Two, canonical, context_of, plan_for, weight_grid_of
 from torch import Tensor, fx, nn
 
 from torch_quant.backends import ReferenceBackend
@@ -16,7 +16,7 @@ from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL
 from torch_quant.graph.sites import find_sites
-from torch_quant.passes.base import PassContext, copy_graph, run_passes
+from torch_quant.passes.base import PassContext, run_passes
 from torch_quant.passes.insert_qdq import insert_qdq
 
 aten = torch.ops.aten
@@ -26,8 +26,8 @@ def quantized(model: nn.Module, *inputs: Tensor, weight: QuantSpec = WEIGHT) -> 
     """The canonical graph with everything quantized."""
     gm = canonical(model, *inputs)
     plan = plan_for(gm, weight=weight)
-    context = PassContext(copy_graph(gm))
-    run_passes(context, [lambda inner: insert_qdq(inner, plan, grid_of, weight_grid_of)])
+    context = context_of(gm, plan)
+    run_passes(context, [insert_qdq])
     return context.gm
 
 
@@ -199,8 +199,8 @@ def test_sites_in_other_formats_share_nothing() -> None:
     plan = plan_for(gm)
     low = plan_for(gm, weight=QuantSpec.of(bits=4, signed=True, symmetric=True, per_channel=True))
     mixed = type(plan)([plan["embed"], plan["mix"], low["head"]])
-    context = PassContext(copy_graph(gm))
-    run_passes(context, [lambda inner: insert_qdq(inner, mixed, grid_of, weight_grid_of)])
+    context = context_of(gm, mixed)
+    run_passes(context, [insert_qdq])
     assert codes_of(context.gm, 0) is not codes_of(context.gm, 2)
     assert int(codes_of(context.gm, 2).max()) <= 7
     assert len(list(find_sites(gm.graph))) == 3

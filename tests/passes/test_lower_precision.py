@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import MODELS, example, normal, seeded, tokens
-from rewriting import Compute, Two, apply, canonical, grid_of, operators, plan_for, weight_grid_of
+from rewriting import Compute, Two, apply, canonical, context_of, operators, plan_for
 from torch import Tensor, fx, nn
 
 from torch_quant.core.plan import QuantPlan
-from torch_quant.passes.base import PassContext, copy_graph
+from torch_quant.passes.base import copy_graph
 from torch_quant.passes.insert_qdq import insert_qdq
 from torch_quant.passes.lower_precision import lower_precision
 
@@ -35,7 +35,7 @@ def plan_of(gm: fx.GraphModule, precision: str = "bfloat16", **chosen: str) -> Q
 
 def lowered(gm: fx.GraphModule, plan: QuantPlan | None = None) -> tuple[fx.GraphModule, int]:
     copy = copy_graph(gm)
-    count = apply(lambda context: lower_precision(context, plan or plan_of(gm)), copy)
+    count = apply(lower_precision, copy, plan or plan_of(gm))
     return copy, count
 
 
@@ -166,9 +166,9 @@ def test_beside_an_int8_site(first: bool) -> None:
         for site in plan_for(gm).values()
     )
     assert plan.quantized == (whole,)
-    context = PassContext(copy_graph(gm))
-    assert lower_precision(context, plan) == 1
-    assert insert_qdq(context, plan, grid_of, weight_grid_of) == 1
+    context = context_of(gm, plan)
+    assert lower_precision(context) == 1
+    assert insert_qdq(context) == 1
     context.gm.recompile()
     error = (context.gm(x)[0] - model(x)).norm() / model(x).norm()
     assert 0.0 < float(error) < 0.05

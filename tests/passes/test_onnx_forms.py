@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import normal, seeded, tokens
-from rewriting import Compute, apply, canonical, grid_of, operators, plan_for, weight_grid_of
+from rewriting import Compute, apply, canonical, grid_of, operators, plan_for
 from torch import Tensor, fx, nn
 
 from torch_quant.core.spec import QuantSpec
@@ -32,7 +32,7 @@ def both(model: nn.Module, x: Tensor, rewrite: Pass) -> tuple[fx.GraphModule, fx
     def insert() -> fx.GraphModule:
         gm = canonical(model, x)
         plan = plan_for(gm)
-        apply(lambda context: insert_qdq(context, plan, grid_of, weight_grid_of), gm)
+        apply(insert_qdq, gm, plan)
         return gm
 
     before, after = insert(), insert()

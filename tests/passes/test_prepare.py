@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from awkward import AWKWARD
 from models import MODELS, example, normal, seeded
-from rewriting import Two, grid_of, plan_for, weight_grid_of
+from rewriting import Two, context_of, plan_for
 from torch import Tensor, nn
 
 from torch_quant import Quantizer, sqnr
@@ -16,7 +16,7 @@ from torch_quant.graph.calls import flatten_call
 from torch_quant.graph.export import CapturedGraph, export_graph
 from torch_quant.graph.ops import sdpa_probabilities
 from torch_quant.graph.shadow import shadow
-from torch_quant.passes.base import PassContext, copy_graph, run_passes
+from torch_quant.passes.base import run_passes
 from torch_quant.passes.insert_qdq import insert_qdq
 from torch_quant.passes.prepare import Prepared, insert_observers, prepare
 
@@ -212,9 +212,8 @@ def test_a_site_reads_what_was_written_to_its_input(kind: Callable[[], Two]) -> 
     model = seeded(kind)
     made = prepare(graph_of(model, normal(3, 16)).gm)
     refused = {site.name: reason for site, reason in made.sites if reason}
-    context = PassContext(copy_graph(made.canonical))
-    plan = plan_for(made.canonical, floats=tuple(refused))
-    run_passes(context, [lambda inner: insert_qdq(inner, plan, grid_of, weight_grid_of)])
+    context = context_of(made.canonical, plan_for(made.canonical, floats=tuple(refused)))
+    run_passes(context, [insert_qdq])
     expected = model(normal(8, 16))
     error = (context.gm(normal(8, 16))[0] - expected).norm() / expected.norm()
     assert float(error) < 0.1

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from models import normal, seeded
-from rewriting import Compute, apply, canonical, grid_of, plan_for, weight_grid_of
+from rewriting import Compute, apply, canonical, plan_for
 from torch import Tensor, fx, nn
 
 from torch_quant.core.plan import QuantPlan
@@ -57,7 +57,7 @@ def quantized(
         gm = canonical(model, x)
         stored = {site.name: site.stored for _, _, site in find_sites(gm.graph)}
         plan = QuantPlan(replace(s, stored=stored[s.name]) for s in plan_for(gm).values())
-        apply(lambda context: insert_qdq(context, plan, grid_of, weight_grid_of), gm)
+        apply(insert_qdq, gm, plan)
         return gm
 
     before, after = insert(), insert()

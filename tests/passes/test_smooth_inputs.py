@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from models import normal, seeded
-from rewriting import canonical, grid_of, plan_for, weight_grid_of
+from rewriting import FixedParams, canonical, context_of, plan_for
 from torch import Tensor, fx, nn
 
 from torch_quant import sqnr
@@ -15,16 +15,17 @@ from torch_quant.core.plan import QuantPlan, SitePlan
 from torch_quant.core.qparams import QParams, choose_qparams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.graph.qdq import DEQUANTIZE_CHANNEL
-from torch_quant.passes.base import PassContext, copy_graph
 from torch_quant.passes.insert_qdq import insert_qdq
 from torch_quant.passes.smooth_inputs import smooth_inputs
 
 WIDTH = 24
 
 
-def factor_of(entry: SitePlan, key: str) -> Tensor:
+class Smoothing(FixedParams):
     """A new tensor at each call, as the algorithm gives."""
-    return torch.linspace(0.5, 2.0, WIDTH)
+
+    def factor(self, entry: SitePlan, key: str) -> Tensor:
+        return torch.linspace(0.5, 2.0, WIDTH)
 
 
 def smoothing_plan(gm: fx.GraphModule, **changes: object) -> QuantPlan:
@@ -42,19 +43,19 @@ def test_float_weights_are_gone_once_they_are_integers() -> None:
     made: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
 
-    def watched(name: str, weight: Tensor, spec: QuantSpec, axis: int) -> QParams:
-        made.append(weakref.ref(weight))
-        gc.collect()
-        alive.append(sum(ref() is not None for ref in made))
-        return weight_grid_of(name, weight, spec, axis)
+    class Watched(Smoothing):
+        def weight(self, site: str, weight: Tensor, spec: QuantSpec, axis: int) -> QParams:
+            made.append(weakref.ref(weight))
+            gc.collect()
+            alive.append(sum(ref() is not None for ref in made))
+            return super().weight(site, weight, spec, axis)
 
-    plan = smoothing_plan(gm)
-    context = PassContext(copy_graph(gm))
-    assert smooth_inputs(context, plan, factor_of) == 4
+    context = context_of(gm, smoothing_plan(gm), Watched())
+    assert smooth_inputs(context) == 4
     before = dict(gm.named_buffers())
     sizes = {x.shape for name, x in context.gm.named_buffers() if name not in before}
     assert sizes == {torch.Size([WIDTH])}
-    assert insert_qdq(context, plan, grid_of, watched) == 4
+    assert insert_qdq(context) == 4
     gc.collect()
     assert alive == [1, 1, 1, 1]
     assert all(ref() is None for ref in made)
@@ -76,26 +77,28 @@ class Tied(nn.Module):
 
 def test_tied_weights_smoothed_alike_are_one_buffer() -> None:
     gm = canonical(seeded(Tied), normal(2, WIDTH))
-    context = PassContext(copy_graph(gm))
-    smooth_inputs(context, smoothing_plan(gm), factor_of)
-    insert_qdq(context, smoothing_plan(gm), grid_of, weight_grid_of)
+    context = context_of(gm, smoothing_plan(gm), Smoothing())
+    smooth_inputs(context)
+    insert_qdq(context)
     found = context.graph.find_nodes(op="call_function", target=DEQUANTIZE_CHANNEL)
     assert len(found) == 2
     assert len({id(context.gm.get_buffer(node.args[0].target)) for node in found}) == 1
 
 
-def wide(key: str, spec: QuantSpec) -> QParams:
-    """A grid that clips nothing."""
-    return choose_qparams(torch.tensor(-12.0), torch.tensor(12.0), spec)
+class Wide(Smoothing):
+    """Ranges that clip nothing."""
+
+    def activation(self, key: str, spec: QuantSpec) -> QParams:
+        return choose_qparams(torch.tensor(-12.0), torch.tensor(12.0), spec)
 
 
 @pytest.mark.parametrize("weight", [True, False], ids=["int8 weight", "float weight"])
 def test_no_product_of_constants_is_left_to_serving(weight: bool) -> None:
     gm = canonical(seeded(stack), x := normal(2, WIDTH))
     plan = smoothing_plan(gm) if weight else smoothing_plan(gm, weight=None)
-    context = PassContext(copy_graph(gm))
-    smooth_inputs(context, plan, factor_of)
-    insert_qdq(context, plan, wide, weight_grid_of)
+    context = context_of(gm, plan, Wide())
+    smooth_inputs(context)
+    insert_qdq(context)
     context.graph.eliminate_dead_code()
     context.gm.recompile()
     products = context.graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor)

@@ -19,13 +19,16 @@ from torch_quant.graph.hooks import give_hooks
 from torch_quant.graph.kinds import Kind
 from torch_quant.graph.shadow import shadow
 from torch_quant.model import CapturedModel
-from torch_quant.passes.base import PassContext, copy_graph, run_passes
+from torch_quant.passes.base import Params, Pass, PassContext, copy_graph, run_passes
 from torch_quant.passes.dynamic_sizes import dynamic_sizes
-from torch_quant.passes.insert_qdq import GridOf, WeightGridOf, insert_qdq
+from torch_quant.passes.insert_qdq import insert_qdq
 from torch_quant.passes.lower_precision import lower_precision
-from torch_quant.passes.smooth_inputs import FactorOf, smooth_inputs
+from torch_quant.passes.smooth_inputs import smooth_inputs
 
-__all__ = ["Lowering"]
+__all__ = ["QUANTIZE", "Lowering"]
+
+QUANTIZE: tuple[Pass, ...] = (lower_precision, smooth_inputs, insert_qdq)
+"""From a canonical graph to one with quantize/dequantize pairs, whatever the backend."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,7 @@ class Lowering:
     captured: CapturedModel
     plan: QuantPlan
     backend: Backend
-    grid_of: GridOf
-    weight_grid_of: WeightGridOf
-    factor_of: FactorOf
+    params: Params
 
     def run(self, *, share: bool = False) -> QuantizedRegion:
         """The whole model, quantized; the float model is untouched.
@@ -109,11 +110,8 @@ class Lowering:
 
     def graph(self, canonical: fx.GraphModule) -> fx.GraphModule:
         """One canonical graph, or a part of one, on the backend's kernels."""
-        context = PassContext(copy_graph(canonical))
-        lower_precision(context, self.plan)
-        smooth_inputs(context, self.plan, self.factor_of)
-        insert_qdq(context, self.plan, self.grid_of, self.weight_grid_of)
-        run_passes(context, self.backend.placement().passes)
+        context = PassContext(copy_graph(canonical), self.plan, self.params)
+        run_passes(context, (*QUANTIZE, *self.backend.placement().passes))
         lowered = self.backend.lower(context)
         run_passes(PassContext(lowered), [dynamic_sizes])
         return _only_used(lowered)

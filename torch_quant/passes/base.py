@@ -3,23 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-from torch import fx
+from torch import Tensor, fx
 
-__all__ = ["Pass", "PassContext", "call_like", "copy_graph", "run_passes"]
+from torch_quant.core.plan import QuantPlan, SitePlan
+from torch_quant.core.qparams import QParams
+from torch_quant.core.spec import QuantSpec
+from torch_quant.errors import NotCalibrated
+
+__all__ = ["NoParams", "Params", "Pass", "PassContext", "call_like", "copy_graph", "run_passes"]
+
+
+class Params(Protocol):
+    """Where the numbers of a quantized graph come from: calibration, training, a weight method."""
+
+    def activation(self, key: str, spec: QuantSpec) -> QParams:
+        """Scale and zero point of the tensor ``key``; raises :class:`NotCalibrated`."""
+
+    def weight(self, site: str, weight: Tensor, spec: QuantSpec, axis: int) -> QParams:
+        """Scales and zero points of a site's weight, whose output channels are ``axis``."""
+
+    def factor(self, entry: SitePlan, key: str) -> Tensor:
+        """What the channels of a site's input ``key`` are divided by, shape ``[channels]``."""
+
+
+class NoParams:
+    """The parameters of a graph in which nothing is quantized: every question is an error."""
+
+    def activation(self, key: str, spec: QuantSpec) -> QParams:
+        """Refused."""
+        raise NotCalibrated(f"there is no range for {key}")
+
+    def weight(self, site: str, weight: Tensor, spec: QuantSpec, axis: int) -> QParams:
+        """Refused."""
+        raise NotCalibrated(f"there is no range for the weight of {site}")
+
+    def factor(self, entry: SitePlan, key: str) -> Tensor:
+        """Refused."""
+        raise NotCalibrated(f"there are no ranges of the channels of {key}")
 
 
 @dataclass
 class PassContext:
-    """What passes work on.
+    """What passes work on, and what they know.
 
     Args:
         gm: the graph, changed in place.
+        plan: what is done with each site.
+        params: scales and zero points.
     """
 
     gm: fx.GraphModule
+    plan: QuantPlan = field(default_factory=QuantPlan)
+    params: Params = field(default_factory=NoParams)
+    declined: dict[str, str] = field(default_factory=dict)
+    """Site -> why it runs in float though the plan has it quantized."""
+
+    def decline(self, site: str, why: str) -> None:
+        """Note that ``site`` runs in float arithmetic after all; reports then say ``why``."""
+        self.declined.setdefault(site, why)
 
     @property
     def graph(self) -> fx.Graph:

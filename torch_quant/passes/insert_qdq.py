@@ -9,7 +9,6 @@ and each consumer dequantizes what it reads:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from torch_quant.core.functional import quantize
-from torch_quant.core.plan import QuantPlan, SitePlan
+from torch_quant.core.plan import SitePlan
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.graph.lstm import LSTM, cells_of
@@ -28,12 +27,7 @@ from torch_quant.passes.attention import decompose_attention
 from torch_quant.passes.base import PassContext
 from torch_quant.passes.constants import evaluate, expression, new_constant
 
-__all__ = ["GridOf", "WeightGridOf", "insert_qdq"]
-
-GridOf = Callable[[str, QuantSpec], QParams]
-"""Tensor key and format -> grid, from calibration."""
-WeightGridOf = Callable[[str, Tensor, QuantSpec, int], QParams]
-"""Site name, weight, format and channel axis -> grid."""
+__all__ = ["insert_qdq"]
 
 _ATTENTION, _LSTM = (
     next(p for p in PATTERNS if p.name == name) for name in ("scaled_dot_product_attention", "lstm")
@@ -43,8 +37,6 @@ _ATTENTION, _LSTM = (
 @dataclass
 class _Inserter:
     context: PassContext
-    grid_of: GridOf
-    weight_grid_of: WeightGridOf
     integers: dict[tuple[fx.Node, QuantSpec], fx.Node] = field(default_factory=dict)
     weights: dict[tuple[str, QuantSpec, int], tuple[Tensor, QParams]] = field(default_factory=dict)
     """What computes a weight, its format and axis -> codes and grid; no float copy is kept."""
@@ -57,7 +49,7 @@ class _Inserter:
 
     def activation(self, user: fx.Node, arg: fx.Node, key: str, spec: QuantSpec) -> None:
         """Make ``user`` read ``arg`` quantized to ``spec``."""
-        qparams = self.grid_of(key, spec)
+        qparams = self.context.params.activation(key, spec)
         scale, zero_point = float(qparams.scale), int(qparams.zero_point)
         codes = self._codes(arg, spec, scale, zero_point)
         with user.graph.inserting_before(user):
@@ -89,7 +81,7 @@ class _Inserter:
         """Let all that reads the site's stored result read it quantized."""
         assert entry.activation is not None
         stored = node if key_of(node) == entry.stored else next(iter(node.users))
-        qparams = self.grid_of(entry.stored, entry.activation)
+        qparams = self.context.params.activation(entry.stored, entry.activation)
         scale, zero_point = float(qparams.scale), int(qparams.zero_point)
         codes = self._codes(stored, entry.activation, scale, zero_point)
         with node.graph.inserting_after(codes):
@@ -107,7 +99,7 @@ class _Inserter:
         memo = (expression(gm, old), site.weight, axis)
         if memo not in self.weights:
             value = evaluate(gm, old).detach()
-            qparams = self.weight_grid_of(site.name, value, site.weight, axis)
+            qparams = self.context.params.weight(site.name, value, site.weight, axis)
             codes = quantize(value, qparams).contiguous()  # what kernels pack
             self.weights[memo] = (codes, qparams)
         codes, qparams = self.weights[memo]
@@ -141,8 +133,8 @@ class _Inserter:
         assert entry.activation is not None
         x, hx, params, has_biases, layers, _, _, bidirectional, batch_first = node.args
         assert isinstance(x, fx.Node)
-        of_x = self.grid_of(key_of(source(x)), entry.activation)
-        of_h = self.grid_of(entry.inputs[-1], entry.activation)
+        of_x = self.context.params.activation(key_of(source(x)), entry.activation)
+        of_h = self.context.params.activation(entry.inputs[-1], entry.activation)
         outer = float(of_x.scale) / float(of_h.scale)
         cells = cells_of(params, bool(has_biases))
         new: list[Any] = []
@@ -153,7 +145,7 @@ class _Inserter:
             factor = outer if i < len(cells) // int(layers) else 1.0  # type: ignore[arg-type]
             values = [evaluate(self.context.gm, each).detach() for each in (w_ih, w_hh)]
             joined = torch.cat([values[0] * factor, values[1]], 1)
-            qparams = self.weight_grid_of(entry.name, joined, entry.weight, 0)
+            qparams = self.context.params.weight(entry.name, joined, entry.weight, 0)
             codes = quantize(joined, qparams).split([each.shape[1] for each in values], 1)
             names = [f"{entry.name}.weight_{role}_{i}" for role in ("ih", "hh")]
             grids = [replace(qparams, scale=qparams.scale / factor), qparams]
@@ -168,21 +160,19 @@ class _Inserter:
         node.args = (node.args[0], hx, new, *options, *limits)
 
 
-def insert_qdq(
-    context: PassContext, plan: QuantPlan, grid_of: GridOf, weight_grid_of: WeightGridOf
-) -> int:
+def insert_qdq(context: PassContext) -> int:
     """Quantize every site that the plan quantizes; returns how many.
 
     Raises:
-        NotCalibrated: a grid is missing; from ``grid_of``.
-        QuantError: a weight is not finite; from ``weight_grid_of``.
+        NotCalibrated: a range is missing; from ``context.params``.
+        QuantError: a weight is not finite; from ``context.params``.
     """
-    inserter = _Inserter(context, grid_of, weight_grid_of)
+    inserter = _Inserter(context)
     changed = 0
     stored: list[tuple[fx.Node, SitePlan]] = []
     with torch.no_grad():
         for node, pattern, site in list(find_sites(context.graph)):
-            entry = plan[site.name]
+            entry = context.plan[site.name]
             if not entry.quantized:
                 continue
             if pattern is _ATTENTION:

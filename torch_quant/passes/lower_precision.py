@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from torch_quant.core.plan import QuantPlan
 from torch_quant.graph.sites import find_sites, is_constant, is_float, results
 from torch_quant.passes.base import PassContext
 from torch_quant.passes.constants import evaluate, new_constant
@@ -18,12 +17,12 @@ __all__ = ["lower_precision"]
 aten = torch.ops.aten
 
 
-def lower_precision(context: PassContext, plan: QuantPlan) -> int:
+def lower_precision(context: PassContext) -> int:
     """Cast around every site that the plan has in a lower float precision; returns how many."""
     changed = 0
     casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
     for node, _, site in list(find_sites(context.graph)):
-        entry = plan[site.name]
+        entry = context.plan[site.name]
         if entry.quantized or entry.precision == "float32":
             continue
         dtype = getattr(torch, entry.precision)

@@ -9,20 +9,14 @@ graph, which is evaluated when the weight is quantized, so only one of them take
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, fx
 
-from torch_quant.core.plan import QuantPlan, SitePlan
 from torch_quant.graph.sites import KEY, find_sites
 from torch_quant.passes.base import PassContext
 from torch_quant.passes.constants import evaluate, expression, new_constant
 
-__all__ = ["FactorOf", "smooth_inputs", "smoothed_key"]
-
-FactorOf = Callable[[SitePlan, str], Tensor]
-"""Site and key of its input -> positive factors, shape ``[channels]``."""
+__all__ = ["smooth_inputs", "smoothed_key"]
 
 
 def smoothed_key(key: str, alpha: float) -> str:
@@ -31,21 +25,22 @@ def smoothed_key(key: str, alpha: float) -> str:
 
 
 @torch.no_grad()
-def smooth_inputs(context: PassContext, plan: QuantPlan, factor_of: FactorOf) -> int:
+def smooth_inputs(context: PassContext) -> int:
     """Smooth every site that the plan smooths; returns how many."""
     changed = 0
     smoothed: dict[tuple[fx.Node, str], fx.Node] = {}
     factors: dict[str, Tensor] = {}
     floats: dict[str, Tensor] = {}
     for node, _, site in list(find_sites(context.graph)):
-        entry = plan[site.name]
+        entry = context.plan[site.name]
         if not entry.quantized or entry.smooth is None:
             continue
         x, weight = node.args[:2]
         assert isinstance(x, fx.Node)
         assert isinstance(weight, fx.Node)
         key = smoothed_key(site.inputs[0], entry.smooth)
-        factor = factor_of(entry, site.inputs[0])  # raises for a site that cannot be smoothed
+        # Raises for a site that cannot be smoothed.
+        factor = context.params.factor(entry, site.inputs[0])
         factor = factors.setdefault(key, factor)
         if (x, key) not in smoothed:
             inverse = new_constant(context.gm, f"{key}.inverse", 1 / factor, node)
