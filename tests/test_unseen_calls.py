@@ -161,23 +161,37 @@ def test_new_graphs_own_their_tensors(backend: str) -> None:
 
 
 class Detector(nn.Module):
-    """As detectors do: a transform of a list, each length another kind of call, then layers."""
+    """As detectors do: a transform of a list, each length another kind of call, then layers.
+
+    With ``scale``, the results go through another method of the transform, and a part of it.
+    """
 
     class Transform(nn.Module):
-        def forward(self, images: list[Tensor]) -> Tensor:
-            return torch.stack([(x - x.mean()) / x.std() for x in images])
+        def __init__(self) -> None:
+            super().__init__()
+            self.squash = nn.Tanh()
 
-    def __init__(self) -> None:
+        def forward(self, images: list[Tensor]) -> Tensor:
+            return torch.stack([self.squash((x - x.mean()) / x.std()) for x in images])
+
+        def postprocess(self, y: Tensor) -> Tensor:
+            return y * 2
+
+    def __init__(self, scale: bool = False) -> None:
         super().__init__()
-        self.transform, self.linear = self.Transform(), nn.Linear(8, 8)
+        self.transform, self.linear, self.scale = self.Transform(), nn.Linear(8, 8), scale
 
     def forward(self, images: list[Tensor]) -> Tensor:
         y = self.linear(self.transform(images))
+        if self.scale:
+            y = self.transform.squash(self.transform.postprocess(y))
         return y if y.sum() < 1e9 else -y
 
 
-def test_a_piece_without_sites_serves_any_call() -> None:
-    model, quantizer = Detector().eval(), Quantizer("reference", unseen_calls="error")
+@pytest.mark.parametrize("scale", [False, True], ids=["called", "its parts called too"])
+def test_a_piece_without_sites_serves_any_call(scale: bool) -> None:
+    torch.manual_seed(0)
+    model, quantizer = Detector(scale).eval(), Quantizer("reference", unseen_calls="error")
     calib_model = quantizer.calib(model)
     for count in (1, 2):
         calib_model([normal(3, 8)] * count)

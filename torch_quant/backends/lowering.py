@@ -91,15 +91,22 @@ class Lowering:
         return made
 
     def _serves_any_call(self, region: Region) -> bool:
-        """Whether a piece computes as the float module does, so that this serves other calls."""
-        prepared = [self.captured.prepared(region, graph) for _, graph in region.graphs]
-        names = {site.name for each in prepared for site, _ in each.sites}
-        changed = [
-            site
-            for name in names
-            if (site := self.plan[name]).quantized or site.precision != "float32"
+        """Whether a piece computes as the float module does, so that this serves other calls.
+
+        Where the code around it calls parts of it too, no part of it may have hooks or a state.
+        """
+        below = list(region.walk())[1:]
+        if not region.path or not region.graphs or region.failure:
+            return False
+        if any(each.state or any(each.hooks.values()) for each in below):
+            return False
+        prepared = [
+            self.captured.prepared(each, graph)
+            for each in (region, *below)
+            for _, graph in each.graphs
         ]
-        return bool(region.path and prepared and not region.opened and not changed)
+        sites = (self.plan[site.name] for each in prepared for site, _ in each.sites)
+        return not any(site.quantized or site.precision != "float32" for site in sites)
 
     def _child(self, region: Region) -> nn.Module:
         return self._region(region) if region.called else glue(region, self._child)
