@@ -17,8 +17,9 @@ PACKAGE = ROOT / "torch_quant"
 
 LAYERS = (
     "version", "errors", "core", "observers", "config", "nn", "graph", "passes", "state", "model",
-    "sensitivity", "backends", "algorithms", "io", "report", "settings", "unseen", "proxies",
-    "fallback", "quantizer",
+    "sensitivity", "backends", "algorithms", "io", "report", "settings", "explain", "unseen",
+    "proxies",
+    "fallback", "quantizer_base", "quantizer",
     "tuning", "cli",
 )  # fmt: skip
 """Each is ``torch_quant/<name>.py`` or ``torch_quant/<name>/``, and may import from its left."""

@@ -56,7 +56,8 @@ def test_4_a_backend_is_as_good_as_the_reference_of_its_placement(name: str, bac
     quantizer = calibrated(model, batches(name), backend=backend)
     x = example(name, 16)
     expected = model(*x)
-    simulated = quantizer.quantize(model, backend=ReferenceBackend(Backend.of(backend).placement()))
+    reference = ReferenceBackend(Backend.get(backend).placement())
+    simulated = quantizer.quantize(model, backend=reference)
     real = quantizer.quantize(model)
     assert sqnr(expected, real(*x)) >= sqnr(expected, simulated(*x)) - 0.5
 
@@ -93,7 +94,7 @@ def test_5_save_and_load(name: str, backend: str) -> None:
     torch.export.save(program, buffer)
     buffer.seek(0)
     exported = torch.export.load(buffer).module()(*x)
-    if Backend.of(backend).compiles:  # not what its compiler reads: the same graph in float
+    if Backend.get(backend).compiles:  # not what its compiler reads: the same graph in float
         assert sqnr(expected, exported) > 30
     else:
         assert torch.equal(exported, expected)

@@ -94,7 +94,7 @@ def test_captured_calibrated_and_quantized(case: Case) -> None:
         assert shapes == wanted
         found[backend] = sqnr(leaves(expected), leaves(outputs))
         batch = case.inputs(3)
-        if Backend.of(backend).compiles:  # for batch 3 now
+        if Backend.get(backend).compiles:  # for batch 3 now
             again = sqnr(
                 leaves(run(model, case.inputs(2))), leaves(run(quant_model, case.inputs(2)))
             )

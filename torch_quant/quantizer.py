@@ -4,37 +4,36 @@ from __future__ import annotations
 
 import logging
 import os
-import weakref
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from torch_quant.backends import Backend, usable_backend
+from torch_quant.backends import Backend
 from torch_quant.backends.quantized import QuantizedRegion
-from torch_quant.config import ModuleFilter, Overrides, QConfig
-from torch_quant.core.plan import FALLEN_BACK, PRECISIONS, QuantPlan
-from torch_quant.errors import InvalidConfig, NotCalibrated, UnsupportedOp
-from torch_quant.fallback import Fallback, precision_of
-from torch_quant.graph.dynamic import Dynamic, checked_dynamic
-from torch_quant.io.summary import Summary, load_summary, save_summary
-from torch_quant.model import CapturedModel, call_example, check_model, check_same, run_example
-from torch_quant.proxies import AmpModel, AmpOptions, CalibModel, Latency, LossFn, Proxy, Tied
+from torch_quant.config import OverrideKey, QConfig
+from torch_quant.core.plan import FALLEN_BACK, QuantPlan
+from torch_quant.errors import NotCalibrated, UnsupportedOp
+from torch_quant.explain import Explanation, explain
+from torch_quant.fallback import precision_of
+from torch_quant.io.summary import load_summary, save_summary
+from torch_quant.model import call_example, run_example
+from torch_quant.proxies import AmpModel, AmpOptions, CalibModel, Latency, LossFn
+from torch_quant.quantizer_base import QuantizerBase
 from torch_quant.report.coverage import Coverage
 from torch_quant.report.sensitivity import SensitivityReport
-from torch_quant.report.tuning import Tuning
-from torch_quant.settings import Settings
-from torch_quant.state import QuantState, check_saved
-from torch_quant.unseen import UnseenCalls, checked_choice
+from torch_quant.state import check_saved
+from torch_quant.unseen import UnseenCalls
 
 __all__ = ["Quantizer"]
 
 logger = logging.getLogger("torch_quant")
 
 
-class Quantizer(Tied):
+class Quantizer(QuantizerBase):
     """Makes proxies of a float model and keeps what they learn. The model is never changed.
 
     Args:
@@ -63,38 +62,56 @@ class Quantizer(Tied):
     torch.Size([3, 2])
     """
 
-    def __init__(
-        self,
-        backend: Backend | str | None = None,
-        *,
-        qconfig: QConfig | None = None,
-        overrides: Overrides | None = None,
-        module_filter: ModuleFilter | None = None,
-        unseen_calls: str = "capture",
-        dynamic: Dynamic | None = None,
-    ) -> None:
-        self.unseen_calls = checked_choice(unseen_calls)
-        self.backend = usable_backend(backend)
-        self.qconfig = qconfig or QConfig()
-        self.overrides = dict(overrides or {})
-        self.module_filter = module_filter or ModuleFilter()
-        self._dynamic = checked_dynamic(dynamic)
-        self._summary = Summary(QuantPlan(), {})
-        self.settings.check()
-        self.state = QuantState()
+    def set(self, pattern: OverrideKey, config: QConfig | None) -> None:
+        """Add an override, or put it in the place of that with the same key.
+
+        It may come after calibration: formats and what stays in float follow it. Observers and
+        ``smooth`` need data, so they have to be set before.
+
+        Args:
+            pattern: a key of ``overrides``: a name, a glob, ``re:`` and a regular expression, an op
+                type, a module class, or a function of a :class:`SiteInfo`.
+            config: its configuration; None leaves what it covers in float.
+
+        Raises:
+            InvalidConfig: it is no such key or no QConfig, or a name that a model which this
+                quantizer has captured does not have. Nothing changes then.
+
+        >>> quantizer = Quantizer("reference")
+        >>> quantizer.set("op:embedding", None)
+        >>> quantizer.set(r"re:encoder\\.layer\\.\\d+", QConfig(smooth=0.8))
+        """
+        overrides = {key: value for key, value in self.overrides.items() if key != pattern}
+        settings = replace(self.settings, overrides={**overrides, pattern: config})
+        settings.check()
+        for model in self._models:
+            settings.check_names(model)
+        self.overrides = dict(settings.overrides)
         self.plan = QuantPlan()
-        self.fallen_back: dict[str, str] = {}  # site -> precision
-        self.tuning: Tuning | None = None
-        self._fingerprint: dict[str, str] | None = None
-        self._models = weakref.WeakKeyDictionary[nn.Module, CapturedModel]()
 
-    def __repr__(self) -> str:
-        return f"Quantizer({self.backend!r}, {self.state.batches} batches seen, {self.plan!r})"
+    def explain(
+        self, site: str, model: nn.Module | None = None, *, backend: Backend | str | None = None
+    ) -> Explanation:
+        """Which setting decided what about a site, and what the backend made of it.
 
-    @property
-    def settings(self) -> Settings:
-        """The configuration as it is now."""
-        return Settings(self.qconfig, self.overrides, self.module_filter, self._summary)
+        Args:
+            site: its name, as :meth:`coverage` and summaries have it.
+            model: the model; the one that this quantizer has captured by default.
+            backend: another backend than the quantizer's.
+
+        Raises:
+            InvalidConfig: there is no such site; or not one model that was captured.
+
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        >>> quantizer = Quantizer("reference", overrides={"1": None, "op:linear": QConfig()})
+        >>> _ = quantizer.calib(model)(torch.ones(8, 4))
+        >>> quantizer.explain("1")
+        1 (linear) on Backend.REFERENCE: float32, left in float by an override
+          quantized       no                          override '1': left in float by an override
+          overrides that cover it, the first holds: '1', 'op:linear'
+        """
+        chosen, captured = self._ready(self._only(model, "explain"), backend, None, "explain")
+        return explain(self.settings, captured, chosen, self.state, self.fallen_back, site)
 
     def calib(self, model: nn.Module, example_inputs: Any = None) -> CalibModel:
         """A proxy that returns what ``model`` returns, bit for bit, and records ranges.
@@ -262,6 +279,7 @@ class Quantizer(Tied):
         """
         chosen, captured = self._ready(model, backend, example_inputs, "quantize")
         self.state.compare_weights(model)
+        self.settings.tell_observers(captured, self.state)
         lowering = self.settings.lowering(captured, model, chosen, self.state, self.fallen_back)
         plan = lowering.plan
         if not plan.quantized and all(site.reason != FALLEN_BACK for site in plan.values()):
@@ -350,51 +368,3 @@ class Quantizer(Tied):
         summary = load_summary(path)
         summary.apply_to(self.state)
         self._summary = summary
-
-    def _captured(self, model: nn.Module, backend: Backend | None = None) -> CapturedModel:
-        backend = backend or self.backend
-        if isinstance(model, (Proxy, QuantizedRegion)):
-            raise InvalidConfig("this is a proxy; give the float model it was made from")
-        check_model(model, backend.devices, repr(backend))
-        if self._fingerprint is not None:
-            check_same(self._fingerprint, model)
-        captured = self._models.get(model)
-        if captured is None:
-            captured = self._models[model] = CapturedModel(model, self._dynamic)
-        captured.refresh(model)
-        return captured
-
-    def _seen(self, captured: CapturedModel) -> None:
-        self._fingerprint = captured.fingerprint
-        self.state.note_weights(captured.region.module)
-
-    def _basis(self) -> dict[str, Any]:
-        """What sensitivities rest on: what of it differs between two calls has changed."""
-        ranges = (self.state, self.state.version)
-        return {"the backend": self.backend, **self.settings.values(), "ranges": ranges}
-
-    def _fallback(self, proxy: AmpModel, precision: str = PRECISIONS[0]) -> Fallback:
-        if not isinstance(proxy, AmpModel):
-            raise InvalidConfig(
-                f"expected the proxy that quantizer.amp(model) makes, got {type(proxy).__name__}"
-            )
-        model = proxy.model
-        if self._models.get(model) is not proxy.captured:
-            raise InvalidConfig(
-                "the AMP proxy is of another model or another quantizer: use the quantizer that "
-                "made it, or quantizer.amp(model) and run data through it"
-            )
-        proxy.check()
-        lowering = partial(self.settings.lowering, proxy.captured, model, self.backend, self.state)
-        return Fallback(proxy, self.backend, self.fallen_back, lowering, precision)
-
-    def _ready(
-        self, model: nn.Module, backend: Backend | str | None, example_inputs: Any, method: str
-    ) -> tuple[Backend, CapturedModel]:
-        """The backend and the model, captured, for ``method``."""
-        chosen = self.backend if backend is None else usable_backend(backend)
-        captured = self._captured(model, chosen)
-        if example_inputs is not None:
-            run_example(captured, example_inputs)
-        captured.check_called(method, self.state.batches)
-        return chosen, captured

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +19,14 @@ from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import QuantError
 from torch_quant.graph.annotate import annotate
-from torch_quant.graph.rules import modules_of, qconfig_of, rules_of
+from torch_quant.graph.rules import (
+    OP_TYPES,
+    OPERATORS,
+    is_pattern,
+    modules_of,
+    qconfig_of,
+    rules_of,
+)
 from torch_quant.graph.sites import Site
 from torch_quant.io.summary import Summary
 from torch_quant.model import CapturedModel
@@ -29,7 +38,9 @@ from torch_quant.observers import (
 )
 from torch_quant.state import QuantState
 
-__all__ = ["Calibrated", "Settings"]
+__all__ = ["Calibrated", "Settings", "observer_name"]
+
+logger = logging.getLogger("torch_quant")
 
 
 @dataclass(frozen=True)
@@ -62,12 +73,19 @@ class Settings:
         rules_of(self.overrides)
 
     def check_names(self, model: nn.Module) -> None:
-        """A misspelt module name should not wait for the first batch to be found."""
+        """A misspelt module name should not wait for the first batch to be found.
+
+        What may name an operator inside a module, or outside of all, is checked once captured.
+        """
         known = [name for name, _ in model.named_modules() if name]
-        for pattern in self.module_filter.names:
-            if pattern.split(".")[0] in {name.split(".")[0] for name in known}:
-                continue  # may name an operator inside a module; checked once captured
-            check_names([pattern], known, "ModuleFilter name")
+        tops = {name.partition(".")[0] for name in known}
+        keys = [str(rule.key) for rule in rules_of(self.overrides) if rule.kind == "name"]
+        given = [("ModuleFilter name", name) for name in self.module_filter.names]
+        given += [("override", key) for key in keys]
+        for what, pattern in given:
+            operator = re.sub(r"(_\d+)?(@\d+)?$", "", pattern) in OPERATORS
+            if not (pattern.partition(".")[0] in tops or operator or is_pattern(pattern)):
+                check_names([pattern], known, what, OP_TYPES if what == "override" else ())
 
     def plan(
         self,
@@ -128,15 +146,63 @@ class Settings:
         return config is not None and config.smooth is not None
 
     def observer(self, captured: CapturedModel, key: str) -> Observer:
-        """A new observer for a tensor: that of the first site that uses it."""
+        """A new observer for a tensor: that of the site which decides, see :meth:`observed_by`."""
         if is_channels_key(key):
             return MinMaxObserver(ch_axis=-1)
+        _, config = self.observed_by(captured, key)
+        return _make((config and config.observer) or DEFAULT_OBSERVER, None)
+
+    def observed_by(self, captured: CapturedModel, key: str) -> tuple[Site, QConfig | None]:
+        """The site that decides by what a tensor is observed, and its configuration."""
+        sites = (site for prepared in captured.graphs() for site, _ in prepared.sites)
+        using = [site for site in sites if key in site.keys]
+        if not using:
+            raise QuantError(f"no site uses the tensor {key}")
+        return self._deciding(captured.region.module, key, using)
+
+    def _deciding(
+        self, model: nn.Module, key: str, using: Iterable[Site]
+    ) -> tuple[Site, QConfig | None]:
+        """Of the sites that use a tensor, the first whose override names an observer.
+
+        One that reads it goes before the one that makes it. Without such an override, it is the
+        first that reads it.
+        """
+
+        def rank(candidate: tuple[Site, QConfig | None]) -> tuple[bool, bool]:
+            site, config = candidate
+            named = config is not None and config.observer is not None
+            return named and config is not self.qconfig, key in (*site.inputs, *site.internals)
+
+        return max(((site, self._config(model, site)) for site in using), key=rank)
+
+    def tell_observers(self, captured: CapturedModel, state: QuantState) -> None:
+        """Log a warning of tensors that were recorded by another observer than is asked for now."""
+        if all(c is None or c.observer is None for c in (self.qconfig, *self.overrides.values())):
+            return
+        using: dict[str, list[Site]] = {}
         for prepared in captured.graphs():
             for site, _ in prepared.sites:
-                if key in site.keys:
-                    config = self._config(captured.region.module, site)
-                    return _make((config and config.observer) or DEFAULT_OBSERVER, None)
-        raise QuantError(f"no site uses the tensor {key}")
+                for key in site.keys:
+                    using.setdefault(key, []).append(site)
+        found = []
+        for key, sites in using.items():
+            recorded = state.observers.get(key)
+            if key in self.summary.ranges or recorded is None or not recorded.batches:
+                continue
+            site, config = self._deciding(captured.region.module, key, sites)
+            if config is not None and config.observer is not None:
+                wanted = observer_name(config.observer)
+                if recorded.name != wanted:
+                    found.append(f"{site.name} by {recorded.name!r}, not {wanted!r}")
+        if found:
+            rest = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            logger.warning(
+                "observers that were set after calibration have no effect: recorded were %s%s. A "
+                "new Quantizer() with these settings and quantizer.calib(model) applies them",
+                ", ".join(found[:3]),
+                rest,
+            )
 
     def _config(self, model: nn.Module, site: Site) -> QConfig | None:
         return qconfig_of(site, modules_of(model, site), self.qconfig, self.overrides)
@@ -187,6 +253,17 @@ class Calibrated:
         except QuantError as error:
             raise QuantError(f"the weight of {site}: {error}; mend the model's weights") from error
         return observer.qparams(spec)
+
+
+def observer_name(choice: ObserverLike) -> str:
+    """The name of an observer that a :class:`QConfig` asks for.
+
+    >>> observer_name("minmax"), observer_name(MinMaxObserver)
+    ('minmax', 'minmax')
+    """
+    if isinstance(choice, str):
+        return choice
+    return str(getattr(choice, "name", getattr(choice, "__qualname__", repr(choice))))
 
 
 def _make(choice: ObserverLike, axis: int | None) -> Observer:

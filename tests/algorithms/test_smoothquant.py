@@ -163,8 +163,8 @@ def test_amp_ranks_smoothed_sites_and_fallback_keeps_float_weights() -> None:
 def test_onnx_file(tmp_path: Path) -> None:
     model, quantizer = smoothed("onnx")
     quant_model = written(quantizer, model, data(4), tmp_path / "model.onnx")
-    report = Backend.of("onnx").verify(tmp_path / "model.onnx")  # type: ignore[attr-defined]
-    assert report.ok, str(report)
+    report = Backend.get("onnx").verify(tmp_path / "model.onnx")  # type: ignore[attr-defined]
+    assert report.complete, str(report)
     found = run_onnxruntime(tmp_path / "model.onnx", feeds(quant_model, data(64, 1)))
     assert sqnr(tensors(model, data(64, 1)), found) >= 30
 

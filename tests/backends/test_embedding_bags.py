@@ -53,7 +53,7 @@ def data(inputs: tuple[Any, ...]) -> list[tuple[tuple[Any, ...], dict[str, Any]]
 def test_every_form_gives_the_numbers_of_the_simulation(form: str, backend: str) -> None:
     options, inputs = FORMS[form]
     model = bags(**options)
-    placement = Backend.of(backend).placement()
+    placement = Backend.get(backend).placement()
     quantizer = calibrated(model, data(inputs), backend=backend)
     quant_model = quantizer.quantize(model)
     expected = quantizer.quantize(model, backend=ReferenceBackend(placement))(*inputs)

@@ -191,8 +191,8 @@ def test_weights_are_stored_as_int8(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["onednn", "onnx"])
 def test_backends_without_a_kernel_say_so(backend: str) -> None:
-    if Backend.of(backend).unavailable() is not None:
-        pytest.skip(str(Backend.of(backend).unavailable()))
+    if Backend.get(backend).unavailable() is not None:
+        pytest.skip(str(Backend.get(backend).unavailable()))
     model = nn.Sequential(nn.Linear(16, 16), Whole()).eval()
     x = normal(5, 2, 16)
     quantizer = calibrated(model, [((x,), {})], backend=backend)

@@ -113,7 +113,7 @@ def test_traced_exported_copied_and_saved(
     expected = quant_model(*x)
     assert torch.equal(copy.deepcopy(quant_model)(*x), expected)
     assert torch.equal(pickle.loads(pickle.dumps(quant_model))(*x), expected)
-    compiles = Backend.of(backend).compiles
+    compiles = Backend.get(backend).compiles
     if backend != "onnx":  # whose file is export_onnx's
         export_torchscript(quant_model, example(name, 2), tmp_path / "model.pt")
         loaded = torch.jit.load(tmp_path / "model.pt")

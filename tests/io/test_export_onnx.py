@@ -101,7 +101,7 @@ def test_opsets(opset: int, tmp_path: Path) -> None:
     export_onnx(quant_model, x, tmp_path / "m.onnx", opset=opset)
     report = Backend.ONNX.verify(tmp_path / "m.onnx")
     assert report.opset == opset
-    assert report.ok, str(report)
+    assert report.complete, str(report)
     (found,) = run_onnxruntime(tmp_path / "m.onnx", {"input": x.numpy()})
     assert sqnr(quant_model(x), found) > 35
 
@@ -126,7 +126,7 @@ def test_torch_onnx_export_takes_the_model(tmp_path: Path) -> None:
     others = example("tiny_transformer", 5)
     feed = {each.name: x.numpy() for each, x in zip(loaded.get_inputs(), others, strict=True)}
     assert sqnr(model(*others), torch.from_numpy(loaded.run(None, feed)[0])) > 25
-    assert Backend.ONNX.verify(tmp_path / "m.onnx").ok
+    assert Backend.ONNX.verify(tmp_path / "m.onnx").complete
 
 
 def test_large_weights_go_to_a_second_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +137,7 @@ def test_large_weights_go_to_a_second_file(tmp_path: Path, monkeypatch: pytest.M
     assert {each.name for each in tmp_path.iterdir()} == {"m.onnx", "m.onnx.data"}
     (found,) = run_onnxruntime(tmp_path / "m.onnx", {"input": x.numpy()})
     assert sqnr(quant_model(x), found) > 35
-    assert Backend.ONNX.verify(tmp_path / "m.onnx").ok
+    assert Backend.ONNX.verify(tmp_path / "m.onnx").complete
 
 
 def test_pieces_are_exported_if_asked(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_pieces_are_exported_if_asked(tmp_path: Path) -> None:
     assert set(files) == set(tmp_path.iterdir())
     for file in files:
         report = Backend.ONNX.verify(file)
-        assert report.ok, str(report)
+        assert report.complete, str(report)
     run(quant_model, case.inputs(2))
 
 
@@ -207,8 +207,8 @@ def test_missing_packages_say_what_to_install(
 
 @pytest.mark.parametrize("backend", ["reference", "onednn"])
 def test_a_model_for_another_backend(backend: str, tmp_path: Path) -> None:
-    if Backend.of(backend).unavailable():
-        pytest.skip(f"Backend {backend}: {Backend.of(backend).unavailable()}")
+    if Backend.get(backend).unavailable():
+        pytest.skip(f"Backend {backend}: {Backend.get(backend).unavailable()}")
     model, (x,) = mlp(), example("mlp", 4)
     quant_model = calibrated(model, [((x,), {})], backend=backend).quantize(model)
     with pytest.raises(InvalidConfig, match=r"backend=Backend\.ONNX"):

@@ -1,8 +1,11 @@
 """Runtimes. Importing this package registers every backend."""
 
 from torch_quant.backends.base import (
+    VARIABLE,
     Backend,
+    Verification,
     available_backends,
+    backend_of_environment,
     best_backend,
     register_backend,
     usable_backend,
@@ -13,12 +16,15 @@ from torch_quant.backends.onnx import OnnxBackend
 from torch_quant.backends.reference import ReferenceBackend
 
 __all__ = [
+    "VARIABLE",
     "Backend",
     "IPEXBackend",
     "OneDNNBackend",
     "OnnxBackend",
     "ReferenceBackend",
+    "Verification",
     "available_backends",
+    "backend_of_environment",
     "best_backend",
     "register_backend",
     "usable_backend",

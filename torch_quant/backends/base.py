@@ -2,37 +2,81 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, ABCMeta, abstractmethod
-from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
-from torch_quant.core.plan import Placement
+from torch_quant.core.naming import did_you_mean
+from torch_quant.core.plan import Placement, QuantPlan
 from torch_quant.errors import BackendUnavailable, InvalidConfig
 from torch_quant.passes.base import PassContext
 
-__all__ = ["Backend", "available_backends", "best_backend", "register_backend", "usable_backend"]
+if TYPE_CHECKING:  # the types of what is registered, for type checkers and editors
+    from torch_quant.backends.ipex import IPEXBackend
+    from torch_quant.backends.onednn import OneDNNBackend
+    from torch_quant.backends.onnx import OnnxBackend
+    from torch_quant.backends.reference import ReferenceBackend
+
+__all__ = [
+    "VARIABLE",
+    "Backend",
+    "Verification",
+    "available_backends",
+    "backend_of_environment",
+    "best_backend",
+    "register_backend",
+    "usable_backend",
+]
+
+VARIABLE = "TORCH_QUANT_BACKEND"
+"""The environment variable that names the backend of every quantizer."""
 
 _REGISTRY: dict[str, Backend] = {}
 T = TypeVar("T", bound="type[Backend]")
 
 
+@runtime_checkable
+class Verification(Protocol):
+    """What a runtime runs in int8 and what not; ``print`` shows it. Each backend has its own."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether all that is planned in int8 runs in int8."""
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """What is planned in int8 and does not run there -> why."""
+
+
 class _ByName(ABCMeta):
     """Makes ``Backend.ONEDNN`` the registered backend of that name."""
 
-    def __getattr__(cls, name: str) -> Backend:
-        if name.startswith("_") or not name.isupper():
-            raise AttributeError(name)
-        return Backend.of(name)
+    if not TYPE_CHECKING:  # a type checker knows those below and refuses every other name
+
+        def __getattr__(cls, name: str) -> Backend:
+            if name.startswith("_") or not name.isupper():
+                raise AttributeError(name)
+            return Backend.get(name)
 
 
 class Backend(ABC, metaclass=_ByName):
-    """A runtime. ``Backend.REFERENCE``, ``Backend.ONEDNN`` ... are the registered ones.
+    """A runtime. Those of this package are ``Backend.ONEDNN`` and its siblings.
+
+    ``Backend.get("name")`` finds them too, and whatever else was registered.
 
     >>> Backend.REFERENCE.name
     'reference'
+    >>> Backend.get("reference") is Backend.REFERENCE
+    True
     """
+
+    ONEDNN: ClassVar[OneDNNBackend]
+    IPEX: ClassVar[IPEXBackend]
+    ONNX: ClassVar[OnnxBackend]
+    REFERENCE: ClassVar[ReferenceBackend]
 
     name: ClassVar[str]
     priority: ClassVar[int] = 0
@@ -73,11 +117,23 @@ class Backend(ABC, metaclass=_ByName):
         """Run a lowered graph while ``torch.jit.trace`` records it."""
         return body(*tensors)
 
-    def verify(self, *args: Any, **kwargs: Any) -> Any:
+    def verify(
+        self,
+        subject: nn.Module | str | os.PathLike[str],
+        example_inputs: Any = None,
+        *,
+        plan: QuantPlan | None = None,
+    ) -> Verification:
         """What runs in int8, read from a runtime that decides that itself.
 
+        Args:
+            subject: the quantized model, or the exported file: what the runtime is given.
+            example_inputs: to run a model with, as for :meth:`Quantizer.calib`.
+            plan: the quantizer's, where ``subject`` does not hold it.
+
         Raises:
-            InvalidConfig: the backend calls its kernels itself, so there is nothing to ask.
+            InvalidConfig: the backend calls its kernels itself, so there is nothing to ask; or
+                ``subject`` is not what it can read.
         """
         raise InvalidConfig(
             f"{self!r} runs every kernel that the plan names, so there is nothing to verify: "
@@ -85,15 +141,23 @@ class Backend(ABC, metaclass=_ByName):
         )
 
     @staticmethod
-    def of(name: str | Backend) -> Backend:
-        """The backend called ``name``; raises :class:`InvalidConfig` listing those there are."""
+    def get(name: str | Backend) -> Backend:
+        """The backend called ``name``, whoever registered it.
+
+        Raises:
+            InvalidConfig: there is none; lists those there are.
+
+        >>> Backend.get("onednn")
+        Backend.ONEDNN
+        """
         if isinstance(name, Backend):
             return name
         found = _REGISTRY.get(str(name).lower())
         if found is None:
+            names = [f"Backend.{known.upper()}" for known in _REGISTRY]
             raise InvalidConfig(
-                f"unknown backend {name!r}; expected one of "
-                f"{', '.join(f'Backend.{known.upper()}' for known in _REGISTRY)}"
+                f"unknown backend {name!r}; expected one of {', '.join(names)}"
+                f"{did_you_mean(str(name).lower(), _REGISTRY)}"
             )
         return found
 
@@ -102,13 +166,20 @@ class Backend(ABC, metaclass=_ByName):
 
 
 def register_backend(cls: T) -> T:
-    """Class decorator: make the backend known by its name."""
+    """Class decorator: make the backend known by its name.
+
+    It is then ``Quantizer(backend="name")`` and ``Backend.get("name")``.
+    """
     _REGISTRY[cls.name] = cls()
     return cls
 
 
 def available_backends() -> list[Backend]:
-    """The backends that run on this machine, best first."""
+    """The backends that run on this machine, best first.
+
+    >>> Backend.REFERENCE in available_backends()
+    True
+    """
     usable = [backend for backend in _REGISTRY.values() if backend.unavailable() is None]
     return sorted(usable, key=lambda backend: -backend.priority)
 
@@ -118,9 +189,25 @@ def best_backend() -> Backend:
     return available_backends()[0]
 
 
+def backend_of_environment() -> Backend | None:
+    """The backend that the variable ``TORCH_QUANT_BACKEND`` names, None if it is not set.
+
+    Raises:
+        InvalidConfig: it names none.
+        BackendUnavailable: that backend does not run on this machine.
+    """
+    name = os.environ.get(VARIABLE, "").strip()
+    if not name:
+        return None
+    try:
+        return usable_backend(name)
+    except (InvalidConfig, BackendUnavailable) as error:
+        raise type(error)(f"the environment variable {VARIABLE}: {error}") from error
+
+
 def usable_backend(backend: Backend | str | None) -> Backend:
     """The backend meant, None for the best; raises :class:`BackendUnavailable` if not on here."""
-    chosen = best_backend() if backend is None else Backend.of(backend)
+    chosen = best_backend() if backend is None else Backend.get(backend)
     if reason := chosen.unavailable():
         raise BackendUnavailable(f"{chosen!r} does not run here: {reason}")
     return chosen

@@ -23,11 +23,23 @@ from torch_quant.config import OverrideKey, Overrides, QConfig, SiteInfo, matche
 from torch_quant.core.naming import class_named, did_you_mean
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.ops import PATTERNS
-from torch_quant.graph.sites import Site
+from torch_quant.graph.sites import Site, op_name
 
-__all__ = ["OP_TYPES", "Rule", "key_text", "modules_of", "qconfig_of", "rules_for", "rules_of"]
+__all__ = [
+    "OPERATORS",
+    "OP_TYPES",
+    "Rule",
+    "is_pattern",
+    "key_text",
+    "modules_of",
+    "qconfig_of",
+    "rules_for",
+    "rules_of",
+]
 
 OP_TYPES = tuple(pattern.name for pattern in PATTERNS)
+OPERATORS = frozenset(op_name(target) for pattern in PATTERNS for target in pattern.targets)
+"""Names that a site may have, with a number behind it, where it runs in no module but the root."""
 _OPS = frozenset(OP_TYPES)
 
 _Rank = tuple[int, int, int]
@@ -66,7 +78,7 @@ class Rule:
             if not (depth := matched_depth(site.name, pattern)):
                 return None
             prefix = ".".join(site.name.split(".")[:depth])
-            return (3, depth, 2 if pattern == prefix else 0 if _is_pattern(pattern) else 1)
+            return (3, depth, 2 if pattern == prefix else 0 if is_pattern(pattern) else 1)
         if self.kind == "class":
             cls = cast("type[nn.Module]", self.target)
             depths = [i for i, module in enumerate(modules) if isinstance(module, cls)]
@@ -107,7 +119,8 @@ def key_text(key: object) -> str:
     return repr(key) if name is None else name if isinstance(key, type) else f"{name}()"
 
 
-def _is_pattern(text: str) -> bool:
+def is_pattern(text: str) -> bool:
+    """Whether a name is a glob or a regular expression."""
     return text.startswith("re:") or any(mark in text for mark in "*?[")
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import sys
 from collections.abc import Callable
@@ -34,7 +35,7 @@ from torch_quant.backends.ipex.trace import (
     record,
     writes_in_place,
 )
-from torch_quant.backends.ipex.verify import Verification, verify
+from torch_quant.backends.ipex.verify import IPEXReport, verify
 from torch_quant.backends.onednn import has_vnni
 from torch_quant.backends.reference import symmetric_weight
 from torch_quant.core.plan import Placement, QuantPlan
@@ -137,16 +138,28 @@ class IPEXBackend(Backend):
         return record(body, tensors, bfloat16=self.bfloat16)
 
     def verify(
-        self, model: nn.Module, example_inputs: Any, *, plan: QuantPlan | None = None
-    ) -> Verification:
-        """Run ``model`` on an example and compare what IPEX fused with what should be in int8.
+        self,
+        subject: nn.Module | str | os.PathLike[str],
+        example_inputs: Any = None,
+        *,
+        plan: QuantPlan | None = None,
+    ) -> IPEXReport:
+        """Run a model on an example and compare what IPEX fused with what should be in int8.
 
         Args:
-            model: what ``Quantizer.quantize`` returned, or a traced and frozen module of it.
+            subject: what ``Quantizer.quantize`` returned, or a traced and frozen module of it.
             example_inputs: as for :meth:`Quantizer.calib`.
             plan: the quantizer's plan; needed to name the sites of a traced module.
+
+        Raises:
+            InvalidConfig: ``subject`` is no module.
         """
-        return verify(model, example_inputs, plan)
+        if not isinstance(subject, nn.Module):
+            raise InvalidConfig(
+                f"expected the quantized model, got {subject!r}; of a file, give "
+                "torch.jit.load(path)"
+            )
+        return verify(subject, example_inputs, plan)
 
     def __repr__(self) -> str:
         return f"{super().__repr__()}{' with bfloat16' if self.bfloat16 else ''}"

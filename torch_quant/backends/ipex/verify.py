@@ -19,7 +19,7 @@ from torch_quant.errors import InvalidConfig
 from torch_quant.graph.sites import KEY
 from torch_quant.model import call_example, example_call
 
-__all__ = ["Verification", "verify"]
+__all__ = ["IPEXReport", "verify"]
 
 aten = torch.ops.aten
 
@@ -47,8 +47,8 @@ class Product:
 
 
 @dataclass(frozen=True)
-class Verification:
-    """What runs in int8.
+class IPEXReport:
+    """What :meth:`IPEXBackend.verify` found; ``print`` shows it.
 
     Args:
         partitions: fused groups in the graphs that ran.
@@ -76,7 +76,7 @@ class Verification:
         return "\n".join(lines)
 
 
-def verify(model: nn.Module, example_inputs: Any, plan: QuantPlan | None = None) -> Verification:
+def verify(model: nn.Module, example_inputs: Any, plan: QuantPlan | None = None) -> IPEXReport:
     """Run ``model`` and read its graphs; see :meth:`IPEXBackend.verify`."""
     with torch.no_grad():
         if isinstance(model, torch.jit.ScriptModule):
@@ -231,7 +231,7 @@ def _same(product: Product) -> tuple[Any, ...]:
     return product.kind, tuple(grids), product.weight
 
 
-def _compare(ran: list[tuple[QuantizedGraph, tuple[Any, ...]]]) -> Verification:
+def _compare(ran: list[tuple[QuantizedGraph, tuple[Any, ...]]]) -> IPEXReport:
     partitions = 0
     int8: Counter[str] = Counter()
     expected: Counter[str] = Counter()
@@ -264,10 +264,10 @@ def _compare(ran: list[tuple[QuantizedGraph, tuple[Any, ...]]]) -> Verification:
                         product.kind, "it is in no fused partition of the graph that ran"
                     )
                 )
-    return Verification(partitions, dict(int8), dict(expected), left_out)
+    return IPEXReport(partitions, dict(int8), dict(expected), left_out)
 
 
-def _compare_counts(graph: Any, plan: QuantPlan | None) -> Verification:
+def _compare_counts(graph: Any, plan: QuantPlan | None) -> IPEXReport:
     """For a traced module, whose products have no names: counts against the plan."""
     found = _Found()
     _read(graph, found)
@@ -286,4 +286,4 @@ def _compare_counts(graph: Any, plan: QuantPlan | None) -> Verification:
         for kind, count in (wanted - int8).items():
             left_out.setdefault(kind, f"the plan has {count} more than the graph that ran")
         expected = wanted | expected
-    return Verification(found.partitions, dict(int8), dict(expected), left_out)
+    return IPEXReport(found.partitions, dict(int8), dict(expected), left_out)

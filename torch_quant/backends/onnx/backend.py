@@ -11,13 +11,14 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from torch_quant.backends.base import Backend, register_backend
 from torch_quant.backends.onednn import has_vnni
 from torch_quant.backends.reference import symmetric_weight
-from torch_quant.core.plan import Placement
+from torch_quant.core.plan import Placement, QuantPlan
 from torch_quant.core.spec import QuantSpec
+from torch_quant.errors import InvalidConfig
 from torch_quant.graph.decomposed import decomposed
 from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
 from torch_quant.passes.base import PassContext, run_passes
@@ -88,16 +89,35 @@ class OnnxBackend(Backend):
         context.graph.eliminate_dead_code()
         return context.gm
 
-    def verify(self, path: str | os.PathLike[str]) -> OnnxReport:
+    def verify(
+        self,
+        subject: nn.Module | str | os.PathLike[str],
+        example_inputs: Any = None,
+        *,
+        plan: QuantPlan | None = None,
+    ) -> OnnxReport:
         """Check an exported file and list what onnxruntime fuses of it.
+
+        Args:
+            subject: the file.
+            example_inputs: not taken, since the file is not run.
+            plan: not taken, since the file holds it.
 
         Raises:
             BackendUnavailable: onnx or onnxruntime is not installed.
-            InvalidConfig: the file cannot be read, or is no valid model.
+            InvalidConfig: the file cannot be read, or is no valid model; ``subject`` is no path, or
+                something is given beside it.
         """
         from torch_quant.backends.onnx.verify import verify
 
-        return verify(path)
+        if isinstance(subject, nn.Module):
+            raise InvalidConfig(
+                "expected the path of an exported file, got a model: "
+                'torch_quant.export_onnx(quant_model, example_inputs, "model.onnx") writes one'
+            )
+        if example_inputs is not None or plan is not None:
+            raise InvalidConfig("verify takes the file alone: it is not run, and holds its plan")
+        return verify(subject)
 
 
 def _refuse(op: str, activation: QuantSpec | None, weight: QuantSpec | None) -> str | None:

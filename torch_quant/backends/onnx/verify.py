@@ -89,9 +89,15 @@ class OnnxReport:
         return tuple(site for site in self.sites if site.reason)
 
     @property
-    def ok(self) -> bool:
+    def left_out(self) -> dict[str, str]:
+        """Node or site -> why it does not run on an integer kernel."""
+        floats = {site.name: f"{site.kernel}: {site.reason}" for site in self.not_fused}
+        return floats | dict.fromkeys(self.missing, "planned in int8, but not in the file")
+
+    @property
+    def complete(self) -> bool:
         """Whether all that is planned in int8 runs in int8."""
-        return not self.not_fused and not self.missing
+        return not self.left_out
 
     def __str__(self) -> str:
         kernels = Counter(site.kernel for site in self.fused)
@@ -102,8 +108,7 @@ class OnnxReport:
             f"onnxruntime {self.runtime}: {len(self.fused)} of {len(self.sites)} quantized "
             f"products on integer kernels{f' ({names})' if names else ''}",
         ]
-        lines += [f"  {site.name}: {site.kernel}: {site.reason}" for site in self.not_fused]
-        lines += [f"  {name}: planned in int8, but not in the file" for name in self.missing]
+        lines += [f"  {name}: {reason}" for name, reason in self.left_out.items()]
         return "\n".join(lines)
 
 

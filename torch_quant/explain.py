@@ -1,0 +1,258 @@
+"""Why a site is quantized as it is: which setting decided what, and what the backend made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch_quant.backends import Backend
+from torch_quant.config import QConfig, matches_name
+from torch_quant.core.naming import did_you_mean
+from torch_quant.core.plan import FALLEN_BACK, SitePlan
+from torch_quant.core.spec import QuantSpec
+from torch_quant.errors import InvalidConfig
+from torch_quant.graph.rules import modules_of, rules_for
+from torch_quant.graph.sites import Site
+from torch_quant.model import CapturedModel
+from torch_quant.observers import DEFAULT_OBSERVER
+from torch_quant.settings import Settings, observer_name
+from torch_quant.state import QuantState
+
+__all__ = ["Decision", "Explanation", "explain"]
+
+_QCONFIG = "Quantizer(qconfig=...)"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One thing that was decided about a site.
+
+    Args:
+        what: ``"quantized"``, ``"input"``, ``"weight"``, ``"observer"``, ``"weight_observer"`` or
+            ``"smooth"``, as in :class:`QConfig`.
+        value: what it is now.
+        rule: the setting that decided, or the backend.
+        why: what else is to be known, empty if nothing.
+    """
+
+    what: str
+    value: QuantSpec | str | float | bool | None
+    rule: str
+    why: str = ""
+
+    def __str__(self) -> str:
+        value = "yes" if self.value is True else "no" if self.value is False else self.value
+        return f"{self.what:<16}{value!s:<28}{self.rule}{f': {self.why}' if self.why else ''}"
+
+
+@dataclass(frozen=True, repr=False)
+class Explanation:
+    """What ``Quantizer.explain`` returns; its repr is to be read.
+
+    Args:
+        site: the site, or an operator that is none.
+        op: its op type.
+        backend: for which backend.
+        quantized: whether it runs in int8.
+        precision: the arithmetic it runs in otherwise.
+        reason: why it stays in float, empty if quantized.
+        decisions: who decided what.
+        overrides: the overrides that cover it; the first holds.
+    """
+
+    site: str
+    op: str
+    backend: str
+    quantized: bool
+    precision: str
+    reason: str
+    decisions: tuple[Decision, ...]
+    overrides: tuple[str, ...] = ()
+
+    def __getitem__(self, what: str) -> Decision:
+        """The decision about ``what``; raises :class:`InvalidConfig` listing those there are."""
+        for decision in self.decisions:
+            if decision.what == what:
+                return decision
+        known = ", ".join(decision.what for decision in self.decisions)
+        raise InvalidConfig(f"nothing was decided about {what!r} of {self.site}; only {known}")
+
+    def __repr__(self) -> str:
+        state = "int8" if self.quantized else f"{self.precision}, {self.reason}"
+        lines = [f"{self.site} ({self.op}) on {self.backend}: {state}"]
+        lines += [f"  {decision}" for decision in self.decisions]
+        if self.overrides:
+            lines.append(f"  overrides that cover it, the first holds: {', '.join(self.overrides)}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """All that decides about one site."""
+
+    settings: Settings
+    captured: CapturedModel
+    backend: Backend
+    state: QuantState
+    fallen: Mapping[str, str]
+    site: Site
+    obstacle: str
+    entry: SitePlan
+
+    @property
+    def name(self) -> str:
+        return repr(self.backend)
+
+    def decisions(self) -> tuple[Decision, ...]:
+        module = self.captured.region.module
+        modules = modules_of(module, self.site)
+        rules = rules_for(self.site, modules, self.settings.overrides)
+        config = rules[0].value if rules else self.settings.qconfig
+        source = str(rules[0]) if rules else _QCONFIG
+        found: list[Decision | None] = []
+        found.append(quantized := self._quantized(source if rules and config is None else None))
+        if not self.entry.quantized and quantized.rule != self.name:
+            return (quantized,)  # no format was considered
+        edit = self.settings.summary.plan.get(self.site.name)
+        if config is None and not (edit is not None and edit.quantized):
+            return tuple(each for each in found if each is not None)
+        config = config or QConfig()
+        if edit is not None and edit.quantized:
+            found += [self._summary(what) for what in ("input", "weight", "smooth")]
+        else:
+            found += [self._format("input", config.input, self.entry.activation, source)]
+            found += [self._format("weight", config.weight, self.entry.weight, source)]
+            found += [self._smooth(config, source)]
+        found += self._observers(config, source)
+        return tuple(each for each in found if each is not None)
+
+    def _quantized(self, override: str | None) -> Decision:
+        entry, site = self.entry, self.site
+        verdict = self.settings.module_filter.verdict(
+            site.name, site.op, modules_of(self.captured.region.module, site)
+        )
+        edit = self.settings.summary.plan.get(site.name)
+        if entry.quantized:
+            rule = f"module_filter, {verdict[1]}" if verdict[1] else self.name
+            return Decision("quantized", True, rule, f"{self.name} has a kernel for {site.op}")
+        rule = self.name
+        if edit is not None and not edit.quantized:
+            rule = "the summary"
+        elif self.obstacle:
+            rule = "the model"
+        elif verdict[0]:
+            rule = f"module_filter, {verdict[1]}"
+        elif override:
+            rule = override
+        elif entry.reason == FALLEN_BACK and site.name in self.fallen:
+            rule = "quantizer.fallback()"
+        return Decision("quantized", False, rule, entry.reason)
+
+    def _format(
+        self, what: str, asked: QuantSpec | None, value: QuantSpec | None, source: str
+    ) -> Decision | None:
+        if value is None:
+            return None  # it reads no activation, or has no weight
+        if asked is not None:
+            return Decision(what, value, source)
+        return Decision(what, value, self.name, f"its format for {self.site.op}")
+
+    def _summary(self, what: str) -> Decision | None:
+        values = {
+            "input": self.entry.activation,
+            "weight": self.entry.weight,
+            "smooth": self.entry.smooth,
+        }
+        return None if values[what] is None else Decision(what, values[what], "the summary")
+
+    def _smooth(self, config: QConfig, source: str) -> Decision | None:
+        if config.smooth is None:
+            return None
+        if not self.site.smoothable:
+            why = (
+                "only linear layers can be smoothed whose input's last dimension is as it was "
+                "computed"
+            )
+            return Decision("smooth", None, self.site.op, why)
+        return Decision("smooth", config.smooth, source)
+
+    def _observers(self, config: QConfig, source: str) -> list[Decision | None]:
+        found: list[Decision | None] = []
+        if self.site.inputs:
+            found.append(self._observer(self.site.inputs[0]))
+        if self.site.weight_shape:
+            given = config.weight_observer != QConfig().weight_observer
+            rule = source if given else "the default"
+            found.append(Decision("weight_observer", observer_name(config.weight_observer), rule))
+        return found
+
+    def _observer(self, key: str) -> Decision:
+        """That of the first input: sites that share a tensor have one observer."""
+        first, config = self.settings.observed_by(self.captured, key)
+        rules = rules_for(
+            first, modules_of(self.captured.region.module, first), self.settings.overrides
+        )
+        asked = config.observer if config is not None else None
+        rule = "the default" if asked is None else str(rules[0]) if rules else _QCONFIG
+        why = (
+            []
+            if first.name == self.site.name
+            else [f"decided at {first.name}, which shares the tensor"]
+        )
+        wanted = observer_name(asked or DEFAULT_OBSERVER)
+        recorded = self.state.observers.get(key)
+        if recorded is None or not recorded.batches:
+            return Decision("observer", wanted, rule, "; ".join([*why, "nothing recorded yet"]))
+        if recorded.name != wanted:
+            why.append(f"ranges are there already, and {wanted} was asked for")
+        return Decision("observer", recorded.name, rule, "; ".join(why))
+
+
+def explain(
+    settings: Settings,
+    captured: CapturedModel,
+    backend: Backend,
+    state: QuantState,
+    fallen: Mapping[str, str],
+    name: str,
+) -> Explanation:
+    """Who decided what about the site called ``name``.
+
+    Args:
+        settings: what the user asked for.
+        captured: the model's graphs.
+        backend: where it will run.
+        state: the ranges.
+        fallen: site -> precision of what fell back to float.
+        name: the site, or an operator that is none.
+
+    Raises:
+        InvalidConfig: there is no such site; names those of a module, or the closest.
+    """
+    plan = settings.plan(captured, captured.region.module, backend, fallen)
+    for site, obstacle in captured.sites():
+        if site.name == name:
+            facts = _Facts(settings, captured, backend, state, fallen, site, obstacle, plan[name])
+            entry, modules = plan[name], modules_of(captured.region.module, site)
+            return Explanation(
+                name,
+                site.op,
+                repr(backend),
+                entry.quantized,
+                entry.precision,
+                entry.reason,
+                facts.decisions(),
+                tuple(str(r)[9:] for r in rules_for(site, modules, settings.overrides)),
+            )
+    for op in plan.float_ops:
+        if op.name == name:
+            decision = Decision("quantized", False, "the op table", op.reason)
+            return Explanation(name, op.op, repr(backend), False, "float32", op.reason, (decision,))
+    inside = [each for each in plan if matches_name(each, name)]
+    if inside:
+        rest = f" and {len(inside) - 8} more" if len(inside) > 8 else ""
+        raise InvalidConfig(
+            f"{name!r} is no site but covers {', '.join(inside[:8])}{rest}: explain one of them"
+        )
+    hint = did_you_mean(name, [*plan, *(op.name for op in plan.float_ops)])
+    raise InvalidConfig(f"the model has no site {name!r}{hint}")

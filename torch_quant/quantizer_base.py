@@ -1,0 +1,145 @@
+"""What the public methods of a quantizer rest on: its settings, what it learned, its models."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from torch_quant.backends import VARIABLE, Backend, backend_of_environment, usable_backend
+from torch_quant.backends.quantized import QuantizedRegion
+from torch_quant.config import ModuleFilter, Overrides, QConfig
+from torch_quant.core.plan import PRECISIONS, QuantPlan
+from torch_quant.errors import InvalidConfig
+from torch_quant.fallback import Fallback
+from torch_quant.graph.dynamic import Dynamic, checked_dynamic
+from torch_quant.io.summary import Summary
+from torch_quant.model import CapturedModel, check_model, check_same, run_example
+from torch_quant.proxies import AmpModel, Proxy, Tied
+from torch_quant.report.tuning import Tuning
+from torch_quant.settings import Settings
+from torch_quant.state import QuantState
+from torch_quant.unseen import checked_choice
+
+__all__ = ["QuantizerBase"]
+
+logger = logging.getLogger("torch_quant")
+
+
+class QuantizerBase(Tied):
+    """Everything of a :class:`Quantizer` but its public methods."""
+
+    def __init__(
+        self,
+        backend: Backend | str | None = None,
+        *,
+        qconfig: QConfig | None = None,
+        overrides: Overrides | None = None,
+        module_filter: ModuleFilter | None = None,
+        unseen_calls: str = "capture",
+        dynamic: Dynamic | None = None,
+    ) -> None:
+        self.unseen_calls = checked_choice(unseen_calls)
+        self._asked, self.backend, self._forced = _chosen(backend)
+        self.qconfig = qconfig or QConfig()
+        self.overrides = dict(overrides or {})
+        self.module_filter = module_filter or ModuleFilter()
+        self._dynamic = checked_dynamic(dynamic)
+        self._summary = Summary(QuantPlan(), {})
+        self.settings.check()
+        self.state = QuantState()
+        self.plan = QuantPlan()
+        self.fallen_back: dict[str, str] = {}  # site -> precision
+        self.tuning: Tuning | None = None
+        self._fingerprint: dict[str, str] | None = None
+        self._models = weakref.WeakKeyDictionary[nn.Module, CapturedModel]()
+
+    def __repr__(self) -> str:
+        forced = self._forced if self.backend is self._forced else None
+        note = "" if forced is None else f" by {VARIABLE}"
+        if forced is not None and self._asked is not None:
+            note += f" in the place of {self._asked!r}"
+        return (
+            f"Quantizer({self.backend!r}{note}, {self.state.batches} batches seen, {self.plan!r})"
+        )
+
+    @property
+    def settings(self) -> Settings:
+        """The configuration as it is now."""
+        return Settings(self.qconfig, self.overrides, self.module_filter, self._summary)
+
+    def _captured(self, model: nn.Module, backend: Backend | None = None) -> CapturedModel:
+        backend = backend or self.backend
+        if isinstance(model, (Proxy, QuantizedRegion)):
+            raise InvalidConfig("this is a proxy; give the float model it was made from")
+        check_model(model, backend.devices, repr(backend))
+        if self._fingerprint is not None:
+            check_same(self._fingerprint, model)
+        captured = self._models.get(model)
+        if captured is None:
+            captured = self._models[model] = CapturedModel(model, self._dynamic)
+        captured.refresh(model)
+        return captured
+
+    def _seen(self, captured: CapturedModel) -> None:
+        self._fingerprint = captured.fingerprint
+        self.state.note_weights(captured.region.module)
+
+    def _basis(self) -> dict[str, Any]:
+        """What sensitivities rest on: what of it differs between two calls has changed."""
+        ranges = (self.state, self.state.version)
+        return {"the backend": self.backend, **self.settings.values(), "ranges": ranges}
+
+    def _fallback(self, proxy: AmpModel, precision: str = PRECISIONS[0]) -> Fallback:
+        if not isinstance(proxy, AmpModel):
+            raise InvalidConfig(
+                f"expected the proxy that quantizer.amp(model) makes, got {type(proxy).__name__}"
+            )
+        model = proxy.model
+        if self._models.get(model) is not proxy.captured:
+            raise InvalidConfig(
+                "the AMP proxy is of another model or another quantizer: use the quantizer that "
+                "made it, or quantizer.amp(model) and run data through it"
+            )
+        proxy.check()
+        lowering = partial(self.settings.lowering, proxy.captured, model, self.backend, self.state)
+        return Fallback(proxy, self.backend, self.fallen_back, lowering, precision)
+
+    def _ready(
+        self, model: nn.Module, backend: Backend | str | None, example_inputs: Any, method: str
+    ) -> tuple[Backend, CapturedModel]:
+        """The backend and the model, captured, for ``method``."""
+        chosen = self.backend if backend is None else usable_backend(backend)
+        captured = self._captured(model, chosen)
+        if example_inputs is not None:
+            run_example(captured, example_inputs)
+        captured.check_called(method, self.state.batches)
+        return chosen, captured
+
+    def _only(self, model: nn.Module | None, method: str) -> nn.Module:
+        """``model``, or the one that this quantizer has captured."""
+        if model is not None:
+            return model
+        known = list(self._models)
+        if len(known) != 1:
+            have = f"{len(known)} models were" if known else "no model was"
+            raise InvalidConfig(
+                f"{have} captured by this quantizer: quantizer.{method}(..., model)"
+            )
+        return known[0]
+
+
+def _chosen(backend: Backend | str | None) -> tuple[Backend | None, Backend, Backend | None]:
+    """The backend asked for, the one to take, and the same again if the environment forces it."""
+    asked = None if backend is None else Backend.get(backend)
+    forced = backend_of_environment()
+    if forced is None or (asked is not None and asked.name == forced.name):
+        return asked, usable_backend(asked), None
+    if asked is not None:
+        logger.warning(
+            "%r in the place of %r: the environment variable %s is set", forced, asked, VARIABLE
+        )
+    return asked, forced, forced
