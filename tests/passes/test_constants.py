@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from awkward import AWKWARD
 from models import normal, seeded
 from rewriting import Two, canonical
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+from torch_quant.graph.serialize import pack, unpack
 from torch_quant.graph.sites import find_sites
-from torch_quant.passes.constants import evaluate, new_constant
+from torch_quant.passes.constants import evaluate, new_constant, new_constants, settle_names
 
 aten = torch.ops.aten
 
@@ -72,7 +75,7 @@ def test_a_new_constant_is_a_buffer_read_right_before() -> None:
     value = torch.full((16, 16), 2.0)
     made = new_constant(gm, "encoder.layer.0.weight", value, node)
     assert made.op == "get_attr"
-    assert made.target == "encoder_layer_0_weight"
+    assert made.target == "encoder.layer.0.weight"
     assert gm.get_buffer(made.target) is value
     assert made.next is node
 
@@ -80,18 +83,81 @@ def test_a_new_constant_is_a_buffer_read_right_before() -> None:
 def test_the_same_value_again_is_the_same_buffer() -> None:
     gm, node = graph_of_two()
     value = torch.ones(3)
-    first, second = (new_constant(gm, "l0.weight", value, node) for _ in range(2))
+    first, second = (new_constant(gm, "l0.factor", value, node) for _ in range(2))
     assert first.target == second.target
-    assert names(gm) == {"l0_weight"}
+    assert names(gm) == {"l0.factor"}
 
 
 def test_another_value_of_the_same_name_gets_its_own() -> None:
     gm, node = graph_of_two()
     values = [torch.ones(3), torch.ones(3), torch.zeros(3)]
     targets = [new_constant(gm, "l0.weight", value, node).target for value in values]
-    assert targets == ["l0_weight", "l0_weight_1", "l0_weight_2"]
+    assert targets == ["l0.weight_1", "l0.weight_2", "l0.weight_3"]  # the float one has the name
     assert all(gm.get_buffer(t) is value for t, value in zip(targets, values, strict=True))
-    assert new_constant(gm, "l0.weight", values[1], node).target == "l0_weight_1"
+    assert new_constant(gm, "l0.weight", values[1], node).target == "l0.weight_2"
+
+
+def codes(step: float = 1.0) -> dict[str, Tensor]:
+    return {"": torch.ones(16, 16, dtype=torch.int8), "_scale": torch.full((16,), step)}
+
+
+def test_a_name_that_has_become_free_goes_to_the_new_constant() -> None:
+    gm, node = graph_of_two()
+    weight, scale = new_constants(gm, "l0.weight", codes(), node)
+    assert (weight.target, scale.target) == ("l0.weight_1", "l0.weight_1_scale")
+    node.update_arg(1, node.graph.create_node("call_function", aten.mul.Tensor, (weight, scale)))
+    node.prepend(node.args[1])
+    gm.graph.eliminate_dead_code()
+    settled = settle_names(gm)
+    assert list(settled.l0.state_dict()) == ["bias", "weight", "weight_scale"]
+    assert isinstance(settled(normal(2, 16))[0], Tensor)
+
+
+def test_a_float_tensor_that_is_read_keeps_its_name() -> None:
+    """The scale follows its weight, though a scale of that name there is none."""
+    gm, node = graph_of_two()
+    new_constants(gm, "l0.weight", codes(), node)
+    float_weight = gm.l0.weight
+    settled = settle_names(gm)
+    assert settled.l0.weight.data_ptr() == float_weight.data_ptr()
+    assert {"weight_1", "weight_1_scale"} < set(settled.l0.state_dict())
+
+
+def test_one_tensor_under_two_names_gets_one() -> None:
+    gm, node = graph_of_two()
+    values = codes()
+    for name in ("a.b.weight", "a_b.weight"):
+        new_constants(gm, name, values, node)
+    found = names(settle_names(gm))
+    assert {"a.b.weight", "a.b.weight_scale"} < found
+    assert not {name for name in found if name.startswith("a_b")}
+
+
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        ("encoder.0.weight", "encoder.0.weight"),
+        ("layer@1.weight", "layer@1.weight"),
+        ("block-1.f[smooth=1].weight", "block-1.f[smooth=1].weight"),
+        ("graph.weight", "graph_1.weight"),
+        ("l1.bias.weight", "l1.bias_1.weight"),
+        ("l0", "l0_1"),
+        ("l0.float", "l0.float_1"),
+        (".weight", "weight"),
+    ],
+)
+def test_paths_that_are_taken_or_are_no_identifiers(path: str, found: str) -> None:
+    gm, node = graph_of_two()
+    value = torch.ones(16)
+    expected = gm(normal(2, 16))[0]
+    made = new_constant(gm, path, value, node)
+    assert made.target == found
+    node.update_arg(2, made)
+    gm.graph.eliminate_dead_code()
+    settled = settle_names(gm)
+    for each in (settled, unpack(pack(settled)), copy.deepcopy(settled)):
+        assert torch.equal(each.get_buffer(found), value)
+        assert not torch.equal(each(normal(2, 16))[0], expected)
 
 
 @pytest.mark.parametrize("name", ["l0", "forward", "graph", "training", "code", "@1.weight"])

@@ -17,6 +17,7 @@ from torch_quant.core.spec import QuantSpec
 from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL
 from torch_quant.graph.sites import find_sites
 from torch_quant.passes.base import PassContext, run_passes
+from torch_quant.passes.constants import settle_names
 from torch_quant.passes.insert_qdq import insert_qdq
 
 aten = torch.ops.aten
@@ -51,14 +52,10 @@ def test_weights_are_buffers_of_integers() -> None:
         assert codes.is_contiguous()
         assert not codes.requires_grad
         assert torch.equal(codes, quantize(layer.weight.detach(), grid(layer.weight.detach())))
-    assert {name for name, _ in gm.named_buffers()} >= {
-        "l0_weight",
-        "l0_weight_scale",
-        "l0_weight_zero_point",
+    endings = ("bias", "weight", "weight_scale", "weight_zero_point")
+    assert set(settle_names(gm).state_dict()) == {
+        f"{layer}.{ending}" for layer in ("l0", "l1") for ending in endings
     }
-    used = {node.target for node in gm.graph.find_nodes(op="get_attr")}
-    assert not {"l0.weight", "l1.weight"} & used
-    assert {"l0.bias", "l1.bias"} <= used
 
 
 class LyingTheOtherWay(nn.Module):

@@ -93,7 +93,7 @@ def test_weights_are_cast_once_and_for_all() -> None:
     gm, _ = lowered(canonical(seeded(Two), normal(4, 16)))
     gm.graph.eliminate_dead_code()
     read = {node.target for node in gm.graph.find_nodes(op="get_attr")}
-    tensors = [getattr(gm, name) for name in read]
+    tensors = [gm.get_buffer(name) for name in read]
     assert len(tensors) == 4
     assert all(x.dtype == torch.bfloat16 for x in tensors)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,6 +19,7 @@ from torch_quant.graph.kinds import Kind
 from torch_quant.graph.shadow import shadow
 from torch_quant.model import CapturedModel
 from torch_quant.passes.base import Params, Pass, PassContext, copy_graph, run_passes
+from torch_quant.passes.constants import settle_names
 from torch_quant.passes.dynamic_sizes import dynamic_sizes
 from torch_quant.passes.insert_qdq import insert_qdq
 from torch_quant.passes.lower_precision import lower_precision
@@ -121,7 +121,7 @@ class Lowering:
         run_passes(context, (*QUANTIZE, *self.backend.placement().passes))
         lowered = self.backend.lower(context)
         run_passes(PassContext(lowered), [dynamic_sizes])
-        return _only_used(lowered)
+        return settle_names(lowered)
 
 
 def _lent(module: nn.Module, region: Region) -> nn.Module:
@@ -136,18 +136,3 @@ def _lent(module: nn.Module, region: Region) -> nn.Module:
         if name not in vars(owner):
             setattr(owner, name, operator.attrgetter(path)(region.module))
     return module
-
-
-def _only_used(gm: fx.GraphModule) -> fx.GraphModule:
-    """``gm`` without tensors that its graph does not read, and with nothing that wants gradients.
-
-    Parameters that stay in float become buffers over the same storage, for now. One tensor under
-    two names gets one, since no graph with both can be traced.
-    """
-    attributes: dict[str, Any] = {}
-    names: dict[int, str] = {}
-    for node in gm.graph.find_nodes(op="get_attr"):
-        value = operator.attrgetter(str(node.target))(gm)
-        node.target = names.setdefault(id(value), str(node.target))
-        attributes[node.target] = value.detach() if isinstance(value, nn.Parameter) else value
-    return fx.GraphModule(attributes, gm.graph)

@@ -11,6 +11,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -275,7 +276,7 @@ def _inside(gm: fx.GraphModule, call: fx.Node, path: str) -> list[FloatOp]:
     for arg in pytree.tree_leaves((call.args, call.kwargs)):
         if not isinstance(arg, fx.Node) or arg.op != "get_attr":
             continue
-        inner = getattr(gm, str(arg.target), None)
+        inner = attrgetter(str(arg.target))(gm)
         if isinstance(inner, fx.GraphModule):
             branches.append(_of_subgraph(inner, path, reason))
     if name == "cond" and branches:

@@ -31,6 +31,7 @@ __all__ = [
     "is_constant",
     "is_float",
     "key_of",
+    "local_name",
     "module_path",
     "name_tensors",
     "op_name",
@@ -147,6 +148,13 @@ def name_tensors(graph: fx.Graph, prefix: str = "") -> None:
 def key_of(node: fx.Node) -> str:
     """The key of the tensor that ``node`` computes."""
     return str(node.meta[KEY])
+
+
+def local_name(node: fx.Node) -> str:
+    """The key of a site's result inside of the captured module: without the path of that."""
+    path, full = module_path(node), str(node.meta[MODULE])
+    prefix = full.removesuffix(path).strip(".")
+    return key_of(node).removeprefix(prefix).removeprefix(".")
 
 
 def is_constant(node: fx.Node, _memo: dict[fx.Node, bool] | None = None) -> bool:

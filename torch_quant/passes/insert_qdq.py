@@ -22,10 +22,18 @@ from torch_quant.core.spec import QuantSpec
 from torch_quant.graph.lstm import LSTM, cells_of
 from torch_quant.graph.ops import PATTERNS, OpPattern
 from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
-from torch_quant.graph.sites import find_sites, is_constant, key_of, operands, results, source
+from torch_quant.graph.sites import (
+    find_sites,
+    is_constant,
+    key_of,
+    local_name,
+    operands,
+    results,
+    source,
+)
 from torch_quant.passes.attention import decompose_attention
 from torch_quant.passes.base import PassContext
-from torch_quant.passes.constants import evaluate, expression, new_constant
+from torch_quant.passes.constants import evaluate, expression, name_of, new_constant, new_constants
 
 __all__ = ["insert_qdq"]
 
@@ -103,22 +111,25 @@ class _Inserter:
             codes = quantize(value, qparams).contiguous()  # what kernels pack
             self.weights[memo] = (codes, qparams)
         codes, qparams = self.weights[memo]
-        real = self._integers(node, f"{site.name}.weight", codes, qparams)
+        local = local_name(node)
+        real = self._integers(node, name_of(old, f"{local}.weight"), codes, qparams)
         node.update_arg(pattern.weight, real)
         bias = node.args[2] if pattern.activations and len(node.args) > 2 else None
         if isinstance(bias, fx.Node) and bias.op != "get_attr" and is_constant(bias):
-            folded = new_constant(gm, f"{site.name}.bias", evaluate(gm, bias), node)
+            name = name_of(bias, f"{local}.bias")
+            folded = new_constant(gm, name, evaluate(gm, bias), node)
             node.update_arg(2, folded)
 
     def _integers(self, node: fx.Node, name: str, codes: Tensor, qparams: QParams) -> fx.Node:
         """A dequantized int8 weight, placed before ``node``."""
         gm, axis = self.context.gm, qparams.ch_axis
-        weight = new_constant(gm, name, codes, node)
-        scale = new_constant(gm, f"{name}_scale", qparams.scale, node)
-        zero_point = new_constant(gm, f"{name}_zero_point", qparams.zero_point, node)
-        args: tuple[Any, ...] = (weight, scale, zero_point, axis)
+        args: tuple[Any, ...]
         if axis is None:
+            weight = new_constant(gm, name, codes, node)
             args = (weight, float(qparams.scale), int(qparams.zero_point))
+        else:
+            values = {"": codes, "_scale": qparams.scale, "_zero_point": qparams.zero_point}
+            args = (*new_constants(gm, name, values, node), axis)
         with node.graph.inserting_before(node):
             return node.graph.call_function(
                 DEQUANTIZE if axis is None else DEQUANTIZE_CHANNEL, args
@@ -147,7 +158,8 @@ class _Inserter:
             joined = torch.cat([values[0] * factor, values[1]], 1)
             qparams = self.context.params.weight(entry.name, joined, entry.weight, 0)
             codes = quantize(joined, qparams).split([each.shape[1] for each in values], 1)
-            names = [f"{entry.name}.weight_{role}_{i}" for role in ("ih", "hh")]
+            made_up = (f"{local_name(node)}.weight_{role}_{i}" for role in ("ih", "hh"))
+            names = [name_of(*each) for each in zip((w_ih, w_hh), made_up, strict=True)]
             grids = [replace(qparams, scale=qparams.scale / factor), qparams]
             for name, part, grid in zip(names, codes, grids, strict=True):
                 new.append(self._integers(node, name, part.contiguous(), grid))

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from torch_quant.graph.sites import find_sites, is_constant, is_float, results
+from torch_quant.graph.sites import find_sites, is_constant, is_float, local_name, results
 from torch_quant.passes.base import PassContext
-from torch_quant.passes.constants import evaluate, new_constant
+from torch_quant.passes.constants import evaluate, name_of, new_constant
 
 __all__ = ["lower_precision"]
 
@@ -21,15 +21,18 @@ def lower_precision(context: PassContext) -> int:
     """Cast around every site that the plan has in a lower float precision; returns how many."""
     changed = 0
     casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
-    for node, _, site in list(find_sites(context.graph)):
+    for node, pattern, site in list(find_sites(context.graph)):
         entry = context.plan[site.name]
         if entry.quantized or entry.precision == "float32":
             continue
         dtype = getattr(torch, entry.precision)
+        weight = None if pattern.weight is None else node.args[pattern.weight]
         for arg in node.all_input_nodes:
             if _is_float(context, arg):
                 if (arg, dtype) not in casts:  # several sites may read one tensor
-                    casts[arg, dtype] = _cast(context, node, arg, dtype)
+                    casts[arg, dtype] = _cast(
+                        context, node, arg, dtype, "weight" if arg is weight else "bias"
+                    )
                 node.replace_input_with(arg, casts[arg, dtype])
         for result in results(node):
             with context.graph.inserting_after(result):
@@ -47,13 +50,16 @@ def _is_float(context: PassContext, arg: fx.Node) -> bool:
     return is_float(arg)
 
 
-def _cast(context: PassContext, user: fx.Node, arg: fx.Node, dtype: torch.dtype) -> fx.Node:
+def _cast(
+    context: PassContext, user: fx.Node, arg: fx.Node, dtype: torch.dtype, role: str
+) -> fx.Node:
     """``arg`` in ``dtype``: a constant once and for all, another tensor at every call."""
     if is_constant(arg):
         cast = evaluate(context.gm, arg).detach().to(dtype)
-        new = new_constant(context.gm, f"{user.name}.{arg.name}", cast, user)
+        name = name_of(arg, f"{local_name(user)}.{role}")
+        new = new_constant(context.gm, name, cast, user)
     else:
         with context.graph.inserting_before(user):
             new = context.graph.call_function(aten.to.dtype, (arg, dtype))
-    new.meta = dict(arg.meta)  # the same tensor to whoever asks: its key, its sizes
+    new.meta |= arg.meta  # the same tensor to whoever asks: its key, its sizes
     return new

@@ -15,10 +15,10 @@ from torch import Tensor, fx
 from torch_quant.core.qparams import MIN_SCALE
 from torch_quant.graph.ops import DATA_MOVEMENT, padding_sizes, size_hints, spread
 from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
-from torch_quant.graph.sites import KEY
+from torch_quant.graph.sites import KEY, local_name
 from torch_quant.passes.attention import decompose_attention
 from torch_quant.passes.base import PassContext, call_like
-from torch_quant.passes.constants import evaluate, new_constant
+from torch_quant.passes.constants import constant_beside, evaluate, name_of, new_constants
 
 __all__ = [
     "attention_forms",
@@ -296,15 +296,8 @@ def _bias(gm: fx.GraphModule, node: fx.Node, x: Any, weight: Any, bias: Any, axi
             scale = _widen(gm, node, weight, wanted, axis)
     grid = (torch.as_tensor(scale, dtype=torch.float32) * step).expand(value.shape).contiguous()
     codes = (value / grid).round().clamp(-_BIAS_LIMIT, _BIAS_LIMIT).to(torch.int32)
-    base = str(weight.args[0].target).removesuffix("weight")
-    consts = [
-        new_constant(gm, f"{base}bias_{role}", each, node)
-        for role, each in (
-            ("codes", codes),
-            ("scale", grid),
-            ("zero_point", torch.zeros_like(codes)),
-        )
-    ]
+    values = {"": codes, "_scale": grid, "_zero_point": torch.zeros_like(codes)}
+    consts = new_constants(gm, name_of(bias, f"{local_name(node)}.bias"), values, node)
     return call_like(node, DEQUANTIZE_CHANNEL, (*consts, 0))
 
 
@@ -313,19 +306,19 @@ def _widen(gm: fx.GraphModule, node: fx.Node, weight: Any, scale: Tensor, axis: 
 
     On a finer one the bias would not fit int32; without any weight, a coarse one would round it.
     """
-    names = [str(each.target) for each in weight.args[:3]]
-    codes, old, zero_point = (gm.get_buffer(name) for name in names)
+    codes, old, zero_point = (gm.get_buffer(str(each.target)) for each in weight.args[:3])
     shape = [1] * codes.dim()
     shape[axis] = -1
     centred = (codes.to(torch.int32) - zero_point.reshape(shape)) * old.reshape(shape)
     info = torch.iinfo(codes.dtype)
     new = (centred / scale.reshape(shape)).round() + zero_point.reshape(shape)
-    with node.graph.inserting_before(weight):
-        weight.args = (
-            new_constant(gm, names[0], new.clamp(info.min, info.max).to(codes.dtype), weight),
-            new_constant(gm, names[1], scale, weight),
-            *weight.args[2:],
-        )
+    values = {
+        "": new.clamp(info.min, info.max).to(codes.dtype),
+        "_scale": scale,
+        "_zero_point": zero_point,
+    }
+    name = name_of(weight.args[0], "")
+    weight.args = (*new_constants(gm, name, values, weight), *weight.args[3:])
     return scale
 
 
@@ -356,13 +349,11 @@ def embedding_forms(context: PassContext) -> int:
         elif weight.target is DEQUANTIZE_CHANNEL:
             rows = call_like(node, aten.embedding.default, (weight.args[0], indices))
             real = call_like(node, aten.to.dtype, (rows, torch.float32))
-            names = [str(each.target) for each in weight.args[1:3]]  # type: ignore[union-attr]
-            scale, zero_point = (gm.get_buffer(name) for name in names)
+            scale, zero_point = (gm.get_buffer(str(each.target)) for each in weight.args[1:3])  # type: ignore[union-attr]
             if bool(zero_point.any()):
                 centre = zero_point.to(torch.float32).unsqueeze(-1)
-                real = _with_rows(gm, node, aten.sub.Tensor, real, f"{names[1]}_rows", centre)
-            column = scale.unsqueeze(-1)
-            real = _with_rows(gm, node, aten.mul.Tensor, real, f"{names[0]}_rows", column)
+                real = _with_rows(gm, node, aten.sub.Tensor, real, "_zero_point_rows", centre)
+            real = _with_rows(gm, node, aten.mul.Tensor, real, "_scale_rows", scale.unsqueeze(-1))
         else:
             continue
         node.replace_all_uses_with(real)
@@ -372,9 +363,10 @@ def embedding_forms(context: PassContext) -> int:
 
 
 def _with_rows(
-    gm: fx.GraphModule, node: fx.Node, target: Any, x: fx.Node, name: str, column: Tensor
+    gm: fx.GraphModule, node: fx.Node, target: Any, x: fx.Node, ending: str, column: Tensor
 ) -> fx.Node:
-    table = new_constant(gm, name, column, node)
+    weight: Any = node.args[0]
+    table = constant_beside(gm, weight.args[0], ending, column, node)
     rows = call_like(node, aten.embedding.default, (table, node.args[1]))
     rows.meta.pop(KEY, None)
     return call_like(node, target, (x, rows))

@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from torch_quant.graph.sites import KEY, find_sites
+from torch_quant.graph.sites import KEY, find_sites, local_name
 from torch_quant.passes.base import PassContext
-from torch_quant.passes.constants import evaluate, expression, new_constant
+from torch_quant.passes.constants import evaluate, expression, name_of, new_constant
 
 __all__ = ["smooth_inputs", "smoothed_key"]
 
@@ -42,14 +42,15 @@ def smooth_inputs(context: PassContext) -> int:
         # Raises for a site that cannot be smoothed.
         factor = context.params.factor(entry, site.inputs[0])
         factor = factors.setdefault(key, factor)
+        local = local_name(node)
         if (x, key) not in smoothed:
-            inverse = new_constant(context.gm, f"{key}.inverse", 1 / factor, node)
-            inverse.meta = {"val": 1 / factor}
+            inverse = new_constant(context.gm, f"{local}.smooth_inverse", 1 / factor, node)
+            inverse.meta["val"] = 1 / factor
             with context.graph.inserting_before(node):
                 mul = context.graph.call_function(torch.ops.aten.mul.Tensor, (x, inverse))
             mul.meta = {**x.meta, KEY: key}
             smoothed[x, key] = mul
-        columns = new_constant(context.gm, f"{key}.factor", factor, node)
+        columns = new_constant(context.gm, f"{local}.smooth_factor", factor, node)
         with context.graph.inserting_before(node):
             scaled = context.graph.call_function(torch.ops.aten.mul.Tensor, (weight, columns))
         scaled.meta = {k: v for k, v in weight.meta.items() if k == "val"}
@@ -57,9 +58,9 @@ def smooth_inputs(context: PassContext) -> int:
             product = expression(context.gm, scaled)
             if product not in floats:
                 floats[product] = evaluate(context.gm, scaled)
-            name = f"{site.name}.smoothed_weight"
+            name = name_of(weight, f"{local}.weight")
             scaled = new_constant(context.gm, name, floats[product], node)
-            scaled.meta = {k: v for k, v in weight.meta.items() if k == "val"}
+            scaled.meta |= {k: v for k, v in weight.meta.items() if k == "val"}
         node.update_arg(0, smoothed[x, key])
         node.update_arg(1, scaled)
         changed += 1

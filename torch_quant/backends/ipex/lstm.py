@@ -21,7 +21,7 @@ from torch import Tensor, fx
 
 from torch_quant.graph.lstm import LSTM, cells_of, projected
 from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL
-from torch_quant.graph.sites import results
+from torch_quant.graph.sites import local_name, results
 from torch_quant.passes.base import PassContext
 from torch_quant.passes.constants import evaluate, new_constant
 
@@ -126,7 +126,7 @@ def lower_lstms(context: PassContext) -> int:
             inner = i >= len(cells) // layers
             shift = 0.0 if inner else grid[0] * (grid[1] - grid_of_x[1])
             bias = _bias(context, cell, shift)
-            biases.append(new_constant(context.gm, f"{codes[-1].target}_bias", bias, node))
+            biases.append(new_constant(context.gm, f"{local_name(node)}.bias_{i}", bias, node))
         read = any(user.args[1] == 0 for user in results(node))
         node.target = int8_lstm
         options = (layers, bidirectional, batch_first)

@@ -201,11 +201,11 @@ def _expected(body: fx.GraphModule) -> Iterator[tuple[str, Product]]:
     for node in body.graph.nodes:
         if node.target in (bags.sum_bags, bags_of_rows):
             codes = node.args[0].target
-            name = str(node.meta.get(KEY, codes.removesuffix("_weight")))
+            name = str(node.meta.get(KEY, codes.removesuffix(".weight")))
             yield name, Product("embedding_bag", (), _fingerprint(body.get_buffer(codes)))
         if node.target is lstm.int8_lstm:
             codes = node.args[2][0].target
-            name = str(node.meta.get(KEY, codes.partition("_weight_ih")[0]))
+            name = str(node.meta.get(KEY, codes.partition(".weight_ih")[0]))
             yield name, Product("lstm", (), _fingerprint(body.get_buffer(codes)))
         kind = _KINDS.get(str(getattr(node.target, "_opname", "")))
         if kind is None:
@@ -220,7 +220,7 @@ def _expected(body: fx.GraphModule) -> Iterator[tuple[str, Product]]:
             elif target is ops.dequantize_weight:
                 codes = arg.args[0].target
                 weight = _fingerprint(body.get_buffer(codes))
-                name = str(node.meta.get(KEY, codes.removesuffix("_weight")))
+                name = str(node.meta.get(KEY, codes.removesuffix(".weight")))
         if grids:
             yield name, Product(kind, tuple(grids), weight)
 

@@ -1,0 +1,183 @@
+"""Buffers of a quantized model are called as the float model's own tensors."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from awkward import AWKWARD
+from flows import BACKENDS, calibrated
+from models import normal, seeded, tokens
+from torch import Tensor, nn
+
+from torch_quant import ModuleFilter, QConfig
+
+WRAPPERS = re.compile(r"(^|(?<=\.))(graphs\.\d+\.body|glue)\.")
+ADDED = re.compile(r"_(scale|zero_point)(_rows)?$")
+
+
+def named(quant_model: nn.Module) -> dict[str, Tensor]:
+    """The state_dict, its keys without what wraps graphs and Python code."""
+    return {WRAPPERS.sub("", name): x for name, x in quant_model.state_dict().items()}
+
+
+class Alike(nn.Module):
+    """Two paths that differ in what is no identifier, and a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Module()
+        self.a.b = nn.Linear(16, 16)
+        self.a_b = nn.Linear(16, 16)
+        self.add_module("block-1", nn.Linear(16, 16))
+        self.layers = nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 16)])
+        self.norm = nn.LayerNorm(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.get_submodule("block-1")(self.a_b(self.a.b(x)))
+        for layer in self.layers:
+            x = layer(x).relu()
+        return self.norm(x)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(64, 16), nn.LayerNorm(16)
+        self.mix, self.head = nn.Linear(16, 16), nn.Linear(16, 64, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.norm(self.mix(self.embed(ids))))
+
+
+class Computed(nn.Module):
+    """Weights that are transposed, normed and folded with a batch norm, and a functional one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 16))
+        self.fc = nn.Module()  # GPT-2's Conv1D
+        self.fc.weight, self.fc.bias = (
+            nn.Parameter(torch.randn(16, 8)),
+            nn.Parameter(torch.randn(8)),
+        )
+        self.kernel = nn.Parameter(torch.randn(4, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.conv(x)).relu().mean((2, 3))
+        x = torch.addmm(self.fc.bias, self.normed(x), self.fc.weight)
+        return nn.functional.linear(x, self.kernel)
+
+
+class InPieces(nn.Module):
+    """Its encoder is one graph, its head another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+        self.head, self.norm = nn.Linear(16, 4), nn.LayerNorm(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.encoder(x))
+        if float(x.sum()) > 1e9:
+            x = x + 1
+        return self.head(x)
+
+
+def image() -> Tensor:
+    return normal(2, 3, 8, 8)
+
+
+CASES: dict[str, tuple[type[nn.Module], Callable[[], Tensor]]] = {
+    "alike": (Alike, lambda: normal(4, 16)),
+    "tied": (Tied, lambda: tokens(2)),
+    "computed": (Computed, image),
+    "in_pieces": (InPieces, lambda: normal(4, 16)),
+}
+COMPUTED = {"normed.weight", "conv.bias"}
+"""Names that the float model has a place for and no tensor."""
+NORM = {f"bn.{x}" for x in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")}
+GONE: dict[str, list[set[str]]] = {
+    "alike": [set()],
+    "tied": [{"embed.weight"}, {"head.weight"}],
+    "computed": [NORM | {f"normed.parametrizations.weight.original{i}" for i in (0, 1)}],
+    "in_pieces": [set()],
+}
+"""What the quantized model computes with others, or has under one name of two."""
+
+
+def cases() -> Iterator[tuple[str, str]]:
+    yield from ((name, backend) for name in CASES for backend in BACKENDS)
+
+
+def quantized(name: str, backend: str) -> tuple[nn.Module, nn.Module, Tensor]:
+    build, example = CASES[name]
+    model, x = seeded(build).eval(), example()
+    return model, calibrated(model, [((x,), {})], backend=backend).quantize(model), x
+
+
+@pytest.mark.parametrize(("name", "backend"), list(cases()))
+def test_names_are_the_models_own(name: str, backend: str) -> None:
+    model, quant_model, x = quantized(name, backend)
+    state, found = model.state_dict(), named(quant_model)
+    assert {ADDED.sub("", key) for key in found} <= {*state, *COMPUTED}
+    assert state.keys() - found.keys() in GONE[name]
+    for key, value in found.items():
+        if key in state and key != "fc.weight":
+            assert value.shape == state[key].shape
+    integers = {key for key, value in found.items() if value.dtype == torch.int8}
+    assert integers == {key for key in found if key.endswith(("weight", "kernel"))} - {
+        "norm.weight"
+    }
+    twin = copy.deepcopy(quant_model)
+    assert named(twin).keys() == found.keys()
+    assert torch.equal(twin(x), quant_model(x))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_modules_called_alike_have_names_of_their_own(backend: str) -> None:
+    model, quant_model, _ = quantized("alike", backend)
+    found = named(quant_model)
+    for path in ("a.b", "a_b", "block-1", "layers.0", "layers.1"):
+        for key in (f"{path}.weight", f"{path}.bias"):
+            scale = found.get(f"{key}_scale")
+            if scale is None:  # a bias in float
+                assert torch.equal(found[key], model.get_parameter(key))
+            else:
+                real = found[key] * scale.view(-1, *[1] * (found[key].dim() - 1))
+                assert torch.allclose(real, model.get_parameter(key), atol=0.01)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tied_weight_in_float_and_in_int8(backend: str) -> None:
+    """The float one keeps the name; the scale goes with the int8 one."""
+    model, x = seeded(Tied).eval(), tokens(2)
+    only = ModuleFilter(exclude_names="head")
+    quantizer = calibrated(model, [((x,), {})], backend=backend, module_filter=only)
+    found = named(quantizer.quantize(model))
+    (name,) = {"embed.weight", "head.weight"} & set(found)
+    assert torch.equal(found[name], model.embed.weight)
+    assert found[f"{name}_1"].dtype == torch.int8
+    assert not {f"{name}_scale", f"{name}_scale_rows"} & set(found)
+
+
+@pytest.mark.parametrize("name", ["alike", "normed_weights", "standardized_conv"])
+def test_smoothed_and_fallen_back_tensors_have_names_too(name: str) -> None:
+    if name == "alike":
+        model, inputs = seeded(Alike).eval(), ((normal(4, 16),), {})
+    else:
+        model, inputs = AWKWARD[name].build(), AWKWARD[name].inputs(4)
+    config = QConfig(smooth=0.5) if name == "alike" else QConfig()
+    quantizer = calibrated(model, [inputs], backend="reference", qconfig=config)
+    quantizer.quantize(model)
+    fallen = {quantizer.plan.quantized[-1]: "bfloat16"}
+    quantizer.load_state_dict(quantizer.state_dict() | {"fallback": fallen})
+    found = {ADDED.sub("", each) for each in named(quantizer.quantize(model))}
+    paths = [path for path, _ in model.named_modules() if path]
+    made = {f"{path}.{role}" for path in paths for role in ("weight", "bias", "smooth_inverse")}
+    assert found <= {*model.state_dict(), *made}
