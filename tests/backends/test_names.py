@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from flows import BACKENDS, calibrated
 from models import normal, seeded, tokens
 from torch import Tensor, nn
 
-from torch_quant import ModuleFilter, QConfig
+from torch_quant import ModuleFilter, QConfig, export_torchscript, sqnr
 
 WRAPPERS = re.compile(r"(^|(?<=\.))(graphs\.\d+\.body|glue)\.")
 ADDED = re.compile(r"_(scale|zero_point)(_rows)?$")
@@ -181,3 +182,11 @@ def test_smoothed_and_fallen_back_tensors_have_names_too(name: str) -> None:
     paths = [path for path, _ in model.named_modules() if path]
     made = {f"{path}.{role}" for path in paths for role in ("weight", "bias", "smooth_inverse")}
     assert found <= {*model.state_dict(), *made}
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "onnx"])
+def test_any_name_goes_into_torchscript(backend: str, tmp_path: Path) -> None:
+    _, quant_model, x = quantized("alike", backend)
+    expected = quant_model(x)
+    export_torchscript(quant_model, x, tmp_path / "m.pt")
+    assert sqnr(expected, torch.jit.load(tmp_path / "m.pt")(x)) > 60

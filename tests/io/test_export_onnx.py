@@ -80,6 +80,43 @@ def test_names_sizes_and_metadata(tmp_path: Path) -> None:
     assert sqnr(tensors(model, others), found) > 25
 
 
+class Pieces(nn.Module):
+    """Two linears whose paths differ in a dot, and Python code that needs values."""
+
+    def __init__(self, *, branches: bool) -> None:
+        super().__init__()
+        self.a = nn.Sequential()
+        self.a.add_module("b", nn.Linear(8, 8))
+        self.a_b, self.norm, self.branches = nn.Linear(8, 8), nn.LayerNorm(8), branches
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.a(x))
+        if self.branches and float(x.sum()) > 1e9:
+            x = x + 1
+        return self.a_b(x)
+
+
+@pytest.mark.parametrize("branches", [False, True], ids=["whole", "in pieces"])
+def test_initializers_are_called_as_the_models_tensors(branches: bool, tmp_path: Path) -> None:
+    import onnx
+
+    model, x = seeded(lambda: Pieces(branches=branches)).eval(), normal(4, 8)
+    quant_model = calibrated(model, [((x,), {})], backend="onnx").quantize(model)
+    files = export_onnx(quant_model, x, tmp_path / "m.onnx", pieces=True)
+    assert len(files) == (3 if branches else 1)
+    found = {
+        each.name: list(each.dims)
+        for file in files
+        for each in onnx.load(file).graph.initializer
+        if not each.name.startswith("val_")
+    }
+    expected = {name: list(value.shape) for name, value in model.state_dict().items()}
+    for path in ("a.b", "a_b"):
+        expected |= {f"{path}.weight_scale": [8], f"{path}.bias_scale": [8]}
+    assert {name for name in found if name.partition("_zero_point")[0] == name} == set(expected)
+    assert all(found[name] == shape for name, shape in expected.items())
+
+
 def test_one_tensor_is_called_output(tmp_path: Path) -> None:
     quant_model, x = small()
     assert export_onnx(quant_model, x, tmp_path / "m.onnx") == [tmp_path / "m.onnx"]

@@ -106,6 +106,8 @@ def export_onnx(
         else checked_target(target.with_name(f"{target.stem}.{name}{target.suffix}"))
         for name, *_ in calls
     ]
+    regions = [each for each in quant_model.modules() if isinstance(each, QuantizedRegion)]
+    paths = {graph: region.path for region in regions for graph in region.graphs}
     with tqdm(total=3 * len(calls), unit="step", disable=not progress) as bar:
         for file, (piece, graph, tensors) in zip(files, calls, strict=True):
             bar.set_description(f"{file.name}: capturing")
@@ -115,7 +117,7 @@ def export_onnx(
             program = _translated(exported, graph, opset)
             bar.update()
             bar.set_description(f"{file.name}: writing")
-            rename(program, graph, tensors)
+            rename(program, graph, tensors, paths[graph])
             describe(program, quant_model, "" if whole else piece)
             rewrite(program.model)
             _save(program, file)

@@ -25,10 +25,21 @@ _PRODUCTS = frozenset({
     aten.linear.default, aten.embedding.default,
 })  # fmt: skip
 """What the quantized graph computes its sites with."""
+_BODY = "body."
+"""Where the exported module has its graph."""
 
 
-def rename(program: Any, graph: QuantizedGraph, tensors: tuple[Tensor, ...]) -> None:
-    """The model's names on inputs and outputs, sites' names on nodes."""
+def rename(
+    program: Any, graph: QuantizedGraph, tensors: tuple[Tensor, ...], path: str = ""
+) -> None:
+    """The model's names on inputs, outputs and weights, sites' names on nodes.
+
+    Args:
+        program: as PyTorch's exporter gives it.
+        graph: what was exported.
+        tensors: its inputs.
+        path: of its region in the model.
+    """
     model = program.model
     _name_products(program, graph.body)
     with torch.no_grad():
@@ -47,7 +58,31 @@ def rename(program: Any, graph: QuantizedGraph, tensors: tuple[Tensor, ...]) -> 
                 value.name = f"{value.name}_inner"
     for value in (*model.graph.inputs, *model.graph.outputs):
         value.name = names[id(value)]
+    _name_weights(model.graph, path)
     _name_sizes(program, tensors)
+
+
+def _name_weights(graph: Any, path: str) -> None:
+    """What the model calls them, and ``<weight>_scale`` and ``_zero_point`` for their grids."""
+    taken = {value.name for value in (*graph.inputs, *graph.initializers.values())}
+    taken |= {value.name for node in graph for value in node.outputs}
+
+    def call(value: Any, name: str) -> None:
+        if name not in taken:
+            del graph.initializers[value.name]
+            value.name = value.const_value.name = name
+            graph.register_initializer(value)
+            taken.add(name)
+
+    for value in list(graph.initializers.values()):
+        if value.name.startswith(_BODY):
+            call(value, f"{path}.{value.name.removeprefix(_BODY)}".removeprefix("."))
+    for node in graph:
+        if node.op_type == "DequantizeLinear" and node.inputs[0].is_initializer():
+            codes, *grid = node.inputs
+            for value, role in zip(grid, ("scale", "zero_point"), strict=False):
+                if value.is_initializer() and len(value.uses()) == 1:
+                    call(value, f"{codes.name}_{role}")
 
 
 def _name_sizes(program: Any, tensors: tuple[Tensor, ...]) -> None:

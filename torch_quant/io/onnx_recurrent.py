@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch_quant.graph.lstm import cells_of
 from torch_quant.graph.qdq import library
 from torch_quant.passes.base import PassContext
+from torch_quant.passes.constants import place
 
 __all__ = ["recurrent_forms", "recurrent_layers", "unrolled"]
 
@@ -117,12 +118,12 @@ class _Writer:
         w, r = (torch.stack([self._ordered(cell[k]) for cell in found]) for k in (0, 1))
         biases = [cell[2:] or [zeros, zeros] for cell in found]
         b = torch.stack([torch.cat([self._ordered(x) for x in each]) for each in biases])
-        nodes = []
-        for name, value in (("w", w), ("r", r), ("b", b)):
-            target = f"{self.node.name}_{layer}_{name}"
-            self.gm.register_buffer(target, value)
-            nodes.append(self.node.graph.get_attr(target))
-        return nodes
+        module = str(cells[0][0].target).rpartition(".")[0]
+        targets = [
+            place(self.gm, f"{module}.{name}_l{layer}", {"": value})
+            for name, value in (("w", w), ("r", r), ("b", b))
+        ]
+        return [self.node.graph.get_attr(target) for target in targets]
 
     def _ordered(self, x: Tensor) -> Tensor:
         order = _ORDER[self.kind]

@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 from torch_quant.graph.sites import source
 
 __all__ = [
-    "constant_beside", "evaluate", "expression", "name_of", "new_constant", "new_constants", "place",
-    "settle_names",
+    "constant_beside", "evaluate", "expression", "name_of", "new_constant", "new_constants",
+    "place", "settle_names",
 ]  # fmt: skip
 
 _NAME = "torch_quant_name"
