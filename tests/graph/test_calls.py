@@ -3,16 +3,19 @@ from __future__ import annotations
 import functools
 import inspect
 import pickle
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from torch_quant.errors import CaptureFailed
 from torch_quant.graph.binding import bind, signature_of
 from torch_quant.graph.calls import Call, flatten_call
+from torch_quant.graph.shapes import ShapeContract
 
 
 def plain(x: Any, y: Any = None, *, flag: bool = True) -> None: ...
@@ -213,3 +216,57 @@ def test_objects_are_refused_by_type(value: Any) -> None:
     ) as e:
         call(torch.ones(1), state=[value])
     assert type(value).__qualname__ in str(e.value)
+
+
+def test_a_cache_is_taken_apart_at_once() -> None:
+    """The Python code that runs for a call does not grow with the layers of its cache."""
+
+    def steps(layers: int) -> int:
+        past = [(torch.zeros(1, 2), torch.zeros(1, 2)) for _ in range(layers)]
+        first = call(past=past)
+        contract = ShapeContract(["x"] * 2 * layers, [(1, "s0")] * 2 * layers)
+        kind, count = first.signature, 0
+        assert kind.accept(first) is first
+        assert contract.mismatch(first) is None
+
+        def note(frame: Any, event: str, argument: Any) -> None:
+            nonlocal count
+            count += event == "call"
+
+        sys.setprofile(note)
+        try:
+            again = kind.accept(call(past=past))
+            assert again is not None
+            assert contract.mismatch(again) is None
+        finally:
+            sys.setprofile(None)
+        return count
+
+    assert steps(3) == steps(30) < 40
+
+
+class Kept:
+    """A registered container with what pytree calls a context."""
+
+    def __init__(self, x: Tensor, context: Any) -> None:
+        self.x, self.context = x, context
+
+
+pytree.register_pytree_node(
+    Kept, lambda k: ([k.x], k.context), lambda x, context: Kept(*x, context)
+)
+
+
+@pytest.mark.parametrize("other", [{"a": [True]}, {"a": [1.0]}, {"b": [1]}, {"a": (1,)}])
+def test_contexts_of_containers_tell_calls_apart(other: Any) -> None:
+    x = torch.zeros(2)
+    first = call(Kept(x, {"a": [1]}))
+    assert call(Kept(x, {"a": [1]})).spec is first.spec  # not made again
+    assert call(Kept(x, other)).nesting != first.nesting
+    assert first.rebuild((x,))[0][0].context == {"a": [1]}
+
+
+def test_contexts_that_hold_types() -> None:
+    x = torch.zeros(2)
+    nestings = {call(Kept(x, [each, 1])).nesting for each in (int, float, int)}
+    assert len(nestings) == 2

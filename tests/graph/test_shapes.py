@@ -94,3 +94,15 @@ def test_a_contract_can_be_pickled() -> None:
     contract = pickle.loads(pickle.dumps(with_condition()))
     assert contract.mismatch(call((2, 5))) is None
     assert contract.mismatch(call((2, 4))) is not None
+
+
+def test_inputs_of_one_shape_are_each_checked() -> None:
+    wanted: list[tuple[int | str, ...]] = [("s0", 4), ("s0", 4), (3, "s0"), ("s0", 4)]
+    contract = ShapeContract(["a", "b", "c", "d"], wanted)
+    good = [torch.ones(2, 4), torch.ones(2, 4), torch.ones(3, 2), torch.ones(2, 4)]
+    assert contract.mismatch(flatten_call(tuple(good), {})) is None
+    for i, wrong in enumerate(
+        [torch.ones(5, 4), torch.ones(2, 5), torch.ones(3, 7), torch.ones(7, 4)]
+    ):
+        call = flatten_call((*good[:i], wrong, *good[i + 1 :]), {})
+        assert contract.mismatch(call) is not None

@@ -103,12 +103,7 @@ class QuantizedGraph(nn.Module):
         """Which size of an accepted call it does not serve, or None."""
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             return None  # sizes are symbols there
-        state = torch._C._get_tracing_state()
-        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]  # the real sizes, and nothing is recorded
-        try:
-            return self.contract.mismatch(call)
-        finally:
-            torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+        return self.contract.mismatch(call)
 
     def forward(self, *tensors: torch.Tensor, source: Any = None) -> Any:
         """The module's output.

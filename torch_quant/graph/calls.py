@@ -63,6 +63,18 @@ class Call:
         leaves = self.leaves
         return tuple([leaves[i] for i in self.positions])
 
+    @cached_property
+    def facts(self) -> tuple[list[torch.dtype], list[torch.Size]]:
+        """Dtypes and real shapes of the tensors, of which ``torch.jit.trace`` is told nothing."""
+        tensors = self.tensors
+        if torch.compiler.is_compiling() or (state := torch._C._get_tracing_state()) is None:
+            return [x.dtype for x in tensors], [x.shape for x in tensors]
+        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+        try:
+            return [x.dtype for x in tensors], [x.shape for x in tensors]
+        finally:
+            torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
     @property
     def signature(self) -> Kind:
         """The kind of call it is."""

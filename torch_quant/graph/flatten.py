@@ -5,8 +5,10 @@ The nesting of a call seldom changes, so what pytree makes of it is kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import marshal
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,6 +24,9 @@ _CONSTANTS = (
     torch.dtype, torch.device, torch.layout, torch.memory_format,
 )  # fmt: skip
 _PLAIN = frozenset({Tensor, nn.Parameter, *_CONSTANTS})
+_SEQUENCES = frozenset({list, tuple})
+_WITHOUT_REFERENCES = 2
+"""The version of ``marshal`` in which equal data always give the same bytes."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ def flatten(value: Any) -> tuple[list[Any], Structure]:
     leaves: list[Any] = []
     key: list[Any] = []
     try:
-        _walk((value,), leaves.append, key.append)
+        _walk((value,), leaves, key)
     except _Unusual:
         return _flatten_slowly(value)
     found = tuple(key)
@@ -79,35 +84,49 @@ def _flatten_slowly(value: Any) -> tuple[list[Any], Structure]:
     return leaves, Structure(spec, repr(spec), positions)
 
 
-def _walk(values: Iterable[Any], leaf: Callable[[Any], Any], note: Callable[[Any], Any]) -> None:
-    """Leaves in pytree's order, and all that its spec depends on."""
-    for value in values:
-        kind = type(value)
-        note(kind)
-        if kind is Tensor:
-            leaf(value)
-        elif kind is tuple or kind is list:
-            note(len(value))
-            _walk(value, leaf, note)
-        elif kind in _PLAIN:
-            leaf(value)
+def _walk(values: Iterable[Any], leaves: list[Any], key: list[Any]) -> None:
+    """Collect the leaves in pytree's order, and all that its spec depends on.
+
+    Siblings that are plain leaves, or lists of them as in caches, are taken all at once.
+    """
+    if type(values) is not tuple:
+        values = tuple(values)
+    kinds = tuple(map(type, values))
+    key.append(kinds)
+    if _PLAIN.issuperset(kinds):
+        leaves += values
+        return
+    if _SEQUENCES.issuperset(kinds):
+        key.append(tuple(map(len, values)))
+        _walk(chain.from_iterable(values), leaves, key)
+        return
+    for kind, value in zip(kinds, values, strict=True):
+        if kind in _PLAIN:
+            leaves.append(value)
+        elif kind in _SEQUENCES:
+            key.append(len(value))
+            _walk(value, leaves, key)
         elif kind is dict:
-            note(tuple(value))
-            _walk(value.values(), leaf, note)
+            key.append(_hashable(list(value)))
+            _walk(value.values(), leaves, key)
         elif kind in pytree.SUPPORTED_NODES:
             children, context = pytree.SUPPORTED_NODES[kind].flatten_fn(value)
-            children = list(children)
-            note(_hashable(context))
-            note(len(children))
-            _walk(children, leaf, note)
+            key.append(_hashable(context))
+            _walk(children, leaves, key)
         else:
             raise _Unusual
 
 
 def _hashable(context: Any) -> Any:
-    """What a registered container keeps besides its children, if it can be compared."""
-    if isinstance(context, (str, int, float, type, type(None))):
-        return context
-    if type(context) in (list, tuple):
-        return tuple(_hashable(item) for item in context)
-    raise _Unusual
+    """What a container keeps besides its children, if it can be compared.
+
+    ``1``, ``1.0`` and ``True``, which are equal, are told apart.
+    """
+    try:
+        return marshal.dumps(context, _WITHOUT_REFERENCES)
+    except ValueError:  # it holds something else than plain data
+        if isinstance(context, type):
+            return context
+        if type(context) in (list, tuple):
+            return tuple(map(_hashable, context))
+        raise _Unusual from None

@@ -69,8 +69,8 @@ class Kind:
         positions, dtypes, ranks = self._tensors
         if list(call.positions) != positions:
             return None
-        tensors = call.tensors
-        if [x.dtype for x in tensors] != dtypes or [x.dim() for x in tensors] != ranks:
+        found, shapes = call.facts
+        if found != dtypes or list(map(len, shapes)) != ranks:
             return None
         for i, first, second in self._others:
             if not fits(call.leaves[i], first, second):

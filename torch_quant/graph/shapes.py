@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from torch import SymInt, fx
@@ -13,8 +14,6 @@ from torch_quant.graph.calls import Call
 from torch_quant.graph.size_checks import Failure, SizeChecks, substitute
 
 __all__ = ["ShapeContract"]
-
-_INT = frozenset({int})
 
 
 @dataclass
@@ -62,8 +61,8 @@ class ShapeContract:
     def mismatch(self, call: Call) -> str | None:
         """Why ``call``, whose tensors have the ranks of the example's, does not fit, or None."""
         checks = self._checks or self._compiled()
-        sizes = [size for x in call.tensors for size in x.shape]
-        if not _INT.issuperset(map(type, sizes)):
+        sizes: list[Any] = list(chain.from_iterable(call.facts[1]))
+        if type(sum(sizes)) is not int:  # some are symbols
             sizes = [_plain(size) for size in sizes]
         failure = checks.failure(sizes)
         return None if failure is None else self._reason(failure, sizes)
