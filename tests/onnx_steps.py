@@ -78,7 +78,7 @@ def compare_steps(
     Args:
         file: exported of ``quant_model``.
         quant_model: for ONNX.
-        simulation: the same model on the reference backend with the placement of ONNX.
+        simulation: the same model on the reference backend with the kernels of ONNX.
         inputs: of any sizes that both serve.
     """
     feed = feeds(quant_model, inputs)

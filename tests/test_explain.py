@@ -57,7 +57,7 @@ def test_every_source_of_a_decision() -> None:
     assert q.quantized
     assert (q["input"].value, q["input"].rule) == (SIX, "override 'q'")
     assert q["weight"].rule == "Backend.REFERENCE"
-    assert q["weight"].value == Backend.REFERENCE.placement().weight
+    assert q["weight"].value == symmetric_weight()
     assert (q["observer"].value, q["observer"].rule) == ("histogram", "override 'q'")
     assert q["weight_observer"].rule == "the default"
     assert q.overrides == ("'q'", "Linear")

@@ -35,7 +35,7 @@ def test_architecture(entry: ZooEntry) -> None:
     model = entry.build()
     batches = [((), x) for x in samples(entry.name, 16)]
     quantizer = calibrated(model, batches, backend="ipex", unseen_calls="error")
-    simulation = quantizer.quantize(model, backend=ReferenceBackend(Backend.IPEX.placement()))
+    simulation = quantizer.quantize(model, backend=ReferenceBackend(Backend.IPEX))
     quant_model = quantizer.quantize(model)
     sizes = [entry.inputs]
     if entry.name in ONE_SIZE | SPECIALIZED:

@@ -57,7 +57,7 @@ def compare(
     batches: list[dict[str, Tensor]],
 ) -> None:
     """One step of the reference at most, operator by operator, and its SQNR within 0.5 dB."""
-    simulation = quantizer.quantize(model, backend=ReferenceBackend(Backend.ONNX.placement()))
+    simulation = quantizer.quantize(model, backend=ReferenceBackend(Backend.ONNX))
     for batch in batches:
         parts = rows_of(batch, 6)
         steps = compare_steps(file, quant_model, simulation, parts[0])

@@ -30,7 +30,7 @@ def test_one_bias_off_by_a_tenth_of_a_step(kind: str, tmp_path: Path) -> None:
     x = normal(200, 16) if kind == "linear" else normal(16, 16, 9, 9)
     quantizer = calibrated(model, [((x,), {})], backend="onnx")
     quant_model = written(quantizer, model, ((x,), {}), file)
-    simulation = quantizer.quantize(model, backend=ReferenceBackend(Backend.ONNX.placement()))
+    simulation = quantizer.quantize(model, backend=ReferenceBackend(Backend.ONNX))
     steps = compare_steps(file, quant_model, simulation, ((x,), {}))
     assert max(steps.apart.values()) <= 1
     assert max(steps.error.values()) <= 0.02

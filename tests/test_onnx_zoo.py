@@ -41,7 +41,7 @@ def test_file_of_an_architecture(entry: ZooEntry, tmp_path: Path) -> None:
     batches = [((), x) for x in samples(entry.name, 16)]
     quantizer = calibrated(model, batches, backend="onnx", unseen_calls="error")
     quant_model = written(quantizer, model, ((), entry.inputs(2)), file)
-    simulation = quantizer.quantize(model, backend=ReferenceBackend(Backend.ONNX.placement()))
+    simulation = quantizer.quantize(model, backend=ReferenceBackend(Backend.ONNX))
     report = Backend.ONNX.verify(file)
     assert report.complete, str(report)
     loaded = session(file)

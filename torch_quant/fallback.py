@@ -94,8 +94,8 @@ class Fallback:
         recorder, captured = amp_model.recorder, amp_model.captured
         local = amp_model.metric == "sqnr"
         gram = None if local else copy.deepcopy(recorder.gram)  # it grows on
-        together = self.backend.placement().together
-        groups = {name: names for names in find_groups(captured, plan, together) for name in names}
+        shared = self.backend.kernels().share_precision
+        groups = {name: names for names in find_groups(captured, plan, shared) for name in names}
         sharing = shared_inputs(plan)
         weights = {site.name: site.weight_shape for site, _ in captured.sites()}
         whole = gram.noise(plan.quantized) if gram is not None else 0.0

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from torch_quant.core.plan import FloatOp
+from torch_quant.core.plan import FloatOp, QuantPlan
 from torch_quant.errors import CaptureFailed, InvalidConfig, NotCalibrated, UnsupportedOp
 from torch_quant.graph.capture import Executor, Region, Reopened
 from torch_quant.graph.dynamic import check_arguments
@@ -104,6 +104,8 @@ class CapturedModel:
         self.region = Region(shadow(model), dynamic=dynamic)
         check_arguments(dynamic, self.region.signature)
         self.version = 0
+        self.declined: dict[str, dict[str, str]] = {}
+        """Backend -> site -> why its graphs have it in float although the plan has not."""
         self._told: tuple[str, ...] = ()
         self._prepared: dict[int, tuple[CapturedGraph, Prepared]] = {}
         training = [name or "the model" for name, m in model.named_modules() if m.training]
@@ -170,6 +172,10 @@ class CapturedModel:
         self.region = Region(shadow(model), dynamic=self.region.dynamic)
         self._prepared.clear()
         self.version += 1
+
+    def as_lowered(self, plan: QuantPlan, backend: str) -> QuantPlan:
+        """``plan`` as it turned out when the graphs were last lowered for ``backend``."""
+        return plan.declined(self.declined.get(backend, {}))
 
     @property
     def keeps_state(self) -> bool:

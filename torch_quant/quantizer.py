@@ -300,8 +300,8 @@ class Quantizer(QuantizerBase):
             UnseenCalls(captured, model, *learned).attend(quantized)
         if example_inputs is not None and chosen.compiles and not captured.keeps_state:
             call_example(quantized, example_inputs)
-        quantized.description = f"{chosen!r}: {plan.summary}"
-        self.plan = quantized.plan = plan
+        quantized.description = f"{chosen!r}: {quantized.plan.summary}"
+        self.plan = quantized.plan
         quantized.calibration = self.state.describe()
         logger.info("quantized: %s", quantized.description)
         return quantized
@@ -325,7 +325,7 @@ class Quantizer(QuantizerBase):
         """
         chosen, captured = self._ready(model, backend, example_inputs, "coverage")
         plan = self.settings.plan(captured, model, chosen, self.fallen_back)
-        return Coverage.of(captured, plan, repr(chosen))
+        return Coverage.of(captured, captured.as_lowered(plan, chosen.name), repr(chosen))
 
     def state_dict(self) -> dict[str, Any]:
         """Ranges, their model and what fell back: plain values and tensors, for ``torch.save``."""

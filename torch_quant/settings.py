@@ -102,18 +102,18 @@ class Settings:
             backend: where it will run.
             fallen: site -> precision of what fell back to float.
         """
-        placement = backend.placement()
+        kernels = backend.kernels()
         plan = annotate(
             captured.sites(),
             model,
-            placement,
+            kernels,
             qconfig=self.qconfig,
             overrides=self.overrides,
             module_filter=self.module_filter,
         )
         plan = QuantPlan(plan.values(), captured.float_ops())
         self.summary.check([site for each in captured.graphs() for site, _ in each.sites])
-        plan = plan.edited(self.summary.plan, placement)
+        plan = plan.edited(self.summary.plan, kernels)
         for precision in PRECISIONS:
             names = [n for n, given in (fallen or {}).items() if given == precision and n in plan]
             plan = plan.without(names, precision=precision)

@@ -142,7 +142,7 @@ def test_the_environment_goes_before_the_program(
 
 def test_the_same_backend_keeps_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_QUANT_BACKEND", "reference")
-    mine = ReferenceBackend(Backend.ONEDNN.placement())
+    mine = ReferenceBackend(Backend.ONEDNN)
     quantizer = Quantizer(mine)
     assert quantizer.backend is mine
     assert "TORCH_QUANT_BACKEND" not in repr(quantizer)

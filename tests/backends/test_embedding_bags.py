@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch_quant import Backend, QConfig, QuantSpec, sqnr
 from torch_quant.backends import IPEXBackend, ReferenceBackend, available_backends
 
-BACKENDS = [b.name for b in available_backends() if "embedding_bag" in b.placement().ops]
+BACKENDS = [b.name for b in available_backends() if "embedding_bag" in b.kernels().ops]
 needs_ipex = pytest.mark.skipif(
     Backend.IPEX.unavailable() is not None, reason=f"Backend.IPEX: {Backend.IPEX.unavailable()}"
 )
@@ -53,10 +53,9 @@ def data(inputs: tuple[Any, ...]) -> list[tuple[tuple[Any, ...], dict[str, Any]]
 def test_every_form_gives_the_numbers_of_the_simulation(form: str, backend: str) -> None:
     options, inputs = FORMS[form]
     model = bags(**options)
-    placement = Backend.get(backend).placement()
     quantizer = calibrated(model, data(inputs), backend=backend)
     quant_model = quantizer.quantize(model)
-    expected = quantizer.quantize(model, backend=ReferenceBackend(placement))(*inputs)
+    expected = quantizer.quantize(model, backend=ReferenceBackend(Backend.get(backend)))(*inputs)
     for _ in range(3):
         actual = quant_model(*inputs)
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
@@ -126,9 +125,7 @@ def test_bags_of_one_row_or_none_on_a_grid_as_fine_as_the_tables(std: float) -> 
     quantizer = calibrated(model, [((one, one), {})], backend="ipex")
     quant_model = quantizer.quantize(model)
     inputs = (one, torch.tensor([0, 1, 2, 3, 3, 4, 5, 6]))
-    expected = quantizer.quantize(model, backend=ReferenceBackend(Backend.IPEX.placement()))(
-        *inputs
-    )
+    expected = quantizer.quantize(model, backend=ReferenceBackend(Backend.IPEX))(*inputs)
     for _ in range(3):
         assert sqnr(expected, quant_model(*inputs)) > 60
     assert not expected[3].any()
@@ -145,7 +142,7 @@ def test_ipex_wants_one_symmetric_scale() -> None:
 
 
 @pytest.mark.parametrize(
-    "backend", [b.name for b in available_backends() if "embedding_bag" in b.placement().ops]
+    "backend", [b.name for b in available_backends() if "embedding_bag" in b.kernels().ops]
 )
 def test_bags_that_are_written_to(backend: str) -> None:
     class Rectified(nn.Module):

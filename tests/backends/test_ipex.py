@@ -51,7 +51,7 @@ def shifted(*shape: int) -> Tensor:
 def both(model: nn.Module, *inputs: Tensor, config: QConfig | None = None) -> tuple[Tensor, Tensor]:
     """(reference, IPEX) output of the same quantized graph; every product must be fused."""
     quantizer = calibrated(model, [(inputs, {})], backend="ipex", qconfig=config)
-    reference = ReferenceBackend(Backend.IPEX.placement())
+    reference = ReferenceBackend(Backend.IPEX)
     expected = quantizer.quantize(model, backend=reference)(*inputs)
     quant_model = quantizer.quantize(model)
     actual = quant_model(*inputs)

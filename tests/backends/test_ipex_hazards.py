@@ -55,7 +55,7 @@ def agree(
     """
     model.eval()
     quantizer = calibrated(model, [(inputs, {})], backend=backend or "ipex")
-    reference = quantizer.quantize(model, backend=ReferenceBackend(Backend.IPEX.placement()))
+    reference = quantizer.quantize(model, backend=ReferenceBackend(Backend.IPEX))
     expected = reference(*inputs)
     quant_model = quantizer.quantize(model)
     given = [x.clone() for x in inputs]
@@ -274,7 +274,7 @@ def test_14_sums_into_another_order_when_sizes_come_back(
 ) -> None:
     model = Residual(start).eval()
     quantizer = calibrated(model, [((numbers(4, 16, 32),), {})], backend="ipex")
-    reference = quantizer.quantize(model, backend=ReferenceBackend(Backend.IPEX.placement()))
+    reference = quantizer.quantize(model, backend=ReferenceBackend(Backend.IPEX))
     quant_model = quantizer.quantize(model)
     for turn, batch in enumerate((2, 2, 24, 3, 2, 2, 3, 24, 2)):
         x = numbers(batch, 16, 32, seed=turn)

@@ -55,7 +55,7 @@ def test_all_of_the_plan_is_fused(build: Any) -> None:
     quantizer = Quantizer("ipex")
     quantizer.calib(model)(**inputs)
     expected = tuple(model(**inputs).values())
-    reference = quantizer.quantize(model, backend=ReferenceBackend(Backend.IPEX.placement()))
+    reference = quantizer.quantize(model, backend=ReferenceBackend(Backend.IPEX))
     quant_model = quantizer.quantize(model, example_inputs=inputs)
     error = sqnr(expected, tuple(quant_model(**inputs).values()))
     assert error > sqnr(expected, tuple(reference(**inputs).values())) - 0.5

@@ -17,7 +17,7 @@ from torch_quant import Backend, ModuleFilter, QConfig, Quantizer, QuantSpec, sq
 from torch_quant.backends import IPEXBackend, available_backends
 from torch_quant.backends.ipex.lstm import NO_KERNEL
 
-BACKENDS = [b.name for b in available_backends() if "lstm" in b.placement().ops]
+BACKENDS = [b.name for b in available_backends() if "lstm" in b.kernels().ops]
 needs_ipex = pytest.mark.skipif(
     Backend.IPEX.unavailable() is not None, reason=f"Backend.IPEX: {Backend.IPEX.unavailable()}"
 )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from flows import calibrated
+from flows import calibrated, run
 from models import exact_copy
 from torch import Tensor, nn
 
@@ -59,7 +59,7 @@ def shifted(*shape: int) -> Tensor:
 def both(model: nn.Module, x: Tensor, config: QConfig | None = None) -> tuple[Tensor, Tensor]:
     """(reference, kernel) output of the same quantized graph."""
     quantizer = calibrated(model, [((x,), {})], backend="onednn", qconfig=config)
-    reference = ReferenceBackend(Backend.ONEDNN.placement())
+    reference = ReferenceBackend(Backend.ONEDNN)
     return quantizer.quantize(model, backend=reference)(x), quantizer.quantize(model)(x)
 
 
@@ -128,6 +128,22 @@ def test_conv_with_integer_output(conv: str) -> None:
 def test_an_unbatched_image_is_not_for_the_kernel_but_right() -> None:
     expected, actual = both(nn.Conv2d(3, 4, 3), shifted(3, 8, 8))
     torch.testing.assert_close(actual, expected)
+
+
+def test_what_the_kernel_does_not_take_is_reported_in_float() -> None:
+    """Once lowered, and unless another call of it runs on the kernel."""
+    model, image = nn.Conv2d(3, 4, 3), shifted(3, 8, 8)
+    quantizer = calibrated(model, [((image,), {})], backend="onednn")
+    why = "oneDNN's convolutions want inputs with a batch dimension"
+    quant_model = quantizer.quantize(model)
+    for plan in (quantizer.plan, quant_model.plan):
+        assert [(site.quantized, site.reason) for site in plan.values()] == [(False, why)]
+    coverage = str(quantizer.coverage(model))
+    assert why in coverage
+    assert "0.0%" in coverage
+    assert torch.equal(quant_model(image), quantizer.quantize(model)(image))
+    run(quantizer.calib(model), ((image[None],), {}))
+    assert quantizer.quantize(model).plan.quantized == ("conv2d",)
 
 
 def test_embedding_is_exact() -> None:

@@ -59,7 +59,7 @@ def check_one_step(
     """
     quantizer = calibrated(model, [((x,), {})], backend="onnx", qconfig=config)
     quant_model = written(quantizer, model, ((x,), {}), path)
-    simulation = quantizer.quantize(model, backend=ReferenceBackend(Backend.ONNX.placement()))
+    simulation = quantizer.quantize(model, backend=ReferenceBackend(Backend.ONNX))
     expected = simulation(x)
     first = model[0] if isinstance(model, nn.Sequential) else model
     step = max(float(y.max() - y.min()) for y in (expected, first(x))) / 255
@@ -114,7 +114,7 @@ def test_formats(name: str, kind: str, tmp_path: Path) -> None:
     x = shifted(4, 16) if kind == "linear" else shifted(2, 8, 9, 9)
     quantizer = calibrated(model, [((x,), {})], backend="onnx", qconfig=FORMATS[name])
     quant_model = written(quantizer, model, ((x,), {}), tmp_path / "model.onnx")
-    simulation = quantizer.quantize(model, backend=ReferenceBackend(Backend.ONNX.placement()))
+    simulation = quantizer.quantize(model, backend=ReferenceBackend(Backend.ONNX))
     expected = simulation(x)
     width = expected.max() - expected.min()
     if "symmetric" in name:  # as many steps on both sides of 0
@@ -162,7 +162,7 @@ def test_networks_in_two_runtimes(
     name, model = build.__name__, build()
     quantizer = calibrated(model, [(example(name, 32), {})], backend="onnx")
     quant_model = written(quantizer, model, (example(name, 2), {}), tmp_path / "model.onnx")
-    simulation = quantizer.quantize(model, backend=ReferenceBackend(Backend.ONNX.placement()))
+    simulation = quantizer.quantize(model, backend=ReferenceBackend(Backend.ONNX))
     inputs = (example(name, 50), {})
     run_file = run_onnxruntime if runtime == "onnxruntime" else run_openvino
     found = run_file(tmp_path / "model.onnx", feeds(quant_model, inputs))

@@ -9,7 +9,8 @@ from models import MODELS, EncoderBlock, example, normal
 from torch import Tensor, nn
 
 from torch_quant.config import ModuleFilter, Overrides, QConfig
-from torch_quant.core.plan import Placement, QuantPlan
+from torch_quant.core.kernels import Accepts, Kernel, KernelTable
+from torch_quant.core.plan import QuantPlan
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.annotate import annotate
@@ -18,7 +19,10 @@ from torch_quant.graph.rules import modules_of
 from torch_quant.model import CapturedModel, run_example
 
 WEIGHT = QuantSpec.of(signed=True, symmetric=True, per_channel=True)
-PLACEMENT = Placement("everything", frozenset(p.name for p in PATTERNS), QuantSpec(), WEIGHT)
+KERNELS = KernelTable(
+    "everything",
+    tuple(Kernel(p.name, Accepts(QuantSpec()), Accepts(WEIGHT)) for p in PATTERNS),
+)
 
 
 def captured(name: str) -> tuple[nn.Module, CapturedModel]:
@@ -37,7 +41,7 @@ def captured(name: str) -> tuple[nn.Module, CapturedModel]:
 def plan_of(
     name: str,
     *,
-    placement: Placement = PLACEMENT,
+    kernels: KernelTable = KERNELS,
     qconfig: QConfig | None = None,
     overrides: Overrides | None = None,
     **filters: Any,
@@ -46,7 +50,7 @@ def plan_of(
     return annotate(
         found.sites(),
         model,
-        placement,
+        kernels,
         qconfig=qconfig or QConfig(),
         overrides=overrides or {},
         module_filter=ModuleFilter(**filters),
@@ -58,7 +62,7 @@ def reasons(plan: QuantPlan) -> dict[str, str]:
     return {site.name: site.reason for site in plan.values() if not site.quantized}
 
 
-def test_everything_by_default_in_the_placements_formats() -> None:
+def test_everything_by_default_in_the_kernels_formats() -> None:
     plan = plan_of("attention_explicit")
     assert list(plan) == ["query", "key", "value", "matmul", "matmul_1", "out"]
     assert not reasons(plan)
@@ -190,7 +194,7 @@ def test_an_override_of_none_leaves_a_site_in_float(key: Any) -> None:
     assert found == {"head": "left in float by an override"}
 
 
-def test_the_default_configuration_goes_before_the_placements() -> None:
+def test_the_default_configuration_goes_before_the_kernels() -> None:
     plan = plan_of("small_cnn", qconfig=LOW)
     assert {(site.activation, site.weight) for site in plan.values()} == {(LOW.input, LOW.weight)}
     plan = plan_of("small_cnn", qconfig=MID)
@@ -217,22 +221,36 @@ def test_names_of_modules_that_hold_no_site_are_known() -> None:
     assert not reasons(plan_of("small_cnn", exclude_names="bn", overrides={"block.bn1": None}))
 
 
-def test_what_the_placement_has_no_kernel_for() -> None:
-    only = Placement("linears", frozenset({"linear"}), QuantSpec(), WEIGHT)
-    found = reasons(plan_of("small_cnn", placement=only))
+def test_what_the_backend_has_no_kernel_for() -> None:
+    only = KernelTable("linears", (Kernel("linear", Accepts(QuantSpec()), Accepts(WEIGHT)),))
+    found = reasons(plan_of("small_cnn", kernels=only))
     assert set(found) == {"conv", "block.conv1", "block.conv2"}
     assert set(found.values()) == {"linears has no int8 kernel for conv2d"}
 
 
-def test_formats_that_the_placement_refuses() -> None:
-    def refuse(op: str, activation: QuantSpec | None, weight: QuantSpec | None) -> str | None:
-        if activation is not None and activation.bits < 8:
-            return f"{op} at {activation.bits} bits is beyond us"
-        return None
+def test_formats_that_no_kernel_takes() -> None:
+    eight = Accepts(QuantSpec(), lambda spec: spec.bits == 8, "we want 8 bits")
+    strict = KernelTable(
+        "strict",
+        (
+            Kernel("linear", eight, Accepts(WEIGHT)),
+            *(row for row in KERNELS.rows if row.op != "linear"),
+        ),
+    )
+    found = reasons(plan_of("small_cnn", kernels=strict, overrides={"head": LOW}))
+    assert found == {"head": f"we want 8 bits, not {LOW.input}"}
 
-    strict = Placement("strict", PLACEMENT.ops, QuantSpec(), WEIGHT, refuse)
-    found = reasons(plan_of("small_cnn", placement=strict, overrides={"head": LOW}))
-    assert found == {"head": "linear at 6 bits is beyond us"}
+
+def test_the_first_kernel_that_takes_the_wish_is_used() -> None:
+    """Each is asked with its own formats where the user wants none in particular."""
+    four = QuantSpec.of(bits=4, signed=True, symmetric=True, per_channel=True)
+    narrow = Kernel("linear", Accepts(QuantSpec()), Accepts(four, lambda s: s.bits == 4, "4 bits"))
+    table = KernelTable("two", (narrow, *KERNELS.rows))
+    assert plan_of("small_cnn", kernels=table)["head"].weight == four
+    plan = plan_of("small_cnn", kernels=table, overrides={"head": QConfig(weight=WEIGHT)})
+    assert plan["head"].quantized
+    assert plan["head"].weight == WEIGHT
+    assert table.choose("linear", QuantSpec(), WEIGHT)[0] is KERNELS.of("linear")[0]
 
 
 def test_fallen_back() -> None:
@@ -283,7 +301,7 @@ def test_op_types_are_never_module_names_in_a_filter() -> None:
     plan = annotate(
         found.sites(),
         model,
-        PLACEMENT,
+        KERNELS,
         qconfig=QConfig(),
         overrides={},
         module_filter=ModuleFilter(exclude_names="linear"),

@@ -14,19 +14,27 @@ from torch import Tensor, nn
 
 from torch_quant import Quantizer
 from torch_quant.backends import ReferenceBackend
+from torch_quant.core.kernels import KernelTable
 from torch_quant.proxies import AmpModel
 from torch_quant.report.sensitivity import SensitivityReport
+
+
+class Sharing(ReferenceBackend):
+    """Wants what shares ``together`` in one precision."""
+
+    def __init__(self, together: frozenset[str]) -> None:
+        super().__init__()
+        self._together = together
+
+    def _kernels(self) -> KernelTable:
+        return replace(super()._kernels(), share_precision=self._together)
 
 
 def analysed(
     model: nn.Module, *batches: tuple[Any, ...], together: set[str] | None = None
 ) -> tuple[Quantizer, AmpModel, SensitivityReport]:
-    placement = ReferenceBackend().placement()
-    if together is not None:
-        placement = replace(placement, together=frozenset(together))
-    quantizer = calibrated(
-        model, [(batch, {}) for batch in batches], backend=ReferenceBackend(placement)
-    )
+    backend = ReferenceBackend() if together is None else Sharing(frozenset(together))
+    quantizer = calibrated(model, [(batch, {}) for batch in batches], backend=backend)
     amp_model = quantizer.amp(model)
     for batch in batches:
         run(amp_model, (batch, {}))

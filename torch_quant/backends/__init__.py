@@ -8,6 +8,7 @@ from torch_quant.backends.base import (
     backend_of_environment,
     best_backend,
     register_backend,
+    register_kernel,
     usable_backend,
 )
 from torch_quant.backends.ipex import IPEXBackend
@@ -27,5 +28,6 @@ __all__ = [
     "backend_of_environment",
     "best_backend",
     "register_backend",
+    "register_kernel",
     "usable_backend",
 ]

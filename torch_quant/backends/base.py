@@ -1,17 +1,20 @@
-"""What a backend is: where it wants quantization, and how it lowers a quantized graph."""
+"""What a backend is: what it can run quantized, and how it lowers a quantized graph."""
 
 from __future__ import annotations
 
 import os
 from abc import ABC, ABCMeta, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor, fx, nn
 
+from torch_quant.core.kernels import Kernel, KernelTable
 from torch_quant.core.naming import did_you_mean
-from torch_quant.core.plan import Placement, QuantPlan
+from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import BackendUnavailable, InvalidConfig
+from torch_quant.graph.sites import KEY
 from torch_quant.passes.base import PassContext
 
 if TYPE_CHECKING:  # the types of what is registered, for type checkers and editors
@@ -28,6 +31,7 @@ __all__ = [
     "backend_of_environment",
     "best_backend",
     "register_backend",
+    "register_kernel",
     "usable_backend",
 ]
 
@@ -35,6 +39,7 @@ VARIABLE = "TORCH_QUANT_BACKEND"
 """The environment variable that names the backend of every quantizer."""
 
 _REGISTRY: dict[str, Backend] = {}
+_REGISTERED: dict[str, list[Kernel]] = {}
 T = TypeVar("T", bound="type[Backend]")
 
 
@@ -89,13 +94,17 @@ class Backend(ABC, metaclass=_ByName):
     def unavailable(self) -> str | None:
         """What is missing on this machine and how to get it, or None."""
 
-    @abstractmethod
-    def placement(self) -> Placement:
-        """Where it wants quantization, on this machine."""
+    def kernels(self) -> KernelTable:
+        """What it can run quantized on this machine, registered kernels before its own."""
+        own = self._kernels()
+        return replace(own, rows=(*_REGISTERED.get(self.name, ()), *own.rows))
 
     @abstractmethod
+    def _kernels(self) -> KernelTable:
+        """Its own kernels."""
+
     def lower(self, context: PassContext) -> fx.GraphModule:
-        """Put a graph with quantize/dequantize pairs on its kernels.
+        """Put a graph with quantize/dequantize pairs on its kernels; by default, site by site.
 
         Args:
             context: holds the graph, which may be changed.
@@ -103,6 +112,21 @@ class Backend(ABC, metaclass=_ByName):
         Returns:
             A graph that can be called, copied, traced and exported.
         """
+        self.emit(context)
+        return context.gm
+
+    def emit(self, context: PassContext) -> int:
+        """Put kernels that know how in the place of the sites that are quantized; how many."""
+        kernels, changed = self.kernels(), 0
+        for node in list(context.graph.nodes):
+            entry = context.plan.get(node.meta.get(KEY, ""))
+            if node.op != "call_function" or entry is None or not entry.quantized:
+                continue
+            kernel, _ = kernels.choose(entry.op, entry.activation, entry.weight)
+            if kernel is not None and kernel.emit is not None:
+                kernel.emit(context, node)
+                changed += 1
+        return changed
 
     def compile(self, body: fx.GraphModule, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
         """What to call in the place of a lowered graph, if the backend ``compiles``.
@@ -163,6 +187,20 @@ class Backend(ABC, metaclass=_ByName):
 
     def __repr__(self) -> str:
         return f"Backend.{self.name.upper()}"
+
+
+def register_kernel(backend: str, kernel: Kernel) -> None:
+    """Give a backend another kernel, which goes before those that it has.
+
+    Args:
+        backend: its name.
+        kernel: the row; its ``emit`` is called where the backend lowers site by site.
+
+    Raises:
+        InvalidConfig: there is no such backend.
+    """
+    rows = _REGISTERED.setdefault(Backend.get(backend).name, [])
+    rows.insert(0, kernel)
 
 
 def register_backend(cls: T) -> T:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,6 +18,7 @@ from torch_quant.graph.export import CapturedGraph
 from torch_quant.graph.hooks import give_hooks
 from torch_quant.graph.kinds import Kind
 from torch_quant.graph.shadow import shadow
+from torch_quant.graph.sites import find_sites
 from torch_quant.model import CapturedModel
 from torch_quant.passes.base import Params, Pass, PassContext, copy_graph, run_passes
 from torch_quant.passes.constants import settle_names
@@ -39,6 +41,10 @@ class Lowering:
     plan: QuantPlan
     backend: Backend
     params: Params
+    declined: dict[str, str] = field(default_factory=dict)
+    """Site -> why it runs in float in every graph that was lowered and has it."""
+    kept: set[str] = field(default_factory=set)
+    """Sites that some graph has as planned."""
 
     def run(self, *, share: bool = False) -> QuantizedRegion:
         """The whole model, quantized; the float model is untouched.
@@ -52,6 +58,8 @@ class Lowering:
         shared = SharedWeights() if share else None
         own_tensors(quantized, self._theirs(), shared)
         quantized.shared = shared
+        self.captured.declined[self.backend.name] = dict(self.declined)
+        quantized.plan = self.captured.as_lowered(self.plan, self.backend.name)
         return quantized
 
     def _theirs(self) -> dict[str, Tensor]:
@@ -115,11 +123,19 @@ class Lowering:
         """A child of what runs as one graph: only what others called of it is needed."""
         return self._region(region) if region.called else _lent(Absent(region.path), region)
 
+    def _note(self, canonical: fx.GraphModule, declined: Mapping[str, str]) -> None:
+        names = {site.name for _, _, site in find_sites(canonical.graph)}
+        self.kept.update(names - declined.keys())
+        self.declined.update(declined)
+        for name in self.kept & self.declined.keys():
+            del self.declined[name]
+
     def graph(self, canonical: fx.GraphModule) -> fx.GraphModule:
         """One canonical graph, or a part of one, on the backend's kernels."""
         context = PassContext(copy_graph(canonical), self.plan, self.params)
-        run_passes(context, (*QUANTIZE, *self.backend.placement().passes))
+        run_passes(context, (*QUANTIZE, *self.backend.kernels().passes))
         lowered = self.backend.lower(context)
+        self._note(canonical, context.declined)
         run_passes(PassContext(lowered), [dynamic_sizes])
         return settle_names(lowered)
 

@@ -15,13 +15,13 @@ from torch import fx
 
 from torch_quant.backends import onednn_ops
 from torch_quant.backends.base import Backend, register_backend
-from torch_quant.backends.embedding_bags import BAGS, bag_arguments
+from torch_quant.backends.embedding_bags import bag_arguments
 from torch_quant.backends.reference import symmetric_weight
-from torch_quant.core.plan import Placement
+from torch_quant.core.kernels import Accepts, Kernel, KernelTable
 from torch_quant.core.spec import QuantSpec
 from torch_quant.graph.ops import padding_sizes, size_hints, spread
 from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
-from torch_quant.graph.sites import results
+from torch_quant.graph.sites import key_of, results
 from torch_quant.passes.base import PassContext
 
 __all__ = ["OneDNNBackend", "has_vnni"]
@@ -66,35 +66,31 @@ class OneDNNBackend(Backend):
             return "this build of torch has no oneDNN; pip install torch>=2.8 has"
         return None
 
-    def placement(self) -> Placement:
-        return Placement(
-            self.name,
-            frozenset({"linear", "conv1d", "conv2d", "conv3d", "embedding", "embedding_bag"}),
-            QuantSpec(),
+    def _kernels(self) -> KernelTable:
+        activation = Accepts(QuantSpec())
+        weight = Accepts(
             symmetric_weight(bits=8 if has_vnni() else 7),
-            _refuse,
+            lambda spec: spec.signed and spec.symmetric and spec.per_channel,
+            "oneDNN wants a signed symmetric per-channel weight",
+        )
+        return KernelTable(
+            self.name,
+            (
+                Kernel("linear", activation, weight, emit=_lower_linear),
+                Kernel("conv1d", activation, weight, emit=_lower_conv),
+                Kernel("conv2d", activation, weight, emit=_lower_conv),
+                Kernel("conv3d", activation, weight, emit=_lower_conv),
+                Kernel("embedding", None, weight, emit=_lower_embedding),
+                Kernel("embedding_bag", None, weight, emit=_lower_embedding_bag),
+            ),
         )
 
     def lower(self, context: PassContext) -> fx.GraphModule:
         _unsigned_activations(context)
-        for node in list(context.graph.nodes):
-            if node.target is aten.linear.default and _is_quantized(node):
-                _lower_linear(node)
-            elif node.target in _CONVS and _is_quantized(node):
-                _lower_conv(node)
-            elif node.target is aten.embedding.default and _weight_of(node, 0) is not None:
-                _lower_embedding(node)
-            elif node.target in BAGS and _weight_of(node, 0) is not None:
-                _lower_embedding_bag(node)
+        self.emit(context)
         for node in context.graph.find_nodes(op="call_function", target=QUANTIZE):
             _lower_quantize(node)
         return context.gm
-
-
-def _refuse(op: str, activation: QuantSpec | None, weight: QuantSpec | None) -> str | None:
-    if weight is not None and not (weight.signed and weight.symmetric and weight.per_channel):
-        return f"oneDNN wants a signed symmetric per-channel weight, not {weight}"
-    return None
 
 
 def _unsigned_activations(context: PassContext) -> None:
@@ -205,16 +201,21 @@ def _operands(node: fx.Node) -> tuple[Any, ...]:
     return (*real.args, *weight, node.args[2] if len(node.args) > 2 else None)
 
 
-def _lower_linear(node: fx.Node) -> None:
+def _lower_linear(context: PassContext, node: fx.Node) -> None:
+    if not _is_quantized(node):
+        return
     out = _output(node)
     ending = (out.scale, out.zero_point, out.dtype, out.post_op, list(out.post_args), out.algorithm)
     _replace(node, out, onednn_ops.LINEAR, (*_operands(node), *ending))
 
 
-def _lower_conv(node: fx.Node) -> None:
+def _lower_conv(context: PassContext, node: fx.Node) -> None:
+    if not _is_quantized(node):
+        return
     dims = _CONVS[node.target]
     if len(size_hints(node)) != dims + 2:
-        return  # unbatched input, which the kernel does not take
+        context.decline(key_of(node), "oneDNN's convolutions want inputs with a batch dimension")
+        return
     x, x_scale, x_zero_point, weight, *rest = _operands(node)
     arguments = (*node.args[3:7], *(1, 0, 1, 1)[len(node.args[3:7]) :])
     stride, padding, dilation, groups = arguments
@@ -231,15 +232,17 @@ def _lower_conv(node: fx.Node) -> None:
     _replace(node, out, onednn_ops.CONV, args)
 
 
-def _lower_embedding(node: fx.Node) -> None:
+def _lower_embedding(context: PassContext, node: fx.Node) -> None:
     weight = _weight_of(node, 0)
-    assert weight is not None
+    if weight is None:
+        return
     _replace(node, _Output(node), onednn_ops.EMBEDDING, (*weight, node.args[1]))
 
 
-def _lower_embedding_bag(node: fx.Node) -> None:
+def _lower_embedding_bag(context: PassContext, node: fx.Node) -> None:
     weight = _weight_of(node, 0)
-    assert weight is not None
+    if weight is None:
+        return
     args = (*weight, *bag_arguments(node))
     with node.graph.inserting_before(node):
         new = node.graph.call_function(onednn_ops.EMBEDDING_BAG, args)

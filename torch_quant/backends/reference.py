@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from torch_quant.backends.base import Backend, register_backend
-from torch_quant.core.plan import Placement
+from torch_quant.core.kernels import Accepts, Kernel, KernelTable
 from torch_quant.core.spec import QuantSpec
 from torch_quant.graph.ops import PATTERNS
 from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, FAKE_QUANTIZE, QUANTIZE
@@ -29,28 +29,31 @@ class ReferenceBackend(Backend):
     """Quantize/dequantize in float; weights are kept as integers.
 
     Args:
-        placement: another backend's placement, to compute the very graph that it lowers; by
-            default, every op of the table is quantized.
+        simulates: another backend, whose very graphs are computed; by default, every op of the
+            table is quantized.
     """
 
     name = "reference"
     devices: ClassVar[frozenset[str]] = frozenset({"cpu", "cuda", "mps", "xpu", "meta"})
 
-    def __init__(self, placement: Placement | None = None) -> None:
-        self._placement = placement or Placement(
-            self.name,
-            frozenset(pattern.name for pattern in PATTERNS),
-            QuantSpec(),
-            symmetric_weight(),
-        )
+    def __init__(self, simulates: Backend | None = None) -> None:
+        self._simulates = simulates
 
     def unavailable(self) -> str | None:
         return None
 
-    def placement(self) -> Placement:
-        return self._placement
+    def kernels(self) -> KernelTable:
+        return super().kernels() if self._simulates is None else self._simulates.kernels()
+
+    def _kernels(self) -> KernelTable:
+        activation, weight = Accepts(QuantSpec()), Accepts(symmetric_weight())
+        return KernelTable(
+            self.name, tuple(Kernel(pattern.name, activation, weight) for pattern in PATTERNS)
+        )
 
     def lower(self, context: PassContext) -> fx.GraphModule:
+        if self._simulates is None:
+            self.emit(context)
         graph = context.graph
         for node in list(graph.nodes):
             if node.target is QUANTIZE:

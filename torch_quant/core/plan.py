@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from torch_quant.core.kernels import KernelTable
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
 
@@ -13,7 +14,6 @@ __all__ = [
     "FALLEN_BACK",
     "PRECISIONS",
     "FloatOp",
-    "Placement",
     "QuantPlan",
     "SitePlan",
     "is_share",
@@ -28,38 +28,6 @@ FALLEN_BACK = "fallen back"
 def is_share(value: Any) -> bool:
     """Whether ``value`` is a number from 0 to 1."""
     return isinstance(value, (int, float)) and 0 <= value <= 1
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where a backend wants quantization, and in which formats unless the user says otherwise.
-
-    Args:
-        name: the backend, for messages.
-        ops: the op types it has int8 kernels for.
-        activation: format of activations.
-        weight: format of weights.
-        refuse: why it cannot take a site with these formats (op, activation, weight), or None.
-        together: what forces sites that share it into int8 or float as one, ``"weight"`` or
-            ``"input"`` (a kernel that computes Q, K and V at once would want the latter). By
-            default weights: in both forms one takes more memory than in float alone.
-        stored: the op types whose results it wants quantized as well, at ``Site.stored``.
-        formats: op type -> the formats of its activations and weight where they are not those.
-        passes: what it does to the graph with quantize/dequantize pairs before lowering it, and
-            what therefore belongs to a simulation of it: passes over a ``PassContext``.
-    """
-
-    name: str
-    ops: frozenset[str]
-    activation: QuantSpec
-    weight: QuantSpec
-    refuse: Callable[[str, QuantSpec | None, QuantSpec | None], str | None] = (
-        lambda op, activation, weight: None
-    )
-    together: frozenset[str] = frozenset({"weight"})
-    stored: frozenset[str] = frozenset()
-    formats: Mapping[str, tuple[QuantSpec, QuantSpec]] = field(default_factory=dict)
-    passes: tuple[Callable[[Any], int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -211,7 +179,17 @@ class QuantPlan(Mapping[str, SitePlan]):
         )
         return QuantPlan(sites, self.float_ops)
 
-    def edited(self, edits: QuantPlan, placement: Placement) -> QuantPlan:
+    def declined(self, reasons: Mapping[str, str]) -> QuantPlan:
+        """A new plan in which the sites that ``reasons`` names run in float, for these reasons."""
+        sites = (
+            replace(site, quantized=False, reason=reasons[name])
+            if name in reasons and site.quantized
+            else site
+            for name, site in self.items()
+        )
+        return QuantPlan(sites, self.float_ops)
+
+    def edited(self, edits: QuantPlan, kernels: KernelTable) -> QuantPlan:
         """A new plan with the formats and decisions of ``edits``, where the backend can follow.
 
         A site of ``edits`` that says float stays in float; one that says int8 gets its formats,
@@ -227,7 +205,7 @@ class QuantPlan(Mapping[str, SitePlan]):
                 plan.append(replace(site, quantized=False, reason=reason, precision=edit.precision))
             else:
                 reason = site.reason
-                reason = reason or placement.refuse(site.op, edit.activation, edit.weight) or ""
+                reason = reason or kernels.choose(site.op, edit.activation, edit.weight)[1]
                 plan.append(
                     replace(
                         site,

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from torch import nn
 
 from torch_quant.config import ModuleFilter, Overrides, QConfig, check_names
-from torch_quant.core.plan import Placement, QuantPlan, SitePlan
+from torch_quant.core.kernels import Kernel, KernelTable
+from torch_quant.core.plan import QuantPlan, SitePlan
+from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.rules import OP_TYPES, modules_of, qconfig_of, rules_of
 from torch_quant.graph.sites import Site
@@ -18,7 +20,7 @@ __all__ = ["annotate"]
 def annotate(
     sites: Sequence[tuple[Site, str]],
     model: nn.Module,
-    placement: Placement,
+    kernels: KernelTable,
     *,
     qconfig: QConfig,
     overrides: Overrides,
@@ -29,7 +31,7 @@ def annotate(
     Args:
         sites: each with the reason why its graph does not allow int8, empty if it does.
         model: the float model, for its classes.
-        placement: what the backend wants.
+        kernels: what the backend can run.
         qconfig: the default configuration.
         overrides: exceptions to it.
         module_filter: which sites the user wants at all.
@@ -42,20 +44,13 @@ def annotate(
     for site, obstacle in sites:
         modules = modules_of(model, site)
         config = qconfig_of(site, modules, qconfig, overrides)
-        activation = weight = None
+        activation = weight = kernel = None
         reason = obstacle or module_filter.refusal(site.name, site.op, modules) or ""
         if config is None:
             reason = reason or "left in float by an override"
         else:
-            default = (placement.activation, placement.weight)
-            wanted = placement.formats.get(site.op, default)
-            if site.inputs or site.op in placement.stored:
-                activation = config.input or wanted[0]
-            if site.weight_shape:
-                weight = config.weight or wanted[1]
-            if not reason and site.op not in placement.ops:
-                reason = f"{placement.name} has no int8 kernel for {site.op}"
-            reason = reason or placement.refuse(site.op, activation, weight) or ""
+            activation, weight, kernel, refusal = _fitting(site, config, kernels)
+            reason = reason or refusal
         plan.append(
             SitePlan(
                 name=site.name,
@@ -66,11 +61,33 @@ def annotate(
                 quantized=not reason,
                 reason=reason,
                 macs=site.macs,
-                stored=site.stored if site.op in placement.stored else "",
+                stored=site.stored if kernel is not None and kernel.output else "",
                 smooth=config.smooth if config is not None and site.smoothable else None,
             )
         )
     return QuantPlan(plan)
+
+
+def _fitting(
+    site: Site, config: QConfig, kernels: KernelTable
+) -> tuple[QuantSpec | None, QuantSpec | None, Kernel | None, str]:
+    """The formats of a site and the kernel that takes them, or None and why there is none.
+
+    Each kernel is asked with its own formats where the user wants none in particular.
+    """
+    rows = kernels.of(site.op) or (kernels.hypothetical(site.op),)
+    found: list[tuple[QuantSpec | None, QuantSpec | None, Kernel | None, str]] = []
+    for row in rows:
+        activation = weight = None
+        if row.activation and (site.inputs or row.output):
+            activation = config.input or row.activation.default
+        if row.weight and site.weight_shape:
+            weight = config.weight or row.weight.default
+        chosen, reason = kernels.choose(site.op, activation, weight)
+        if chosen is not None:
+            return activation, weight, chosen, ""
+        found.append((activation, weight, None, reason))
+    return found[0]
 
 
 def _check(

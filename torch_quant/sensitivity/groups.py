@@ -16,14 +16,14 @@ __all__ = ["find_groups", "shared_inputs"]
 
 
 def find_groups(
-    captured: CapturedModel, plan: QuantPlan, together: Collection[str]
+    captured: CapturedModel, plan: QuantPlan, share_precision: Collection[str]
 ) -> list[tuple[str, ...]]:
     """The quantized sites of ``plan``, each in one group, in the order they run.
 
     Args:
         captured: the model.
         plan: which sites are quantized.
-        together: what must not be shared between int8 and float: ``"weight"``, ``"input"``.
+        share_precision: what must not be shared between int8 and float: ``"weight"``, ``"input"``.
     """
     leader = {name: name for name in plan.quantized}
 
@@ -33,7 +33,7 @@ def find_groups(
         return name
 
     order = {name: i for i, name in enumerate(leader)}
-    for names in _sharing(captured, plan, together).values():
+    for names in _sharing(captured, plan, share_precision).values():
         for name in names[1:]:
             first, second = sorted((find(names[0]), find(name)), key=order.__getitem__)
             leader[second] = first
@@ -44,7 +44,7 @@ def find_groups(
 
 
 def _sharing(
-    captured: CapturedModel, plan: QuantPlan, together: Collection[str]
+    captured: CapturedModel, plan: QuantPlan, share_precision: Collection[str]
 ) -> dict[Hashable, list[str]]:
     """Shared thing -> the quantized sites that share it."""
     sharing: dict[Hashable, list[str]] = defaultdict(list)
@@ -54,9 +54,9 @@ def _sharing(
             if site.name not in quantized:
                 continue
             things: list[Hashable] = []
-            if "weight" in together:
+            if "weight" in share_precision:
                 things += [_parameter(prepared.canonical, each) for each in weights(node, pattern)]
-            if "input" in together:
+            if "input" in share_precision:
                 things += site.inputs
             for thing in things:
                 if site.name not in sharing[thing]:

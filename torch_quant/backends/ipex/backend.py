@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from torch_quant.backends.base import Backend, register_backend
 from torch_quant.backends.ipex import ops
 from torch_quant.backends.ipex.bags import look_up_bags
-from torch_quant.backends.ipex.forms import placement_forms
+from torch_quant.backends.ipex.forms import graph_forms
 from torch_quant.backends.ipex.guards import GUARDS
 from torch_quant.backends.ipex.lstm import lower_lstms
 from torch_quant.backends.ipex.trace import (
@@ -38,7 +38,8 @@ from torch_quant.backends.ipex.trace import (
 from torch_quant.backends.ipex.verify import IPEXReport, verify
 from torch_quant.backends.onednn import has_vnni
 from torch_quant.backends.reference import symmetric_weight
-from torch_quant.core.plan import Placement, QuantPlan
+from torch_quant.core.kernels import Accepts, Kernel, KernelTable
+from torch_quant.core.plan import QuantPlan
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
@@ -46,11 +47,7 @@ from torch_quant.passes.base import PassContext, run_passes
 
 __all__ = ["IPEXBackend"]
 
-_OPS = frozenset({
-    "linear", "conv1d", "conv2d", "conv3d", "conv_transpose2d", "conv_transpose3d", "matmul",
-    "scaled_dot_product_attention", "embedding", "embedding_bag",
-    "lstm",
-})  # fmt: skip
+_PRODUCTS = ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose2d", "conv_transpose3d")
 _SYMMETRIC = QuantSpec.of(signed=True, symmetric=True)
 
 
@@ -109,21 +106,40 @@ class IPEXBackend(Backend):
     def unavailable(self) -> str | None:
         return _missing() or import_failure()
 
-    def placement(self) -> Placement:
-        weight = symmetric_weight(bits=8 if has_vnni() else 7)
-        return Placement(
-            self.name,
-            _OPS,
+    def _kernels(self) -> KernelTable:
+        activation = Accepts(
             QuantSpec(),
-            weight,
-            _refuse,
-            stored=frozenset({"embedding_bag"}),
-            formats={"embedding_bag": (_SYMMETRIC, _SYMMETRIC)},
+            lambda spec: spec.full_range,
+            "IPEX quantizes activations to the full range of 8 bits",
+        )
+        unsigned = Accepts(
+            QuantSpec(),
+            lambda spec: spec.full_range and not spec.signed,
+            "IPEX's LSTM takes unsigned activations of the full range of 8 bits",
+        )
+        weight = Accepts(
+            symmetric_weight(bits=8 if has_vnni() else 7),
+            lambda spec: spec.signed and spec.symmetric and spec.per_channel,
+            "IPEX wants a signed symmetric per-channel weight",
+        )
+        bags = Accepts(
+            _SYMMETRIC, lambda spec: spec == _SYMMETRIC, f"IPEX sums bags of {_SYMMETRIC}"
+        )
+        return KernelTable(
+            self.name,
+            (
+                *(Kernel(op, activation, weight) for op in _PRODUCTS),
+                Kernel("matmul", activation),
+                Kernel("scaled_dot_product_attention", activation),
+                Kernel("embedding", None, weight),
+                Kernel("embedding_bag", None, bags, bags),
+                Kernel("lstm", unsigned, weight),
+            ),
         )
 
     def lower(self, context: PassContext) -> fx.GraphModule:
         import_ipex()  # what traces the graph needs it, and its overrides of float kernels
-        forms = placement_forms(int8_shortcuts=self.int8_shortcuts)
+        forms = graph_forms(int8_shortcuts=self.int8_shortcuts)
         run_passes(context, [lower_lstms, look_up_bags, *forms, *GUARDS, quantized_tensors])
         return context.gm
 
@@ -163,19 +179,6 @@ class IPEXBackend(Backend):
 
     def __repr__(self) -> str:
         return f"{super().__repr__()}{' with bfloat16' if self.bfloat16 else ''}"
-
-
-def _refuse(op: str, activation: QuantSpec | None, weight: QuantSpec | None) -> str | None:
-    if op == "embedding_bag":
-        fits = activation == weight == _SYMMETRIC
-        return None if fits else f"IPEX sums bags of {_SYMMETRIC}, not of {weight} to {activation}"
-    if activation is not None and not activation.full_range:
-        return f"IPEX quantizes activations to the full range of 8 bits, not to {activation}"
-    if op == "lstm" and activation is not None and activation.signed:
-        return f"IPEX's LSTM takes unsigned activations, not {activation}"
-    if weight is not None and not (weight.signed and weight.symmetric and weight.per_channel):
-        return f"IPEX wants a signed symmetric per-channel weight, not {weight}"
-    return None
 
 
 def quantized_tensors(context: PassContext) -> int:

@@ -28,7 +28,7 @@ from torch_quant.graph.sites import fused_output, is_constant
 from torch_quant.passes.base import Pass, PassContext
 from torch_quant.passes.constants import evaluate, new_constant
 
-__all__ = ["ELEMENTWISE", "is_quantized_product", "placement_forms"]
+__all__ = ["ELEMENTWISE", "is_quantized_product", "graph_forms"]
 
 aten = torch.ops.aten
 
@@ -340,7 +340,7 @@ def _all_read_by_convs(node: fx.Node) -> bool:
     return bool(quantized) and not rest and all(reader.target in known for reader in readers)
 
 
-def placement_forms(*, int8_shortcuts: bool | None) -> tuple[Pass, ...]:
+def graph_forms(*, int8_shortcuts: bool | None) -> tuple[Pass, ...]:
     """The passes of this module, in order."""
     shortcuts: dict[bool | None, tuple[Pass, ...]] = {
         None: (rectified_shortcuts,), True: (integer_shortcuts,), False: (),

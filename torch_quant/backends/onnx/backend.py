@@ -16,7 +16,8 @@ from torch import fx, nn
 from torch_quant.backends.base import Backend, register_backend
 from torch_quant.backends.onednn import has_vnni
 from torch_quant.backends.reference import symmetric_weight
-from torch_quant.core.plan import Placement, QuantPlan
+from torch_quant.core.kernels import Accepts, Kernel, KernelTable
+from torch_quant.core.plan import QuantPlan
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.decomposed import decomposed
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OnnxBackend", "missing_packages"]
 
-_CONVS = frozenset({"conv1d", "conv2d", "conv3d"})
+_CONVS = ("conv1d", "conv2d", "conv3d")
 _PASSES = (
     attention_forms,
     move_codes,
@@ -71,15 +72,23 @@ class OnnxBackend(Backend):
     def unavailable(self) -> str | None:
         return missing_packages("onnx", "onnxscript")
 
-    def placement(self) -> Placement:
-        products = {"linear", "matmul", "scaled_dot_product_attention", "embedding"}
-        return Placement(
+    def _kernels(self) -> KernelTable:
+        activation = Accepts(QuantSpec())
+        default = symmetric_weight(bits=8 if has_vnni() else 7)
+        weight = Accepts(
+            default,
+            lambda spec: spec.symmetric or not spec.per_channel,
+            "onnxruntime's kernels want one zero point for all channels",
+        )
+        return KernelTable(
             self.name,
-            _CONVS | products,
-            QuantSpec(),
-            symmetric_weight(bits=8 if has_vnni() else 7),
-            _refuse,
-            stored=_CONVS,
+            (
+                *(Kernel(conv, activation, weight, activation) for conv in _CONVS),
+                Kernel("linear", activation, weight),
+                Kernel("matmul", activation),
+                Kernel("scaled_dot_product_attention", activation),
+                Kernel("embedding", None, Accepts(default)),
+            ),
             passes=(keep_grids, read_codes),
         )
 
@@ -118,12 +127,6 @@ class OnnxBackend(Backend):
         if example_inputs is not None or plan is not None:
             raise InvalidConfig("verify takes the file alone: it is not run, and holds its plan")
         return verify(subject)
-
-
-def _refuse(op: str, activation: QuantSpec | None, weight: QuantSpec | None) -> str | None:
-    if weight is not None and op != "embedding" and weight.per_channel and not weight.symmetric:
-        return f"onnxruntime's kernels want one zero point for all channels, not {weight}"
-    return None
 
 
 def to_decomposed(context: PassContext) -> int:

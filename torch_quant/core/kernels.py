@@ -1,0 +1,129 @@
+"""What a backend can run: a table of kernels, the preferred ones first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch_quant.core.spec import QuantSpec
+
+__all__ = ["Accepts", "Kernel", "KernelTable"]
+
+
+def _anything(spec: QuantSpec) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Accepts:
+    """The formats that a kernel takes for one tensor.
+
+    Args:
+        default: the one it gets unless the user asks for another.
+        fits: whether it takes a format.
+        wants: what it takes, in words that a refusal begins with: ``"oneDNN wants a signed
+            weight"``.
+    """
+
+    default: QuantSpec
+    fits: Callable[[QuantSpec], bool] = _anything
+    wants: str = ""
+
+    def refusal(self, spec: QuantSpec) -> str:
+        """Why it does not take ``spec``, or an empty text."""
+        return "" if self.fits(spec) else f"{self.wants}, not {spec}"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to run an operator quantized.
+
+    Args:
+        op: the op type, as in the op table.
+        input: formats of its activations, None if it reads none quantized.
+        weight: formats of its weight, None without one.
+        output: formats of its result where the kernel gives nothing but integers, else None.
+            Inputs and output of a site have one format.
+        emit: puts the kernel in the place of the operator, given the pass context and the node of
+            a graph with quantize/dequantize pairs; None where the backend lowers whole graphs.
+        note: what a reader of reports should know of it.
+    """
+
+    op: str
+    input: Accepts | None = None
+    weight: Accepts | None = None
+    output: Accepts | None = None
+    emit: Callable[[Any, Any], None] | None = None
+    note: str = ""
+
+    @property
+    def activation(self) -> Accepts | None:
+        """The formats of what is not the weight."""
+        return self.input or self.output
+
+    def refusal(self, activation: QuantSpec | None, weight: QuantSpec | None) -> str:
+        """Why it does not run a site with these formats, or an empty text."""
+        pairs = ((self.activation, activation), (self.weight, weight))
+        reasons = (
+            accepts.refusal(spec)
+            for accepts, spec in pairs
+            if accepts is not None and spec is not None
+        )
+        return next(filter(None, reasons), "")
+
+
+@dataclass(frozen=True)
+class KernelTable:
+    """All that a backend can run quantized, and what it wants of a graph.
+
+    Args:
+        backend: its name, for messages.
+        rows: of several for one op type, the first that takes the wanted formats is used.
+        share_precision: what forces sites that share it into int8 or float as one, ``"weight"`` or
+            ``"input"`` (a kernel that computes Q, K and V at once would want the latter). By
+            default weights: in both forms one takes more memory than in float alone.
+        passes: what it does to the graph with quantize/dequantize pairs before lowering it, and
+            what therefore belongs to a simulation of it: passes over a ``PassContext``.
+    """
+
+    backend: str
+    rows: tuple[Kernel, ...]
+    share_precision: frozenset[str] = frozenset({"weight"})
+    passes: tuple[Callable[[Any], int], ...] = ()
+    _by_op: dict[str, tuple[Kernel, ...]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        found: dict[str, tuple[Kernel, ...]] = {}
+        for row in self.rows:
+            found[row.op] = (*found.get(row.op, ()), row)
+        object.__setattr__(self, "_by_op", found)
+
+    @property
+    def ops(self) -> frozenset[str]:
+        """The op types that it has any kernel for."""
+        return frozenset(self._by_op)
+
+    def of(self, op: str) -> tuple[Kernel, ...]:
+        """The kernels of one op type, the preferred one first."""
+        return self._by_op.get(op, ())
+
+    def hypothetical(self, op: str) -> Kernel:
+        """The formats that an op type without a kernel would have: those of the first rows."""
+        activation = next((row.input for row in self.rows if row.input), None)
+        weight = next((row.weight for row in self.rows if row.weight), None)
+        return Kernel(op, activation, weight)
+
+    def choose(
+        self, op: str, activation: QuantSpec | None, weight: QuantSpec | None
+    ) -> tuple[Kernel | None, str]:
+        """The first kernel that takes these formats, or None and why there is none."""
+        reasons = []
+        for row in self.of(op):
+            reason = row.refusal(activation, weight)
+            if not reason:
+                return row, ""
+            reasons.append(reason)
+        if not reasons:
+            return None, f"{self.backend} has no int8 kernel for {op}"
+        return None, "; ".join(dict.fromkeys(reasons))
