@@ -17,8 +17,8 @@ PACKAGE = ROOT / "torch_quant"
 
 LAYERS = (
     "version", "errors", "core", "observers", "config", "nn", "graph", "passes", "state", "model",
-    "sensitivity", "backends", "algorithms", "io", "report", "settings", "explain", "unseen",
-    "proxies",
+    "sensitivity", "backends", "algorithms", "io", "report", "settings", "session",
+    "explain", "unseen", "proxies",
     "fallback", "quantizer_base", "quantizer",
     "tuning", "cli",
 )  # fmt: skip

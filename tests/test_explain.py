@@ -21,6 +21,7 @@ from torch_quant import (
     QuantSpec,
     SiteInfo,
 )
+from torch_quant.backends.reference import symmetric_weight
 
 SIX = QuantSpec.of(bits=6)
 FOUR = QuantSpec.of(bits=4, signed=True, symmetric=True, per_channel=True)

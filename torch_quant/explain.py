@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch_quant.backends import Backend
@@ -13,10 +12,9 @@ from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.rules import modules_of, rules_for
 from torch_quant.graph.sites import Site
-from torch_quant.model import CapturedModel
 from torch_quant.observers import DEFAULT_OBSERVER
-from torch_quant.settings import Settings, observer_name
-from torch_quant.state import QuantState
+from torch_quant.session import Session
+from torch_quant.settings import observer_name
 
 __all__ = ["Decision", "Explanation", "explain"]
 
@@ -90,11 +88,8 @@ class Explanation:
 class _Facts:
     """All that decides about one site."""
 
-    settings: Settings
-    captured: CapturedModel
+    session: Session
     backend: Backend
-    state: QuantState
-    fallen: Mapping[str, str]
     site: Site
     obstacle: str
     entry: SitePlan
@@ -104,16 +99,16 @@ class _Facts:
         return repr(self.backend)
 
     def decisions(self) -> tuple[Decision, ...]:
-        module = self.captured.region.module
+        module = self.session.captured.region.module
         modules = modules_of(module, self.site)
-        rules = rules_for(self.site, modules, self.settings.overrides)
-        config = rules[0].value if rules else self.settings.qconfig
+        rules = rules_for(self.site, modules, self.session.settings.overrides)
+        config = rules[0].value if rules else self.session.settings.qconfig
         source = str(rules[0]) if rules else _QCONFIG
         found: list[Decision | None] = []
         found.append(quantized := self._quantized(source if rules and config is None else None))
         if not self.entry.quantized and quantized.rule != self.name:
             return (quantized,)  # no format was considered
-        edit = self.settings.summary.plan.get(self.site.name)
+        edit = self.session.settings.summary.plan.get(self.site.name)
         if config is None and not (edit is not None and edit.quantized):
             return tuple(each for each in found if each is not None)
         config = config or QConfig()
@@ -128,10 +123,10 @@ class _Facts:
 
     def _quantized(self, override: str | None) -> Decision:
         entry, site = self.entry, self.site
-        verdict = self.settings.module_filter.verdict(
-            site.name, site.op, modules_of(self.captured.region.module, site)
+        verdict = self.session.settings.module_filter.verdict(
+            site.name, site.op, modules_of(self.session.captured.region.module, site)
         )
-        edit = self.settings.summary.plan.get(site.name)
+        edit = self.session.settings.summary.plan.get(site.name)
         if entry.quantized:
             rule = f"module_filter, {verdict[1]}" if verdict[1] else self.name
             return Decision("quantized", True, rule, f"{self.name} has a kernel for {site.op}")
@@ -144,7 +139,7 @@ class _Facts:
             rule = f"module_filter, {verdict[1]}"
         elif override:
             rule = override
-        elif entry.reason == FALLEN_BACK and site.name in self.fallen:
+        elif entry.reason == FALLEN_BACK and site.name in self.session.owner.fallen_back:
             rule = "quantizer.fallback()"
         return Decision("quantized", False, rule, entry.reason)
 
@@ -188,9 +183,11 @@ class _Facts:
 
     def _observer(self, key: str) -> Decision:
         """That of the first input: sites that share a tensor have one observer."""
-        first, config = self.settings.observed_by(self.captured, key)
+        first, config = self.session.observed_by(key)
         rules = rules_for(
-            first, modules_of(self.captured.region.module, first), self.settings.overrides
+            first,
+            modules_of(self.session.captured.region.module, first),
+            self.session.settings.overrides,
         )
         asked = config.observer if config is not None else None
         rule = "the default" if asked is None else str(rules[0]) if rules else _QCONFIG
@@ -200,7 +197,7 @@ class _Facts:
             else [f"decided at {first.name}, which shares the tensor"]
         )
         wanted = observer_name(asked or DEFAULT_OBSERVER)
-        recorded = self.state.observers.get(key)
+        recorded = self.session.state.observers.get(key)
         if recorded is None or not recorded.batches:
             return Decision("observer", wanted, rule, "; ".join([*why, "nothing recorded yet"]))
         if recorded.name != wanted:
@@ -208,31 +205,21 @@ class _Facts:
         return Decision("observer", recorded.name, rule, "; ".join(why))
 
 
-def explain(
-    settings: Settings,
-    captured: CapturedModel,
-    backend: Backend,
-    state: QuantState,
-    fallen: Mapping[str, str],
-    name: str,
-) -> Explanation:
+def explain(session: Session, backend: Backend, name: str) -> Explanation:
     """Who decided what about the site called ``name``.
 
     Args:
-        settings: what the user asked for.
-        captured: the model's graphs.
+        session: the quantizer and the model.
         backend: where it will run.
-        state: the ranges.
-        fallen: site -> precision of what fell back to float.
         name: the site, or an operator that is none.
 
     Raises:
         InvalidConfig: there is no such site; names those of a module, or the closest.
     """
-    plan = settings.plan(captured, captured.region.module, backend, fallen)
+    plan, captured = session.plan(backend), session.captured
     for site, obstacle in captured.sites():
         if site.name == name:
-            facts = _Facts(settings, captured, backend, state, fallen, site, obstacle, plan[name])
+            facts = _Facts(session, backend, site, obstacle, plan[name])
             entry, modules = plan[name], modules_of(captured.region.module, site)
             return Explanation(
                 name,
@@ -242,7 +229,7 @@ def explain(
                 entry.precision,
                 entry.reason,
                 facts.decisions(),
-                tuple(str(r)[9:] for r in rules_for(site, modules, settings.overrides)),
+                tuple(str(r)[9:] for r in rules_for(site, modules, session.settings.overrides)),
             )
     for op in plan.float_ops:
         if op.name == name:

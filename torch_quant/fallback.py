@@ -7,7 +7,7 @@ import logging
 import math
 import operator
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -15,8 +15,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from torch_quant.backends import Backend
-from torch_quant.backends.lowering import Lowering
 from torch_quant.core.metrics import sqnr
 from torch_quant.core.plan import PRECISIONS, QuantPlan
 from torch_quant.errors import InvalidConfig
@@ -64,28 +62,17 @@ class Fallback:
 
     Args:
         amp_model: an AMP proxy with data seen.
-        backend: where the model will run.
-        fallen: site -> precision of what is in float already.
-        lowering: how the model is quantized with given sites (-> precision) in float.
         precision: of what falls back now.
     """
 
-    def __init__(
-        self,
-        amp_model: AmpModel,
-        backend: Backend,
-        fallen: Mapping[str, str],
-        lowering: Callable[[Mapping[str, str]], Lowering],
-        precision: str = PRECISIONS[0],
-    ) -> None:
-        self.amp_model, self.backend = amp_model, backend
-        self.fallen, self._lowering = dict(fallen), lowering
-        self._precision = precision
+    def __init__(self, amp_model: AmpModel, precision: str = PRECISIONS[0]) -> None:
+        self.amp_model, self.session = amp_model, amp_model.session
+        self.fallen, self._precision = dict(self.session.owner.fallen_back), precision
 
     def plan(self, names: Iterable[str] = ()) -> QuantPlan:
         """The plan with ``names`` in float."""
         chosen = {name: self.fallen.get(name, PRECISIONS[0]) for name in names}
-        return self._lowering(chosen).plan
+        return self.session.plan(fallen=chosen)
 
     @cached_property
     def ranking(self) -> Ranking:
@@ -94,7 +81,7 @@ class Fallback:
         recorder, captured = amp_model.recorder, amp_model.captured
         local = amp_model.metric == "sqnr"
         gram = None if local else copy.deepcopy(recorder.gram)  # it grows on
-        shared = self.backend.kernels().share_precision
+        shared = self.session.owner.backend.kernels().share_precision
         groups = {name: names for names in find_groups(captured, plan, shared) for name in names}
         sharing = shared_inputs(plan)
         weights = {site.name: site.weight_shape for site, _ in captured.sites()}
@@ -239,7 +226,7 @@ class Fallback:
 
     def _quantized(self, names: Iterable[str]) -> nn.Module:
         chosen = {name: self.fallen.get(name, self._precision) for name in names}
-        return self._lowering(chosen).run(share=True)
+        return self.session.lowering(fallen=chosen).run(share=True)
 
     @torch.no_grad()
     def measure(self, names: Iterable[str]) -> float:

@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -84,7 +83,7 @@ class Quantizer(QuantizerBase):
         overrides = {key: value for key, value in self.overrides.items() if key != pattern}
         settings = replace(self.settings, overrides={**overrides, pattern: config})
         settings.check()
-        for model in self._models:
+        for model in self._sessions:
             settings.check_names(model)
         self.overrides = dict(settings.overrides)
         self.plan = QuantPlan()
@@ -110,8 +109,8 @@ class Quantizer(QuantizerBase):
           quantized       no                          override '1': left in float by an override
           overrides that cover it, the first holds: '1', 'op:linear'
         """
-        chosen, captured = self._ready(self._only(model, "explain"), backend, None, "explain")
-        return explain(self.settings, captured, chosen, self.state, self.fallen_back, site)
+        chosen, session = self._ready(self._only(model, "explain"), backend, None, "explain")
+        return explain(session, chosen, site)
 
     def calib(self, model: nn.Module, example_inputs: Any = None) -> CalibModel:
         """A proxy that returns what ``model`` returns, bit for bit, and records ranges.
@@ -126,18 +125,11 @@ class Quantizer(QuantizerBase):
             CaptureFailed: ``example_inputs`` do not fit the model.
             NotCalibrated: this quantizer holds ranges of another model.
         """
-        captured = self._captured(model)
+        session = self._session(model)
         self.settings.check_names(model)
         if example_inputs is not None:
-            run_example(captured, example_inputs)
-        return CalibModel(
-            captured,
-            model,
-            self.state,
-            lambda key: self.settings.statistics(captured, key),
-            lambda name: self.settings.observer(captured, name),
-            partial(self._seen, captured),
-        )
+            run_example(session.captured, example_inputs)
+        return CalibModel(session)
 
     def amp(
         self,
@@ -169,7 +161,7 @@ class Quantizer(QuantizerBase):
             InvalidConfig: an unknown metric.
         """
         options = AmpOptions(metric, loss_fn, max_batches, seed)
-        captured = self._captured(model)
+        session = self._session(model)
         if self.state.batches == 0:
             raise NotCalibrated(
                 "no calibration data was seen: run it through the proxy that "
@@ -177,14 +169,8 @@ class Quantizer(QuantizerBase):
             )
         self.state.compare_weights(model)
         if example_inputs is not None:
-            run_example(captured, example_inputs)
-        return AmpModel(
-            captured,
-            model,
-            lambda model: self.settings.lowering(captured, model, self.backend, self.state),
-            self._basis,
-            options,
-        )
+            run_example(session.captured, example_inputs)
+        return AmpModel(session, options)
 
     def sensitivity(
         self, amp_model: AmpModel, *, measure: bool | Iterable[int] = False
@@ -242,8 +228,7 @@ class Quantizer(QuantizerBase):
         precision = precision_of(dtype)
         names = self._fallback(amp_model, precision).choose(num, min_sqnr, max_slowdown, latency)
         self.fallen_back |= dict.fromkeys(names, precision)
-        captured, model = amp_model.captured, amp_model.model
-        self.plan = self.settings.plan(captured, model, self.backend, self.fallen_back)
+        self.plan = amp_model.session.plan()
         return names
 
     def reset_fallback(self) -> None:
@@ -277,16 +262,16 @@ class Quantizer(QuantizerBase):
             NotCalibrated: no data was seen, or the model has changed since.
             UnsupportedOp: nothing in the model can be quantized.
         """
-        chosen, captured = self._ready(model, backend, example_inputs, "quantize")
+        chosen, session = self._ready(model, backend, example_inputs, "quantize")
         self.state.compare_weights(model)
-        self.settings.tell_observers(captured, self.state)
-        lowering = self.settings.lowering(captured, model, chosen, self.state, self.fallen_back)
+        session.tell_observers()
+        lowering = session.lowering(chosen)
         plan = lowering.plan
         if not plan.quantized and all(site.reason != FALLEN_BACK for site in plan.values()):
             reasons = {site.reason for site in plan.values()}
             raise UnsupportedOp(
                 "nothing in the model can be quantized: "
-                + ("; ".join(sorted(reasons)) or captured.nothing_captured())
+                + ("; ".join(sorted(reasons)) or session.captured.nothing_captured())
                 + ". print(quantizer.coverage(model)) lists every operator"
             )
         needs_data = any(site.quantized and site.activation for site in plan.values())
@@ -296,9 +281,8 @@ class Quantizer(QuantizerBase):
             )
         quantized = lowering.run(share=share_float_weights)
         if self.unseen_calls == "capture":
-            learned = (self.settings, chosen, self.state, self.fallen_back)
-            UnseenCalls(captured, model, *learned).attend(quantized)
-        if example_inputs is not None and chosen.compiles and not captured.keeps_state:
+            UnseenCalls(session, chosen).attend(quantized)
+        if example_inputs is not None and chosen.compiles and not session.captured.keeps_state:
             call_example(quantized, example_inputs)
         quantized.description = f"{chosen!r}: {quantized.plan.summary}"
         self.plan = quantized.plan
@@ -323,15 +307,15 @@ class Quantizer(QuantizerBase):
         Returns:
             A report; ``print`` shows its tables.
         """
-        chosen, captured = self._ready(model, backend, example_inputs, "coverage")
-        plan = self.settings.plan(captured, model, chosen, self.fallen_back)
+        chosen, session = self._ready(model, backend, example_inputs, "coverage")
+        captured, plan = session.captured, session.plan(chosen)
         return Coverage.of(captured, captured.as_lowered(plan, chosen.name), repr(chosen))
 
     def state_dict(self) -> dict[str, Any]:
         """Ranges, their model and what fell back: plain values and tensors, for ``torch.save``."""
         return {
             "state": self.state.state_dict(),
-            "model": dict(self._fingerprint or {}),
+            "model": dict(self.state.fingerprint),
             "fallback": dict(self.fallen_back),
         }
 
@@ -342,7 +326,7 @@ class Quantizer(QuantizerBase):
         """
         fingerprint, fallen = check_saved(state)
         self.state.load_state_dict(state["state"])
-        self._fingerprint, self.fallen_back = fingerprint or None, fallen
+        self.state.fingerprint, self.fallen_back = fingerprint, fallen
         self.plan = QuantPlan()
 
     def save_summary(self, path: str | os.PathLike[str]) -> None:

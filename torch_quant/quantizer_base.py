@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import weakref
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -20,6 +19,7 @@ from torch_quant.io.summary import Summary
 from torch_quant.model import CapturedModel, check_model, check_same, run_example
 from torch_quant.proxies import AmpModel, Proxy, Tied
 from torch_quant.report.tuning import Tuning
+from torch_quant.session import Session
 from torch_quant.settings import Settings
 from torch_quant.state import QuantState
 from torch_quant.unseen import checked_choice
@@ -54,8 +54,7 @@ class QuantizerBase(Tied):
         self.plan = QuantPlan()
         self.fallen_back: dict[str, str] = {}  # site -> precision
         self.tuning: Tuning | None = None
-        self._fingerprint: dict[str, str] | None = None
-        self._models = weakref.WeakKeyDictionary[nn.Module, CapturedModel]()
+        self._sessions = weakref.WeakKeyDictionary[nn.Module, Session]()
 
     def __repr__(self) -> str:
         forced = self._forced if self.backend is self._forced else None
@@ -71,59 +70,49 @@ class QuantizerBase(Tied):
         """The configuration as it is now."""
         return Settings(self.qconfig, self.overrides, self.module_filter, self._summary)
 
-    def _captured(self, model: nn.Module, backend: Backend | None = None) -> CapturedModel:
+    def _session(self, model: nn.Module, backend: Backend | None = None) -> Session:
         backend = backend or self.backend
         if isinstance(model, (Proxy, QuantizedRegion)):
             raise InvalidConfig("this is a proxy; give the float model it was made from")
         check_model(model, backend.devices, repr(backend))
-        if self._fingerprint is not None:
-            check_same(self._fingerprint, model)
-        captured = self._models.get(model)
-        if captured is None:
-            captured = self._models[model] = CapturedModel(model, self._dynamic)
-        captured.refresh(model)
-        return captured
-
-    def _seen(self, captured: CapturedModel) -> None:
-        self._fingerprint = captured.fingerprint
-        self.state.note_weights(captured.region.module)
-
-    def _basis(self) -> dict[str, Any]:
-        """What sensitivities rest on: what of it differs between two calls has changed."""
-        ranges = (self.state, self.state.version)
-        return {"the backend": self.backend, **self.settings.values(), "ranges": ranges}
+        if self.state.fingerprint:
+            check_same(self.state.fingerprint, model)
+        session = self._sessions.get(model)
+        if session is None:
+            captured = CapturedModel(model, self._dynamic)
+            session = self._sessions[model] = Session(self, captured, model)
+        session.refresh()
+        return session
 
     def _fallback(self, proxy: AmpModel, precision: str = PRECISIONS[0]) -> Fallback:
         if not isinstance(proxy, AmpModel):
             raise InvalidConfig(
                 f"expected the proxy that quantizer.amp(model) makes, got {type(proxy).__name__}"
             )
-        model = proxy.model
-        if self._models.get(model) is not proxy.captured:
+        if self._sessions.get(proxy.model) is not proxy.session:
             raise InvalidConfig(
                 "the AMP proxy is of another model or another quantizer: use the quantizer that "
                 "made it, or quantizer.amp(model) and run data through it"
             )
         proxy.check()
-        lowering = partial(self.settings.lowering, proxy.captured, model, self.backend, self.state)
-        return Fallback(proxy, self.backend, self.fallen_back, lowering, precision)
+        return Fallback(proxy, precision)
 
     def _ready(
         self, model: nn.Module, backend: Backend | str | None, example_inputs: Any, method: str
-    ) -> tuple[Backend, CapturedModel]:
+    ) -> tuple[Backend, Session]:
         """The backend and the model, captured, for ``method``."""
         chosen = self.backend if backend is None else usable_backend(backend)
-        captured = self._captured(model, chosen)
+        session = self._session(model, chosen)
         if example_inputs is not None:
-            run_example(captured, example_inputs)
-        captured.check_called(method, self.state.batches)
-        return chosen, captured
+            run_example(session.captured, example_inputs)
+        session.captured.check_called(method, self.state.batches)
+        return chosen, session
 
     def _only(self, model: nn.Module | None, method: str) -> nn.Module:
         """``model``, or the one that this quantizer has captured."""
         if model is not None:
             return model
-        known = list(self._models)
+        known = list(self._sessions)
         if len(known) != 1:
             have = f"{len(known)} models were" if known else "no model was"
             raise InvalidConfig(

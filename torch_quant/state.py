@@ -60,6 +60,8 @@ class QuantState:
         """Held for a batch: observers see one at a time."""
         self.weights: dict[str, int] = {}
         """Checksums of the weights that the ranges were observed with."""
+        self.fingerprint: dict[str, str] = {}
+        """Facts of the model that the ranges are of, see ``model.fingerprint``."""
         self.version = 0
         """Grows with every change of the ranges."""
         self._marks: Any = None
@@ -117,26 +119,26 @@ class QuantState:
         self.batches = max(self.batches, 1)
         self.version += 1
 
-    def observe(self, key: str, x: Tensor, make: Callable[[], Observer]) -> None:
+    def observe(self, makers: Mapping[str, Callable[[], Observer]], x: Tensor) -> None:
         """Record one tensor.
 
         Args:
-            key: the tensor's key.
+            makers: the names it is recorded under, and what makes the observer of a new one.
             x: its value, float, any shape.
-            make: makes the observer if the key is new.
 
         Raises:
             QuantError: ``x`` is empty or not finite; names the tensor and the batch.
         """
-        if key not in self.observers:
-            self.observers[key] = make()
-        try:
-            self.observers[key].observe(x)
-        except QuantError as error:
-            raise QuantError(
-                f"calibration batch {self.batches}, at {key.removeprefix(':')}: {error}. "
-                "Nothing of this batch was recorded; leave it out or mend it and go on."
-            ) from error
+        for name, make in makers.items():
+            if name not in self.observers:
+                self.observers[name] = make()
+            try:
+                self.observers[name].observe(x)
+            except QuantError as error:
+                raise QuantError(
+                    f"calibration batch {self.batches}, at {name.removeprefix(':')}: {error}. "
+                    "Nothing of this batch was recorded; leave it out or mend it and go on."
+                ) from error
 
     def qparams(self, key: str, spec: QuantSpec) -> QParams:
         """The grid of a tensor; raises :class:`NotCalibrated` where no data passed it."""

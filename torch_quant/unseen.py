@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import weakref
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,10 +17,9 @@ from torch_quant.errors import CaptureFailed, InvalidConfig
 from torch_quant.graph.calls import Call
 from torch_quant.graph.effects import attributes
 from torch_quant.graph.running import CAPTURING
-from torch_quant.model import CapturedModel
 from torch_quant.passes.prepare import Prepared
-from torch_quant.settings import Settings
-from torch_quant.state import QuantState, weight_checksums
+from torch_quant.session import Session, Snapshot
+from torch_quant.state import weight_checksums
 
 __all__ = ["UnseenCalls", "checked_choice"]
 
@@ -46,29 +43,15 @@ class UnseenCalls:
     of the quantized model shares this; a pickled one has None in its place.
 
     Args:
-        captured: the float model's graphs. They are not added to.
-        model: the float model, as it is when the quantized one is made.
-        settings: what the user asked for.
+        session: the quantizer and the float model, as they are when the quantized model is made;
+            the model's graphs are not added to.
         backend: where the quantized model runs.
-        state: the ranges.
-        fallen: site -> precision of what fell back to float.
     """
 
-    def __init__(
-        self,
-        captured: CapturedModel,
-        model: nn.Module,
-        settings: Settings,
-        backend: Backend,
-        state: QuantState,
-        fallen: Mapping[str, str],
-    ) -> None:
-        self._captured, self._model = weakref.ref(captured), weakref.ref(model)
-        self._settings = replace(settings, overrides=dict(settings.overrides))
-        self._backend, self._fallen = backend, dict(fallen)
-        self._state = QuantState()
-        self._state.observers = copy.deepcopy(state.observers)
-        self._state.batches = state.batches
+    def __init__(self, session: Session, backend: Backend) -> None:
+        model = session.model
+        self._captured, self._model = weakref.ref(session.captured), weakref.ref(model)
+        self._learned = Snapshot.of(session.owner, backend)
         self._facts = self._present(model)
 
     def __deepcopy__(self, memo: Any) -> UnseenCalls:
@@ -104,9 +87,7 @@ class UnseenCalls:
             if region is None:
                 raise CaptureFailed("the float model was captured anew since")
             kind, graph = region.add(call)
-            lowering = self._settings.lowering(
-                twin, model, self._backend, self._state, self._fallen
-            )
+            lowering = Session(self._learned, twin, model).lowering()
             missing = self._missing(lowering.plan, twin.prepared(region, graph))
             lowering = replace(lowering, plan=lowering.plan.without(missing, NO_RANGES))
             made = lowering.quantized_graph(region, kind, graph)
@@ -131,7 +112,7 @@ class UnseenCalls:
             entry = plan[site.name]
             if entry.quantized and entry.activation is not None:
                 keys = [*site.inputs, *site.internals, *([entry.stored] if entry.stored else [])]
-                seen = (self._state.observers.get(key) for key in keys)
+                seen = (self._learned.state.observers.get(key) for key in keys)
                 if any(each is None or each.batches == 0 for each in seen):
                     found.append(site.name)
         return list(dict.fromkeys(found))

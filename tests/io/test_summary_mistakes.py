@@ -18,6 +18,7 @@ from models import normal, seeded
 from torch import Tensor, nn
 
 from torch_quant import InvalidConfig, QConfig, Quantizer
+from torch_quant.session import Session
 
 
 class Net(nn.Module):
@@ -213,7 +214,8 @@ def test_a_mistake_is_refused_with_its_line(name: str, tmp_path: Path) -> None:
     path = tmp_path / "summary.json"
     path.write_text(json.dumps(data, indent=1), encoding="utf-8")
     other = Quantizer("reference")
-    other._models[model] = quantizer._models[model]  # captured once for all of these tests
+    captured = quantizer._sessions[model].captured  # once for all of these tests
+    other._sessions[model] = Session(other, captured, model)
     with pytest.raises(InvalidConfig) as info:
         take(other, path, model)
     said = str(info.value)

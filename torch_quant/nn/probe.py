@@ -17,25 +17,23 @@ class ObserverProbe(nn.Module):
     An empty one has none: no token of this batch went to that expert, say.
 
     Args:
-        key: the tensor's key.
-        observe: takes the key and the tensor.
+        observe: takes the tensor.
         compute: makes the tensor from the probe's arguments; None if it is the only argument.
     """
 
     def __init__(
         self,
-        key: str,
-        observe: Callable[[str, Tensor], Any],
+        observe: Callable[[Tensor], Any],
         compute: Callable[..., Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.key, self._observe, self._compute = key, observe, compute
+        self._observe, self._compute = observe, compute
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> None:
         x = args[0] if self._compute is None else self._compute(*args, **kwargs)
         if x.numel():
-            self._observe(self.key, x)
+            self._observe(x)
 
 
 class SiteProbe(nn.Module):

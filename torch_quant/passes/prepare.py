@@ -72,8 +72,10 @@ def prepare(captured: fx.GraphModule, path: str = "") -> Prepared:
     return Prepared(captured, canonical, sites, float_ops, observed)
 
 
-def insert_observers(prepared: Prepared, observe: Callable[[str, Tensor], Any]) -> fx.GraphModule:
-    """A copy of the captured graph that calls ``observe(key, tensor)`` at every candidate tensor.
+def insert_observers(
+    prepared: Prepared, recorder_of: Callable[[str], Callable[[Tensor], Any]]
+) -> fx.GraphModule:
+    """A copy of the captured graph that calls ``recorder_of(key)`` with every candidate tensor.
 
     The computation itself is untouched, so the output stays that of the captured graph, bit for
     bit. Each probe comes right behind its tensor: an operator further on may write to it.
@@ -83,7 +85,7 @@ def insert_observers(prepared: Prepared, observe: Callable[[str, Tensor], Any]) 
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
     for i, (key, (name, compute)) in enumerate(prepared.observed.items()):
         node = nodes[name]
-        gm.add_submodule(f"probe_{i}", ObserverProbe(key, observe, compute))
+        gm.add_submodule(f"probe_{i}", ObserverProbe(recorder_of(key), compute))
         with gm.graph.inserting_after(inputs[-1] if node.op == "placeholder" else node):
             if compute is None:
                 gm.graph.call_module(f"probe_{i}", (node,))

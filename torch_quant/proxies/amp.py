@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from torch_quant.backends import Backend
@@ -22,7 +22,6 @@ from torch_quant.graph.capture import Region
 from torch_quant.graph.effects import assign
 from torch_quant.graph.export import CapturedGraph
 from torch_quant.graph.running import run_module
-from torch_quant.model import CapturedModel
 from torch_quant.nn.probe import SiteProbe
 from torch_quant.passes.probe_sites import LocalSite, cut_sites, insert_site_probes
 from torch_quant.proxies.amp_options import AmpOptions
@@ -39,6 +38,7 @@ from torch_quant.proxies.values import (
     valued,
 )
 from torch_quant.sensitivity import Recorder
+from torch_quant.session import Session
 from torch_quant.state import weight_checksums
 
 __all__ = ["AmpModel", "Latency"]
@@ -65,26 +65,16 @@ class AmpModel(Proxy):
     """The proxy that :meth:`Quantizer.amp` makes. Not to be made by hand.
 
     Args:
-        captured: the model's regions and graphs.
-        model: the float model.
-        lowering: how the model's sites would be quantized with the ranges as they are now.
-        basis: all that what is recorded rests on, ranges and settings by name, as they are now.
+        session: the quantizer and the model.
         options: metric and loss, how many batches, the seed.
     """
 
-    def __init__(
-        self,
-        captured: CapturedModel,
-        model: nn.Module,
-        lowering: Callable[[nn.Module], Lowering],
-        basis: Callable[[], Mapping[str, Any]],
-        options: AmpOptions,
-    ) -> None:
-        self._lowering, self._settings, self._options = lowering, basis, options
+    def __init__(self, session: Session, options: AmpOptions) -> None:
+        self._options = options
         self._grad_mode = True
         self._visitor: Callable[[SiteProbe, Tensor, tuple[Any, ...]], Tensor] = _pass_on
         self._start()
-        super().__init__(captured, model)
+        super().__init__(session)
         self._basis = self._present()
 
     def _start(self) -> None:
@@ -120,12 +110,12 @@ class AmpModel(Proxy):
 
     def _versions(self) -> tuple[int, ...]:
         """Changes when a buffer is written to: constants of the graphs may depend on it."""
-        buffers = self._captured.region.module.buffers()
+        buffers = self.captured.region.module.buffers()
         return tuple(x._version for x in buffers if not x.is_inference())
 
     def _present(self) -> dict[str, Any]:
         """What is recorded rests on, as it is now."""
-        return dict(self._settings()) | {"weights": weight_checksums(self._captured.region.module)}
+        return self.session.basis() | {"weights": weight_checksums(self.captured.region.module)}
 
     def changes(self) -> list[str]:
         """What has changed since the first batch was recorded, so that it holds no longer."""
@@ -162,7 +152,7 @@ class AmpModel(Proxy):
             self._reset()
         given = (args, kwargs)
         self._grad_mode = torch.is_grad_enabled()
-        with torch.inference_mode(False), self._captured.calibrated_only():
+        with torch.inference_mode(False), self.captured.calibrated_only():
             args, kwargs = pytree.tree_map_only(Tensor, plain, (args, kwargs))
             kept = copied((args, kwargs))
             with self.recorder.batch() as record:
@@ -307,8 +297,8 @@ class AmpModel(Proxy):
         return graph.output(map(valued, leaves, values), call)
 
     def _instrument(self, region: Region, graph: CapturedGraph) -> torch.fx.GraphModule:
-        prepared = self._captured.prepared(region, graph)
-        lowering = self._lowering(self.model)
+        prepared = self.captured.prepared(region, graph)
+        lowering = self.session.lowering(fallen={})
         plan = lowering.plan
         stored = {name: plan[name].stored for name in plan.quantized}
         sites = cut_sites(prepared, set(plan.quantized), stored)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from abc import abstractmethod
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch_quant.graph.capture import Executor, Region
 from torch_quant.graph.export import CapturedGraph
 from torch_quant.model import CapturedModel
 from torch_quant.nn.forward import SignedForward
+from torch_quant.session import Session
 
 __all__ = ["Proxy", "Tied"]
 
@@ -34,26 +34,24 @@ class Proxy(Tied, nn.Module):
     """Runs the captured model in some instrumented form.
 
     Args:
-        captured: the model's regions and graphs.
-        model: the float model itself; only a weak reference is kept.
+        session: the quantizer and the model.
     """
 
     _executor: Executor
 
-    def __init__(self, captured: CapturedModel, model: nn.Module) -> None:
+    def __init__(self, session: Session) -> None:
         super().__init__()
-        self._captured = captured
-        self._model = weakref.ref(model)
+        self.session = session
         self._reset()
         # Whoever passes only what a model takes asks for its signature.
-        self.forward = SignedForward(self.forward, captured.region.signature)
+        self.forward = SignedForward(self.forward, self.captured.region.signature)
         self.eval()
 
     def _reset(self) -> None:
         """Forget the instrumented graphs: the model's tensors are other ones now."""
-        self._version = self._captured.version
+        self._version = self.captured.version
         # No submodule: what is done to the proxy (double(), train()) must not reach the parameters.
-        self.__dict__["_executor"] = Executor(self._captured.region, self._run)
+        self.__dict__["_executor"] = Executor(self.captured.region, self._run)
 
     def __getattr__(self, name: str) -> Any:
         """In pieces: what the model's own code has (a method, the state it keeps)."""
@@ -68,21 +66,17 @@ class Proxy(Tied, nn.Module):
     @property
     def captured(self) -> CapturedModel:
         """What it runs."""
-        return self._captured
+        return self.session.captured
 
     @property
     def model(self) -> nn.Module:
         """The float model; raises :class:`InvalidConfig` if it no longer exists."""
-        model = self._model()
-        if model is None:
-            raise InvalidConfig("the float model of this proxy was deleted; keep a reference to it")
-        return model
+        return self.session.model
 
     def _follow(self) -> None:
         """Notice that the float model's parameters were replaced."""
-        if (model := self._model()) is not None:
-            self._captured.refresh(model)
-        if self._version != self._captured.version:
+        self.session.refresh()
+        if self._version != self.captured.version:
             self._reset()
 
     def train(self, mode: bool = True) -> Proxy:
