@@ -9,14 +9,8 @@ from typing import Any
 from torch import nn
 
 from torch_quant.config import ModuleFilter, ObserverLike, Overrides, QConfig, check_names
-from torch_quant.graph.rules import (
-    OP_TYPES,
-    OPERATORS,
-    is_pattern,
-    modules_of,
-    qconfig_of,
-    rules_of,
-)
+from torch_quant.graph.ops import OPERATORS
+from torch_quant.graph.rules import is_pattern, modules_of, operator_names, qconfig_of, rules_of
 from torch_quant.graph.sites import Site
 from torch_quant.io.summary import Summary
 
@@ -63,9 +57,9 @@ class Settings:
         given = [("ModuleFilter name", name) for name in self.module_filter.names]
         given += [("override", key) for key in keys]
         for what, pattern in given:
-            operator = re.sub(r"(_\d+)?(@\d+)?$", "", pattern) in OPERATORS
+            operator = re.sub(r"(_\d+)?(@\d+)?$", "", pattern) in operator_names()
             if not (pattern.partition(".")[0] in tops or operator or is_pattern(pattern)):
-                check_names([pattern], known, what, OP_TYPES if what == "override" else ())
+                check_names([pattern], known, what, OPERATORS if what == "override" else ())
 
     def config_of(self, model: nn.Module, site: Site) -> QConfig | None:
         """The configuration of a site, None if it stays in float."""

@@ -14,14 +14,14 @@ from torch_quant.core.plan import QuantPlan
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.annotate import annotate
-from torch_quant.graph.ops import PATTERNS
+from torch_quant.graph.ops import OPERATORS
 from torch_quant.graph.rules import modules_of
 from torch_quant.model import CapturedModel, run_example
 
 WEIGHT = QuantSpec.of(signed=True, symmetric=True, per_channel=True)
 KERNELS = KernelTable(
     "everything",
-    tuple(Kernel(p.name, Accepts(QuantSpec()), Accepts(WEIGHT)) for p in PATTERNS),
+    tuple(Kernel(op, Accepts(QuantSpec()), Accepts(WEIGHT)) for op in OPERATORS),
 )
 
 

@@ -10,7 +10,7 @@ from torch import fx
 from torch_quant.backends.base import Backend, register_backend
 from torch_quant.core.kernels import Accepts, Kernel, KernelTable
 from torch_quant.core.spec import QuantSpec
-from torch_quant.graph.ops import PATTERNS
+from torch_quant.graph.ops import OPERATORS
 from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, FAKE_QUANTIZE, QUANTIZE
 from torch_quant.passes.base import PassContext
 
@@ -47,9 +47,7 @@ class ReferenceBackend(Backend):
 
     def _kernels(self) -> KernelTable:
         activation, weight = Accepts(QuantSpec()), Accepts(symmetric_weight())
-        return KernelTable(
-            self.name, tuple(Kernel(pattern.name, activation, weight) for pattern in PATTERNS)
-        )
+        return KernelTable(self.name, tuple(Kernel(op, activation, weight) for op in OPERATORS))
 
     def lower(self, context: PassContext) -> fx.GraphModule:
         if self._simulates is None:

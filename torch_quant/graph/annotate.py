@@ -11,7 +11,8 @@ from torch_quant.core.kernels import Kernel, KernelTable
 from torch_quant.core.plan import QuantPlan, SitePlan
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
-from torch_quant.graph.rules import OP_TYPES, modules_of, qconfig_of, rules_of
+from torch_quant.graph.ops import OPERATORS
+from torch_quant.graph.rules import modules_of, qconfig_of, rules_of
 from torch_quant.graph.sites import Site
 
 __all__ = ["annotate"]
@@ -101,7 +102,7 @@ def _check(
     rules = rules_of(overrides)
     check_names(module_filter.names, known, "ModuleFilter name")
     check_names(
-        [str(rule.key) for rule in rules if rule.kind == "name"], known, "override", OP_TYPES
+        [str(rule.key) for rule in rules if rule.kind == "name"], known, "override", OPERATORS
     )
     for rule in rules:
         if rule.kind == "op type" and rule.key in known:
@@ -111,5 +112,5 @@ def _check(
                 f"{'[' + key[0] + ']' + key[1:]!r} for the module, or {'op:' + key!r} for the op"
             )
     for op in module_filter.op_types:
-        if op not in OP_TYPES:
-            raise InvalidConfig(f"unknown op type {op!r}; expected one of {', '.join(OP_TYPES)}")
+        if op not in OPERATORS:
+            raise InvalidConfig(f"unknown op type {op!r}; expected one of {', '.join(OPERATORS)}")

@@ -20,7 +20,15 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from torch_quant.core.plan import FloatOp
-from torch_quant.graph.ops import INT8_NEVER, PATTERNS, SIZES, pattern_of, rnn_macs, size_hints
+from torch_quant.graph.ops import (
+    INT8_NEVER,
+    OPERATORS,
+    SIZES,
+    OpPattern,
+    pattern_of,
+    rnn_macs,
+    size_hints,
+)
 from torch_quant.graph.ops import call_sizes as _sizes
 from torch_quant.graph.sites import is_constant, is_float, key_of, module_path, op_name, results
 
@@ -92,8 +100,6 @@ def _mkldnn_rnn(args: Any, out: Any) -> int:
 
 
 _FORMULAS: dict[Any, Formula] = {
-    target.overloadpacket: pattern.macs for pattern in PATTERNS for target in pattern.targets
-} | {
     aten.mm: _product(0, 1), aten.bmm: _product(0, 1), aten.mv: _vector(0),
     aten.addmm: _product(1, 2), aten.baddbmm: _product(1, 2), aten.addbmm: _product(1, 2),
     aten.addmv: _vector(1), aten.dot: _vector(0), aten.vdot: _vector(0),
@@ -110,7 +116,7 @@ _FORMULAS: dict[Any, Formula] = {
     aten._scaled_dot_product_efficient_attention: _attention,
     aten._scaled_dot_product_cudnn_attention: _attention,
 }  # fmt: skip
-"""Operator -> its multiply-accumulates, of arguments and result."""
+"""Operator without a row in the op table -> its multiply-accumulates, of arguments and result."""
 _OTHERS: dict[str, Formula] = {"transformers::grouped_mm_fallback": _grouped}
 """The same, of operators of other libraries, by name."""
 _KNOWN = ("aten", "prim", "prims", "torch_quant")
@@ -120,7 +126,13 @@ _KNOWN = ("aten", "prim", "prims", "torch_quant")
 def _formula(target: Any) -> Formula | None:
     if not isinstance(target, torch._ops.OpOverload):
         return None
-    return _FORMULAS.get(target.overloadpacket) or _OTHERS.get(target.name().partition(".")[0])
+    packet = target.overloadpacket
+    rows = (row.macs for row in OPERATORS.values() if packet in _packets(row))
+    return _FORMULAS.get(packet) or next(rows, None) or _OTHERS.get(target.name().partition(".")[0])
+
+
+def _packets(row: OpPattern) -> list[Any]:
+    return [target.overloadpacket for target in row.targets]
 
 
 def _foreign(target: Any, values: Iterable[Any]) -> bool:

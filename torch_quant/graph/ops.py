@@ -1,18 +1,19 @@
 """THE table of operators: what can be quantized, what only moves data, what a kernel can fuse.
 
-A new operator is one more row here.
+A new operator is one more row: here, or from outside by :func:`register_operator`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import SymInt, Tensor, fx
 
+from torch_quant.errors import InvalidConfig
 from torch_quant.graph.lstm import hidden_states, projected
 
 __all__ = [
@@ -20,7 +21,7 @@ __all__ = [
     "DATA_MOVEMENT",
     "IDENTITY",
     "INT8_NEVER",
-    "PATTERNS",
+    "OPERATORS",
     "RECTIFIERS",
     "ROW_MOVEMENT",
     "SIZES",
@@ -29,6 +30,7 @@ __all__ = [
     "call_sizes",
     "contiguous_as_captured",
     "pattern_of",
+    "register_operator",
     "rnn_macs",
     "size_hints",
     "spread",
@@ -52,6 +54,11 @@ class OpPattern:
             their biases; None if both sides are activations.
         weight_axis: the weight's output-channel axis.
         macs: multiply-accumulates of one call, of its arguments and its result (nodes or tensors).
+        bias: argument position of the bias, None without one.
+        smoothable: whether the last dimension of its input is that of its weight, so that factors
+            can move from one to the other.
+        output: the functions behind it that a kernel which gives nothing but integers does as well;
+            None if its result is never quantized.
         internals: tensors that exist only inside the operator, each computed from its arguments so
             that calibration can observe it.
         obstacle: why a call of it cannot run in int8 anywhere, empty if it can.
@@ -63,6 +70,9 @@ class OpPattern:
     weight: int | None
     weight_axis: int
     macs: Callable[[Any, Any], int]
+    bias: int | None = None
+    smoothable: bool = False
+    output: frozenset[Any] | None = None
     internals: dict[str, Callable[..., Tensor]] = field(default_factory=dict)
     obstacle: Callable[[fx.Node], str] = lambda node: ""
 
@@ -212,54 +222,30 @@ def _bag_obstacle(node: fx.Node) -> str:
     return "more of its results than the bags are read" if others else ""
 
 
-PATTERNS: tuple[OpPattern, ...] = (
-    OpPattern("linear", (aten.linear.default,), (0,), 1, 0, _gemm_macs),
-    OpPattern("conv1d", (aten.conv1d.default, aten.conv1d.padding), (0,), 1, 0, _conv_macs),
-    OpPattern("conv2d", (aten.conv2d.default, aten.conv2d.padding), (0,), 1, 0, _conv_macs),
-    OpPattern("conv3d", (aten.conv3d.default, aten.conv3d.padding), (0,), 1, 0, _conv_macs),
-    OpPattern("conv_transpose1d", (aten.conv_transpose1d.default,), (0,), 1, 1, _transposed_macs),
-    OpPattern("conv_transpose2d", (aten.conv_transpose2d.input,), (0,), 1, 1, _transposed_macs),
-    OpPattern("conv_transpose3d", (aten.conv_transpose3d.input,), (0,), 1, 1, _transposed_macs),
-    OpPattern(
-        "matmul",
-        (aten.matmul.default, aten.bmm.default, aten.mm.default),
-        (0, 1),
-        None,
-        0,
-        _gemm_macs,
-    ),
-    OpPattern(
-        "scaled_dot_product_attention",
-        (aten.scaled_dot_product_attention.default,),
-        (0, 1, 2),
-        None,
-        0,
-        _sdpa_macs,
-        {"probabilities": sdpa_probabilities},
-    ),
-    OpPattern("embedding", (aten.embedding.default,), (), 0, 0, lambda args, out: 0),
-    OpPattern(
-        "embedding_bag",
-        (aten.embedding_bag.default, aten.embedding_bag.padding_idx),
-        (),
-        0,
-        0,
-        lambda args, out: 0,
-        obstacle=_bag_obstacle,
-    ),
-    OpPattern(
-        "lstm",
-        (aten.lstm.input,),
-        (0,),
-        2,
-        0,
-        rnn_macs,
-        {"hidden": hidden_states},
-        projected,
-    ),
-)  # fmt: skip
+OPERATORS: dict[str, OpPattern] = {}
+"""The rows by op type."""
+_BY_TARGET: dict[Any, OpPattern] = {}
 
-_BY_TARGET = {target: pattern for pattern in PATTERNS for target in pattern.targets}
+
+def register_operator(row: OpPattern) -> OpPattern:
+    """Add a row: the operator is then a site wherever it has a constant weight and float inputs.
+
+    Args:
+        row: what is known of it; ``register_kernel`` says which backend runs it quantized.
+
+    Raises:
+        InvalidConfig: its name or one of its overloads has a row already.
+    """
+    if row.name in OPERATORS:
+        raise InvalidConfig(f"the op type {row.name!r} is in the op table already")
+    for target in row.targets:
+        if target in _BY_TARGET:
+            raise InvalidConfig(
+                f"{target} is in the op table already, as {_BY_TARGET[target].name}"
+            )
+    OPERATORS[row.name] = row
+    _BY_TARGET.update(dict.fromkeys(row.targets, row))
+    return row
 
 
 def pattern_of(node: fx.Node) -> OpPattern | None:
@@ -322,3 +308,60 @@ INT8_NEVER = {
     aten.baddbmm.default: "write it as bmm and add to have it quantized",
 }
 """Operators that compute products and stay float, each with the reason that reports give."""
+
+
+def _rows() -> Iterator[OpPattern]:
+    convs: dict[str, tuple[Any, ...]] = {
+        "conv1d": (aten.conv1d.default, aten.conv1d.padding),
+        "conv2d": (aten.conv2d.default, aten.conv2d.padding),
+        "conv3d": (aten.conv3d.default, aten.conv3d.padding),
+    }
+    transposed: dict[str, Any] = {
+        "conv_transpose1d": aten.conv_transpose1d.default,
+        "conv_transpose2d": aten.conv_transpose2d.input,
+        "conv_transpose3d": aten.conv_transpose3d.input,
+    }
+    products = (aten.matmul.default, aten.bmm.default, aten.mm.default)
+    bags = (aten.embedding_bag.default, aten.embedding_bag.padding_idx)
+    yield OpPattern(
+        "linear", (aten.linear.default,), (0,), 1, 0, _gemm_macs, bias=2, smoothable=True
+    )
+    for name, targets in convs.items():
+        yield OpPattern(name, targets, (0,), 1, 0, _conv_macs, bias=2, output=RECTIFIERS)
+    for name, target in transposed.items():
+        yield OpPattern(name, (target,), (0,), 1, 1, _transposed_macs, bias=2)
+    yield OpPattern("matmul", products, (0, 1), None, 0, _gemm_macs)
+    yield OpPattern(
+        "scaled_dot_product_attention",
+        (aten.scaled_dot_product_attention.default,),
+        (0, 1, 2),
+        None,
+        0,
+        _sdpa_macs,
+        internals={"probabilities": sdpa_probabilities},
+    )
+    yield OpPattern("embedding", (aten.embedding.default,), (), 0, 0, lambda args, out: 0)
+    yield OpPattern(
+        "embedding_bag",
+        bags,
+        (),
+        0,
+        0,
+        lambda args, out: 0,
+        output=frozenset(),
+        obstacle=_bag_obstacle,
+    )
+    yield OpPattern(
+        "lstm",
+        (aten.lstm.input,),
+        (0,),
+        2,
+        0,
+        rnn_macs,
+        internals={"hidden": hidden_states},
+        obstacle=projected,
+    )
+
+
+for _row in _rows():
+    register_operator(_row)

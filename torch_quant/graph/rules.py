@@ -22,25 +22,25 @@ from torch import nn
 from torch_quant.config import OverrideKey, Overrides, QConfig, SiteInfo, matched_depth
 from torch_quant.core.naming import class_named, did_you_mean
 from torch_quant.errors import InvalidConfig
-from torch_quant.graph.ops import PATTERNS
+from torch_quant.graph.ops import OPERATORS
 from torch_quant.graph.sites import Site, op_name
 
 __all__ = [
-    "OPERATORS",
-    "OP_TYPES",
     "Rule",
     "is_pattern",
     "key_text",
     "modules_of",
+    "operator_names",
     "qconfig_of",
     "rules_for",
     "rules_of",
 ]
 
-OP_TYPES = tuple(pattern.name for pattern in PATTERNS)
-OPERATORS = frozenset(op_name(target) for pattern in PATTERNS for target in pattern.targets)
-"""Names that a site may have, with a number behind it, where it runs in no module but the root."""
-_OPS = frozenset(OP_TYPES)
+
+def operator_names() -> frozenset[str]:
+    """Names that a site may have, with a number behind it, in no module but the root."""
+    return frozenset(op_name(target) for row in OPERATORS.values() for target in row.targets)
+
 
 _Rank = tuple[int, int, int]
 
@@ -151,14 +151,14 @@ def _rule(key: OverrideKey, value: QConfig | None) -> Rule:
 def _rule_of_text(key: str, value: QConfig | None) -> Rule:
     if not key:
         raise InvalidConfig("override '': expected a name, or '*' for everything")
-    if key in _OPS:
+    if key in OPERATORS:
         return Rule(key, value, "op type", key)
     prefix, colon, rest = key.partition(":")
     if not colon or prefix not in ("op", "class", "re"):
         return Rule(key, value, "name", key)
     if prefix == "op":
-        if rest not in _OPS:
-            hint = did_you_mean(rest, OP_TYPES) or f"; expected one of {', '.join(OP_TYPES)}"
+        if rest not in OPERATORS:
+            hint = did_you_mean(rest, OPERATORS) or f"; expected one of {', '.join(OPERATORS)}"
             raise InvalidConfig(f"override {key!r}: unknown op type {rest!r}{hint}")
         return Rule(key, value, "op type", rest)
     try:

@@ -14,7 +14,6 @@ from torch import fx
 from torch_quant.graph.ops import (
     ACTIVATIONS,
     DATA_MOVEMENT,
-    RECTIFIERS,
     ROW_MOVEMENT,
     OpPattern,
     pattern_of,
@@ -47,12 +46,6 @@ MODULE = "torch_quant_module"
 """Entry of ``node.meta``: path of the innermost module the node runs in, in the whole model."""
 ORIGIN = "torch_quant_origin"
 """Entry of ``node.meta``: name of the node of the captured graph that computes the same tensor."""
-
-
-_STORES: dict[str, Container[Any]] = {
-    "conv1d": RECTIFIERS, "conv2d": RECTIFIERS, "conv3d": RECTIFIERS, "embedding_bag": (),
-}  # fmt: skip
-"""Op types whose kernels may give nothing but integers, and the functions that these do as well."""
 
 
 @dataclass(frozen=True)
@@ -265,9 +258,7 @@ def find_sites(graph: fx.Graph) -> Iterator[tuple[fx.Node, OpPattern, Site]]:
             output=key_of(fused_output(found[0])),
             macs=pattern.macs(node.args, node),
             weight_shape=_weight_shape(matrices),
-            stored=key_of(fused_output(found[0], _STORES[pattern.name]))
-            if pattern.name in _STORES
-            else "",
-            smoothable=pattern.name == "linear" and _keeps_channels(node.args[0]),
+            stored="" if pattern.output is None else key_of(fused_output(found[0], pattern.output)),
+            smoothable=pattern.smoothable and _keeps_channels(operands(node, pattern)[0]),
         )
         yield node, pattern, site

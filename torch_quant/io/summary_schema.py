@@ -12,7 +12,7 @@ from typing import Any
 from torch_quant.core.plan import PRECISIONS, is_share
 from torch_quant.core.spec import Granularity
 from torch_quant.errors import InvalidConfig
-from torch_quant.graph.ops import PATTERNS
+from torch_quant.graph.ops import OPERATORS
 
 __all__ = ["FORMAT", "VERSION", "Lines", "Place", "read_json", "validate"]
 
@@ -174,9 +174,8 @@ def _site(site: Any, place: Place, lines: Lines) -> str:
         found = _shown(site[field])
         return lines.error((*place, field), f"{name}: {field!r} is {found}; expected {expected}")
 
-    ops = [pattern.name for pattern in PATTERNS]
-    if site["op"] not in ops:
-        raise wrong("op", f"one of {', '.join(ops)}")
+    if site["op"] not in OPERATORS:
+        raise wrong("op", f"one of {', '.join(OPERATORS)}")
     inputs = site["inputs"]
     if not isinstance(inputs, list) or not all(isinstance(key, str) and key for key in inputs):
         raise wrong("inputs", "a list of names of tensors")

@@ -20,7 +20,7 @@ from torch_quant.core.plan import SitePlan
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.graph.lstm import LSTM, cells_of
-from torch_quant.graph.ops import PATTERNS, OpPattern
+from torch_quant.graph.ops import OPERATORS, OpPattern
 from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
 from torch_quant.graph.sites import (
     find_sites,
@@ -37,9 +37,7 @@ from torch_quant.passes.constants import evaluate, expression, name_of, new_cons
 
 __all__ = ["insert_qdq"]
 
-_ATTENTION, _LSTM = (
-    next(p for p in PATTERNS if p.name == name) for name in ("scaled_dot_product_attention", "lstm")
-)
+_ATTENTION, _LSTM = (OPERATORS[name] for name in ("scaled_dot_product_attention", "lstm"))
 
 
 @dataclass
@@ -114,11 +112,12 @@ class _Inserter:
         local = local_name(node)
         real = self._integers(node, name_of(old, f"{local}.weight"), codes, qparams)
         node.update_arg(pattern.weight, real)
-        bias = node.args[2] if pattern.activations and len(node.args) > 2 else None
+        place = pattern.bias
+        bias = None if place is None or len(node.args) <= place else node.args[place]
         if isinstance(bias, fx.Node) and bias.op != "get_attr" and is_constant(bias):
             name = name_of(bias, f"{local}.bias")
-            folded = new_constant(gm, name, evaluate(gm, bias), node)
-            node.update_arg(2, folded)
+            assert place is not None
+            node.update_arg(place, new_constant(gm, name, evaluate(gm, bias), node))
 
     def _integers(self, node: fx.Node, name: str, codes: Tensor, qparams: QParams) -> fx.Node:
         """A dequantized int8 weight, placed before ``node``."""

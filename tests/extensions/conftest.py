@@ -1,0 +1,21 @@
+"""What an extension registers is gone after its test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from torch_quant.backends import base
+from torch_quant.graph import ops
+from torch_quant.observers import OBSERVERS
+
+
+@pytest.fixture(autouse=True)
+def registries() -> Iterator[None]:
+    tables = (ops.OPERATORS, ops._BY_TARGET, base._REGISTRY, base._REGISTERED, OBSERVERS)
+    before = [dict(table) for table in tables]
+    yield
+    for table, kept in zip(tables, before, strict=True):
+        table.clear()
+        table.update(kept)

@@ -1,0 +1,56 @@
+"""A new statistic of activations: one class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from contract import check_workflow
+from models import MODELS, example
+from torch import Tensor
+
+from torch_quant import QConfig, QuantSpec
+from torch_quant.observers import Observer, register_observer
+
+
+class ThreeSigma(Observer):
+    """Three standard deviations around the mean, over all batches."""
+
+    name = "three_sigma"
+
+    def __init__(self, ch_axis: int | None = None) -> None:
+        super().__init__(ch_axis)
+        self.sums = torch.zeros(3, dtype=torch.float64)
+
+    def _record(self, x: Tensor, low: Tensor, high: Tensor) -> None:
+        wide = x.double()
+        self.sums += torch.stack([torch.ones_like(wide).sum(), wide.sum(), wide.square().sum()])
+
+    def _range(self, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+        count, total, squares = self.sums
+        mean = total / count
+        reach = 3.0 * (squares / count - mean.square()).clamp(min=0.0).sqrt()
+        return (mean - reach).float(), (mean + reach).float()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"ch_axis": self.ch_axis, "batches": self.batches, "sums": self.sums.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.ch_axis, self.batches = state["ch_axis"], state["batches"]
+        self.sums = state["sums"].clone()
+
+
+def test_an_observer_is_one_class(tmp_path: Path) -> None:
+    register_observer(ThreeSigma)
+    quantizer, _ = check_workflow(
+        MODELS["small_cnn"](),
+        (example("small_cnn", 16), {}),
+        "head",
+        tmp_path,
+        least=10.0,
+        backend="reference",
+        qconfig=QConfig(observer="three_sigma"),
+    )
+    assert {each.name for each in quantizer.state.observers.values()} == {"three_sigma"}
