@@ -76,7 +76,7 @@ def test_every_source_of_a_decision() -> None:
     assert quantizer.explain("matmul")["smooth"].why.startswith("only linear layers")
     with pytest.raises(InvalidConfig, match="nothing was decided about 'weight' of embed; only"):
         embed["weight"]
-    for name in quantizer.settings.plan(quantizer._models[model], model, Backend.REFERENCE):
+    for name in quantizer._sessions[model].plan(Backend.REFERENCE):
         assert quantizer.explain(name).site == name
 
 
