@@ -15,7 +15,7 @@ from flows import calibrated
 from models import MODELS, example, normal
 from torch import Tensor, nn
 
-from torch_quant import InvalidConfig, Quantizer
+from torch_quant import InvalidConfig, PerChannel, Quantizer, QuantSpec
 from torch_quant.observers import OBSERVERS
 
 Path = tuple[str, ...]
@@ -26,7 +26,7 @@ WRONG: dict[str, Any] = {
     "matrix": torch.zeros(2, 2), "empty": torch.zeros(0), "bytes": b"x",
 }  # fmt: skip
 FITS = {
-    ("momentum", "fraction"), ("ch_axis", "none"), ("ch_axis", "negative"),
+    ("momentum", "fraction"),
     ("weights", "dict"),
 }  # fmt: skip
 """Of the right kind after all, by the last part of the path; not all of it is accepted there."""
@@ -39,8 +39,8 @@ def saved() -> dict[str, Any]:
     quantizer = calibrated(model, [(example("mlp", 32), {})], backend="reference")
     quantizer.fallen_back = {"2": "float32", "4": "bfloat16"}
     for name in names:
-        for axis in (None, 1):
-            observer = OBSERVERS[name](axis)
+        for axis in (None, -1):
+            observer = OBSERVERS[name](None if axis is None else PerChannel(axis))
             observer.observe(normal(64, 3))
             quantizer.state.observers[f"{name} {axis}"] = observer
     return quantizer.state_dict()
@@ -111,7 +111,7 @@ def test_every_entry_of_the_wrong_kind_is_refused_whole(path: Path) -> None:
 def test_every_entry_that_is_missing_is_named(path: Path) -> None:
     state = copy.deepcopy(STATE)
     del at(state, path[:-1])[path[-1]]
-    if path[-1] == "ch_axis":  # without it, the statistics are those of a whole tensor
+    if path[-1] == "granularity":  # without it, the statistics are those of a whole tensor
         assert "min_val" in assert_refused(state)
     else:
         assert path[-1] in assert_refused(state)
@@ -139,12 +139,12 @@ def test_what_is_no_state_at_all(state: Any) -> None:
     ("change", "message"),
     [
         (lambda s: s["observers"]["minmax None"].update(min_val=torch.tensor(9.0)), "above"),
-        (lambda s: s["observers"]["minmax 1"].update(min_val=torch.zeros(4)), "'max_val'"),
-        (lambda s: s["observers"]["histogram 1"]["counts"].neg_(), "negative counts"),
-        (lambda s: s["observers"]["entropy 1"]["first"].add_(9), "cover"),
-        (lambda s: s["observers"]["entropy 1"]["level"].sub_(1), "cover"),
+        (lambda s: s["observers"]["minmax -1"].update(min_val=torch.zeros(4)), "'max_val'"),
+        (lambda s: s["observers"]["histogram -1"]["counts"].neg_(), "negative counts"),
+        (lambda s: s["observers"]["entropy -1"]["first"].add_(9), "cover"),
+        (lambda s: s["observers"]["entropy -1"]["level"].sub_(1), "cover"),
         (lambda s: s["observers"]["percentile None"]["level"].add_(5000), "percentile None"),
-        (lambda s: s["observers"]["moving_average 1"].update(momentum=1.5), "momentum"),
+        (lambda s: s["observers"]["moving_average -1"].update(momentum=1.5), "momentum"),
         (lambda s: s["observers"]["minmax None"].update(observer="magic"), "unknown observer"),
         (lambda s: s.update(batches=0), "batches"),
     ],
@@ -165,6 +165,31 @@ def test_what_was_saved_is_what_is_loaded() -> None:
     other = Quantizer("reference")
     other.load_state_dict(quantizer.state_dict())
     assert facts(other) == facts(quantizer)
+
+
+def test_a_state_of_version_1() -> None:
+    """It says no version, and names the axis of channels; their statistics had one dimension."""
+    old = copy.deepcopy(STATE)
+    del old["state"]["version"]
+    for observer in old["state"]["observers"].values():
+        if observer.pop("granularity", None):
+            observer["ch_axis"] = -1
+            observer |= {end: observer[end].flatten() for end in ("min_val", "max_val")}
+    quantizer, expected = Quantizer("reference"), Quantizer("reference")
+    quantizer.load_state_dict(old)
+    expected.load_state_dict(STATE)
+    for name, observer in quantizer.state.observers.items():
+        spec = QuantSpec.of(granularity=observer.granularity)
+        ours, theirs = (q.state.observers[name].qparams(spec) for q in (quantizer, expected))
+        assert torch.equal(ours.scale.flatten(), theirs.scale.flatten())
+    before = quantizer.state.observers["minmax -1"].min_val
+    quantizer.state.observers["minmax -1"].observe(-9 * torch.ones(2, 5, 3))
+    assert (quantizer.state.observers["minmax -1"].min_val.flatten() < before).all()
+
+
+@pytest.mark.parametrize("version", [0, 3, True, "2", None])
+def test_another_version_is_refused(version: Any) -> None:
+    assert "version" in assert_refused(STATE | {"state": STATE["state"] | {"version": version}})
 
 
 def test_a_state_from_before_weights_were_noted() -> None:

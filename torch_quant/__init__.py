@@ -2,9 +2,18 @@
 
 from torch_quant.backends import Backend, available_backends
 from torch_quant.config import ModuleFilter, QConfig, SiteInfo
+from torch_quant.core.elements import ElementType, FloatType, IntegerType, register_element_type
+from torch_quant.core.granularity import (
+    Granularity,
+    PerBlock,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PerToken,
+)
 from torch_quant.core.metrics import cosine, sqnr
 from torch_quant.core.plan import QuantPlan, SitePlan
-from torch_quant.core.spec import Granularity, QuantSpec
+from torch_quant.core.spec import QuantSpec, ScaleType
 from torch_quant.errors import (
     BackendUnavailable,
     CaptureFailed,
@@ -24,15 +33,24 @@ __all__ = [
     "Backend",
     "BackendUnavailable",
     "CaptureFailed",
+    "ElementType",
+    "FloatType",
     "Granularity",
+    "IntegerType",
     "InvalidConfig",
     "ModuleFilter",
     "NotCalibrated",
+    "PerBlock",
+    "PerChannel",
+    "PerGroup",
+    "PerTensor",
+    "PerToken",
     "QConfig",
     "QuantError",
     "QuantPlan",
     "QuantSpec",
     "Quantizer",
+    "ScaleType",
     "Sensitivity",
     "SiteInfo",
     "SitePlan",
@@ -42,6 +60,7 @@ __all__ = [
     "cosine",
     "export_onnx",
     "export_torchscript",
+    "register_element_type",
     "sqnr",
     "tune",
 ]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from torch_quant.core.granularity import Granularity, PerTensor, PerToken
 from torch_quant.core.naming import did_you_mean
 from torch_quant.core.plan import is_share
 from torch_quant.core.spec import QuantSpec
@@ -27,8 +28,8 @@ __all__ = [
     "matches_name",
 ]
 
-ObserverLike = str | Callable[[int | None], Observer]
-"""An observer's registered name, its class, or anything that makes one from a channel axis."""
+ObserverLike = str | Callable[[Granularity], Observer]
+"""An observer's registered name, its class, or anything that makes one from a granularity."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class QConfig:
             of its channels, whatever ``observer`` is.
 
     Raises:
-        InvalidConfig: per-channel activations, an unknown observer name, ``smooth`` not 0 to 1.
+        InvalidConfig: per-channel activations, weights per token, an unknown observer name,
+            ``smooth`` not 0 to 1.
     """
 
     input: QuantSpec | None = None
@@ -63,12 +65,14 @@ class QConfig:
             spec = getattr(self, name)
             if spec is not None and not isinstance(spec, QuantSpec):
                 raise InvalidConfig(f"QConfig({name}=...) is {spec!r}; expected a QuantSpec")
-            if spec is not None and spec.bits > 8:
-                raise InvalidConfig(f"QConfig({name}=...) has {spec.bits} bits; expected 2 to 8")
-        if self.input is not None and self.input.per_channel:
+        if self.input is not None and not isinstance(self.input.granularity, PerTensor | PerToken):
             raise InvalidConfig(
-                "QConfig(input=...) is per-channel, but no kernel multiplies such activations; "
-                "use QuantSpec.of(..., per_channel=False)"
+                f"QConfig(input=...) is {self.input.granularity}, but no kernel multiplies such "
+                "activations; use QuantSpec.of(..., granularity=PerTensor()), or PerToken()"
+            )
+        if self.weight is not None and isinstance(self.weight.granularity, PerToken):
+            raise InvalidConfig(
+                "QConfig(weight=...) is per token, which activations can be; use PerChannel()"
             )
         for observer in (self.observer, self.weight_observer):
             if isinstance(observer, str):

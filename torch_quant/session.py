@@ -15,6 +15,7 @@ from torch_quant.algorithms.smoothquant import SmoothQuant, channels_key, is_cha
 from torch_quant.backends import Backend
 from torch_quant.backends.lowering import Lowering
 from torch_quant.config import ObserverLike, QConfig
+from torch_quant.core.granularity import Granularity, PerChannel, PerTensor
 from torch_quant.core.plan import PRECISIONS, QuantPlan, SitePlan
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
@@ -178,9 +179,9 @@ class Session:
         """A new observer for a recorded name: that of the site which decides, see
         :meth:`observed_by`."""
         if is_channels_key(name):
-            return MinMaxObserver(ch_axis=-1)
+            return MinMaxObserver(PerChannel(-1))
         _, config = self.observed_by(name)
-        return _made((config and config.observer) or DEFAULT_OBSERVER, None)
+        return _made((config and config.observer) or DEFAULT_OBSERVER, PerTensor())
 
     def observed_by(self, key: str) -> tuple[Site, QConfig | None]:
         """The site that decides by what a tensor is observed, and its configuration."""
@@ -239,10 +240,10 @@ class Session:
                 rest,
             )
 
-    def weight_observer(self, site: Site, axis: int | None) -> Observer:
-        """A new observer for a site's weight, ``axis`` being that of its channels."""
+    def weight_observer(self, site: Site, granularity: Granularity) -> Observer:
+        """A new observer for a site's weight."""
         config = self._config(site) or self.settings.qconfig
-        return _made(config.weight_observer, axis)
+        return _made(config.weight_observer, granularity)
 
     def _config(self, site: Site) -> QConfig | None:
         return self.settings.config_of(self.captured.region.module, site)
@@ -271,8 +272,8 @@ class Calibrated:
 
     def weight(self, site: str, weight: Tensor, spec: QuantSpec, axis: int) -> QParams:
         """Of a site's weight; raises :class:`QuantError` if it is not finite."""
-        channels = axis if spec.per_channel else None
-        observer = self._session.weight_observer(self._sites[site], channels)
+        spec = replace(spec, granularity=spec.granularity.on(axis))
+        observer = self._session.weight_observer(self._sites[site], spec.granularity)
         try:
             observer.observe(weight)
         except QuantError as error:
@@ -280,6 +281,6 @@ class Calibrated:
         return observer.qparams(spec)
 
 
-def _made(choice: ObserverLike, axis: int | None) -> Observer:
+def _made(choice: ObserverLike, granularity: Granularity) -> Observer:
     factory = observer_class(choice) if isinstance(choice, str) else choice
-    return factory(axis)
+    return factory(granularity)

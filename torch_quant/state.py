@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_quant.core.granularity import PerChannel
 from torch_quant.core.plan import PRECISIONS
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
@@ -21,6 +22,9 @@ from torch_quant.observers import OBSERVERS, Observer, observer_class
 from torch_quant.observers.base import count_of, entry
 
 __all__ = ["QuantState", "check_saved", "weight_checksums"]
+
+VERSION = 2
+"""Of saved states. Those of version 1, which do not say theirs, are read too."""
 
 logger = logging.getLogger("torch_quant")
 
@@ -161,6 +165,7 @@ class QuantState:
         if foreign:
             logger.warning("ranges of %s can be saved but not loaded", ", ".join(sorted(foreign)))
         return {
+            "version": VERSION,
             "batches": self.batches,
             "observers": {
                 key: {"observer": observer.name, **observer.state_dict()}
@@ -176,12 +181,15 @@ class QuantState:
             InvalidConfig: it is something else; says which entry is wrong.
         """
         try:
-            _check_entries(state, {"batches", "observers"}, {"weights"})
+            _check_entries(state, {"batches", "observers"}, {"weights", "version"})
+            version = count_of(state, "version") if "version" in state else 1
+            if not 1 <= version <= VERSION:
+                raise InvalidConfig(f"'version' is {version}; expected 1 or {VERSION}")
             batches = count_of(state)
             observers = {}
             for key, saved in _by_name(state, "observers", Mapping).items():
                 try:
-                    observers[key] = _observer(saved)
+                    observers[key] = _observer(_renewed(saved) if version == 1 else saved)
                 except Exception as error:  # whatever a class of the user's raises
                     raise InvalidConfig(f"observer of {key!r}: {_facts(error)}") from error
             weights = _by_name(state, "weights", int) if "weights" in state else {}
@@ -247,6 +255,19 @@ def _by_name(state: Mapping[str, Any], name: str, kind: Any) -> dict[str, Any]:
                 f"{name!r} has {value!r} for {key!r}; expected values of type {kind.__name__}"
             )
     return dict(found)
+
+
+def _renewed(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """An observer's entries in the present form, from those of version 1.
+
+    It named the axis of the channels; its states hold such statistics of the last one only.
+    """
+    if "granularity" in saved:
+        raise InvalidConfig("'granularity' belongs to version 2, but the state has no 'version'")
+    found = dict(saved)
+    axis = entry(found, "ch_axis", int, type(None)) if "ch_axis" in found else None
+    found.pop("ch_axis", None)
+    return found if axis is None else found | {"granularity": str(PerChannel(axis))}
 
 
 def _observer(saved: Mapping[str, Any]) -> Observer:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch_quant import Backend, QConfig, QuantSpec, sqnr
 from torch_quant.backends import ReferenceBackend, onednn_ops
 from torch_quant.backends.quantized import QuantizedGraph, QuantizedRegion
-from torch_quant.core.spec import Granularity
 
 pytestmark = pytest.mark.skipif(
     Backend.ONEDNN.unavailable() is not None,
@@ -216,7 +215,7 @@ def test_kernels_get_unsigned_codes(bits: int) -> None:
 
 def test_a_weight_format_that_the_kernels_do_not_have() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    affine = QuantSpec(torch.int8, False, Granularity.PER_CHANNEL, -128, 127)
+    affine = QuantSpec.of(signed=True, per_channel=True)
     quantizer = calibrated(
         model, [((shifted(4, 8),), {})], backend="onednn", overrides={"0": QConfig(weight=affine)}
     )

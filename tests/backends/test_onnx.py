@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from torch_quant import Backend, InvalidConfig, ModuleFilter, QConfig, QuantSpec, sqnr
 from torch_quant.backends import ReferenceBackend
-from torch_quant.core.spec import Granularity
 
 pytestmark = needs("onnx", "onnxscript", "onnxruntime")
 
@@ -127,7 +126,7 @@ def test_formats(name: str, kind: str, tmp_path: Path) -> None:
 
 def test_a_weight_with_zero_points_by_channel_stays_in_float() -> None:
     model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 8))
-    weight = QuantSpec(torch.int8, False, Granularity.PER_CHANNEL, -128, 127)
+    weight = QuantSpec.of(signed=True, per_channel=True)
     quantizer = calibrated(
         model, [((shifted(4, 16),), {})], backend="onnx", overrides={"0": QConfig(weight=weight)}
     )

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from torch_quant.core.elements import IntegerType
 from torch_quant.core.functional import dequantize, fake_quantize, quantize
 from torch_quant.core.qparams import MIN_SCALE, QParams, choose_qparams
 from torch_quant.core.spec import QuantSpec
@@ -73,9 +74,9 @@ def test_one_sided_ranges_use_every_code() -> None:
     [
         (QuantSpec.of(signed=True, symmetric=True), 0, 1.0 / 127),
         (QuantSpec.of(symmetric=True), 128, 1.0 / 127),
-        (QuantSpec(torch.int8, True, quant_min=-127, quant_max=127), 0, 1.0 / 127),
+        (QuantSpec(IntegerType(-127, 127), True), 0, 1.0 / 127),
         (QuantSpec.of(bits=4, signed=True, symmetric=True), 0, 1.0 / 7),
-        (QuantSpec(torch.uint8, True, quant_min=0, quant_max=127), 64, 1.0 / 63),
+        (QuantSpec(IntegerType(0, 127), True), 64, 1.0 / 63),
     ],
     ids=["s8", "u8", "s8_narrow", "s4", "u7"],
 )
@@ -86,14 +87,14 @@ def test_symmetric_zero_points(spec: QuantSpec, zero_point: int, scale: float) -
 
 
 def test_channels_are_independent() -> None:
-    low, high = torch.tensor([-1.0, 0.0, 3.0]), torch.tensor([1.0, 0.0, 9.0])
+    low, high = torch.tensor([[-1.0, 0.0, 3.0]]), torch.tensor([[1.0, 0.0, 9.0]])
     spec = QuantSpec.of(per_channel=True)
-    qparams = choose_qparams(low, high, spec, ch_axis=1)
-    assert qparams.ch_axis == 1
+    qparams = choose_qparams(low, high, spec)
+    assert qparams.scale.shape == (1, 3)
     for channel in range(3):
-        alone = choose_qparams(low[channel], high[channel], QuantSpec.of())
-        assert torch.equal(qparams.scale[channel], alone.scale)
-        assert torch.equal(qparams.zero_point[channel], alone.zero_point)
+        alone = choose_qparams(low[0, channel], high[0, channel], QuantSpec.of())
+        assert torch.equal(qparams.scale[0, channel], alone.scale)
+        assert torch.equal(qparams.zero_point[0, channel], alone.zero_point)
 
 
 @pytest.mark.parametrize(
@@ -108,11 +109,9 @@ def test_invalid_ranges(low: float, high: float) -> None:
 def test_qparams_validate_their_shapes() -> None:
     one, two = torch.tensor(1.0), torch.ones(2)
     zero, zeros = torch.tensor(0, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
-    with pytest.raises(InvalidConfig, match="dimension"):
+    with pytest.raises(InvalidConfig, match="no dimension"):
         QParams(QuantSpec(), two, zeros)
-    with pytest.raises(InvalidConfig, match="dimension"):
-        QParams(QuantSpec.of(per_channel=True), two, zero, 0)
-    with pytest.raises(InvalidConfig, match="ch_axis"):
-        QParams(QuantSpec.of(per_channel=True), two, zeros)
-    with pytest.raises(InvalidConfig, match="ch_axis"):
-        QParams(QuantSpec(), one, zero, 0)
+    with pytest.raises(InvalidConfig, match="one shape"):
+        QParams(QuantSpec.of(per_channel=True), two, zero)
+    with pytest.raises(InvalidConfig, match="as many dimensions as the tensor"):
+        QParams(QuantSpec.of(per_channel=True), one, zero)

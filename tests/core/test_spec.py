@@ -6,11 +6,13 @@ import json
 import pytest
 import torch
 
-from torch_quant.core.spec import Granularity, QuantSpec
+from torch_quant.core.elements import IntegerType, element_type
+from torch_quant.core.granularity import PerBlock, PerChannel, PerGroup, PerToken
+from torch_quant.core.spec import QuantSpec, ScaleType
 from torch_quant.errors import InvalidConfig
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("bits", range(2, 17))
 @pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
 def test_of_bits(bits: int, signed: bool) -> None:
     spec = QuantSpec.of(bits=bits, signed=signed)
@@ -18,29 +20,27 @@ def test_of_bits(bits: int, signed: bool) -> None:
     assert spec.signed is signed
     assert spec.quant_max - spec.quant_min + 1 == 2**bits
     assert spec.quant_min == (-(2 ** (bits - 1)) if signed else 0)
-    assert spec.full_range is (bits == 8)
-    assert spec.dtype == (torch.int8 if signed else torch.uint8)
+    assert spec.full_range is (bits == 8 or (bits == 16 and signed))
+    assert torch.iinfo(spec.dtype).min <= spec.quant_min
+    assert torch.iinfo(spec.dtype).max >= spec.quant_max
+    assert spec.levels == len(spec.values) == 2**bits
+    assert QuantSpec.of(f"{'int' if signed else 'uint'}{bits}", symmetric=False) == spec
 
 
-@pytest.mark.parametrize("bits", [-1, 0, 1, 9, 32])
+@pytest.mark.parametrize("bits", [-1, 0, 1, 17, 32])
 def test_of_other_bits(bits: int) -> None:
-    with pytest.raises(InvalidConfig, match="2 to 8 bits"):
+    with pytest.raises(InvalidConfig, match="2 to 16 bits"):
         QuantSpec.of(bits=bits)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": torch.float32}, "float32"),
-        ({"dtype": torch.int16}, "int16"),
-        ({"granularity": "per_tensor"}, "Granularity.PER_CHANNEL"),
-        ({"quant_min": 5, "quant_max": 5}, "non-empty"),
-        ({"quant_min": 6, "quant_max": 5}, "non-empty"),
-        ({"quant_min": -1}, "lie inside uint8"),
-        ({"quant_max": 256}, "lie inside uint8"),
-        ({"dtype": torch.int8}, "lie inside int8"),
-        ({"dtype": torch.int8, "quant_min": 0, "quant_max": 7}, "quant_min < 0"),
-        ({"dtype": torch.int8, "quant_min": -8, "quant_max": -1}, "quant_min < 0"),
+        ({"element": torch.uint8}, "torch.uint8.*expected an element type"),
+        ({"granularity": "per_tensor"}, r"PerChannel\(\)"),
+        ({"scale_type": "float32"}, "ScaleType.E8M0"),
+        ({"element": element_type("float8_e5m2")}, "float8_e5m2 has no zero point"),
+        ({"scale_type": ScaleType.E8M0}, "powers of two have no zero point"),
     ],
 )
 def test_validation(options: dict[str, object], message: str) -> None:
@@ -53,8 +53,12 @@ SPECS = {
     for spec in (
         QuantSpec(),
         QuantSpec.of(bits=4, signed=True, symmetric=True, per_channel=True),
-        QuantSpec(torch.int8, True, quant_min=-127, quant_max=127),
-        QuantSpec(torch.int32, True, quant_min=-(2**31), quant_max=2**31 - 1),
+        QuantSpec(IntegerType(-127, 127), True),
+        QuantSpec.of("uint16", granularity=PerToken(), dynamic=True),
+        QuantSpec.of("int4", granularity=PerGroup(32), scale_type="bfloat16"),
+        QuantSpec.of("float4_e2m1", granularity=PerGroup(32), scale_type="e8m0"),
+        QuantSpec.of("float8_e4m3fn", granularity=PerBlock((128, 128))),
+        QuantSpec.of("float6_e3m2", granularity=PerChannel(-1)),
     )
 }
 
@@ -69,8 +73,10 @@ def test_dict_round_trip(spec: QuantSpec) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"dtype": "float32"},
-        {"dtype": None},
+        {"element": "float32"},
+        {"element": None},
+        {"element": "uint4"},
+        {"scale_type": "float64"},
         {"granularity": "per_row"},
         {"quant_min": "low"},
         {"quant_min": None},
@@ -98,7 +104,9 @@ def test_it_is_frozen() -> None:
 
 def test_it_reads_well() -> None:
     assert str(QuantSpec()) == "u8 affine per-tensor"
+    mx = QuantSpec.of("float4_e2m1", granularity=PerGroup(32), scale_type="e8m0")
+    assert str(mx) == "float4_e2m1 per-group(32), e8m0 scales"
     assert str(QuantSpec.of(bits=4, signed=True, symmetric=True, per_channel=True)) == (
         "s4 symmetric per-channel"
     )
-    assert QuantSpec.of(per_channel=True).granularity is Granularity.PER_CHANNEL
+    assert QuantSpec.of(per_channel=True).granularity == PerChannel()

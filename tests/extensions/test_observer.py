@@ -11,7 +11,7 @@ from contract import check_workflow
 from models import MODELS, example
 from torch import Tensor
 
-from torch_quant import QConfig, QuantSpec
+from torch_quant import Granularity, QConfig, QuantSpec
 from torch_quant.observers import Observer, register_observer
 
 
@@ -20,8 +20,8 @@ class ThreeSigma(Observer):
 
     name = "three_sigma"
 
-    def __init__(self, ch_axis: int | None = None) -> None:
-        super().__init__(ch_axis)
+    def __init__(self, granularity: Granularity | None = None) -> None:
+        super().__init__(granularity)
         self.sums = torch.zeros(3, dtype=torch.float64)
 
     def _record(self, x: Tensor, low: Tensor, high: Tensor) -> None:
@@ -35,10 +35,10 @@ class ThreeSigma(Observer):
         return (mean - reach).float(), (mean + reach).float()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"ch_axis": self.ch_axis, "batches": self.batches, "sums": self.sums.clone()}
+        return {"batches": self.batches, "sums": self.sums.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.ch_axis, self.batches = state["ch_axis"], state["batches"]
+        self.batches = state["batches"]
         self.sums = state["sums"].clone()
 
 

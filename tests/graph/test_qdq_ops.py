@@ -6,6 +6,7 @@ from models import normal
 from torch import Tensor
 
 from torch_quant.core.functional import dequantize, quantize
+from torch_quant.core.granularity import PerChannel, block_extremes
 from torch_quant.core.qparams import choose_qparams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
@@ -28,11 +29,11 @@ def test_they_compute_what_the_definition_says(spec: QuantSpec) -> None:
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "affine"])
 def test_per_channel(axis: int, symmetric: bool) -> None:
     x = normal(3, 4, 5)
-    rows = x.transpose(0, axis).flatten(1)
-    spec = QuantSpec.of(signed=True, symmetric=symmetric, per_channel=True)
-    qparams = choose_qparams(rows.amin(1), rows.amax(1), spec, axis)
+    spec = QuantSpec.of(signed=True, symmetric=symmetric, granularity=PerChannel(axis))
+    qparams = choose_qparams(*block_extremes(x, spec.granularity), spec)
     codes = quantize(x, qparams)
-    actual = DEQUANTIZE_CHANNEL(codes, qparams.scale, qparams.zero_point, axis)
+    scale, zero_point = qparams.scale.flatten(), qparams.zero_point.flatten()
+    actual = DEQUANTIZE_CHANNEL(codes, scale, zero_point, axis)
     assert torch.equal(actual, dequantize(codes, qparams))
 
 

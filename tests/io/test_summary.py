@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from flows import calibrated
 from models import MODELS, example
 
-from torch_quant import InvalidConfig, NotCalibrated, QConfig, Quantizer
+from torch_quant import InvalidConfig, NotCalibrated, QConfig, Quantizer, QuantSpec
 from torch_quant.backends import available_backends
 from torch_quant.observers import OBSERVERS
 
@@ -58,6 +59,30 @@ def test_edits_are_taken(tmp_path: Path) -> None:
     assert float(quantizer.state.qparams(key, third.activation).scale) == pytest.approx(0.1)
 
 
+def of_version_1(data: dict[str, Any]) -> dict[str, Any]:
+    """A summary as version 0.1 wrote it: integers per tensor and per channel, by their dtype."""
+    old = copy.deepcopy(data) | {"version": 1}
+    for site in old["sites"]:
+        for spec in filter(None, (site["activation"], site["weight"])):
+            spec["dtype"] = "int8" if spec.pop("element").startswith("int") else "uint8"
+            del spec["scale_type"], spec["dynamic"]
+    return old
+
+
+def test_version_1_is_read(tmp_path: Path) -> None:
+    model, path = MODELS["mlp"](), tmp_path / "summary.json"
+    config = QConfig(weight=QuantSpec.of(bits=7, signed=True, symmetric=True, per_channel=True))
+    quantizer = calibrated(model, [(example("mlp", 16), {})], backend="reference", qconfig=config)
+    expected = quantizer.quantize(model)(*example("mlp", 4))
+    quantizer.save_summary(path)
+    path.write_text(json.dumps(of_version_1(edit(path))), encoding="utf-8")
+    other = Quantizer("reference")
+    other.load_summary(path)
+    again = other.quantize(model, example_inputs=example("mlp", 16))
+    assert torch.equal(again(*example("mlp", 4)), expected)
+    assert dict(other.plan) == dict(quantizer.plan)
+
+
 def test_a_summary_of_another_model(tmp_path: Path) -> None:
     model, path = MODELS["mlp"](), tmp_path / "summary.json"
     quantizer = calibrated(model, [(example("mlp", 16), {})], backend="reference")
@@ -75,10 +100,10 @@ def test_a_summary_of_another_model(tmp_path: Path) -> None:
     [
         ("{", "cannot read the summary"),
         ("{}", "no summary of torch_quant"),
-        ('{"format": "torch_quant summary", "version": 9}', "version 9; expected 1"),
+        ('{"format": "torch_quant summary", "version": 9}', "version 9; expected 1 or 2"),
         ('{"format": "torch_quant summary", "version": 1}', "lacks 'sites'"),
         (
-            '{"format": "torch_quant summary", "version": 1, "sites": [], "ranges": {"a": [2, 1]}}',
+            '{"format": "torch_quant summary", "version": 2, "sites": [], "ranges": {"a": [2, 1]}}',
             r"line 1: the range of a is \[2, 1\]",
         ),
     ],

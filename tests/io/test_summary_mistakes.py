@@ -88,7 +88,12 @@ def channels_of_x(value: Any) -> Edit:
 
 ENTRIES = ("op", "inputs", "activation", "weight", "quantized", "reason", "macs", "precision",
            "stored", "smooth")  # fmt: skip
-SPEC = ("dtype", "symmetric", "granularity", "quant_min", "quant_max")
+SPEC = ("element", "symmetric", "granularity", "quant_min", "quant_max", "scale_type", "dynamic")
+
+FLOAT8 = {
+    "element": "float8_e4m3fn", "symmetric": True, "granularity": "per_tensor",
+    "scale_type": "float32", "dynamic": False,
+}  # fmt: skip
 
 EDITS: dict[str, tuple[Edit, str]] = {
     **{f"no {e}": (dropping("linear", e), f"linear lacks '{e}'") for e in ENTRIES},
@@ -150,8 +155,25 @@ EDITS: dict[str, tuple[Edit, str]] = {
         "'activation'",
     ),
     **{
-        f"dtype {value!r}": (spec("linear", "activation", dtype=value), "'dtype'")
-        for value in (None, "float32", "int32", 8, ["uint8"])
+        f"element {value!r}": (spec("linear", "activation", element=value), "'element'")
+        for value in (None, "float32", "int32", 8, ["uint8"], "uint8[0, 15]")
+    },
+    "a float with integer limits": (
+        spec("linear", "weight", element="float8_e5m2"), "no integer type, but has 'quant_min'"
+    ),
+    "a float with a zero point": (
+        lambda d: site("linear")(d).update(weight=FLOAT8 | {"symmetric": False}), "'symmetric'"
+    ),
+    "a power of two with a zero point": (
+        spec("linear", "activation", scale_type="e8m0"), "'symmetric'"
+    ),
+    **{
+        f"scale_type {value!r}": (spec("linear", "weight", scale_type=value), "'scale_type'")
+        for value in (None, "float64", 32)
+    },
+    **{
+        f"dynamic {value!r}": (spec("linear", "activation", dynamic=value), "'dynamic'")
+        for value in (None, "true", 1)
     },
     **{
         f"symmetric {value!r}": (spec("linear", "weight", symmetric=value), "'symmetric'")
@@ -159,7 +181,7 @@ EDITS: dict[str, tuple[Edit, str]] = {
     },
     **{
         f"granularity {value!r}": (spec("linear", "weight", granularity=value), "'granularity'")
-        for value in (None, "per_row", 1)
+        for value in (None, "per_row", 1, "per_token", "per_group", "per_group(0)")
     },
     "activations per channel": (
         spec("linear", "activation", granularity="per_channel"), "'granularity'"

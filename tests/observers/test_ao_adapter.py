@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 
+from torch_quant.core.granularity import Granularity, PerChannel, block_extremes
 from torch_quant.core.qparams import choose_qparams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig, NotCalibrated, QuantError
@@ -31,8 +32,8 @@ def data(count: int = 4) -> list[torch.Tensor]:
     return [torch.randn(30, 4, generator=generator) * (i + 1) for i in range(count)]
 
 
-def fed(cls: type[Observer], ch_axis: int | None = None) -> Observer:
-    observer = cls(ch_axis)
+def fed(cls: type[Observer], blocks: Granularity | None = None) -> Observer:
+    observer = cls(blocks)
     for batch in data():
         observer.observe(batch)
     return observer
@@ -59,11 +60,11 @@ def test_moving_average() -> None:
 
 def test_per_channel() -> None:
     cls = from_ao(ao.PerChannelMinMaxObserver.with_args(qscheme=torch.per_channel_symmetric))
-    qparams = fed(cls, ch_axis=1).qparams(S8_CHANNELS)
+    qparams = fed(cls, PerChannel(1)).qparams(S8_CHANNELS)
     everything = torch.cat(data())
-    expected = choose_qparams(everything.amin(0), everything.amax(0), S8_CHANNELS, 1)
+    expected = choose_qparams(*block_extremes(everything, PerChannel(1)), S8_CHANNELS)
     assert torch.equal(qparams.scale, expected.scale)
-    assert qparams.ch_axis == 1
+    assert qparams.scale.shape == (1, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.quint8, torch.uint8], ids=str)
@@ -155,17 +156,17 @@ def test_other_things_are_refused(factory: object, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cls", "ch_axis", "fix"),
+    ("cls", "blocks", "fix"),
     [
-        (ao.MinMaxObserver, 0, "PerChannelMinMaxObserver"),
+        (ao.MinMaxObserver, PerChannel(0), "PerChannelMinMaxObserver"),
         (ao.PerChannelMinMaxObserver, None, "MinMaxObserver"),
     ],
     ids=["per_tensor_for_channels", "per_channel_for_tensor"],
 )
-def test_granularity_must_match(cls: type, ch_axis: int | None, fix: str) -> None:
+def test_granularity_must_match(cls: type, blocks: Granularity | None, fix: str) -> None:
     wrapped = from_ao(cls)
     with pytest.raises(InvalidConfig, match=fix):
-        wrapped(ch_axis)
+        wrapped(blocks)
 
 
 def test_observers_without_ranges() -> None:
@@ -189,20 +190,20 @@ def test_the_contract_holds() -> None:
 
 
 @pytest.mark.parametrize(
-    ("factory", "ch_axis", "spec"),
+    ("factory", "blocks", "spec"),
     [
         (ao.MinMaxObserver.with_args(eps=1e-6), None, U8),
         (ao.HistogramObserver, None, U8),
-        (ao.PerChannelMinMaxObserver, 1, S8_CHANNELS),
+        (ao.PerChannelMinMaxObserver, PerChannel(1), S8_CHANNELS),
     ],
     ids=["minmax", "histogram", "per_channel"],
 )
-def test_state_round_trip(factory: object, ch_axis: int | None, spec: QuantSpec) -> None:
+def test_state_round_trip(factory: object, blocks: Granularity | None, spec: QuantSpec) -> None:
     cls = from_ao(factory)  # type: ignore[arg-type]
-    original = fed(cls, ch_axis)
+    original = fed(cls, blocks)
     saved = original.state_dict()
     copies = {k: torch.as_tensor(v).clone() for k, v in saved.items()}
-    restored = cls(ch_axis)
+    restored = cls(blocks)
     restored.load_state_dict(saved)
     assert torch.equal(original.qparams(spec).scale, restored.qparams(spec).scale)
     for each in (original, restored):

@@ -7,13 +7,14 @@ import math
 import pytest
 import torch
 
+from torch_quant.core.granularity import PerChannel
 from torch_quant.errors import InvalidConfig
 from torch_quant.observers import HistogramObserver
 from torch_quant.observers._bins import SAMPLES, TAIL, Bins
 
 
-def observed(*batches: torch.Tensor, ch_axis: int | None = None, bins: int = 64) -> Bins:
-    observer = HistogramObserver(ch_axis, bins=bins)
+def observed(*batches: torch.Tensor, axis: int | None = None, bins: int = 64) -> Bins:
+    observer = HistogramObserver(None if axis is None else PerChannel(axis), bins=bins)
     for batch in batches:
         observer.observe(batch)
     return observer.bins
@@ -64,7 +65,7 @@ def test_channels_have_bins_of_their_own() -> None:
     x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor(
         [1e-3, 1, 1e3]
     )
-    together = observed(*x.split(9), ch_axis=1)
+    together = observed(*x.split(9), axis=1)
     for channel in range(3):
         alone = observed(x[:, channel])
         for name in ("counts", "level", "first"):
@@ -118,16 +119,16 @@ def test_tails_of_a_sampled_batch_are_counted_whole(count: int, dtype: torch.dty
     assert_tails_are_whole(observer, x.float()[None])
 
 
-@pytest.mark.parametrize("ch_axis", [0, 1, 2])
-def test_tails_of_each_channel_are_counted_whole(ch_axis: int) -> None:
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_tails_of_each_channel_are_counted_whole(axis: int) -> None:
     shape = [3, 200, 301]
-    shape[0], shape[ch_axis] = shape[ch_axis], 3
+    shape[0], shape[axis] = shape[axis], 3
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    rows = x.transpose(0, ch_axis).reshape(3, -1)
+    rows = x.transpose(0, axis).reshape(3, -1)
     rows = rows * torch.tensor([1.0, 1e-3, 50.0])[:, None] + torch.tensor([[0.0], [1.0], [-3.0]])
-    other = [size for axis, size in enumerate(shape) if axis != ch_axis]
-    observer = HistogramObserver(ch_axis, bins=2048)
-    observer.observe(rows.reshape(3, *other).movedim(0, ch_axis))
+    other = [size for other, size in enumerate(shape) if other != axis]
+    observer = HistogramObserver(PerChannel(axis), bins=2048)
+    observer.observe(rows.reshape(3, *other).movedim(0, axis))
     assert_tails_are_whole(observer, rows)
 
 
@@ -166,6 +167,6 @@ def test_bins_are_validated(bins: int) -> None:
 
 def test_default_bins() -> None:
     assert HistogramObserver().bins.counts.shape == (1, 2048)
-    weight = HistogramObserver(0)
+    weight = HistogramObserver(PerChannel(0))
     weight.observe(torch.randn(7, 5))
     assert weight.bins.counts.shape == (7, 512)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import torch
 
+from torch_quant.core.granularity import PerChannel
 from torch_quant.core.spec import QuantSpec
 from torch_quant.observers import MinMaxObserver
 
@@ -15,9 +16,9 @@ def test_extremes_over_all_batches() -> None:
 
 
 def test_extremes_of_each_channel() -> None:
-    observer = MinMaxObserver(ch_axis=1)
+    observer = MinMaxObserver(PerChannel(1))
     observer.observe(torch.tensor([[1.0, -5.0], [2.0, 4.0]]))
     observer.observe(torch.tensor([[0.0, 0.0]]))
     low, high = observer.range(QuantSpec.of(per_channel=True))
-    assert low.tolist() == [0.0, -5.0]
-    assert high.tolist() == [2.0, 4.0]
+    assert low.tolist() == [[0.0, -5.0]]
+    assert high.tolist() == [[2.0, 4.0]]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from torch_quant.core.functional import fake_quantize
+from torch_quant.core.granularity import Granularity, PerChannel, PerTensor, block_extremes
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig, NotCalibrated, QuantError
 from torch_quant.observers import OBSERVERS, Observer, observer_class
@@ -36,14 +37,14 @@ def cls(request: pytest.FixtureRequest) -> type[Observer]:
     return OBSERVERS[request.param]
 
 
-@pytest.fixture(params=[None, 1], ids=["per_tensor", "per_channel"])
-def ch_axis(request: pytest.FixtureRequest) -> int | None:
-    axis: int | None = request.param
-    return axis
+@pytest.fixture(params=[PerTensor(), PerChannel(1)], ids=["per_tensor", "per_channel"])
+def blocks(request: pytest.FixtureRequest) -> Granularity:
+    granularity: Granularity = request.param
+    return granularity
 
 
-def spec_for(ch_axis: int | None, **options: object) -> QuantSpec:
-    return QuantSpec.of(per_channel=ch_axis is not None, **options)  # type: ignore[arg-type]
+def spec_for(blocks: Granularity, **options: object) -> QuantSpec:
+    return QuantSpec.of(granularity=blocks.unbound(), **options)  # type: ignore[arg-type]
 
 
 def batches(count: int = 6, rows: int = 40) -> list[torch.Tensor]:
@@ -79,19 +80,19 @@ def test_unknown_name_lists_the_known() -> None:
         observer_class("nope")
 
 
-def test_not_calibrated(cls: type[Observer], ch_axis: int | None) -> None:
-    observer = cls(ch_axis)
+def test_not_calibrated(cls: type[Observer], blocks: Granularity) -> None:
+    observer = cls(blocks)
     with pytest.raises(NotCalibrated):
-        observer.qparams(spec_for(ch_axis))
+        observer.qparams(spec_for(blocks))
     with pytest.raises(NotCalibrated):
-        observer.range(spec_for(ch_axis))
+        observer.range(spec_for(blocks))
 
 
-def test_granularity_must_match(cls: type[Observer], ch_axis: int | None) -> None:
-    observer = cls(ch_axis)
+def test_granularity_must_match(cls: type[Observer], blocks: Granularity) -> None:
+    observer = cls(blocks)
     observer.observe(torch.randn(3, 4))
-    with pytest.raises(InvalidConfig, match="ch_axis"):
-        observer.qparams(QuantSpec.of(per_channel=ch_axis is None))
+    with pytest.raises(InvalidConfig, match="statistics"):
+        observer.qparams(QuantSpec.of(per_channel=blocks == PerTensor()))
 
 
 @pytest.mark.parametrize(
@@ -107,9 +108,9 @@ def test_granularity_must_match(cls: type[Observer], ch_axis: int | None) -> Non
     ids=["nan", "inf", "minus_inf", "empty", "int64", "bool"],
 )
 def test_bad_tensors_raise_and_record_nothing(
-    cls: type[Observer], ch_axis: int | None, x: torch.Tensor, message: str
+    cls: type[Observer], blocks: Granularity, x: torch.Tensor, message: str
 ) -> None:
-    observer, untouched = cls(ch_axis), cls(ch_axis)
+    observer, untouched = cls(blocks), cls(blocks)
     for each in (observer, untouched):
         each.observe(torch.tensor([[-1.0, 2.0], [0.5, 1.0]]))
     with pytest.raises(QuantError, match=message):
@@ -118,12 +119,12 @@ def test_bad_tensors_raise_and_record_nothing(
     assert observer.batches == 1
 
 
-def test_splitting_the_data_changes_nothing(cls: type[Observer], ch_axis: int | None) -> None:
+def test_splitting_the_data_changes_nothing(cls: type[Observer], blocks: Granularity) -> None:
     """Exact: no batch here is large enough to be sampled."""
     if cls.name in BATCH_DEPENDENT:
         pytest.skip("depends on the batches by definition")
     data = torch.cat(batches())
-    whole, split, backwards = cls(ch_axis), cls(ch_axis), cls(ch_axis)
+    whole, split, backwards = cls(blocks), cls(blocks), cls(blocks)
     whole.observe(data)
     for batch in data.split(7):
         split.observe(batch)
@@ -131,13 +132,13 @@ def test_splitting_the_data_changes_nothing(cls: type[Observer], ch_axis: int | 
         backwards.observe(batch)
     assert_same_state(whole, split)
     assert_same_state(whole, backwards)
-    for spec in (spec_for(ch_axis), spec_for(ch_axis, bits=4, signed=True, symmetric=True)):
+    for spec in (spec_for(blocks), spec_for(blocks, bits=4, signed=True, symmetric=True)):
         assert torch.equal(whole.qparams(spec).scale, split.qparams(spec).scale)
         assert torch.equal(whole.qparams(spec).zero_point, backwards.qparams(spec).zero_point)
 
 
-def test_memory_does_not_grow(cls: type[Observer], ch_axis: int | None) -> None:
-    observer = cls(ch_axis)
+def test_memory_does_not_grow(cls: type[Observer], blocks: Granularity) -> None:
+    observer = cls(blocks)
     sizes = set()
     for batch in batches(count=12):
         observer.observe(batch)
@@ -147,13 +148,13 @@ def test_memory_does_not_grow(cls: type[Observer], ch_axis: int | None) -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, 3.7, -3.7, 1e-30, -1e30], ids=str)
-def test_constant_tensors(cls: type[Observer], ch_axis: int | None, value: float) -> None:
-    observer = cls(ch_axis)
+def test_constant_tensors(cls: type[Observer], blocks: Granularity, value: float) -> None:
+    observer = cls(blocks)
     x = torch.full((8, 3), value)
     observer.observe(x)
     observer.observe(x)
     for spec in SPECS.values():
-        qparams = observer.qparams(spec if ch_axis is None else per_channel(spec))
+        qparams = observer.qparams(spec if blocks == PerTensor() else per_channel(spec))
         assert torch.isfinite(qparams.scale).all()
         assert (qparams.scale > 0).all()
         assert (qparams.zero_point >= spec.quant_min).all()
@@ -165,7 +166,7 @@ def test_constant_tensors(cls: type[Observer], ch_axis: int | None, value: float
 def test_all_zero_channels(cls: type[Observer]) -> None:
     x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
     x[:, 2] = 0.0
-    observer = cls(1)
+    observer = cls(PerChannel(1))
     observer.observe(x)
     for spec in SPECS.values():
         qparams = observer.qparams(per_channel(spec))
@@ -174,46 +175,47 @@ def test_all_zero_channels(cls: type[Observer]) -> None:
         assert (fake_quantize(x, qparams)[:, 2] == 0.0).all()
 
 
-def test_more_data_after_qparams_counts(cls: type[Observer], ch_axis: int | None) -> None:
-    observer = cls(ch_axis)
+def test_more_data_after_qparams_counts(cls: type[Observer], blocks: Granularity) -> None:
+    observer = cls(blocks)
     first, *rest = batches()
     observer.observe(first)
-    before = observer.qparams(spec_for(ch_axis))
+    before = observer.qparams(spec_for(blocks))
     for batch in rest:
         observer.observe(batch)
-    after = observer.qparams(spec_for(ch_axis))
+    after = observer.qparams(spec_for(blocks))
     assert not torch.equal(before.scale, after.scale)
-    fresh = cls(ch_axis)
+    fresh = cls(blocks)
     for batch in [first, *rest]:
         fresh.observe(batch)
-    assert torch.equal(fresh.qparams(spec_for(ch_axis)).scale, after.scale)
+    assert torch.equal(fresh.qparams(spec_for(blocks)).scale, after.scale)
 
 
-def test_state_round_trip(cls: type[Observer], ch_axis: int | None) -> None:
+def test_state_round_trip(cls: type[Observer], blocks: Granularity) -> None:
     first, second, third, *_ = batches()
-    original = cls(ch_axis)
+    original = cls(blocks)
     original.observe(first)
     original.observe(second)
     saved = original.state_dict()
     snapshot = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in saved.items()}
-    restored = cls(ch_axis)
+    restored = cls(blocks)
     restored.load_state_dict(saved)
     assert restored.batches == original.batches
     assert_same_state(original, restored)
     original.observe(third)
     for key, value in snapshot.items():  # what was handed out is not written to later
-        assert torch.equal(torch.as_tensor(saved[key]), torch.as_tensor(value)), key
+        same = torch.equal(saved[key], value) if torch.is_tensor(value) else saved[key] == value
+        assert same, key
     restored.observe(third)
     assert_same_state(original, restored)
-    spec = spec_for(ch_axis)
+    spec = spec_for(blocks)
     assert torch.equal(original.qparams(spec).scale, restored.qparams(spec).scale)
 
 
-def test_state_round_trip_before_any_data(cls: type[Observer], ch_axis: int | None) -> None:
-    restored, fresh = cls(ch_axis), cls(ch_axis)
-    restored.load_state_dict(cls(ch_axis).state_dict())
+def test_state_round_trip_before_any_data(cls: type[Observer], blocks: Granularity) -> None:
+    restored, fresh = cls(blocks), cls(blocks)
+    restored.load_state_dict(cls(blocks).state_dict())
     with pytest.raises(NotCalibrated):
-        restored.qparams(spec_for(ch_axis))
+        restored.qparams(spec_for(blocks))
     for observer in (restored, fresh):
         observer.observe(batches()[0])
     assert_same_state(restored, fresh)
@@ -222,25 +224,25 @@ def test_state_round_trip_before_any_data(cls: type[Observer], ch_axis: int | No
 @pytest.mark.parametrize(
     "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
 )
-def test_dtypes(cls: type[Observer], ch_axis: int | None, dtype: torch.dtype) -> None:
+def test_dtypes(cls: type[Observer], blocks: Granularity, dtype: torch.dtype) -> None:
     x = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    observer, reference = cls(ch_axis), cls(ch_axis)
+    observer, reference = cls(blocks), cls(blocks)
     observer.observe(x.to(dtype))  # every dtype here holds these values exactly
     reference.observe(x.float())
     assert_same_state(observer, reference)
-    assert observer.qparams(spec_for(ch_axis)).scale.dtype == torch.float32
+    assert observer.qparams(spec_for(blocks)).scale.dtype == torch.float32
 
 
 @pytest.mark.skipif(
     not torch.cuda.is_available(),
     reason="needs an NVIDIA GPU: pip install torch",
 )
-def test_gpu_gives_what_the_cpu_gives(cls: type[Observer], ch_axis: int | None) -> None:
-    observer, reference = cls(ch_axis), cls(ch_axis)
+def test_gpu_gives_what_the_cpu_gives(cls: type[Observer], blocks: Granularity) -> None:
+    observer, reference = cls(blocks), cls(blocks)
     for batch in batches():
         observer.observe(batch.cuda())
         reference.observe(batch)
-    ours, expected = (each.qparams(spec_for(ch_axis)) for each in (observer, reference))
+    ours, expected = (each.qparams(spec_for(blocks)) for each in (observer, reference))
     assert ours.scale.device.type == "cuda"
     torch.testing.assert_close(ours.scale.cpu(), expected.scale)
 
@@ -262,7 +264,7 @@ def test_memory_layout_does_not_matter(cls: type[Observer], layout: str) -> None
 
 
 def test_vectors_have_channels_too(cls: type[Observer]) -> None:
-    observer = cls(0)
+    observer = cls(PerChannel(0))
     observer.observe(torch.tensor([-1.0, 0.0, 4.0]))
     low, high = observer.range(QuantSpec.of(bits=8, per_channel=True))
     assert low.shape == high.shape == (3,)
@@ -271,7 +273,7 @@ def test_vectors_have_channels_too(cls: type[Observer]) -> None:
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize("shape", ["two_sided", "positive", "negative", "offset", "relu", "wild"])
 def test_range_is_inside_the_extremes(
-    cls: type[Observer], ch_axis: int | None, spec: QuantSpec, shape: str
+    cls: type[Observer], blocks: Granularity, spec: QuantSpec, shape: str
 ) -> None:
     x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
     x = {
@@ -282,10 +284,10 @@ def test_range_is_inside_the_extremes(
         "relu": x.relu(),
         "wild": x**7,
     }[shape]
-    observer = cls(ch_axis)
+    observer = cls(blocks)
     observer.observe(x)
-    low, high = observer.range(spec if ch_axis is None else per_channel(spec))
-    smallest, largest = (x.min(), x.max()) if ch_axis is None else (x.amin(0), x.amax(0))
+    low, high = observer.range(spec if blocks == PerTensor() else per_channel(spec))
+    smallest, largest = block_extremes(x, blocks)
     assert low.shape == high.shape == smallest.shape
     assert (low >= smallest.clamp(max=0.0)).all()
     assert (high <= largest.clamp(min=0.0)).all()

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from torch_quant.core.granularity import PerChannel
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
 from torch_quant.observers import PercentileObserver
@@ -48,7 +49,7 @@ def test_the_default_is_exact_for_sampled_batches_too(kind: str) -> None:
 def test_each_channel_has_its_own() -> None:
     x = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0))
     x *= torch.tensor([1.0, 10.0, 100.0])[:, None]
-    observer = PercentileObserver(0, percentile=98.0)
+    observer = PercentileObserver(PerChannel(0), percentile=98.0)
     observer.observe(x)
     low, high = observer.range(QuantSpec.of(per_channel=True))
     width = observer.bins.width

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 from typing import Any
 
 import torch
 from models import Compute, Two
 from torch import Tensor, fx, nn
 
+from torch_quant.core.granularity import block_extremes
 from torch_quant.core.plan import QuantPlan, SitePlan
 from torch_quant.core.qparams import QParams, choose_qparams
 from torch_quant.core.spec import QuantSpec
@@ -83,11 +85,9 @@ def grid_of(key: str, spec: QuantSpec) -> QParams:
 
 
 def weight_grid_of(name: str, weight: Tensor, spec: QuantSpec, axis: int) -> QParams:
-    """The extremes of the weight, per channel if the format is."""
-    if not spec.per_channel:
-        return choose_qparams(weight.min(), weight.max(), spec)
-    rows = weight.transpose(0, axis).flatten(1)
-    return choose_qparams(rows.amin(1), rows.amax(1), spec, axis)
+    """The extremes of each block of the weight."""
+    spec = replace(spec, granularity=spec.granularity.on(axis))
+    return choose_qparams(*block_extremes(weight, spec.granularity), spec)
 
 
 class FixedParams:

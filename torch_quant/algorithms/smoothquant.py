@@ -151,7 +151,7 @@ class SmoothQuant:
                 f"the channels of {key} were recorded in {channels.batches} of {whole.batches} "
                 "batches only: QConfig(smooth=...) came after calibration had begun; calibrate anew"
             )
-        return channels.min_val, channels.max_val
+        return channels.min_val.flatten(), channels.max_val.flatten()
 
 
 def _columns(gm: fx.GraphModule, node: fx.Node) -> Tensor:

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from torch_quant.backends.base import Backend, register_backend
+from torch_quant.core.elements import ElementType, IntegerType, element_type
+from torch_quant.core.granularity import split_blocks
 from torch_quant.core.kernels import Accepts, Kernel, KernelTable
 from torch_quant.core.spec import QuantSpec
 from torch_quant.graph.ops import OPERATORS
-from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, FAKE_QUANTIZE, QUANTIZE
+from torch_quant.graph.qdq import (
+    DECODE,
+    DEQUANTIZE,
+    DEQUANTIZE_BLOCKS,
+    DEQUANTIZE_CHANNEL,
+    FAKE_QUANTIZE,
+    FAKE_QUANTIZE_BLOCKS,
+    QUANTIZE,
+    QUANTIZE_BLOCKS,
+)
 from torch_quant.passes.base import PassContext
 
 __all__ = ["ReferenceBackend", "symmetric_weight"]
@@ -46,8 +57,17 @@ class ReferenceBackend(Backend):
         return super().kernels() if self._simulates is None else self._simulates.kernels()
 
     def _kernels(self) -> KernelTable:
-        activation, weight = Accepts(QuantSpec()), Accepts(symmetric_weight())
-        return KernelTable(self.name, tuple(Kernel(op, activation, weight) for op in OPERATORS))
+        activation = Accepts(
+            QuantSpec(),
+            lambda spec: spec.per_tensor,
+            "activations have one scale for the whole tensor",
+            any_format=True,
+        )
+        weight = Accepts(symmetric_weight(), any_format=True)
+        rows = [Kernel(op, activation, weight) for op in OPERATORS if op != "lstm"]
+        # What it multiplies by has to follow the rows of two matrices: no blocks of any shape.
+        rows.append(Kernel("lstm", Accepts(QuantSpec()), Accepts(symmetric_weight())))
+        return KernelTable(self.name, tuple(rows))
 
     def lower(self, context: PassContext) -> fx.GraphModule:
         if self._simulates is None:
@@ -56,7 +76,9 @@ class ReferenceBackend(Backend):
         for node in list(graph.nodes):
             if node.target is QUANTIZE:
                 _fake_quantize(node)
-            elif node.target in (DEQUANTIZE, DEQUANTIZE_CHANNEL):
+            elif node.target is QUANTIZE_BLOCKS:
+                node.target = FAKE_QUANTIZE_BLOCKS
+            elif node.target in (DEQUANTIZE, DEQUANTIZE_CHANNEL, DEQUANTIZE_BLOCKS):
                 if node.args[0].op == "get_attr":
                     _plain_dequantize(node)  # integers in a buffer
                 else:
@@ -73,24 +95,36 @@ def _fake_quantize(node: fx.Node) -> None:
 
 def _plain_dequantize(node: fx.Node) -> None:
     """A weight's dequantization in standard operators, which any compiler can fold."""
-    graph = node.graph
-    codes, scale, zero_point, *axis = node.args
-    assert isinstance(codes, fx.Node)
+    graph, call = node.graph, node.graph.call_function
+    codes, scale, zero_point, *how = node.args
+    shape = whole = _buffer(codes).shape
+    sizes: list[int] | None = None
+    element: ElementType = IntegerType()
+    if node.target is DEQUANTIZE_CHANNEL:
+        sizes = [1] * len(whole)
+        sizes[int(how[0])] = -1  # type: ignore[arg-type]
+    elif node.target is DEQUANTIZE_BLOCKS:
+        element = element_type(str(how[0]))
+        split, blocks = split_blocks(_buffer(codes), _buffer(scale).shape)
+        shape, sizes = split.shape, list(blocks)
     with graph.inserting_before(node):
-        if axis:
-            rank = _rank(codes)
-            shape = [1] * rank
-            shape[int(axis[0])] = -1  # type: ignore[arg-type]
-            scale = graph.call_function(aten.reshape.default, (scale, shape))
-            zero_point = graph.call_function(aten.reshape.default, (zero_point, shape))
-        wide = graph.call_function(aten.to.dtype, (codes, torch.float32))
-        centred = graph.call_function(aten.sub.Tensor, (wide, zero_point))
-        real = graph.call_function(aten.mul.Tensor, (centred, scale))
+        if sizes is not None:
+            scale = call(aten.reshape.default, (scale, sizes))
+            zero_point = call(aten.reshape.default, (zero_point, sizes))
+        if element.casts:
+            real = call(aten.to.dtype, (codes, torch.float32))
+        else:
+            real = call(DECODE, (codes, element.name))
+        if shape != whole:
+            real = call(aten.reshape.default, (real, list(shape)))
+        if element.integer:
+            real = call(aten.sub.Tensor, (real, zero_point))
+        real = call(aten.mul.Tensor, (real, scale))
+        if shape != whole:
+            real = call(aten.reshape.default, (real, list(whole)))
     node.replace_all_uses_with(real)
     graph.erase_node(node)
 
 
-def _rank(node: fx.Node) -> int:
-    module = node.graph.owning_module
-    assert module is not None
-    return int(module.get_buffer(str(node.target)).dim())
+def _buffer(node: Any) -> Tensor:
+    return node.graph.owning_module.get_buffer(str(node.target))  # type: ignore[no-any-return]

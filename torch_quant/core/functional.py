@@ -5,44 +5,76 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torch_quant.core.elements import ElementType
+from torch_quant.core.granularity import split_blocks
 from torch_quant.core.qparams import QParams
 
-__all__ = ["dequantize", "fake_quantize", "quantize"]
+__all__ = [
+    "dequantize",
+    "dequantize_blocks",
+    "fake_quantize",
+    "fake_quantize_blocks",
+    "quantize",
+    "quantize_blocks",
+]
 
 
-def _broadcast(values: Tensor, qparams: QParams, dim: int) -> Tensor:
-    if qparams.ch_axis is None:
-        return values
-    shape = [1] * dim
-    shape[qparams.ch_axis] = -1
-    return values.reshape(shape)
+def quantize_blocks(x: Tensor, scale: Tensor, zero_point: Tensor, element: ElementType) -> Tensor:
+    """Codes of ``x``; see :func:`quantize`."""
+    split, shape = split_blocks(x, scale.shape)
+    values = split.to(torch.float32) / scale.reshape(shape)  # a new tensor: the rest is in place
+    if element.integer:
+        values.round_().add_(zero_point.reshape(shape))
+    return element.encode(values).reshape(x.shape)
+
+
+def dequantize_blocks(
+    codes: Tensor, scale: Tensor, zero_point: Tensor, element: ElementType
+) -> Tensor:
+    """Real values of codes; see :func:`dequantize`."""
+    split, shape = split_blocks(codes, scale.shape)
+    if element.integer:
+        values = (split.to(torch.int32) - zero_point.reshape(shape)).to(torch.float32)
+    else:
+        values = element.decode(split)
+    return (values * scale.reshape(shape)).reshape(codes.shape)
+
+
+def fake_quantize_blocks(
+    x: Tensor, scale: Tensor, zero_point: Tensor, element: ElementType
+) -> Tensor:
+    """``x`` with the error of its format; see :func:`fake_quantize`."""
+    split, shape = split_blocks(x, scale.shape)
+    scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
+    values = split.to(torch.float32) / scale
+    if element.integer:
+        values = element.round(values.round_().add_(zero_point)).sub_(zero_point)
+    else:
+        values = element.round(values)
+    return values.mul_(scale).reshape(x.shape)
 
 
 def quantize(x: Tensor, qparams: QParams) -> Tensor:
-    """Codes of ``x``: ``clamp(round(x / scale) + zero_point)``, rounding halves to even.
+    """Codes of ``x``: those of ``round(x / scale) + zero_point``, saturating, halves to even.
 
     Args:
-        x: a float tensor of any shape.
-        qparams: its grid.
+        x: a float tensor of any shape that the blocks of ``qparams`` divide.
+        qparams: its scales and zero points.
 
     Returns:
         The codes, same shape, in the spec's dtype.
+
+    Raises:
+        InvalidConfig: the blocks do not divide it.
     """
-    spec = qparams.spec
-    scale = _broadcast(qparams.scale, qparams, x.dim())
-    zero_point = _broadcast(qparams.zero_point, qparams, x.dim())
-    codes = x.to(torch.float32) / scale  # a new tensor, so that the rest needs no further memory
-    codes.round_().add_(zero_point).clamp_(spec.quant_min, spec.quant_max)
-    return codes.to(spec.dtype)
+    return quantize_blocks(x, qparams.scale, qparams.zero_point, qparams.spec.element)
 
 
 def dequantize(codes: Tensor, qparams: QParams) -> Tensor:
-    """Real values of ``codes``: ``scale * (codes - zero_point)``, float32."""
-    scale = _broadcast(qparams.scale, qparams, codes.dim())
-    zero_point = _broadcast(qparams.zero_point, qparams, codes.dim())
-    return (codes.to(torch.int32) - zero_point).to(torch.float32) * scale
+    """Real values of ``codes``: ``scale * (value of the code - zero_point)``, float32."""
+    return dequantize_blocks(codes, qparams.scale, qparams.zero_point, qparams.spec.element)
 
 
 def fake_quantize(x: Tensor, qparams: QParams) -> Tensor:
-    """``dequantize(quantize(x))``: ``x`` with the error of its grid, same shape, float32."""
-    return dequantize(quantize(x, qparams), qparams)
+    """``dequantize(quantize(x))``: ``x`` with the error of its format, same shape, float32."""
+    return fake_quantize_blocks(x, qparams.scale, qparams.zero_point, qparams.spec.element)

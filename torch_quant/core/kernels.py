@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch_quant.core.granularity import PerChannel, PerTensor
 from torch_quant.core.spec import QuantSpec
 
 __all__ = ["Accepts", "Kernel", "KernelTable"]
@@ -24,14 +25,22 @@ class Accepts:
         fits: whether it takes a format.
         wants: what it takes, in words that a refusal begins with: ``"oneDNN wants a signed
             weight"``.
+        any_format: also what is beyond integers of up to 8 bits per tensor or output channel.
     """
 
     default: QuantSpec
     fits: Callable[[QuantSpec], bool] = _anything
     wants: str = ""
+    any_format: bool = False
 
     def refusal(self, spec: QuantSpec) -> str:
         """Why it does not take ``spec``, or an empty text."""
+        if spec.dynamic:
+            return f"scales are chosen while calibrating, not at each call: {spec}"
+        if not self.any_format and not (spec.integer and spec.bits <= 8):
+            return f"the kernels take integers of up to 8 bits, not {spec}"
+        if not self.any_format and spec.granularity not in (PerTensor(), PerChannel()):
+            return f"the kernels take a scale per tensor or per output channel, not {spec}"
         return "" if self.fits(spec) else f"{self.wants}, not {spec}"
 
 

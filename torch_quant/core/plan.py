@@ -71,7 +71,7 @@ class SitePlan:
             raise InvalidConfig(f"{self.name}: smooth {self.smooth!r}; expected 0 to 1, or null")
 
     def to_dict(self) -> dict[str, Any]:
-        data = asdict(self)
+        data = dict(vars(self))
         for name in ("activation", "weight"):
             spec = getattr(self, name)
             data[name] = None if spec is None else spec.to_dict()

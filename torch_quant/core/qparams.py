@@ -1,13 +1,14 @@
-"""Scale and zero point: the only place where a range becomes numbers of an integer grid."""
+"""Scale and zero point: the only place where a range becomes numbers of a format."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from torch_quant.core.spec import QuantSpec
+from torch_quant.core.spec import QuantSpec, ScaleType
 from torch_quant.errors import InvalidConfig
 
 __all__ = ["MIN_SCALE", "QParams", "choose_qparams"]
@@ -18,53 +19,55 @@ MIN_SCALE = 2.0**-48
 
 @dataclass(frozen=True)
 class QParams:
-    """The grid of one tensor.
+    """Scales and zero points of one tensor, one for each block of it.
 
     Args:
-        spec: the integer format.
-        scale: float32, shape ``[]`` (per tensor) or ``[channels]``; a step in the tensor's units.
+        spec: the format.
+        scale: float32; ``[]`` per tensor, else as many dimensions as the tensor, how many blocks
+            there are in each: ``[out, 1]`` per channel, ``[out, in / 64]`` per group of 64. A step
+            in the tensor's units, or what a float of value 1 stands for.
         zero_point: int32, same shape; the code of real 0.
-        ch_axis: the channel axis, None per tensor.
     """
 
     spec: QuantSpec
     scale: Tensor
     zero_point: Tensor
-    ch_axis: int | None = None
 
     def __post_init__(self) -> None:
-        wanted = 1 if self.spec.per_channel else 0
-        if self.scale.dim() != wanted or self.scale.shape != self.zero_point.shape:
+        given = f"got {tuple(self.scale.shape)} and {tuple(self.zero_point.shape)}"
+        if self.scale.shape != self.zero_point.shape:
             raise InvalidConfig(
-                f"QParams of a {self.spec}: expected scale and zero_point of {wanted} dimension(s) "
-                f"and one shape, got {tuple(self.scale.shape)} and {tuple(self.zero_point.shape)}"
+                f"QParams of a {self.spec}: expected scale and zero_point of one shape, {given}"
             )
-        if self.spec.per_channel != (self.ch_axis is not None):
+        if (self.scale.dim() == 0) != self.spec.per_tensor:
+            wanted = "no dimension" if self.spec.per_tensor else "as many dimensions as the tensor"
             raise InvalidConfig(
-                f"QParams of a {self.spec} with ch_axis={self.ch_axis}: "
-                "give ch_axis with per-channel specs, and only with them"
+                f"QParams of a {self.spec}: expected scale and zero_point of {wanted}, {given}"
             )
 
 
-def choose_qparams(
-    min_val: Tensor, max_val: Tensor, spec: QuantSpec, ch_axis: int | None = None
-) -> QParams:
-    """The grid that covers ``[min_val, max_val]`` and represents 0 exactly.
+def choose_qparams(min_val: Tensor, max_val: Tensor, spec: QuantSpec) -> QParams:
+    """The scales that cover ``[min_val, max_val]`` and represent 0 exactly.
 
     Affine: ``scale = (max - min) / (quant_max - quant_min)`` over the range widened to hold 0.
     Symmetric: ``scale = max(|min|, |max|) / steps``, with as many steps as both sides have, so that
-    neither end is clipped. A range of only zeros gets scale 1. (Jacob et al. 2018,
-    "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
-    section 2.1.)
+    neither end is clipped. (Jacob et al. 2018, "Quantization and Training of Neural Networks for
+    Efficient Integer-Arithmetic-Only Inference", section 2.1.) Floats: ``steps`` is their largest
+    value. Scales that are powers of two: ``2^(floor(log2(max(|min|, |max|))) - emax)`` with the
+    exponent ``emax`` of the largest value, so that ends may saturate ("OCP Microscaling Formats
+    (MX) Specification", version 1.0, section 6.3). A range of only zeros gets scale 1.
 
     Args:
-        min_val: shape ``[]`` or ``[channels]``, in the tensor's units.
+        min_val: ``[]`` per tensor, else one for each block; in the tensor's units.
         max_val: same shape.
-        spec: the integer format.
-        ch_axis: the channel axis of a per-channel spec.
+        spec: the format.
 
     Raises:
         InvalidConfig: the range is not finite, or ``min_val > max_val``.
+
+    >>> low, high = torch.tensor(-1.0), torch.tensor(12.0)
+    >>> choose_qparams(low, high, QuantSpec.of("float4_e2m1")).scale
+    tensor(2.)
     """
     low = min_val.detach().to(torch.float32).clamp(max=0.0)
     high = max_val.detach().to(torch.float32).clamp(min=0.0)
@@ -75,18 +78,27 @@ def choose_qparams(
     if spec.symmetric:
         middle = 0 if spec.signed else (spec.quant_min + spec.quant_max + 1) // 2
         steps = min(middle - spec.quant_min, spec.quant_max - middle)
-        scale = torch.maximum(-low, high) / steps
-        zero_point = torch.full_like(scale, middle, dtype=torch.int32)
-    else:
-        # Halves first: the width of a range of huge numbers may not be a float32.
-        levels = spec.quant_max - spec.quant_min
-        scale = high / levels - low / levels
-        safe = scale.clamp(min=MIN_SCALE)
-        zero_point = (
-            (spec.quant_min - low / safe)
-            .round()
-            .clamp(spec.quant_min, spec.quant_max)
-            .to(torch.int32)
-        )
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale.clamp(min=MIN_SCALE))
-    return QParams(spec, scale, zero_point, ch_axis)
+        reach = torch.maximum(-low, high)
+        if spec.scale_type is ScaleType.E8M0:
+            scale = spec.scale_type.round(reach) * 2.0 ** -_exponent(steps)
+        else:
+            scale = reach / steps
+        scale = _usable(scale, (reach == 0) | (scale == 0), spec)
+        return QParams(spec, scale, torch.full_like(scale, middle, dtype=torch.int32))
+    # Halves first: the width of a range of huge numbers may not be a float32.
+    levels = spec.quant_max - spec.quant_min
+    scale = high / levels - low / levels
+    scale = _usable(scale, scale == 0, spec)
+    zero_point = (spec.quant_min - low / scale).round().clamp(spec.quant_min, spec.quant_max)
+    return QParams(spec, scale, zero_point.to(torch.int32))
+
+
+def _exponent(value: float) -> int:
+    """``floor(log2(value))``."""
+    return math.frexp(value)[1] - 1
+
+
+def _usable(scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
+    """``scale`` as its type can hold it, and 1 where the range is ``zero``."""
+    rounded = spec.scale_type.round(scale).clamp(min=MIN_SCALE)
+    return torch.where(zero, torch.ones_like(scale), rounded)

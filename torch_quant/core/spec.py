@@ -1,141 +1,282 @@
-"""What a quantized tensor looks like: integer type, range, symmetry and granularity."""
+"""What a quantized tensor looks like: element type, granularity, symmetry, type of the scale."""
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from torch_quant.core.elements import ElementType, IntegerType, element_type
+from torch_quant.core.granularity import Granularity, PerChannel, PerTensor
 from torch_quant.errors import InvalidConfig
 
-__all__ = ["Granularity", "QuantSpec"]
-
-_DTYPES = {"uint8": torch.uint8, "int8": torch.int8, "int32": torch.int32}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+__all__ = ["QuantSpec", "ScaleType"]
 
 
-class Granularity(enum.Enum):
-    """How many scales a tensor has: one, or one for each index of its channel axis."""
+class ScaleType(enum.Enum):
+    """The numbers that a scale can be; scales are computed in float32 whatever holds them.
 
-    PER_TENSOR = "per_tensor"
-    PER_CHANNEL = "per_channel"
+    ``E8M0`` are the powers of two from 2^-127 to 2^127, the scales of the "OCP Microscaling Formats
+    (MX) Specification", version 1.0.
+    """
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    E8M0 = "e8m0"
+
+    @property
+    def bits(self) -> int:
+        return {"float32": 32, "e8m0": 8}.get(self.value, 16)
+
+    def round(self, scale: Tensor) -> Tensor:
+        """``scale``, positive, as near as this type comes to it (for ``E8M0`` from below), float32.
+
+        What is too small or too large becomes the smallest or largest number there is.
+        """
+        if self is ScaleType.E8M0:
+            power = (torch.frexp(scale).exponent - 1).clamp(-126, 127)
+            return ((power.to(torch.int32) + 127) << 23).view(torch.float32)
+        if self is ScaleType.FLOAT16:
+            return scale.clamp(2.0**-24, 65504.0).to(torch.float16).to(torch.float32)
+        return scale.to(torch.bfloat16).to(torch.float32) if self is ScaleType.BFLOAT16 else scale
 
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """An integer format: ``real = scale * (q - zero_point)``, ``quant_min <= q <= quant_max``.
+    """A format: ``real = scale * (value of the code - zero_point)``.
 
     Args:
-        dtype: the storage type, ``torch.uint8``, ``torch.int8`` or ``torch.int32`` (bias).
+        element: the values that a code stands for: integers, or small floats.
         symmetric: the zero point is fixed: 0 if signed, the middle of the range if unsigned.
-        granularity: one scale per tensor, or one per channel.
-        quant_min: the smallest code; fewer bits than the storage type are allowed.
-        quant_max: the largest code.
+        granularity: which elements share a scale (and a zero point).
+        scale_type: the numbers that a scale can be.
+        dynamic: scales are chosen anew at each call, from the values met there.
 
     Raises:
-        InvalidConfig: the range does not fit the dtype, or is empty, or cannot hold a zero.
+        InvalidConfig: zero points with floats or with scales that are powers of two; something that
+            is none of these types.
 
     >>> QuantSpec.of(bits=4, signed=False, symmetric=False).quant_max
     15
+    >>> print(QuantSpec.of("float8_e4m3fn", per_channel=True))
+    float8_e4m3fn per-channel
     """
 
-    dtype: torch.dtype = torch.uint8
+    element: ElementType = field(default_factory=IntegerType)
     symmetric: bool = False
-    granularity: Granularity = Granularity.PER_TENSOR
-    quant_min: int = 0
-    quant_max: int = 255
+    granularity: Granularity = field(default_factory=PerTensor)
+    scale_type: ScaleType = ScaleType.FLOAT32
+    dynamic: bool = False
 
     def __post_init__(self) -> None:
-        if self.dtype not in _NAMES:
+        if not isinstance(self.element, ElementType):
             raise InvalidConfig(
-                f"QuantSpec dtype is {self.dtype}; expected one of {', '.join(_DTYPES)}"
+                f"QuantSpec element is {self.element!r}; expected an element type: "
+                'QuantSpec.of("int4"), QuantSpec.of("float8_e4m3fn"), QuantSpec.of(bits=8)'
             )
         if not isinstance(self.granularity, Granularity):
             raise InvalidConfig(
                 f"QuantSpec granularity is {self.granularity!r}; expected a Granularity, "
-                "such as Granularity.PER_CHANNEL"
+                "such as PerChannel() or PerGroup(32)"
             )
-        info = torch.iinfo(self.dtype)
-        if not info.min <= self.quant_min < self.quant_max <= info.max:
+        if not isinstance(self.scale_type, ScaleType):
             raise InvalidConfig(
-                f"QuantSpec range [{self.quant_min}, {self.quant_max}] must be non-empty and lie "
-                f"inside {_NAMES[self.dtype]}'s [{info.min}, {info.max}]; "
-                "QuantSpec.of(bits=..., signed=...) gives a valid one"
+                f"QuantSpec scale_type is {self.scale_type!r}; expected a ScaleType, "
+                "such as ScaleType.E8M0"
             )
-        if self.signed and not self.quant_min < 0 <= self.quant_max:
-            raise InvalidConfig(
-                f"a signed QuantSpec needs quant_min < 0 <= quant_max, "
-                f"got [{self.quant_min}, {self.quant_max}]"
-            )
+        if not self.symmetric and not self.element.integer:
+            raise InvalidConfig(f"{self.element} has no zero point; use symmetric=True")
+        if not self.symmetric and self.scale_type is ScaleType.E8M0:
+            raise InvalidConfig("scales of powers of two have no zero point; use symmetric=True")
 
     @classmethod
     def of(
         cls,
+        element: str | ElementType | None = None,
         *,
         bits: int = 8,
         signed: bool = False,
-        symmetric: bool = False,
+        symmetric: bool | None = None,
         per_channel: bool = False,
+        granularity: Granularity | None = None,
+        scale_type: ScaleType | str = ScaleType.FLOAT32,
+        dynamic: bool = False,
     ) -> QuantSpec:
-        """The full-range format of ``bits`` (2 to 8) bits."""
-        if not 2 <= bits <= 8:
-            raise InvalidConfig(f"QuantSpec.of(bits={bits}): expected 2 to 8 bits")
-        low = -(2 ** (bits - 1)) if signed else 0
-        return cls(
-            torch.int8 if signed else torch.uint8,
-            symmetric,
-            Granularity.PER_CHANNEL if per_channel else Granularity.PER_TENSOR,
-            low,
-            low + 2**bits - 1,
-        )
+        """A format by the name of its element type, or the integers of ``bits`` (2 to 16) bits.
+
+        Args:
+            element: ``"int4"``, ``"uint8"``, ``"float8_e4m3fn"``, ``"float4_e2m1"``; see
+                ``torch_quant.core.elements.ELEMENT_TYPES``.
+            bits: of an integer, where no ``element`` is given.
+            signed: whether that integer has a sign.
+            symmetric: None: no for ``bits``; with ``element``, yes unless it is unsigned.
+            per_channel: short for ``granularity=PerChannel()``.
+            granularity: per tensor by default.
+            scale_type: or its name.
+            dynamic: scales are chosen at each call.
+
+        Raises:
+            InvalidConfig: an unknown name, other numbers of bits, what contradicts itself.
+        """
+        if element is None:
+            chosen: ElementType = IntegerType.of(bits, signed)
+            symmetric = bool(symmetric)
+        else:
+            chosen = element_type(element) if isinstance(element, str) else element
+            if symmetric is None and isinstance(chosen, ElementType):
+                symmetric = not chosen.integer or chosen.quant_min < 0
+        if per_channel and granularity is not None:
+            raise InvalidConfig("QuantSpec.of: give per_channel=True or granularity=..., not both")
+        if granularity is None:
+            granularity = PerChannel() if per_channel else PerTensor()
+        if isinstance(scale_type, str):
+            scale_type = _scale_type(scale_type)
+        return cls(chosen, bool(symmetric), granularity, scale_type, dynamic)
 
     @property
-    def signed(self) -> bool:
-        return self.dtype != torch.uint8
-
-    @property
-    def per_channel(self) -> bool:
-        return self.granularity is Granularity.PER_CHANNEL
+    def dtype(self) -> torch.dtype:
+        """The type that codes are kept in."""
+        return self.element.dtype
 
     @property
     def bits(self) -> int:
-        """Bits that the codes need, whatever the storage type holds."""
-        return (self.quant_max - self.quant_min).bit_length()
+        """Bits that a code needs, whatever its storage type holds."""
+        return self.element.bits
+
+    @property
+    def quant_min(self) -> float:
+        """The smallest value, in units of the scale; an int for integers."""
+        return self.element.quant_min
+
+    @property
+    def quant_max(self) -> float:
+        """The largest value, in units of the scale; an int for integers."""
+        return self.element.quant_max
+
+    @property
+    def signed(self) -> bool:
+        return self.quant_min < 0
+
+    @property
+    def integer(self) -> bool:
+        """Whether the values are consecutive integers."""
+        return self.element.integer
+
+    @property
+    def levels(self) -> int:
+        """How many different values there are."""
+        return self.element.levels
+
+    @property
+    def values(self) -> Tensor:
+        """Every value in units of the scale, ascending, float32, ``[levels]``."""
+        return self.element.values
+
+    @property
+    def borders(self) -> Tensor:
+        """Where rounding goes over from one value to the next, float32, ``[levels + 1]``."""
+        return self.element.borders
+
+    @property
+    def per_channel(self) -> bool:
+        return isinstance(self.granularity, PerChannel)
+
+    @property
+    def per_tensor(self) -> bool:
+        return isinstance(self.granularity, PerTensor)
 
     @property
     def full_range(self) -> bool:
-        """Whether every value of the storage type is a code, so that a saturating cast clips."""
+        """Whether every value of an integer storage type is a code: a saturating cast clips."""
+        if not self.integer:
+            return False
         info = torch.iinfo(self.dtype)
         return (self.quant_min, self.quant_max) == (info.min, info.max)
 
+    def round(self, x: Tensor) -> Tensor:
+        """The values nearest to ``x``, which is in units of the scale; float32, same shape."""
+        return self.element.round(x)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The codes of the values nearest to ``x``, same shape, in :attr:`dtype`."""
+        return self.element.encode(x)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """The values of codes, in units of the scale; float32, same shape."""
+        return self.element.decode(codes)
+
+    def bits_per_weight(self, shape: Sequence[int]) -> float:
+        """Bits for each element of a tensor of this shape, its scales and zero points included.
+
+        >>> from torch_quant.core.granularity import PerGroup
+        >>> spec = QuantSpec.of("float4_e2m1", granularity=PerGroup(32), scale_type="e8m0")
+        >>> spec.bits_per_weight([64, 64])
+        4.25
+        """
+        blocks = math.prod(self.granularity.on(0).grid(shape))
+        zero_point = 0 if self.symmetric else self.bits
+        return self.bits + blocks * (self.scale_type.bits + zero_point) / max(math.prod(shape), 1)
+
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready description; :meth:`from_dict` reads it back."""
-        return {
-            "dtype": _NAMES[self.dtype],
+        """A JSON-ready description; :meth:`from_dict` reads it back.
+
+        >>> QuantSpec().to_dict()["element"]
+        'uint8'
+        """
+        element: dict[str, Any] = {"element": self.element.name}
+        if isinstance(self.element, IntegerType):
+            limits = {"quant_min": self.quant_min, "quant_max": self.quant_max}
+            element = {"element": self.element.base, **limits}
+        return element | {
             "symmetric": self.symmetric,
-            "granularity": self.granularity.value,
-            "quant_min": self.quant_min,
-            "quant_max": self.quant_max,
+            "granularity": str(self.granularity),
+            "scale_type": self.scale_type.value,
+            "dynamic": self.dynamic,
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> QuantSpec:
-        """Read :meth:`to_dict`'s form; raises :class:`InvalidConfig` on anything else."""
+        """Read :meth:`to_dict`'s form, or that of version 0.1, which has a ``dtype``.
+
+        Raises:
+            InvalidConfig: it is something else; says which entry is wrong.
+        """
         try:
+            old = "dtype" in data
+            name = str(data["dtype" if old else "element"])
+            if name.startswith(("int", "uint")):
+                low, high = data["quant_min"], data["quant_max"]
+                name = f"{name}[{int(low)}, {int(high)}]"
             return cls(
-                _DTYPES[data["dtype"]],
+                element_type(name),
                 bool(data["symmetric"]),
-                Granularity(data["granularity"]),
-                int(data["quant_min"]),
-                int(data["quant_max"]),
+                Granularity.parse(str(data["granularity"])),
+                ScaleType.FLOAT32 if old else _scale_type(data["scale_type"]),
+                False if old else bool(data["dynamic"]),
             )
-        except (KeyError, ValueError, TypeError) as error:
+        except (KeyError, ValueError, TypeError, InvalidConfig) as error:
             raise InvalidConfig(f"not a QuantSpec: {dict(data)!r} ({error})") from error
 
     def __str__(self) -> str:
-        sign = "s" if self.signed else "u"
-        scheme = "symmetric" if self.symmetric else "affine"
-        return f"{sign}{self.bits} {scheme} {self.granularity.value.replace('_', '-')}"
+        if self.integer:
+            element = f"{'s' if self.signed else 'u'}{self.bits}"
+            element += " symmetric" if self.symmetric else " affine"
+        else:
+            element = self.element.name
+        scale = "" if self.scale_type is ScaleType.FLOAT32 else f", {self.scale_type.value} scales"
+        granularity = str(self.granularity).replace("_", "-")
+        return f"{element} {granularity}{scale}{', dynamic' if self.dynamic else ''}"
+
+
+def _scale_type(name: Any) -> ScaleType:
+    try:
+        return ScaleType(name)
+    except ValueError as error:
+        known = ", ".join(each.value for each in ScaleType)
+        raise InvalidConfig(f"scale_type {name!r}; expected one of {known}") from error

@@ -52,6 +52,7 @@ def annotate(
         else:
             activation, weight, kernel, refusal = _fitting(site, config, kernels)
             reason = reason or refusal
+            reason = reason or _misfit(site, weight)
         plan.append(
             SitePlan(
                 name=site.name,
@@ -89,6 +90,18 @@ def _fitting(
             return activation, weight, chosen, ""
         found.append((activation, weight, None, reason))
     return found[0]
+
+
+def _misfit(site: Site, weight: QuantSpec | None) -> str:
+    """Why the weight cannot be cut into the blocks of its format, empty if it can."""
+    if weight is None or weight.per_tensor or weight.per_channel:
+        return ""
+    axis = OPERATORS[site.op].weight_axis
+    try:
+        weight.granularity.on(axis).grid(site.weight_shape)
+    except InvalidConfig as error:
+        return str(error)
+    return ""
 
 
 def _check(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from torch_quant.algorithms.smoothquant import channels_key
 from torch_quant.config import check_names
+from torch_quant.core.granularity import PerChannel
 from torch_quant.core.plan import QuantPlan, SitePlan
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.sites import Site
@@ -80,7 +81,7 @@ class Summary:
             observers[key] = MinMaxObserver()
             observers[key].observe(torch.tensor([low, high]))
         for key, extremes in self.channels.items():
-            observers[channels_key(key)] = MinMaxObserver(ch_axis=-1)
+            observers[channels_key(key)] = MinMaxObserver(PerChannel(-1))
             observers[channels_key(key)].observe(extremes)
         state.put(observers)
 
@@ -135,7 +136,7 @@ def _channels(plan: QuantPlan, state: QuantState) -> dict[str, list[list[float]]
     keys = dict.fromkeys(site.inputs[0] for site in plan.values() if site.smooth is not None)
     observers = {key: state.observers.get(channels_key(key)) for key in keys}
     return {
-        key: [observer.min_val.tolist(), observer.max_val.tolist()]
+        key: [observer.min_val.flatten().tolist(), observer.max_val.flatten().tolist()]
         for key, observer in observers.items()
         if isinstance(observer, MinMaxObserver)
     }

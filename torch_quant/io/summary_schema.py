@@ -6,18 +6,21 @@ import bisect
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from torch_quant.core.elements import ELEMENT_TYPES, ElementType
+from torch_quant.core.granularity import Granularity
 from torch_quant.core.plan import PRECISIONS, is_share
-from torch_quant.core.spec import Granularity
+from torch_quant.core.spec import ScaleType
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.ops import OPERATORS
 
 __all__ = ["FORMAT", "VERSION", "Lines", "Place", "read_json", "validate"]
 
 FORMAT = "torch_quant summary"
-VERSION = 1
+VERSION = 2
+"""Version 1, which knew integers per tensor and per channel only, is read too."""
 
 Place = tuple[str | int, ...]
 """Keys and indices that lead to an entry of the file."""
@@ -28,8 +31,11 @@ _SITE = (
     "name", "op", "inputs", "activation", "weight", "quantized", "reason", "macs", "precision",
     "stored", "smooth",
 )  # fmt: skip
-_SPEC = ("dtype", "symmetric", "granularity", "quant_min", "quant_max")
-_LIMITS = {"uint8": (0, 255), "int8": (-128, 127)}
+_SPEC = ("element", "symmetric", "granularity", "scale_type", "dynamic")
+_SPEC_1 = ("dtype", "symmetric", "granularity")
+_DTYPES = ("uint8", "int8")
+"""Of version 1, which has ``_SPEC_1`` for a format."""
+_LIMITS = ("quant_min", "quant_max")
 
 
 class Lines:
@@ -118,15 +124,15 @@ def validate(data: Any, lines: Lines) -> None:
         raise lines.error(
             ("format",), f"this is no summary of torch_quant: it lacks format: {FORMAT!r}"
         )
-    version = data.get("version")
-    if version != VERSION or isinstance(version, bool):
-        raise lines.error(("version",), f"this has version {version!r}; expected {VERSION}")
+    version: Any = data.get("version")
+    if not _integer(version) or not 1 <= version <= VERSION:
+        raise lines.error(("version",), f"this has version {version!r}; expected 1 or {VERSION}")
     _keys(data, (), ("format", "version", "sites", "ranges", "channels"), "the file", lines,
           optional=("channels",))  # fmt: skip
     sites = _kind(data["sites"], list, ("sites",), "'sites'", lines)
     names: set[str] = set()
     for i, site in enumerate(sites):
-        name = _site(site, ("sites", i), lines)
+        name = _site(site, ("sites", i), lines, version)
         if name in names:
             raise lines.error(("sites", i, "name"), f"the site {name!r} is given twice")
         names.add(name)
@@ -162,7 +168,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _site(site: Any, place: Place, lines: Lines) -> str:
+def _site(site: Any, place: Place, lines: Lines, version: int) -> str:
     number = f"site {place[-1]}"
     _kind(site, dict, place, number, lines)
     name: str = _kind(site.get("name"), str, (*place, "name"), f"the name of {number}", lines)
@@ -195,34 +201,82 @@ def _site(site: Any, place: Place, lines: Lines) -> str:
         raise wrong("smooth", "a number from 0 to 1, or null")
     for field in ("activation", "weight"):
         if site[field] is not None:
-            _spec(site[field], (*place, field), f"{name}: {field!r}", lines, field)
+            _spec(site[field], (*place, field), f"{name}: {field!r}", lines, field, version)
     return name
 
 
-def _spec(spec: Any, place: Place, what: str, lines: Lines, field: str) -> None:
+def _spec(spec: Any, place: Place, what: str, lines: Lines, field: str, version: int) -> None:
     _kind(spec, dict, place, what, lines)
-    _keys(spec, place, _SPEC, what, lines)
 
     def wrong(entry: str, expected: str) -> InvalidConfig:
         found = _shown(spec[entry])
         return lines.error((*place, entry), f"{what}: {entry!r} is {found}; expected {expected}")
 
-    if not isinstance(spec["dtype"], str) or spec["dtype"] not in _LIMITS:
-        raise wrong("dtype", " or ".join(map(repr, _LIMITS)))
+    old = version == 1
+    entry = "dtype" if old else "element"
+    _keys(spec, place, (*(_SPEC_1 if old else _SPEC), *_LIMITS), what, lines, _LIMITS)
+    known = {name: each for name, each in ELEMENT_TYPES.items() if not old or name in _DTYPES}
+    element = known.get(spec[entry]) if isinstance(spec[entry], str) else None
+    if element is None:
+        raise wrong(entry, f"one of {', '.join(known)}")
     if not isinstance(spec["symmetric"], bool):
         raise wrong("symmetric", "true or false, without quotes")
-    allowed = [Granularity.PER_TENSOR.value]
-    allowed += [Granularity.PER_CHANNEL.value] if field == "weight" else []
-    if spec["granularity"] not in allowed:
-        raise wrong("granularity", " or ".join(map(repr, allowed)))
-    low, high = _LIMITS[spec["dtype"]]
-    for entry in ("quant_min", "quant_max"):
-        if not _integer(spec[entry]) or not low <= spec[entry] <= high:
-            raise wrong(entry, f"an integer from {low} to {high}")
+    _granularity(spec["granularity"], field, old, wrong)
+    _limits(spec, element, place, what, lines)
+    if old:
+        return
+    types = [each.value for each in ScaleType]
+    if spec["scale_type"] not in types:
+        raise wrong("scale_type", f"one of {', '.join(types)}")
+    if not isinstance(spec["dynamic"], bool):
+        raise wrong("dynamic", "true or false, without quotes")
+    if not spec["symmetric"] and not element.integer:
+        raise wrong("symmetric", f"true, since {element} has no zero point")
+    if not spec["symmetric"] and spec["scale_type"] == ScaleType.E8M0.value:
+        raise wrong("symmetric", "true, since scales of powers of two have no zero point")
+
+
+def _limits(
+    spec: Mapping[str, Any], element: ElementType, place: Place, what: str, lines: Lines
+) -> None:
+    """Raise unless integers, and only they, say from where to where they go."""
+    for limit in _LIMITS:
+        if element.integer != (limit in spec):
+            verb = "lacks" if element.integer else "is no integer type, but has"
+            raise lines.error(place, f"{what} {verb} {limit!r}")
+    if not element.integer:
+        return
+
+    def wrong(entry: str, expected: str) -> InvalidConfig:
+        found = _shown(spec[entry])
+        return lines.error((*place, entry), f"{what}: {entry!r} is {found}; expected {expected}")
+
+    low, high = element.quant_min, element.quant_max
+    for limit in _LIMITS:
+        if not _integer(spec[limit]) or not low <= spec[limit] <= high:
+            raise wrong(limit, f"an integer from {low} to {high}")
     if spec["quant_min"] >= spec["quant_max"]:
         raise wrong("quant_max", f"more than quant_min, {spec['quant_min']}")
     if low < 0 and not spec["quant_min"] < 0 <= spec["quant_max"]:
-        raise wrong("quant_min", "codes on both sides of 0, since int8 is signed")
+        raise wrong("quant_min", f"codes on both sides of 0, since {element} is signed")
+
+
+def _granularity(
+    given: Any, field: str, old: bool, wrong: Callable[[str, str], InvalidConfig]
+) -> None:
+    """Raise unless a granularity is one that activations or weights can have."""
+    allowed = ["per_tensor"]
+    if field == "weight":
+        allowed += ["per_channel"]
+        allowed += [] if old else ["per_channel(axis)", "per_group(size)", "per_block(sizes)"]
+    elif not old:
+        allowed += ["per_token"]
+    try:
+        kind = Granularity.parse(given).kind if isinstance(given, str) else ""
+    except InvalidConfig:
+        kind = ""
+    if kind not in {each.partition("(")[0] for each in allowed} or (old and given != kind):
+        raise wrong("granularity", " or ".join(map(repr, allowed)))
 
 
 def _integer(value: Any) -> bool:

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_quant.core.granularity import Granularity, PerTensor, block_rows
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
 from torch_quant.observers._blocks import Blocks
-from torch_quant.observers.base import channel_rows, entry, in_memory_order, require_finite
+from torch_quant.observers.base import entry, require_finite
 from torch_quant.observers.minmax import MinMaxObserver
 
 __all__ = ["SAMPLES", "TAIL", "BinnedObserver", "Bins"]
@@ -191,30 +192,30 @@ class BinnedObserver(MinMaxObserver):
     the counts is exact.
 
     Args:
-        ch_axis: None per tensor, else the channel axis.
+        granularity: which elements have their statistics together: one histogram for each block.
         bins: number of bins, 16 to 65536; between half and all of them cover the data. None: 2048
-            per tensor, and 512 for each channel. A histogram takes 8 bytes a bin.
+            per tensor, and 512 for each block. A histogram takes 8 bytes a bin.
 
     Raises:
         InvalidConfig: ``bins`` is out of its range.
     """
 
-    def __init__(self, ch_axis: int | None = None, *, bins: int | None = None) -> None:
-        super().__init__(ch_axis)
+    def __init__(self, granularity: Granularity | None = None, *, bins: int | None = None) -> None:
+        super().__init__(granularity)
         if bins is None:
-            bins = 2048 if ch_axis is None else 512
+            bins = 2048 if isinstance(self.granularity, PerTensor) else 512
         if not 16 <= bins <= 65536:
             raise InvalidConfig(f"{type(self).__name__}(bins={bins}): expected 16 to 65536 bins")
         self.bins = Bins.empty(bins)
 
     def _take(self, x: Tensor) -> None:
-        axis = self.ch_axis
-        rows = in_memory_order(x).reshape(1, -1) if axis is None else channel_rows(x, axis)
+        grid = self.granularity.grid(x.shape)
+        rows = block_rows(x, self.granularity)
         blocks = Blocks(rows)
         low, high = blocks.extremes()
         require_finite(x, low, high)
         before = self.min_val.to(x.device), self.max_val.to(x.device)
-        self._record(x, low[0] if axis is None else low, high[0] if axis is None else high)
+        self._record(x, low.view(grid), high.view(grid))
         if not (torch.equal(before[0], self.min_val) and torch.equal(before[1], self.max_val)):
             self.bins = self.bins.covering(self.min_val.reshape(-1), self.max_val.reshape(-1))
         self.bins = self.bins.adding(_count(self.bins, rows, blocks))

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from torch_quant.core.granularity import PerChannel
 from torch_quant.core.qparams import QParams, choose_qparams
-from torch_quant.core.spec import Granularity, QuantSpec
+from torch_quant.core.spec import QuantSpec
 from torch_quant.observers._bins import Bins
 
 __all__ = ["Cost", "Range", "best_range", "grids", "shrink"]
@@ -22,13 +23,14 @@ _STEP = 0.75
 _COARSE = torch.arange(16.0)  # the range times 1 down to 0.013
 _AROUND = torch.tensor([0.0, -1.0, 1.0, -2.0, 2.0, -3.0, 3.0])  # the best so far wins a tie
 _ROUNDS = (_COARSE, _AROUND / 4, _AROUND / 16, _AROUND / 64)  # the last: 0.5 percent apart
+_MOST_LEVELS = 256
 _ELEMENTS = 2**16  # of a temporary, about: it should stay in the cache
 
 
 def grids(low: Tensor, high: Tensor, spec: QuantSpec) -> QParams:
-    """The grids of many candidate ranges at once, ``[channels, k]``, flattened to one axis."""
-    flat = dataclasses.replace(spec, granularity=Granularity.PER_CHANNEL)
-    return choose_qparams(low.flatten(), high.flatten(), flat, 0)
+    """The scales of many candidate ranges at once, ``[channels, k]``, flattened to one axis."""
+    flat = dataclasses.replace(spec, granularity=PerChannel(0))
+    return choose_qparams(low.flatten(), high.flatten(), flat)
 
 
 def shrink(low: Tensor, high: Tensor, symmetric: bool, cost: Cost) -> Range:
@@ -62,9 +64,9 @@ def best_range(
 
     Args:
         bins: what was recorded.
-        low: the exact minimum, ``[]`` or ``[channels]``.
+        low: the exact minimum, of any shape, one for each row of ``bins``.
         high: the exact maximum, same shape.
-        spec: the integer format; with more than 8 bits nothing is worth clipping.
+        spec: the format; with more than 256 levels nothing is worth clipping.
         pick: maps some channels' bins and range to a range; ``low <= 0 <= high``, all
             ``[channels]``. For a symmetric spec, ``low == -high``.
         cells: how many numbers a candidate range takes, about; so many channels go together.
@@ -72,7 +74,7 @@ def best_range(
     Returns:
         The ends, on the device and of the shape of ``low`` and ``high``.
     """
-    if spec.bits > 8:
+    if spec.levels > _MOST_LEVELS:
         return low, high
     bottom, top = low.reshape(-1).cpu().clamp(max=0.0), high.reshape(-1).cpu().clamp(min=0.0)
     candidates = len(_COARSE) if spec.symmetric else len(_COARSE) ** 2

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from torch_quant.core.granularity import Granularity, PerChannel, PerTensor
 from torch_quant.core.qparams import QParams, choose_qparams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
@@ -74,15 +75,24 @@ class AoObserver(Observer):
 
     factory: ClassVar[Callable[..., Any]]
 
-    def __init__(self, ch_axis: int | None = None) -> None:
-        super().__init__(ch_axis)
-        options = {} if ch_axis is None else {"ch_axis": ch_axis}
-        self.module = _made(type(self).factory, **options)
-        theirs = getattr(self.module, "ch_axis", None)
-        if theirs != ch_axis:
-            fix = "MinMaxObserver" if ch_axis is None else "PerChannelMinMaxObserver"
+    def __init__(self, granularity: Granularity | None = None) -> None:
+        super().__init__(granularity)
+        options = {}
+        if isinstance(self.granularity, PerChannel):
+            options = {"ch_axis": self.granularity.axis}
+        elif not isinstance(self.granularity, PerTensor):
             raise InvalidConfig(
-                f"{self.name} has ch_axis={theirs} where ch_axis={ch_axis} is needed; "
+                f"{self.name} keeps statistics per tensor or per channel, not {self.granularity}; "
+                "use an observer of torch_quant there"
+            )
+        self.module = _made(type(self).factory, **options)
+        self._shape: tuple[int, ...] = ()
+        wanted = options.get("ch_axis")
+        theirs = getattr(self.module, "ch_axis", None)
+        if theirs != wanted:
+            fix = "MinMaxObserver" if wanted is None else "PerChannelMinMaxObserver"
+            raise InvalidConfig(
+                f"{self.name} has ch_axis={theirs} where ch_axis={wanted} is needed; "
                 f"use an observer such as {fix} there"
             )
 
@@ -94,20 +104,24 @@ class AoObserver(Observer):
 
     def _record(self, x: Tensor, low: Tensor, high: Tensor) -> None:
         self.module.to(x.device)(x.to(torch.float32))
+        self._shape = tuple(low.shape)
 
     def _range(self, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         if self._plain:
-            return self.module.min_val, self.module.max_val
-        grid = self._own_qparams(spec)
-        low, high = (code - grid.zero_point for code in (spec.quant_min, spec.quant_max))
-        return low * grid.scale, high * grid.scale
+            return (
+                self.module.min_val.view(self._shape),
+                self.module.max_val.view(self._shape),
+            )
+        own = self._own_qparams(spec)
+        low, high = (value - own.zero_point for value in (spec.quant_min, spec.quant_max))
+        return low * own.scale, high * own.scale
 
     def qparams(self, spec: QuantSpec) -> QParams:
-        """The grid for ``spec``.
+        """Scales for ``spec``.
 
         Raises:
             NotCalibrated: no data was observed.
-            InvalidConfig: the torch.ao observer computes its own grid, and for another format.
+            InvalidConfig: the torch.ao observer computes its own scale, and for another format.
         """
         if self._plain:
             return super().qparams(spec)
@@ -120,24 +134,23 @@ class AoObserver(Observer):
             scale, zero_point = self.module.calculate_qparams()
         except Exception as error:
             raise InvalidConfig(f"{self.name} computes no scale: {error}") from error
-        shape = () if self.ch_axis is None else (-1,)
-        scale = scale.detach().to(torch.float32).reshape(shape)
-        zero_point = zero_point.detach().to(torch.int32).reshape(shape)
+        scale = scale.detach().to(torch.float32).reshape(self._shape)
+        zero_point = zero_point.detach().to(torch.int32).reshape(self._shape)
         if spec.symmetric:
-            fixed = choose_qparams(-scale, scale, spec, self.ch_axis).zero_point
+            fixed = choose_qparams(-scale, scale, spec).zero_point
             if not torch.equal(zero_point, fixed):
                 raise InvalidConfig(
                     f"{self.name} puts the real 0 at {zero_point.tolist()}, a {spec} has it at "
                     f"{fixed.tolist()}; use the full range of the dtype, or a signed one"
                 )
-        return QParams(spec, scale, zero_point, self.ch_axis)
+        return QParams(spec, scale, zero_point)
 
     def _check_format(self, spec: QuantSpec) -> None:
         """Raise unless the module was made for ``spec``'s dtype, range and scheme."""
         scheme = "symmetric" if spec.symmetric else "affine"
         wanted = {
             "dtype": str(spec.dtype).replace("torch.", "torch.q"),
-            "qscheme": f"torch.{spec.granularity.value}_{scheme}",
+            "qscheme": f"torch.{self.granularity.kind}_{scheme}",
             "quant_min": str(spec.quant_min),
             "quant_max": str(spec.quant_max),
         }
@@ -156,10 +169,10 @@ class AoObserver(Observer):
 
     def state_dict(self) -> dict[str, Any]:
         module = {f"ao.{key}": value.clone() for key, value in self.module.state_dict().items()}
-        return {"batches": self.batches, **module}
+        return {"batches": self.batches, "shape": list(self._shape), **module}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.batches = int(state["batches"])
+        self.batches, self._shape = int(state["batches"]), tuple(state["shape"])
         module = self.module.state_dict()  # with its metadata, which torch.ao decides by
         # Clones: some torch.ao observers keep the very tensors they load, and write into them.
         module.update({key: state[f"ao.{key}"].clone() for key in module})

@@ -1,4 +1,4 @@
-"""What every observer offers: it records a tensor's statistics, and derives a grid on demand."""
+"""What every observer offers: statistics of a tensor, and scales for any format on demand."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from torch_quant.core.granularity import Granularity, PerTensor, block_extremes
 from torch_quant.core.qparams import QParams, choose_qparams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig, NotCalibrated, QuantError
@@ -16,10 +17,8 @@ from torch_quant.errors import InvalidConfig, NotCalibrated, QuantError
 __all__ = [
     "OBSERVERS",
     "Observer",
-    "channel_rows",
     "count_of",
     "entry",
-    "in_memory_order",
     "observer_class",
     "register_observer",
     "require_finite",
@@ -65,16 +64,6 @@ def count_of(state: Mapping[str, Any], name: str = "batches") -> int:
     return count
 
 
-def channel_rows(x: Tensor, ch_axis: int) -> Tensor:
-    """``x`` as ``[channels, elements of a channel]``; a view where the memory layout allows it."""
-    return x.transpose(0, ch_axis).reshape(x.shape[ch_axis], -1)
-
-
-def in_memory_order(x: Tensor) -> Tensor:
-    """A view of ``x`` with its axes by falling stride: reads of a transposed tensor stay fast."""
-    return x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))
-
-
 def require_finite(x: Tensor, low: Tensor, high: Tensor) -> None:
     """Raise :class:`QuantError` if ``x``, with the extremes ``low`` and ``high``, is not finite."""
     if not torch.equal(low - low, high - high):  # 0 where finite, else NaN
@@ -85,17 +74,17 @@ def require_finite(x: Tensor, low: Tensor, high: Tensor) -> None:
 class Observer(ABC):
     """Streaming statistics of one tensor, in memory that does not grow with the data.
 
-    Statistics do not depend on dtype or scheme: :meth:`qparams` turns them into a grid for any
-    spec, as often as asked, and more data may be observed afterwards.
+    Statistics do not depend on element type or scheme: :meth:`qparams` turns them into scales for
+    any spec, as often as asked, and more data may be observed afterwards.
 
     Args:
-        ch_axis: None for statistics of the whole tensor, else the axis whose slices are kept apart.
+        granularity: which elements have their statistics together.
     """
 
     name: ClassVar[str]
 
-    def __init__(self, ch_axis: int | None = None) -> None:
-        self.ch_axis = ch_axis
+    def __init__(self, granularity: Granularity | None = None) -> None:
+        self.granularity = granularity or PerTensor()
         self.batches = 0
 
     @torch.no_grad()
@@ -118,18 +107,9 @@ class Observer(ABC):
 
     def _take(self, x: Tensor) -> None:
         """Record a batch, or raise and record nothing if it is not finite."""
-        low, high = self._extremes(x)
+        low, high = block_extremes(x, self.granularity)
         require_finite(x, low, high)
         self._record(x, low, high)
-
-    def _extremes(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Exact minimum and maximum, float32, shape ``[]`` or ``[channels]``."""
-        if self.ch_axis is None:
-            low, high = torch.aminmax(in_memory_order(x))
-        else:
-            rows = channel_rows(x, self.ch_axis)
-            low, high = rows.amin(dim=1), rows.amax(dim=1)  # ten times faster than aminmax
-        return low.to(torch.float32), high.to(torch.float32)
 
     @abstractmethod
     def _record(self, x: Tensor, low: Tensor, high: Tensor) -> None:
@@ -140,7 +120,7 @@ class Observer(ABC):
         """The range worth representing in ``spec``'s format, same shapes as the extremes."""
 
     def range(self, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-        """The (minimum, maximum) that ``spec``'s grid should cover, shape ``[]`` or ``[channels]``.
+        """The (minimum, maximum) that ``spec`` should cover, in the shape of the blocks' grid.
 
         Raises:
             NotCalibrated: no data was observed.
@@ -153,15 +133,15 @@ class Observer(ABC):
         """Raise what :meth:`range` documents, where ``spec`` cannot be served."""
         if self.batches == 0:
             raise NotCalibrated("no data was observed; run the calib proxy on data first")
-        if spec.per_channel != (self.ch_axis is not None):
+        if not self.granularity.serves(spec.granularity):
             raise InvalidConfig(
-                f"an observer with ch_axis={self.ch_axis} has no ranges for a {spec}"
+                f"an observer of statistics {self.granularity} has no ranges for a {spec}"
             )
 
     def qparams(self, spec: QuantSpec) -> QParams:
-        """The grid for ``spec``; raises as :meth:`range` does."""
+        """Scales for ``spec``; raises as :meth:`range` does."""
         low, high = self.range(spec)
-        return choose_qparams(low, high, spec, self.ch_axis)
+        return choose_qparams(low, high, spec)
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

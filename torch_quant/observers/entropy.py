@@ -40,7 +40,7 @@ def divergence(bins: Bins, spec: QuantSpec) -> Cost:
     empty in P. (Migacz 2017, "8-bit Inference with TensorRT".) Q is not scaled up to 1, the
     generalized divergence ``sum p log(p / q) - p + q`` is taken instead: the same for the small
     shares that are worth clipping, and no reward for clipping nearly everything. A range with
-    nothing inside, or with steps finer than the bins, costs infinitely much.
+    nothing inside, or with all steps finer than the bins, costs infinitely much.
 
     Q is constant over a code, so differences of cumulative sums at the edges of the codes are all
     that a candidate needs: no pass over the histogram.
@@ -49,15 +49,16 @@ def divergence(bins: Bins, spec: QuantSpec) -> Cost:
     size, width, first = shares.shape[1], bins.width[:, None], bins.first[:, None, None]
     terms = torch.stack([shares, (shares > 0).double(), torch.xlogy(shares, shares)])
     sums = torch.nn.functional.pad(terms.cumsum(dim=-1), (1, 0))
+    borders = spec.borders
+    widest = float(borders.diff().max())
     floor = 1.0 / bins.counts.sum(dim=1).clamp(min=1)[:, None, None]  # of Q: one element
 
     def cost(low: Tensor, high: Tensor) -> Tensor:
         qparams = grids(low, high, spec)
         scale = qparams.scale.view_as(low).double() / width
         zero = qparams.zero_point.view_as(low)[..., None]
-        # Code k has the bins edges[k] to edges[k + 1] - 1: those with their centres in its cell.
-        codes = torch.arange(spec.quant_min, spec.quant_max + 2)
-        edges = ((codes - zero - 0.5) * scale[..., None] - 0.5).ceil() - first
+        # Value k has the bins edges[k] to edges[k + 1] - 1: those with their centres in its cell.
+        edges = ((borders - zero) * scale[..., None] - 0.5).ceil() - first
         edges = edges.clamp(0, size).to(torch.int64)
         below = sums.gather(2, edges.flatten(1).expand(3, -1, -1)).view(3, *edges.shape)
         q, occupied, plogp = below.diff(dim=-1)
@@ -71,7 +72,7 @@ def divergence(bins: Bins, spec: QuantSpec) -> Cost:
             occupied[..., code] += (beyond > 0) & (own == 0)
         cross = torch.xlogy(p, q.maximum(floor) / occupied.clamp(min=1.0)).sum(dim=-1)
         lost: Tensor = own_entropy - cross - outside[0] - outside[1]
-        usable = (edges[..., -1] > edges[..., 0]) & (scale >= 1.0)
+        usable = (edges[..., -1] > edges[..., 0]) & (scale * widest >= 1.0)
         return lost.masked_fill(~usable, torch.inf)
 
     return cost
@@ -96,5 +97,4 @@ class EntropyObserver(BinnedObserver):
         def pick(bins: Bins, whole: Range) -> Range:
             return shrink(*whole, spec.symmetric, divergence(bins, spec))
 
-        cells = spec.quant_max - spec.quant_min + 1
-        return best_range(self.bins, self.min_val, self.max_val, spec, pick, cells=cells)
+        return best_range(self.bins, self.min_val, self.max_val, spec, pick, cells=spec.levels)

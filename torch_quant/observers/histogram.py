@@ -12,7 +12,7 @@ from torch_quant.observers.base import register_observer
 
 __all__ = ["Density", "HistogramObserver", "squared_error"]
 
-_EXACT_LEVELS = 16  # up to here the search looks at every level
+_EXACT_LEVELS = 16  # of evenly spaced ones: up to here the search looks at every level
 
 
 class Density:
@@ -47,28 +47,32 @@ def squared_error(density: Density, spec: QuantSpec, *, exact: bool) -> Cost:
     """The mean squared error of quantizing ``density``, by range; in squared bins.
 
     Every cell (the values that share a code) contributes the integral of ``(x - value)^2`` over
-    the density. Without ``exact``, only three cells are integrated: those of the first and the
-    last code, which hold what is clipped, and one at 0, where activations pile up. The others
-    count as uniform rounding noise, ``scale^2 / 12`` (Bennett 1948, "Spectra of Quantized
-    Signals").
+    the density. Without ``exact``, for integers, only three cells are integrated: those of the
+    first and the last code, which hold what is clipped, and one at 0, where activations pile up.
+    The others count as uniform rounding noise, ``scale^2 / 12`` (Bennett 1948, "Spectra of
+    Quantized Signals").
     """
+    values = spec.values
+    lowest, highest = float(values[0]), float(values[-1])
 
     def cost(low: Tensor, high: Tensor) -> Tensor:
         qparams = grids(low, high, spec)
         scale = (qparams.scale.view_as(low).double() / density.width)[..., None]
         zero = qparams.zero_point.view_as(low)[..., None]
         if exact:
-            starts = torch.arange(spec.quant_min + 1, spec.quant_max + 1).expand(*low.shape, -1)
+            starts = values[1:].expand(*low.shape, -1)
+            borders = spec.borders[1:-1]
         else:
-            middle = zero.clamp(spec.quant_min + 1, spec.quant_max - 1)
-            second = torch.full_like(middle, spec.quant_min + 1)
-            last = torch.full_like(middle, spec.quant_max)
+            middle = zero.to(torch.float32).clamp(lowest + 1, highest - 1)
+            second = torch.full_like(middle, lowest + 1)
+            last = torch.full_like(middle, highest)
             starts = torch.cat([second, middle, middle + 1, last], dim=-1)
-        below = density.moments_below((starts - zero - 0.5) * scale)
+            borders = starts - 0.5
+        below = density.moments_below((borders - zero) * scale)
         everything = density.moments_below(torch.full_like(scale, torch.inf))
         below = torch.cat([torch.zeros_like(everything), below, everything], dim=-1)
         mass, mean, square = below.diff(dim=-1)
-        value = (torch.nn.functional.pad(starts, (1, 0), value=spec.quant_min) - zero) * scale
+        value = (torch.nn.functional.pad(starts, (1, 0), value=lowest) - zero) * scale
         error: Tensor = square - 2.0 * value * mean + value.square() * mass
         if not exact:  # the two groups of cells beside the middle one
             error[..., 1::2] = mass[..., 1::2] * scale.square() / 12.0
@@ -99,7 +103,8 @@ class HistogramObserver(BinnedObserver):
     name = "histogram"
 
     def _range(self, spec: QuantSpec) -> Range:
-        exact = spec.quant_max - spec.quant_min < _EXACT_LEVELS
+        exact = not spec.integer or spec.levels <= _EXACT_LEVELS
+        cells = spec.levels if exact else _EXACT_LEVELS
 
         def pick(bins: Bins, whole: Range) -> Range:
             density = Density(bins)
@@ -109,4 +114,4 @@ class HistogramObserver(BinnedObserver):
             best = squared_error(density, spec, exact=True)(low, high).argmin(dim=1, keepdim=True)
             return low.gather(1, best)[:, 0], high.gather(1, best)[:, 0]
 
-        return best_range(self.bins, self.min_val, self.max_val, spec, pick, cells=_EXACT_LEVELS)
+        return best_range(self.bins, self.min_val, self.max_val, spec, pick, cells=cells)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_quant.core.granularity import Granularity, PerTensor
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
 from torch_quant.observers.base import Observer, count_of, entry, register_observer
@@ -27,8 +28,8 @@ class MinMaxObserver(Observer):
 
     name = "minmax"
 
-    def __init__(self, ch_axis: int | None = None) -> None:
-        super().__init__(ch_axis)
+    def __init__(self, granularity: Granularity | None = None) -> None:
+        super().__init__(granularity)
         self.min_val = torch.tensor(float("inf"))
         self.max_val = torch.tensor(float("-inf"))
 
@@ -41,17 +42,21 @@ class MinMaxObserver(Observer):
 
     def state_dict(self) -> dict[str, Any]:
         state = {"batches": self.batches, "min_val": self.min_val, "max_val": self.max_val}
-        return state if self.ch_axis is None else state | {"ch_axis": self.ch_axis}
+        per_tensor = isinstance(self.granularity, PerTensor)
+        return state if per_tensor else state | {"granularity": str(self.granularity)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        axis = entry(state, "ch_axis", int, type(None)) if "ch_axis" in state else None
+        granularity: Granularity = PerTensor()
+        if "granularity" in state:
+            granularity = _granularity(entry(state, "granularity", str))
+        whole = isinstance(granularity, PerTensor)
         batches = count_of(state)
         low, high = entry(state, "min_val", Tensor), entry(state, "max_val", Tensor)
         for name, x in (("min_val", low), ("max_val", high)):
-            if x.dtype != torch.float32 or x.dim() != (batches > 0 and axis is not None):
+            if x.dtype != torch.float32 or (x.dim() == 0) != (whole or batches == 0):
                 raise InvalidConfig(
                     f"{name!r} is of shape {tuple(x.shape)} and {x.dtype}; expected a number"
-                    f"{'' if axis is None else ' for each channel'} and torch.float32"
+                    f"{'' if whole else f' {granularity}'} and torch.float32"
                 )
         if low.shape != high.shape or low.numel() == 0:
             raise InvalidConfig(
@@ -61,4 +66,12 @@ class MinMaxObserver(Observer):
         finite = torch.isfinite(low) & torch.isfinite(high)
         if batches and not bool((finite & (low <= high)).all()):
             raise InvalidConfig("the range is not finite, or 'min_val' lies above 'max_val'")
-        self.batches, self.min_val, self.max_val, self.ch_axis = batches, low, high, axis
+        self.batches, self.min_val, self.max_val = batches, low, high
+        self.granularity = granularity
+
+
+def _granularity(text: str) -> Granularity:
+    try:
+        return Granularity.parse(text)
+    except InvalidConfig as error:
+        raise InvalidConfig(f"'granularity': {error}") from error

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from torch_quant.core.granularity import Granularity
 from torch_quant.errors import InvalidConfig
 from torch_quant.observers.base import entry, register_observer
 from torch_quant.observers.minmax import MinMaxObserver
@@ -23,7 +24,7 @@ class MovingAverageObserver(MinMaxObserver):
     Inference", section 3.1.) By its definition the result depends on how data is batched.
 
     Args:
-        ch_axis: None per tensor, else the channel axis.
+        granularity: which elements have their statistics together.
         momentum: weight of the newest batch, ``0 < momentum <= 1``; 1 keeps only the last batch.
 
     Raises:
@@ -32,8 +33,8 @@ class MovingAverageObserver(MinMaxObserver):
 
     name = "moving_average"
 
-    def __init__(self, ch_axis: int | None = None, *, momentum: float = 0.01) -> None:
-        super().__init__(ch_axis)
+    def __init__(self, granularity: Granularity | None = None, *, momentum: float = 0.01) -> None:
+        super().__init__(granularity)
         if not 0.0 < momentum <= 1.0:
             raise InvalidConfig(
                 f"MovingAverageObserver(momentum={momentum}): expected 0 < momentum <= 1"

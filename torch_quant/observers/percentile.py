@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_quant.core.granularity import Granularity
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
 from torch_quant.observers._bins import BinnedObserver, Bins
@@ -37,7 +38,7 @@ class PercentileObserver(BinnedObserver):
     ends still are; further in, the shares of two splits differ like those of two such samples.
 
     Args:
-        ch_axis: None per tensor, else the channel axis.
+        granularity: which elements have their statistics together.
         percentile: the share kept, ``50 < percentile <= 100``; 100 keeps the exact extremes.
         bins: number of bins, as for every :class:`BinnedObserver`.
 
@@ -48,9 +49,13 @@ class PercentileObserver(BinnedObserver):
     name = "percentile"
 
     def __init__(
-        self, ch_axis: int | None = None, *, percentile: float = 99.99, bins: int | None = None
+        self,
+        granularity: Granularity | None = None,
+        *,
+        percentile: float = 99.99,
+        bins: int | None = None,
     ) -> None:
-        super().__init__(ch_axis, bins=bins)
+        super().__init__(granularity, bins=bins)
         if not 50.0 < percentile <= 100.0:
             raise InvalidConfig(
                 f"PercentileObserver(percentile={percentile}): expected 50 < percentile <= 100"

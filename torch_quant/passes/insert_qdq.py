@@ -9,6 +9,7 @@ and each consumer dequantizes what it reads:
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,12 +17,19 @@ import torch
 from torch import Tensor, fx
 
 from torch_quant.core.functional import quantize
+from torch_quant.core.granularity import PerChannel
 from torch_quant.core.plan import SitePlan
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.graph.lstm import LSTM, cells_of
 from torch_quant.graph.ops import OPERATORS, OpPattern
-from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
+from torch_quant.graph.qdq import (
+    DEQUANTIZE,
+    DEQUANTIZE_BLOCKS,
+    DEQUANTIZE_CHANNEL,
+    QUANTIZE,
+    QUANTIZE_BLOCKS,
+)
 from torch_quant.graph.sites import (
     find_sites,
     is_constant,
@@ -40,12 +48,36 @@ __all__ = ["insert_qdq"]
 _ATTENTION, _LSTM = (OPERATORS[name] for name in ("scaled_dot_product_attention", "lstm"))
 
 
+@dataclass(frozen=True)
+class _Weight:
+    """Codes of a weight and what they stand for, in the shapes that the graph has them in.
+
+    Args:
+        axis: for integers per channel of this axis: scales have one dimension then.
+    """
+
+    codes: Tensor
+    spec: QuantSpec
+    scale: Tensor
+    zero_point: Tensor
+    axis: int | None
+
+    @classmethod
+    def of(cls, codes: Tensor, qparams: QParams, axis: int) -> _Weight:
+        """Those of a weight with its output channels on ``axis``."""
+        spec, scale, zero_point = qparams.spec, qparams.scale, qparams.zero_point
+        if spec.integer and PerChannel(axis).serves(spec.granularity):
+            return cls(codes, spec, scale.flatten(), zero_point.flatten(), axis)
+        return cls(codes, spec, scale, zero_point, None)
+
+
 @dataclass
 class _Inserter:
     context: PassContext
     integers: dict[tuple[fx.Node, QuantSpec], fx.Node] = field(default_factory=dict)
-    weights: dict[tuple[str, QuantSpec, int], tuple[Tensor, QParams]] = field(default_factory=dict)
-    """What computes a weight, its format and axis -> codes and grid; no float copy is kept."""
+    grids: dict[tuple[str, QuantSpec], QParams] = field(default_factory=dict)
+    weights: dict[tuple[str, QuantSpec, int], _Weight] = field(default_factory=dict)
+    """What computes a weight, its format and axis -> its codes; no float copy is kept."""
 
     def activations(self, user: fx.Node, args: list[fx.Node], entry: SitePlan) -> None:
         """Make ``user`` read ``args`` quantized; one tensor may stand in several places."""
@@ -55,29 +87,53 @@ class _Inserter:
 
     def activation(self, user: fx.Node, arg: fx.Node, key: str, spec: QuantSpec) -> None:
         """Make ``user`` read ``arg`` quantized to ``spec``."""
-        qparams = self.context.params.activation(key, spec)
-        scale, zero_point = float(qparams.scale), int(qparams.zero_point)
-        codes = self._codes(arg, spec, scale, zero_point)
+        codes = self._codes(arg, key, spec)
         with user.graph.inserting_before(user):
-            real = user.graph.call_function(DEQUANTIZE, (codes, scale, zero_point))
+            real = self._real(codes, key, spec)
         real.meta["val"] = arg.meta["val"]
         user.replace_input_with(arg, real)
 
-    def _codes(self, node: fx.Node, spec: QuantSpec, scale: float, zero_point: int) -> fx.Node:
+    def _real(self, codes: fx.Node, key: str, spec: QuantSpec) -> fx.Node:
+        """The tensor ``key`` from its codes, placed where the graph inserts."""
+        if spec.integer:
+            return codes.graph.call_function(DEQUANTIZE, (codes, *self._scalars(key, spec)))
+        quantizer: Any = codes
+        while quantizer.target is not QUANTIZE_BLOCKS:
+            quantizer = quantizer.args[0]
+        return codes.graph.call_function(DEQUANTIZE_BLOCKS, (codes, *quantizer.args[1:]))
+
+    def _qparams(self, key: str, spec: QuantSpec) -> QParams:
+        if (key, spec) not in self.grids:
+            self.grids[key, spec] = self.context.params.activation(key, spec)
+        return self.grids[key, spec]
+
+    def _scalars(self, key: str, spec: QuantSpec) -> tuple[float, int]:
+        qparams = self._qparams(key, spec)
+        return float(qparams.scale), int(qparams.zero_point)
+
+    def _codes(self, node: fx.Node, key: str, spec: QuantSpec) -> fx.Node:
         if (node, spec) in self.integers:
             return self.integers[node, spec]
         graph = node.graph
         if source(node) is node:
-            limits = (spec.quant_min, spec.quant_max, spec.dtype)
+            qparams = self._qparams(key, spec)
             anchor = node.next
             while anchor.op == "placeholder":
                 anchor = anchor.next
+            target: Any = QUANTIZE
+            limits = (spec.quant_min, spec.quant_max, spec.dtype)
+            args: tuple[Any, ...] = (node, *self._scalars(key, spec), *limits)
+            if not spec.integer:
+                name = re.sub(r"\W", "_", key).strip("_")
+                tensors = {"_scale": qparams.scale, "_zero_point": qparams.zero_point}
+                grid = new_constants(self.context.gm, name, tensors, anchor)
+                target, args = QUANTIZE_BLOCKS, (node, *grid, spec.element.name)
             with graph.inserting_before(anchor):
-                codes = graph.call_function(QUANTIZE, (node, scale, zero_point, *limits))
+                codes = graph.call_function(target, args)
         else:
             origin = node.args[0]
             assert isinstance(origin, fx.Node)
-            inner = self._codes(origin, spec, scale, zero_point)
+            inner = self._codes(origin, key, spec)
             with graph.inserting_after(node):
                 codes = graph.node_copy(node, lambda n: inner if n is origin else n)
         self.integers[node, spec] = codes
@@ -87,11 +143,9 @@ class _Inserter:
         """Let all that reads the site's stored result read it quantized."""
         assert entry.activation is not None
         stored = node if key_of(node) == entry.stored else next(iter(node.users))
-        qparams = self.context.params.activation(entry.stored, entry.activation)
-        scale, zero_point = float(qparams.scale), int(qparams.zero_point)
-        codes = self._codes(stored, entry.activation, scale, zero_point)
+        codes = self._codes(stored, entry.stored, entry.activation)
         with node.graph.inserting_after(codes):
-            real = node.graph.call_function(DEQUANTIZE, (codes, scale, zero_point))
+            real = self._real(codes, entry.stored, entry.activation)
         real.meta["val"] = stored.meta["val"]
         stored.replace_all_uses_with(real, delete_user_cb=lambda user: user is not codes)
 
@@ -107,10 +161,9 @@ class _Inserter:
             value = evaluate(gm, old).detach()
             qparams = self.context.params.weight(site.name, value, site.weight, axis)
             codes = quantize(value, qparams).contiguous()  # what kernels pack
-            self.weights[memo] = (codes, qparams)
-        codes, qparams = self.weights[memo]
+            self.weights[memo] = _Weight.of(codes, qparams, axis)
         local = local_name(node)
-        real = self._integers(node, name_of(old, f"{local}.weight"), codes, qparams)
+        real = self._codes_of(node, name_of(old, f"{local}.weight"), self.weights[memo])
         node.update_arg(pattern.weight, real)
         place = pattern.bias
         bias = None if place is None or len(node.args) <= place else node.args[place]
@@ -119,20 +172,23 @@ class _Inserter:
             assert place is not None
             node.update_arg(place, new_constant(gm, name, evaluate(gm, bias), node))
 
-    def _integers(self, node: fx.Node, name: str, codes: Tensor, qparams: QParams) -> fx.Node:
-        """A dequantized int8 weight, placed before ``node``."""
-        gm, axis = self.context.gm, qparams.ch_axis
+    def _codes_of(self, node: fx.Node, name: str, weight: _Weight) -> fx.Node:
+        """A dequantized weight, placed before ``node``."""
+        gm, spec = self.context.gm, weight.spec
+        values = {"": weight.codes, "_scale": weight.scale, "_zero_point": weight.zero_point}
+        target: Any = DEQUANTIZE
         args: tuple[Any, ...]
-        if axis is None:
-            weight = new_constant(gm, name, codes, node)
-            args = (weight, float(qparams.scale), int(qparams.zero_point))
+        if spec.integer and spec.per_tensor:
+            codes = new_constant(gm, name, weight.codes, node)
+            args = (codes, float(weight.scale), int(weight.zero_point))
+        elif weight.axis is not None:
+            target = DEQUANTIZE_CHANNEL
+            args = (*new_constants(gm, name, values, node), weight.axis)
         else:
-            values = {"": codes, "_scale": qparams.scale, "_zero_point": qparams.zero_point}
-            args = (*new_constants(gm, name, values, node), axis)
+            target = DEQUANTIZE_BLOCKS
+            args = (*new_constants(gm, name, values, node), spec.element.name)
         with node.graph.inserting_before(node):
-            return node.graph.call_function(
-                DEQUANTIZE if axis is None else DEQUANTIZE_CHANNEL, args
-            )
+            return node.graph.call_function(target, args)
 
     def lstm(self, node: fx.Node, entry: SitePlan) -> None:
         """Quantize an LSTM: input, matrices, and the hidden state at every step.
@@ -161,7 +217,8 @@ class _Inserter:
             names = [name_of(*each) for each in zip((w_ih, w_hh), made_up, strict=True)]
             grids = [replace(qparams, scale=qparams.scale / factor), qparams]
             for name, part, grid in zip(names, codes, grids, strict=True):
-                new.append(self._integers(node, name, part.contiguous(), grid))
+                weight = _Weight.of(part.contiguous(), grid, 0)
+                new.append(self._codes_of(node, name, weight))
             new += biases
         self.activations(node, [x], entry)
         spec = entry.activation
