@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 from collections.abc import Callable
@@ -140,6 +141,24 @@ def test_a_moved_storage_is_no_other_weight() -> None:
     cache._weights[other.data_ptr(), other.shape] = cache._weights.pop((address, weight.shape))
     assert torch.equal(use(cache, other, 32).to_dense(), pack(other, 32).to_dense())
     assert torch.equal(use(cache, weight, 32).to_dense(), pack(weight, 32).to_dense())
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_weight_written_in_place_is_packed_anew(inference: bool) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), torch.randn(4, 8)
+    quant_model = calibrated(model, [((x,), {})], backend="onednn").quantize(model)
+    weights = [each for each in quant_model.buffers() if each.dtype == torch.int8 and each.dim()]
+    assert len(weights) == 2
+    for weight in weights:
+        with torch.inference_mode(inference):
+            before = quant_model(x)
+            packs = PACKED.packs
+            weight.neg_()
+            after = quant_model(x)
+            assert PACKED.packs == packs + 1
+            assert not torch.equal(after, before)
+            assert torch.equal(after, copy.deepcopy(quant_model)(x))
 
 
 def run_in_threads(call: Callable[[int], None], count: int) -> None:

@@ -42,6 +42,7 @@ class _Weight:
     """
 
     storage: torch.UntypedStorage
+    version: int
     zero_points: Tensor
     layouts: dict[tuple[int, ...], _Layout] = field(default_factory=dict)
     variants: dict[Hashable, _Layout] = field(default_factory=dict)
@@ -58,6 +59,11 @@ class _Weight:
     def drop(self, layout: _Layout) -> None:
         self.layouts = {k: v for k, v in self.layouts.items() if v is not layout}
         self.variants = {k: v for k, v in self.variants.items() if v is not layout}
+
+
+def _version(weight: Tensor) -> int:
+    """How often ``weight`` was written to in place; inference tensors do not count that."""
+    return 0 if weight.is_inference() else weight._version
 
 
 def _describe(packed: Tensor) -> tuple[int, ...]:
@@ -120,9 +126,10 @@ class PackedWeights:
 
     def _known(self, key: Hashable, weight: Tensor) -> _Weight | None:
         known = self._weights.get(key)
+        if known is None or known.version != _version(weight):
+            return None
         # Sharing memory with other processes moves a storage, and its old address is free again.
-        same = known is not None and known.storage._cdata == weight.untyped_storage()._cdata
-        return known if same else None
+        return known if known.storage._cdata == weight.untyped_storage()._cdata else None
 
     def _pack(
         self, key: Hashable, weight: Tensor, variant: Hashable, pack: Callable[[], Tensor]
@@ -133,7 +140,8 @@ class PackedWeights:
             if self._since_sweep * _SWEEPS >= len(self._weights):
                 self._sweep()
             zero_points = torch.zeros(weight.shape[0], dtype=torch.int32)
-            known = self._weights[key] = _Weight(weight.untyped_storage(), zero_points)
+            known = _Weight(weight.untyped_storage(), _version(weight), zero_points)
+            self._weights[key] = known
         if variant in known.variants:  # another thread was first
             return known, known.variants[variant]
         packed = pack()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import fx, nn
@@ -29,6 +29,29 @@ _MOST_VARIANTS = 8
 """Values of numbers for which a compiled graph is kept."""
 
 
+def _refuse_loading() -> NoReturn:
+    raise InvalidConfig(
+        "a quantized model cannot load a state_dict, since scales are part of its graph; "
+        "pickle the model, export it, or save the Quantizer's state_dict and quantize again"
+    )
+
+
+class _NeverLoads(nn.Module):
+    """Refuses a ``state_dict`` at every entry: the scales of the activations are in the graphs."""
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: the scales of the activations are part of the graphs."""
+        _refuse_loading()
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """What ``load_state_dict`` of a module around it calls; refused if there is a value."""
+        if any(key.startswith(prefix) for key in state_dict):
+            _refuse_loading()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
 class Absent(nn.Module):
     """In the place of a module that is part of a larger graph and was never called by itself.
 
@@ -48,7 +71,7 @@ class Absent(nn.Module):
         )
 
 
-class QuantizedGraph(nn.Module):
+class QuantizedGraph(_NeverLoads):
     """One lowered graph, the calls it serves and the output it forms.
 
     Args:
@@ -141,7 +164,7 @@ class Unseen(Protocol):
         """Raises :class:`CaptureFailed`, saying why, where it cannot."""
 
 
-class QuantizedRegion(nn.Module):
+class QuantizedRegion(_NeverLoads):
     """A region of the model on its backend; called like the float module.
 
     Args:
@@ -176,13 +199,6 @@ class QuantizedRegion(nn.Module):
     def train(self, mode: bool = True) -> QuantizedRegion:
         """Stays in eval mode, as it was captured."""
         return super().train(False)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: the scales of the activations are part of the graphs."""
-        raise InvalidConfig(
-            "a quantized model cannot load a state_dict, since scales are part of its graph; "
-            "pickle the model, export it, or save the Quantizer's state_dict and quantize again"
-        )
 
     def __getattr__(self, name: str) -> Any:
         """In pieces: what the float module's own code has (a method, the state it keeps)."""
