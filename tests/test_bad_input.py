@@ -178,7 +178,7 @@ def test_a_backend_that_cannot_run_here(monkeypatch: pytest.MonkeyPatch) -> None
 def test_contradictory_specs() -> None:
     with pytest.raises(InvalidConfig, match="2 to 16 bits"):
         QuantSpec.of(bits=17)
-    with pytest.raises(InvalidConfig, match="per-channel, but no kernel"):
+    with pytest.raises(InvalidConfig, match="per_channel, but no kernel"):
         QConfig(input=QuantSpec.of(per_channel=True))
     with pytest.raises(InvalidConfig, match="expected a QuantSpec"):
         QConfig(weight=8)  # type: ignore[arg-type]

@@ -180,7 +180,7 @@ def _site(site: Any, place: Place, lines: Lines, version: int) -> str:
         found = _shown(site[field])
         return lines.error((*place, field), f"{name}: {field!r} is {found}; expected {expected}")
 
-    if site["op"] not in OPERATORS:
+    if not isinstance(site["op"], str) or site["op"] not in OPERATORS:
         raise wrong("op", f"one of {', '.join(OPERATORS)}")
     inputs = site["inputs"]
     if not isinstance(inputs, list) or not all(isinstance(key, str) and key for key in inputs):
