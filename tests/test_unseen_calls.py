@@ -199,3 +199,50 @@ def test_a_piece_without_sites_serves_any_call(scale: bool) -> None:
     for count in (3, 5, 1):
         images = [normal(3, 8)] * count
         assert sqnr(model(images), quant_model(images)) > 25
+
+
+class Branching(nn.Module):
+    """Its code branches on a number, so that each value needs a graph of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, times: int) -> Tensor:
+        return self.linear(x) * 2 if times > 10 else self.linear(x)
+
+
+def test_graphs_for_values_of_a_constant_are_limited(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model, quantizer = Branching().eval(), Quantizer("reference")
+    quantizer.calib(model)(X, 0)
+    quant_model = quantizer.quantize(model)
+    with caplog.at_level(logging.WARNING, "torch_quant"):
+        for value in range(16):
+            assert sqnr(model(X, value), quant_model(X, value)) > 25
+        (message,) = told(caplog)
+        assert "captured anew for every value of times (4 so far)" in message
+        for value in (16, 17, 16):
+            with pytest.raises(
+                CaptureFailed, match=r"value of times \(16 so far\).*calib\(model\)"
+            ):
+                quant_model(X, value)
+        assert sqnr(model(X, 12), quant_model(X, 12)) > 25
+    assert len(quant_model.graphs) == 16
+    assert len(told(caplog)) == 1
+    calib_model = quantizer.calib(model)
+    for value in range(17):
+        calib_model(X, value)
+    assert sqnr(model(X, 100), quantizer.quantize(model)(X, 100)) > 25  # as the message says
+
+
+def test_the_plan_has_what_was_captured_since() -> None:
+    _model, quantizer, quant_model = made()
+    before, other = quantizer.plan, copy.deepcopy(quant_model)
+    assert list(quant_model.plan) == ["first", "second"]
+    quant_model(X, deep=True)
+    assert list(quant_model.plan) == ["first", "second", "extra"]
+    assert quant_model.plan.quantized == ("first", "second", "extra")
+    for again in (copy.deepcopy(quant_model), pickle.loads(pickle.dumps(quant_model))):
+        assert again.plan == quant_model.plan
+    assert quantizer.plan == other.plan == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import CaptureFailed, InvalidConfig
 from torch_quant.graph.calls import Call
 from torch_quant.graph.effects import attributes
+from torch_quant.graph.kinds import Kind
 from torch_quant.graph.running import CAPTURING
 from torch_quant.passes.prepare import Prepared
 from torch_quant.session import Session, Snapshot
@@ -70,8 +72,13 @@ class UnseenCalls:
     def _present(model: nn.Module) -> tuple[Any, ...]:
         return weight_checksums(model), attributes(model)
 
-    def graph(self, path: str, call: Call) -> QuantizedGraph:
+    def graph(self, path: str, call: Call, served: Sequence[Kind]) -> QuantizedGraph:
         """A graph of the region at ``path`` for calls like ``call``.
+
+        Args:
+            path: the region.
+            call: what the graph has to serve.
+            served: the kinds that the quantized region has graphs for.
 
         Raises:
             CaptureFailed: there can be none; says why.
@@ -86,11 +93,15 @@ class UnseenCalls:
             region = next((each for each in twin.region.walk() if each.path == path), None)
             if region is None:
                 raise CaptureFailed("the float model was captured anew since")
-            kind, graph = region.add(call)
+            kind, graph = region.add(call, served)
             lowering = Session(self._learned, twin, model).lowering()
             missing = self._missing(lowering.plan, twin.prepared(region, graph))
             lowering = replace(lowering, plan=lowering.plan.without(missing, NO_RANGES))
             made = lowering.quantized_graph(region, kind, graph)
+            made.plan = lowering.plan.declined(lowering.declined).of(
+                {site.name for site, _ in twin.prepared(region, graph).sites},
+                twin.prepared(region, graph).float_ops,
+            )
         where = path or "the model"
         if missing:
             logger.warning(

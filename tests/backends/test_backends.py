@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from mypy import api
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from torch_quant import Backend, BackendUnavailable, InvalidConfig, Quantizer
 from torch_quant.backends import (
@@ -20,6 +22,7 @@ from torch_quant.backends import (
 )
 from torch_quant.backends.ipex.verify import IPEXReport
 from torch_quant.backends.onnx.verify import OnnxReport
+from torch_quant.backends.quantized import QuantizedGraph
 from torch_quant.passes.base import PassContext
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +51,52 @@ def test_a_backend_from_outside(toy: Backend) -> None:
     assert Backend.TOY is toy  # type: ignore[attr-defined]
     quantizer.calib(model)(x)
     assert quantizer.quantize(model)(x).shape == (8, 2)
+
+
+def test_threads_share_what_a_compiler_made_for_numbers() -> None:
+    class Compiling(ReferenceBackend):
+        compiles = True
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, factor: float) -> Tensor:
+            return self.linear(x) * factor
+
+    model, x = Scaled(), torch.ones(8, 4)
+    quantizer = Quantizer(backend=Compiling())
+    quantizer.calib(model)(x, 0.5)
+    (graph,) = quantizer.quantize(model).graphs
+    assert isinstance(graph, QuantizedGraph)
+    errors: list[BaseException] = []
+
+    def look(thread: int) -> None:
+        try:
+            for step in range(4000):
+                number = torch.tensor(float((step * 7 + thread * 31) % 97))
+                graph._variant(
+                    graph.compiler,
+                    tuple(  # type: ignore[arg-type]
+                        number if place in graph.kind.numbers else x for place in range(2)
+                    ),
+                )
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=look, args=(i,)) for i in range(8)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not errors
+    assert len(graph.variants) == 8
 
 
 def test_a_misspelt_backend_says_which_is_close() -> None:

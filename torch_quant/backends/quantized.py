@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -27,6 +28,8 @@ __all__ = ["Absent", "QuantizedGraph", "QuantizedRegion"]
 
 _MOST_VARIANTS = 8
 """Values of numbers for which a compiled graph is kept."""
+_VARIANTS = threading.Lock()
+"""Held while such a dictionary is read or changed; a graph with a lock could not be copied."""
 
 
 def _refuse_loading() -> NoReturn:
@@ -96,6 +99,8 @@ class QuantizedGraph(_NeverLoads):
         self.compiled: Callable[..., Any] | None = None
         self.variants: dict[tuple[Any, ...], Callable[..., Any]] = {}
         """The numbers that a call gives -> what was compiled for them, last used last."""
+        self.plan = QuantPlan()
+        """Its sites, if it was captured after the model was quantized."""
         self.kind, self.contract, self.out_spec = kind, contract, out_spec
 
     def __getstate__(self) -> dict[str, Any]:
@@ -150,17 +155,23 @@ class QuantizedGraph(_NeverLoads):
     def _variant(self, compiler: Backend, tensors: tuple[torch.Tensor, ...]) -> Callable[..., Any]:
         """What is compiled for the numbers among ``tensors``: a compiler takes them for fixed."""
         numbers = tuple(repr(tensors[place].item()) for place in self.kind.numbers)
-        found = self.variants.pop(numbers, None) or compiler.compile(self.body, tensors)
-        if len(self.variants) >= _MOST_VARIANTS:
-            del self.variants[next(iter(self.variants))]
-        self.variants[numbers] = found
+        with _VARIANTS:
+            found = self.variants.pop(numbers, None)
+            if found is not None:
+                self.variants[numbers] = found
+                return found
+        made = compiler.compile(self.body, tensors)
+        with _VARIANTS:
+            found = self.variants.setdefault(numbers, made)  # another thread may be first
+            if len(self.variants) > _MOST_VARIANTS:
+                del self.variants[next(iter(self.variants))]
         return found
 
 
 class Unseen(Protocol):
     """Makes graphs for calls that a region has none for."""
 
-    def graph(self, path: str, call: Call) -> QuantizedGraph:
+    def graph(self, path: str, call: Call, served: Sequence[Kind]) -> QuantizedGraph:
         """Raises :class:`CaptureFailed`, saying why, where it cannot."""
 
 
@@ -191,10 +202,20 @@ class QuantizedRegion(_NeverLoads):
         """Whether its Python code serves every call that no graph does."""
         self.shared: SharedWeights | None = None
         self.unseen: Unseen | None = None
-        self.plan = QuantPlan()
+        self._plan = QuantPlan()
         self.calibration: dict[str, Any] = {}
         self.forward = SignedForward(self.run, signature)
         self.eval()
+
+    @property
+    def plan(self) -> QuantPlan:
+        """What runs how; sites of graphs that were captured since are the last."""
+        graphs = [module for module in self.modules() if isinstance(module, QuantizedGraph)]
+        return self._plan.joined(graph.plan for graph in graphs)
+
+    @plan.setter
+    def plan(self, plan: QuantPlan) -> None:
+        self._plan = plan
 
     def train(self, mode: bool = True) -> QuantizedRegion:
         """Stays in eval mode, as it was captured."""
@@ -269,7 +290,7 @@ class QuantizedRegion(_NeverLoads):
             with CAPTURING:
                 try:
                     if self._find(call) is None:
-                        made = self.unseen.graph(self.path, call)
+                        made = self.unseen.graph(self.path, call, [g.kind for g in self._served()])
                         if made.accept(call) is not None:
                             self.graphs.append(made)
                     if found := self._find(call):
@@ -283,12 +304,14 @@ class QuantizedRegion(_NeverLoads):
             "quantizer.calib(model) on such inputs too, then quantize again"
         )
 
+    def _served(self) -> list[QuantizedGraph]:
+        return [graph for graph in self.graphs if isinstance(graph, QuantizedGraph)]
+
     def _difference(self, call: Call) -> str:
         """What keeps ``call`` from the graph that comes nearest."""
-        graphs = [graph for graph in self.graphs if isinstance(graph, QuantizedGraph)]
         inputs = set(call.paths())
         nearest = min(
-            graphs,
+            self._served(),
             key=lambda g: (call.distance(g.kind), len(inputs.symmetric_difference(g.kind.names))),
         )
         return str(nearest.mismatch(call))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -188,6 +188,19 @@ class QuantPlan(Mapping[str, SitePlan]):
             for name, site in self.items()
         )
         return QuantPlan(sites, self.float_ops)
+
+    def of(self, names: Collection[str], float_ops: Iterable[FloatOp]) -> QuantPlan:
+        """The part of it that covers ``names``, with these operators beside them."""
+        return QuantPlan((site for name, site in self.items() if name in names), float_ops)
+
+    def joined(self, others: Iterable[QuantPlan]) -> QuantPlan:
+        """A new plan with what ``others`` have and this one lacks behind its own."""
+        sites = dict(self._sites)
+        float_ops = {op.name: op for op in self.float_ops}
+        for other in others:
+            sites |= {name: site for name, site in other.items() if name not in sites}
+            float_ops |= {op.name: op for op in other.float_ops if op.name not in float_ops}
+        return QuantPlan(sites.values(), float_ops.values())
 
     def edited(self, edits: QuantPlan, kernels: KernelTable) -> QuantPlan:
         """A new plan with the formats and decisions of ``edits``, where the backend can follow.

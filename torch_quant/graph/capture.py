@@ -10,7 +10,7 @@ import copy
 import logging
 import operator
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -120,14 +120,15 @@ class Region:
         """The arguments in their normal form."""
         return bind(self.signature, args, kwargs)
 
-    def _capture(self, call: Call) -> tuple[Call, CapturedGraph]:
+    def _capture(self, call: Call, served: Sequence[Kind] = ()) -> tuple[Call, CapturedGraph]:
         with CAPTURING:
             if found := self.find(call):  # another thread was here
                 return found
             if below := hooked(self.module):
                 raise CaptureFailed(f"a hook on {below} runs at each of its calls")
             where = self.path or "the model"
-            check_constants([kind for kind, _ in self.graphs], call, where)
+            kinds = served or [kind for kind, _ in self.graphs]
+            check_constants(kinds, call, where, splits=not served)
             found = export_call(self.module, call, self.graphs, path=self.path, free=self._free)
             self.written.update(found[1].leaves_behind)
             self.graphs.append((found[0].signature, found[1]))
@@ -137,9 +138,13 @@ class Region:
     def _free(self, call: Call) -> list[frozenset[int]] | None:
         return free_axes(self.dynamic, call, self.signature) if self.dynamic else None
 
-    def add(self, call: Call) -> tuple[Kind, CapturedGraph]:
-        """A graph for ``call``; raises :class:`CaptureFailed` where it must run in pieces."""
-        _, graph = self.find(call) or self._capture(call)
+    def add(self, call: Call, served: Sequence[Kind]) -> tuple[Kind, CapturedGraph]:
+        """A graph for ``call``, of whoever serves other kinds with graphs of this region.
+
+        Raises:
+            CaptureFailed: it must run in pieces, or too many values of a constant are served.
+        """
+        _, graph = self.find(call) or self._capture(call, served)
         self.called = True
         return next((kind, each) for kind, each in self.graphs if each is graph)
 

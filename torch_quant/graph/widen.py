@@ -138,13 +138,14 @@ _TOLD, _LIMIT = 4, 16
 """For how many values of a constant a module is captured before that is told, and at most."""
 
 
-def check_constants(kinds: Sequence[Kind], call: Call, where: str) -> None:
+def check_constants(kinds: Sequence[Kind], call: Call, where: str, *, splits: bool = True) -> None:
     """Tell which constant makes a module be captured again and again.
 
     Args:
         kinds: what it was captured for.
         call: what it will be captured for now.
         where: the module.
+        splits: whether the caller captures its parts where this raises, which is told then.
 
     Raises:
         CaptureFailed: it was captured for too many values already.
@@ -158,6 +159,7 @@ def check_constants(kinds: Sequence[Kind], call: Call, where: str) -> None:
         f" ({len(alike)} so far), since its code branches on it or an operator needs to know it"
     )
     if len(alike) >= _LIMIT:
-        logger.warning("%s; from now on its parts are captured, not the whole", found)
+        if splits:
+            logger.warning("%s; from now on its parts are captured, not the whole", found)
         raise CaptureFailed(found)
     logger.warning("%s; give it as a tensor if you can", found)
