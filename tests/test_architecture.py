@@ -18,7 +18,7 @@ PACKAGE = ROOT / "torch_quant"
 LAYERS = (
     "version", "errors", "core", "observers", "config", "nn", "graph", "passes", "state", "model",
     "sensitivity", "backends", "algorithms", "io", "report", "settings", "session",
-    "explain", "unseen", "proxies",
+    "explain", "unseen", "configuration", "proxies",
     "fallback", "quantizer_base", "quantizer",
     "tuning", "cli",
 )  # fmt: skip
@@ -26,7 +26,7 @@ LAYERS = (
 
 OPTIONAL = {
     "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "openvino",
-    "intel_extension_for_pytorch", "matplotlib", "tabulate", "tqdm", "scipy", "sklearn",
+    "intel_extension_for_pytorch", "matplotlib", "tabulate", "tqdm", "scipy", "sklearn", "yaml",
 }  # fmt: skip
 AO = {"observers/ao_adapter.py", "graph/decomposed.py"}
 MOST_LINES = 400

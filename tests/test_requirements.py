@@ -38,8 +38,8 @@ def _asked(*extras: str) -> list[Requirement]:
 @pytest.mark.parametrize(
     ("names", "extras"),
     [
-        (("core.txt", "torch.txt"), ("onnx", "plot", "examples", "dev")),
-        (("ipex.txt",), ("onnx", "ipex", "plot", "examples", "dev")),
+        (("core.txt", "torch.txt"), ("onnx", "plot", "yaml", "examples", "dev")),
+        (("ipex.txt",), ("onnx", "ipex", "plot", "yaml", "examples", "dev")),
     ],
     ids=LOCKS,
 )

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import fnmatch
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
+from torch_quant.core.documents import Lines, Place, check_keys, check_kind, shown
 from torch_quant.core.granularity import Granularity, PerTensor, PerToken
-from torch_quant.core.naming import did_you_mean
+from torch_quant.core.naming import (
+    class_named,
+    class_path,
+    did_you_mean,
+    matches_name,
+)
 from torch_quant.core.plan import is_share
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
-from torch_quant.observers import Observer, observer_class
+from torch_quant.observers import OBSERVERS, Observer, observer_class
 
 __all__ = [
     "ModuleFilter",
@@ -23,9 +28,8 @@ __all__ = [
     "Overrides",
     "QConfig",
     "SiteInfo",
-    "check_names",
-    "matched_depth",
-    "matches_name",
+    "read_filter",
+    "read_qconfig",
 ]
 
 ObserverLike = str | Callable[[Granularity], Observer]
@@ -79,6 +83,121 @@ class QConfig:
                 observer_class(observer)
             elif observer is not None and not callable(observer):
                 raise InvalidConfig(f"QConfig observer is {observer!r}; expected a name or a class")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is not the default, ready for JSON and YAML; :meth:`from_dict` reads it back.
+
+        Raises:
+            InvalidConfig: an observer is no registered one, so that it has no name.
+
+        >>> QConfig(observer="histogram", smooth=0.8).to_dict()
+        {'observer': 'histogram', 'smooth': 0.8}
+        """
+        data: dict[str, Any] = {}
+        for name in ("input", "weight"):
+            if (spec := getattr(self, name)) is not None:
+                data[name] = spec.to_dict()
+        if self.observer is not None:
+            data["observer"] = _registered_name(self.observer)
+        if (observer := _registered_name(self.weight_observer)) != "minmax":
+            data["weight_observer"] = observer
+        return data if self.smooth is None else {**data, "smooth": self.smooth}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> QConfig:
+        """Read what :meth:`to_dict` gives, or a shorter form of the formats.
+
+        Raises:
+            InvalidConfig: an entry is unknown or wrong; says which, and what was expected.
+
+        >>> QConfig.from_dict({"input": {"bits": 6}}).input == QuantSpec.of(bits=6)
+        True
+        """
+        return read_qconfig(data, (), "the configuration", Lines("QConfig.from_dict"))
+
+
+def _registered_name(observer: ObserverLike) -> str:
+    name = observer if isinstance(observer, str) else getattr(observer, "name", None)
+    if isinstance(observer, str) or (name and OBSERVERS.get(name) is observer):
+        return str(name)
+    raise InvalidConfig(
+        f"the observer {observer!r} is an object of Python and cannot be written as data: give it "
+        "a name with torch_quant.observers.register_observer"
+    )
+
+
+_SHORT = {
+    "element": str, "bits": int, "signed": bool, "symmetric": bool, "per_channel": bool,
+    "granularity": str, "scale_type": str, "dynamic": bool,
+}  # fmt: skip
+"""Arguments of :meth:`QuantSpec.of` as data."""
+_EXPECTED = {str: "a name", int: "an integer", bool: "true or false, without quotes"}
+_LIMITS = ("quant_min", "quant_max")
+
+
+def read_qconfig(data: Any, place: Place, what: str, lines: Lines) -> QConfig:
+    """The QConfig that stands at ``place`` of a file; raises :class:`InvalidConfig` with its line.
+
+    Args:
+        data: the entry.
+        place: where it stands.
+        what: what it is, for messages.
+        lines: the lines of the file.
+    """
+    check_kind(data, dict, place, what, lines)
+    fields = ("input", "weight", "observer", "weight_observer", "smooth")
+    check_keys(data, place, fields, what, lines, optional=fields)
+    values = dict(data)
+    for name in ("observer", "weight_observer"):
+        given = data.get(name, "minmax")
+        if given is None and name == "observer":
+            continue
+        if not isinstance(given, str) or given not in OBSERVERS:
+            hint = did_you_mean(given, OBSERVERS) if isinstance(given, str) else ""
+            expected = f"one of {', '.join(sorted(OBSERVERS))}{hint}"
+            message = f"{what}: {name!r} is {shown(given)}; expected {expected}"
+            raise lines.error((*place, name), message)
+    smooth = data.get("smooth")
+    if smooth is not None and (isinstance(smooth, bool) or not is_share(smooth)):
+        message = f"{what}: 'smooth' is {shown(smooth)}; expected a number from 0 to 1, or null"
+        raise lines.error((*place, "smooth"), message)
+    for name in ("input", "weight"):
+        if data.get(name) is not None:
+            values[name] = _read_spec(data[name], (*place, name), f"{what}: {name!r}", lines)
+            try:
+                QConfig(**{name: values[name]})
+            except InvalidConfig as error:
+                raise lines.error((*place, name), f"{what}: {error}") from error
+    return QConfig(**values)
+
+
+def _read_spec(data: Any, place: Place, what: str, lines: Lines) -> QuantSpec:
+    """A format: arguments of :meth:`QuantSpec.of`, or what ``to_dict`` of one gives."""
+    check_kind(data, dict, place, what, lines)
+    known = (*_SHORT, *_LIMITS)
+    check_keys(data, place, known, what, lines, optional=known)
+    for key, value in data.items():
+        kind = _SHORT.get(key, int)
+        if type(value) is not kind:
+            message = f"{what}: {key!r} is {shown(value)}; expected {_EXPECTED[kind]}"
+            raise lines.error((*place, key), message)
+    try:
+        return _spec_of(data)
+    except InvalidConfig as error:
+        raise lines.error(place, f"{what}: {error}") from error
+
+
+def _spec_of(data: Mapping[str, Any]) -> QuantSpec:
+    if "element" in data and {"bits", "signed"} & set(data):
+        raise InvalidConfig("'element' says how many bits and which sign: leave those out")
+    if set(_LIMITS) & set(data):  # as to_dict has it, complete
+        if {"bits", "signed", "per_channel"} & set(data):
+            raise InvalidConfig("'quant_min' and 'quant_max' go with 'element' and 'granularity'")
+        return QuantSpec.from_dict(data)
+    arguments = dict(data)
+    if "granularity" in data:
+        arguments["granularity"] = Granularity.parse(data["granularity"])
+    return QuantSpec.of(**arguments)
 
 
 @dataclass(frozen=True)
@@ -140,6 +259,32 @@ class ModuleFilter:
                 raise InvalidConfig(f"ModuleFilter({name}=...) holds {value!r}; expected classes")
             object.__setattr__(self, name, classes)
 
+    def to_dict(self) -> dict[str, Any]:
+        """What is not empty, ready for JSON and YAML; :meth:`from_dict` reads it back.
+
+        Raises:
+            InvalidConfig: a class cannot be found by its path.
+
+        >>> ModuleFilter(exclude_names="head", exclude_classes=nn.LSTM).to_dict()
+        {'exclude_names': ['head'], 'exclude_classes': ['torch.nn.LSTM']}
+        """
+        data = {name: list(getattr(self, name)) for name in _FILTERS}
+        for name in ("include_classes", "exclude_classes"):
+            data[name] = [class_path(cls) for cls in getattr(self, name)]
+        return {name: values for name, values in data.items() if values}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ModuleFilter:
+        """Read what :meth:`to_dict` gives; one name may stand without a list around it.
+
+        Raises:
+            InvalidConfig: an entry is unknown or wrong, or a class is not imported.
+
+        >>> ModuleFilter.from_dict({"exclude_classes": "torch.nn.LSTM"}).exclude_classes
+        (<class 'torch.nn.modules.rnn.LSTM'>,)
+        """
+        return read_filter(data, (), "the filter", Lines("ModuleFilter.from_dict"))
+
     def refusal(self, name: str, op: str, modules: tuple[nn.Module, ...]) -> str | None:
         """Why the site stays in float, or None.
 
@@ -197,68 +342,30 @@ class ModuleFilter:
         return (*self.include_op_types, *self.exclude_op_types)
 
 
-def matches_name(name: str, pattern: str) -> bool:
-    """Whether ``pattern`` covers ``name``: the site, a later call of it, or a module above it.
-
-    >>> matches_name("encoder.layer.0.query", "encoder.layer.*")
-    True
-    >>> matches_name("encoder.layer.0.query", r"re:encoder.layer.[12]")
-    False
-    """
-    return matched_depth(name, pattern) > 0
+_FILTERS = (
+    "include_names", "exclude_names", "include_classes", "exclude_classes", "include_op_types",
+    "exclude_op_types",
+)  # fmt: skip
 
 
-def matched_depth(name: str, pattern: str) -> int:
-    """How deep the outermost module lies that ``pattern`` covers, 0 if it does not cover ``name``.
-
-    Args:
-        name: a site.
-        pattern: a name, a glob, or ``re:`` and a regular expression for a whole name.
-
-    >>> matched_depth("encoder.layer.0.query", "encoder.*")
-    2
-    >>> matched_depth("encoder.layer.0.query", "*.query")
-    4
-    """
-    parts = name.split(".")
-    for end in range(1, len(parts) + 1):
-        prefix = ".".join(parts[:end])
-        if _matches(prefix, pattern):
-            return end
-        if "@" in prefix and _matches(_without_calls(prefix), pattern):
-            return end
-    return 0
-
-
-def _matches(name: str, pattern: str) -> bool:
-    if pattern.startswith("re:"):
-        try:
-            return re.fullmatch(pattern[3:], name) is not None
-        except re.error as error:
-            raise InvalidConfig(
-                f"{pattern!r} is no regular expression of Python: {error}"
-            ) from error
-    return fnmatch.fnmatchcase(name, pattern)
-
-
-def _without_calls(name: str) -> str:
-    return ".".join(part.partition("@")[0] for part in name.split("."))
-
-
-def check_names(
-    patterns: Iterable[str], known: Iterable[str], what: str, others: Iterable[str] = ()
-) -> None:
-    """Raise :class:`InvalidConfig` with the closest matches for a pattern that covers nothing.
-
-    Args:
-        patterns: names, globs and regular expressions.
-        known: what they may cover.
-        what: what they are, for the message.
-        others: what else may have been meant.
-    """
-    known = list(dict.fromkeys(known))
-    for pattern in patterns:
-        if any(matches_name(name, pattern) for name in known):
-            continue
-        hint = did_you_mean(pattern.removeprefix("re:"), [*others, *known])
-        raise InvalidConfig(f"{what} {pattern!r} matches nothing in the model{hint}")
+def read_filter(data: Any, place: Place, what: str, lines: Lines) -> ModuleFilter:
+    """The filter that stands at ``place`` of a file, as :func:`read_qconfig` reads a QConfig."""
+    check_kind(data, dict, place, what, lines)
+    check_keys(data, place, _FILTERS, what, lines, optional=_FILTERS)
+    values: dict[str, Any] = {}
+    for name, given in data.items():
+        entries = [given] if isinstance(given, str) else given
+        if not isinstance(entries, list) or not all(isinstance(e, str) and e for e in entries):
+            message = f"{what}: {name!r} is {shown(given)}; expected a list of names"
+            raise lines.error((*place, name), message)
+        values[name] = list(entries)
+        for i, entry in enumerate(entries):
+            try:
+                if name.endswith("_classes"):
+                    values[name][i] = class_named(entry.removeprefix("class:"))
+                elif name.endswith("_names"):
+                    matches_name("x", entry)  # compiles a regular expression
+            except InvalidConfig as error:
+                at = (*place, name) if isinstance(given, str) else (*place, name, i)
+                raise lines.error(at, f"{what}: {name!r}: {error}") from error
+    return ModuleFilter(**values)

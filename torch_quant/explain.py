@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch_quant.backends import Backend
-from torch_quant.config import QConfig, matches_name
-from torch_quant.core.naming import did_you_mean
+from torch_quant.config import QConfig
+from torch_quant.core.naming import did_you_mean, matches_name
 from torch_quant.core.plan import FALLEN_BACK, SitePlan
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,18 +13,17 @@ from torch import nn
 from torch_quant.backends import Backend
 from torch_quant.backends.quantized import QuantizedRegion
 from torch_quant.config import OverrideKey, QConfig
-from torch_quant.core.plan import FALLEN_BACK, QuantPlan
-from torch_quant.errors import NotCalibrated, UnsupportedOp
+from torch_quant.configuration import read_configuration
+from torch_quant.core.plan import QuantPlan
+from torch_quant.errors import NotCalibrated
 from torch_quant.explain import Explanation, explain
 from torch_quant.fallback import precision_of
 from torch_quant.io.summary import load_summary, save_summary
-from torch_quant.model import call_example, run_example
 from torch_quant.proxies import AmpModel, AmpOptions, CalibModel, Latency, LossFn
 from torch_quant.quantizer_base import QuantizerBase
 from torch_quant.report.coverage import Coverage
 from torch_quant.report.sensitivity import SensitivityReport
 from torch_quant.state import check_saved
-from torch_quant.unseen import UnseenCalls
 
 __all__ = ["Quantizer"]
 
@@ -61,6 +59,39 @@ class Quantizer(QuantizerBase):
     torch.Size([3, 2])
     """
 
+    @classmethod
+    def from_config(cls, config: str | os.PathLike[str] | Mapping[str, Any]) -> Quantizer:
+        """A quantizer with the settings of a file, or of data.
+
+        Args:
+            config: the path of a JSON or YAML file (``pip install pyyaml``), or what it would hold.
+
+        Raises:
+            InvalidConfig: it cannot be read, or holds a mistake; says which, in which line, and
+                what was expected.
+            BackendUnavailable: its backend does not run on this machine.
+
+        >>> config = {"backend": "reference", "overrides": {"head": {"input": {"bits": 6}}}}
+        >>> Quantizer.from_config(config).overrides["head"].input.bits
+        6
+        """
+        return cls(**read_configuration(config))
+
+    def to_config(self, path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+        """The settings as plain data, for :meth:`from_config`; ranges and fallback are none.
+
+        Args:
+            path: also write them there, as JSON or YAML by its ending.
+
+        Raises:
+            InvalidConfig: a function, or an observer or backend of yours that has no name, is among
+                them; the path cannot be written.
+
+        >>> Quantizer("reference", overrides={nn.Embedding: None}).to_config()
+        {'version': 1, 'backend': 'reference', 'overrides': {'class:torch.nn.Embedding': None}}
+        """
+        return self._to_config(path)
+
     def set(self, pattern: OverrideKey, config: QConfig | None) -> None:
         """Add an override, or put it in the place of that with the same key.
 
@@ -80,13 +111,7 @@ class Quantizer(QuantizerBase):
         >>> quantizer.set("op:embedding", None)
         >>> quantizer.set(r"re:encoder\\.layer\\.\\d+", QConfig(smooth=0.8))
         """
-        overrides = {key: value for key, value in self.overrides.items() if key != pattern}
-        settings = replace(self.settings, overrides={**overrides, pattern: config})
-        settings.check()
-        for model in self._sessions:
-            settings.check_names(model)
-        self.overrides = dict(settings.overrides)
-        self.plan = QuantPlan()
+        self._set(pattern, config)
 
     def explain(
         self, site: str, model: nn.Module | None = None, *, backend: Backend | str | None = None
@@ -124,12 +149,12 @@ class Quantizer(QuantizerBase):
             InvalidConfig: the model cannot be taken, or a filter names what it does not have.
             CaptureFailed: ``example_inputs`` do not fit the model.
             NotCalibrated: this quantizer holds ranges of another model.
+
+        >>> model, x = nn.Linear(4, 2), torch.ones(8, 4)
+        >>> torch.equal(Quantizer("reference").calib(model)(x), model(x))
+        True
         """
-        session = self._session(model)
-        self.settings.check_names(model)
-        if example_inputs is not None:
-            run_example(session.captured, example_inputs)
-        return CalibModel(session)
+        return self._calib(model, example_inputs)
 
     def amp(
         self,
@@ -159,18 +184,13 @@ class Quantizer(QuantizerBase):
         Raises:
             NotCalibrated: no data was seen, or the model has changed since.
             InvalidConfig: an unknown metric.
+
+        >>> model, x, quantizer = nn.Linear(4, 2), torch.ones(8, 4), Quantizer("reference")
+        >>> _ = quantizer.calib(model)(x)
+        >>> torch.equal(quantizer.amp(model)(x), model(x))
+        True
         """
-        options = AmpOptions(metric, loss_fn, max_batches, seed)
-        session = self._session(model)
-        if self.state.batches == 0:
-            raise NotCalibrated(
-                "no calibration data was seen: run it through the proxy that "
-                "quantizer.calib(model) returns, then ask for sensitivity"
-            )
-        self.state.compare_weights(model)
-        if example_inputs is not None:
-            run_example(session.captured, example_inputs)
-        return AmpModel(session, options)
+        return self._amp(model, AmpOptions(metric, loss_fn, max_batches, seed), example_inputs)
 
     def sensitivity(
         self, amp_model: AmpModel, *, measure: bool | Iterable[int] = False
@@ -189,6 +209,11 @@ class Quantizer(QuantizerBase):
             NotCalibrated: no data was run through the proxy, or settings, ranges or weights have
                 changed since.
             InvalidConfig: it is no AMP proxy of this quantizer.
+
+        >>> model, x, quantizer = nn.Sequential(nn.Linear(4, 2)), torch.rand(8, 4), Quantizer()
+        >>> _ = quantizer.calib(model)(x), (amp_model := quantizer.amp(model))(x)
+        >>> [site.name for site in quantizer.sensitivity(amp_model)]
+        ['0']
         """
         return self._fallback(amp_model).report(measure)
 
@@ -224,6 +249,11 @@ class Quantizer(QuantizerBase):
             NotCalibrated: as for :meth:`sensitivity`.
             InvalidConfig: it is no AMP proxy of this quantizer; none or several of the three are
                 given; a value out of range.
+
+        >>> model, x, quantizer = nn.Sequential(nn.Linear(4, 2)), torch.rand(8, 4), Quantizer()
+        >>> _ = quantizer.calib(model)(x), (amp_model := quantizer.amp(model))(x)
+        >>> quantizer.fallback(amp_model, num=1)
+        ['0']
         """
         precision = precision_of(dtype)
         names = self._fallback(amp_model, precision).choose(num, min_sqnr, max_slowdown, latency)
@@ -232,7 +262,12 @@ class Quantizer(QuantizerBase):
         return names
 
     def reset_fallback(self) -> None:
-        """Quantize again what :meth:`fallback` took back to float."""
+        """Quantize again what :meth:`fallback` took back to float.
+
+        >>> quantizer = Quantizer("reference")
+        >>> quantizer.reset_fallback(), quantizer.fallen_back
+        (None, {})
+        """
         self.fallen_back.clear()
         self.plan = QuantPlan()
 
@@ -261,34 +296,13 @@ class Quantizer(QuantizerBase):
         Raises:
             NotCalibrated: no data was seen, or the model has changed since.
             UnsupportedOp: nothing in the model can be quantized.
+
+        >>> model, x, quantizer = nn.Linear(4, 2), torch.ones(8, 4), Quantizer("reference")
+        >>> _ = quantizer.calib(model)(x)
+        >>> quantizer.quantize(model)(x).shape
+        torch.Size([8, 2])
         """
-        chosen, session = self._ready(model, backend, example_inputs, "quantize")
-        self.state.compare_weights(model)
-        session.tell_observers()
-        lowering = session.lowering(chosen)
-        plan = lowering.plan
-        if not plan.quantized and all(site.reason != FALLEN_BACK for site in plan.values()):
-            reasons = {site.reason for site in plan.values()}
-            raise UnsupportedOp(
-                "nothing in the model can be quantized: "
-                + ("; ".join(sorted(reasons)) or session.captured.nothing_captured())
-                + ". print(quantizer.coverage(model)) lists every operator"
-            )
-        needs_data = any(site.quantized and site.activation for site in plan.values())
-        if needs_data and self.state.batches == 0:
-            raise NotCalibrated(
-                "no calibration data was seen: run it through the proxy of quantizer.calib(model)"
-            )
-        quantized = lowering.run(share=share_float_weights)
-        if self.unseen_calls == "capture":
-            UnseenCalls(session, chosen).attend(quantized)
-        if example_inputs is not None and chosen.compiles and not session.captured.keeps_state:
-            call_example(quantized, example_inputs)
-        quantized.description = f"{chosen!r}: {quantized.plan.summary}"
-        self.plan = quantized.plan
-        quantized.calibration = self.state.describe()
-        logger.info("quantized: %s", quantized.description)
-        return quantized
+        return self._quantized(model, backend, example_inputs, share_float_weights)
 
     def coverage(
         self,
@@ -306,13 +320,20 @@ class Quantizer(QuantizerBase):
 
         Returns:
             A report; ``print`` shows its tables.
+
+        >>> Quantizer("reference").coverage(nn.Linear(4, 2), torch.ones(8, 4)).share
+        1.0
         """
         chosen, session = self._ready(model, backend, example_inputs, "coverage")
         captured, plan = session.captured, session.plan(chosen)
         return Coverage.of(captured, captured.as_lowered(plan, chosen.name), repr(chosen))
 
     def state_dict(self) -> dict[str, Any]:
-        """Ranges, their model and what fell back: plain values and tensors, for ``torch.save``."""
+        """Ranges, their model and what fell back: plain values and tensors, for ``torch.save``.
+
+        >>> sorted(Quantizer("reference").state_dict())
+        ['fallback', 'model', 'state']
+        """
         return {
             "state": self.state.state_dict(),
             "model": dict(self.state.fingerprint),
@@ -323,6 +344,9 @@ class Quantizer(QuantizerBase):
         """Take back :meth:`state_dict`; raises :class:`InvalidConfig` if it is something else.
 
         Nothing changes then.
+
+        >>> quantizer = Quantizer("reference")
+        >>> quantizer.load_state_dict(Quantizer("onednn").state_dict())
         """
         fingerprint, fallen = check_saved(state)
         self.state.load_state_dict(state["state"])
@@ -335,6 +359,12 @@ class Quantizer(QuantizerBase):
         Raises:
             NotCalibrated: nothing was quantized yet.
             InvalidConfig: the path cannot be written.
+
+        >>> model, quantizer = nn.Embedding(4, 2), Quantizer("reference")
+        >>> _ = quantizer.quantize(model, example_inputs=torch.tensor([0]))
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     quantizer.save_summary(f"{folder}/summary.json")
         """
         if not self.plan:
             raise NotCalibrated("there is no plan yet: quantizer.quantize(model) first")
@@ -348,6 +378,10 @@ class Quantizer(QuantizerBase):
         Raises:
             InvalidConfig: the file holds a mistake; or, when used, what the model does not have.
                 Both say in which line.
+
+        >>> Quantizer("reference").load_summary("missing.json")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        torch_quant.errors.InvalidConfig: cannot read the summary missing.json: ...
         """
         summary = load_summary(path)
         summary.apply_to(self.state)

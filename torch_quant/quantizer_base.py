@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import logging
+import os
 import weakref
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from torch_quant.backends import VARIABLE, Backend, backend_of_environment, usable_backend
 from torch_quant.backends.quantized import QuantizedRegion
-from torch_quant.config import ModuleFilter, Overrides, QConfig
-from torch_quant.core.plan import PRECISIONS, QuantPlan
-from torch_quant.errors import InvalidConfig
+from torch_quant.config import ModuleFilter, OverrideKey, Overrides, QConfig
+from torch_quant.configuration import configuration, write_configuration
+from torch_quant.core.plan import FALLEN_BACK, PRECISIONS, QuantPlan
+from torch_quant.errors import InvalidConfig, NotCalibrated, UnsupportedOp
 from torch_quant.fallback import Fallback
 from torch_quant.graph.dynamic import Dynamic, checked_dynamic
 from torch_quant.io.summary import Summary
-from torch_quant.model import CapturedModel, check_model, check_same, run_example
-from torch_quant.proxies import AmpModel, Proxy, Tied
+from torch_quant.model import CapturedModel, call_example, check_model, check_same, run_example
+from torch_quant.proxies import AmpModel, AmpOptions, CalibModel, Proxy, Tied
 from torch_quant.report.tuning import Tuning
 from torch_quant.session import Session
 from torch_quant.settings import Settings
 from torch_quant.state import QuantState
-from torch_quant.unseen import checked_choice
+from torch_quant.unseen import UnseenCalls, checked_choice
 
 __all__ = ["QuantizerBase"]
 
@@ -44,6 +47,7 @@ class QuantizerBase(Tied):
     ) -> None:
         self.unseen_calls = checked_choice(unseen_calls)
         self._asked, self.backend, self._forced = _chosen(backend)
+        self._taken = self.backend
         self.qconfig = qconfig or QConfig()
         self.overrides = dict(overrides or {})
         self.module_filter = module_filter or ModuleFilter()
@@ -107,6 +111,76 @@ class QuantizerBase(Tied):
             run_example(session.captured, example_inputs)
         session.captured.check_called(method, self.state.batches)
         return chosen, session
+
+    def _calib(self, model: nn.Module, example_inputs: Any) -> CalibModel:
+        session = self._session(model)
+        self.settings.check_names(model)
+        if example_inputs is not None:
+            run_example(session.captured, example_inputs)
+        return CalibModel(session)
+
+    def _amp(self, model: nn.Module, options: AmpOptions, example_inputs: Any) -> AmpModel:
+        session = self._session(model)
+        if self.state.batches == 0:
+            raise NotCalibrated(
+                "no calibration data was seen: run it through the proxy that "
+                "quantizer.calib(model) returns, then ask for sensitivity"
+            )
+        self.state.compare_weights(model)
+        if example_inputs is not None:
+            run_example(session.captured, example_inputs)
+        return AmpModel(session, options)
+
+    def _set(self, pattern: OverrideKey, config: QConfig | None) -> None:
+        overrides = {key: value for key, value in self.overrides.items() if key != pattern}
+        settings = replace(self.settings, overrides={**overrides, pattern: config})
+        settings.check()
+        for model in self._sessions:
+            settings.check_names(model)
+        self.overrides = dict(settings.overrides)
+        self.plan = QuantPlan()
+
+    def _to_config(self, path: str | os.PathLike[str] | None) -> dict[str, Any]:
+        asked = self._asked if self.backend is self._taken else self.backend
+        data = configuration(asked, self.settings, self.unseen_calls, self._dynamic)
+        if path is not None:
+            write_configuration(path, data)
+        return data
+
+    def _quantized(
+        self,
+        model: nn.Module,
+        backend: Backend | str | None,
+        example_inputs: Any,
+        share_float_weights: bool,
+    ) -> QuantizedRegion:
+        chosen, session = self._ready(model, backend, example_inputs, "quantize")
+        self.state.compare_weights(model)
+        session.tell_observers()
+        lowering = session.lowering(chosen)
+        plan = lowering.plan
+        if not plan.quantized and all(site.reason != FALLEN_BACK for site in plan.values()):
+            reasons = {site.reason for site in plan.values()}
+            raise UnsupportedOp(
+                "nothing in the model can be quantized: "
+                + ("; ".join(sorted(reasons)) or session.captured.nothing_captured())
+                + ". print(quantizer.coverage(model)) lists every operator"
+            )
+        needs_data = any(site.quantized and site.activation for site in plan.values())
+        if needs_data and self.state.batches == 0:
+            raise NotCalibrated(
+                "no calibration data was seen: run it through the proxy of quantizer.calib(model)"
+            )
+        quantized = lowering.run(share=share_float_weights)
+        if self.unseen_calls == "capture":
+            UnseenCalls(session, chosen).attend(quantized)
+        if example_inputs is not None and chosen.compiles and not session.captured.keeps_state:
+            call_example(quantized, example_inputs)
+        quantized.description = f"{chosen!r}: {quantized.plan.summary}"
+        self.plan = quantized.plan
+        quantized.calibration = self.state.describe()
+        logger.info("quantized: %s", quantized.description)
+        return quantized
 
     def _only(self, model: nn.Module | None, method: str) -> nn.Module:
         """``model``, or the one that this quantizer has captured."""

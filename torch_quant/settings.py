@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from torch_quant.config import ModuleFilter, ObserverLike, Overrides, QConfig, check_names
+from torch_quant.config import ModuleFilter, ObserverLike, Overrides, QConfig
+from torch_quant.core.naming import check_names, is_pattern
 from torch_quant.graph.ops import OPERATORS
-from torch_quant.graph.rules import is_pattern, modules_of, operator_names, qconfig_of, rules_of
+from torch_quant.graph.rules import modules_of, operator_names, qconfig_of, rules_of
 from torch_quant.graph.sites import Site
 from torch_quant.io.summary import Summary
 

@@ -12,8 +12,8 @@ from models import MODELS, example
 from torch import Tensor, nn
 
 from torch_quant import InvalidConfig, QConfig, Quantizer, QuantSpec, SiteInfo
-from torch_quant.config import OverrideKey, matched_depth
-from torch_quant.core.naming import class_named, class_path
+from torch_quant.config import OverrideKey
+from torch_quant.core.naming import class_named, class_path, matches_name, plain_depth
 from torch_quant.graph.rules import rules_for, rules_of
 from torch_quant.graph.sites import Site
 
@@ -41,11 +41,11 @@ A, B = QConfig(input=QuantSpec.of(bits=7)), QConfig(input=QuantSpec.of(bits=6))
 
 ORDER: list[OverrideKey] = [
     "encoder.1.query",
-    "*.query",
+    "encoder.1.*",
     "encoder.1",
-    "encoder.[01]",
+    "encoder.*.query",
     "encoder",
-    "*",
+    "*.query",
     small,
     nn.Linear,
     Attention,
@@ -93,19 +93,30 @@ def test_the_most_derived_class_holds() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "depth"),
+    ("pattern", "covers", "depth"),
     [
-        (r"re:encoder\.\d+\.query", 3),
-        (r"re:enc.*", 1),
-        ("re:query", 0),
-        (r"re:(?i)ENCODER\.1", 2),
-        ("*", 1),
-        ("*query", 3),
-        ("encoder.2", 0),
+        ("encoder.1", True, 2),
+        ("encoder.2", False, 2),
+        ("*", True, 0),
+        ("*query", True, 0),
+        ("enc*.1.query", True, 0),
+        ("encoder.?.query", True, 1),
+        (r"re:encoder\.\d+\.query", True, 1),
+        (r"re:encoder\.1\.query", True, 2),
+        (r"re:enc.*", True, 0),
+        ("re:query", False, 0),
+        (r"re:(?i)ENCODER\.1", True, 0),
     ],
 )
-def test_how_deep_a_pattern_lies(pattern: str, depth: int) -> None:
-    assert matched_depth("encoder.1.query", pattern) == depth
+def test_how_deep_a_pattern_leads(pattern: str, covers: bool, depth: int) -> None:
+    assert matches_name("encoder.1.query", pattern) is covers
+    assert plain_depth(pattern) == depth
+
+
+def test_a_whole_name_beats_the_same_as_an_expression() -> None:
+    for overrides in ({QUERY.name: A, r"re:encoder\.1\.query": B},
+                      {r"re:encoder\.1\.query": B, QUERY.name: A}):  # fmt: skip
+        assert rules_for(QUERY, MODULES, overrides)[0].value is A
 
 
 @pytest.mark.parametrize(

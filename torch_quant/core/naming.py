@@ -1,8 +1,10 @@
-"""Names in messages and files: what may have been meant, and classes by their path."""
+"""Names: what a pattern covers, what may have been meant, and classes by their path."""
 
 from __future__ import annotations
 
 import difflib
+import fnmatch
+import re
 import sys
 from collections.abc import Iterable
 
@@ -10,7 +12,15 @@ from torch import nn
 
 from torch_quant.errors import InvalidConfig
 
-__all__ = ["class_named", "class_path", "did_you_mean"]
+__all__ = [
+    "check_names",
+    "class_named",
+    "class_path",
+    "did_you_mean",
+    "is_pattern",
+    "matches_name",
+    "plain_depth",
+]
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -74,3 +84,79 @@ def class_named(path: str) -> type[nn.Module]:
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise InvalidConfig(f"{path!r} is no class of torch.nn.Module")
     return found
+
+
+def matches_name(name: str, pattern: str) -> bool:
+    """Whether ``pattern`` covers ``name``: the site, a later call of it, or a module above it.
+
+    >>> matches_name("encoder.layer.0.query", "encoder.layer.*")
+    True
+    >>> matches_name("encoder.layer.0.query", r"re:encoder.layer.[12]")
+    False
+    """
+    parts = name.split(".")
+    for end in range(1, len(parts) + 1):
+        prefix = ".".join(parts[:end])
+        if _matches(prefix, pattern):
+            return True
+        if "@" in prefix and _matches(_without_calls(prefix), pattern):
+            return True
+    return False
+
+
+def plain_depth(pattern: str) -> int:
+    """How many modules deep a name or pattern leads before anything in it is left open.
+
+    Of a pattern, the last part counts as open, so that a whole name leads deeper.
+
+    >>> plain_depth("encoder.layer.0"), plain_depth("encoder.layer.*"), plain_depth("*.query")
+    (3, 2, 0)
+    >>> plain_depth(r"re:encoder\\.layer\\.[12]\\.query")
+    2
+    """
+    if not is_pattern(pattern):
+        return pattern.count(".") + 1
+    expression = pattern.startswith("re:")
+    parts = pattern[3:].split("\\.") if expression else pattern.split(".")
+    plain = re.compile(r"[\w-]+" if expression else r"[^*?\[]+")
+    opened = (i for i, part in enumerate(parts[:-1]) if not plain.fullmatch(part))
+    return next(opened, len(parts) - 1)
+
+
+def is_pattern(text: str) -> bool:
+    """Whether a name is a glob or a regular expression."""
+    return text.startswith("re:") or any(mark in text for mark in "*?[")
+
+
+def _matches(name: str, pattern: str) -> bool:
+    if pattern.startswith("re:"):
+        try:
+            return re.fullmatch(pattern[3:], name) is not None
+        except re.error as error:
+            raise InvalidConfig(
+                f"{pattern!r} is no regular expression of Python: {error}"
+            ) from error
+    return fnmatch.fnmatchcase(name, pattern)
+
+
+def _without_calls(name: str) -> str:
+    return ".".join(part.partition("@")[0] for part in name.split("."))
+
+
+def check_names(
+    patterns: Iterable[str], known: Iterable[str], what: str, others: Iterable[str] = ()
+) -> None:
+    """Raise :class:`InvalidConfig` with the closest matches for a pattern that covers nothing.
+
+    Args:
+        patterns: names, globs and regular expressions.
+        known: what they may cover.
+        what: what they are, for the message.
+        others: what else may have been meant.
+    """
+    known = list(dict.fromkeys(known))
+    for pattern in patterns:
+        if any(matches_name(name, pattern) for name in known):
+            continue
+        hint = did_you_mean(pattern.removeprefix("re:"), [*others, *known])
+        raise InvalidConfig(f"{what} {pattern!r} matches nothing in the model{hint}")

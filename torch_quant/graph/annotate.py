@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from torch_quant.config import ModuleFilter, Overrides, QConfig, check_names
+from torch_quant.config import ModuleFilter, Overrides, QConfig
 from torch_quant.core.kernels import Kernel, KernelTable
+from torch_quant.core.naming import check_names
 from torch_quant.core.plan import QuantPlan, SitePlan
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig

@@ -2,9 +2,10 @@
 
 From the most specific to the least:
 
-1. Names and patterns (globs, ``re:``). Of several, that whose outermost match lies deepest in the
-   model, since it covers less: ``"encoder.layer.0.query"`` and ``"*.query"`` before
-   ``"encoder.layer.0"``, that before ``"encoder.*"``. At one depth, a plain name before a pattern.
+1. Names and patterns (globs, ``re:``). Of several, that which leads deeper into the model before
+   anything is left open, since it covers less: ``"encoder.layer.0.query"``, then
+   ``"encoder.layer.0"``, ``"encoder.layer.*.query"``, ``"encoder"``, ``"*.query"``. At one depth, a
+   pattern before the plain name of a module, since it covers a part of that.
 2. Functions of a :class:`SiteInfo`.
 3. Module classes: that of the innermost module, and there the most derived.
 4. Op types.
@@ -19,15 +20,14 @@ from typing import cast
 
 from torch import nn
 
-from torch_quant.config import OverrideKey, Overrides, QConfig, SiteInfo, matched_depth
-from torch_quant.core.naming import class_named, did_you_mean
+from torch_quant.config import OverrideKey, Overrides, QConfig, SiteInfo
+from torch_quant.core.naming import class_named, did_you_mean, is_pattern, matches_name, plain_depth
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.ops import OPERATORS
 from torch_quant.graph.sites import Site, op_name
 
 __all__ = [
     "Rule",
-    "is_pattern",
     "key_text",
     "modules_of",
     "operator_names",
@@ -75,10 +75,10 @@ class Rule:
             return (0, 0, 0) if site.op == self.target else None
         if self.kind == "name":
             pattern = str(self.target)
-            if not (depth := matched_depth(site.name, pattern)):
+            if not matches_name(site.name, pattern):
                 return None
-            prefix = ".".join(site.name.split(".")[:depth])
-            return (3, depth, 2 if pattern == prefix else 0 if is_pattern(pattern) else 1)
+            refined = 2 if "@" in pattern else 1 if is_pattern(pattern) else 0
+            return (3, plain_depth(pattern), refined)
         if self.kind == "class":
             cls = cast("type[nn.Module]", self.target)
             depths = [i for i, module in enumerate(modules) if isinstance(module, cls)]
@@ -117,11 +117,6 @@ def key_text(key: object) -> str:
         return repr(key)
     name = getattr(key, "__qualname__", None)
     return repr(key) if name is None else name if isinstance(key, type) else f"{name}()"
-
-
-def is_pattern(text: str) -> bool:
-    """Whether a name is a glob or a regular expression."""
-    return text.startswith("re:") or any(mark in text for mark in "*?[")
 
 
 def rules_of(overrides: Overrides) -> list[Rule]:
@@ -164,7 +159,7 @@ def _rule_of_text(key: str, value: QConfig | None) -> Rule:
     try:
         if prefix == "class":
             return Rule(key, value, "class", class_named(rest))
-        matched_depth("x", key)  # compiles the expression
+        matches_name("x", key)  # compiles the expression
     except InvalidConfig as error:
         raise InvalidConfig(f"override {key!r}: {error}") from error
     return Rule(key, value, "name", key)

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from torch_quant.algorithms.smoothquant import channels_key
-from torch_quant.config import check_names
+from torch_quant.core.documents import Lines, read_json
 from torch_quant.core.granularity import PerChannel
+from torch_quant.core.naming import check_names
 from torch_quant.core.plan import QuantPlan, SitePlan
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.sites import Site
 from torch_quant.io.files import write_atomically
-from torch_quant.io.summary_schema import FORMAT, VERSION, Lines, read_json, validate
+from torch_quant.io.summary_schema import FORMAT, VERSION, validate
 from torch_quant.observers import MinMaxObserver, Observer
 from torch_quant.state import QuantState
 

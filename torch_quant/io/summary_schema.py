@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import bisect
-import json
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch_quant.core.documents import Lines, Place, check_keys, check_kind, shown
 from torch_quant.core.elements import ELEMENT_TYPES, ElementType
 from torch_quant.core.granularity import Granularity
 from torch_quant.core.plan import PRECISIONS, is_share
@@ -16,14 +14,11 @@ from torch_quant.core.spec import ScaleType
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.ops import OPERATORS
 
-__all__ = ["FORMAT", "VERSION", "Lines", "Place", "read_json", "validate"]
+__all__ = ["FORMAT", "VERSION", "validate"]
 
 FORMAT = "torch_quant summary"
 VERSION = 2
 """Version 1, which knew integers per tensor and per channel only, is read too."""
-
-Place = tuple[str | int, ...]
-"""Keys and indices that lead to an entry of the file."""
 
 _LARGEST = 3.4e38
 """Beyond, a number is no float32."""
@@ -38,86 +33,6 @@ _DTYPES = ("uint8", "int8")
 _LIMITS = ("quant_min", "quant_max")
 
 
-class Lines:
-    """The line of every entry of a file, for messages.
-
-    Args:
-        source: the file's name.
-        lines: entry -> its line.
-    """
-
-    def __init__(self, source: str = "", lines: Mapping[Place, int] | None = None) -> None:
-        self.source, self._lines = source, dict(lines or {})
-
-    def error(self, place: Place, message: str) -> InvalidConfig:
-        """The error of an entry, with its line, or that of what should hold it."""
-        known = next((place[:n] for n in range(len(place), -1, -1) if place[:n] in self._lines), ())
-        at = f", line {self._lines[known]}" if known in self._lines else ""
-        return InvalidConfig(f"{self.source}{at}: {message}")
-
-
-class _Reader:
-    """Reads JSON that is known to be valid, noting where entries stand."""
-
-    _space = re.compile(r"\s*")
-
-    def __init__(self, text: str, source: str) -> None:
-        self.text, self.lines = text, dict[Place, int]()
-        self._ends = [match.start() for match in re.finditer("\n", text)]
-        self._source, self._scalar = source, json.JSONDecoder().raw_decode
-
-    def _skip(self, at: int) -> int:
-        found = self._space.match(self.text, at)
-        return found.end() if found else at
-
-    def read(self, at: int = 0, place: Place = ()) -> tuple[Any, int]:
-        """The value at ``at``, and where it ends."""
-        at = self._skip(at)
-        self.lines[place] = bisect.bisect(self._ends, at) + 1
-        if self.text[at] == "{":
-            return self._object(self._skip(at + 1), place)
-        if self.text[at] == "[":
-            return self._array(self._skip(at + 1), place)
-        return self._scalar(self.text, at)
-
-    def _object(self, at: int, place: Place) -> tuple[Any, int]:
-        found: dict[str, Any] = {}
-        while self.text[at] != "}":
-            if self.text[at] == ",":
-                at = self._skip(at + 1)
-            key, end = self._scalar(self.text, at)
-            entry = (*place, key)
-            if key in found:
-                self.lines[entry] = bisect.bisect(self._ends, at) + 1
-                where = Lines(self._source, self.lines)
-                raise where.error(entry, f"{key!r} is given twice")
-            found[key], at = self.read(self._skip(end) + 1, entry)
-            at = self._skip(at)
-        return found, at + 1
-
-    def _array(self, at: int, place: Place) -> tuple[Any, int]:
-        found: list[Any] = []
-        while self.text[at] != "]":
-            if self.text[at] == ",":
-                at = self._skip(at + 1)
-            value, at = self.read(at, (*place, len(found)))
-            found.append(value)
-            at = self._skip(at)
-        return found, at + 1
-
-
-def read_json(text: str, source: str) -> tuple[Any, Lines]:
-    """A JSON text and the lines of its entries.
-
-    Raises:
-        ValueError: it is no JSON.
-        InvalidConfig: a key is given twice.
-    """
-    json.loads(text)
-    reader = _Reader(text, source)
-    return reader.read()[0], Lines(source, reader.lines)
-
-
 def validate(data: Any, lines: Lines) -> None:
     """Raise :class:`InvalidConfig` unless ``data`` is a summary, complete and free of mistakes."""
     if not isinstance(data, dict) or data.get("format") != FORMAT:
@@ -127,57 +42,32 @@ def validate(data: Any, lines: Lines) -> None:
     version: Any = data.get("version")
     if not _integer(version) or not 1 <= version <= VERSION:
         raise lines.error(("version",), f"this has version {version!r}; expected 1 or {VERSION}")
-    _keys(data, (), ("format", "version", "sites", "ranges", "channels"), "the file", lines,
+    check_keys(data, (), ("format", "version", "sites", "ranges", "channels"), "the file", lines,
           optional=("channels",))  # fmt: skip
-    sites = _kind(data["sites"], list, ("sites",), "'sites'", lines)
+    sites = check_kind(data["sites"], list, ("sites",), "'sites'", lines)
     names: set[str] = set()
     for i, site in enumerate(sites):
         name = _site(site, ("sites", i), lines, version)
         if name in names:
             raise lines.error(("sites", i, "name"), f"the site {name!r} is given twice")
         names.add(name)
-    for key, ends in _kind(data["ranges"], dict, ("ranges",), "'ranges'", lines).items():
+    for key, ends in check_kind(data["ranges"], dict, ("ranges",), "'ranges'", lines).items():
         _range(ends, ("ranges", key), f"the range of {key}", lines)
-    channels = _kind(data.get("channels", {}), dict, ("channels",), "'channels'", lines)
+    channels = check_kind(data.get("channels", {}), dict, ("channels",), "'channels'", lines)
     for key, pair in channels.items():
         _channels(pair, ("channels", key), f"the channels of {key}", lines)
 
 
-def _keys(
-    data: Mapping[str, Any], place: Place, allowed: Iterable[str], what: str, lines: Lines,
-    optional: Iterable[str] = (),
-) -> None:  # fmt: skip
-    allowed = tuple(allowed)
-    for key in data:
-        if key not in allowed:
-            raise lines.error((*place, key), f"{what} has {key!r}; expected {', '.join(allowed)}")
-    for key in allowed:
-        if key not in data and key not in optional:
-            raise lines.error(place, f"{what} lacks {key!r}")
-
-
-def _kind(value: Any, kind: type, place: Place, what: str, lines: Lines) -> Any:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
-    if not isinstance(value, kind):
-        raise lines.error(place, f"{what} is {_shown(value)}; expected {names[kind]}")
-    return value
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 def _site(site: Any, place: Place, lines: Lines, version: int) -> str:
     number = f"site {place[-1]}"
-    _kind(site, dict, place, number, lines)
-    name: str = _kind(site.get("name"), str, (*place, "name"), f"the name of {number}", lines)
+    check_kind(site, dict, place, number, lines)
+    name: str = check_kind(site.get("name"), str, (*place, "name"), f"the name of {number}", lines)
     if not name:
         raise lines.error((*place, "name"), f"the name of {number} is empty")
-    _keys(site, place, _SITE, name, lines)
+    check_keys(site, place, _SITE, name, lines)
 
     def wrong(field: str, expected: str) -> InvalidConfig:
-        found = _shown(site[field])
+        found = shown(site[field])
         return lines.error((*place, field), f"{name}: {field!r} is {found}; expected {expected}")
 
     if not isinstance(site["op"], str) or site["op"] not in OPERATORS:
@@ -206,15 +96,15 @@ def _site(site: Any, place: Place, lines: Lines, version: int) -> str:
 
 
 def _spec(spec: Any, place: Place, what: str, lines: Lines, field: str, version: int) -> None:
-    _kind(spec, dict, place, what, lines)
+    check_kind(spec, dict, place, what, lines)
 
     def wrong(entry: str, expected: str) -> InvalidConfig:
-        found = _shown(spec[entry])
+        found = shown(spec[entry])
         return lines.error((*place, entry), f"{what}: {entry!r} is {found}; expected {expected}")
 
     old = version == 1
     entry = "dtype" if old else "element"
-    _keys(spec, place, (*(_SPEC_1 if old else _SPEC), *_LIMITS), what, lines, _LIMITS)
+    check_keys(spec, place, (*(_SPEC_1 if old else _SPEC), *_LIMITS), what, lines, _LIMITS)
     known = {name: each for name, each in ELEMENT_TYPES.items() if not old or name in _DTYPES}
     element = known.get(spec[entry]) if isinstance(spec[entry], str) else None
     if element is None:
@@ -248,7 +138,7 @@ def _limits(
         return
 
     def wrong(entry: str, expected: str) -> InvalidConfig:
-        found = _shown(spec[entry])
+        found = shown(spec[entry])
         return lines.error((*place, entry), f"{what}: {entry!r} is {found}; expected {expected}")
 
     low, high = element.quant_min, element.quant_max
@@ -292,7 +182,7 @@ def _number(value: Any) -> bool:
 def _range(ends: Any, place: Place, what: str, lines: Lines) -> None:
     if not isinstance(ends, list) or len(ends) != 2 or not all(map(_number, ends)):
         raise lines.error(
-            place, f"{what} is {_shown(ends)}; expected [low, high], two finite numbers"
+            place, f"{what} is {shown(ends)}; expected [low, high], two finite numbers"
         )
     if ends[0] > ends[1]:
         raise lines.error(place, f"{what} is {ends}; expected low <= high")
@@ -302,12 +192,12 @@ def _channels(pair: Any, place: Place, what: str, lines: Lines) -> None:
     lists = isinstance(pair, list) and len(pair) == 2 and all(isinstance(x, list) for x in pair)
     if not lists or len(pair[0]) != len(pair[1]) or not pair[0]:
         raise lines.error(
-            place, f"{what} are {_shown(pair)}; expected two lists, as many minima as maxima"
+            place, f"{what} are {shown(pair)}; expected two lists, as many minima as maxima"
         )
     for side, values in enumerate(pair):
         for i, value in enumerate(values):
             if not _number(value):
-                message = f"{what}: {_shown(value)} is no finite number"
+                message = f"{what}: {shown(value)} is no finite number"
                 raise lines.error((*place, side, i), message)
     for i, (low, high) in enumerate(zip(*pair, strict=True)):
         if low > high:
