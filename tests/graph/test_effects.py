@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import gc
+import weakref
 from collections import deque
 from types import SimpleNamespace
 from typing import Any
@@ -140,3 +143,16 @@ def test_assign_takes_attributes_away() -> None:
     old = SimpleNamespace(kept=1, gone=2)
     assert assign(old, SimpleNamespace(kept=3)) is old
     assert vars(old) == {"kept": 3}
+
+
+def test_facts_about_attributes_do_not_keep_the_model() -> None:
+    model = Remembers("sum")
+    model.kept = functools.partial(model.forward)
+    model.helper = SimpleNamespace(call=functools.partial(model), owner=model)
+    facts = attributes(model)
+    assert facts == attributes(model)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+    assert facts != attributes(Remembers("sum"))

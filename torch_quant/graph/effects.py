@@ -274,16 +274,21 @@ class _Identity:
     """Equal to itself only: stands for an object whose insides do not count."""
 
     def __init__(self, value: Any) -> None:
-        self.value = value
+        self.key = id(value)
         self.version = value._version if _has_version(value) else 0
+        try:  # what stands for a part of a model must not keep the model alive
+            self.get: Callable[[], Any] = weakref.ref(value)
+        except TypeError:
+            self.get = lambda: value
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _Identity):
             return False
-        return self.value is other.value and self.version == other.version
+        value = self.get()
+        return value is not None and value is other.get() and self.version == other.version
 
     def __hash__(self) -> int:
-        return id(self.value)
+        return self.key
 
 
 def _has_version(value: Any) -> bool:
