@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from flows import BACKENDS, assert_unchanged, snapshot
@@ -64,6 +65,22 @@ class BufferState(nn.Module):
         return self.h
 
 
+class ArrayState(nn.Module):
+    """Counts its calls in a NumPy array."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+        self.reset()
+
+    def reset(self) -> None:
+        self.count = np.zeros(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count[0] += 1
+        return self.linear(x) / float(self.count[0])
+
+
 def nested(inner: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(nn.Linear(16, 16), inner(), nn.ReLU(), nn.Linear(16, 4))
 
@@ -72,6 +89,7 @@ STATEFUL = {
     "attribute": Smoother,
     "list": History,
     "buffer": BufferState,
+    "array": ArrayState,
     "attribute below": nested(Smoother),
     "list below": nested(History),
     "buffer below": nested(BufferState),

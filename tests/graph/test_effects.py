@@ -8,6 +8,7 @@ from collections import deque
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from capturing import capture
@@ -24,6 +25,8 @@ class Remembers(nn.Module):
         super().__init__()
         self.linear, self.how = nn.Linear(16, 16), how
         self.kept: Any = [] if how.startswith("list") else None
+        if how.startswith("array"):
+            self.kept = np.zeros(1, np.float32)
         self.count = 0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -48,12 +51,16 @@ class Remembers(nn.Module):
             if self.kept is None:
                 self.kept = torch.arange(16.0)
             y = y + self.kept
+        elif self.how.startswith("array"):
+            if self.how == "array, read":
+                y = y + float(self.kept[0])
+            self.kept[0] += 1
         elif self.how == "size":
             self.count = x.shape[0]
         return y
 
 
-@pytest.mark.parametrize("how", ["sum", "delay", "first input", "list", "counter"])
+@pytest.mark.parametrize("how", ["sum", "delay", "first input", "list", "counter", "array, read"])
 def test_what_a_module_keeps_for_its_next_call_is_found(how: str) -> None:
     model = Remembers(how).eval()
     before = copy.deepcopy(vars(model))
@@ -71,6 +78,12 @@ def test_what_no_call_reads_is_no_state(how: str) -> None:
     assert graph.leaves_behind == {"size": ("count",), "nothing": ()}.get(how, ("kept",))
     assert model.kept is None
     assert model.count == 0
+
+
+def test_an_array_that_no_call_reads_is_no_state() -> None:
+    model = Remembers("array").eval()
+    assert capture(model, normal(3, 16)).leaves_behind == ("kept",)
+    assert model.kept == 0
 
 
 def test_watch_sees_and_undoes_what_happens_inside() -> None:

@@ -13,13 +13,16 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from torch_quant.errors import CaptureFailed
 
 __all__ = ["KeepsState", "Watch", "assign", "attributes", "kept_between_calls"]
 
+Array = NDArray[Any]
 _NOT_STATE = frozenset({"_parameters", "_buffers", "_modules", "training"})
 """Entries of a module's dictionary that others look after."""
 _CONTAINERS = (dict, list, set, deque)
@@ -53,7 +56,7 @@ class Watch:
 
     Args:
         roots: name -> a module, container or object.
-        tensors: whether writing to a tensor in place is a change too.
+        tensors: whether writing to a tensor or a NumPy array in place is a change too.
 
     >>> cache = {"keys": []}
     >>> watch = Watch({"cache": cache})
@@ -71,6 +74,7 @@ class Watch:
         self._seen: set[int] = set()
         self._saved: list[tuple[str, Any, Any]] = []
         self._tensors: list[tuple[str, Tensor, int, Tensor]] = []
+        self._arrays: list[tuple[str, Array, Array]] = []
         for name, root in roots.items():
             self._walk(name, root, 0)
 
@@ -82,6 +86,10 @@ class Watch:
             watched = self._keeps_tensors and not value.is_inference()
             if watched and not isinstance(value, nn.Parameter):
                 self._tensors.append((path, value, value._version, value.detach().clone()))
+            return
+        if isinstance(value, np.ndarray):
+            if self._keeps_tensors and not value.dtype.hasobject:
+                self._arrays.append((path, value, value.copy()))
             return
         if isinstance(value, tuple):
             for i, item in enumerate(value):
@@ -112,11 +120,14 @@ class Watch:
                     if key not in now or key not in before or not _same(now[key], before[key]):
                         yield f"{path}.{key}".strip("."), value, key
 
+    def _written(self) -> list[tuple[str, Array, Array]]:
+        return [each for each in self._arrays if not _equal(*each[1:])]
+
     def changed(self) -> list[str]:
         """The paths of what is not as it was."""
         found = [path for path, _, _ in self._differences()]
         found += [path for path, x, version, _ in self._tensors if x._version != version]
-        return found
+        return found + [path for path, _, _ in self._written()]
 
     def values(self) -> dict[str, Any]:
         """What stands now in the places that changed."""
@@ -125,6 +136,7 @@ class Watch:
             for path, value, key in self._differences()
         }
         written = [(path, x) for path, x, version, _ in self._tensors if x._version != version]
+        found |= {path: x.copy() for path, x, _ in self._written()}
         return found | {path: x.clone() for path, x in written}
 
     def spoil(self) -> None:
@@ -138,6 +150,8 @@ class Watch:
         for _, x, version, _ in self._tensors:
             if x._version != version:
                 x.copy_(_spoiled(x))
+        for _, array, _ in self._written():
+            array[...] = _spoiled(array)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -158,6 +172,8 @@ class Watch:
         for _, x, version, saved in self._tensors:
             if x._version != version:
                 x.copy_(saved)
+        for _, array, before in self._written():
+            array[...] = before
 
 
 def _one(path: str, value: Any, before: Any) -> Watch:
@@ -203,6 +219,12 @@ def _spoiled(value: Any) -> Any:
         return type(value)(map(_spoiled, value))
     if type(value) is dict:
         return {key: _spoiled(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        if value.dtype.kind in "fc":
+            return np.full_like(value, np.nan)
+        return (
+            ~value if value.dtype.kind == "b" else value + 1 if value.dtype.kind in "iu" else value
+        )
     if not isinstance(value, Tensor):
         return value
     if value.is_floating_point() or value.is_complex():
@@ -217,6 +239,9 @@ def _equal(x: Any, y: Any) -> bool:
         return same and torch.equal(x.nan_to_num(), y.nan_to_num())
     if type(x) is not type(y):
         return False
+    if isinstance(x, np.ndarray):
+        same = x.shape == y.shape and x.dtype == y.dtype
+        return bool(same and x.tobytes() == y.tobytes())
     if isinstance(x, (list, tuple, deque)):
         return len(x) == len(y) and all(map(_equal, x, y))
     if isinstance(x, dict):
@@ -263,7 +288,7 @@ def kept_between_calls(
 
 def _equal_constants(x: Any, y: Any) -> bool:
     """Whether what is no tensor is equal: two calls alike leave it so, unless they count."""
-    if isinstance(x, Tensor) and isinstance(y, Tensor):
+    if isinstance(x, (Tensor, np.ndarray)) and type(x) is type(y):
         return True
     if isinstance(x, (list, tuple, deque)) and isinstance(y, (list, tuple, deque)):
         return len(x) == len(y) and all(map(_equal_constants, x, y))
