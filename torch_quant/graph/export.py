@@ -39,6 +39,7 @@ from torch_quant.graph.shapes import ShapeContract
 from torch_quant.graph.verification import (
     batch_size,
     exact_unmasked,
+    masked,
     other_sizes,
     repeat,
     takes_another_path,
@@ -50,6 +51,7 @@ from torch_quant.graph.verification import (
 __all__ = [
     "CapturedGraph",
     "ModelRefuses",
+    "NumbersUntried",
     "export_graph",
     "size_oblivious",
     "verify",
@@ -64,6 +66,10 @@ _DROPPED = ("_guards_fn", "_assert_tensor_metadata", "_assert_scalar", "_assert_
 
 class ModelRefuses(CaptureFailed):
     """The float model raises on this call; there is nothing to capture."""
+
+
+class NumbersUntried(CaptureFailed):
+    """Other numbers cannot be tried on the module, so the call's own are to be constants."""
 
 
 @dataclass
@@ -160,7 +166,7 @@ def _first_that_serves(
     module: nn.Module, call: Call, freedom: Freedom, shown: Progress
 ) -> CapturedGraph:
     try:
-        expected, writes, left = first_run(module, call)
+        expected, writes, left, foreign = first_run(module, call)
     except KeepsState:
         raise
     except Exception as error:  # whatever the model raises
@@ -168,7 +174,9 @@ def _first_that_serves(
             f"the float model itself fails on these inputs "
             f"({', '.join(call.describe())}): {type(error).__name__}: {_first_lines(error)}"
         ) from error
-    others = other_sizes(module, call, writes) if freedom.batch else []
+    if foreign and call.numbers:
+        raise NumbersUntried(f"{', '.join(foreign)} may read out of bounds with other numbers")
+    others: list[tuple[Call, list[Any]]] | None = None
     best: CapturedGraph | None = None
     reasons: list[tuple[str, Exception]] = []
     twice = repeat(call, 2) if batch_size(call) == 1 else call
@@ -182,7 +190,7 @@ def _first_that_serves(
             graph.leaves_behind = left
             shown.say("comparing it with the module")
             graph.contract = graph.contract.allowing(call)
-            graph.exact = verify(graph, call, expected) and exact_unmasked(module, graph, call)
+            graph.exact = verify(graph, call, expected)
             with frozen(graph.gm):
                 note_sizes(graph.gm, copied(call).tensors)
         except Exception as error:  # torch.export raises errors of many unrelated classes
@@ -192,7 +200,14 @@ def _first_that_serves(
                 break  # the same for every shape
             logger.debug("capture, %s: %s", mode, reasons[-1][0], exc_info=True)
             continue
+        if foreign:  # it may read out of bounds where inputs do not belong together
+            graph.contract = graph.contract.like(call)
+            graph.exact &= not masked(call)
+            return graph
+        graph.exact = graph.exact and exact_unmasked(module, graph, call)
         try:
+            if others is None:  # only now, as code that no graph can hold need not check either
+                others = other_sizes(module, call, writes) if freedom.batch else []
             for other, output in others:
                 verify_other(graph, other, output)
             try_size_one(module, graph, call)
@@ -202,7 +217,7 @@ def _first_that_serves(
             best = best or graph
     if best is None:
         raise CaptureFailed(reasons[0][0]).leaving(left) from reasons[0][1]
-    paths = all(takes_another_path(best, other) for other, _ in others)
+    paths = all(takes_another_path(best, other) for other, _ in others or [])
     if any(True for _ in module.children()) and not paths:
         raise CaptureFailed(
             f"as one graph it serves only {best.contract.describe()}; its parts may serve more"

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from torch_quant.core.plan import FloatOp
+from torch_quant.graph.foreign import is_foreign, see_higher_order
 from torch_quant.graph.ops import (
     INT8_NEVER,
     OPERATORS,
@@ -119,8 +120,6 @@ _FORMULAS: dict[Any, Formula] = {
 """Operator without a row in the op table -> its multiply-accumulates, of arguments and result."""
 _OTHERS: dict[str, Formula] = {"transformers::grouped_mm_fallback": _grouped}
 """The same, of operators of other libraries, by name."""
-_KNOWN = ("aten", "prim", "prims", "torch_quant")
-"""Libraries whose operators are all known: those without a formula multiply nothing."""
 
 
 def _formula(target: Any) -> Formula | None:
@@ -137,7 +136,7 @@ def _packets(row: OpPattern) -> list[Any]:
 
 def _foreign(target: Any, values: Iterable[Any]) -> bool:
     """Whether it is another library's operator that may multiply: it reads two float tensors."""
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace in _KNOWN:
+    if not is_foreign(target):
         return False
     floats = [x for x in values if isinstance(x, Tensor) and x.is_floating_point()]
     return len(floats) > 1
@@ -163,9 +162,7 @@ class MacCounter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.macs: Counter[str] = Counter()
-        for operator in list(torch._ops._higher_order_ops.values()):  # the oldest torch asks for it
-            if MacCounter not in operator.python_key_table:
-                operator.py_impl(MacCounter)(_passed_on(operator))
+        see_higher_order(MacCounter)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -184,10 +181,6 @@ class MacCounter(TorchDispatchMode):
         elif _foreign(func, pytree.tree_leaves((args, kwargs))):
             self.macs[op_name(func)] += 0
         return out
-
-
-def _passed_on(operator: Any) -> Callable[..., Any]:
-    return lambda mode, *args, **kwargs: operator(*args, **kwargs)
 
 
 @contextlib.contextmanager
@@ -315,7 +308,7 @@ def _reason(node: fx.Node) -> str:
         return never[node.target]
     pattern = pattern_of(node)
     if pattern is None:
-        foreign = node.target.namespace not in _KNOWN  # type: ignore[union-attr]
+        foreign = is_foreign(node.target)
         return f"an operator of {node.target.namespace}" if foreign else _NO_FORM  # type: ignore[union-attr]
     found = results(node)
     if not found or not is_float(found[0]):

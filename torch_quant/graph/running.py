@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
 from torch_quant.graph.calls import Call
 from torch_quant.graph.effects import KeepsState, Watch, kept_between_calls
+from torch_quant.graph.foreign import ForeignOperators
 from torch_quant.graph.outputs import flatten_output
 
 __all__ = [
     "CAPTURING",
+    "FirstRun",
     "Writes",
     "copied",
     "fastpath_wanted",
@@ -129,30 +131,63 @@ def _run(module: nn.Module, call: Call, writes: Writes) -> list[Any]:
     return _detached(flatten_output(output, written(args, kwargs, writes))[0])
 
 
-def first_run(module: nn.Module, call: Call) -> tuple[list[Any], Writes, tuple[str, ...]]:
-    """The outputs, the arguments that the module changes, and attributes that it leaves behind."""
+class FirstRun(NamedTuple):
+    """What a module did when it was first called.
+
+    Args:
+        outputs: flat.
+        writes: the arguments that it changed.
+        left: attributes that it left behind.
+        foreign: operators that ran and may not check what they read.
+    """
+
+    outputs: list[Any]
+    writes: Writes
+    left: tuple[str, ...]
+    foreign: tuple[str, ...]
+
+
+def first_run(module: nn.Module, call: Call) -> FirstRun:
+    """Run the module and watch what it does.
+
+    Raises:
+        KeepsState: it reads what an earlier call of it left in an attribute.
+    """
     with frozen(module), own_operators():
         args, kwargs = call.rebuild(copied(call).tensors)
         roots: dict[Any, Any] = dict(enumerate(args)) | kwargs
         watches = {key: Watch({str(key): x}, tensors=False) for key, x in roots.items()}
         state = Watch({"": module})
-        output = module(*args, **kwargs)
+        with ForeignOperators() as foreign:
+            output = module(*args, **kwargs)
         writes = tuple(key for key, watch in watches.items() if watch.changed())
         expected = _detached(flatten_output(output, written(args, kwargs, writes))[0])
 
         def again(with_others: bool) -> list[Any]:
             torch.manual_seed(0)
-            return _run(module, _flipped(call) if with_others else call, writes)
+            changed = _shrunk if foreign.names else _flipped
+            return _run(module, changed(call) if with_others else call, writes)
 
         left = tuple(dict.fromkeys(state.changed()))
         if left and (kept := kept_between_calls(state, expected, again)):
             raise KeepsState(kept)
-    return expected, writes, left
+    return FirstRun(expected, writes, left, tuple(sorted(foreign.names)))
 
 
 def _flipped(call: Call) -> Call:
     """The call with other values, as valid as its own and of the same shapes."""
     return call.with_tensors(tuple(x.flip(-1) if x.dim() else x for x in call.tensors))
+
+
+def _shrunk(call: Call) -> Call:
+    """The call with its floats a little closer to 0: an index among them stays in range.
+
+    Raises:
+        ValueError: a tensor of integers, any of which may be an index.
+    """
+    if any(x.dim() and not x.is_floating_point() for x in call.tensors):
+        raise ValueError("no other integers are known to be valid inputs")
+    return call.with_tensors(tuple(x * (1 - 2.0**-6) if x.dim() else x for x in call.tensors))
 
 
 def written(args: tuple[Any, ...], kwargs: dict[str, Any], writes: Writes) -> dict[Any, Any]:

@@ -144,6 +144,20 @@ class ShapeContract:
         wrong = sympy.Or(*(sympy.Ne(symbol(name), size) for name, size in sizes.items()))
         return ShapeContract(self.names, self.shapes, [*self.conditions, wrong], self.derived)
 
+    def like(self, call: Call) -> ShapeContract:
+        """This contract for 1 where ``call`` has a size of 1, and for 2 and more where it has more.
+
+        What was exported with a size of 2 or more holds for all of them; 1 is a case of its own.
+        """
+        import sympy
+
+        symbol = functools.partial(sympy.Symbol, integer=True)
+        sizes = [(symbol(name), size) for name, size in self.values(call).items()]
+        sizes += [(size, call.tensors[i].shape[axis]) for i, axis, size in self.derived]
+        alike = [sympy.Ge(x, 2) if size > 1 else sympy.Eq(x, size) for x, size in sizes]
+        conditions = [*self.conditions, *(each for each in alike if each != True)]  # noqa: E712
+        return ShapeContract(self.names, self.shapes, conditions, self.derived)
+
     def values(self, call: Call) -> dict[str, int]:
         """The free sizes' names and what they are in ``call``."""
         return {

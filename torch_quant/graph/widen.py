@@ -12,7 +12,7 @@ from torch import nn
 from torch_quant.errors import CaptureFailed
 from torch_quant.graph.calls import Call
 from torch_quant.graph.effects import KeepsState
-from torch_quant.graph.export import CapturedGraph, ModelRefuses, export_graph
+from torch_quant.graph.export import CapturedGraph, ModelRefuses, NumbersUntried, export_graph
 from torch_quant.graph.kinds import Kind
 from torch_quant.graph.running import run_module
 from torch_quant.graph.verification import verify
@@ -61,6 +61,10 @@ def export_call(
                 return wide, graph
         except (KeepsState, ModelRefuses):
             raise
+        except NumbersUntried as error:
+            logger.debug("not captured for every number: %s", error)
+            numbers.clear()
+            continue
         except CaptureFailed as error:
             logger.debug("not captured for every number and string: %s", error)
             if not _narrow(wide, numbers, unread, error):
