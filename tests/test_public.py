@@ -10,23 +10,33 @@ import pytest
 
 import torch_quant
 
-INHERITED = {"__init__"}
-
 
 def public() -> Iterator[tuple[str, Any]]:
-    """Every function of ``torch_quant.__all__`` and every public method of its classes."""
+    """Every function of ``torch_quant.__all__`` and every public method of its classes.
+
+    What overrides a method is shown by that, and what is abstract by the examples of its class.
+    """
     for name in torch_quant.__all__:
         value = getattr(torch_quant, name)
         if inspect.isfunction(value):
             yield name, value
         elif inspect.isclass(value):
-            for owner in value.__mro__:
-                if not owner.__module__.startswith("torch_quant"):
-                    continue
-                for method, raw in vars(owner).items():
-                    function = getattr(raw, "__func__", raw)
-                    if not method.startswith("_") and inspect.isfunction(function):
-                        yield f"{name}.{method}", function
+            yield from _methods(name, value)
+
+
+def _methods(name: str, cls: type) -> Iterator[tuple[str, Any]]:
+    owners = [each for each in cls.__mro__ if each.__module__.startswith("torch_quant")]
+    found = {}
+    for owner in owners:  # the first that declares a method comes last
+        for method, raw in vars(owner).items():
+            function = getattr(raw, "__func__", raw)
+            if not method.startswith("_") and inspect.isfunction(function):
+                abstract = getattr(function, "__isabstractmethod__", False)
+                shown = ">>>" in (function.__doc__ or "")
+                if method not in found or shown or abstract:
+                    found[method] = owner if abstract and not shown else function
+    for method, holder in found.items():
+        yield f"{name}.{method}", holder
 
 
 PUBLIC = dict(public())

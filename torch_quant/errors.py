@@ -27,7 +27,11 @@ class CaptureFailed(QuantError):
     """Attributes that the call writes, as ``child.attribute``, where that is known."""
 
     def leaving(self, names: tuple[str, ...]) -> CaptureFailed:
-        """This error, knowing them."""
+        """This error, knowing them.
+
+        >>> CaptureFailed("it writes").leaving(("encoder.cache",)).leaves_behind
+        ('encoder.cache',)
+        """
         self.leaves_behind = names
         return self
 

@@ -67,6 +67,13 @@ def tune(
     Raises:
         NotCalibrated: the quantizer has seen no data, or ``eval_fn`` never called the model.
         InvalidConfig: an argument out of range, or a metric that is not a number.
+
+    >>> model, x, quantizer = nn.Linear(4, 2), torch.rand(8, 4), Quantizer("reference")
+    >>> _ = quantizer.calib(model)(x)
+    >>> best = tune(quantizer, model, lambda candidate: float(candidate(x).mean() > -9.0),
+    ...             progress=False)
+    >>> quantizer.tuning.reached
+    True
     """
     if not isinstance(quantizer, Quantizer):
         raise InvalidConfig(

@@ -92,10 +92,18 @@ class Backend(ABC, metaclass=_ByName):
 
     @abstractmethod
     def unavailable(self) -> str | None:
-        """What is missing on this machine and how to get it, or None."""
+        """What is missing on this machine and how to get it, or None.
+
+        >>> Backend.REFERENCE.unavailable() is None
+        True
+        """
 
     def kernels(self) -> KernelTable:
-        """What it can run quantized on this machine, registered kernels before its own."""
+        """What it can run quantized on this machine, registered kernels before its own.
+
+        >>> "linear" in {kernel.op for kernel in Backend.ONEDNN.kernels().rows}
+        True
+        """
         own = self._kernels()
         return replace(own, rows=(*_REGISTERED.get(self.name, ()), *own.rows))
 
@@ -111,12 +119,20 @@ class Backend(ABC, metaclass=_ByName):
 
         Returns:
             A graph that can be called, copied, traced and exported.
+
+        >>> gm = fx.symbolic_trace(nn.ReLU())  # nothing in it is to be quantized
+        >>> Backend.REFERENCE.lower(PassContext(gm)) is gm
+        True
         """
         self.emit(context)
         return context.gm
 
     def emit(self, context: PassContext) -> int:
-        """Put kernels that know how in the place of the sites that are quantized; how many."""
+        """Put kernels that know how in the place of the sites that are quantized; how many.
+
+        >>> Backend.REFERENCE.emit(PassContext(fx.symbolic_trace(nn.ReLU())))
+        0
+        """
         kernels, changed = self.kernels(), 0
         for node in list(context.graph.nodes):
             entry = context.plan.get(node.meta.get(KEY, ""))
@@ -134,11 +150,19 @@ class Backend(ABC, metaclass=_ByName):
         Args:
             body: what :meth:`lower` made.
             tensors: the inputs of its first call.
+
+        >>> body = fx.symbolic_trace(nn.ReLU())
+        >>> Backend.REFERENCE.compile(body, ()) is body
+        True
         """
         return body
 
     def record(self, body: fx.GraphModule, tensors: tuple[Tensor, ...]) -> Any:
-        """Run a lowered graph while ``torch.jit.trace`` records it."""
+        """Run a lowered graph while ``torch.jit.trace`` records it.
+
+        >>> Backend.REFERENCE.record(fx.symbolic_trace(nn.ReLU()), (Tensor([-1.0, 2.0]),))
+        tensor([0., 2.])
+        """
         return body(*tensors)
 
     def verify(
@@ -158,6 +182,10 @@ class Backend(ABC, metaclass=_ByName):
         Raises:
             InvalidConfig: the backend calls its kernels itself, so there is nothing to ask; or
                 ``subject`` is not what it can read.
+
+        >>> Backend.REFERENCE.verify(nn.Linear(4, 2))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        torch_quant.errors.InvalidConfig: Backend.REFERENCE runs every kernel that the plan names...
         """
         raise InvalidConfig(
             f"{self!r} runs every kernel that the plan names, so there is nothing to verify: "

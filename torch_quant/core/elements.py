@@ -35,6 +35,10 @@ class ElementType(ABC):
     """A finite set of values and a code for each; immutable, compared by value.
 
     Every tensor here is in units of the scale: it was divided by the scale before.
+
+    >>> int4 = element_type("int4")
+    >>> int4.decode(int4.encode(torch.tensor([1.4, 100.0])))
+    tensor([1., 7.])
     """
 
     if TYPE_CHECKING:  # at run time a field of a dataclass may be it, which a property here bars
@@ -172,7 +176,11 @@ class IntegerType(ElementType):
 
     @classmethod
     def of(cls, bits: int, signed: bool) -> IntegerType:
-        """All integers of so many bits, 2 to 16."""
+        """All integers of so many bits, 2 to 16.
+
+        >>> IntegerType.of(4, signed=True).quant_min
+        -8
+        """
         if not isinstance(bits, int) or not 2 <= bits <= 16:
             raise InvalidConfig(f"integers of {bits} bits: expected 2 to 16 bits")
         return cls(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else cls(0, 2**bits - 1)

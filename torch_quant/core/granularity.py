@@ -44,10 +44,17 @@ class Granularity(ABC):
 
         Raises:
             InvalidConfig: the tensor cannot be cut like that; says why.
+
+        >>> PerGroup(32).block([64, 128])
+        (1, 32)
         """
 
     def grid(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """How many blocks there are in each dimension: the shape of the scales."""
+        """How many blocks there are in each dimension: the shape of the scales.
+
+        >>> PerGroup(32).grid([64, 128])
+        (64, 4)
+        """
         block = self.block(shape)
         for axis, (size, part) in enumerate(zip(shape, block, strict=True)):
             if size % part:
@@ -58,15 +65,27 @@ class Granularity(ABC):
         return tuple(size // part if part else 1 for size, part in zip(shape, block, strict=True))
 
     def on(self, channel_axis: int) -> Granularity:
-        """The same for an operator's weight, whose channels lie along ``channel_axis``."""
+        """The same for an operator's weight, whose channels lie along ``channel_axis``.
+
+        >>> PerChannel().on(0)
+        PerChannel(axis=0)
+        """
         return self
 
     def serves(self, wanted: Granularity) -> bool:
-        """Whether blocks of this kind are those that ``wanted`` asks for."""
+        """Whether blocks of this kind are those that ``wanted`` asks for.
+
+        >>> PerChannel(0).serves(PerChannel())
+        True
+        """
         return wanted in (self, self.unbound())
 
     def unbound(self) -> Granularity:
-        """The same without the operator's axis."""
+        """The same without the operator's axis.
+
+        >>> PerChannel(0).unbound()
+        PerChannel(axis=None)
+        """
         return self
 
     @classmethod

@@ -26,6 +26,9 @@ def sqnr(reference: Any, actual: Any) -> float:
 
     Returns:
         Decibels; ``inf`` where both are equal.
+
+    >>> round(sqnr(torch.ones(4), 0.9 * torch.ones(4)), 3)
+    20.0
     """
     signal = noise = 0.0
     for x, y in zip(float_leaves(reference), float_leaves(actual), strict=True):
@@ -48,5 +51,8 @@ def cosine(reference: Tensor, actual: Tensor) -> Tensor:
 
     Returns:
         Shape ``[rows]``, in ``[-1, 1]``.
+
+    >>> cosine(torch.eye(2), torch.ones(2, 2))
+    tensor([0.7071, 0.7071], dtype=torch.float64)
     """
     return torch.nn.functional.cosine_similarity(reference.double(), actual.double(), dim=-1)

@@ -71,6 +71,11 @@ class SitePlan:
             raise InvalidConfig(f"{self.name}: smooth {self.smooth!r}; expected 0 to 1, or null")
 
     def to_dict(self) -> dict[str, Any]:
+        """What :meth:`from_dict` reads, ready for JSON.
+
+        >>> SitePlan("head", "linear").to_dict()["op"]
+        'linear'
+        """
         data = dict(vars(self))
         for name in ("activation", "weight"):
             spec = getattr(self, name)
@@ -80,6 +85,12 @@ class SitePlan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SitePlan:
+        """Read :meth:`to_dict`; raises :class:`InvalidConfig` for something else.
+
+        >>> site = SitePlan("head", "linear", weight=QuantSpec())
+        >>> SitePlan.from_dict(site.to_dict()) == site
+        True
+        """
         values = dict(data)
         try:
             for name in ("activation", "weight"):
@@ -167,6 +178,10 @@ class QuantPlan(Mapping[str, SitePlan]):
 
         Raises:
             InvalidConfig: an unknown name.
+
+        >>> plan = QuantPlan([SitePlan("query", "linear"), SitePlan("head", "linear")])
+        >>> plan.without(["head"]).quantized
+        ('query',)
         """
         names = set(names)
         if unknown := names - set(self):
@@ -180,7 +195,12 @@ class QuantPlan(Mapping[str, SitePlan]):
         return QuantPlan(sites, self.float_ops)
 
     def declined(self, reasons: Mapping[str, str]) -> QuantPlan:
-        """A new plan in which the sites that ``reasons`` names run in float, for these reasons."""
+        """A new plan in which the sites that ``reasons`` names run in float, for these reasons.
+
+        >>> plan = QuantPlan([SitePlan("query", "linear"), SitePlan("head", "linear")])
+        >>> plan.declined({"head": "too small"})["head"].reason
+        'too small'
+        """
         sites = (
             replace(site, quantized=False, reason=reasons[name])
             if name in reasons and site.quantized
@@ -190,11 +210,21 @@ class QuantPlan(Mapping[str, SitePlan]):
         return QuantPlan(sites, self.float_ops)
 
     def of(self, names: Collection[str], float_ops: Iterable[FloatOp]) -> QuantPlan:
-        """The part of it that covers ``names``, with these operators beside them."""
+        """The part of it that covers ``names``, with these operators beside them.
+
+        >>> plan = QuantPlan([SitePlan("query", "linear"), SitePlan("head", "linear")])
+        >>> list(plan.of(["head"], ()))
+        ['head']
+        """
         return QuantPlan((site for name, site in self.items() if name in names), float_ops)
 
     def joined(self, others: Iterable[QuantPlan]) -> QuantPlan:
-        """A new plan with what ``others`` have and this one lacks behind its own."""
+        """A new plan with what ``others`` have and this one lacks behind its own.
+
+        >>> query, head = (QuantPlan([SitePlan(name, "linear")]) for name in ("query", "head"))
+        >>> list(query.joined([head]))
+        ['query', 'head']
+        """
         sites = dict(self._sites)
         float_ops = {op.name: op for op in self.float_ops}
         for other in others:
@@ -207,6 +237,11 @@ class QuantPlan(Mapping[str, SitePlan]):
 
         A site of ``edits`` that says float stays in float; one that says int8 gets its formats,
         unless this plan has it in float because the backend cannot run it.
+
+        >>> edits = QuantPlan([SitePlan("head", "linear", quantized=False, reason="by hand")])
+        >>> plan = QuantPlan([SitePlan("head", "linear")])
+        >>> plan.edited(edits, KernelTable("none", ()))["head"].reason
+        'by hand'
         """
         plan = []
         for name, site in self.items():
@@ -233,6 +268,11 @@ class QuantPlan(Mapping[str, SitePlan]):
         return QuantPlan(plan, self.float_ops)
 
     def to_dict(self) -> dict[str, Any]:
+        """What :meth:`from_dict` reads, ready for JSON.
+
+        >>> sorted(QuantPlan().to_dict())
+        ['float_ops', 'sites']
+        """
         return {
             "sites": [site.to_dict() for site in self.values()],
             "float_ops": [asdict(op) for op in self.float_ops],
@@ -240,6 +280,12 @@ class QuantPlan(Mapping[str, SitePlan]):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> QuantPlan:
+        """Read :meth:`to_dict`.
+
+        >>> plan = QuantPlan([SitePlan("query", "linear"), SitePlan("head", "linear")])
+        >>> list(QuantPlan.from_dict(plan.to_dict()))
+        ['query', 'head']
+        """
         sites = [SitePlan.from_dict(site) for site in data["sites"]]
         return cls(sites, [FloatOp(**op) for op in data.get("float_ops", ())])
 

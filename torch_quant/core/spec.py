@@ -38,6 +38,9 @@ class ScaleType(enum.Enum):
         """``scale``, positive, as near as this type comes to it (for ``E8M0`` from below), float32.
 
         What is too small or too large becomes the smallest or largest number there is.
+
+        >>> ScaleType.E8M0.round(torch.tensor(3.0))
+        tensor(2.)
         """
         if self is ScaleType.E8M0:
             power = (torch.frexp(scale).exponent - 1).clamp(-126, 127)
@@ -123,6 +126,9 @@ class QuantSpec:
 
         Raises:
             InvalidConfig: an unknown name, other numbers of bits, what contradicts itself.
+
+        >>> QuantSpec.of("int4", per_channel=True).quant_min
+        -8
         """
         if element is None:
             chosen: ElementType = IntegerType.of(bits, signed)
@@ -200,15 +206,27 @@ class QuantSpec:
         return (self.quant_min, self.quant_max) == (info.min, info.max)
 
     def round(self, x: Tensor) -> Tensor:
-        """The values nearest to ``x``, which is in units of the scale; float32, same shape."""
+        """The values nearest to ``x``, which is in units of the scale; float32, same shape.
+
+        >>> QuantSpec.of("int4").round(torch.tensor([1.4, 100.0]))
+        tensor([1., 7.])
+        """
         return self.element.round(x)
 
     def encode(self, x: Tensor) -> Tensor:
-        """The codes of the values nearest to ``x``, same shape, in :attr:`dtype`."""
+        """The codes of the values nearest to ``x``, same shape, in :attr:`dtype`.
+
+        >>> QuantSpec.of("int4").encode(torch.tensor([1.4, 100.0]))
+        tensor([1, 7], dtype=torch.int8)
+        """
         return self.element.encode(x)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """The values of codes, in units of the scale; float32, same shape."""
+        """The values of codes, in units of the scale; float32, same shape.
+
+        >>> QuantSpec.of("int4").decode(torch.tensor([1, 7], dtype=torch.int8))
+        tensor([1., 7.])
+        """
         return self.element.decode(codes)
 
     def bits_per_weight(self, shape: Sequence[int]) -> float:
@@ -246,6 +264,10 @@ class QuantSpec:
 
         Raises:
             InvalidConfig: it is something else; says which entry is wrong.
+
+        >>> spec = QuantSpec.of("float8_e4m3fn")
+        >>> QuantSpec.from_dict(spec.to_dict()) == spec
+        True
         """
         try:
             old = "dtype" in data

@@ -75,6 +75,10 @@ def export_onnx(
         InvalidConfig: not a model for Backend.ONNX, one in pieces, an opset or path that will not
             do.
         UnsupportedOp: an operator has no ONNX form; names where it is.
+
+    >>> export_onnx(nn.Linear(4, 2), torch.ones(8, 4), "model.onnx")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    torch_quant.errors.InvalidConfig: expected a quantized model, got Linear: quantizer.quantize(...
     """
     if missing := missing_packages("onnx", "onnxscript"):
         raise BackendUnavailable(f"export_onnx: {missing}")

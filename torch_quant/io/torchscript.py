@@ -56,6 +56,10 @@ def export_torchscript(
             to the path; the model cannot be traced, as Python code of a model in pieces decides by
             what a tensor holds (names file and line).
         QuantError: the file does not give what the model gives.
+
+    >>> export_torchscript(nn.Linear(4, 2), torch.ones(8, 4), "model.pt")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    torch_quant.errors.InvalidConfig: expected a quantized model, got Linear: ...
     """
     _check_model(quant_model)
     target = checked_target(path)

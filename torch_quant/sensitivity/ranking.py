@@ -64,7 +64,12 @@ class Sensitivity:
     fallen_back: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; infinite decibels as None, which JSON has."""
+        """Plain values; infinite decibels as None, which JSON has.
+
+        >>> site = Sensitivity("head", "linear", 0.5, 0.4, 30.0, None, 0.3, 0.7, 8, 8)
+        >>> site.to_dict()["score"]
+        0.5
+        """
         data = asdict(self)
         for name in ("local_sqnr", "predicted_output_sqnr"):
             value = data[name]
