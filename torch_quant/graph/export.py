@@ -19,6 +19,7 @@ from torch_quant.errors import CaptureFailed
 from torch_quant.graph.budget import Freedom
 from torch_quant.graph.calls import Call, identifiers
 from torch_quant.graph.effects import KeepsState
+from torch_quant.graph.foreign import foreign_operators
 from torch_quant.graph.macs import note_sizes
 from torch_quant.graph.numbers import check_numbers
 from torch_quant.graph.outputs import flatten_output, unflatten_output
@@ -166,7 +167,7 @@ def _first_that_serves(
     module: nn.Module, call: Call, freedom: Freedom, shown: Progress
 ) -> CapturedGraph:
     try:
-        expected, writes, left, foreign = first_run(module, call)
+        expected, writes, left = first_run(module, call)
     except KeepsState:
         raise
     except Exception as error:  # whatever the model raises
@@ -174,8 +175,6 @@ def _first_that_serves(
             f"the float model itself fails on these inputs "
             f"({', '.join(call.describe())}): {type(error).__name__}: {_first_lines(error)}"
         ) from error
-    if foreign and call.numbers:
-        raise NumbersUntried(f"{', '.join(foreign)} may read out of bounds with other numbers")
     others: list[tuple[Call, list[Any]]] | None = None
     best: CapturedGraph | None = None
     reasons: list[tuple[str, Exception]] = []
@@ -200,7 +199,11 @@ def _first_that_serves(
                 break  # the same for every shape
             logger.debug("capture, %s: %s", mode, reasons[-1][0], exc_info=True)
             continue
-        if foreign:  # it may read out of bounds where inputs do not belong together
+        if foreign := foreign_operators(graph.gm):
+            # They may read out of bounds where inputs do not belong together.
+            if call.numbers:
+                names = ", ".join(foreign)
+                raise NumbersUntried(f"{names} may read out of bounds with other numbers")
             graph.contract = graph.contract.like(call)
             graph.exact &= not masked(call)
             return graph

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["ForeignOperators", "is_foreign", "see_higher_order"]
+__all__ = ["ForeignOperators", "foreign_operators", "is_foreign", "see_higher_order"]
 
 _KNOWN = ("aten", "prim", "prims", "torch_quant")
 """Libraries whose operators are all known."""
@@ -47,6 +48,18 @@ class ForeignOperators(TorchDispatchMode):
         if is_foreign(func) and (name := func.name().partition(".")[0]) not in _CHECKING:
             self.names.add(name)
         return func(*args, **(kwargs or {}))
+
+
+def foreign_operators(gm: fx.GraphModule) -> tuple[str, ...]:
+    """Names of those in a graph, and in the graphs inside it, that may not check what they read."""
+    targets = (
+        node.target
+        for module in gm.modules()
+        if isinstance(module, fx.GraphModule)
+        for node in module.graph.nodes
+    )
+    names = {target.name().partition(".")[0] for target in targets if is_foreign(target)}
+    return tuple(sorted(names.difference(_CHECKING)))
 
 
 def see_higher_order(mode: type[TorchDispatchMode]) -> None:

@@ -138,13 +138,11 @@ class FirstRun(NamedTuple):
         outputs: flat.
         writes: the arguments that it changed.
         left: attributes that it left behind.
-        foreign: operators that ran and may not check what they read.
     """
 
     outputs: list[Any]
     writes: Writes
     left: tuple[str, ...]
-    foreign: tuple[str, ...]
 
 
 def first_run(module: nn.Module, call: Call) -> FirstRun:
@@ -158,20 +156,25 @@ def first_run(module: nn.Module, call: Call) -> FirstRun:
         roots: dict[Any, Any] = dict(enumerate(args)) | kwargs
         watches = {key: Watch({str(key): x}, tensors=False) for key, x in roots.items()}
         state = Watch({"": module})
-        with ForeignOperators() as foreign:
-            output = module(*args, **kwargs)
+        output = module(*args, **kwargs)
         writes = tuple(key for key, watch in watches.items() if watch.changed())
         expected = _detached(flatten_output(output, written(args, kwargs, writes))[0])
 
+        # The first run is not watched by it: Dynamo, which runs `torch.cond`, would remember.
+        foreign = ForeignOperators()
+
         def again(with_others: bool) -> list[Any]:
             torch.manual_seed(0)
+            if not with_others:  # comes first
+                with foreign:
+                    return _run(module, call, writes)
             changed = _shrunk if foreign.names else _flipped
-            return _run(module, changed(call) if with_others else call, writes)
+            return _run(module, changed(call), writes)
 
         left = tuple(dict.fromkeys(state.changed()))
         if left and (kept := kept_between_calls(state, expected, again)):
             raise KeepsState(kept)
-    return FirstRun(expected, writes, left, tuple(sorted(foreign.names)))
+    return FirstRun(expected, writes, left)
 
 
 def _flipped(call: Call) -> Call:
