@@ -111,11 +111,6 @@ class Session:
             "ranges": (state, state.version),
         }
 
-    @property
-    def version(self) -> tuple[Any, ...]:
-        """Another value after every batch, load, edit and setting: whoever caches compares it."""
-        return (self.captured.version, *self.basis().values())
-
     def refresh(self) -> None:
         """Notice what has changed in the float model since it was captured, if it still exists."""
         if (model := self._model()) is not None:

@@ -20,7 +20,7 @@ class Tempered(nn.Module):
         return self.linear(x) / temperature
 
 
-@pytest.mark.skipif("ipex" not in BACKENDS, reason="Backend.IPEX is not installed")
+@pytest.mark.skipif("ipex" not in BACKENDS, reason="Backend.IPEX: make test-ipex has it")
 def test_other_numbers_are_other_kernels() -> None:
     model, x = Tempered(), normal(4, 64)
     quant_model = calibrated(model, [((x, 0.5), {})], backend="ipex").quantize(model)

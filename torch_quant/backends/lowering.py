@@ -18,7 +18,6 @@ from torch_quant.graph.export import CapturedGraph
 from torch_quant.graph.hooks import give_hooks
 from torch_quant.graph.kinds import Kind
 from torch_quant.graph.shadow import shadow
-from torch_quant.graph.sites import find_sites
 from torch_quant.model import CapturedModel
 from torch_quant.passes.base import Params, Pass, PassContext, copy_graph, run_passes
 from torch_quant.passes.constants import settle_names
@@ -88,7 +87,9 @@ class Lowering:
         return _lent(quantized, region)
 
     def _graph(self, region: Region, kind: Kind, graph: CapturedGraph) -> QuantizedGraph:
-        body = self.graph(self.captured.prepared(region, graph).canonical)
+        prepared = self.captured.prepared(region, graph)
+        body, declined = self._lowered(prepared.canonical)
+        self._note({site.name for site, _ in prepared.sites}, declined)
         compiler = self.backend if self.backend.compiles else None
         return QuantizedGraph(body, kind, graph.contract, graph.out_spec, compiler)
 
@@ -123,8 +124,7 @@ class Lowering:
         """A child of what runs as one graph: only what others called of it is needed."""
         return self._region(region) if region.called else _lent(Absent(region.path), region)
 
-    def _note(self, canonical: fx.GraphModule, declined: Mapping[str, str]) -> None:
-        names = {site.name for _, _, site in find_sites(canonical.graph)}
+    def _note(self, names: set[str], declined: Mapping[str, str]) -> None:
         self.kept.update(names - declined.keys())
         self.declined.update(declined)
         for name in self.kept & self.declined.keys():
@@ -132,12 +132,15 @@ class Lowering:
 
     def graph(self, canonical: fx.GraphModule) -> fx.GraphModule:
         """One canonical graph, or a part of one, on the backend's kernels."""
+        return self._lowered(canonical)[0]
+
+    def _lowered(self, canonical: fx.GraphModule) -> tuple[fx.GraphModule, Mapping[str, str]]:
+        """The lowered graph, and the sites of it that run in float after all, with the reason."""
         context = PassContext(copy_graph(canonical), self.plan, self.params)
         run_passes(context, (*QUANTIZE, *self.backend.kernels().passes))
         lowered = self.backend.lower(context)
-        self._note(canonical, context.declined)
         run_passes(PassContext(lowered), [dynamic_sizes])
-        return settle_names(lowered)
+        return settle_names(lowered), context.declined
 
 
 def _lent(module: nn.Module, region: Region) -> nn.Module:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "batch_size",
+    "difference",
     "exact_unmasked",
     "masked",
     "other_sizes",
@@ -172,21 +173,31 @@ def verify(graph: CapturedGraph, call: Call, expected: list[Any]) -> bool:
     return all(same)
 
 
-def _same(actual: Any, expected: Any) -> bool:
-    """Bit equality of one output; raises where more than float rounding differs."""
+def difference(actual: Any, expected: Any) -> tuple[bool, str]:
+    """How one output compares: whether it is bit-equal, and what differs beyond float rounding."""
     if not isinstance(expected, Tensor):
         if actual != expected:
-            raise CaptureFailed(f"the graph gives {actual!r} where the module gives {expected!r}")
-        return True
+            return False, f"the graph gives {actual!r} where the module gives {expected!r}"
+        return True, ""
+    if not isinstance(actual, Tensor):
+        return False, f"the graph gives {actual!r} where the module gives a tensor"
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
-        raise CaptureFailed(
+        return False, (
             f"the graph gives {tuple(actual.shape)} {actual.dtype}, "
             f"the module {tuple(expected.shape)} {expected.dtype}"
         )
-    x, y = actual.nan_to_num(), expected.nan_to_num()
+    x, y = actual.detach().nan_to_num(), expected.detach().nan_to_num()
     if torch.equal(x, y):
-        return True
-    gap = (x - y).abs().max() if x.is_floating_point() else torch.tensor(torch.inf)
-    if gap > ROUNDING * y.abs().max():
-        raise CaptureFailed(f"the graph's output differs from the module's by up to {gap:.3g}")
-    return False
+        return True, ""
+    gap = float((x - y).abs().max()) if x.is_floating_point() else torch.inf
+    if not x.is_floating_point() or gap > ROUNDING * float(y.abs().max()):
+        return False, f"the graph's output differs from the module's by up to {gap:.3g}"
+    return False, ""
+
+
+def _same(actual: Any, expected: Any) -> bool:
+    """Bit equality of one output; raises where more than float rounding differs."""
+    equal, wrong = difference(actual, expected)
+    if wrong:
+        raise CaptureFailed(wrong)
+    return equal

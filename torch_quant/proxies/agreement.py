@@ -19,7 +19,7 @@ from torch_quant.graph.capture import Executor, Region, Reopened
 from torch_quant.graph.export import CapturedGraph
 from torch_quant.graph.outputs import flatten_output
 from torch_quant.graph.running import CAPTURING, frozen, no_fastpath
-from torch_quant.graph.verification import ROUNDING
+from torch_quant.graph.verification import difference
 from torch_quant.proxies.values import copied
 
 __all__ = ["comparable", "disagrees", "kind_of", "raises", "settle"]
@@ -51,7 +51,9 @@ def disagrees(region: Region, inputs: tuple[Any, dict[str, Any]], outputs: Any) 
     with CAPTURING, frozen(region.module):
         expected, _ = flatten_output(region.module(*args, **kwargs))
     actual, _ = flatten_output(outputs)
-    return len(actual) != len(expected) or not all(map(_close, actual, expected))
+    return len(actual) != len(expected) or any(
+        difference(x, y)[1] for x, y in zip(actual, expected, strict=True)
+    )
 
 
 def raises(region: Region, inputs: tuple[Any, dict[str, Any]]) -> bool:
@@ -63,17 +65,6 @@ def raises(region: Region, inputs: tuple[Any, dict[str, Any]]) -> bool:
     except Exception:  # whatever it is: it is the model's own
         return True
     return False
-
-
-def _close(x: Any, y: Any) -> bool:
-    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
-        return bool(x == y)
-    if x.shape != y.shape or x.dtype != y.dtype:
-        return False
-    if not x.is_floating_point():
-        return torch.equal(x, y)
-    x, y = x.detach().nan_to_num(), y.nan_to_num()
-    return bool(x.numel() == 0 or (x - y).abs().max() <= ROUNDING * y.abs().max())
 
 
 class _Found(Exception):
