@@ -14,7 +14,7 @@ import torch
 from harness import interleaved_latency, minilm, minilm_inputs, report
 
 from torch_quant import QConfig, Quantizer
-from torch_quant.observers import OBSERVERS
+from torch_quant.statistics import OBSERVERS
 
 
 def import_seconds(statement: str, repeats: int = 5) -> float:

@@ -19,7 +19,7 @@ from minilm_data import embed, load_pairs, model_folder, retrieval
 from networks import DepthwiseCNN, SmallViT
 
 from torch_quant import QConfig, Quantizer, cosine, sqnr
-from torch_quant.observers import OBSERVERS
+from torch_quant.statistics import OBSERVERS
 
 
 def digits_rows(observers: list[str]) -> list[dict[str, Any]]:

@@ -16,10 +16,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "torch_quant"
 
 LAYERS = (
-    "version", "errors", "core", "observers", "config", "nn", "graph", "passes", "state", "model",
+    "version", "errors", "core", "statistics", "config", "nn", "graph", "passes", "state", "model",
     "sensitivity", "backends", "algorithms", "io", "report", "settings", "session",
     "explain", "unseen", "configuration", "proxies",
-    "fallback", "quantizer_base", "quantizer",
+    "fallback", "quantizer_base", "quantizer_files", "quantizer",
     "tuning", "cli",
 )  # fmt: skip
 """Each is ``torch_quant/<name>.py`` or ``torch_quant/<name>/``, and may import from its left."""
@@ -28,7 +28,7 @@ OPTIONAL = {
     "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "openvino",
     "intel_extension_for_pytorch", "matplotlib", "tabulate", "tqdm", "scipy", "sklearn", "yaml",
 }  # fmt: skip
-AO = {"observers/ao_adapter.py", "graph/decomposed.py"}
+AO = {"statistics/ao_adapter.py", "graph/decomposed.py"}
 MOST_LINES = 400
 
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))

@@ -22,7 +22,7 @@ from torch_quant import (
     QuantSpec,
 )
 from torch_quant.backends import IPEXBackend, ReferenceBackend
-from torch_quant.observers import HistogramObserver, MinMaxObserver
+from torch_quant.statistics import HistogramObserver, MinMaxObserver
 
 WEIGHT = QuantSpec.of(bits=4, signed=True, symmetric=True, per_channel=True)
 
@@ -218,7 +218,7 @@ class Mine(MinMaxObserver):
     ("options", "message"),
     [
         ({"overrides": {lambda site: True: None}}, r"<lambda>\(\) is a function, which is no data"),
-        ({"qconfig": QConfig(observer=Mine)}, "object of Python.*register_observer"),
+        ({"qconfig": QConfig(observer=Mine)}, "object of Python.*register_statistic"),
         ({"overrides": {"a": QConfig(weight_observer=Mine)}}, "override 'a': the observer"),
         ({"backend": ReferenceBackend()}, "options of its own"),
         ({"module_filter": ModuleFilter(exclude_classes=type("A", (nn.Module,), {}))}, "its path"),

@@ -268,7 +268,7 @@ def test_whose_observer_a_shared_tensor_has(reader: str) -> None:
     quantizer = calibrated(
         model, [((torch.ones(2, 4),), {})], backend="reference", overrides=overrides
     )
-    names = {key: observer.name for key, observer in quantizer.state.observers.items()}
+    names = {key: kept["range"].name for key, kept in quantizer.state.statistics.items()}
     found = quantizer.explain("1")["observer"]
     assert names["0"] == found.value == "histogram"
     assert found.rule == f"override {reader[-1]!r}"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from zoo import ZOO, samples
 
 from torch_quant import InvalidConfig, ModuleFilter, QConfig, Quantizer, QuantSpec, sqnr
-from torch_quant.observers import from_ao
+from torch_quant.statistics import from_ao
 
 
 def test_one_calibration_serves_every_backend_and_format() -> None:
@@ -41,7 +41,7 @@ def test_an_observer_of_torch_ao() -> None:
     )
     x = example("small_cnn", 4)
     assert torch.equal(ours.quantize(model)(*x), theirs.quantize(model)(*x))
-    with pytest.raises(InvalidConfig, match="unknown observer"):
+    with pytest.raises(InvalidConfig, match="unknown statistic"):
         Quantizer("reference").load_state_dict(theirs.state_dict())
 
 

@@ -16,7 +16,8 @@ from models import MODELS, example, normal
 from torch import Tensor, nn
 
 from torch_quant import InvalidConfig, PerChannel, Quantizer, QuantSpec
-from torch_quant.observers import OBSERVERS
+from torch_quant.state import RANGE
+from torch_quant.statistics import OBSERVERS, MinMaxObserver, Observer
 
 Path = tuple[str, ...]
 
@@ -42,7 +43,7 @@ def saved() -> dict[str, Any]:
         for axis in (None, -1):
             observer = OBSERVERS[name](None if axis is None else PerChannel(axis))
             observer.observe(normal(64, 3))
-            quantizer.state.observers[f"{name} {axis}"] = observer
+            quantizer.state.put(f"{name} {axis}", RANGE, observer)
     return quantizer.state_dict()
 
 
@@ -119,7 +120,7 @@ def test_every_entry_that_is_missing_is_named(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [p for p in paths(STATE) if isinstance(at(STATE, p), dict)])
 def test_every_entry_too_many_is_named(path: Path) -> None:
-    named = {("model",), ("fallback",), ("state", "observers"), ("state", "weights")}
+    named = {("model",), ("fallback",), ("state", "statistics"), ("state", "weights")}
     if path in named:  # any name may be a key, but not any key a name
         state = copy.deepcopy(STATE)
         at(state, path)[7] = next(iter(at(STATE, path).values()))
@@ -138,21 +139,38 @@ def test_what_is_no_state_at_all(state: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s["observers"]["minmax None"].update(min_val=torch.tensor(9.0)), "above"),
-        (lambda s: s["observers"]["minmax -1"].update(min_val=torch.zeros(4)), "'max_val'"),
-        (lambda s: s["observers"]["histogram -1"]["counts"].neg_(), "negative counts"),
-        (lambda s: s["observers"]["entropy -1"]["first"].add_(9), "cover"),
-        (lambda s: s["observers"]["entropy -1"]["level"].sub_(1), "cover"),
-        (lambda s: s["observers"]["percentile None"]["level"].add_(5000), "percentile None"),
-        (lambda s: s["observers"]["moving_average -1"].update(momentum=1.5), "momentum"),
-        (lambda s: s["observers"]["minmax None"].update(observer="magic"), "unknown observer"),
-        (lambda s: s.update(batches=0), "batches"),
+        (
+            lambda s: s["minmax None"]["range"].update(min_val=torch.tensor(9.0)),
+            "above",
+        ),
+        (
+            lambda s: s["minmax -1"]["range"].update(min_val=torch.zeros(4)),
+            "'max_val'",
+        ),
+        (lambda s: s["histogram -1"]["range"]["counts"].neg_(), "negative counts"),
+        (lambda s: s["entropy -1"]["range"]["first"].add_(9), "cover"),
+        (lambda s: s["entropy -1"]["range"]["level"].sub_(1), "cover"),
+        (
+            lambda s: s["percentile None"]["range"]["level"].add_(5000),
+            "percentile None",
+        ),
+        (lambda s: s["moving_average -1"]["range"].update(momentum=1.5), "momentum"),
+        (
+            lambda s: s["minmax None"]["range"].update(statistic="magic"),
+            "unknown statistic",
+        ),
     ],
 )
 def test_contradictions(change: Callable[[dict[str, Any]], Any], message: str) -> None:
     state = copy.deepcopy(STATE)
-    change(state["state"])
+    change(state["state"]["statistics"])
     assert message in assert_refused(state)
+
+
+def test_no_batches_but_data() -> None:
+    state = copy.deepcopy(STATE)
+    state["state"]["batches"] = 0
+    assert "batches" in assert_refused(state)
 
 
 def test_an_unknown_precision_is_refused() -> None:
@@ -171,23 +189,30 @@ def test_a_state_of_version_1() -> None:
     """It says no version, and names the axis of channels; their statistics had one dimension."""
     old = copy.deepcopy(STATE)
     del old["state"]["version"]
-    for observer in old["state"]["observers"].values():
+    old["state"]["observers"] = {}
+    for key, kept in old["state"].pop("statistics").items():
+        observer = old["state"]["observers"][key] = kept["range"]
+        observer["observer"] = observer.pop("statistic")
         if observer.pop("granularity", None):
             observer["ch_axis"] = -1
             observer |= {end: observer[end].flatten() for end in ("min_val", "max_val")}
     quantizer, expected = Quantizer("reference"), Quantizer("reference")
     quantizer.load_state_dict(old)
     expected.load_state_dict(STATE)
-    for name, observer in quantizer.state.observers.items():
+    for name, kept in quantizer.state.statistics.items():
+        observer = kept[RANGE]
+        assert isinstance(observer, Observer)
         spec = QuantSpec.of(granularity=observer.granularity)
-        ours, theirs = (q.state.observers[name].qparams(spec) for q in (quantizer, expected))
+        ours, theirs = (q.state.qparams(name, spec) for q in (quantizer, expected))
         assert torch.equal(ours.scale.flatten(), theirs.scale.flatten())
-    before = quantizer.state.observers["minmax -1"].min_val
-    quantizer.state.observers["minmax -1"].observe(-9 * torch.ones(2, 5, 3))
-    assert (quantizer.state.observers["minmax -1"].min_val.flatten() < before).all()
+    channels = quantizer.state.find("minmax -1")
+    assert isinstance(channels, MinMaxObserver)
+    before = channels.min_val
+    channels.observe(-9 * torch.ones(2, 5, 3))
+    assert (channels.min_val.flatten() < before).all()
 
 
-@pytest.mark.parametrize("version", [0, 3, True, "2", None])
+@pytest.mark.parametrize("version", [0, 4, True, "2", None])
 def test_another_version_is_refused(version: Any) -> None:
     assert "version" in assert_refused(STATE | {"state": STATE["state"] | {"version": version}})
 

@@ -19,7 +19,7 @@ from torch_quant.core.naming import (
 from torch_quant.core.plan import is_share
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
-from torch_quant.observers import OBSERVERS, Observer, observer_class
+from torch_quant.statistics import OBSERVERS, Observer, observer_class
 
 __all__ = [
     "ModuleFilter",
@@ -122,7 +122,7 @@ def _registered_name(observer: ObserverLike) -> str:
         return str(name)
     raise InvalidConfig(
         f"the observer {observer!r} is an object of Python and cannot be written as data: give it "
-        "a name with torch_quant.observers.register_observer"
+        "a name with torch_quant.statistics.register_statistic"
     )
 
 

@@ -12,9 +12,9 @@ from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.rules import modules_of, rules_for
 from torch_quant.graph.sites import Site
-from torch_quant.observers import DEFAULT_OBSERVER
 from torch_quant.session import Session
 from torch_quant.settings import observer_name
+from torch_quant.statistics import DEFAULT_OBSERVER
 
 __all__ = ["Decision", "Explanation", "explain"]
 
@@ -197,8 +197,8 @@ class _Facts:
             else [f"decided at {first.name}, which shares the tensor"]
         )
         wanted = observer_name(asked or DEFAULT_OBSERVER)
-        recorded = self.session.state.observers.get(key)
-        if recorded is None or not recorded.batches:
+        recorded = self.session.state.find(key)
+        if recorded is None:
             return Decision("observer", wanted, rule, "; ".join([*why, "nothing recorded yet"]))
         if recorded.name != wanted:
             why.append(f"ranges are there already, and {wanted} was asked for")

@@ -52,7 +52,11 @@ def fingerprint(model: nn.Module) -> Fingerprint:
 
 def check_same(before: Fingerprint, model: nn.Module) -> None:
     """Raise :class:`NotCalibrated` if ``model`` is not the one that ``before`` was taken of."""
-    after = fingerprint(model)
+    check_fingerprint(before, fingerprint(model))
+
+
+def check_fingerprint(before: Fingerprint, after: Fingerprint) -> None:
+    """Raise :class:`NotCalibrated` unless both are of one model."""
     for name in (*before, *after):
         if before.get(name) != after.get(name):
             raise NotCalibrated(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,24 +12,20 @@ from torch import nn
 from torch_quant.backends import Backend
 from torch_quant.backends.quantized import QuantizedRegion
 from torch_quant.config import OverrideKey, QConfig
-from torch_quant.configuration import read_configuration
 from torch_quant.core.plan import QuantPlan
-from torch_quant.errors import NotCalibrated
 from torch_quant.explain import Explanation, explain
 from torch_quant.fallback import precision_of
-from torch_quant.io.summary import load_summary, save_summary
 from torch_quant.proxies import AmpModel, AmpOptions, CalibModel, Latency, LossFn
-from torch_quant.quantizer_base import QuantizerBase
+from torch_quant.quantizer_files import QuantizerFiles
 from torch_quant.report.coverage import Coverage
 from torch_quant.report.sensitivity import SensitivityReport
-from torch_quant.state import check_saved
 
 __all__ = ["Quantizer"]
 
 logger = logging.getLogger("torch_quant")
 
 
-class Quantizer(QuantizerBase):
+class Quantizer(QuantizerFiles):
     """Makes proxies of a float model and keeps what they learn. The model is never changed.
 
     Args:
@@ -58,39 +53,6 @@ class Quantizer(QuantizerBase):
     >>> quantizer.quantize(model)(torch.ones(3, 4)).shape
     torch.Size([3, 2])
     """
-
-    @classmethod
-    def from_config(cls, config: str | os.PathLike[str] | Mapping[str, Any]) -> Quantizer:
-        """A quantizer with the settings of a file, or of data.
-
-        Args:
-            config: the path of a JSON or YAML file (``pip install pyyaml``), or what it would hold.
-
-        Raises:
-            InvalidConfig: it cannot be read, or holds a mistake; says which, in which line, and
-                what was expected.
-            BackendUnavailable: its backend does not run on this machine.
-
-        >>> config = {"backend": "reference", "overrides": {"head": {"input": {"bits": 6}}}}
-        >>> Quantizer.from_config(config).overrides["head"].input.bits
-        6
-        """
-        return cls(**read_configuration(config))
-
-    def to_config(self, path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
-        """The settings as plain data, for :meth:`from_config`; ranges and fallback are none.
-
-        Args:
-            path: also write them there, as JSON or YAML by its ending.
-
-        Raises:
-            InvalidConfig: a function, or an observer or backend of yours that has no name, is among
-                them; the path cannot be written.
-
-        >>> Quantizer("reference", overrides={nn.Embedding: None}).to_config()
-        {'version': 1, 'backend': 'reference', 'overrides': {'class:torch.nn.Embedding': None}}
-        """
-        return self._to_config(path)
 
     def set(self, pattern: OverrideKey, config: QConfig | None) -> None:
         """Add an override, or put it in the place of that with the same key.
@@ -327,62 +289,3 @@ class Quantizer(QuantizerBase):
         chosen, session = self._ready(model, backend, example_inputs, "coverage")
         captured, plan = session.captured, session.plan(chosen)
         return Coverage.of(captured, captured.as_lowered(plan, chosen.name), repr(chosen))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Ranges, their model and what fell back: plain values and tensors, for ``torch.save``.
-
-        >>> sorted(Quantizer("reference").state_dict())
-        ['fallback', 'model', 'state']
-        """
-        return {
-            "state": self.state.state_dict(),
-            "model": dict(self.state.fingerprint),
-            "fallback": dict(self.fallen_back),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back :meth:`state_dict`; raises :class:`InvalidConfig` if it is something else.
-
-        Nothing changes then.
-
-        >>> quantizer = Quantizer("reference")
-        >>> quantizer.load_state_dict(Quantizer("onednn").state_dict())
-        """
-        fingerprint, fallen = check_saved(state)
-        self.state.load_state_dict(state["state"])
-        self.state.fingerprint, self.fallen_back = fingerprint, fallen
-        self.plan = QuantPlan()
-
-    def save_summary(self, path: str | os.PathLike[str]) -> None:
-        """Write the last plan and its ranges as JSON, to be read, edited and given back.
-
-        Raises:
-            NotCalibrated: nothing was quantized yet.
-            InvalidConfig: the path cannot be written.
-
-        >>> model, quantizer = nn.Embedding(4, 2), Quantizer("reference")
-        >>> _ = quantizer.quantize(model, example_inputs=torch.tensor([0]))
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     quantizer.save_summary(f"{folder}/summary.json")
-        """
-        if not self.plan:
-            raise NotCalibrated("there is no plan yet: quantizer.quantize(model) first")
-        save_summary(path, self.plan, self.state)
-
-    def load_summary(self, path: str | os.PathLike[str]) -> None:
-        """Take formats, ranges and what stays in float from a summary, edited or not.
-
-        It goes before the configuration given to the constructor, site by site.
-
-        Raises:
-            InvalidConfig: the file holds a mistake; or, when used, what the model does not have.
-                Both say in which line.
-
-        >>> Quantizer("reference").load_summary("missing.json")  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-        torch_quant.errors.InvalidConfig: cannot read the summary missing.json: ...
-        """
-        summary = load_summary(path)
-        summary.apply_to(self.state)
-        self._summary = summary

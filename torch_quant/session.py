@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from torch_quant.algorithms.smoothquant import SmoothQuant, channels_key, is_channels_key
+from torch_quant.algorithms.smoothquant import SmoothQuant
 from torch_quant.backends import Backend
 from torch_quant.backends.lowering import Lowering
 from torch_quant.config import ObserverLike, QConfig
@@ -23,9 +23,15 @@ from torch_quant.errors import InvalidConfig, QuantError
 from torch_quant.graph.annotate import annotate
 from torch_quant.graph.sites import Site
 from torch_quant.model import CapturedModel
-from torch_quant.observers import DEFAULT_OBSERVER, MinMaxObserver, Observer, observer_class
 from torch_quant.settings import Settings, observer_name
-from torch_quant.state import QuantState
+from torch_quant.state import CHANNELS, RANGE, Makers, QuantState
+from torch_quant.statistics import (
+    DEFAULT_OBSERVER,
+    MinMaxObserver,
+    Observer,
+    Statistic,
+    observer_class,
+)
 
 __all__ = ["Calibrated", "Owner", "Session", "Snapshot"]
 
@@ -64,9 +70,7 @@ class Snapshot:
     @classmethod
     def of(cls, owner: Owner, backend: Backend) -> Snapshot:
         """A copy of what ``owner`` knows now, to run on ``backend``."""
-        state = QuantState()
-        state.observers = copy.deepcopy(owner.state.observers)
-        state.batches = owner.state.batches
+        state = owner.state.copied()
         settings = replace(owner.settings, overrides=dict(owner.settings.overrides))
         return cls(backend, settings, state, dict(owner.fallen_back))
 
@@ -157,25 +161,25 @@ class Session:
 
     # What calibration records
 
-    def statistics(self, key: str) -> tuple[str, ...]:
-        """Under which names a tensor is recorded: its own, and that of its channels if wanted."""
+    def statistics(self, key: str) -> Makers:
+        """What is recorded of a tensor: its range, and the extremes of its channels if wanted."""
         smoothed = (
             site.smoothable and site.inputs == (key,) and self._smooths(site)
             for prepared in self.captured.graphs()
             for site, _ in prepared.sites
         )
-        return (key, channels_key(key)) if any(smoothed) else (key,)
+        found: dict[str, Callable[[], Statistic]] = {RANGE: partial(self.observer, key)}
+        if any(smoothed):
+            found[CHANNELS] = partial(MinMaxObserver, PerChannel(-1))
+        return found
 
     def _smooths(self, site: Site) -> bool:
         config = self.settings.summary.plan.get(site.name) or self._config(site)
         return config is not None and config.smooth is not None
 
-    def observer(self, name: str) -> Observer:
-        """A new observer for a recorded name: that of the site which decides, see
-        :meth:`observed_by`."""
-        if is_channels_key(name):
-            return MinMaxObserver(PerChannel(-1))
-        _, config = self.observed_by(name)
+    def observer(self, key: str) -> Observer:
+        """A new observer for a tensor: that of the site which decides, see :meth:`observed_by`."""
+        _, config = self.observed_by(key)
         return _made((config and config.observer) or DEFAULT_OBSERVER, PerTensor())
 
     def observed_by(self, key: str) -> tuple[Site, QConfig | None]:
@@ -218,8 +222,8 @@ class Session:
                     using.setdefault(key, []).append(site)
         found = []
         for key, sites in using.items():
-            recorded = self.state.observers.get(key)
-            if key in settings.summary.ranges or recorded is None or not recorded.batches:
+            recorded = self.state.find(key)
+            if key in settings.summary.ranges or recorded is None:
                 continue
             site, config = self._deciding(key, sites)
             if config is not None and config.observer is not None:

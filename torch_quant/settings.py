@@ -70,7 +70,7 @@ class Settings:
 def observer_name(choice: ObserverLike) -> str:
     """The name of an observer that a :class:`QConfig` asks for.
 
-    >>> from torch_quant.observers import MinMaxObserver
+    >>> from torch_quant.statistics import MinMaxObserver
     >>> observer_name("minmax"), observer_name(MinMaxObserver)
     ('minmax', 'minmax')
     """

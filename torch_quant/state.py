@@ -1,4 +1,4 @@
-"""What calibration has learned: tensor key -> observer, and the weights that it holds for."""
+"""What calibration has learned: the statistics of each tensor, and the weights they hold for."""
 
 from __future__ import annotations
 
@@ -18,13 +18,20 @@ from torch_quant.core.plan import PRECISIONS
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig, NotCalibrated, QuantError
-from torch_quant.observers import OBSERVERS, Observer, observer_class
-from torch_quant.observers.base import count_of, entry
+from torch_quant.statistics import STATISTICS, Observer, Statistic, statistic_class
+from torch_quant.statistics.base import count_of, entry
 
-__all__ = ["QuantState", "check_saved", "weight_checksums"]
+__all__ = ["CHANNELS", "RANGE", "Makers", "QuantState", "check_saved", "weight_checksums"]
 
-VERSION = 2
-"""Of saved states. Those of version 1, which do not say theirs, are read too."""
+VERSION = 3
+"""Of saved states. Earlier ones are read too; those of version 1 do not say theirs."""
+
+RANGE = "range"
+"""The statistic of a tensor that its scale comes from: an observer."""
+CHANNELS = "channels"
+"""The extremes of each channel, which is the last dimension."""
+Makers = Mapping[str, Callable[[], Statistic]]
+"""Which statistics are wanted of a tensor, by what they are for -> what makes a new one."""
 
 logger = logging.getLogger("torch_quant")
 
@@ -58,7 +65,8 @@ class QuantState:
     """Statistics of every candidate tensor of one model, and how many batches gave them."""
 
     def __init__(self) -> None:
-        self.observers: dict[str, Observer] = {}
+        self.statistics: dict[str, dict[str, Statistic]] = {}
+        """Tensor key -> what it is for, :data:`RANGE` say -> the statistic."""
         self.batches = 0
         self.lock = threading.RLock()
         """Held for a batch: observers see one at a time."""
@@ -74,11 +82,11 @@ class QuantState:
     @contextlib.contextmanager
     def batch(self) -> Iterator[None]:
         """One calibration batch: recorded whole, or not at all if anything raises."""
-        saved = copy.deepcopy(self.observers)
+        saved = copy.deepcopy(self.statistics)
         try:
             yield
         except BaseException:
-            self.observers = saved
+            self.statistics = saved
             raise
         self.batches += 1
         self.version += 1
@@ -117,37 +125,82 @@ class QuantState:
             rest,
         )
 
-    def put(self, observers: Mapping[str, Observer]) -> None:
-        """Put observers in the place of those of the same tensors."""
-        self.observers |= observers
+    def find(self, key: str, what: str = RANGE) -> Statistic | None:
+        """A statistic of a tensor, None where nothing was recorded."""
+        found = self.statistics.get(key, {}).get(what)
+        return found if found is not None and found.batches else None
+
+    def put(self, key: str, what: str, statistic: Statistic) -> None:
+        """Put a statistic in the place of the one that was recorded."""
+        self.statistics.setdefault(key, {})[what] = statistic
         self.batches = max(self.batches, 1)
         self.version += 1
 
-    def observe(self, makers: Mapping[str, Callable[[], Observer]], x: Tensor) -> None:
+    def observe(self, key: str, makers: Makers, x: Tensor) -> None:
         """Record one tensor.
 
         Args:
-            makers: the names it is recorded under, and what makes the observer of a new one.
+            key: of the tensor.
+            makers: the statistics that are wanted of it.
             x: its value, float, any shape.
 
         Raises:
             QuantError: ``x`` is empty or not finite; names the tensor and the batch.
         """
-        for name, make in makers.items():
-            if name not in self.observers:
-                self.observers[name] = make()
+        kept = self.statistics.setdefault(key, {})
+        for what, make in makers.items():
+            if what not in kept:
+                kept[what] = make()
             try:
-                self.observers[name].observe(x)
+                kept[what].observe(x)
             except QuantError as error:
                 raise QuantError(
-                    f"calibration batch {self.batches}, at {name.removeprefix(':')}: {error}. "
+                    f"calibration batch {self.batches}, at {key.removeprefix(':')}: {error}. "
                     "Nothing of this batch was recorded; leave it out or mend it and go on."
                 ) from error
 
+    def copied(self) -> QuantState:
+        """A copy of the statistics, which later ones do not reach."""
+        made = QuantState()
+        made.take(self)
+        made.statistics = copy.deepcopy(self.statistics)
+        return made
+
+    def take(self, other: QuantState) -> None:
+        """Have what ``other`` has."""
+        self.statistics, self.batches = other.statistics, other.batches
+        self.weights, self._marks = other.weights, None
+        self.version += 1
+
+    def merge(self, other: QuantState) -> None:
+        """Take in what another calibration of the same model has recorded, whole or not at all.
+
+        Raises:
+            InvalidConfig: a tensor was recorded by other statistics there; names it.
+        """
+        merged = copy.deepcopy(self.statistics)
+        for key, theirs in other.statistics.items():
+            ours = merged.setdefault(key, {})
+            for what, statistic in theirs.items():
+                try:
+                    if what in ours:
+                        ours[what].merge(statistic)
+                    else:
+                        ours[what] = copy.deepcopy(statistic)
+                except InvalidConfig as error:
+                    raise InvalidConfig(f"the {what} of {key}: {error}") from error
+        if self.weights and other.weights and self.weights != other.weights:
+            logger.warning(
+                "the calibrations that are merged ran with other weights: the ranges mix both"
+            )
+        self.statistics, self.batches = merged, self.batches + other.batches
+        self.weights = self.weights or dict(other.weights)
+        self.version += 1
+
     def qparams(self, key: str, spec: QuantSpec) -> QParams:
         """The grid of a tensor; raises :class:`NotCalibrated` where no data passed it."""
-        observer = self.observers.get(key)
-        if observer is None or observer.batches == 0:
+        observer = self.find(key)
+        if not isinstance(observer, Observer):
             raise NotCalibrated(
                 f"no calibration data passed {key}; run data through quantizer.calib(model) that "
                 "reaches it, or exclude it with ModuleFilter(exclude_names=...)"
@@ -156,20 +209,24 @@ class QuantState:
 
     def describe(self) -> dict[str, Any]:
         """How the ranges came about: the number of batches, and the observers by name."""
-        names = sorted({observer.name for observer in self.observers.values()})
-        return {"batches": self.batches, "observers": names}
+        found = (kept[RANGE].name for kept in self.statistics.values() if RANGE in kept)
+        return {"batches": self.batches, "observers": sorted(set(found))}
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only, so that ``torch.load(weights_only=True)`` reads it."""
-        foreign = {each.name for each in self.observers.values()} - set(OBSERVERS)
-        if foreign:
+        names = {each.name for kept in self.statistics.values() for each in kept.values()}
+        if foreign := names - set(STATISTICS):
             logger.warning("ranges of %s can be saved but not loaded", ", ".join(sorted(foreign)))
         return {
             "version": VERSION,
             "batches": self.batches,
-            "observers": {
-                key: {"observer": observer.name, **observer.state_dict()}
-                for key, observer in self.observers.items()
+            "statistics": {
+                key: {
+                    what: {"statistic": each.name, **each.state_dict()}
+                    for what, each in kept.items()
+                }
+                for key, kept in self.statistics.items()
+                if kept
             },
             "weights": dict(self.weights),
         }
@@ -181,27 +238,26 @@ class QuantState:
             InvalidConfig: it is something else; says which entry is wrong.
         """
         try:
-            _check_entries(state, {"batches", "observers"}, {"weights", "version"})
-            version = count_of(state, "version") if "version" in state else 1
+            _check_entries(state, {"batches"}, {"version", "statistics", "observers", "weights"})
+            version = count_of(state, "version") if {"version", "statistics"} & set(state) else 1
             if not 1 <= version <= VERSION:
-                raise InvalidConfig(f"'version' is {version}; expected 1 or {VERSION}")
+                raise InvalidConfig(f"'version' is {version}; expected 1 to {VERSION}")
+            tensors = "statistics" if version == VERSION else "observers"
+            _check_entries(state, {"batches", tensors}, {"weights", "version"})
             batches = count_of(state)
-            observers = {}
-            for key, saved in _by_name(state, "observers", Mapping).items():
-                try:
-                    observers[key] = _observer(_renewed(saved) if version == 1 else saved)
-                except Exception as error:  # whatever a class of the user's raises
-                    raise InvalidConfig(f"observer of {key!r}: {_facts(error)}") from error
+            saved = _by_name(state, tensors, Mapping)
+            statistics = _statistics(saved if version == VERSION else _renewed(saved, version))
             weights = _by_name(state, "weights", int) if "weights" in state else {}
             for name in weights:
                 count_of(weights, name)
-            if not batches and any(observer.batches for observer in observers.values()):
-                raise InvalidConfig("'batches' is 0, but observers have seen data")
+            seen = (each.batches for kept in statistics.values() for each in kept.values())
+            if not batches and any(seen):
+                raise InvalidConfig("'batches' is 0, but statistics have seen data")
         except InvalidConfig as error:
             raise InvalidConfig(f"not a calibration state: {error}") from error
-        self.observers, self.batches, self.weights = observers, batches, weights
-        self._marks = None
-        self.version += 1
+        loaded = QuantState()
+        loaded.statistics, loaded.batches, loaded.weights = statistics, batches, weights
+        self.take(loaded)
 
 
 def check_saved(state: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
@@ -257,26 +313,51 @@ def _by_name(state: Mapping[str, Any], name: str, kind: Any) -> dict[str, Any]:
     return dict(found)
 
 
-def _renewed(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """An observer's entries in the present form, from those of version 1.
+def _renewed(saved: Mapping[str, Any], version: int) -> dict[str, dict[str, Any]]:
+    """The entries of versions 1 and 2 in the present form.
 
-    It named the axis of the channels; its states hold such statistics of the last one only.
+    They had one observer for each name, and ``[channels]`` behind the names of channels. Version 1
+    named the axis of the channels, and has such statistics of the last one only.
     """
-    if "granularity" in saved:
-        raise InvalidConfig("'granularity' belongs to version 2, but the state has no 'version'")
-    found = dict(saved)
-    axis = entry(found, "ch_axis", int, type(None)) if "ch_axis" in found else None
-    found.pop("ch_axis", None)
-    return found if axis is None else found | {"granularity": str(PerChannel(axis))}
+    found: dict[str, dict[str, Any]] = {}
+    for name, values in saved.items():
+        values = dict(values)
+        if version == 1 and "granularity" in values:
+            raise InvalidConfig(
+                "'granularity' belongs to version 2, but the state has no 'version'"
+            )
+        axis = entry(values, "ch_axis", int, type(None)) if "ch_axis" in values else None
+        if version == 1 and axis is not None:
+            values["granularity"] = str(PerChannel(axis))
+        if version == 1:
+            values.pop("ch_axis", None)
+        if "observer" in values:
+            values["statistic"] = values.pop("observer")
+        key = name.removesuffix("[channels]")
+        found.setdefault(key, {})[RANGE if key == name else CHANNELS] = values
+    return found
 
 
-def _observer(saved: Mapping[str, Any]) -> Observer:
-    observer = observer_class(entry(saved, "observer", str))()
-    values = {name: value for name, value in saved.items() if name != "observer"}
-    observer.load_state_dict(values)
-    if unknown := set(values) - set(observer.state_dict()):
-        raise InvalidConfig(f"{_listed(unknown)} is no entry of {observer.name!r}")
-    return observer
+def _statistics(saved: Mapping[str, Any]) -> dict[str, dict[str, Statistic]]:
+    found: dict[str, dict[str, Statistic]] = {}
+    for key, kept in saved.items():
+        for what, values in _by_name(saved, key, Mapping).items():
+            try:
+                found.setdefault(key, {})[what] = _statistic(values)
+            except Exception as error:  # whatever a class of the user's raises
+                raise InvalidConfig(f"the {what} of {key!r}: {_facts(error)}") from error
+        if not kept:
+            raise InvalidConfig(f"{key!r} has no statistic, {RANGE!r} say")
+    return found
+
+
+def _statistic(saved: Mapping[str, Any]) -> Statistic:
+    statistic = statistic_class(entry(saved, "statistic", str))()
+    values = {name: value for name, value in saved.items() if name != "statistic"}
+    statistic.load_state_dict(values)
+    if unknown := set(values) - set(statistic.state_dict()):
+        raise InvalidConfig(f"{_listed(unknown)} is no entry of {statistic.name!r}")
+    return statistic
 
 
 def _facts(error: Exception) -> str:

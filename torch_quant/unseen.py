@@ -123,7 +123,6 @@ class UnseenCalls:
             entry = plan[site.name]
             if entry.quantized and entry.activation is not None:
                 keys = [*site.inputs, *site.internals, *([entry.stored] if entry.stored else [])]
-                seen = (self._learned.state.observers.get(key) for key in keys)
-                if any(each is None or each.batches == 0 for each in seen):
+                if any(self._learned.state.find(key) is None for key in keys):
                     found.append(site.name)
         return list(dict.fromkeys(found))

@@ -8,12 +8,19 @@ import pytest
 
 from torch_quant.backends import base
 from torch_quant.graph import ops
-from torch_quant.observers import OBSERVERS
+from torch_quant.statistics import OBSERVERS, STATISTICS
 
 
 @pytest.fixture(autouse=True)
 def registries() -> Iterator[None]:
-    tables = (ops.OPERATORS, ops._BY_TARGET, base._REGISTRY, base._REGISTERED, OBSERVERS)
+    tables = (
+        ops.OPERATORS,
+        ops._BY_TARGET,
+        base._REGISTRY,
+        base._REGISTERED,
+        OBSERVERS,
+        STATISTICS,
+    )
     before = [dict(table) for table in tables]
     yield
     for table, kept in zip(tables, before, strict=True):

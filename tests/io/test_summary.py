@@ -14,7 +14,7 @@ from models import MODELS, example
 
 from torch_quant import InvalidConfig, NotCalibrated, QConfig, Quantizer, QuantSpec
 from torch_quant.backends import available_backends
-from torch_quant.observers import OBSERVERS
+from torch_quant.statistics import OBSERVERS
 
 
 def edit(path: Path) -> Any:

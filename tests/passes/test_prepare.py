@@ -93,7 +93,7 @@ def test_memory_that_nobody_has_written_to_yet_is_no_range() -> None:
         assert sqnr(model(x), quantizer.quantize(model)(x)) > 25
     finally:
         torch.use_deterministic_algorithms(False)
-    assert "new_empty" not in quantizer.state.observers
+    assert "new_empty" not in quantizer.state.statistics
 
 
 def test_the_graphs_stay_as_they_were() -> None:

@@ -25,24 +25,12 @@ from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig, NotCalibrated
 from torch_quant.graph.sites import find_sites
 from torch_quant.model import CapturedModel
-from torch_quant.observers import MinMaxObserver
 from torch_quant.passes.constants import evaluate
 from torch_quant.passes.smooth_inputs import smoothed_key
-from torch_quant.state import QuantState
+from torch_quant.state import CHANNELS, QuantState
+from torch_quant.statistics import MinMaxObserver
 
-__all__ = ["SmoothQuant", "channels_key", "is_channels_key", "smoothing_factor"]
-
-_CHANNELS = "[channels]"
-
-
-def channels_key(key: str) -> str:
-    """The name under which statistics of a tensor's last dimension are kept."""
-    return f"{key}{_CHANNELS}"
-
-
-def is_channels_key(name: str) -> bool:
-    """Whether :func:`channels_key` made this name."""
-    return name.endswith(_CHANNELS)
+__all__ = ["SmoothQuant", "smoothing_factor"]
 
 
 def smoothing_factor(reach: Tensor, weight: Tensor, alpha: float) -> Tensor:
@@ -140,7 +128,7 @@ class SmoothQuant:
         return groups
 
     def _extremes(self, key: str) -> tuple[Tensor, Tensor]:
-        whole, channels = (self._state.observers.get(k) for k in (key, channels_key(key)))
+        whole, channels = self._state.find(key), self._state.find(key, CHANNELS)
         if not isinstance(channels, MinMaxObserver) or whole is None:
             raise NotCalibrated(
                 f"the channels of {key} were not recorded: give QConfig(smooth=...) to the "

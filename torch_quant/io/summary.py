@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torch_quant.algorithms.smoothquant import channels_key
 from torch_quant.core.documents import Lines, read_json
 from torch_quant.core.granularity import PerChannel
 from torch_quant.core.naming import check_names
@@ -23,8 +22,8 @@ from torch_quant.errors import InvalidConfig
 from torch_quant.graph.sites import Site
 from torch_quant.io.files import write_atomically
 from torch_quant.io.summary_schema import FORMAT, VERSION, validate
-from torch_quant.observers import MinMaxObserver, Observer
-from torch_quant.state import QuantState
+from torch_quant.state import CHANNELS, RANGE, QuantState
+from torch_quant.statistics import MinMaxObserver, Observer
 
 __all__ = ["Summary", "load_summary", "save_summary", "write_summary"]
 
@@ -77,14 +76,14 @@ class Summary:
 
     def apply_to(self, state: QuantState) -> None:
         """Put the ranges in the place of what was observed of these tensors."""
-        observers: dict[str, Observer] = {}
         for key, (low, high) in self.ranges.items():
-            observers[key] = MinMaxObserver()
-            observers[key].observe(torch.tensor([low, high]))
+            observer = MinMaxObserver()
+            observer.observe(torch.tensor([low, high]))
+            state.put(key, RANGE, observer)
         for key, extremes in self.channels.items():
-            observers[channels_key(key)] = MinMaxObserver(PerChannel(-1))
-            observers[channels_key(key)].observe(extremes)
-        state.put(observers)
+            observer = MinMaxObserver(PerChannel(-1))
+            observer.observe(extremes)
+            state.put(key, CHANNELS, observer)
 
 
 def _misfits(edit: SitePlan, sites: list[Site]) -> dict[str, str]:
@@ -126,8 +125,8 @@ def _ranges(plan: QuantPlan, state: QuantState) -> dict[str, list[float]]:
     ranges = {}
     for site in plan.values():
         for key in (*site.inputs, *([site.stored] if site.stored else [])):
-            observer = state.observers.get(key)
-            if site.activation is not None and observer is not None and observer.batches:
+            observer = state.find(key)
+            if site.activation is not None and isinstance(observer, Observer):
                 ranges[key] = [float(end) for end in observer.range(site.activation)]
     return ranges
 
@@ -135,7 +134,7 @@ def _ranges(plan: QuantPlan, state: QuantState) -> dict[str, list[float]]:
 def _channels(plan: QuantPlan, state: QuantState) -> dict[str, list[list[float]]]:
     """Minimum and maximum of each channel, of the tensors that the plan smooths."""
     keys = dict.fromkeys(site.inputs[0] for site in plan.values() if site.smooth is not None)
-    observers = {key: state.observers.get(channels_key(key)) for key in keys}
+    observers = {key: state.find(key, CHANNELS) for key in keys}
     return {
         key: [observer.min_val.flatten().tolist(), observer.max_val.flatten().tolist()]
         for key, observer in observers.items()

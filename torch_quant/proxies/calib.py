@@ -99,7 +99,4 @@ class CalibModel(Proxy):
 
     def _recorder(self, key: str) -> Callable[[Tensor], None]:
         """What records a tensor, in all the statistics that are wanted of it."""
-        makers = {
-            name: partial(self.session.observer, name) for name in self.session.statistics(key)
-        }
-        return partial(self.session.state.observe, makers)
+        return partial(self.session.state.observe, key, self.session.statistics(key))

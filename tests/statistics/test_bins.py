@@ -9,8 +9,8 @@ import torch
 
 from torch_quant.core.granularity import PerChannel
 from torch_quant.errors import InvalidConfig
-from torch_quant.observers import HistogramObserver
-from torch_quant.observers._bins import SAMPLES, TAIL, Bins
+from torch_quant.statistics import HistogramObserver
+from torch_quant.statistics._bins import SAMPLES, TAIL, Bins
 
 
 def observed(*batches: torch.Tensor, axis: int | None = None, bins: int = 64) -> Bins:

@@ -9,9 +9,9 @@ from torch_quant.core.functional import fake_quantize
 from torch_quant.core.granularity import PerChannel
 from torch_quant.core.qparams import choose_qparams
 from torch_quant.core.spec import QuantSpec
-from torch_quant.observers import HistogramObserver
-from torch_quant.observers._bins import SAMPLES
-from torch_quant.observers.histogram import Density, squared_error
+from torch_quant.statistics import HistogramObserver
+from torch_quant.statistics._bins import SAMPLES
+from torch_quant.statistics.histogram import Density, squared_error
 
 COUNT = 20000
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch_quant.core.granularity import Granularity
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
-from torch_quant.observers._bins import BinnedObserver, Bins
-from torch_quant.observers.base import entry, register_observer
+from torch_quant.statistics._bins import BinnedObserver, Bins
+from torch_quant.statistics.base import entry, register_statistic
+from torch_quant.statistics.minmax import MinMaxObserver
 
 __all__ = ["PercentileObserver"]
 
@@ -27,7 +28,7 @@ def _quantile(bins: Bins, share: float) -> Tensor:
     return (bins.first + (index + inside)[:, 0]) * bins.width
 
 
-@register_observer
+@register_statistic
 class PercentileObserver(BinnedObserver):
     """Keeps ``percentile`` percent of the values; the rest is clipped, half of it at each end.
 
@@ -74,6 +75,14 @@ class PercentileObserver(BinnedObserver):
             for share in (tail, 1.0 - tail)
         )
         return low, high
+
+    def _merge(self, other: MinMaxObserver) -> None:
+        assert isinstance(other, PercentileObserver)
+        if self.percentile != other.percentile:
+            raise InvalidConfig(
+                f"percentiles of {self.percentile} and {other.percentile} cannot be merged"
+            )
+        super()._merge(other)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"percentile": self.percentile}

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from torch_quant.core.spec import QuantSpec
-from torch_quant.observers._bins import BinnedObserver, Bins
-from torch_quant.observers._search import Cost, Range, best_range, grids, shrink
-from torch_quant.observers.base import register_observer
+from torch_quant.statistics._bins import BinnedObserver, Bins
+from torch_quant.statistics._search import Cost, Range, best_range, grids, shrink
+from torch_quant.statistics.base import register_statistic
 
 __all__ = ["EntropyObserver", "divergence"]
 
@@ -78,7 +78,7 @@ def divergence(bins: Bins, spec: QuantSpec) -> Cost:
     return cost
 
 
-@register_observer
+@register_statistic
 class EntropyObserver(BinnedObserver):
     """The clipping range of least KL divergence for the spec it is asked for.
 

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch_quant.core.granularity import Granularity, PerTensor
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
-from torch_quant.observers.base import Observer, count_of, entry, register_observer
+from torch_quant.statistics.base import Observer, count_of, entry, register_statistic
 
 __all__ = ["MinMaxObserver"]
 
 
-@register_observer
+@register_statistic
 class MinMaxObserver(Observer):
     """Running minimum and maximum. Nothing is clipped: right for transformers and for weights.
 
@@ -39,6 +39,13 @@ class MinMaxObserver(Observer):
 
     def _range(self, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         return self.min_val, self.max_val
+
+    def _merge(self, other: MinMaxObserver) -> None:
+        ours, theirs = self.min_val.shape, other.min_val.shape
+        if ours != theirs:
+            raise InvalidConfig(f"ranges of shapes {tuple(ours)} and {tuple(theirs)} do not merge")
+        self.min_val = torch.minimum(self.min_val, other.min_val)
+        self.max_val = torch.maximum(self.max_val, other.max_val)
 
     def state_dict(self) -> dict[str, Any]:
         state = {"batches": self.batches, "min_val": self.min_val, "max_val": self.max_val}

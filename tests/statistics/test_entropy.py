@@ -5,9 +5,9 @@ import torch
 
 from torch_quant.core.qparams import choose_qparams
 from torch_quant.core.spec import QuantSpec
-from torch_quant.observers import EntropyObserver
-from torch_quant.observers._bins import Bins
-from torch_quant.observers.entropy import divergence
+from torch_quant.statistics import EntropyObserver
+from torch_quant.statistics._bins import Bins
+from torch_quant.statistics.entropy import divergence
 
 SPECS = {
     str(spec): spec

@@ -8,7 +8,7 @@ import torch
 from torch_quant.core.granularity import PerChannel
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
-from torch_quant.observers import PercentileObserver
+from torch_quant.statistics import PercentileObserver
 
 SPEC = QuantSpec.of()
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch_quant.core.granularity import PerChannel
 from torch_quant.core.qparams import QParams, choose_qparams
 from torch_quant.core.spec import QuantSpec
-from torch_quant.observers._bins import Bins
+from torch_quant.statistics._bins import Bins
 
 __all__ = ["Cost", "Range", "best_range", "grids", "shrink"]
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from torch_quant.core.spec import QuantSpec
-from torch_quant.observers._bins import BinnedObserver, Bins
-from torch_quant.observers._search import Cost, Range, best_range, grids, shrink
-from torch_quant.observers.base import register_observer
+from torch_quant.statistics._bins import BinnedObserver, Bins
+from torch_quant.statistics._search import Cost, Range, best_range, grids, shrink
+from torch_quant.statistics.base import register_statistic
 
 __all__ = ["Density", "HistogramObserver", "squared_error"]
 
@@ -81,7 +81,7 @@ def squared_error(density: Density, spec: QuantSpec, *, exact: bool) -> Cost:
     return cost
 
 
-@register_observer
+@register_statistic
 class HistogramObserver(BinnedObserver):
     """The range of least expected squared error, clipping and rounding, in the spec asked for.
 

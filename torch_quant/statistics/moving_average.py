@@ -9,13 +9,13 @@ from torch import Tensor
 
 from torch_quant.core.granularity import Granularity
 from torch_quant.errors import InvalidConfig
-from torch_quant.observers.base import entry, register_observer
-from torch_quant.observers.minmax import MinMaxObserver
+from torch_quant.statistics.base import entry, register_statistic
+from torch_quant.statistics.minmax import MinMaxObserver
 
 __all__ = ["MovingAverageObserver"]
 
 
-@register_observer
+@register_statistic
 class MovingAverageObserver(MinMaxObserver):
     """Exponential moving average of each batch's minimum and maximum.
 
@@ -47,6 +47,17 @@ class MovingAverageObserver(MinMaxObserver):
             return
         self.min_val = self.min_val.to(low.device).lerp(low, self.momentum)
         self.max_val = self.max_val.to(high.device).lerp(high, self.momentum)
+
+    def _merge(self, other: MinMaxObserver) -> None:
+        """The mean of both averages, weighted by their batches: neither came after the other."""
+        assert isinstance(other, MovingAverageObserver)
+        if self.momentum != other.momentum:
+            raise InvalidConfig(
+                f"averages of momentum {self.momentum} and {other.momentum} cannot be merged"
+            )
+        share = other.batches / (self.batches + other.batches)
+        self.min_val = self.min_val.lerp(other.min_val, share)
+        self.max_val = self.max_val.lerp(other.max_val, share)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"momentum": self.momentum}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from torch_quant.core.functional import fake_quantize
 from torch_quant.core.granularity import Granularity, PerChannel, PerTensor, block_extremes
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig, NotCalibrated, QuantError
-from torch_quant.observers import OBSERVERS, Observer, observer_class
+from torch_quant.statistics import OBSERVERS, Observer, observer_class
 
 BATCH_DEPENDENT = {"moving_average"}  # by definition, not for want of care
 
@@ -303,9 +304,59 @@ def test_huge_and_tiny_values(cls: type[Observer]) -> None:
 
 def test_import_leaves_torch_ao_alone() -> None:
     code = (
-        "import sys, torch; before = set(sys.modules); import torch_quant.observers; "
+        "import sys, torch; before = set(sys.modules); import torch_quant.statistics; "
         "new = {name for name in set(sys.modules) - before if name.startswith('torch')}; "
         "print([name for name in new if name.startswith(('torch.ao', 'torchao'))])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("parts", [[0], [3], [0, 1, 2], [5, 2]], ids=str)
+def test_merging_is_observing_all(
+    cls: type[Observer], blocks: Granularity, parts: list[int]
+) -> None:
+    """What several processes saw of the data, folded in any order, is what one would have seen."""
+    data = batches()
+    whole, ours, theirs = cls(blocks), cls(blocks), cls(blocks)
+    for i, x in enumerate(data):
+        whole.observe(x)
+        (theirs if i in parts else ours).observe(x)
+    untouched = cls(blocks)
+    for i in sorted(parts):
+        untouched.observe(data[i])
+    ours.merge(theirs)
+    assert ours.batches == whole.batches == len(data)
+    assert_same_state(theirs, untouched)
+    if cls.name in BATCH_DEPENDENT:
+        assert bool((ours.range(spec_for(blocks))[1] <= whole_range(data, blocks)).all())
+    else:
+        assert_same_state(ours, whole)
+
+
+def whole_range(data: list[torch.Tensor], blocks: Granularity) -> torch.Tensor:
+    return torch.stack([block_extremes(x, blocks)[1] for x in data]).amax(0)
+
+
+def test_merging_with_nothing(cls: type[Observer], blocks: Granularity) -> None:
+    full, empty, again = cls(blocks), cls(blocks), cls(blocks)
+    for x in batches(2):
+        full.observe(x)
+        again.observe(x)
+    full.merge(empty)
+    assert_same_state(full, again)
+    empty.merge(full)
+    assert_same_state(empty, again)
+    assert empty.batches == 2
+
+
+def test_what_differs_does_not_merge(cls: type[Observer]) -> None:
+    other = next(OBSERVERS[name] for name in sorted(OBSERVERS) if OBSERVERS[name] is not cls)
+    mine, theirs, channels = cls(), other(), cls(PerChannel(1))
+    for each in (mine, theirs, channels):
+        each.observe(torch.randn(3, 4))
+    untouched = copy.deepcopy(mine)
+    for wrong in (theirs, channels):
+        with pytest.raises(InvalidConfig, match="merged"):
+            mine.merge(wrong)
+    assert_same_state(mine, untouched)

@@ -4,7 +4,7 @@ import torch
 
 from torch_quant.core.granularity import PerChannel
 from torch_quant.core.spec import QuantSpec
-from torch_quant.observers import MinMaxObserver
+from torch_quant.statistics import MinMaxObserver
 
 
 def test_extremes_over_all_batches() -> None:

@@ -12,7 +12,7 @@ from torch_quant.core.granularity import Granularity, PerChannel, block_extremes
 from torch_quant.core.qparams import choose_qparams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig, NotCalibrated, QuantError
-from torch_quant.observers import OBSERVERS, Observer, from_ao
+from torch_quant.statistics import OBSERVERS, Observer, from_ao
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

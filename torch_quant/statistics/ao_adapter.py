@@ -15,7 +15,7 @@ from torch_quant.core.granularity import Granularity, PerChannel, PerTensor
 from torch_quant.core.qparams import QParams, choose_qparams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
-from torch_quant.observers.base import Observer
+from torch_quant.statistics.base import Observer
 
 __all__ = ["AoObserver", "from_ao"]
 
@@ -105,6 +105,11 @@ class AoObserver(Observer):
     def _record(self, x: Tensor, low: Tensor, high: Tensor) -> None:
         self.module.to(x.device)(x.to(torch.float32))
         self._shape = tuple(low.shape)
+
+    def _merge(self, other: Any) -> None:
+        raise InvalidConfig(
+            f"{self.name} cannot be merged, as torch.ao's observers cannot; use one of torch_quant"
+        )
 
     def _range(self, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         if self._plain:

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch_quant.core.granularity import Granularity, PerTensor, block_rows
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
-from torch_quant.observers._blocks import Blocks
-from torch_quant.observers.base import entry, require_finite
-from torch_quant.observers.minmax import MinMaxObserver
+from torch_quant.statistics._blocks import Blocks
+from torch_quant.statistics.base import check_observable, entry, require_finite
+from torch_quant.statistics.minmax import MinMaxObserver
 
 __all__ = ["SAMPLES", "TAIL", "BinnedObserver", "Bins"]
 
@@ -208,17 +208,33 @@ class BinnedObserver(MinMaxObserver):
             raise InvalidConfig(f"{type(self).__name__}(bins={bins}): expected 16 to 65536 bins")
         self.bins = Bins.empty(bins)
 
-    def _take(self, x: Tensor) -> None:
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        check_observable(x)
+        x = x.detach()
         grid = self.granularity.grid(x.shape)
         rows = block_rows(x, self.granularity)
         blocks = Blocks(rows)
         low, high = blocks.extremes()
         require_finite(x, low, high)
-        before = self.min_val.to(x.device), self.max_val.to(x.device)
         self._record(x, low.view(grid), high.view(grid))
-        if not (torch.equal(before[0], self.min_val) and torch.equal(before[1], self.max_val)):
-            self.bins = self.bins.covering(self.min_val.reshape(-1), self.max_val.reshape(-1))
+        self._cover()
         self.bins = self.bins.adding(_count(self.bins, rows, blocks))
+        self.batches += 1
+
+    def _cover(self) -> None:
+        """Let the bins cover the present range."""
+        self.bins = self.bins.covering(self.min_val.reshape(-1), self.max_val.reshape(-1))
+
+    def _merge(self, other: MinMaxObserver) -> None:
+        assert isinstance(other, BinnedObserver)
+        mine, theirs = (each.bins.counts.shape[1] for each in (self, other))
+        if mine != theirs:
+            raise InvalidConfig(f"histograms of {mine} and {theirs} bins cannot be merged")
+        super()._merge(other)
+        self._cover()
+        ends = self.min_val.reshape(-1), self.max_val.reshape(-1)
+        self.bins = self.bins.adding(other.bins.covering(*ends).counts)
 
     @abstractmethod
     def _range(self, spec: QuantSpec) -> tuple[Tensor, Tensor]: ...

@@ -5,7 +5,7 @@ import torch
 
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
-from torch_quant.observers import MovingAverageObserver
+from torch_quant.statistics import MovingAverageObserver
 
 
 def test_average_of_the_extremes() -> None:

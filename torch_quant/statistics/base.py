@@ -1,4 +1,4 @@
-"""What every observer offers: statistics of a tensor, and scales for any format on demand."""
+"""What is recorded of a tensor while calibrating; observers are those that suggest a range."""
 
 from __future__ import annotations
 
@@ -16,24 +16,41 @@ from torch_quant.errors import InvalidConfig, NotCalibrated, QuantError
 
 __all__ = [
     "OBSERVERS",
+    "STATISTICS",
     "Observer",
+    "Statistic",
+    "check_observable",
     "count_of",
     "entry",
     "observer_class",
-    "register_observer",
+    "register_statistic",
     "require_finite",
+    "statistic_class",
 ]
 
+STATISTICS: dict[str, type[Statistic]] = {}
+"""Every statistic by its name; filled at import by :func:`register_statistic`."""
 OBSERVERS: dict[str, type[Observer]] = {}
-"""Every observer by its name; filled at import by :func:`register_observer`."""
+"""Those of them that are observers."""
 
-T = TypeVar("T", bound="type[Observer]")
+T = TypeVar("T", bound="type[Statistic]")
 
 
-def register_observer(cls: T) -> T:
-    """Class decorator: make ``cls`` known by its ``name``."""
-    OBSERVERS[cls.name] = cls
+def register_statistic(cls: T) -> T:
+    """Class decorator: make ``cls`` known by its ``name``, so that states with it can be loaded."""
+    STATISTICS[cls.name] = cls
+    if issubclass(cls, Observer):
+        OBSERVERS[cls.name] = cls
     return cls
+
+
+def statistic_class(name: str) -> type[Statistic]:
+    """The statistic registered as ``name``; raises :class:`InvalidConfig` listing all there are."""
+    if name not in STATISTICS:
+        raise InvalidConfig(
+            f"unknown statistic {name!r}; expected one of {', '.join(sorted(STATISTICS))}"
+        )
+    return STATISTICS[name]
 
 
 def observer_class(name: str) -> type[Observer]:
@@ -64,6 +81,14 @@ def count_of(state: Mapping[str, Any], name: str = "batches") -> int:
     return count
 
 
+def check_observable(x: Tensor) -> None:
+    """Raise :class:`QuantError` unless ``x`` is a float tensor with an element."""
+    if not x.is_floating_point():
+        raise QuantError(f"expected a float tensor, got {x.dtype}")
+    if x.numel() == 0:
+        raise QuantError(f"the tensor is empty: shape {tuple(x.shape)}")
+
+
 def require_finite(x: Tensor, low: Tensor, high: Tensor) -> None:
     """Raise :class:`QuantError` if ``x``, with the extremes ``low`` and ``high``, is not finite."""
     if not torch.equal(low - low, high - high):  # 0 where finite, else NaN
@@ -71,23 +96,19 @@ def require_finite(x: Tensor, low: Tensor, high: Tensor) -> None:
         raise QuantError(f"the tensor holds {what}, shape {tuple(x.shape)}")
 
 
-class Observer(ABC):
-    """Streaming statistics of one tensor, in memory that does not grow with the data.
+class Statistic(ABC):
+    """What is known of one tensor over all batches, in memory that does not grow with them.
 
-    Statistics do not depend on element type or scheme: :meth:`qparams` turns them into scales for
-    any spec, as often as asked, and more data may be observed afterwards.
-
-    Args:
-        granularity: which elements have their statistics together.
+    A subclass has a ``name``, and is known by it under ``@register_statistic``. It can be made
+    without arguments, to be loaded.
     """
 
     name: ClassVar[str]
 
-    def __init__(self, granularity: Granularity | None = None) -> None:
-        self.granularity = granularity or PerTensor()
+    def __init__(self) -> None:
         self.batches = 0
 
-    @torch.no_grad()
+    @abstractmethod
     def observe(self, x: Tensor) -> None:
         """Record one batch.
 
@@ -98,18 +119,62 @@ class Observer(ABC):
             QuantError: ``x`` is empty or not floating-point, or holds NaN or Inf; nothing is
                 recorded then.
         """
-        if not x.is_floating_point():
-            raise QuantError(f"expected a float tensor, got {x.dtype}")
-        if x.numel() == 0:
-            raise QuantError(f"the tensor is empty: shape {tuple(x.shape)}")
-        self._take(x.detach())
-        self.batches += 1
 
-    def _take(self, x: Tensor) -> None:
-        """Record a batch, or raise and record nothing if it is not finite."""
+    def merge(self, other: Statistic) -> None:
+        """Take in what ``other`` has recorded of the same tensor; ``other`` stays as it is.
+
+        Raises:
+            InvalidConfig: it is another statistic, or has other options.
+        """
+        if type(other) is not type(self):
+            raise InvalidConfig(f"{self.name} and {other.name} cannot be merged")
+        if not other.batches:
+            return
+        if self.batches:
+            self._merge(other)
+            self.batches += other.batches
+        else:
+            self.load_state_dict(other.state_dict())
+
+    @abstractmethod
+    def _merge(self, other: Any) -> None:
+        """Take in ``other``, of the same class; both have seen data."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything recorded, and the options that it depends on, as tensors and plain values."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what :meth:`state_dict` gave, bit for bit.
+
+        Raises:
+            InvalidConfig: an entry is none that :meth:`state_dict` gives; says which.
+        """
+
+
+class Observer(Statistic):
+    """A statistic that suggests a range.
+
+    It does not depend on element type or scheme: :meth:`qparams` turns it into scales for any spec,
+    as often as asked, and more data may be observed afterwards.
+
+    Args:
+        granularity: which elements have their statistics together.
+    """
+
+    def __init__(self, granularity: Granularity | None = None) -> None:
+        super().__init__()
+        self.granularity = granularity or PerTensor()
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        check_observable(x)
+        x = x.detach()
         low, high = block_extremes(x, self.granularity)
         require_finite(x, low, high)
         self._record(x, low, high)
+        self.batches += 1
 
     @abstractmethod
     def _record(self, x: Tensor, low: Tensor, high: Tensor) -> None:
@@ -143,14 +208,11 @@ class Observer(ABC):
         low, high = self.range(spec)
         return choose_qparams(low, high, spec)
 
-    @abstractmethod
-    def state_dict(self) -> dict[str, Any]:
-        """Everything recorded, and the options that it depends on, as tensors and plain values."""
-
-    @abstractmethod
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what :meth:`state_dict` gave, bit for bit.
-
-        Raises:
-            InvalidConfig: an entry is none that :meth:`state_dict` gives; says which.
-        """
+    def merge(self, other: Statistic) -> None:
+        if isinstance(other, Observer) and other.batches and self.batches:
+            mine, theirs = self.granularity, other.granularity
+            if type(other) is type(self) and mine != theirs:
+                raise InvalidConfig(
+                    f"statistics {mine} and {theirs} of one tensor cannot be merged"
+                )
+        super().merge(other)

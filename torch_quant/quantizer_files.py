@@ -1,0 +1,166 @@
+"""What a quantizer reads and writes: settings, ranges, summaries."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from torch_quant.configuration import read_configuration
+from torch_quant.core.plan import QuantPlan
+from torch_quant.errors import InvalidConfig, NotCalibrated
+from torch_quant.io.summary import load_summary, save_summary
+from torch_quant.model import check_fingerprint
+from torch_quant.quantizer_base import QuantizerBase
+from torch_quant.state import QuantState, check_saved
+
+__all__ = ["QuantizerFiles"]
+
+T = TypeVar("T", bound="QuantizerFiles")
+
+
+class QuantizerFiles(QuantizerBase):
+    """The public methods of a :class:`Quantizer` that read and write."""
+
+    @classmethod
+    def from_config(cls: type[T], config: str | os.PathLike[str] | Mapping[str, Any]) -> T:
+        """A quantizer with the settings of a file, or of data.
+
+        Args:
+            config: the path of a JSON or YAML file (``pip install pyyaml``), or what it would hold.
+
+        Raises:
+            InvalidConfig: it cannot be read, or holds a mistake; says which, in which line, and
+                what was expected.
+            BackendUnavailable: its backend does not run on this machine.
+
+        >>> from torch_quant import Quantizer
+        >>> config = {"backend": "reference", "overrides": {"head": {"input": {"bits": 6}}}}
+        >>> Quantizer.from_config(config).overrides["head"].input.bits
+        6
+        """
+        return cls(**read_configuration(config))
+
+    def to_config(self, path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+        """The settings as plain data, for :meth:`from_config`; ranges and fallback are none.
+
+        Args:
+            path: also write them there, as JSON or YAML by its ending.
+
+        Raises:
+            InvalidConfig: a function, or an observer or backend of yours that has no name, is among
+                them; the path cannot be written.
+
+        >>> from torch import nn
+        >>> from torch_quant import Quantizer
+        >>> Quantizer("reference", overrides={nn.Embedding: None}).to_config()
+        {'version': 1, 'backend': 'reference', 'overrides': {'class:torch.nn.Embedding': None}}
+        """
+        return self._to_config(path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Ranges, their model and what fell back: plain values and tensors, for ``torch.save``.
+
+        >>> from torch_quant import Quantizer
+        >>> sorted(Quantizer("reference").state_dict())
+        ['fallback', 'model', 'state']
+        """
+        return {
+            "state": self.state.state_dict(),
+            "model": dict(self.state.fingerprint),
+            "fallback": dict(self.fallen_back),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back :meth:`state_dict`; raises :class:`InvalidConfig` if it is something else.
+
+        Nothing changes then.
+
+        >>> from torch_quant import Quantizer
+        >>> quantizer = Quantizer("reference")
+        >>> quantizer.load_state_dict(Quantizer("onednn").state_dict())
+        """
+        fingerprint, fallen = check_saved(state)
+        self.state.load_state_dict(state["state"])
+        self.state.fingerprint, self.fallen_back = fingerprint, fallen
+        self.plan = QuantPlan()
+
+    def merge(self, *others: QuantizerFiles | Mapping[str, Any]) -> None:
+        """Take in what other quantizers recorded of the same model, each on a part of the data.
+
+        The ranges are then those of one calibration on all of it: exactly for ``"minmax"``, and for
+        the histograms of the other observers where batches have at most 32768 elements. Averages
+        (``"moving_average"``) know an order of their batches, which parts have not: their mean is
+        taken, weighted by batches.
+
+        Args:
+            others: quantizers, or what their :meth:`state_dict` gave, in another process say.
+
+        Raises:
+            InvalidConfig: one is of another model, or recorded other statistics; says which.
+                Nothing changes then.
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch_quant import Quantizer
+        >>> model, whole = nn.Linear(4, 2), Quantizer("reference")
+        >>> for x in (torch.ones(8, 4), -torch.ones(8, 4)):
+        ...     part = Quantizer("reference")
+        ...     _ = part.calib(model)(x)
+        ...     whole.merge(part.state_dict())
+        >>> whole.state.batches
+        2
+        """
+        state, fingerprint = self.state.copied(), dict(self.state.fingerprint)
+        for i, other in enumerate(others):
+            saved = other if isinstance(other, Mapping) else other.state_dict()
+            theirs, part = check_saved(saved)[0], QuantState()
+            try:
+                part.load_state_dict(saved["state"])
+                if fingerprint and theirs:
+                    check_fingerprint(fingerprint, theirs)
+                state.merge(part)
+            except (InvalidConfig, NotCalibrated) as error:
+                raise InvalidConfig(f"calibration {i} cannot be merged: {error}") from error
+            fingerprint = fingerprint or theirs
+        self.state.take(state)
+        self.state.fingerprint = fingerprint
+        self.plan = QuantPlan()
+
+    def save_summary(self, path: str | os.PathLike[str]) -> None:
+        """Write the last plan and its ranges as JSON, to be read, edited and given back.
+
+        Raises:
+            NotCalibrated: nothing was quantized yet.
+            InvalidConfig: the path cannot be written.
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch_quant import Quantizer
+        >>> model, quantizer = nn.Embedding(4, 2), Quantizer("reference")
+        >>> _ = quantizer.quantize(model, example_inputs=torch.tensor([0]))
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     quantizer.save_summary(f"{folder}/summary.json")
+        """
+        if not self.plan:
+            raise NotCalibrated("there is no plan yet: quantizer.quantize(model) first")
+        save_summary(path, self.plan, self.state)
+
+    def load_summary(self, path: str | os.PathLike[str]) -> None:
+        """Take formats, ranges and what stays in float from a summary, edited or not.
+
+        It goes before the configuration given to the constructor, site by site.
+
+        Raises:
+            InvalidConfig: the file holds a mistake; or, when used, what the model does not have.
+                Both say in which line.
+
+        >>> from torch_quant import Quantizer
+        >>> Quantizer("reference").load_summary("missing.json")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        torch_quant.errors.InvalidConfig: cannot read the summary missing.json: ...
+        """
+        summary = load_summary(path)
+        summary.apply_to(self.state)
+        self._summary = summary

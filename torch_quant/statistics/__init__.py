@@ -1,0 +1,35 @@
+"""What calibration records of a tensor. Observers suggest a range. One family a file."""
+
+from torch_quant.statistics.ao_adapter import from_ao
+from torch_quant.statistics.base import (
+    OBSERVERS,
+    STATISTICS,
+    Observer,
+    Statistic,
+    observer_class,
+    register_statistic,
+    statistic_class,
+)
+from torch_quant.statistics.defaults import DEFAULT_OBSERVER
+from torch_quant.statistics.entropy import EntropyObserver
+from torch_quant.statistics.histogram import HistogramObserver
+from torch_quant.statistics.minmax import MinMaxObserver
+from torch_quant.statistics.moving_average import MovingAverageObserver
+from torch_quant.statistics.percentile import PercentileObserver
+
+__all__ = [
+    "OBSERVERS",
+    "STATISTICS",
+    "Observer",
+    "Statistic",
+    "observer_class",
+    "register_statistic",
+    "statistic_class",
+    "EntropyObserver",
+    "HistogramObserver",
+    "MinMaxObserver",
+    "MovingAverageObserver",
+    "PercentileObserver",
+    "DEFAULT_OBSERVER",
+    "from_ao",
+]
