@@ -19,7 +19,7 @@ from latency import resnet50
 from minilm_data import load_pairs, model_folder
 from torch import Tensor, nn
 
-from torch_quant import QConfig, Quantizer, sqnr
+from torch_quant import QConfig, Quantizer, SmoothQuant, sqnr
 from torch_quant.backends import IPEXBackend
 
 SMOOTH = 0.8
@@ -127,7 +127,7 @@ def measure(
     fused: dict[str, str] = {}
     ours = {
         "torch_quant": (IPEXBackend(), QConfig()),
-        "torch_quant, smooth": (IPEXBackend(), QConfig(smooth=SMOOTH)),
+        "torch_quant, smooth": (IPEXBackend(), QConfig(transforms=[SmoothQuant(SMOOTH)])),
         "torch_quant, no int8_shortcuts": (IPEXBackend(int8_shortcuts=False), QConfig()),
         "torch_quant, bfloat16": (IPEXBackend(bfloat16=True), QConfig()),
     }

@@ -24,7 +24,7 @@ from latency import resnet50
 from minilm_data import embed, load_pairs, model_folder, retrieval
 from torch import Tensor, nn
 
-from torch_quant import Backend, QConfig, Quantizer, cosine, export_onnx, sqnr
+from torch_quant import Backend, QConfig, Quantizer, SmoothQuant, cosine, export_onnx, sqnr
 
 Feed = dict[str, Tensor]
 
@@ -112,7 +112,9 @@ def peers(float_file: Path, feeds: list[Feed], folder: Path, kind: str) -> dict[
 
 def ours(model: nn.Module, feeds: list[Feed], feed: Feed, path: Path, smooth: float | None) -> None:
     """Calibrate, quantize, export, and print what onnxruntime makes of the file."""
-    quantizer = Quantizer("onnx", qconfig=QConfig(smooth=smooth))
+    quantizer = Quantizer(
+        "onnx", qconfig=QConfig(transforms=[] if smooth is None else [SmoothQuant(smooth)])
+    )
     calib_model = quantizer.calib(model)
     for each in feeds:
         calib_model(**each)

@@ -20,7 +20,7 @@ from common import check_in_fresh_process, file_size, interleaved_latency, print
 from minilm_data import embed, load_pairs, model_folder, retrieval
 from tqdm import tqdm
 
-from torch_quant import QConfig, Quantizer, cosine, export_torchscript
+from torch_quant import QConfig, Quantizer, SmoothQuant, cosine, export_torchscript
 
 BATCH = 8
 
@@ -59,7 +59,8 @@ def main() -> None:
     data = load_pairs(held_out=options.pairs)
 
     # The three lines: calibrate, run data, quantize.
-    quantizer = Quantizer(options.backend, qconfig=QConfig(smooth=options.smooth))
+    transforms = [] if options.smooth is None else [SmoothQuant(options.smooth)]
+    quantizer = Quantizer(options.backend, qconfig=QConfig(transforms=transforms))
     calib_model = quantizer.calib(model.eval())
     for body in tqdm(data.calibration, desc="calibrating", unit="text"):
         embed(calib_model, tokenizer, [body])  # one at a time: padding would widen the ranges

@@ -20,6 +20,8 @@ from torch_quant import (
     QConfig,
     Quantizer,
     QuantSpec,
+    RoundToNearest,
+    SmoothQuant,
 )
 from torch_quant.backends import IPEXBackend, ReferenceBackend
 from torch_quant.statistics import HistogramObserver, MinMaxObserver
@@ -28,11 +30,11 @@ WEIGHT = QuantSpec.of(bits=4, signed=True, symmetric=True, per_channel=True)
 
 FULL: dict[str, Any] = {
     "backend": "reference",
-    "qconfig": QConfig(observer="histogram", smooth=0.5),
+    "qconfig": QConfig(observer="histogram", transforms=[SmoothQuant(0.5)]),
     "overrides": {
         "block.conv1": QConfig(input=QuantSpec.of(bits=6), weight=WEIGHT),
         "block.*": None,
-        r"re:block\.conv\d": QConfig(weight_observer="percentile"),
+        r"re:block\.conv\d": QConfig(method=RoundToNearest("percentile")),
         "class:torch.nn.Embedding": None,
         nn.Conv2d: QConfig(observer=HistogramObserver),
         "op:linear": QConfig(),
@@ -129,8 +131,17 @@ MISTAKES = {
     "no name": ("backend: 3", 1, "'backend' is 3; expected a string"),
     "an observer": ("qconfig:\n  observer: histogramm", 2,
                     "'observer' is \"histogramm\"; expected one of .*did you mean histogram"),
-    "smooth": ("qconfig:\n\n  smooth: 2", 3, "'smooth' is 2; expected a number from 0 to 1"),
-    "smooth true": ("qconfig: {smooth: true}", 1, "'smooth' is true; expected a number"),
+    "alpha": ("qconfig:\n\n  transforms:\n  - {name: smoothquant, alpha: 2}", 4,
+              r"alpha=2\): expected a number from 0 to 1"),
+    "alpha true": ("qconfig: {transforms: {name: smoothquant, alpha: true}}", 1,
+                   r"alpha=True\): expected a number"),
+    "a transform": ("qconfig: {transforms: [smooth]}", 1,
+                    "the transform is 'smooth'; expected one of smoothquant"),
+    "a method": ("qconfig: {method: {name: rtn, observe: x}}", 1,
+                 "'rtn' has 'observe'; expected observer"),
+    "no method": ("qconfig:\n  method: {observer: minmax}", 2,
+                  "the weight method has no 'name'; expected one of rtn"),
+    "its observer": ("qconfig:\n  method: {name: rtn, observer: x}", 2, "unknown observer 'x'"),
     "bits": ("qconfig:\n  input:\n    bits: 8.0", 3, "'bits' is 8.0; expected an integer"),
     "many bits": ("qconfig:\n  input:\n    bits: 80", 2, "80"),
     "signed": ("qconfig:\n  weight:\n    signed: 'yes'", 3, "'signed' is \"yes\"; expected true"),
@@ -178,8 +189,9 @@ def test_a_mistake_is_named_with_its_line(tmp_path: Path, case: str) -> None:
 
 def test_json_names_lines_too(tmp_path: Path) -> None:
     path = tmp_path / "q.json"
-    path.write_text('{\n "backend": "reference",\n "qconfig": {\n  "smooth": NaN\n }\n}\n')
-    with pytest.raises(InvalidConfig, match=r"q.json, line 4: 'qconfig': 'smooth' is NaN"):
+    text = '{\n "qconfig": {\n  "transforms": [{"name": "smoothquant",\n "alpha": NaN}]\n }\n}\n'
+    path.write_text(text)
+    with pytest.raises(InvalidConfig, match=r"q.json, line 3: 'qconfig': SmoothQuant.alpha=nan"):
         Quantizer.from_config(path)
     path.write_text("{,}")
     with pytest.raises(InvalidConfig, match=r"cannot read the configuration .*q.json"):
@@ -219,7 +231,7 @@ class Mine(MinMaxObserver):
     [
         ({"overrides": {lambda site: True: None}}, r"<lambda>\(\) is a function, which is no data"),
         ({"qconfig": QConfig(observer=Mine)}, "object of Python.*register_statistic"),
-        ({"overrides": {"a": QConfig(weight_observer=Mine)}}, "override 'a': the observer"),
+        ({"overrides": {"a": QConfig(method=RoundToNearest(Mine))}}, "override 'a': the observer"),
         ({"backend": ReferenceBackend()}, "options of its own"),
         ({"module_filter": ModuleFilter(exclude_classes=type("A", (nn.Module,), {}))}, "its path"),
     ],
@@ -249,11 +261,11 @@ def test_a_backend_that_does_not_run_here(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_what_is_set_is_written_down() -> None:
     quantizer = Quantizer("reference")
-    quantizer.set("head", QConfig(smooth=0.5))
+    quantizer.set("head", QConfig(transforms=[SmoothQuant(0.5)]))
     quantizer.qconfig = QConfig(observer=HistogramObserver)
     assert quantizer.to_config() == {
         "version": 1,
         "backend": "reference",
         "qconfig": {"observer": "histogram"},
-        "overrides": {"head": {"smooth": 0.5}},
+        "overrides": {"head": {"transforms": [{"name": "smoothquant", "alpha": 0.5}]}},
     }

@@ -20,6 +20,7 @@ from torch_quant import (
     Quantizer,
     QuantSpec,
     SiteInfo,
+    SmoothQuant,
 )
 from torch_quant.backends.reference import symmetric_weight
 
@@ -50,7 +51,7 @@ def ready(**options: object) -> tuple[Net, Quantizer]:
 
 def test_every_source_of_a_decision() -> None:
     model, quantizer = ready(
-        qconfig=QConfig(smooth=0.5),
+        qconfig=QConfig(transforms=[SmoothQuant(0.5)]),
         overrides={"q": QConfig(input=SIX, observer="histogram"), nn.Linear: QConfig(weight=FOUR)},
         module_filter=ModuleFilter(exclude_op_types="embedding", exclude_names="matmul_1"),
     )
@@ -60,7 +61,7 @@ def test_every_source_of_a_decision() -> None:
     assert q["weight"].rule == "Backend.REFERENCE"
     assert q["weight"].value == symmetric_weight()
     assert (q["observer"].value, q["observer"].rule) == ("histogram", "override 'q'")
-    assert q["weight_observer"].rule == "the default"
+    assert q["method"].rule == "the default"
     assert q.overrides == ("'q'", "Linear")
     assert (head["weight"].value, head["weight"].rule) == (FOUR, "override Linear")
     assert head.overrides == ("Linear",)
@@ -73,7 +74,7 @@ def test_every_source_of_a_decision() -> None:
     assert quantizer.explain("matmul_1")["quantized"].rule == (
         "module_filter, exclude_names='matmul_1'"
     )
-    assert quantizer.explain("matmul")["smooth"].why.startswith("only linear layers")
+    assert quantizer.explain("matmul")["smoothquant"].why.startswith("only linear layers")
     with pytest.raises(InvalidConfig, match="nothing was decided about 'weight' of embed; only"):
         embed["weight"]
     for name in quantizer._sessions[model].plan(Backend.REFERENCE):
@@ -239,7 +240,7 @@ def test_an_observer_set_after_calibration_is_told(caplog: pytest.LogCaptureFixt
 
 def test_smoothing_set_after_calibration_is_refused() -> None:
     model, quantizer = ready()
-    quantizer.set("head", QConfig(smooth=0.5))
+    quantizer.set("head", QConfig(transforms=[SmoothQuant(0.5)]))
     with pytest.raises(NotCalibrated, match="channels"):
         quantizer.quantize(model)
 

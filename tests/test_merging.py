@@ -13,7 +13,7 @@ from models import MODELS, example
 from torch import nn
 
 import torch_quant
-from torch_quant import InvalidConfig, QConfig, Quantizer
+from torch_quant import InvalidConfig, QConfig, Quantizer, SmoothQuant
 from torch_quant.statistics import MinMaxObserver
 
 PACKAGE = Path(torch_quant.__file__).parent
@@ -25,7 +25,9 @@ def calibrated_on(model: nn.Module, rows: slice, **options: Any) -> Quantizer:
     return quantizer
 
 
-@pytest.mark.parametrize("options", [{}, {"qconfig": QConfig(smooth=0.7)}], ids=["plain", "smooth"])
+@pytest.mark.parametrize(
+    "options", [{}, {"qconfig": QConfig(transforms=[SmoothQuant(0.7)])}], ids=["plain", "smooth"]
+)
 def test_parts_give_the_ranges_of_the_whole(options: dict[str, Any], tmp_path: Path) -> None:
     model = MODELS["attention_explicit"]()
     parts = [calibrated_on(model, slice(i, i + 4), **options) for i in (0, 4, 8)]

@@ -16,8 +16,7 @@ from models import MODELS, example, normal
 from torch import Tensor, nn
 
 from torch_quant import InvalidConfig, PerChannel, Quantizer, QuantSpec
-from torch_quant.state import RANGE
-from torch_quant.statistics import OBSERVERS, MinMaxObserver, Observer
+from torch_quant.statistics import OBSERVERS, RANGE, MinMaxObserver, Observer
 
 Path = tuple[str, ...]
 

@@ -1,7 +1,8 @@
 """Quantize PyTorch models and run them on real int8 kernels."""
 
+from torch_quant.algorithms import RoundToNearest, SmoothQuant
 from torch_quant.backends import Backend, available_backends
-from torch_quant.config import ModuleFilter, QConfig, SiteInfo
+from torch_quant.config import QConfig, SiteInfo
 from torch_quant.core.elements import ElementType, FloatType, IntegerType, register_element_type
 from torch_quant.core.granularity import (
     Granularity,
@@ -10,6 +11,12 @@ from torch_quant.core.granularity import (
     PerGroup,
     PerTensor,
     PerToken,
+)
+from torch_quant.core.methods import (
+    Transform,
+    WeightMethod,
+    register_transform,
+    register_weight_method,
 )
 from torch_quant.core.metrics import cosine, sqnr
 from torch_quant.core.plan import QuantPlan, SitePlan
@@ -24,6 +31,7 @@ from torch_quant.errors import (
 )
 from torch_quant.io.onnx import export_onnx
 from torch_quant.io.torchscript import export_torchscript
+from torch_quant.module_filter import ModuleFilter
 from torch_quant.quantizer import Quantizer
 from torch_quant.sensitivity import Sensitivity
 from torch_quant.tuning import tune
@@ -50,17 +58,23 @@ __all__ = [
     "QuantPlan",
     "QuantSpec",
     "Quantizer",
+    "RoundToNearest",
     "ScaleType",
     "Sensitivity",
     "SiteInfo",
     "SitePlan",
+    "SmoothQuant",
+    "Transform",
     "UnsupportedOp",
+    "WeightMethod",
     "__version__",
     "available_backends",
     "cosine",
     "export_onnx",
     "export_torchscript",
     "register_element_type",
+    "register_transform",
+    "register_weight_method",
     "sqnr",
     "tune",
 ]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch_quant.backends import Backend
-from torch_quant.config import Overrides, QConfig, read_filter, read_qconfig
+from torch_quant.config import Overrides, QConfig, read_qconfig
 from torch_quant.core.documents import (
     Lines,
     Place,
@@ -24,6 +24,7 @@ from torch_quant.errors import InvalidConfig
 from torch_quant.graph.dynamic import Dynamic, checked_dynamic
 from torch_quant.graph.rules import key_text, rules_of
 from torch_quant.io.files import write_atomically
+from torch_quant.module_filter import read_filter
 from torch_quant.settings import Settings
 from torch_quant.unseen import checked_choice
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch_quant.algorithms import DEFAULT_METHOD
 from torch_quant.backends import Backend
 from torch_quant.config import QConfig
+from torch_quant.core.methods import Method, Transform, WeightMethod
 from torch_quant.core.naming import did_you_mean, matches_name
 from torch_quant.core.plan import FALLEN_BACK, SitePlan
 from torch_quant.core.spec import QuantSpec
@@ -26,15 +28,15 @@ class Decision:
     """One thing that was decided about a site.
 
     Args:
-        what: ``"quantized"``, ``"input"``, ``"weight"``, ``"observer"``, ``"weight_observer"`` or
-            ``"smooth"``, as in :class:`QConfig`.
+        what: ``"quantized"``, ``"input"``, ``"weight"``, ``"observer"`` or ``"method"``, as in
+            :class:`QConfig`, or the name of a transform.
         value: what it is now.
         rule: the setting that decided, or the backend.
         why: what else is to be known, empty if nothing.
     """
 
     what: str
-    value: QuantSpec | str | float | bool | None
+    value: QuantSpec | Method | str | bool | None
     rule: str
     why: str = ""
 
@@ -113,12 +115,18 @@ class _Facts:
             return tuple(each for each in found if each is not None)
         config = config or QConfig()
         if edit is not None and edit.quantized:
-            found += [self._summary(what) for what in ("input", "weight", "smooth")]
+            found += [self._summary(what) for what in ("input", "weight")]
+            found += [Decision(each.name, each, "the summary") for each in self.entry.transforms]
+            asked, source = self.entry.method, "the summary"
         else:
             found += [self._format("input", config.input, self.entry.activation, source)]
             found += [self._format("weight", config.weight, self.entry.weight, source)]
-            found += [self._smooth(config, source)]
-        found += self._observers(config, source)
+            found += [self._transform(each, source) for each in config.transforms]
+            asked = config.method
+        if self.site.inputs:
+            found.append(self._observer(self.site.inputs[0]))
+        if self.site.weight_shape:
+            found.append(self._method(asked, source))
         return tuple(each for each in found if each is not None)
 
     def _quantized(self, override: str | None) -> Decision:
@@ -156,30 +164,20 @@ class _Facts:
         values = {
             "input": self.entry.activation,
             "weight": self.entry.weight,
-            "smooth": self.entry.smooth,
         }
         return None if values[what] is None else Decision(what, values[what], "the summary")
 
-    def _smooth(self, config: QConfig, source: str) -> Decision | None:
-        if config.smooth is None:
-            return None
-        if not self.site.smoothable:
-            why = (
-                "only linear layers can be smoothed whose input's last dimension is as it was "
-                "computed"
-            )
-            return Decision("smooth", None, self.site.op, why)
-        return Decision("smooth", config.smooth, source)
+    def _transform(self, transform: Transform, source: str) -> Decision:
+        if refusal := transform.refusal(self.site):
+            return Decision(transform.name, None, self.site.op, refusal)
+        return Decision(transform.name, transform, source)
 
-    def _observers(self, config: QConfig, source: str) -> list[Decision | None]:
-        found: list[Decision | None] = []
-        if self.site.inputs:
-            found.append(self._observer(self.site.inputs[0]))
-        if self.site.weight_shape:
-            given = config.weight_observer != QConfig().weight_observer
-            rule = source if given else "the default"
-            found.append(Decision("weight_observer", observer_name(config.weight_observer), rule))
-        return found
+    def _method(self, asked: WeightMethod | None, source: str) -> Decision:
+        if asked is None:
+            return Decision("method", DEFAULT_METHOD, "the default")
+        if refusal := asked.refusal(self.site):
+            return Decision("method", DEFAULT_METHOD, self.site.op, f"{asked}: {refusal}")
+        return Decision("method", asked, source)
 
     def _observer(self, key: str) -> Decision:
         """That of the first input: sites that share a tensor have one observer."""

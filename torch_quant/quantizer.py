@@ -58,7 +58,7 @@ class Quantizer(QuantizerFiles):
         """Add an override, or put it in the place of that with the same key.
 
         It may come after calibration: formats and what stays in float follow it. Observers and
-        ``smooth`` need data, so they have to be set before.
+        transforms need data, so they have to be set before.
 
         Args:
             pattern: a key of ``overrides``: a name, a glob, ``re:`` and a regular expression, an op
@@ -71,7 +71,8 @@ class Quantizer(QuantizerFiles):
 
         >>> quantizer = Quantizer("reference")
         >>> quantizer.set("op:embedding", None)
-        >>> quantizer.set(r"re:encoder\\.layer\\.\\d+", QConfig(smooth=0.8))
+        >>> from torch_quant import SmoothQuant
+        >>> quantizer.set(r"re:encoder\\.layer\\.\\d+", QConfig(transforms=[SmoothQuant(0.8)]))
         """
         self._set(pattern, config)
 

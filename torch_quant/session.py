@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from torch_quant.algorithms.smoothquant import SmoothQuant
+from torch_quant.algorithms import DEFAULT_METHOD
 from torch_quant.backends import Backend
 from torch_quant.backends.lowering import Lowering
-from torch_quant.config import ObserverLike, QConfig
-from torch_quant.core.granularity import Granularity, PerChannel, PerTensor
-from torch_quant.core.plan import PRECISIONS, QuantPlan, SitePlan
+from torch_quant.config import QConfig, made_observer
+from torch_quant.core.granularity import PerTensor
+from torch_quant.core.methods import Method, WeightMethod
+from torch_quant.core.plan import PRECISIONS, QuantPlan
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
-from torch_quant.errors import InvalidConfig, QuantError
+from torch_quant.errors import InvalidConfig, NotCalibrated, QuantError
 from torch_quant.graph.annotate import annotate
 from torch_quant.graph.sites import Site
 from torch_quant.model import CapturedModel
 from torch_quant.settings import Settings, observer_name
-from torch_quant.state import CHANNELS, RANGE, Makers, QuantState
-from torch_quant.statistics import (
-    DEFAULT_OBSERVER,
-    MinMaxObserver,
-    Observer,
-    Statistic,
-    observer_class,
-)
+from torch_quant.state import Makers, QuantState
+from torch_quant.statistics import DEFAULT_OBSERVER, RANGE, Observer, Statistic
 
 __all__ = ["Calibrated", "Owner", "Session", "Snapshot"]
+
+V = TypeVar("V")
 
 logger = logging.getLogger("torch_quant")
 
@@ -161,34 +159,41 @@ class Session:
 
     # What calibration records
 
-    def statistics(self, key: str) -> Makers:
-        """What is recorded of a tensor: its range, and the extremes of its channels if wanted."""
-        smoothed = (
-            site.smoothable and site.inputs == (key,) and self._smooths(site)
-            for prepared in self.captured.graphs()
-            for site, _ in prepared.sites
-        )
-        found: dict[str, Callable[[], Statistic]] = {RANGE: partial(self.observer, key)}
-        if any(smoothed):
-            found[CHANNELS] = partial(MinMaxObserver, PerChannel(-1))
-        return found
+    def wanted(self) -> dict[str, Makers]:
+        """What is recorded of each tensor: its range, and what transforms and methods ask for."""
+        found: dict[str, dict[str, Callable[[], Statistic]]] = {}
+        for key, using in self._users().items():
+            found[key] = {RANGE: partial(self._observer, key, using)}
+            for site in using:
+                for method in self._methods(site):
+                    found[key] |= method.statistics(site).get(key, {})
+        return dict(found)
 
-    def _smooths(self, site: Site) -> bool:
-        config = self.settings.summary.plan.get(site.name) or self._config(site)
-        return config is not None and config.smooth is not None
+    def _users(self) -> dict[str, list[Site]]:
+        """Tensor key -> the sites that read or make it."""
+        using: dict[str, list[Site]] = {}
+        for prepared in self.captured.graphs():
+            for site, _ in prepared.sites:
+                for key in dict.fromkeys(site.keys):
+                    using.setdefault(key, []).append(site)
+        return using
 
-    def observer(self, key: str) -> Observer:
+    def _methods(self, site: Site) -> list[Method]:
+        """The transforms and the weight method that a site would be quantized with."""
+        asked = self.settings.summary.plan.get(site.name) or self._config(site)
+        if asked is None:
+            return []
+        methods = [*asked.transforms, *([asked.method] if asked.method is not None else [])]
+        return [each for each in methods if not each.refusal(site)]
+
+    def _observer(self, key: str, using: Iterable[Site]) -> Observer:
         """A new observer for a tensor: that of the site which decides, see :meth:`observed_by`."""
-        _, config = self.observed_by(key)
-        return _made((config and config.observer) or DEFAULT_OBSERVER, PerTensor())
+        _, config = self._deciding(key, using)
+        return made_observer((config and config.observer) or DEFAULT_OBSERVER, PerTensor())
 
     def observed_by(self, key: str) -> tuple[Site, QConfig | None]:
         """The site that decides by what a tensor is observed, and its configuration."""
-        sites = (site for prepared in self.captured.graphs() for site, _ in prepared.sites)
-        using = [site for site in sites if key in site.keys]
-        if not using:
-            raise QuantError(f"no site uses the tensor {key}")
-        return self._deciding(key, using)
+        return self._deciding(key, self._users()[key])
 
     def _deciding(self, key: str, using: Iterable[Site]) -> tuple[Site, QConfig | None]:
         """Of the sites that use a tensor, the first whose override names an observer.
@@ -215,13 +220,8 @@ class Session:
             for c in (settings.qconfig, *settings.overrides.values())
         ):
             return
-        using: dict[str, list[Site]] = {}
-        for prepared in self.captured.graphs():
-            for site, _ in prepared.sites:
-                for key in site.keys:
-                    using.setdefault(key, []).append(site)
         found = []
-        for key, sites in using.items():
+        for key, sites in self._users().items():
             recorded = self.state.find(key)
             if key in settings.summary.ranges or recorded is None:
                 continue
@@ -239,11 +239,6 @@ class Session:
                 rest,
             )
 
-    def weight_observer(self, site: Site, granularity: Granularity) -> Observer:
-        """A new observer for a site's weight."""
-        config = self._config(site) or self.settings.qconfig
-        return _made(config.weight_observer, granularity)
-
     def _config(self, site: Site) -> QConfig | None:
         return self.settings.config_of(self.captured.region.module, site)
 
@@ -253,33 +248,73 @@ class Calibrated:
 
     Args:
         session: has the ranges.
-        plan: which sites are smoothed.
+        plan: says how weights are rounded.
     """
 
     def __init__(self, session: Session, plan: QuantPlan) -> None:
-        self._session = session
-        self._sites = {site.name: site for site, _ in session.captured.sites()}
-        self._smoothing = SmoothQuant(session.captured, plan, session.state)
+        self._session, self._plan = session, plan
+        self._sites: dict[str, list[Site]] = {}
+        for prepared in session.captured.graphs():
+            for site, _ in prepared.sites:
+                self._sites.setdefault(site.name, []).append(site)
+        self._shared: dict[Hashable, Any] = {}
 
     def activation(self, key: str, spec: QuantSpec) -> QParams:
         """Of the tensor ``key``; raises :class:`NotCalibrated` where no data passed it."""
-        return self._smoothing.grid(key, spec)
+        return self._session.state.qparams(key, spec)
 
-    def factor(self, entry: SitePlan, key: str) -> Tensor:
-        """What the channels of a site's input are divided by; raises as SmoothQuant does."""
-        return self._smoothing.factor(entry, key)
-
-    def weight(self, site: str, weight: Tensor, spec: QuantSpec, axis: int) -> QParams:
-        """Of a site's weight; raises :class:`QuantError` if it is not finite."""
+    def weight(
+        self, site: str, weight: Tensor, spec: QuantSpec, axis: int
+    ) -> tuple[Tensor, QParams]:
+        """Of a site's weight; raises :class:`QuantError` if it cannot be quantized."""
+        method = self._plan[site].method or DEFAULT_METHOD
         spec = replace(spec, granularity=spec.granularity.on(axis))
-        observer = self._session.weight_observer(self._sites[site], spec.granularity)
         try:
-            observer.observe(weight)
+            return method.quantize(weight, spec, self._known(method, site))
+        except NotCalibrated:
+            raise
         except QuantError as error:
             raise QuantError(f"the weight of {site}: {error}; mend the model's weights") from error
-        return observer.qparams(spec)
 
+    def _known(self, method: WeightMethod, name: str) -> dict[str, Statistic]:
+        """What was recorded for a weight method, of all that the site reads in any graph."""
+        found: dict[str, Statistic] = {}
+        seen: set[tuple[str, str]] = set()
+        for site in self._sites[name]:
+            for key, wanted in method.statistics(site).items():
+                for what in wanted.keys() - {w for k, w in seen if k == key}:
+                    seen.add((key, what))
+                    statistic = self.statistic(key, what)
+                    if what in found:
+                        found[what] = copy.deepcopy(found[what])
+                        found[what].merge(statistic)
+                    else:
+                        found[what] = statistic
+        return found
 
-def _made(choice: ObserverLike, granularity: Granularity) -> Observer:
-    factory = observer_class(choice) if isinstance(choice, str) else choice
-    return factory(granularity)
+    def statistic(self, key: str, what: str) -> Statistic:
+        """What was recorded of a tensor; raises :class:`NotCalibrated` unless in all batches."""
+        found, whole = (self._session.state.find(key, each) for each in (what, RANGE))
+        if found is None:
+            raise NotCalibrated(
+                f"the {what} of {key} were not recorded: give QConfig(transforms=..., method=...) "
+                "to the quantizer before running quantizer.calib(model)"
+            )
+        given = key in self._session.settings.summary.ranges
+        if whole is not None and found.batches != whole.batches and not given:
+            raise NotCalibrated(
+                f"the {what} of {key} were recorded in {found.batches} of {whole.batches} batches "
+                "only: the transform or method came after calibration had begun; calibrate anew"
+            )
+        return found
+
+    def graphs(self) -> Iterator[fx.GraphModule]:
+        """The canonical graphs of the whole model."""
+        return (prepared.canonical for prepared in self._session.captured.graphs())
+
+    def shared(self, key: Hashable, make: Callable[[], V]) -> V:
+        """What ``make`` gave when ``key`` was first asked for."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        found: V = self._shared[key]
+        return found

@@ -18,18 +18,14 @@ from torch_quant.core.plan import PRECISIONS
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig, NotCalibrated, QuantError
-from torch_quant.statistics import STATISTICS, Observer, Statistic, statistic_class
+from torch_quant.statistics import CHANNELS, RANGE, STATISTICS, Observer, Statistic, statistic_class
 from torch_quant.statistics.base import count_of, entry
 
-__all__ = ["CHANNELS", "RANGE", "Makers", "QuantState", "check_saved", "weight_checksums"]
+__all__ = ["Makers", "QuantState", "check_saved", "weight_checksums"]
 
 VERSION = 3
 """Of saved states. Earlier ones are read too; those of version 1 do not say theirs."""
 
-RANGE = "range"
-"""The statistic of a tensor that its scale comes from: an observer."""
-CHANNELS = "channels"
-"""The extremes of each channel, which is the last dimension."""
 Makers = Mapping[str, Callable[[], Statistic]]
 """Which statistics are wanted of a tensor, by what they are for -> what makes a new one."""
 

@@ -13,7 +13,7 @@ from models import seeded
 from onnx_files import feeds, needs, run_onnxruntime, tensors, written
 from torch import Tensor, nn
 
-from torch_quant import InvalidConfig, NotCalibrated, QConfig, Quantizer, sqnr
+from torch_quant import InvalidConfig, NotCalibrated, QConfig, Quantizer, SmoothQuant, sqnr
 from torch_quant.algorithms.smoothquant import smoothing_factor
 from torch_quant.backends import Backend
 from torch_quant.graph.qdq import FAKE_QUANTIZE
@@ -51,7 +51,7 @@ def data(count: int, seed: int = 0) -> Inputs:
 
 def smoothed(backend: str = "reference", smooth: float | None = 0.5) -> tuple[Spiky, Quantizer]:
     model = spiky()
-    config = QConfig(smooth=smooth)
+    config = QConfig(transforms=[] if smooth is None else [SmoothQuant(smooth)])
     return model, calibrated(model, [data(32)], backend=backend, qconfig=config)
 
 
@@ -84,13 +84,13 @@ def test_layers_of_one_input_share_its_quantization() -> None:
     (graph,) = quant_model.graphs
     quantized = graph.body.graph.find_nodes(op="call_function", target=FAKE_QUANTIZE)
     assert len(quantized) == 2  # the input of the three, and of `out`
-    assert [site.smooth for site in quantizer.plan.values()] == [0.5] * 4
+    assert [site.transforms for site in quantizer.plan.values()] == [(SmoothQuant(0.5),)] * 4
 
 
 def test_the_proxy_stays_exact_and_the_model_untouched() -> None:
     model = spiky()
     before = snapshot(model)
-    quantizer = Quantizer("reference", qconfig=QConfig(smooth=0.5))
+    quantizer = Quantizer("reference", qconfig=QConfig(transforms=[SmoothQuant(0.5)]))
     calib_model = quantizer.calib(model)
     assert equal(run(calib_model, data(8)), run(model, data(8)))
     quantizer.quantize(model)
@@ -106,7 +106,9 @@ def test_one_batch_or_many_give_the_same() -> None:
     (x,), _ = data(32)
     model, whole = smoothed()
     batches: list[Inputs] = [((part,), {}) for part in x.split(8)]
-    parts = calibrated(model, batches, backend="reference", qconfig=QConfig(smooth=0.5))
+    parts = calibrated(
+        model, batches, backend="reference", qconfig=QConfig(transforms=[SmoothQuant(0.5)])
+    )
     assert torch.equal(whole.quantize(model)(x), parts.quantize(model)(x))
 
 
@@ -118,7 +120,7 @@ def test_state_and_summary_keep_it(backend: str, tmp_path: Path) -> None:
     file = io.BytesIO()
     torch.save(quantizer.state_dict(), file)
     file.seek(0)
-    other = Quantizer(backend, qconfig=QConfig(smooth=0.5))
+    other = Quantizer(backend, qconfig=QConfig(transforms=[SmoothQuant(0.5)]))
     other.load_state_dict(torch.load(file, weights_only=True))
     assert torch.equal(other.quantize(model, example_inputs=inputs)(*inputs), expected)
     quantizer.save_summary(tmp_path / "summary.json")
@@ -129,14 +131,19 @@ def test_state_and_summary_keep_it(backend: str, tmp_path: Path) -> None:
 
 def test_alpha_of_one_site_by_override_and_by_summary(tmp_path: Path) -> None:
     model = spiky()
-    overrides = {"out": QConfig(smooth=0.8)}
+    overrides = {"out": QConfig(transforms=[SmoothQuant(0.8)])}
     quantizer = calibrated(model, [data(32)], backend="reference", overrides=overrides)
     before = quantizer.quantize(model)(*data(8)[0])
-    assert [site.smooth for site in quantizer.plan.values()] == [None, None, None, 0.8]
+    assert [site.transforms for site in quantizer.plan.values()] == [
+        (),
+        (),
+        (),
+        (SmoothQuant(0.8),),
+    ]
     path = tmp_path / "summary.json"
     quantizer.save_summary(path)
     edited = json.loads(path.read_text())
-    edited["sites"][3]["smooth"] = None
+    edited["sites"][3]["transforms"] = []
     path.write_text(json.dumps(edited))
     quantizer.load_summary(path)
     after = quantizer.quantize(model)(*data(8)[0])
@@ -180,22 +187,25 @@ def test_a_layer_behind_heads_is_left_alone() -> None:
             return self.second(heads.reshape(-1, 4, 5, 8).transpose(1, 2).reshape(-1, 5, 32))
 
     model = seeded(Behind)
-    config = QConfig(smooth=0.5)
+    config = QConfig(transforms=[SmoothQuant(0.5)])
     quantizer = calibrated(model, [data(16)], backend="reference", qconfig=config)
     quant_model = quantizer.quantize(model)
-    assert {n: site.smooth for n, site in quantizer.plan.items()} == {"first": 0.5, "second": None}
+    assert {n: len(site.transforms) for n, site in quantizer.plan.items()} == {
+        "first": 1,
+        "second": 0,
+    }
     assert sqnr(model(*data(8)[0]), quant_model(*data(8)[0])) >= 30
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.5])
 def test_alpha_out_of_range(alpha: float) -> None:
-    with pytest.raises(InvalidConfig, match=r"smooth=.*expected 0 to 1"):
-        QConfig(smooth=alpha)
+    with pytest.raises(InvalidConfig, match=r"alpha=.*expected a number from 0 to 1"):
+        SmoothQuant(alpha)
 
 
 def test_asked_for_after_calibration() -> None:
     model, quantizer = smoothed(smooth=None)
-    quantizer.qconfig = QConfig(smooth=0.5)
+    quantizer.qconfig = QConfig(transforms=[SmoothQuant(0.5)])
     with pytest.raises(NotCalibrated, match=r"channels of norm.*were not recorded"):
         quantizer.quantize(model)
     run(quantizer.calib(model), data(4))
@@ -210,7 +220,7 @@ def test_summary_that_smooths_what_cannot_be(tmp_path: Path) -> None:
     path = tmp_path / "summary.json"
     quantizer.save_summary(path)
     edited = json.loads(path.read_text())
-    edited["sites"][0]["smooth"] = 0.5
+    edited["sites"][0]["transforms"] = ["smoothquant"]
     path.write_text(json.dumps(edited))
     quantizer.load_summary(path)
     with pytest.raises(InvalidConfig, match="only linear layers can be smoothed"):
@@ -229,7 +239,9 @@ def test_a_layer_that_reads_another_tensor_in_another_graph() -> None:
     model = seeded(Either)
     (x,), _ = data(32)
     both: list[Inputs] = [((x,), {}), ((x, x.flip(0)), {})]
-    quantizer = calibrated(model, both, backend="reference", qconfig=QConfig(smooth=0.5))
+    quantizer = calibrated(
+        model, both, backend="reference", qconfig=QConfig(transforms=[SmoothQuant(0.5)])
+    )
     quant_model = quantizer.quantize(model)
     for args, _ in both:
         assert sqnr(model(*args), quant_model(*args)) >= 35
@@ -252,7 +264,7 @@ def test_summary_with_a_wrong_alpha(alpha: object, tmp_path: Path) -> None:
     path = tmp_path / "summary.json"
     quantizer.save_summary(path)
     edited = json.loads(path.read_text())
-    edited["sites"][0]["smooth"] = alpha
+    edited["sites"][0]["transforms"][0]["alpha"] = alpha
     path.write_text(json.dumps(edited))
-    with pytest.raises(InvalidConfig, match=r"query: .smooth. is .*expected a number from 0 to 1"):
+    with pytest.raises(InvalidConfig, match=r"query: .*alpha=.*expected a number from 0 to 1"):
         Quantizer("reference").load_summary(path)

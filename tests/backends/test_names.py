@@ -14,7 +14,7 @@ from flows import BACKENDS, calibrated
 from models import normal, seeded, tokens
 from torch import Tensor, nn
 
-from torch_quant import ModuleFilter, QConfig, export_torchscript, sqnr
+from torch_quant import ModuleFilter, QConfig, SmoothQuant, export_torchscript, sqnr
 
 WRAPPERS = re.compile(r"(^|(?<=\.))(graphs\.\d+\.body|glue)\.")
 ADDED = re.compile(r"_(scale|zero_point)(_rows)?$")
@@ -173,7 +173,7 @@ def test_smoothed_and_fallen_back_tensors_have_names_too(name: str) -> None:
         model, inputs = seeded(Alike).eval(), ((normal(4, 16),), {})
     else:
         model, inputs = AWKWARD[name].build(), AWKWARD[name].inputs(4)
-    config = QConfig(smooth=0.5) if name == "alike" else QConfig()
+    config = QConfig(transforms=[SmoothQuant(0.5)]) if name == "alike" else QConfig()
     quantizer = calibrated(model, [inputs], backend="reference", qconfig=config)
     quantizer.quantize(model)
     fallen = {quantizer.plan.quantized[-1]: "bfloat16"}

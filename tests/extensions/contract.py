@@ -5,17 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from flows import Inputs, assert_unchanged, run, snapshot
 from torch import nn
 
-from torch_quant import Quantizer, sqnr
+from torch_quant import NotCalibrated, Quantizer, sqnr
 
 __all__ = ["check_workflow"]
 
 
 def check_workflow(
-    model: nn.Module, inputs: Inputs, site: str, folder: Path, least: float = 20.0, **options: Any
+    model: nn.Module,
+    inputs: Inputs,
+    site: str,
+    folder: Path,
+    least: float = 20.0,
+    summary_is_all: bool = True,
+    **options: Any,
 ) -> tuple[Quantizer, nn.Module]:
     """Calibrate, rank, fall back, quantize, report, save and load; the quantized model is returned.
 
@@ -25,6 +32,7 @@ def check_workflow(
         site: its name.
         folder: an empty one.
         least: output SQNR, dB.
+        summary_is_all: whether a summary, which holds ranges alone, needs no data beside it.
         options: of the quantizer.
     """
     before, expected = snapshot(model), run(model, inputs)
@@ -50,6 +58,10 @@ def check_workflow(
         other = Quantizer(**options)
         load(other)
         args, kwargs = inputs
+        if not summary_is_all and other.settings.summary.plan:
+            with pytest.raises(NotCalibrated, match="were not recorded"):
+                other.quantize(model, example_inputs=kwargs or args)
+            run(other.calib(model), inputs)
         again = other.quantize(model, example_inputs=kwargs or args)
         assert other.plan[site] == quantizer.plan[site]
         torch.testing.assert_close(run(again, inputs), actual, rtol=0.0, atol=1e-5)

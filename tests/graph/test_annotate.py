@@ -8,7 +8,7 @@ from awkward import AWKWARD
 from models import MODELS, EncoderBlock, example, normal
 from torch import Tensor, nn
 
-from torch_quant.config import ModuleFilter, Overrides, QConfig
+from torch_quant.config import Overrides, QConfig
 from torch_quant.core.kernels import Accepts, Kernel, KernelTable
 from torch_quant.core.plan import QuantPlan
 from torch_quant.core.spec import QuantSpec
@@ -17,6 +17,7 @@ from torch_quant.graph.annotate import annotate
 from torch_quant.graph.ops import OPERATORS
 from torch_quant.graph.rules import modules_of
 from torch_quant.model import CapturedModel, run_example
+from torch_quant.module_filter import ModuleFilter
 
 WEIGHT = QuantSpec.of(signed=True, symmetric=True, per_channel=True)
 KERNELS = KernelTable(

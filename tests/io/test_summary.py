@@ -12,7 +12,7 @@ import torch
 from flows import calibrated
 from models import MODELS, example
 
-from torch_quant import InvalidConfig, NotCalibrated, QConfig, Quantizer, QuantSpec
+from torch_quant import InvalidConfig, NotCalibrated, QConfig, Quantizer, QuantSpec, SmoothQuant
 from torch_quant.backends import available_backends
 from torch_quant.statistics import OBSERVERS
 
@@ -66,7 +66,29 @@ def of_version_1(data: dict[str, Any]) -> dict[str, Any]:
         for spec in filter(None, (site["activation"], site["weight"])):
             spec["dtype"] = "int8" if spec.pop("element").startswith("int") else "uint8"
             del spec["scale_type"], spec["dynamic"]
+        del site["transforms"], site["method"]
+        site["smooth"] = None
     return old
+
+
+def test_version_2_is_read(tmp_path: Path) -> None:
+    """Of transforms it knew SmoothQuant's alpha only."""
+    model, path = MODELS["attention_explicit"](), tmp_path / "summary.json"
+    x = example("attention_explicit", 16)
+    smooth = QConfig(transforms=[SmoothQuant(0.6)])
+    quantizer = calibrated(model, [(x, {})], backend="reference", qconfig=smooth)
+    expected = quantizer.quantize(model)(*x)
+    quantizer.save_summary(path)
+    data = edit(path) | {"version": 2}
+    for site in data["sites"]:
+        del site["method"]
+        site["smooth"] = next((each["alpha"] for each in site.pop("transforms")), None)
+    assert {0.6, None} == {site["smooth"] for site in data["sites"]}
+    path.write_text(json.dumps(data), encoding="utf-8")
+    other = Quantizer("reference")
+    other.load_summary(path)
+    assert torch.equal(other.quantize(model, example_inputs=x)(*x), expected)
+    assert dict(other.plan) == dict(quantizer.plan)
 
 
 def test_version_1_is_read(tmp_path: Path) -> None:
@@ -100,7 +122,7 @@ def test_a_summary_of_another_model(tmp_path: Path) -> None:
     [
         ("{", "cannot read the summary"),
         ("{}", "no summary of torch_quant"),
-        ('{"format": "torch_quant summary", "version": 9}', "version 9; expected 1 or 2"),
+        ('{"format": "torch_quant summary", "version": 9}', "version 9; expected 1 to 3"),
         ('{"format": "torch_quant summary", "version": 1}', "lacks 'sites'"),
         (
             '{"format": "torch_quant summary", "version": 2, "sites": [], "ranges": {"a": [2, 1]}}',

@@ -17,7 +17,7 @@ from flows import calibrated
 from models import normal, seeded
 from torch import Tensor, nn
 
-from torch_quant import InvalidConfig, QConfig, Quantizer
+from torch_quant import InvalidConfig, QConfig, Quantizer, SmoothQuant
 from torch_quant.session import Session
 
 
@@ -44,7 +44,10 @@ def made() -> tuple[nn.Module, Quantizer, str]:
     """The model, a quantizer of it, and its summary's text."""
     model = seeded(Net)
     quantizer = calibrated(
-        model, [(X, {})], backend="reference", overrides={"[l]inear": QConfig(smooth=0.5)}
+        model,
+        [(X, {})],
+        backend="reference",
+        overrides={"[l]inear": QConfig(transforms=[SmoothQuant(0.5)])},
     )
     quantizer.quantize(model)
     with tempfile.TemporaryDirectory() as folder:
@@ -86,8 +89,12 @@ def channels_of_x(value: Any) -> Edit:
     return lambda data: data["channels"].update({":x": value})
 
 
+def smoothed_by(alpha: Any) -> Edit:
+    return setting("linear", transforms=[{"name": "smoothquant", "alpha": alpha}])
+
+
 ENTRIES = ("op", "inputs", "activation", "weight", "quantized", "reason", "macs", "precision",
-           "stored", "smooth")  # fmt: skip
+           "stored", "transforms", "method")  # fmt: skip
 SPEC = ("element", "symmetric", "granularity", "quant_min", "quant_max", "scale_type", "dynamic")
 
 FLOAT8 = {
@@ -135,10 +142,25 @@ EDITS: dict[str, tuple[Edit, str]] = {
         for value in (None, 1, ["x"])
     },
     **{
-        f"smooth {value!r}": (setting("linear", smooth=value), "'smooth'")
-        for value in ("0.5", 1.5, -0.1, True, [0.5], math.nan)
+        f"transforms {value!r}": (setting("linear", transforms=value), "'transforms'")
+        for value in (None, "smoothquant", {}, 0.5)
     },
-    "smooth of a convolution": (setting("conv", smooth=0.5), "'smooth'"),
+    **{
+        f"transform {value!r}": (setting("linear", transforms=[value]), "the transform")
+        for value in (None, "smooth", {"alpha": 0.5}, {"name": "smoothquant", "a": 1}, 0.5, "rtn")
+    },
+    **{
+        f"alpha {value!r}": (smoothed_by(value), "alpha=")
+        for value in ("0.5", 1.5, -0.1, True, [0.5], math.nan, None)
+    },
+    "smoothing of a convolution": (setting("conv", transforms=["smoothquant"]), "only linear"),
+    **{
+        f"method {value!r}": (setting("linear", method=value), "the weight method")
+        for value in ("gptq", {}, {"name": "rtn", "bits": 4}, 4, ["rtn"])
+    },
+    "observer of a method": (
+        setting("linear", method={"name": "rtn", "observer": "max"}), "unknown observer 'max'"
+    ),
     **{
         f"activation {value!r}": (setting("linear", activation=value), "'activation'")
         for value in (None, "u8", 8, [], {}, True)

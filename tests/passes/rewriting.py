@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable, Hashable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from models import Compute, Two
 from torch import Tensor, fx, nn
 
+from torch_quant.core.functional import quantize
 from torch_quant.core.granularity import block_extremes
 from torch_quant.core.plan import QuantPlan, SitePlan
 from torch_quant.core.qparams import QParams, choose_qparams
@@ -20,6 +22,7 @@ from torch_quant.graph.shadow import shadow
 from torch_quant.graph.sites import ORIGIN, find_sites, is_constant
 from torch_quant.passes.base import Params, Pass, PassContext, copy_graph, run_passes
 from torch_quant.passes.canonicalize import canonicalize
+from torch_quant.statistics import Statistic
 
 __all__ = [
     "WEIGHT",
@@ -36,6 +39,8 @@ __all__ = [
     "plan_for",
     "weight_grid_of",
 ]
+
+V = TypeVar("V")
 
 WEIGHT = QuantSpec.of(signed=True, symmetric=True, per_channel=True)
 
@@ -96,11 +101,20 @@ class FixedParams:
     def activation(self, key: str, spec: QuantSpec) -> QParams:
         return grid_of(key, spec)
 
-    def weight(self, site: str, weight: Tensor, spec: QuantSpec, axis: int) -> QParams:
-        return weight_grid_of(site, weight, spec, axis)
+    def weight(
+        self, site: str, weight: Tensor, spec: QuantSpec, axis: int
+    ) -> tuple[Tensor, QParams]:
+        qparams = weight_grid_of(site, weight, spec, axis)
+        return quantize(weight, qparams), qparams
 
-    def factor(self, entry: SitePlan, key: str) -> Tensor:
-        raise AssertionError(f"the factors of {key} are asked for, but nothing is smoothed")
+    def statistic(self, key: str, what: str) -> Statistic:
+        raise AssertionError(f"the {what} of {key} are asked for, but nothing wants them")
+
+    def graphs(self) -> list[fx.GraphModule]:
+        return []
+
+    def shared(self, key: Hashable, make: Callable[[], V]) -> V:
+        return make()
 
 
 def context_of(

@@ -24,11 +24,11 @@ from torch_quant.passes.constants import settle_names
 from torch_quant.passes.dynamic_sizes import dynamic_sizes
 from torch_quant.passes.insert_qdq import insert_qdq
 from torch_quant.passes.lower_precision import lower_precision
-from torch_quant.passes.smooth_inputs import smooth_inputs
+from torch_quant.passes.transform import transform_sites
 
 __all__ = ["QUANTIZE", "Lowering"]
 
-QUANTIZE: tuple[Pass, ...] = (lower_precision, smooth_inputs, insert_qdq)
+QUANTIZE: tuple[Pass, ...] = (lower_precision, transform_sites, insert_qdq)
 """From a canonical graph to one with quantize/dequantize pairs, whatever the backend."""
 
 

@@ -7,6 +7,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch_quant.core.kernels import KernelTable
+from torch_quant.core.methods import (
+    Transform,
+    WeightMethod,
+    read_transform,
+    read_weight_method,
+)
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
 
@@ -45,10 +51,11 @@ class SitePlan:
         macs: multiply-accumulates on the captured example.
         precision: ``"float32"`` or ``"bfloat16"``, the arithmetic of a site that stays in float.
         stored: key of its result, or of that behind a rectifier, where it is quantized as well.
-        smooth: SmoothQuant's alpha, None without smoothing.
+        transforms: what is done to the graph before, to make it easier to quantize.
+        method: how the weight is rounded, None for the default.
 
     Raises:
-        InvalidConfig: another precision, an alpha that is not 0 to 1.
+        InvalidConfig: another precision.
     """
 
     name: str
@@ -61,14 +68,13 @@ class SitePlan:
     macs: int = 0
     precision: str = "float32"
     stored: str = ""
-    smooth: float | None = None
+    transforms: tuple[Transform, ...] = ()
+    method: WeightMethod | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             expected = " or ".join(PRECISIONS)
             raise InvalidConfig(f"{self.name}: precision {self.precision!r}; expected {expected}")
-        if self.smooth is not None and not is_share(self.smooth):
-            raise InvalidConfig(f"{self.name}: smooth {self.smooth!r}; expected 0 to 1, or null")
 
     def to_dict(self) -> dict[str, Any]:
         """What :meth:`from_dict` reads, ready for JSON.
@@ -81,6 +87,8 @@ class SitePlan:
             spec = getattr(self, name)
             data[name] = None if spec is None else spec.to_dict()
         data["inputs"] = list(self.inputs)
+        data["transforms"] = [each.to_dict() for each in self.transforms]
+        data["method"] = None if self.method is None else self.method.to_dict()
         return data
 
     @classmethod
@@ -97,6 +105,9 @@ class SitePlan:
                 spec = values.get(name)
                 values[name] = None if spec is None else QuantSpec.from_dict(spec)
             values["inputs"] = tuple(values.get("inputs", ()))
+            values["transforms"] = tuple(map(read_transform, values.get("transforms", ())))
+            if (method := values.get("method")) is not None:
+                values["method"] = read_weight_method(method)
             return cls(**values)
         except TypeError as error:
             raise InvalidConfig(f"not a SitePlan: {dict(data)!r} ({error})") from error
@@ -262,7 +273,8 @@ class QuantPlan(Mapping[str, SitePlan]):
                         weight=edit.weight,
                         quantized=not reason,
                         reason=reason,
-                        smooth=edit.smooth,
+                        transforms=edit.transforms,
+                        method=edit.method,
                     )
                 )
         return QuantPlan(plan, self.float_ops)

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from torch_quant.config import ModuleFilter, Overrides, QConfig
+from torch_quant.config import Overrides, QConfig
 from torch_quant.core.kernels import Kernel, KernelTable
+from torch_quant.core.methods import Transform, WeightMethod
 from torch_quant.core.naming import check_names
 from torch_quant.core.plan import QuantPlan, SitePlan
 from torch_quant.core.spec import QuantSpec
@@ -15,6 +16,7 @@ from torch_quant.errors import InvalidConfig
 from torch_quant.graph.ops import OPERATORS
 from torch_quant.graph.rules import modules_of, qconfig_of, rules_of
 from torch_quant.graph.sites import Site
+from torch_quant.module_filter import ModuleFilter
 
 __all__ = ["annotate"]
 
@@ -65,7 +67,8 @@ def annotate(
                 reason=reason,
                 macs=site.macs,
                 stored=site.stored if kernel is not None and kernel.output else "",
-                smooth=config.smooth if config is not None and site.smoothable else None,
+                transforms=() if config is None else _serving(config.transforms, site),
+                method=None if config is None or weight is None else _method(config, site),
             )
         )
     return QuantPlan(plan)
@@ -91,6 +94,15 @@ def _fitting(
             return activation, weight, chosen, ""
         found.append((activation, weight, None, reason))
     return found[0]
+
+
+def _serving(transforms: Sequence[Transform], site: Site) -> tuple[Transform, ...]:
+    return tuple(each for each in transforms if not each.refusal(site))
+
+
+def _method(config: QConfig, site: Site) -> WeightMethod | None:
+    refused = config.method is None or config.method.refusal(site)
+    return None if refused else config.method
 
 
 def _misfit(site: Site, weight: QuantSpec | None) -> str:

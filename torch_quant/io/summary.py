@@ -21,9 +21,9 @@ from torch_quant.core.plan import QuantPlan, SitePlan
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.sites import Site
 from torch_quant.io.files import write_atomically
-from torch_quant.io.summary_schema import FORMAT, VERSION, validate
-from torch_quant.state import CHANNELS, RANGE, QuantState
-from torch_quant.statistics import MinMaxObserver, Observer
+from torch_quant.io.summary_schema import FORMAT, VERSION, renewed, validate
+from torch_quant.state import QuantState
+from torch_quant.statistics import CHANNELS, RANGE, MinMaxObserver, Observer
 
 __all__ = ["Summary", "load_summary", "save_summary", "write_summary"]
 
@@ -36,7 +36,7 @@ class Summary:
         plan: every site: quantized or not and why, formats of activations and weight.
         ranges: tensor key -> (minimum, maximum) that its grid covers.
         channels: tensor key -> minimum and maximum of each channel, shape ``[2, channels]``, of
-            tensors that are smoothed.
+            tensors that are transformed.
         lines: where the entries stand in the file.
     """
 
@@ -113,11 +113,10 @@ def _misfits(edit: SitePlan, sites: list[Site]) -> dict[str, str]:
             wrong[name] = f'{name!r} is null; expected a format, or "quantized": false'
         elif given and not needed and not (name == "activation" and site.stored):
             wrong[name] = f"{name!r} is a format; expected null: {site.op} quantizes none here"
-    if edit.smooth is not None and not site.smoothable:
-        wrong["smooth"] = (
-            f"'smooth' is {edit.smooth}; expected null: only linear layers can be smoothed whose "
-            "input's last dimension is as it was computed"
-        )
+    for name, methods in (("transforms", edit.transforms), ("method", (edit.method,))):
+        for each in methods:
+            if each is not None and (refusal := each.refusal(site)):
+                wrong[name] = f"{name!r} has {each}, but {refusal}"
     return wrong
 
 
@@ -132,8 +131,8 @@ def _ranges(plan: QuantPlan, state: QuantState) -> dict[str, list[float]]:
 
 
 def _channels(plan: QuantPlan, state: QuantState) -> dict[str, list[list[float]]]:
-    """Minimum and maximum of each channel, of the tensors that the plan smooths."""
-    keys = dict.fromkeys(site.inputs[0] for site in plan.values() if site.smooth is not None)
+    """Minimum and maximum of each channel, of the tensors where a transform wants them."""
+    keys = dict.fromkeys(key for site in plan.values() if site.transforms for key in site.inputs)
     observers = {key: state.find(key, CHANNELS) for key in keys}
     return {
         key: [observer.min_val.flatten().tolist(), observer.max_val.flatten().tolist()]
@@ -183,4 +182,5 @@ def load_summary(path: str | os.PathLike[str]) -> Summary:
         key: torch.tensor(pair, dtype=torch.float32)
         for key, pair in data.get("channels", {}).items()
     }
-    return Summary(QuantPlan.from_dict(data), ranges, channels, lines)
+    plan = QuantPlan.from_dict({"sites": [renewed(site) for site in data["sites"]]})
+    return Summary(plan, ranges, channels, lines)

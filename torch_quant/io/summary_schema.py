@@ -9,23 +9,26 @@ from typing import Any
 from torch_quant.core.documents import Lines, Place, check_keys, check_kind, shown
 from torch_quant.core.elements import ELEMENT_TYPES, ElementType
 from torch_quant.core.granularity import Granularity
+from torch_quant.core.methods import read_transform, read_weight_method
 from torch_quant.core.plan import PRECISIONS, is_share
 from torch_quant.core.spec import ScaleType
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.ops import OPERATORS
 
-__all__ = ["FORMAT", "VERSION", "validate"]
+__all__ = ["FORMAT", "VERSION", "renewed", "validate"]
 
 FORMAT = "torch_quant summary"
-VERSION = 2
-"""Version 1, which knew integers per tensor and per channel only, is read too."""
+VERSION = 3
+"""Version 1, which knew integers per tensor and per channel only, is read too, and version 2, which
+knew of transforms SmoothQuant's alpha only, ``smooth``."""
 
 _LARGEST = 3.4e38
 """Beyond, a number is no float32."""
 _SITE = (
     "name", "op", "inputs", "activation", "weight", "quantized", "reason", "macs", "precision",
-    "stored", "smooth",
+    "stored", "transforms", "method",
 )  # fmt: skip
+_SITE_2 = (*_SITE[:-2], "smooth")
 _SPEC = ("element", "symmetric", "granularity", "scale_type", "dynamic")
 _SPEC_1 = ("dtype", "symmetric", "granularity")
 _DTYPES = ("uint8", "int8")
@@ -41,7 +44,7 @@ def validate(data: Any, lines: Lines) -> None:
         )
     version: Any = data.get("version")
     if not _integer(version) or not 1 <= version <= VERSION:
-        raise lines.error(("version",), f"this has version {version!r}; expected 1 or {VERSION}")
+        raise lines.error(("version",), f"this has version {version!r}; expected 1 to {VERSION}")
     check_keys(data, (), ("format", "version", "sites", "ranges", "channels"), "the file", lines,
           optional=("channels",))  # fmt: skip
     sites = check_kind(data["sites"], list, ("sites",), "'sites'", lines)
@@ -64,7 +67,7 @@ def _site(site: Any, place: Place, lines: Lines, version: int) -> str:
     name: str = check_kind(site.get("name"), str, (*place, "name"), f"the name of {number}", lines)
     if not name:
         raise lines.error((*place, "name"), f"the name of {number} is empty")
-    check_keys(site, place, _SITE, name, lines)
+    check_keys(site, place, _SITE if version > 2 else _SITE_2, name, lines)
 
     def wrong(field: str, expected: str) -> InvalidConfig:
         found = shown(site[field])
@@ -86,13 +89,45 @@ def _site(site: Any, place: Place, lines: Lines, version: int) -> str:
         raise wrong("precision", " or ".join(map(repr, PRECISIONS)))
     if site["quantized"] and site["precision"] != PRECISIONS[0]:
         raise wrong("precision", f"{PRECISIONS[0]!r}, since the site is quantized")
-    smooth = site["smooth"]
-    if smooth is not None and (isinstance(smooth, bool) or not is_share(smooth)):
-        raise wrong("smooth", "a number from 0 to 1, or null")
+    _methods(site, place, name, lines, wrong)
     for field in ("activation", "weight"):
         if site[field] is not None:
             _spec(site[field], (*place, field), f"{name}: {field!r}", lines, field, version)
     return name
+
+
+def _methods(
+    site: Mapping[str, Any], place: Place, name: str, lines: Lines,
+    wrong: Callable[[str, str], InvalidConfig],
+) -> None:  # fmt: skip
+    """Raise unless transforms and weight method are known, with options that they have."""
+    if "smooth" in site:
+        smooth = site["smooth"]
+        if smooth is not None and (isinstance(smooth, bool) or not is_share(smooth)):
+            raise wrong("smooth", "a number from 0 to 1, or null")
+        return
+    if not isinstance(site["transforms"], list):
+        raise wrong("transforms", "a list")
+    entries: list[tuple[Callable[[Any], Any], Any, Place]] = [
+        (read_transform, each, ("transforms", i)) for i, each in enumerate(site["transforms"])
+    ]
+    if site["method"] is not None:
+        entries.append((read_weight_method, site["method"], ("method",)))
+    for read, data, at in entries:
+        try:
+            read(data)
+        except InvalidConfig as error:
+            raise lines.error((*place, *at), f"{name}: {error}") from error
+
+
+def renewed(site: Mapping[str, Any]) -> dict[str, Any]:
+    """A site's entries in the present form: what versions 1 and 2 called ``smooth``."""
+    if "smooth" not in site:
+        return dict(site)
+    kept = {key: value for key, value in site.items() if key != "smooth"}
+    alpha = site["smooth"]
+    smoothed = [] if alpha is None else [{"name": "smoothquant", "alpha": alpha}]
+    return kept | {"transforms": smoothed, "method": None}
 
 
 def _spec(spec: Any, place: Place, what: str, lines: Lines, field: str, version: int) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, fx
 
-from torch_quant.core.plan import QuantPlan, SitePlan
+from torch_quant.core.plan import QuantPlan
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import NotCalibrated
+from torch_quant.statistics import RANGE, Observer, Statistic
 
 __all__ = ["NoParams", "Params", "Pass", "PassContext", "call_like", "copy_graph", "run_passes"]
+
+V = TypeVar("V")
 
 
 class Params(Protocol):
@@ -22,11 +25,19 @@ class Params(Protocol):
     def activation(self, key: str, spec: QuantSpec) -> QParams:
         """Scale and zero point of the tensor ``key``; raises :class:`NotCalibrated`."""
 
-    def weight(self, site: str, weight: Tensor, spec: QuantSpec, axis: int) -> QParams:
-        """Scales and zero points of a site's weight, whose output channels are ``axis``."""
+    def weight(
+        self, site: str, weight: Tensor, spec: QuantSpec, axis: int
+    ) -> tuple[Tensor, QParams]:
+        """Codes, scales and zero points of a site's weight, whose output channels are ``axis``."""
 
-    def factor(self, entry: SitePlan, key: str) -> Tensor:
-        """What the channels of a site's input ``key`` are divided by, shape ``[channels]``."""
+    def statistic(self, key: str, what: str) -> Statistic:
+        """What was recorded of the tensor ``key``; raises :class:`NotCalibrated`."""
+
+    def graphs(self) -> Iterable[fx.GraphModule]:
+        """The canonical graphs of the whole model."""
+
+    def shared(self, key: Hashable, make: Callable[[], V]) -> V:
+        """What ``make`` gave when ``key`` was first asked for: facts of the whole model."""
 
 
 class NoParams:
@@ -36,13 +47,23 @@ class NoParams:
         """Refused."""
         raise NotCalibrated(f"there is no range for {key}")
 
-    def weight(self, site: str, weight: Tensor, spec: QuantSpec, axis: int) -> QParams:
+    def weight(
+        self, site: str, weight: Tensor, spec: QuantSpec, axis: int
+    ) -> tuple[Tensor, QParams]:
         """Refused."""
         raise NotCalibrated(f"there is no range for the weight of {site}")
 
-    def factor(self, entry: SitePlan, key: str) -> Tensor:
+    def statistic(self, key: str, what: str) -> Statistic:
         """Refused."""
-        raise NotCalibrated(f"there are no ranges of the channels of {key}")
+        raise NotCalibrated(f"nothing was recorded of {key}")
+
+    def graphs(self) -> Iterable[fx.GraphModule]:
+        """None."""
+        return ()
+
+    def shared(self, key: Hashable, make: Callable[[], V]) -> V:
+        """Made anew each time."""
+        return make()
 
 
 @dataclass
@@ -60,10 +81,30 @@ class PassContext:
     params: Params = field(default_factory=NoParams)
     declined: dict[str, str] = field(default_factory=dict)
     """Site -> why it runs in float though the plan has it quantized."""
+    derived: dict[str, Mapping[str, Statistic]] = field(default_factory=dict)
+    """Tensor that a transform made -> its statistics, by what they are for."""
 
     def decline(self, site: str, why: str) -> None:
         """Note that ``site`` runs in float arithmetic after all; reports then say ``why``."""
         self.declined.setdefault(site, why)
+
+    def derive(self, key: str, statistics: Mapping[str, Statistic]) -> None:
+        """Say what is known of a new tensor, which a transform has computed from others."""
+        self.derived[key] = statistics
+
+    def statistic(self, key: str, what: str) -> Statistic:
+        """What is known of a tensor; raises :class:`NotCalibrated` where it was not recorded."""
+        if what in (found := self.derived.get(key, {})):
+            return found[what]
+        return self.params.statistic(key, what)
+
+    def qparams(self, key: str, spec: QuantSpec) -> QParams:
+        """Scale and zero point of a tensor; raises :class:`NotCalibrated`."""
+        if key not in self.derived:
+            return self.params.activation(key, spec)
+        observer = self.statistic(key, RANGE)
+        assert isinstance(observer, Observer)
+        return observer.qparams(spec)
 
     @property
     def graph(self) -> fx.Graph:

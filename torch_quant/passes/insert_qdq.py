@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from torch_quant.core.functional import quantize
 from torch_quant.core.granularity import PerChannel
 from torch_quant.core.plan import SitePlan
 from torch_quant.core.qparams import QParams
@@ -104,7 +103,7 @@ class _Inserter:
 
     def _qparams(self, key: str, spec: QuantSpec) -> QParams:
         if (key, spec) not in self.grids:
-            self.grids[key, spec] = self.context.params.activation(key, spec)
+            self.grids[key, spec] = self.context.qparams(key, spec)
         return self.grids[key, spec]
 
     def _scalars(self, key: str, spec: QuantSpec) -> tuple[float, int]:
@@ -159,9 +158,8 @@ class _Inserter:
         memo = (expression(gm, old), site.weight, axis)
         if memo not in self.weights:
             value = evaluate(gm, old).detach()
-            qparams = self.context.params.weight(site.name, value, site.weight, axis)
-            codes = quantize(value, qparams).contiguous()  # what kernels pack
-            self.weights[memo] = _Weight.of(codes, qparams, axis)
+            codes, qparams = self.context.params.weight(site.name, value, site.weight, axis)
+            self.weights[memo] = _Weight.of(codes.contiguous(), qparams, axis)  # as kernels pack it
         local = local_name(node)
         real = self._codes_of(node, name_of(old, f"{local}.weight"), self.weights[memo])
         node.update_arg(pattern.weight, real)
@@ -199,8 +197,8 @@ class _Inserter:
         assert entry.activation is not None
         x, hx, params, has_biases, layers, _, _, bidirectional, batch_first = node.args
         assert isinstance(x, fx.Node)
-        of_x = self.context.params.activation(key_of(source(x)), entry.activation)
-        of_h = self.context.params.activation(entry.inputs[-1], entry.activation)
+        of_x = self.context.qparams(key_of(source(x)), entry.activation)
+        of_h = self.context.qparams(entry.inputs[-1], entry.activation)
         outer = float(of_x.scale) / float(of_h.scale)
         cells = cells_of(params, bool(has_biases))
         new: list[Any] = []
@@ -211,8 +209,8 @@ class _Inserter:
             factor = outer if i < len(cells) // int(layers) else 1.0  # type: ignore[arg-type]
             values = [evaluate(self.context.gm, each).detach() for each in (w_ih, w_hh)]
             joined = torch.cat([values[0] * factor, values[1]], 1)
-            qparams = self.context.params.weight(entry.name, joined, entry.weight, 0)
-            codes = quantize(joined, qparams).split([each.shape[1] for each in values], 1)
+            both, qparams = self.context.params.weight(entry.name, joined, entry.weight, 0)
+            codes = both.split([each.shape[1] for each in values], 1)
             made_up = (f"{local_name(node)}.weight_{role}_{i}" for role in ("ih", "hh"))
             names = [name_of(*each) for each in zip((w_ih, w_hh), made_up, strict=True)]
             grids = [replace(qparams, scale=qparams.scale / factor), qparams]

@@ -7,15 +7,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-
 from torch_quant.errors import QuantError
 from torch_quant.graph.calls import Call
 from torch_quant.graph.capture import Region, Reopened
 from torch_quant.graph.effects import assign
 from torch_quant.graph.export import CapturedGraph
 from torch_quant.graph.running import copied as on_copies
-from torch_quant.passes.prepare import insert_observers
+from torch_quant.passes.prepare import Prepared, insert_observers
 from torch_quant.proxies.agreement import comparable, disagrees, kind_of, raises, settle
 from torch_quant.proxies.base import Proxy, check_not_empty
 from torch_quant.proxies.values import copied
@@ -88,7 +86,7 @@ class CalibModel(Proxy):
         if id(graph) not in self._graphs:
             prepared = self.captured.prepared(region, graph)
             self._graphs.clear()  # its sites may want more of a tensor that others give, too
-            self._graphs[id(graph)] = insert_observers(prepared, self._recorder)
+            self._graphs[id(graph)] = self._observed(prepared)
         # Where the module itself follows, it must find its inputs as they were.
         tensors = call.tensors if graph.exact else on_copies(call).tensors
         outputs = self._graphs[id(graph)](*tensors)
@@ -97,6 +95,7 @@ class CalibModel(Proxy):
         args, kwargs = call.source
         return region.module(*args, **kwargs)
 
-    def _recorder(self, key: str) -> Callable[[Tensor], None]:
-        """What records a tensor, in all the statistics that are wanted of it."""
-        return partial(self.session.state.observe, key, self.session.statistics(key))
+    def _observed(self, prepared: Prepared) -> Callable[..., Any]:
+        """The graph of a region with a probe behind every tensor that something is wanted of."""
+        wanted, state = self.session.wanted(), self.session.state
+        return insert_observers(prepared, lambda key: partial(state.observe, key, wanted[key]))

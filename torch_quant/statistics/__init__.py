@@ -2,7 +2,9 @@
 
 from torch_quant.statistics.ao_adapter import from_ao
 from torch_quant.statistics.base import (
+    CHANNELS,
     OBSERVERS,
+    RANGE,
     STATISTICS,
     Observer,
     Statistic,
@@ -18,6 +20,8 @@ from torch_quant.statistics.moving_average import MovingAverageObserver
 from torch_quant.statistics.percentile import PercentileObserver
 
 __all__ = [
+    "CHANNELS",
+    "RANGE",
     "OBSERVERS",
     "STATISTICS",
     "Observer",

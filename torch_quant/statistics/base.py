@@ -15,7 +15,9 @@ from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig, NotCalibrated, QuantError
 
 __all__ = [
+    "CHANNELS",
     "OBSERVERS",
+    "RANGE",
     "STATISTICS",
     "Observer",
     "Statistic",
@@ -32,6 +34,11 @@ STATISTICS: dict[str, type[Statistic]] = {}
 """Every statistic by its name; filled at import by :func:`register_statistic`."""
 OBSERVERS: dict[str, type[Observer]] = {}
 """Those of them that are observers."""
+
+RANGE = "range"
+"""What a statistic is for: the scale of a tensor comes from it. It is an observer."""
+CHANNELS = "channels"
+"""The extremes of each channel, which is the last dimension."""
 
 T = TypeVar("T", bound="type[Statistic]")
 

@@ -1,3 +1,5 @@
+"""SmoothQuant on graphs: what is alive while weights are quantized, and what is left."""
+
 from __future__ import annotations
 
 import gc
@@ -10,27 +12,43 @@ from models import normal, seeded
 from rewriting import FixedParams, canonical, context_of, plan_for
 from torch import Tensor, fx, nn
 
-from torch_quant import sqnr
-from torch_quant.core.plan import QuantPlan, SitePlan
-from torch_quant.core.qparams import QParams, choose_qparams
+from torch_quant import SmoothQuant, sqnr
+from torch_quant.core.granularity import PerChannel
+from torch_quant.core.plan import QuantPlan
+from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.graph.qdq import DEQUANTIZE_CHANNEL
 from torch_quant.passes.insert_qdq import insert_qdq
-from torch_quant.passes.smooth_inputs import smooth_inputs
+from torch_quant.passes.transform import transform_sites
+from torch_quant.statistics import CHANNELS, MinMaxObserver, Statistic
 
 WIDTH = 24
 
 
-class Smoothing(FixedParams):
-    """A new tensor at each call, as the algorithm gives."""
+SMOOTH = SmoothQuant(1.0)
+"""The factors are the extremes of the channels."""
 
-    def factor(self, entry: SitePlan, key: str) -> Tensor:
-        return torch.linspace(0.5, 2.0, WIDTH)
+
+class Smoothing(FixedParams):
+    """Channels of other extremes."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self._graph = gm
+
+    def statistic(self, key: str, what: str) -> Statistic:
+        assert what == CHANNELS
+        observer = MinMaxObserver(PerChannel(-1))
+        reach = torch.linspace(0.5, 2.0, WIDTH)
+        observer.observe(torch.stack([-reach, reach]))
+        return observer
+
+    def graphs(self) -> list[fx.GraphModule]:
+        return [self._graph]
 
 
 def smoothing_plan(gm: fx.GraphModule, **changes: object) -> QuantPlan:
     plan = plan_for(gm)
-    return QuantPlan([replace(plan[name], smooth=0.5, **changes) for name in plan])
+    return QuantPlan([replace(plan[name], transforms=(SMOOTH,), **changes) for name in plan])
 
 
 def stack(depth: int = 4) -> nn.Module:
@@ -44,14 +62,16 @@ def test_float_weights_are_gone_once_they_are_integers() -> None:
     alive: list[int] = []
 
     class Watched(Smoothing):
-        def weight(self, site: str, weight: Tensor, spec: QuantSpec, axis: int) -> QParams:
+        def weight(
+            self, site: str, weight: Tensor, spec: QuantSpec, axis: int
+        ) -> tuple[Tensor, QParams]:
             made.append(weakref.ref(weight))
             gc.collect()
             alive.append(sum(ref() is not None for ref in made))
             return super().weight(site, weight, spec, axis)
 
-    context = context_of(gm, smoothing_plan(gm), Watched())
-    assert smooth_inputs(context) == 4
+    context = context_of(gm, smoothing_plan(gm), Watched(gm))
+    assert transform_sites(context) == 4
     before = dict(gm.named_buffers())
     sizes = {x.shape for name, x in context.gm.named_buffers() if name not in before}
     assert sizes == {torch.Size([WIDTH])}
@@ -77,8 +97,8 @@ class Tied(nn.Module):
 
 def test_tied_weights_smoothed_alike_are_one_buffer() -> None:
     gm = canonical(seeded(Tied), normal(2, WIDTH))
-    context = context_of(gm, smoothing_plan(gm), Smoothing())
-    smooth_inputs(context)
+    context = context_of(gm, smoothing_plan(gm), Smoothing(gm))
+    transform_sites(context)
     insert_qdq(context)
     found = context.graph.find_nodes(op="call_function", target=DEQUANTIZE_CHANNEL)
     assert len(found) == 2
@@ -88,16 +108,19 @@ def test_tied_weights_smoothed_alike_are_one_buffer() -> None:
 class Wide(Smoothing):
     """Ranges that clip nothing."""
 
-    def activation(self, key: str, spec: QuantSpec) -> QParams:
-        return choose_qparams(torch.tensor(-12.0), torch.tensor(12.0), spec)
+    def statistic(self, key: str, what: str) -> Statistic:
+        observer = MinMaxObserver(PerChannel(-1))
+        reach = torch.linspace(6.0, 24.0, WIDTH)
+        observer.observe(torch.stack([-reach, reach]))
+        return observer
 
 
 @pytest.mark.parametrize("weight", [True, False], ids=["int8 weight", "float weight"])
 def test_no_product_of_constants_is_left_to_serving(weight: bool) -> None:
     gm = canonical(seeded(stack), x := normal(2, WIDTH))
     plan = smoothing_plan(gm) if weight else smoothing_plan(gm, weight=None)
-    context = context_of(gm, plan, Wide())
-    smooth_inputs(context)
+    context = context_of(gm, plan, Wide(gm))
+    transform_sites(context)
     insert_qdq(context)
     context.graph.eliminate_dead_code()
     context.gm.recompile()

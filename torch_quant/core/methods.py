@@ -1,0 +1,223 @@
+"""The two seams of what changes numbers: how a weight is rounded, and what makes a graph easier.
+
+A member is a frozen dataclass with a name: its options are its fields, and it is data both ways.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from torch import Tensor
+
+from torch_quant.core.naming import did_you_mean
+from torch_quant.core.qparams import QParams
+from torch_quant.core.spec import QuantSpec
+from torch_quant.errors import InvalidConfig
+
+if TYPE_CHECKING:
+    from torch_quant.graph.sites import Site
+    from torch_quant.passes.base import PassContext
+    from torch_quant.statistics import Statistic
+
+__all__ = [
+    "TRANSFORMS",
+    "WEIGHT_METHODS",
+    "Method",
+    "Transform",
+    "Wanted",
+    "WeightMethod",
+    "read_transform",
+    "read_weight_method",
+    "register_transform",
+    "register_weight_method",
+]
+
+Wanted = Mapping[str, Mapping[str, "Callable[[], Statistic]"]]
+"""Tensor key -> what for, ``"channels"`` say -> what makes the statistic."""
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """What both seams have in common; a subclass is a frozen dataclass too, with a ``name``."""
+
+    name: ClassVar[str]
+
+    def refusal(self, site: Site) -> str:
+        """Why it does not serve ``site``, empty if it does. It is left out there then.
+
+        >>> from torch_quant import RoundToNearest
+        >>> from torch_quant.graph.sites import Site
+        >>> head = Site("head", "linear", "head", ("x",), (), "head", 8, (2, 4))
+        >>> RoundToNearest().refusal(head)
+        ''
+        """
+        return ""
+
+    def statistics(self, site: Site) -> Wanted:
+        """What calibration has to record for it of the tensors of ``site``, beside ranges.
+
+        >>> from torch_quant import SmoothQuant
+        >>> from torch_quant.graph.sites import Site
+        >>> head = Site("head", "linear", "head", ("x",), (), "head", 8, (2, 4), smoothable=True)
+        >>> {key: list(wanted) for key, wanted in SmoothQuant().statistics(head).items()}
+        {'x': ['channels']}
+        """
+        return {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its name and options, ready for JSON and YAML.
+
+        >>> from torch_quant import RoundToNearest
+        >>> RoundToNearest("histogram").to_dict()
+        {'name': 'rtn', 'observer': 'histogram'}
+        """
+        return {"name": self.name} | {each.name: getattr(self, each.name) for each in fields(self)}
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{each.name}={getattr(self, each.name)!r}" for each in fields(self))
+        return f"{self.name}({options})" if options else self.name
+
+
+class WeightMethod(Method):
+    """How a weight becomes integers, or the codes of another element type.
+
+    >>> from torch_quant.core.functional import quantize
+    >>> from torch_quant import RoundToNearest
+    >>> @register_weight_method
+    ... @dataclass(frozen=True)
+    ... class Sparse(WeightMethod):  # rounds, and small values become 0
+    ...     name = "sparse"
+    ...     share: float = 0.5
+    ...     def quantize(self, weight, spec, statistics):
+    ...         kept = weight.abs() >= weight.abs().quantile(self.share)
+    ...         return RoundToNearest().quantize(weight * kept, spec, statistics)
+    >>> read_weight_method({"name": "sparse", "share": 0.9})
+    Sparse(share=0.9)
+    >>> del WEIGHT_METHODS["sparse"]
+    """
+
+    @abstractmethod
+    def quantize(
+        self, weight: Tensor, spec: QuantSpec, statistics: Mapping[str, Statistic]
+    ) -> tuple[Tensor, QParams]:
+        """The codes of a weight and what they stand for.
+
+        Args:
+            weight: finite float32, in the shape that its operator takes.
+            spec: the format, its granularity bound to the axis of the output channels.
+            statistics: what :meth:`statistics` asked for of the site's input, by what for.
+
+        Returns:
+            Codes in ``spec.dtype``, of the shape of ``weight``, and scales and zero points.
+
+        Raises:
+            QuantError: the weight cannot be quantized; says why.
+        """
+
+
+class Transform(Method):
+    """A rewrite of the float graph behind which it is easier to quantize.
+
+    >>> from torch_quant import SmoothQuant
+    >>> read_transform("smoothquant") == SmoothQuant()
+    True
+    >>> print(SmoothQuant(0.5))
+    smoothquant(alpha=0.5)
+    """
+
+    @abstractmethod
+    def apply(self, context: PassContext) -> int:
+        """Rewrite what reads or makes the sites whose plan has this transform.
+
+        A tensor that it makes gets a key of its own (``node.meta``), and its statistics by
+        ``context.derive``. In float, nothing but rounding may change.
+
+        Returns:
+            How many sites it changed.
+
+        Raises:
+            NotCalibrated: a statistic is missing; from ``context.statistic``.
+        """
+
+
+WEIGHT_METHODS: dict[str, type[WeightMethod]] = {}
+"""Every weight method by its name; filled at import by :func:`register_weight_method`."""
+TRANSFORMS: dict[str, type[Transform]] = {}
+"""Every transform by its name; filled at import by :func:`register_transform`."""
+
+W = TypeVar("W", bound=type[WeightMethod])
+T = TypeVar("T", bound=type[Transform])
+M = TypeVar("M", bound=Method)
+
+
+def register_weight_method(cls: W) -> W:
+    """Class decorator: make a weight method known by its ``name``.
+
+    Raises:
+        InvalidConfig: it is no frozen dataclass with a name.
+
+    >>> register_weight_method(WeightMethod)
+    Traceback (most recent call last):
+    torch_quant.errors.InvalidConfig: WeightMethod: it has no name, or is no frozen dataclass
+    """
+    WEIGHT_METHODS[_checked(cls)] = cls
+    return cls
+
+
+def register_transform(cls: T) -> T:
+    """Class decorator: make a transform known by its ``name``; raises as the other does.
+
+    >>> from torch_quant import SmoothQuant
+    >>> register_transform(SmoothQuant) is TRANSFORMS["smoothquant"]
+    True
+    """
+    TRANSFORMS[_checked(cls)] = cls
+    return cls
+
+
+def _checked(cls: type[Method]) -> str:
+    frozen = is_dataclass(cls) and "__setattr__" in vars(cls)
+    if not frozen or not getattr(cls, "name", ""):
+        raise InvalidConfig(f"{cls.__qualname__}: it has no name, or is no frozen dataclass")
+    return cls.name
+
+
+def read_weight_method(data: Any) -> WeightMethod:
+    """A weight method from its name, or what :meth:`Method.to_dict` gave.
+
+    Raises:
+        InvalidConfig: it is unknown, or an option is unknown or wrong.
+    """
+    return _read(data, WEIGHT_METHODS, "weight method")
+
+
+def read_transform(data: Any) -> Transform:
+    """A transform from its name, or what :meth:`Method.to_dict` gave; raises as the other does."""
+    return _read(data, TRANSFORMS, "transform")
+
+
+def _read(data: Any, known: Mapping[str, type[M]], what: str) -> M:
+    options = dict(data) if isinstance(data, Mapping) else {"name": data}
+    name = options.pop("name", None)
+    if not isinstance(name, str) or name not in known:
+        hint = did_you_mean(name, known) if isinstance(name, str) else ""
+        given = "has no 'name'" if isinstance(data, Mapping) and name is None else f"is {name!r}"
+        raise InvalidConfig(f"the {what} {given}; expected one of {', '.join(sorted(known))}{hint}")
+    cls = known[name]
+    allowed = [each.name for each in fields(cls)]
+    for key in options:
+        if key not in allowed:
+            hint = did_you_mean(str(key), allowed)
+            expected = ", ".join(allowed) or "no option"
+            raise InvalidConfig(f"the {what} {name!r} has {key!r}; expected {expected}{hint}")
+    for each in fields(cls):
+        required = each.default is MISSING and each.default_factory is MISSING
+        if required and each.name not in options:
+            raise InvalidConfig(f"the {what} {name!r} lacks {each.name!r}")
+    try:
+        return cls(**options)
+    except TypeError as error:
+        raise InvalidConfig(f"the {what} {name!r}: {error}") from error
