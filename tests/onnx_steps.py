@@ -19,6 +19,7 @@ from torch import Tensor, fx
 
 from torch_quant import Backend
 from torch_quant.backends.quantized import QuantizedGraph, QuantizedRegion
+from torch_quant.core.elements import element_type
 from torch_quant.graph.binding import bind
 from torch_quant.graph.calls import flatten_call
 from torch_quant.graph.qdq import FAKE_QUANTIZE
@@ -148,14 +149,16 @@ class _FromCodes(fx.Interpreter):
         result = super().run_node(n)
         if n.target is not FAKE_QUANTIZE:
             return result
-        (x, scale, zero_point, low, high), _ = self.fetch_args_kwargs_from_env(n)
+        (x, scale_of_x, zero_point_of_x, element), _ = self.fetch_args_kwargs_from_env(n)
+        scale, zero_point = float(scale_of_x), int(zero_point_of_x)
+        kind = element_type(element)
         found, values = self._find(scale, zero_point, x.shape)
         source: Any = n.args[0]
         if source.target is aten._safe_softmax.default:
             # Of queries without any key the file computes something, and multiplies it by 0.
             dead = (x == 0).all(-1, keepdim=True)
             values = torch.where(dead, zero_point, values)
-        exact = (x.double() / scale + zero_point).clamp(low, high)
+        exact = (x.double() / scale + zero_point).clamp(kind.quant_min, kind.quant_max)
         distance = (exact - values).abs()
         codes = (result / scale).round().to(torch.int32) + zero_point
         self.apart[found.name] = int((codes - values).abs().max())

@@ -14,10 +14,20 @@ from flows import BACKENDS, calibrated
 from models import normal, seeded, tokens
 from torch import Tensor, nn
 
-from torch_quant import ModuleFilter, QConfig, SmoothQuant, export_torchscript, sqnr
+from torch_quant import (
+    Backend,
+    ModuleFilter,
+    QConfig,
+    QuantSpec,
+    SmoothQuant,
+    export_torchscript,
+    sqnr,
+)
+from torch_quant.backends.reference import ReferenceBackend
 
 WRAPPERS = re.compile(r"(^|(?<=\.))(graphs\.\d+\.body|glue)\.")
 ADDED = re.compile(r"_(scale|zero_point)(_rows)?$")
+INPUT = re.compile(r"\.input(_scale|_zero_point)$")
 
 
 def named(quant_model: nn.Module) -> dict[str, Tensor]:
@@ -110,6 +120,17 @@ GONE: dict[str, list[set[str]]] = {
     "in_pieces": [set()],
 }
 """What the quantized model computes with others, or has under one name of two."""
+READERS = {
+    "alike": ("a.b", "a_b", "block-1", "layers.0", "layers.1"),
+    "tied": ("mix", "head"),
+    "computed": ("conv", "normed", "linear", "linear_1"),
+    "in_pieces": ("encoder.0", "encoder.2", "head"),
+}
+GRIDS = {
+    name: {f"{site}.input_{x}" for site in sites for x in ("scale", "zero_point")}
+    for name, sites in READERS.items()
+}
+"""Of what each site reads: no two of these share a tensor."""
 
 
 def cases() -> Iterator[tuple[str, str]]:
@@ -126,6 +147,9 @@ def quantized(name: str, backend: str) -> tuple[nn.Module, nn.Module, Tensor]:
 def test_names_are_the_models_own(name: str, backend: str) -> None:
     model, quant_model, x = quantized(name, backend)
     state, found = model.state_dict(), named(quant_model)
+    grids = {key for key in found if INPUT.search(key)}
+    assert grids == (GRIDS[name] if backend == "reference" else set())  # kernels take numbers
+    found = {key: value for key, value in found.items() if key not in grids}
     assert {ADDED.sub("", key) for key in found} <= {*state, *COMPUTED}
     assert state.keys() - found.keys() in GONE[name]
     for key, value in found.items():
@@ -136,7 +160,7 @@ def test_names_are_the_models_own(name: str, backend: str) -> None:
         "norm.weight"
     }
     twin = copy.deepcopy(quant_model)
-    assert named(twin).keys() == found.keys()
+    assert named(twin).keys() == {*found, *grids}
     assert torch.equal(twin(x), quant_model(x))
 
 
@@ -167,6 +191,9 @@ def test_a_tied_weight_in_float_and_in_int8(backend: str) -> None:
     assert not {f"{name}_scale", f"{name}_scale_rows"} & set(found)
 
 
+MADE = ("weight", "bias", "smooth_inverse", "input")
+
+
 @pytest.mark.parametrize("name", ["alike", "normed_weights", "standardized_conv"])
 def test_smoothed_and_fallen_back_tensors_have_names_too(name: str) -> None:
     if name == "alike":
@@ -180,8 +207,66 @@ def test_smoothed_and_fallen_back_tensors_have_names_too(name: str) -> None:
     quantizer.load_state_dict(quantizer.state_dict() | {"fallback": fallen})
     found = {ADDED.sub("", each) for each in named(quantizer.quantize(model))}
     paths = [path for path, _ in model.named_modules() if path]
-    made = {f"{path}.{role}" for path in paths for role in ("weight", "bias", "smooth_inverse")}
+    made = {f"{path}.{role}" for path in paths for role in MADE}
     assert found <= {*model.state_dict(), *made}
+
+
+class Shared(nn.Module):
+    """Two layers on one tensor, a product, attention and an LSTM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.lstm = nn.LSTM(8, 8, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key = self.query(x), self.key(x)
+        y = nn.functional.scaled_dot_product_attention(query, key.tanh(), x)
+        return self.lstm(y)[0] + torch.matmul(x, key.sigmoid().transpose(1, 2)) @ y
+
+
+def test_scales_are_called_after_the_first_site_that_reads_the_tensor() -> None:
+    model, x = seeded(Shared).eval(), normal(2, 5, 8)
+    quantizer = calibrated(model, [((x,), {})], backend="reference")
+    found = named(quantizer.quantize(model))
+    read = {key.removesuffix("_scale") for key in found if key.endswith("_scale")}
+    attention = "scaled_dot_product_attention"
+    assert {name for name in read if "weight" not in name} == {
+        "query.input",  # of x, which the key, attention's value and a product read too
+        f"{attention}.input",
+        f"{attention}.input_1",
+        f"{attention}.probabilities",
+        "lstm.input",
+        "lstm.hidden",
+        "matmul.input_1",
+        "matmul_1.input",
+    }
+    ranges = quantizer.state.qparams(":x", QuantSpec())
+    assert torch.equal(found["query.input_scale"], ranges.scale)
+    assert torch.equal(found["query.input_zero_point"], ranges.zero_point)
+
+
+def test_a_stored_result_that_no_site_reads_has_a_scale_of_its_own() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))).eval()
+    backend = ReferenceBackend(Backend.get("onnx"))
+    quantizer = calibrated(model, [((image(),), {})], backend=backend)
+    found = set(named(quantizer.quantize(model)))
+    assert {"0.input_scale", "1.input_scale", "1.output_scale"} <= found
+    assert "0.output_scale" not in found
+
+
+def test_new_ranges_can_be_written_into_the_buffers() -> None:
+    """The graph has no other numbers: a model with the tensors of another computes as that does."""
+    model, x = seeded(Alike).eval(), normal(4, 16)
+    first, second = (
+        calibrated(model, [((inputs,), {})], backend="reference").quantize(model)
+        for inputs in (x, normal(64, 16) * 3)
+    )
+    assert not torch.equal(first(x), second(x))
+    with torch.no_grad():
+        for name, buffer in first.named_buffers():
+            buffer.copy_(second.get_buffer(name))
+    assert torch.equal(first(x), second(x))
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "onnx"])

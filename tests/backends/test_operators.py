@@ -101,37 +101,42 @@ def whole(gates: int) -> dict[str, Sample]:
 
 
 GRID = (0.1, 3, 0, 255)
+TENSORS = (torch.tensor(0.1), torch.tensor(3, dtype=torch.int32), "uint8")
 TABLE = weight(12, 6)
 BAGS = (torch.tensor([1, 2, 4, 5, 4, 3]), torch.tensor([0, 2, 4]))
 
 
-def blocks(operator: str) -> dict[str, Sample]:
-    """Groups of four, of each kind of element: by name, the operator's arguments."""
+def formats(operator: str) -> dict[str, Sample]:
+    """Groups of four and whole tensors, of each kind of element: by name, the arguments."""
     found: dict[str, Sample] = {}
     for name in ("int8", "int4", "uint16", "float8_e4m3fn", "float4_e2m1"):
-        scale = torch.full((6, 2), 0.25)
-        zero_point = torch.zeros(6, 2, dtype=torch.int32)
-        x = torch.linspace(0.0, 1.5, 48).reshape(6, 8)
-        quantized = torch.ops.torch_quant.quantize_blocks(x, scale, zero_point, name)
-        if quantized.dtype.is_floating_point and operator in ("decode", "dequantize_blocks"):
-            continue  # opcheck multiplies inputs, which float8 has no kernel for
-        first = x if operator in ("quantize_blocks", "fake_quantize_blocks") else quantized
-        found[name] = (first, name) if operator == "decode" else (first, scale, zero_point, name)
+        for kind, sizes in {"groups": (6, 2), "whole": ()}.items():
+            grid = (torch.full(sizes, 0.25), torch.zeros(sizes, dtype=torch.int32), name)
+            x = torch.linspace(0.0, 1.5, 48).reshape(6, 8)
+            quantized = torch.ops.torch_quant.quantize(x, *grid)
+            if quantized.dtype.is_floating_point and operator in ("decode", "dequantize"):
+                continue  # opcheck multiplies inputs, which float8 has no kernel for
+            first = x if operator in ("quantize", "fake_quantize") else quantized
+            found[f"{name}-{kind}"] = (first, name) if operator == "decode" else (first, *grid)
     return found
 
 
+def layouts() -> dict[str, Sample]:
+    return {name: (x, *TENSORS) for name, x in FEW.items()}
+
+
 SAMPLES: dict[str, Callable[[], dict[str, Sample]]] = {
-    "quantize": lambda: {k: (x, *GRID, torch.uint8) for k, x in FEW.items()},
-    "dequantize": lambda: {"": (codes(2, 3), 0.1, 3)},
-    "fake_quantize": lambda: {k: (x, *GRID) for k, x in FEW.items()},
-    "dequantize_channel": lambda: {
+    "quantize": lambda: formats("quantize") | layouts(),
+    "dequantize": lambda: formats("dequantize"),
+    "fake_quantize": lambda: formats("fake_quantize") | layouts(),
+    "decode": lambda: formats("decode"),
+    "quantize_per_tensor": lambda: {k: (x, *GRID, torch.uint8) for k, x in FEW.items()},
+    "dequantize_per_tensor": lambda: {"": (codes(2, 3), 0.1, 3)},
+    "fake_quantize_per_tensor": lambda: {k: (x, *GRID) for k, x in FEW.items()},
+    "dequantize_per_channel": lambda: {
         "": (TABLE[0], TABLE[1], torch.zeros(12, dtype=torch.int32), 0),
     },
-    "quantize_blocks": lambda: blocks("quantize_blocks"),
-    "dequantize_blocks": lambda: blocks("dequantize_blocks"),
-    "fake_quantize_blocks": lambda: blocks("fake_quantize_blocks"),
-    "decode": lambda: blocks("decode"),
-    "lstm": lambda: {"": lstm(True, True, *GRID)},
+    "lstm": lambda: {"": lstm(True, True, *TENSORS)},
     "whole_lstm": lambda: whole(4),
     "whole_gru": lambda: whole(3),
     "whole_rnn_tanh": lambda: whole(1),

@@ -19,7 +19,12 @@ from torch_quant.passes.base import PassContext, call_like
 
 
 def wide_product(
-    x: Tensor, scale: float, zero_point: int, weight: Tensor, scales: Tensor, bias: Tensor | None
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
 ) -> Tensor:
     """A linear layer of integers, in 64 bits."""
     product = (x.long() - zero_point) @ weight.long().T
@@ -29,7 +34,7 @@ def wide_product(
 
 def emit_linear(context: PassContext, node: fx.Node) -> None:
     x, weight, *rest = node.args
-    args = (*x.args, weight.args[0], weight.args[1], *(rest or [None]))
+    args = (*x.args[:3], weight.args[0], weight.args[1], *(rest or [None]))
     node.replace_all_uses_with(call_like(node, wide_product, args))
     node.graph.erase_node(node)
 

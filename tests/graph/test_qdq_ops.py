@@ -9,20 +9,35 @@ from torch_quant.core.functional import dequantize, quantize
 from torch_quant.core.granularity import PerChannel, block_extremes
 from torch_quant.core.qparams import choose_qparams
 from torch_quant.core.spec import QuantSpec
-from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
+from torch_quant.graph.qdq import (
+    DEQUANTIZE,
+    DEQUANTIZE_PER_CHANNEL,
+    DEQUANTIZE_PER_TENSOR,
+    FAKE_QUANTIZE,
+    FAKE_QUANTIZE_PER_TENSOR,
+    QUANTIZE,
+    QUANTIZE_PER_TENSOR,
+)
 
 SPECS = [QuantSpec.of(), QuantSpec.of(signed=True), QuantSpec.of(bits=4, symmetric=True)]
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_they_compute_what_the_definition_says(spec: QuantSpec) -> None:
-    """Bit for bit: the same float32 arithmetic, the scale as a Python number."""
+    """Bit for bit: the same float32 arithmetic, the scale as a tensor or as a Python number."""
     x = normal(500) * 3
     qparams = choose_qparams(x.min() * 0.8, x.max() * 0.8, spec)
+    codes, real = quantize(x, qparams), dequantize(quantize(x, qparams), qparams)
+    grid = (qparams.scale, qparams.zero_point, spec.element.name)
+    assert torch.equal(QUANTIZE(x, *grid), codes)
+    assert torch.equal(DEQUANTIZE(codes, *grid), real)
     scale, zero_point = float(qparams.scale), int(qparams.zero_point)
-    codes = QUANTIZE(x, scale, zero_point, spec.quant_min, spec.quant_max, spec.dtype)
-    assert torch.equal(codes, quantize(x, qparams))
-    assert torch.equal(DEQUANTIZE(codes, scale, zero_point), dequantize(codes, qparams))
+    ends = (spec.quant_min, spec.quant_max)
+    assert torch.equal(QUANTIZE_PER_TENSOR(x, scale, zero_point, *ends, spec.dtype), codes)
+    assert torch.equal(DEQUANTIZE_PER_TENSOR(codes, scale, zero_point), real)
+    faked = FAKE_QUANTIZE(x, *grid)
+    assert torch.equal(faked, FAKE_QUANTIZE_PER_TENSOR(x, scale, zero_point, *ends))
+    torch.testing.assert_close(faked, real)  # ATen's kernel multiplies by the inverse of the scale
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -33,21 +48,25 @@ def test_per_channel(axis: int, symmetric: bool) -> None:
     qparams = choose_qparams(*block_extremes(x, spec.granularity), spec)
     codes = quantize(x, qparams)
     scale, zero_point = qparams.scale.flatten(), qparams.zero_point.flatten()
-    actual = DEQUANTIZE_CHANNEL(codes, scale, zero_point, axis)
+    actual = DEQUANTIZE_PER_CHANNEL(codes, scale, zero_point, axis)
     assert torch.equal(actual, dequantize(codes, qparams))
 
 
 def test_extreme_codes_do_not_wrap() -> None:
     codes = torch.tensor([0, 1, 255], dtype=torch.uint8)
-    assert DEQUANTIZE(codes, 1.0, 255).tolist() == [-255.0, -254.0, 0.0]
+    assert DEQUANTIZE_PER_TENSOR(codes, 1.0, 255).tolist() == [-255.0, -254.0, 0.0]
+    last = (torch.tensor(1.0), torch.tensor(255, dtype=torch.int32), "uint8")
+    assert DEQUANTIZE(codes, *last).tolist() == [-255.0, -254.0, 0.0]
     signed = torch.tensor([-128, 127], dtype=torch.int8)
-    assert DEQUANTIZE(signed, 1.0, 127).tolist() == [-255.0, 0.0]
+    assert DEQUANTIZE_PER_TENSOR(signed, 1.0, 127).tolist() == [-255.0, 0.0]
 
 
 def test_they_can_be_traced_with_fake_tensors() -> None:
     def run(x: Tensor) -> Tensor:
-        codes = QUANTIZE(x, 0.1, 3, 0, 255, torch.uint8)
-        return DEQUANTIZE(codes.transpose(0, 1), 0.1, 3)
+        codes = QUANTIZE_PER_TENSOR(x, 0.1, 3, 0, 255, torch.uint8)
+        x = DEQUANTIZE_PER_TENSOR(codes.transpose(0, 1), 0.1, 3)
+        grid = (torch.full((), 0.1), torch.full((), 3, dtype=torch.int32), "uint8")
+        return DEQUANTIZE(QUANTIZE(x, *grid), *grid)
 
     class Module(torch.nn.Module):
         def forward(self, x: Tensor) -> Tensor:

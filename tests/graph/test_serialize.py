@@ -17,7 +17,7 @@ from models import MODELS, example, normal
 from torch import Tensor, fx, nn
 
 from torch_quant.graph.calls import flatten_call
-from torch_quant.graph.qdq import DEQUANTIZE, QUANTIZE
+from torch_quant.graph.qdq import DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
 from torch_quant.graph.serialize import pack, unpack
 
 
@@ -83,8 +83,8 @@ def test_nodes_of_every_kind() -> None:
     product = graph.call_method("mul", (x, scale))
     pair = graph.call_function(torch.ops.aten.split.Tensor, (product, 2), {"dim": 0})
     first = graph.call_function(operator.getitem, (pair, 0))
-    codes = graph.call_function(QUANTIZE, (first, 0.5, 3, 0, 255, torch.uint8))
-    real = graph.call_function(DEQUANTIZE, (codes, 0.5, 3))
+    codes = graph.call_function(QUANTIZE_PER_TENSOR, (first, 0.5, 3, 0, 255, torch.uint8))
+    real = graph.call_function(DEQUANTIZE_PER_TENSOR, (codes, 0.5, 3))
     graph.output(((real, None), {"size": 2, "codes": codes}))
     gm = fx.GraphModule(root, graph)
     (values, none), rest = gm(normal(4, 3))

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.graph.lstm import LSTM, cells_of
-from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
+from torch_quant.graph.qdq import DEQUANTIZE, QUANTIZE
 from torch_quant.passes.base import run_passes
 from torch_quant.passes.insert_qdq import insert_qdq
 from torch_quant.passes.lower_precision import lower_precision
@@ -34,6 +34,11 @@ def the_lstm(gm: fx.GraphModule) -> fx.Node:
     return node
 
 
+def value_of(node: fx.Node) -> Tensor:
+    """The buffer that a node reads."""
+    return node.graph.owning_module.get_buffer(node.target)
+
+
 def test_input_matrices_and_hidden_state_are_quantized() -> None:
     _, gm = made(num_layers=2, bidirectional=True)
     node = the_lstm(gm)
@@ -42,12 +47,15 @@ def test_input_matrices_and_hidden_state_are_quantized() -> None:
     assert x.args[0].target is QUANTIZE
     assert not any(each.target in (QUANTIZE, DEQUANTIZE) for each in hx)
     for w_ih, w_hh, *biases in cells_of(params, has_biases):
-        assert (w_ih.target, w_hh.target) == (DEQUANTIZE_CHANNEL, DEQUANTIZE_CHANNEL)
+        assert (w_ih.target, w_hh.target) == (DEQUANTIZE, DEQUANTIZE)
         assert [each.op for each in biases] == ["get_attr", "get_attr"]
         for matrix in (w_ih, w_hh):
             assert gm.get_buffer(matrix.args[0].target).dtype == torch.int8
     hidden = grid_of("lstm.hidden", QuantSpec())
-    assert node.args[7:] == (float(hidden.scale), int(hidden.zero_point), 0, 255)
+    *grid, element = node.args[7:]
+    assert [each.target for each in grid] == ["lstm.hidden_scale", "lstm.hidden_zero_point"]
+    assert [value_of(each) for each in grid] == [hidden.scale, hidden.zero_point]
+    assert element == "uint8"
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
@@ -55,7 +63,7 @@ def test_both_matrices_of_a_cell_share_the_scale_that_kernels_sum_on(bidirection
     """One step of a code of ``W_ih`` times one of ``x`` is one of ``W_hh`` times one of ``h``."""
     model, gm = made(num_layers=2, bidirectional=bidirectional)
     node = the_lstm(gm)
-    of_x, of_h = float(node.args[0].args[1]), node.args[7]
+    of_x, of_h = value_of(node.args[0].args[1]), value_of(node.args[7])
     cells = cells_of(node.args[2], True)
     for i, (w_ih, w_hh, *_) in enumerate(cells):
         of_input = of_x if i < len(cells) // 2 else of_h
@@ -66,7 +74,7 @@ def test_both_matrices_of_a_cell_share_the_scale_that_kernels_sum_on(bidirection
     weights = [x for name, x in model.named_parameters() if name.startswith("weight")]
     matrices = [each for cell in cells for each in cell[:2]]
     for each, weight in zip(matrices, weights, strict=True):
-        step = gm.get_buffer(each.args[1].target)[:, None]
+        step = gm.get_buffer(each.args[1].target)
         real = gm.get_buffer(each.args[0].target) * step
         assert bool(((real - weight).abs() <= 0.51 * step).all())
 
@@ -77,13 +85,15 @@ def test_it_computes_the_lstm_but_for_rounding() -> None:
     x = normal(7, 2, 8)
     output, (h_n, c_n) = model(x)
     for got, expected in zip(gm(x), (output, h_n, c_n), strict=True):
-        step = float(the_lstm(gm).args[7])
+        step = float(value_of(the_lstm(gm).args[7]))
         assert 0.0 < float((got - expected).abs().max()) < step  # of the hidden state's grid
 
 
 def test_a_weight_format_with_one_scale() -> None:
     _, gm = made(QuantSpec.of(signed=True, symmetric=True))
-    assert all(each.target is DEQUANTIZE for each in the_lstm(gm).args[2][:2])
+    matrices = the_lstm(gm).args[2][:2]
+    assert all(each.target is DEQUANTIZE for each in matrices)
+    assert all(value_of(each.args[1]).dim() == 0 for each in matrices)
 
 
 def test_a_module_called_twice_is_two_sites() -> None:

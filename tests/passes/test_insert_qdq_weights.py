@@ -14,7 +14,7 @@ from torch_quant.backends import ReferenceBackend
 from torch_quant.core.functional import dequantize, quantize
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
-from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL
+from torch_quant.graph.qdq import DEQUANTIZE
 from torch_quant.graph.sites import find_sites
 from torch_quant.passes.base import PassContext, run_passes
 from torch_quant.passes.constants import settle_names
@@ -34,7 +34,7 @@ def quantized(model: nn.Module, *inputs: Tensor, weight: QuantSpec = WEIGHT) -> 
 
 def codes_of(gm: fx.GraphModule, position: int = 0) -> Tensor:
     """The integer weight of the nth product."""
-    found = [n for n in gm.graph.nodes if n.target in (DEQUANTIZE, DEQUANTIZE_CHANNEL)]
+    found = gm.graph.find_nodes(op="call_function", target=DEQUANTIZE)
     weights = [n.args[0] for n in found if n.args[0].op == "get_attr"]
     return gm.get_buffer(weights[position].target)
 
@@ -52,7 +52,8 @@ def test_weights_are_buffers_of_integers() -> None:
         assert codes.is_contiguous()
         assert not codes.requires_grad
         assert torch.equal(codes, quantize(layer.weight.detach(), grid(layer.weight.detach())))
-    endings = ("bias", "weight", "weight_scale", "weight_zero_point")
+    roles = ("weight", "weight_scale", "weight_zero_point", "input_scale", "input_zero_point")
+    endings = ("bias", *roles)
     assert set(settle_names(gm).state_dict()) == {
         f"{layer}.{ending}" for layer in ("l0", "l1") for ending in endings
     }

@@ -13,8 +13,9 @@ from rewriting import Compute, apply, canonical, grid_of, operators, plan_for
 from torch import Tensor, fx, nn
 
 from torch_quant.core.spec import QuantSpec
-from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
+from torch_quant.graph.qdq import DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
 from torch_quant.passes.base import Pass
+from torch_quant.passes.fold_scales import fold_scales
 from torch_quant.passes.insert_qdq import insert_qdq
 from torch_quant.passes.onnx_forms import (
     attention_forms,
@@ -33,6 +34,7 @@ def both(model: nn.Module, x: Tensor, rewrite: Pass) -> tuple[fx.GraphModule, fx
         gm = canonical(model, x)
         plan = plan_for(gm)
         apply(insert_qdq, gm, plan)
+        apply(fold_scales, gm)
         return gm
 
     before, after = insert(), insert()
@@ -75,7 +77,7 @@ def test_data_moves_before_it_is_dequantized() -> None:
     x = normal(2, 5, 16)
     before, after, _ = both(Attention(causal=False), x, move_codes)
     for node in after.graph.nodes:
-        if "transpose" in str(node.target) and node.args[0].target is DEQUANTIZE:
+        if "transpose" in str(node.target) and node.args[0].target is DEQUANTIZE_PER_TENSOR:
             pytest.fail(f"{node} moves real numbers")
     assert torch.equal(before(x)[0], after(x)[0])
 
@@ -88,7 +90,7 @@ def test_linear(shape: tuple[int, ...], bias: bool) -> None:
     assert count == 1
     (product,) = after.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
     if bias:
-        assert product.args[2].target is DEQUANTIZE_CHANNEL
+        assert product.args[2].target is DEQUANTIZE_PER_CHANNEL
     torch.testing.assert_close(before(x)[0], after(x)[0], rtol=1e-4, atol=1e-4)
     moved = operators(after).count("reshape")
     assert moved == (0 if len(shape) == 2 else 2)
@@ -100,7 +102,7 @@ def test_a_linear_stays_2d_up_to_the_next_quantizer() -> None:
     gelu = next(n for n in after.graph.nodes if "gelu" in str(n.target))
     assert gelu.args[0].target is torch.ops.aten.linear.default
     (quantizer,) = gelu.users
-    assert quantizer.target is QUANTIZE
+    assert quantizer.target is QUANTIZE_PER_TENSOR
     assert all("reshape" in str(user.target) for user in quantizer.users)
 
 
@@ -112,7 +114,7 @@ def test_bias_and_padding_of_convolutions(padding: str | int) -> None:
     assert count == 1
     conv = convolution(after)
     assert conv.target is torch.ops.aten.conv2d.default
-    assert conv.args[2].target is DEQUANTIZE_CHANNEL
+    assert conv.args[2].target is DEQUANTIZE_PER_CHANNEL
     torch.testing.assert_close(before(x)[0], after(x)[0], rtol=1e-4, atol=1e-3)
 
 

@@ -20,9 +20,10 @@ from torch_quant.backends.reference import symmetric_weight
 from torch_quant.core.kernels import Accepts, Kernel, KernelTable
 from torch_quant.core.spec import QuantSpec
 from torch_quant.graph.ops import padding_sizes, size_hints, spread
-from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
+from torch_quant.graph.qdq import DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
 from torch_quant.graph.sites import key_of, results
 from torch_quant.passes.base import PassContext
+from torch_quant.passes.fold_scales import fold_scales
 
 __all__ = ["OneDNNBackend", "has_vnni"]
 
@@ -86,9 +87,10 @@ class OneDNNBackend(Backend):
         )
 
     def lower(self, context: PassContext) -> fx.GraphModule:
+        fold_scales(context)
         _unsigned_activations(context)
         self.emit(context)
-        for node in context.graph.find_nodes(op="call_function", target=QUANTIZE):
+        for node in context.graph.find_nodes(op="call_function", target=QUANTIZE_PER_TENSOR):
             _lower_quantize(node)
         return context.gm
 
@@ -99,14 +101,14 @@ def _unsigned_activations(context: PassContext) -> None:
     Convolutions take no signed codes, and without AMX a linear layer of them runs on a reference
     kernel, hundreds of times slower.
     """
-    for node in context.graph.find_nodes(op="call_function", target=DEQUANTIZE):
+    for node in context.graph.find_nodes(op="call_function", target=DEQUANTIZE_PER_TENSOR):
         x, scale, zero_point = node.args
         origin = x
-        while origin.op == "call_function" and origin.target is not QUANTIZE:
+        while origin.op == "call_function" and origin.target is not QUANTIZE_PER_TENSOR:
             origin = origin.args[0]
-        if origin.target is QUANTIZE and origin.args[5] is torch.int8:
+        if origin.target is QUANTIZE_PER_TENSOR and origin.args[5] is torch.int8:
             node.args = (x, scale, zero_point + 128)
-    for node in context.graph.find_nodes(op="call_function", target=QUANTIZE):
+    for node in context.graph.find_nodes(op="call_function", target=QUANTIZE_PER_TENSOR):
         x, scale, zero_point, low, high, dtype = node.args
         if dtype is torch.int8:
             node.args = (x, scale, zero_point + 128, low + 128, high + 128, torch.uint8)
@@ -127,13 +129,14 @@ class _Output:
 
 def _is_quantized(node: fx.Node) -> bool:
     x = node.args[0]
-    return isinstance(x, fx.Node) and x.target is DEQUANTIZE and _weight_of(node, 1) is not None
+    quantized = isinstance(x, fx.Node) and x.target is DEQUANTIZE_PER_TENSOR
+    return quantized and _weight_of(node, 1) is not None
 
 
 def _weight_of(node: fx.Node, position: int) -> tuple[Any, Any] | None:
     """Codes and scale of an int8 weight argument."""
     weight = node.args[position]
-    if not isinstance(weight, fx.Node) or weight.target is not DEQUANTIZE_CHANNEL:
+    if not isinstance(weight, fx.Node) or weight.target is not DEQUANTIZE_PER_CHANNEL:
         return None
     return weight.args[0], weight.args[1]
 
@@ -170,7 +173,7 @@ def _output(node: fx.Node, post_ops: set[str] | None = None) -> _Output:
     if post is not None and (post_ops is None or post[0] in post_ops):
         last, found = users[0], post
     quantizers = list(last.users)
-    if len(quantizers) == 1 and quantizers[0].target is QUANTIZE:
+    if len(quantizers) == 1 and quantizers[0].target is QUANTIZE_PER_TENSOR:
         _, scale, zero_point, low, high, dtype = quantizers[0].args
         info = torch.iinfo(dtype)  # type: ignore[arg-type]
         if (low, high) == (info.min, info.max):

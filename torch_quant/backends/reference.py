@@ -8,21 +8,12 @@ import torch
 from torch import Tensor, fx
 
 from torch_quant.backends.base import Backend, register_backend
-from torch_quant.core.elements import ElementType, IntegerType, element_type
+from torch_quant.core.elements import element_type
 from torch_quant.core.granularity import split_blocks
 from torch_quant.core.kernels import Accepts, Kernel, KernelTable
 from torch_quant.core.spec import QuantSpec
 from torch_quant.graph.ops import OPERATORS
-from torch_quant.graph.qdq import (
-    DECODE,
-    DEQUANTIZE,
-    DEQUANTIZE_BLOCKS,
-    DEQUANTIZE_CHANNEL,
-    FAKE_QUANTIZE,
-    FAKE_QUANTIZE_BLOCKS,
-    QUANTIZE,
-    QUANTIZE_BLOCKS,
-)
+from torch_quant.graph.qdq import DECODE, DEQUANTIZE, FAKE_QUANTIZE, QUANTIZE
 from torch_quant.passes.base import PassContext
 
 __all__ = ["ReferenceBackend", "symmetric_weight"]
@@ -75,52 +66,36 @@ class ReferenceBackend(Backend):
         graph = context.graph
         for node in list(graph.nodes):
             if node.target is QUANTIZE:
-                _fake_quantize(node)
-            elif node.target is QUANTIZE_BLOCKS:
-                node.target = FAKE_QUANTIZE_BLOCKS
-            elif node.target in (DEQUANTIZE, DEQUANTIZE_CHANNEL, DEQUANTIZE_BLOCKS):
-                if node.args[0].op == "get_attr":
-                    _plain_dequantize(node)  # integers in a buffer
-                else:
-                    node.replace_all_uses_with(node.args[0])  # float already, see _fake_quantize
-                    graph.erase_node(node)
+                node.target = FAKE_QUANTIZE
+            elif node.target is DEQUANTIZE and node.args[0].op == "get_attr":
+                _plain_dequantize(node)  # integers in a buffer
+            elif node.target is DEQUANTIZE:
+                node.replace_all_uses_with(node.args[0])  # float already
+                graph.erase_node(node)
         return context.gm
-
-
-def _fake_quantize(node: fx.Node) -> None:
-    x, scale, zero_point, low, high, _ = node.args
-    node.target = FAKE_QUANTIZE
-    node.args = (x, scale, zero_point, low, high)
 
 
 def _plain_dequantize(node: fx.Node) -> None:
     """A weight's dequantization in standard operators, which any compiler can fold."""
     graph, call = node.graph, node.graph.call_function
-    codes, scale, zero_point, *how = node.args
-    shape = whole = _buffer(codes).shape
-    sizes: list[int] | None = None
-    element: ElementType = IntegerType()
-    if node.target is DEQUANTIZE_CHANNEL:
-        sizes = [1] * len(whole)
-        sizes[int(how[0])] = -1  # type: ignore[arg-type]
-    elif node.target is DEQUANTIZE_BLOCKS:
-        element = element_type(str(how[0]))
-        split, blocks = split_blocks(_buffer(codes), _buffer(scale).shape)
-        shape, sizes = split.shape, list(blocks)
+    codes, scale, zero_point, name = node.args
+    element = element_type(str(name))
+    whole = _buffer(codes).shape
+    split, blocks = split_blocks(_buffer(codes), _buffer(scale).shape)
     with graph.inserting_before(node):
-        if sizes is not None:
-            scale = call(aten.reshape.default, (scale, sizes))
-            zero_point = call(aten.reshape.default, (zero_point, sizes))
+        if blocks != _buffer(scale).shape:
+            scale = call(aten.reshape.default, (scale, list(blocks)))
+            zero_point = call(aten.reshape.default, (zero_point, list(blocks)))
         if element.casts:
             real = call(aten.to.dtype, (codes, torch.float32))
         else:
             real = call(DECODE, (codes, element.name))
-        if shape != whole:
-            real = call(aten.reshape.default, (real, list(shape)))
+        if split.shape != whole:
+            real = call(aten.reshape.default, (real, list(split.shape)))
         if element.integer:
             real = call(aten.sub.Tensor, (real, zero_point))
         real = call(aten.mul.Tensor, (real, scale))
-        if shape != whole:
+        if split.shape != whole:
             real = call(aten.reshape.default, (real, list(whole)))
     node.replace_all_uses_with(real)
     graph.erase_node(node)

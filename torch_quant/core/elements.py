@@ -372,19 +372,19 @@ def element_type(name: str) -> ElementType:
     >>> element_type("int8[-127, 127]").levels
     255
     """
+    if name in ELEMENT_TYPES:
+        return ELEMENT_TYPES[name]
     narrow = re.fullmatch(r"(u?int\d+)\[(-?\d+), ?(-?\d+)\]", name)
     if narrow is not None:
         found = IntegerType(int(narrow[2]), int(narrow[3]))
         whole = element_type(narrow[1])
         if whole.quant_min <= found.quant_min and found.quant_max <= whole.quant_max:
             return found
-    if name not in ELEMENT_TYPES:
-        floats = sorted(name for name, each in ELEMENT_TYPES.items() if not each.integer)
-        raise InvalidConfig(
-            f"unknown element type {name!r}; expected int2 to int16, uint2 to uint16, "
-            f"{', '.join(floats)}"
-        )
-    return ELEMENT_TYPES[name]
+    floats = sorted(name for name, each in ELEMENT_TYPES.items() if not each.integer)
+    raise InvalidConfig(
+        f"unknown element type {name!r}; expected int2 to int16, uint2 to uint16, "
+        f"{', '.join(floats)}"
+    )
 
 
 for _bits in range(2, 17):

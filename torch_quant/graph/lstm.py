@@ -19,8 +19,8 @@ __all__ = ["LSTM", "cells_of", "hidden_states", "projected"]
 
 library.define(
     "lstm(Tensor x, Tensor[] hx, Tensor[] params, bool has_biases, int num_layers, "
-    "bool bidirectional, bool batch_first, float scale, int zero_point, int quant_min, "
-    "int quant_max) -> (Tensor, Tensor, Tensor)"
+    "bool bidirectional, bool batch_first, Tensor scale, Tensor zero_point, str element) -> "
+    "(Tensor, Tensor, Tensor)"
 )
 
 

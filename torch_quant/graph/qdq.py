@@ -1,10 +1,11 @@
-"""The operators of a quantized graph before a backend lowers it: quantize, dequantize, by name.
+"""The operators of a quantized graph before a backend lowers it: quantize, dequantize.
 
-They are patterns to match; each backend puts its own form in their place. They also compute, by the
+One pair serves every format: the element type goes by its name, and scales and zero points are
+tensors in the shape of the blocks' grid, ``[]`` for one of a whole tensor. They compute by the
 definition in ``core/functional.py``, so that an unlowered graph can be run and compared.
 
-Those that end in ``blocks`` serve any format: the element type goes by its name, and scales are
-tensors in the shape of the blocks' grid. The others are what int8 kernels are matched by.
+Int8 kernels take a scale as a number, or as one dimension of channels. The operators that end in
+``per_tensor`` and ``per_channel`` are that form; ``passes/fold_scales.py`` puts them in place.
 """
 
 from __future__ import annotations
@@ -20,58 +21,48 @@ from torch_quant.core.elements import ElementType, element_type
 __all__ = [
     "DECODE",
     "DEQUANTIZE",
-    "DEQUANTIZE_BLOCKS",
-    "DEQUANTIZE_CHANNEL",
+    "DEQUANTIZE_PER_CHANNEL",
+    "DEQUANTIZE_PER_TENSOR",
     "FAKE_QUANTIZE",
-    "FAKE_QUANTIZE_BLOCKS",
+    "FAKE_QUANTIZE_PER_TENSOR",
     "QUANTIZE",
-    "QUANTIZE_BLOCKS",
+    "QUANTIZE_PER_TENSOR",
     "library",
 ]
 
 library = torch.library.Library("torch_quant", "DEF")
-library.define(
-    "quantize(Tensor x, float scale, int zero_point, int quant_min, int quant_max, "
-    "ScalarType dtype) -> Tensor"
-)
-library.define("dequantize(Tensor q, float scale, int zero_point) -> Tensor")
-library.define(
-    "fake_quantize(Tensor x, float scale, int zero_point, int quant_min, int quant_max) -> Tensor"
-)
-library.define("dequantize_channel(Tensor q, Tensor scale, Tensor zero_point, int axis) -> Tensor")
-for _name in ("quantize_blocks", "dequantize_blocks", "fake_quantize_blocks"):
+for _name in ("quantize", "dequantize", "fake_quantize"):
     library.define(f"{_name}(Tensor x, Tensor scale, Tensor zero_point, str element) -> Tensor")
 library.define("decode(Tensor q, str element) -> Tensor")
-
-
-def _quantize(
-    x: Tensor, scale: float, zero_point: int, low: int, high: int, dtype: torch.dtype
-) -> Tensor:
-    return ((x / scale).round() + zero_point).clamp(low, high).to(dtype)
-
-
-def _fake_quantize(x: Tensor, scale: float, zero_point: int, low: int, high: int) -> Tensor:
-    return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, low, high)
-
-
-def _dequantize(q: Tensor, scale: float, zero_point: int) -> Tensor:
-    return (q.to(torch.int32) - zero_point).to(torch.float32) * scale
-
-
-def _dequantize_channel(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
-    shape = [1] * q.dim()
-    shape[axis] = -1
-    centred = q.to(torch.int32) - zero_point.reshape(shape)
-    return centred.to(torch.float32) * scale.reshape(shape)
+library.define(
+    "quantize_per_tensor(Tensor x, float scale, int zero_point, int quant_min, int quant_max, "
+    "ScalarType dtype) -> Tensor"
+)
+library.define("dequantize_per_tensor(Tensor q, float scale, int zero_point) -> Tensor")
+library.define(
+    "fake_quantize_per_tensor(Tensor x, float scale, int zero_point, int quant_min, "
+    "int quant_max) -> Tensor"
+)
+library.define(
+    "dequantize_per_channel(Tensor q, Tensor scale, Tensor zero_point, int axis) -> Tensor"
+)
 
 
 def _by_name(
     function: Callable[[Tensor, Tensor, Tensor, ElementType], Tensor],
 ) -> Callable[[Tensor, Tensor, Tensor, str], Tensor]:
-    def of_blocks(x: Tensor, scale: Tensor, zero_point: Tensor, element: str) -> Tensor:
+    def of_element(x: Tensor, scale: Tensor, zero_point: Tensor, element: str) -> Tensor:
         return function(x, scale, zero_point, element_type(element))
 
-    return of_blocks
+    return of_element
+
+
+def _fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, element: str) -> Tensor:
+    kind = element_type(element)
+    if kind.integer and not scale.dim():
+        ends = (int(kind.quant_min), int(kind.quant_max))
+        return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, *ends)
+    return functional.fake_quantize_blocks(x, scale, zero_point, kind)
 
 
 def _decode(q: Tensor, element: str) -> Tensor:
@@ -79,39 +70,62 @@ def _decode(q: Tensor, element: str) -> Tensor:
     return values.clone() if values is q else values
 
 
+def _quantize_per_tensor(
+    x: Tensor, scale: float, zero_point: int, low: int, high: int, dtype: torch.dtype
+) -> Tensor:
+    return ((x / scale).round() + zero_point).clamp(low, high).to(dtype)
+
+
+def _fake_quantize_per_tensor(
+    x: Tensor, scale: float, zero_point: int, low: int, high: int
+) -> Tensor:
+    return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, low, high)
+
+
+def _dequantize_per_tensor(q: Tensor, scale: float, zero_point: int) -> Tensor:
+    return (q.to(torch.int32) - zero_point).to(torch.float32) * scale
+
+
+def _dequantize_per_channel(q: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
+    shape = [1] * q.dim()
+    shape[axis] = -1
+    centred = q.to(torch.int32) - zero_point.reshape(shape)
+    return centred.to(torch.float32) * scale.reshape(shape)
+
+
 for _name, _impl in (
-    ("quantize", _quantize),
-    ("dequantize", _dequantize),
+    ("quantize", _by_name(functional.quantize_blocks)),
+    ("dequantize", _by_name(functional.dequantize_blocks)),
     ("fake_quantize", _fake_quantize),
-    ("dequantize_channel", _dequantize_channel),
-    ("quantize_blocks", _by_name(functional.quantize_blocks)),
-    ("dequantize_blocks", _by_name(functional.dequantize_blocks)),
-    ("fake_quantize_blocks", _by_name(functional.fake_quantize_blocks)),
     ("decode", _decode),
+    ("quantize_per_tensor", _quantize_per_tensor),
+    ("dequantize_per_tensor", _dequantize_per_tensor),
+    ("fake_quantize_per_tensor", _fake_quantize_per_tensor),
+    ("dequantize_per_channel", _dequantize_per_channel),
 ):
     library.impl(_name, _impl, "CompositeExplicitAutograd")
 # ATen's own operator has no meta kernel, which exporting with dynamic sizes needs.
 torch.library.register_fake(
-    "torch_quant::fake_quantize", lambda x, *args: torch.empty_like(x), lib=library
+    "torch_quant::fake_quantize_per_tensor", lambda x, *args: torch.empty_like(x), lib=library
 )
 # Of the sizes of blocks nothing need be known while exporting.
-for _name in ("dequantize_blocks", "fake_quantize_blocks", "decode"):
+for _name in ("dequantize", "fake_quantize", "decode"):
     torch.library.register_fake(
         f"torch_quant::{_name}",
         lambda x, *args: torch.empty_like(x, dtype=torch.float32),
         lib=library,
     )
 torch.library.register_fake(
-    "torch_quant::quantize_blocks",
+    "torch_quant::quantize",
     lambda x, scale, zero_point, element: torch.empty_like(x, dtype=element_type(element).dtype),
     lib=library,
 )
 
 QUANTIZE = torch.ops.torch_quant.quantize.default
 DEQUANTIZE = torch.ops.torch_quant.dequantize.default
-DEQUANTIZE_CHANNEL = torch.ops.torch_quant.dequantize_channel.default
-QUANTIZE_BLOCKS = torch.ops.torch_quant.quantize_blocks.default
-DEQUANTIZE_BLOCKS = torch.ops.torch_quant.dequantize_blocks.default
-FAKE_QUANTIZE_BLOCKS = torch.ops.torch_quant.fake_quantize_blocks.default
-DECODE = torch.ops.torch_quant.decode.default
 FAKE_QUANTIZE = torch.ops.torch_quant.fake_quantize.default
+DECODE = torch.ops.torch_quant.decode.default
+QUANTIZE_PER_TENSOR = torch.ops.torch_quant.quantize_per_tensor.default
+DEQUANTIZE_PER_TENSOR = torch.ops.torch_quant.dequantize_per_tensor.default
+DEQUANTIZE_PER_CHANNEL = torch.ops.torch_quant.dequantize_per_channel.default
+FAKE_QUANTIZE_PER_TENSOR = torch.ops.torch_quant.fake_quantize_per_tensor.default

@@ -5,30 +5,24 @@ An activation is quantized once, where it is made; operators that only move data
 and each consumer dequantizes what it reads:
 
     source -> quantize -> reshape -> dequantize -> product
+
+Its scale and zero point are buffers called after the first site that reads it: ``fc.input_scale``.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from torch_quant.core.granularity import PerChannel
 from torch_quant.core.plan import SitePlan
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.graph.lstm import LSTM, cells_of
 from torch_quant.graph.ops import OPERATORS, OpPattern
-from torch_quant.graph.qdq import (
-    DEQUANTIZE,
-    DEQUANTIZE_BLOCKS,
-    DEQUANTIZE_CHANNEL,
-    QUANTIZE,
-    QUANTIZE_BLOCKS,
-)
+from torch_quant.graph.qdq import DEQUANTIZE, QUANTIZE
 from torch_quant.graph.sites import (
     find_sites,
     is_constant,
@@ -45,48 +39,35 @@ from torch_quant.passes.constants import evaluate, expression, name_of, new_cons
 __all__ = ["insert_qdq"]
 
 _ATTENTION, _LSTM = (OPERATORS[name] for name in ("scaled_dot_product_attention", "lstm"))
-
-
-@dataclass(frozen=True)
-class _Weight:
-    """Codes of a weight and what they stand for, in the shapes that the graph has them in.
-
-    Args:
-        axis: for integers per channel of this axis: scales have one dimension then.
-    """
-
-    codes: Tensor
-    spec: QuantSpec
-    scale: Tensor
-    zero_point: Tensor
-    axis: int | None
-
-    @classmethod
-    def of(cls, codes: Tensor, qparams: QParams, axis: int) -> _Weight:
-        """Those of a weight with its output channels on ``axis``."""
-        spec, scale, zero_point = qparams.spec, qparams.scale, qparams.zero_point
-        if spec.integer and PerChannel(axis).serves(spec.granularity):
-            return cls(codes, spec, scale.flatten(), zero_point.flatten(), axis)
-        return cls(codes, spec, scale, zero_point, None)
+_CONSTANTS = ("placeholder", "get_attr")
 
 
 @dataclass
 class _Inserter:
     context: PassContext
     integers: dict[tuple[fx.Node, QuantSpec], fx.Node] = field(default_factory=dict)
-    grids: dict[tuple[str, QuantSpec], QParams] = field(default_factory=dict)
-    weights: dict[tuple[str, QuantSpec, int], _Weight] = field(default_factory=dict)
+    qparams: dict[tuple[str, QuantSpec], QParams] = field(default_factory=dict)
+    grids: dict[tuple[str, QuantSpec], list[fx.Node]] = field(default_factory=dict)
+    """Tensor and format -> the nodes of its scale and zero point, at the head of the graph."""
+    weights: dict[tuple[str, QuantSpec, int], tuple[Tensor, QParams]] = field(default_factory=dict)
     """What computes a weight, its format and axis -> its codes; no float copy is kept."""
 
     def activations(self, user: fx.Node, args: list[fx.Node], entry: SitePlan) -> None:
         """Make ``user`` read ``args`` quantized; one tensor may stand in several places."""
         assert entry.activation is not None
-        for arg in dict.fromkeys(args):
-            self.activation(user, arg, key_of(source(arg)), entry.activation)
+        for i, arg in enumerate(args):
+            if arg not in args[:i]:
+                name = f"{local_name(user)}.input{f'_{i}' if i else ''}"
+                self.activation(user, arg, key_of(source(arg)), entry.activation, name)
 
-    def activation(self, user: fx.Node, arg: fx.Node, key: str, spec: QuantSpec) -> None:
-        """Make ``user`` read ``arg`` quantized to ``spec``."""
-        codes = self._codes(arg, key, spec)
+    def activation(self, user: fx.Node, arg: fx.Node, key: str, spec: QuantSpec, name: str) -> None:
+        """Make ``user`` read ``arg`` quantized to ``spec``.
+
+        Args:
+            key: of the tensor.
+            name: what its scale is called after unless it has one.
+        """
+        codes = self._codes(arg, key, spec, name)
         with user.graph.inserting_before(user):
             real = self._real(codes, key, spec)
         real.meta["val"] = arg.meta["val"]
@@ -94,45 +75,38 @@ class _Inserter:
 
     def _real(self, codes: fx.Node, key: str, spec: QuantSpec) -> fx.Node:
         """The tensor ``key`` from its codes, placed where the graph inserts."""
-        if spec.integer:
-            return codes.graph.call_function(DEQUANTIZE, (codes, *self._scalars(key, spec)))
-        quantizer: Any = codes
-        while quantizer.target is not QUANTIZE_BLOCKS:
-            quantizer = quantizer.args[0]
-        return codes.graph.call_function(DEQUANTIZE_BLOCKS, (codes, *quantizer.args[1:]))
+        args: Any = (codes, *self.grids[key, spec], spec.element.name)
+        return codes.graph.call_function(DEQUANTIZE, args)
 
     def _qparams(self, key: str, spec: QuantSpec) -> QParams:
+        if (key, spec) not in self.qparams:
+            self.qparams[key, spec] = self.context.qparams(key, spec)
+        return self.qparams[key, spec]
+
+    def _grid(self, key: str, spec: QuantSpec, name: str) -> list[fx.Node]:
+        """Scale and zero point of a tensor, in front of all that computes."""
         if (key, spec) not in self.grids:
-            self.grids[key, spec] = self.context.qparams(key, spec)
+            qparams = self._qparams(key, spec)
+            values = {"_scale": qparams.scale, "_zero_point": qparams.zero_point}
+            if self.grids:
+                before = next(reversed(self.grids.values()))[-1].next
+            else:
+                before = _behind_constants(next(iter(self.context.graph.nodes)))
+            self.grids[key, spec] = new_constants(self.context.gm, name, values, before)
         return self.grids[key, spec]
 
-    def _scalars(self, key: str, spec: QuantSpec) -> tuple[float, int]:
-        qparams = self._qparams(key, spec)
-        return float(qparams.scale), int(qparams.zero_point)
-
-    def _codes(self, node: fx.Node, key: str, spec: QuantSpec) -> fx.Node:
+    def _codes(self, node: fx.Node, key: str, spec: QuantSpec, name: str) -> fx.Node:
         if (node, spec) in self.integers:
             return self.integers[node, spec]
         graph = node.graph
         if source(node) is node:
-            qparams = self._qparams(key, spec)
-            anchor = node.next
-            while anchor.op == "placeholder":
-                anchor = anchor.next
-            target: Any = QUANTIZE
-            limits = (spec.quant_min, spec.quant_max, spec.dtype)
-            args: tuple[Any, ...] = (node, *self._scalars(key, spec), *limits)
-            if not spec.integer:
-                name = re.sub(r"\W", "_", key).strip("_")
-                tensors = {"_scale": qparams.scale, "_zero_point": qparams.zero_point}
-                grid = new_constants(self.context.gm, name, tensors, anchor)
-                target, args = QUANTIZE_BLOCKS, (node, *grid, spec.element.name)
-            with graph.inserting_before(anchor):
-                codes = graph.call_function(target, args)
+            args: Any = (node, *self._grid(key, spec, name), spec.element.name)
+            with graph.inserting_before(_behind_constants(node.next)):
+                codes = graph.call_function(QUANTIZE, args)
         else:
             origin = node.args[0]
             assert isinstance(origin, fx.Node)
-            inner = self._codes(origin, key, spec)
+            inner = self._codes(origin, key, spec, name)
             with graph.inserting_after(node):
                 codes = graph.node_copy(node, lambda n: inner if n is origin else n)
         self.integers[node, spec] = codes
@@ -142,7 +116,8 @@ class _Inserter:
         """Let all that reads the site's stored result read it quantized."""
         assert entry.activation is not None
         stored = node if key_of(node) == entry.stored else next(iter(node.users))
-        codes = self._codes(stored, entry.stored, entry.activation)
+        name = f"{local_name(node)}.output"
+        codes = self._codes(stored, entry.stored, entry.activation, name)
         with node.graph.inserting_after(codes):
             real = self._real(codes, entry.stored, entry.activation)
         real.meta["val"] = stored.meta["val"]
@@ -159,9 +134,9 @@ class _Inserter:
         if memo not in self.weights:
             value = evaluate(gm, old).detach()
             codes, qparams = self.context.params.weight(site.name, value, site.weight, axis)
-            self.weights[memo] = _Weight.of(codes.contiguous(), qparams, axis)  # as kernels pack it
+            self.weights[memo] = codes.contiguous(), qparams  # as kernels pack it
         local = local_name(node)
-        real = self._codes_of(node, name_of(old, f"{local}.weight"), self.weights[memo])
+        real = self._codes_of(node, name_of(old, f"{local}.weight"), *self.weights[memo])
         node.update_arg(pattern.weight, real)
         place = pattern.bias
         bias = None if place is None or len(node.args) <= place else node.args[place]
@@ -170,23 +145,13 @@ class _Inserter:
             assert place is not None
             node.update_arg(place, new_constant(gm, name, evaluate(gm, bias), node))
 
-    def _codes_of(self, node: fx.Node, name: str, weight: _Weight) -> fx.Node:
+    def _codes_of(self, node: fx.Node, name: str, codes: Tensor, qparams: QParams) -> fx.Node:
         """A dequantized weight, placed before ``node``."""
-        gm, spec = self.context.gm, weight.spec
-        values = {"": weight.codes, "_scale": weight.scale, "_zero_point": weight.zero_point}
-        target: Any = DEQUANTIZE
-        args: tuple[Any, ...]
-        if spec.integer and spec.per_tensor:
-            codes = new_constant(gm, name, weight.codes, node)
-            args = (codes, float(weight.scale), int(weight.zero_point))
-        elif weight.axis is not None:
-            target = DEQUANTIZE_CHANNEL
-            args = (*new_constants(gm, name, values, node), weight.axis)
-        else:
-            target = DEQUANTIZE_BLOCKS
-            args = (*new_constants(gm, name, values, node), spec.element.name)
+        values = {"": codes, "_scale": qparams.scale, "_zero_point": qparams.zero_point}
+        constants = new_constants(self.context.gm, name, values, node)
         with node.graph.inserting_before(node):
-            return node.graph.call_function(target, args)
+            args: Any = (*constants, qparams.spec.element.name)
+            return node.graph.call_function(DEQUANTIZE, args)
 
     def lstm(self, node: fx.Node, entry: SitePlan) -> None:
         """Quantize an LSTM: input, matrices, and the hidden state at every step.
@@ -194,19 +159,20 @@ class _Inserter:
         Kernels sum ``W_ih x + W_hh h`` as integers, so a row of both matrices shares one scale, in
         units of a step of ``x`` and of ``h``. Inner layers read ``h``.
         """
-        assert entry.activation is not None
+        spec, hidden = entry.activation, entry.inputs[-1]
+        assert spec is not None
         x, hx, params, has_biases, layers, _, _, bidirectional, batch_first = node.args
         assert isinstance(x, fx.Node)
-        of_x = self.context.qparams(key_of(source(x)), entry.activation)
-        of_h = self.context.qparams(entry.inputs[-1], entry.activation)
-        outer = float(of_x.scale) / float(of_h.scale)
+        of_h = self._qparams(hidden, spec).scale
+        outer = self._qparams(key_of(source(x)), spec).scale / of_h
         cells = cells_of(params, bool(has_biases))
         new: list[Any] = []
         for i, (w_ih, w_hh, *biases) in enumerate(cells):
             if entry.weight is None:  # what activations alone do is asked for
                 new += [w_ih, w_hh, *biases]
                 continue
-            factor = outer if i < len(cells) // int(layers) else 1.0  # type: ignore[arg-type]
+            inner = i >= len(cells) // int(layers)  # type: ignore[arg-type]
+            factor = torch.ones_like(outer) if inner else outer
             values = [evaluate(self.context.gm, each).detach() for each in (w_ih, w_hh)]
             joined = torch.cat([values[0] * factor, values[1]], 1)
             both, qparams = self.context.params.weight(entry.name, joined, entry.weight, 0)
@@ -215,15 +181,20 @@ class _Inserter:
             names = [name_of(*each) for each in zip((w_ih, w_hh), made_up, strict=True)]
             grids = [replace(qparams, scale=qparams.scale / factor), qparams]
             for name, part, grid in zip(names, codes, grids, strict=True):
-                weight = _Weight.of(part.contiguous(), grid, 0)
-                new.append(self._codes_of(node, name, weight))
+                new.append(self._codes_of(node, name, part.contiguous(), grid))
             new += biases
         self.activations(node, [x], entry)
-        spec = entry.activation
-        limits = (float(of_h.scale), int(of_h.zero_point), spec.quant_min, spec.quant_max)
+        grid_of_h = self._grid(hidden, spec, f"{local_name(node)}.hidden")
         node.target = LSTM
         options = (has_biases, layers, bidirectional, batch_first)
-        node.args = (node.args[0], hx, new, *options, *limits)
+        node.args = (node.args[0], hx, new, *options, *grid_of_h, spec.element.name)
+
+
+def _behind_constants(node: fx.Node) -> fx.Node:
+    """``node``, or the first after it that computes something."""
+    while node.op in _CONSTANTS:
+        node = node.next
+    return node
 
 
 def insert_qdq(context: PassContext) -> int:
@@ -261,8 +232,8 @@ def insert_qdq(context: PassContext) -> int:
 def _quantize_attention(inserter: _Inserter, node: fx.Node, entry: SitePlan) -> None:
     assert entry.activation is not None
     inserter.activations(node, operands(node, _ATTENTION), entry)
-    probabilities = entry.inputs[-1]
+    probabilities, name = entry.inputs[-1], f"{local_name(node)}.probabilities"
     _, second = decompose_attention(node)
     left = second.args[0]
     assert isinstance(left, fx.Node)
-    inserter.activation(second, left, probabilities, entry.activation)
+    inserter.activation(second, left, probabilities, entry.activation, name)

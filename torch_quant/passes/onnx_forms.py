@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from torch_quant.core.qparams import MIN_SCALE
 from torch_quant.graph.ops import DATA_MOVEMENT, padding_sizes, size_hints, spread
-from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
+from torch_quant.graph.qdq import DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
 from torch_quant.graph.sites import KEY, local_name
 from torch_quant.passes.attention import decompose_attention
 from torch_quant.passes.base import PassContext, call_like
@@ -47,10 +47,10 @@ def move_codes(context: PassContext) -> int:
     changed = 0
     for node in list(context.graph.nodes):
         real: Any = node.args[0] if node.args else None
-        if node.target not in DATA_MOVEMENT or not _is_target(real, DEQUANTIZE):
+        if node.target not in DATA_MOVEMENT or not _is_target(real, DEQUANTIZE_PER_TENSOR):
             continue
         moved = call_like(node, node.target, (real.args[0], *node.args[1:]), **node.kwargs)
-        new = call_like(node, DEQUANTIZE, (moved, *real.args[1:]))
+        new = call_like(node, DEQUANTIZE_PER_TENSOR, (moved, *real.args[1:]))
         node.replace_all_uses_with(new)
         context.graph.erase_node(node)
         changed += 1
@@ -119,7 +119,7 @@ def _product_behind(softmax: fx.Node) -> fx.Node | None:
         node = next(iter(node.users))
         if node.target is aten.matmul.default:
             return node
-        if node.target not in (QUANTIZE, DEQUANTIZE):
+        if node.target not in (QUANTIZE_PER_TENSOR, DEQUANTIZE_PER_TENSOR):
             return None
     return None
 
@@ -197,9 +197,10 @@ def _fold_scale(node: fx.Node) -> None:
         return
     assert isinstance(product, fx.Node)
     real = product.args[0]
-    if len(product.users) > 1 or not _is_target(real, DEQUANTIZE) or factor <= 0:
+    if len(product.users) > 1 or not _is_target(real, DEQUANTIZE_PER_TENSOR) or factor <= 0:
         return
-    scaled = call_like(product, DEQUANTIZE, (real.args[0], real.args[1] * factor, real.args[2]))
+    grid = (real.args[1] * factor, real.args[2])
+    scaled = call_like(product, DEQUANTIZE_PER_TENSOR, (real.args[0], *grid))
     scaled.meta = dict(real.meta)
     product.update_arg(0, scaled)
     node.replace_all_uses_with(product)
@@ -246,7 +247,7 @@ def _linear(gm: fx.GraphModule, node: fx.Node) -> None:
         sizes = [graph.call_function(aten.sym_size.int, (source, i)) for i in range(rank - 1)]
         if rank != 2:
             source = graph.call_function(aten.reshape.default, (source, [-1, inputs]))
-        rows = graph.call_function(DEQUANTIZE, (source, *x.args[1:]))
+        rows = graph.call_function(DEQUANTIZE_PER_TENSOR, (source, *x.args[1:]))
         product = graph.call_function(aten.linear.default, (rows, weight, bias))
     product.meta = dict(node.meta)
     last = _chain_to_quantize(node) if rank != 2 else node
@@ -267,7 +268,7 @@ def _chain_to_quantize(node: fx.Node) -> fx.Node:
         if len(last.users) != 1:
             return node
         last = next(iter(last.users))
-        if last.target is QUANTIZE:
+        if last.target is QUANTIZE_PER_TENSOR:
             return last
         if last.target not in _ELEMENTWISE:
             return node
@@ -286,7 +287,7 @@ def _bias(gm: fx.GraphModule, node: fx.Node, x: Any, weight: Any, bias: Any, axi
     value = evaluate(gm, bias).detach().to(torch.float32)
     step = float(x.args[1])
     scale: Any = weight.args[1]
-    if weight.target is DEQUANTIZE_CHANNEL:
+    if weight.target is DEQUANTIZE_PER_CHANNEL:
         scale = gm.get_buffer(str(scale.target))
         needed = (value.abs() / (step * _BIAS_LIMIT)).clamp(min=MIN_SCALE)
         codes = gm.get_buffer(str(weight.args[0].target))
@@ -298,7 +299,7 @@ def _bias(gm: fx.GraphModule, node: fx.Node, x: Any, weight: Any, bias: Any, axi
     codes = (value / grid).round().clamp(-_BIAS_LIMIT, _BIAS_LIMIT).to(torch.int32)
     values = {"": codes, "_scale": grid, "_zero_point": torch.zeros_like(codes)}
     consts = new_constants(gm, name_of(bias, f"{local_name(node)}.bias"), values, node)
-    return call_like(node, DEQUANTIZE_CHANNEL, (*consts, 0))
+    return call_like(node, DEQUANTIZE_PER_CHANNEL, (*consts, 0))
 
 
 def _widen(gm: fx.GraphModule, node: fx.Node, weight: Any, scale: Tensor, axis: int) -> Tensor:
@@ -343,10 +344,10 @@ def embedding_forms(context: PassContext) -> int:
         weight, indices = node.args[:2]
         if not isinstance(weight, fx.Node):
             continue
-        if weight.target is DEQUANTIZE:
+        if weight.target is DEQUANTIZE_PER_TENSOR:
             rows = call_like(node, aten.embedding.default, (weight.args[0], indices))
-            real = call_like(node, DEQUANTIZE, (rows, *weight.args[1:]))
-        elif weight.target is DEQUANTIZE_CHANNEL:
+            real = call_like(node, DEQUANTIZE_PER_TENSOR, (rows, *weight.args[1:]))
+        elif weight.target is DEQUANTIZE_PER_CHANNEL:
             rows = call_like(node, aten.embedding.default, (weight.args[0], indices))
             real = call_like(node, aten.to.dtype, (rows, torch.float32))
             scale, zero_point = (gm.get_buffer(str(each.target)) for each in weight.args[1:3])  # type: ignore[union-attr]
@@ -381,6 +382,6 @@ def _is_target(node: Any, target: Any) -> bool:
 
 def _is_quantized(node: fx.Node) -> bool:
     weight = node.args[1]
-    return _is_target(node.args[0], DEQUANTIZE) and (
-        _is_target(weight, DEQUANTIZE_CHANNEL) or _is_target(weight, DEQUANTIZE)
+    return _is_target(node.args[0], DEQUANTIZE_PER_TENSOR) and (
+        _is_target(weight, DEQUANTIZE_PER_CHANNEL) or _is_target(weight, DEQUANTIZE_PER_TENSOR)
     )

@@ -41,12 +41,11 @@ def keep_grids(context: PassContext) -> int:
             origin = origin.args[0]
         if origin is node.args[0] or not _is_dequantized(origin):
             continue
-        grid, limits = _grid(origin)
-        if limits != node.args[3:] or grid == node.args[1:3]:
+        *grid, element = origin.args[1:]
+        if element != node.args[3] or tuple(grid) == node.args[1:3]:
             continue
-        node.args = (node.args[0], *grid, *limits)
-        for reader in _readers(node):
-            reader.args = (reader.args[0], *grid)
+        for reader in (node, *_readers(node)):
+            reader.args = (reader.args[0], *grid, element)
         changed += 1
     return changed
 
@@ -63,7 +62,7 @@ def read_codes(context: PassContext) -> int:
                 continue
             x = node.args[this]
             with context.graph.inserting_before(node):
-                real = context.graph.call_function(DEQUANTIZE, (quantizer, *quantizer.args[1:3]))
+                real = context.graph.call_function(DEQUANTIZE, (quantizer, *quantizer.args[1:]))
             real.meta["val"] = x.meta["val"]
             node.update_arg(this, real)
             changed += 1
@@ -81,13 +80,6 @@ def _source(node: fx.Node) -> fx.Node | None:
     while codes.target in DATA_MOVEMENT:
         codes = codes.args[0]
     return codes if codes.target is QUANTIZE else None
-
-
-def _grid(node: fx.Node) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """(scale and zero point, limits and dtype) of a ``dequantize``."""
-    source = _source(node)
-    assert source is not None
-    return node.args[1:3], source.args[3:]
 
 
 def _readers(quantizer: fx.Node) -> list[fx.Node]:

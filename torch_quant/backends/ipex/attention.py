@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from torch_quant.graph.qdq import DEQUANTIZE, QUANTIZE
+from torch_quant.graph.qdq import DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
 from torch_quant.passes.base import PassContext
 
 __all__ = ["FUSED_MASK", "plain_softmax"]
@@ -132,7 +132,7 @@ def _decomposed(softmax: fx.Node) -> _Attention | None:
     """The attention that ``softmax`` belongs to, as ``decompose_attention`` writes it."""
     scores = softmax.args[0]
     second = softmax
-    for expected in (QUANTIZE, DEQUANTIZE, aten.matmul.default):
+    for expected in (QUANTIZE_PER_TENSOR, DEQUANTIZE_PER_TENSOR, aten.matmul.default):
         if len(second.users) != 1:
             return None
         second = next(iter(second.users))

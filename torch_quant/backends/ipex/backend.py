@@ -42,8 +42,9 @@ from torch_quant.core.kernels import Accepts, Kernel, KernelTable
 from torch_quant.core.plan import QuantPlan
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
-from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
+from torch_quant.graph.qdq import DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
 from torch_quant.passes.base import PassContext, run_passes
+from torch_quant.passes.fold_scales import fold_scales
 
 __all__ = ["IPEXBackend"]
 
@@ -140,7 +141,8 @@ class IPEXBackend(Backend):
     def lower(self, context: PassContext) -> fx.GraphModule:
         import_ipex()  # what traces the graph needs it, and its overrides of float kernels
         forms = graph_forms(int8_shortcuts=self.int8_shortcuts)
-        run_passes(context, [lower_lstms, look_up_bags, *forms, *GUARDS, quantized_tensors])
+        first = (fold_scales, lower_lstms, look_up_bags)
+        run_passes(context, [*first, *forms, *GUARDS, quantized_tensors])
         return context.gm
 
     def compile(self, body: fx.GraphModule, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
@@ -185,12 +187,12 @@ def quantized_tensors(context: PassContext) -> int:
     """Put quantized tensors in the place of quantize, dequantize and int8 weights."""
     changed = 0
     for node in list(context.graph.nodes):
-        if node.target is QUANTIZE:
+        if node.target is QUANTIZE_PER_TENSOR:
             x, scale, zero_point, _, _, dtype = node.args
             node.target, node.args = ops.quantize, (x, scale, zero_point, dtype)
-        elif node.target is DEQUANTIZE:
+        elif node.target is DEQUANTIZE_PER_TENSOR:
             node.target, node.args = ops.dequantize, node.args[:1]
-        elif node.target is DEQUANTIZE_CHANNEL:
+        elif node.target is DEQUANTIZE_PER_CHANNEL:
             node.target = ops.dequantize_weight
         else:
             continue

@@ -13,7 +13,11 @@ import torch
 from torch import Tensor, fx
 
 from torch_quant.backends.embedding_bags import BAGS, bag_arguments, bags_of_rows
-from torch_quant.graph.qdq import DEQUANTIZE, FAKE_QUANTIZE, QUANTIZE
+from torch_quant.graph.qdq import (
+    DEQUANTIZE_PER_TENSOR,
+    FAKE_QUANTIZE_PER_TENSOR,
+    QUANTIZE_PER_TENSOR,
+)
 from torch_quant.graph.sites import KEY, key_of, results
 from torch_quant.passes.base import PassContext
 
@@ -35,7 +39,7 @@ def sum_bags(
     """Sums of rows of an int8 table as a quantized tensor, in the form that IPEX fuses."""
     if torch.compiler.is_compiling():
         bags = bags_of_rows(codes, scale, indices, offsets, 0, None, include_last_offset, None)
-        return FAKE_QUANTIZE(bags, out_scale, 0, -128, 127)  # type: ignore[no-any-return]
+        return FAKE_QUANTIZE_PER_TENSOR(bags, out_scale, 0, -128, 127)  # type: ignore[no-any-return]
     with torch.autocast("cpu", enabled=False):
         table = torch._make_per_tensor_quantized_tensor(codes, scale, 0).dequantize()
         bags = torch.ops.torch_ipex.embedding_bag(
@@ -49,14 +53,14 @@ def look_up_bags(context: PassContext) -> int:
     changed = 0
     for node in list(context.graph.nodes):
         table = node.args[0] if node.target in BAGS else None
-        if not isinstance(table, fx.Node) or table.target is not DEQUANTIZE:
+        if not isinstance(table, fx.Node) or table.target is not DEQUANTIZE_PER_TENSOR:
             continue
         codes, scale = table.args[:2]
         (bags,) = results(node)
         quantize, *others = bags.users  # stored quantized, but where it is written to
         indices, offsets, mode, weights, include_last_offset, padding_idx = bag_arguments(node)
         plain = mode == 0 and weights is None and padding_idx is None
-        stored = quantize.target is QUANTIZE and not others
+        stored = quantize.target is QUANTIZE_PER_TENSOR and not others
         out_scale: Any = quantize.args[1] if stored else 0.0
         coarser = out_scale - scale > _COARSER
         args: tuple[Any, ...]

@@ -23,7 +23,7 @@ from torch_quant.graph.ops import (
     pattern_of,
     size_hints,
 )
-from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
+from torch_quant.graph.qdq import DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
 from torch_quant.graph.sites import fused_output, is_constant
 from torch_quant.passes.base import Pass, PassContext
 from torch_quant.passes.constants import evaluate, new_constant
@@ -77,13 +77,13 @@ def _products(graph: fx.Graph) -> Iterator[fx.Node]:
 
 
 def _grid_behind(node: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:
-    """The QUANTIZE node whose values ``node`` holds, and the data movement between, last first."""
+    """The quantizer whose values ``node`` holds, and the data movement between, last first."""
     moves: list[fx.Node] = []
     dequantized = False
     while node.op == "call_function":
-        if node.target is QUANTIZE:
+        if node.target is QUANTIZE_PER_TENSOR:
             return (node, moves) if dequantized else None
-        if node.target is DEQUANTIZE:
+        if node.target is DEQUANTIZE_PER_TENSOR:
             dequantized = True
         elif node.target in _MOVES:
             moves.append(node)
@@ -111,7 +111,7 @@ def look_up_embeddings(context: PassContext) -> int:
     changed = 0
     for node in list(context.graph.find_nodes(op="call_function", target=aten.embedding.default)):
         table, indices = node.args[:2]
-        if not isinstance(table, fx.Node) or table.target is not DEQUANTIZE_CHANNEL:
+        if not isinstance(table, fx.Node) or table.target is not DEQUANTIZE_PER_CHANNEL:
             continue
         codes, scale = table.args[:2]
         rows = _call(node, torch.embedding, codes, indices)
@@ -185,8 +185,8 @@ def quantize_last(context: PassContext) -> int:
             for move in reversed(moves):
                 if move.target not in _LAYOUT:  # a reorder behind a product would be fused, badly
                     value = _moved(node, move, value)
-            codes = _call(node, QUANTIZE, value, *quantize.args[1:])
-            real = _call(node, DEQUANTIZE, codes, *quantize.args[1:3])
+            codes = _call(node, QUANTIZE_PER_TENSOR, value, *quantize.args[1:])
+            real = _call(node, DEQUANTIZE_PER_TENSOR, codes, *quantize.args[1:3])
             real.meta = dict(arg.meta)  # type: ignore[union-attr]
             node.replace_input_with(arg, real)  # type: ignore[arg-type]
             changed += 1
@@ -221,8 +221,9 @@ def _quantize_again(product: fx.Node, copy: Any) -> fx.Node:
     assert isinstance(real, fx.Node)
     codes = real.args[0]
     assert isinstance(codes, fx.Node)
-    again = _call(product, QUANTIZE, _call(product, copy, codes.args[0]), *codes.args[1:])
-    new = _call(product, DEQUANTIZE, again, *real.args[1:])
+    copied = _call(product, copy, codes.args[0])
+    again = _call(product, QUANTIZE_PER_TENSOR, copied, *codes.args[1:])
+    new = _call(product, DEQUANTIZE_PER_TENSOR, again, *real.args[1:])
     product.update_arg(1, new)
     return new
 
@@ -270,13 +271,13 @@ def explicit_pools(context: PassContext) -> int:
             node.args = (*node.args[:2], node.args[1], *node.args[3:])
             changed += 1
         users = list(node.users)
-        alike = {user.args[1:] for user in users if user.target is QUANTIZE}
+        alike = {user.args[1:] for user in users if user.target is QUANTIZE_PER_TENSOR}
         if node.target is not aten.max_pool2d.default or len(size_hints(node)) != 4:
             continue
-        if len(alike) == 1 and all(user.target is QUANTIZE for user in users):
+        if len(alike) == 1 and all(user.target is QUANTIZE_PER_TENSOR for user in users):
             (grid,) = alike
-            codes = _call(node, QUANTIZE, node.args[0], *grid)
-            node.update_arg(0, _call(node, DEQUANTIZE, codes, *grid[:2]))
+            codes = _call(node, QUANTIZE_PER_TENSOR, node.args[0], *grid)
+            node.update_arg(0, _call(node, DEQUANTIZE_PER_TENSOR, codes, *grid[:2]))
             changed += 1
     return changed
 
@@ -307,12 +308,13 @@ def integer_shortcuts(context: PassContext, *, rectified: bool = False) -> int:
             conv = _conv_behind(node.args[i])
             if conv is None or not isinstance(other, fx.Node):
                 continue
-            grids = [user for user in other.users if user.target is QUANTIZE and user < node]
+            quantizers = [user for user in other.users if user.target is QUANTIZE_PER_TENSOR]
+            grids = [user for user in quantizers if user < node]
             shapes = [str(getattr(x.meta.get("val"), "shape", x)) for x in (node, other)]
             own = conv.args[0].args[0]  # type: ignore[union-attr]
             if not grids or grids[0] is own or shapes[0] != shapes[1]:
                 continue
-            real = _call(node, DEQUANTIZE, grids[0], *grids[0].args[1:3])
+            real = _call(node, DEQUANTIZE_PER_TENSOR, grids[0], *grids[0].args[1:3])
             real.meta = dict(other.meta)
             node.update_arg(1 - i, real)
             changed += 1
@@ -333,8 +335,8 @@ def _all_read_by_convs(node: fx.Node) -> bool:
     users = list(node.users)
     if len(users) == 1 and users[0].target in ACTIVATIONS:
         users = list(users[0].users)
-    quantized = [user for user in users if user.target is QUANTIZE]
-    rest = [user for user in users if user.target not in (QUANTIZE, aten.add.Tensor)]
+    quantized = [user for user in users if user.target is QUANTIZE_PER_TENSOR]
+    rest = [user for user in users if user.target not in (QUANTIZE_PER_TENSOR, aten.add.Tensor)]
     readers = [reader for q in quantized for real in q.users for reader in real.users]
     known = _CONV_DIMS.keys() | {aten.add.Tensor}
     return bool(quantized) and not rest and all(reader.target in known for reader in readers)

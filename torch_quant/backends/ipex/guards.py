@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch_quant.backends.ipex.attention import FUSED_MASK
 from torch_quant.backends.ipex.forms import ELEMENTWISE, is_quantized_product
 from torch_quant.graph.ops import ROW_MOVEMENT, contiguous_as_captured, pattern_of
-from torch_quant.graph.qdq import QUANTIZE
+from torch_quant.graph.qdq import QUANTIZE_PER_TENSOR
 from torch_quant.graph.sites import behind
 from torch_quant.passes.base import Pass, PassContext
 from torch_quant.passes.functionalize import may_alias_input
@@ -151,7 +151,7 @@ def guard_gelu(context: PassContext) -> int:
         arg = node.args[0]
         if node.kwargs.get("approximate", "none") != "tanh" or _fused_product(arg, memo) is None:
             continue
-        grids = [user.args[1] for user in node.users if user.target is QUANTIZE]
+        grids = [user.args[1] for user in node.users if user.target is QUANTIZE_PER_TENSOR]
         if len(grids) == len(node.users) and all(scale >= _COARSE for scale in grids):
             continue
         assert isinstance(arg, fx.Node)
@@ -165,7 +165,8 @@ def guard_norms(context: PassContext) -> int:
     changed = 0
     for node in list(context.graph.find_nodes(op="call_function", target=aten.layer_norm.default)):
         weight = node.args[2] if len(node.args) > 2 else None
-        for user in [user for user in node.users if user.target is QUANTIZE and weight is None]:
+        quantizers = [user for user in node.users if user.target is QUANTIZE_PER_TENSOR]
+        for user in quantizers if weight is None else []:
             _barrier(user, node)
             changed += 1
     return changed

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, fx
 
 from torch_quant.graph.lstm import LSTM, cells_of, projected
-from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL
+from torch_quant.graph.qdq import DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_TENSOR
 from torch_quant.graph.sites import local_name, results
 from torch_quant.passes.base import PassContext
 from torch_quant.passes.constants import evaluate, new_constant
+from torch_quant.passes.fold_scales import number
 
 __all__ = ["NO_KERNEL", "int8_lstm", "lower_lstms"]
 
@@ -67,7 +68,8 @@ def int8_lstm(
         real = [q.float() * scales[i // 2][:, None] for i, q in enumerate(codes)]
         params = _joined(real, biases, zeros)
         flags = (True, layers, bidirectional, batch_first)
-        outputs: tuple[Tensor, Tensor, Tensor] = LSTM(x, hx, params, *flags, *grid, 0, 255)
+        of_h = (x.new_full((), grid[0]), x.new_full((), grid[1], dtype=torch.int32))
+        outputs: tuple[Tensor, Tensor, Tensor] = LSTM(x, hx, params, *flags, *of_h, "uint8")
         return outputs
     x = torch._make_per_tensor_quantized_tensor(x.int_repr(), *grid).dequantize()
     with torch.autocast("cpu", enabled=False):
@@ -112,15 +114,16 @@ def lower_lstms(context: PassContext) -> int:
     changed = 0
     for node in list(context.graph.find_nodes(op="call_function", target=LSTM)):
         values: tuple[Any, ...] = node.args
-        x, hx, params, has_biases, layers, bidirectional, batch_first, *grid = values
-        assert x.target is DEQUANTIZE
+        x, hx, params, has_biases, layers, bidirectional, batch_first, scale, zero_point, _ = values
+        grid = (number(context.gm, scale), int(number(context.gm, zero_point)))
+        assert x.target is DEQUANTIZE_PER_TENSOR
         quantized, *grid_of_x = x.args
         cells = cells_of(params, has_biases)
         codes: list[fx.Node] = []
         scales: list[fx.Node] = []
         biases: list[fx.Node] = []
         for i, cell in enumerate(cells):
-            assert all(each.target is DEQUANTIZE_CHANNEL for each in cell[:2])
+            assert all(each.target is DEQUANTIZE_PER_CHANNEL for each in cell[:2])
             codes += [each.args[0] for each in cell[:2]]
             scales.append(cell[1].args[1])
             inner = i >= len(cells) // layers
@@ -130,7 +133,7 @@ def lower_lstms(context: PassContext) -> int:
         read = any(user.args[1] == 0 for user in results(node))
         node.target = int8_lstm
         options = (layers, bidirectional, batch_first)
-        grids = (tuple(grid_of_x), tuple(grid[:2]))
+        grids = (tuple(grid_of_x), grid)
         node.args = (quantized, hx, codes, scales, biases, options, *grids, read)
         changed += 1
     for node in context.graph.find_nodes(op="call_function", target=aten.lstm.input):

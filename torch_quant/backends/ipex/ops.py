@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torch_quant.graph.qdq import FAKE_QUANTIZE
+from torch_quant.graph.qdq import FAKE_QUANTIZE_PER_TENSOR
 
 __all__ = ["dequantize", "dequantize_weight", "quantize"]
 
@@ -19,7 +19,7 @@ def quantize(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> Te
     """``x`` as a quantized tensor; while exporting, rounded to the same grid in float."""
     if torch.compiler.is_compiling():
         info = torch.iinfo(dtype)
-        return FAKE_QUANTIZE(x, scale, zero_point, info.min, info.max)  # type: ignore[no-any-return]
+        return FAKE_QUANTIZE_PER_TENSOR(x, scale, zero_point, info.min, info.max)  # type: ignore[no-any-return]
     return torch.quantize_per_tensor(x.float(), scale, zero_point, _STORAGE[dtype])
 
 

@@ -21,8 +21,9 @@ from torch_quant.core.plan import QuantPlan
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.decomposed import decomposed
-from torch_quant.graph.qdq import DEQUANTIZE, DEQUANTIZE_CHANNEL, QUANTIZE
+from torch_quant.graph.qdq import DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
 from torch_quant.passes.base import PassContext, run_passes
+from torch_quant.passes.fold_scales import fold_scales
 from torch_quant.passes.onnx_forms import (
     attention_forms,
     embedding_forms,
@@ -40,6 +41,7 @@ __all__ = ["OnnxBackend", "missing_packages"]
 
 _CONVS = ("conv1d", "conv2d", "conv3d")
 _PASSES = (
+    fold_scales,
     attention_forms,
     move_codes,
     embedding_forms,
@@ -133,15 +135,15 @@ def to_decomposed(context: PassContext) -> int:
     """Our quantize and dequantize as the operators that PyTorch's exporter knows."""
     ops, graph, changed = decomposed(), context.graph, 0
     for node in list(graph.nodes):
-        if node.target is QUANTIZE:
+        if node.target is QUANTIZE_PER_TENSOR:
             _cut_range(node)
             node.target = ops.quantize_per_tensor.default
             info = torch.iinfo(node.args[5])
             node.args = (*node.args[:3], info.min, info.max, node.args[5])
-        elif node.target is DEQUANTIZE:
+        elif node.target is DEQUANTIZE_PER_TENSOR:
             node.target = ops.dequantize_per_tensor.default
             node.args = (*node.args, *_full_range(context.gm, node.args[0]))
-        elif node.target is DEQUANTIZE_CHANNEL:
+        elif node.target is DEQUANTIZE_PER_CHANNEL:
             node.target = ops.dequantize_per_channel.default
             node.args = (*node.args, *_full_range(context.gm, node.args[0]))
         else:
