@@ -79,7 +79,7 @@ class Call:
     def signature(self) -> Kind:
         """The kind of call it is."""
         leaves = tuple(self._kind(i, x) for i, x in enumerate(self.leaves))
-        return Kind(self.nesting, leaves, tuple(self.paths()))
+        return Kind(self.nesting, leaves, tuple(self.paths()), self.spec)
 
     def _kind(self, position: int, leaf: Any) -> tuple[Any, Any]:
         if position in self.numbers:

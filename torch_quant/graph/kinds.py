@@ -7,6 +7,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils import _pytree as pytree
+
+from torch_quant.graph.trees import pack_tree, unpack_tree
 
 if TYPE_CHECKING:
     from torch_quant.graph.calls import Call
@@ -31,14 +34,23 @@ class Kind:
         leaves: for each leaf (dtype, rank), (type, value), (:class:`Number`, type) or
             (:class:`Unread`, type).
         names: of the leaves.
+        spec: what ``nesting`` is the text of.
     """
 
     nesting: str
     leaves: tuple[tuple[Any, Any], ...]
     names: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    spec: pytree.TreeSpec | None = field(default=None, compare=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"nesting": self.nesting, "leaves": self.leaves, "names": self.names}
+        packed = None if self.spec is None else pack_tree(self.spec)
+        return {
+            "nesting": self.nesting, "leaves": self.leaves, "names": self.names, "spec": packed
+        }  # fmt: skip
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        packed = state["spec"]
+        self.__dict__.update(state | {"spec": None if packed is None else unpack_tree(packed)})
 
     @cached_property
     def _tensors(self) -> tuple[list[int], list[torch.dtype], list[int]]:

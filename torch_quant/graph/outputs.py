@@ -16,19 +16,32 @@ from torch.utils import _pytree as pytree
 
 from torch_quant.errors import CaptureFailed
 from torch_quant.graph.effects import assign
+from torch_quant.graph.trees import pack_tree, unpack_tree
 
-__all__ = ["flatten_output", "leaf_names", "unflatten_output"]
+__all__ = [
+    "ArgumentSpec",
+    "ConstantSpec",
+    "LEAF",
+    "ObjectSpec",
+    "TreeOfSpecs",
+    "WrittenSpec",
+    "flatten_output",
+    "leaf_names",
+    "unflatten_output",
+]
 
 _SYMBOLS = (SymInt, SymFloat, SymBool)
 
 
 @dataclass(frozen=True)
-class _Constant:
+class ConstantSpec:
+    """An output, or a part of one, that is the same at each call."""
+
     value: Any
 
 
 @dataclass(frozen=True)
-class _Object:
+class ObjectSpec:
     """An object that pytree does not know: its class and the specs of what it holds."""
 
     cls: type
@@ -37,7 +50,7 @@ class _Object:
 
 
 @dataclass(frozen=True)
-class _Tree:
+class TreeOfSpecs:
     """A nest of containers.
 
     Args:
@@ -52,27 +65,11 @@ class _Tree:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copied and pickled without PyTorch's class for leaves, which warns that it goes away."""
-        return _packed_tree, (_pack(self.tree), self.leaves, self.reordered)
+        return _packed_tree, (pack_tree(self.tree), self.leaves, self.reordered)
 
 
-def _pack(spec: Any) -> Any:
-    """(type, context, children) of a spec, all the way down; None for a leaf."""
-    if spec.is_leaf():
-        return None
-    if hasattr(spec, "_children"):
-        return spec.type, spec._context, [_pack(child) for child in spec._children]
-    return spec.type, spec.context, [_pack(child) for child in spec.children_specs]
-
-
-def _unpack(packed: Any) -> Any:
-    if packed is None:
-        return pytree.tree_flatten(0)[1]
-    kind, context, children = packed
-    return pytree.TreeSpec(kind, context, [_unpack(child) for child in children])
-
-
-def _packed_tree(packed: Any, leaves: tuple[Any, ...], reordered: Any = ()) -> _Tree:
-    return _Tree(_unpack(packed), leaves, reordered)
+def _packed_tree(packed: Any, leaves: tuple[Any, ...], reordered: Any = ()) -> TreeOfSpecs:
+    return TreeOfSpecs(unpack_tree(packed), leaves, reordered)
 
 
 def _reordered(value: Any, path: tuple[Any, ...] = ()) -> Iterator[Any]:
@@ -92,21 +89,22 @@ def _reordered(value: Any, path: tuple[Any, ...] = ()) -> Iterator[Any]:
 
 
 @dataclass(frozen=True)
-class _Argument:
+class ArgumentSpec:
     """Stands in an output for an argument that the module has changed and hands back."""
 
     key: int | str
 
 
 @dataclass(frozen=True)
-class _Written:
+class WrittenSpec:
     """An output, and what a module has made of the arguments that it changes."""
 
-    output: _Tree
-    arguments: dict[int | str, _Tree]
+    output: TreeOfSpecs
+    arguments: dict[int | str, TreeOfSpecs]
 
 
-_LEAF = "leaf"
+LEAF = "leaf"
+"""The spec of a tensor or number."""
 _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 
 
@@ -128,7 +126,7 @@ def flatten_output(
     known = {id(value): key for key, value in arguments.items()}
     spec = _flatten(output, leaves, depth=0, known=known)
     written = {key: _flatten(value, leaves, depth=0) for key, value in arguments.items()}
-    return leaves, _Written(spec, written)
+    return leaves, WrittenSpec(spec, written)
 
 
 def _flatten(
@@ -139,30 +137,30 @@ def _flatten(
     specs: list[Any] = []
     for item in items:
         if id(item) in known:
-            specs.append(_Argument(known[id(item)]))
+            specs.append(ArgumentSpec(known[id(item)]))
             continue
         # Any number may be a size of this call, so none is taken for a constant.
         if isinstance(item, (Tensor, int, float, *_SYMBOLS)) and not isinstance(item, bool):
             leaves.append(item)
-            specs.append(_LEAF)
+            specs.append(LEAF)
         else:
             specs.append(_flatten_object(item, leaves, depth))
-    return _Tree(tree, tuple(specs), tuple(_reordered(value)))
+    return TreeOfSpecs(tree, tuple(specs), tuple(_reordered(value)))
 
 
 def _flatten_object(item: Any, leaves: list[Any], depth: int) -> Any:
     """An object that holds leaves, taken apart; anything else is a constant."""
     if isinstance(item, (type, Enum, nn.Module, *_FUNCTIONS)):
-        return _Constant(item)
+        return ConstantSpec(item)
     if depth > 8:
         raise CaptureFailed(f"an output nests objects more than 8 deep, down to {type(item)}")
     inner: list[Any] = []
     parts = _parts(item)
     specs = tuple(_flatten(value, inner, depth + 1) for _, _, value in parts)
     if not any(isinstance(leaf, (Tensor, *_SYMBOLS)) for leaf in inner):
-        return _Constant(item)
+        return ConstantSpec(item)
     leaves.extend(inner)
-    return _Object(type(item), tuple((how, key) for how, key, _ in parts), specs)
+    return ObjectSpec(type(item), tuple((how, key) for how, key, _ in parts), specs)
 
 
 def _parts(item: Any) -> list[tuple[str, Any, Any]]:
@@ -189,7 +187,7 @@ def unflatten_output(leaves: Any, spec: Any, source: Any = None) -> Any:
         spec: how they nest.
         source: the caller's ``(args, kwargs)``.
     """
-    if not isinstance(spec, _Written):
+    if not isinstance(spec, WrittenSpec):
         return _unflatten(iter(leaves), spec, {})
     leaves = list(leaves)
     rest = iter(leaves[_count(spec.output) :])
@@ -201,20 +199,20 @@ def unflatten_output(leaves: Any, spec: Any, source: Any = None) -> Any:
     return _unflatten(iter(leaves), spec.output, arguments)
 
 
-def _count(spec: _Tree) -> int:
+def _count(spec: TreeOfSpecs) -> int:
     """How many leaves a spec takes."""
-    inner = [each for item in spec.leaves if isinstance(item, _Object) for each in item.specs]
+    inner = [each for item in spec.leaves if isinstance(item, ObjectSpec) for each in item.specs]
     return sum(isinstance(item, str) for item in spec.leaves) + sum(map(_count, inner))
 
 
-def _unflatten(leaves: Any, spec: _Tree, arguments: Mapping[int | str, Any]) -> Any:
+def _unflatten(leaves: Any, spec: TreeOfSpecs, arguments: Mapping[int | str, Any]) -> Any:
     items = []
     for item in spec.leaves:
         if isinstance(item, str):
             items.append(next(leaves))
-        elif isinstance(item, _Constant):
+        elif isinstance(item, ConstantSpec):
             items.append(item.value)
-        elif isinstance(item, _Argument):
+        elif isinstance(item, ArgumentSpec):
             items.append(arguments[item.key])
         else:
             new = item.cls.__new__(item.cls)
@@ -236,19 +234,19 @@ def _unflatten(leaves: Any, spec: _Tree, arguments: Mapping[int | str, Any]) -> 
 
 def leaf_names(spec: Any) -> list[str]:
     """A name for each leaf: ``logits``, ``past_key_values.0``, ``output``, ``output_1``."""
-    if isinstance(spec, _Written):
+    if isinstance(spec, WrittenSpec):
         written = [name for k, each in spec.arguments.items() for name in _names(each, str(k))]
         return [*leaf_names(spec.output), *written]
     return [name or "output" for name in _names(spec, "")]
 
 
-def _names(spec: _Tree, prefix: str) -> Iterator[str]:
+def _names(spec: TreeOfSpecs, prefix: str) -> Iterator[str]:
     marked = pytree.tree_unflatten(list(range(len(spec.leaves))), spec.tree)
     paths = dict(_paths(marked, prefix))
     for i, item in enumerate(spec.leaves):
         if isinstance(item, str):
             yield paths[i]
-        elif isinstance(item, _Object):
+        elif isinstance(item, ObjectSpec):
             for (_, key), inner in zip(item.parts, item.specs, strict=True):
                 step = "" if key is None else str(key)
                 yield from _names(inner, ".".join(part for part in (paths[i], step) if part))
