@@ -6,10 +6,15 @@ import os
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from torch_quant.configuration import read_configuration
+from torch_quant.core.documents import Lines
 from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import InvalidConfig, NotCalibrated
-from torch_quant.io.summary import load_summary, save_summary
+from torch_quant.io.data.values import decode, encode
+from torch_quant.io.folder import read_folder, write_folder
+from torch_quant.io.summary import load_summary, read_summary, save_summary, summary_data
 from torch_quant.model import check_fingerprint
 from torch_quant.quantizer_base import QuantizerBase
 from torch_quant.state import QuantState, check_saved
@@ -84,6 +89,57 @@ class QuantizerFiles(QuantizerBase):
         self.state.load_state_dict(state["state"])
         self.state.fingerprint, self.fallen_back = fingerprint, fallen
         self.plan = QuantPlan()
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Save settings, ranges and what fell back, as JSON and safetensors; see :meth:`load`.
+
+        Args:
+            folder: made if need be; an earlier save in it is replaced, whole or not at all.
+
+        Raises:
+            InvalidConfig: a setting is no data (a function, a class without a name), or nothing can
+                be written there.
+
+        >>> import tempfile
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch_quant import Quantizer
+        >>> model, quantizer = nn.Linear(4, 2), Quantizer("reference")
+        >>> _ = quantizer.calib(model)(torch.ones(8, 4))
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     quantizer.save(f"{parent}/ranges")
+        ...     again = Quantizer.load(f"{parent}/ranges")
+        >>> again.quantize(model, example_inputs=torch.ones(8, 4))(torch.ones(3, 4)).shape
+        torch.Size([3, 2])
+        """
+        tensors: dict[str, Tensor] = {}
+        data = {
+            "settings": self._to_config(None),
+            "summary": summary_data(self._summary),
+            **_parted(self.state_dict(), (), tensors),
+        }
+        write_folder(folder, "quantizer", data, tensors)
+
+    @classmethod
+    def load(cls: type[T], folder: str | os.PathLike[str]) -> T:
+        """The quantizer that :meth:`save` saved.
+
+        Raises:
+            InvalidConfig: there is none; it is truncated, was changed since, or is of a newer
+                version. Says which file.
+            BackendUnavailable: its backend does not run on this machine.
+
+        >>> from torch_quant import Quantizer
+        >>> Quantizer.load("nowhere")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        torch_quant.errors.InvalidConfig: cannot read nowhere/quantizer.json: No such file ...
+        """
+        data, tensors = read_folder(folder, "quantizer")
+        quantizer = cls(**read_configuration(data["settings"]))
+        state = {name: data[name] for name in ("state", "model", "fallback")}
+        quantizer.load_state_dict(_joined(state, tensors))
+        quantizer._summary = read_summary(data["summary"], Lines(f"{folder}"))
+        return quantizer
 
     def merge(self, *others: QuantizerFiles | Mapping[str, Any]) -> None:
         """Take in what other quantizers recorded of the same model, each on a part of the data.
@@ -164,3 +220,22 @@ class QuantizerFiles(QuantizerBase):
         summary = load_summary(path)
         summary.apply_to(self.state)
         self._summary = summary
+
+
+def _parted(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
+    """``value`` as JSON; its tensors go into ``tensors``, by where they stand."""
+    if isinstance(value, Mapping):
+        return {key: _parted(each, (*path, str(key)), tensors) for key, each in value.items()}
+    if isinstance(value, Tensor):
+        tensors["/".join(path)] = value
+        return {"tensor": "/".join(path)}
+    return encode(value)
+
+
+def _joined(data: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Undo :func:`_parted`."""
+    if not isinstance(data, dict):
+        return decode(data, "the state")
+    if set(data) == {"tensor"}:
+        return tensors[data["tensor"]]
+    return {key: _joined(each, tensors) for key, each in data.items()}

@@ -7,9 +7,10 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,14 @@ from torch_quant.io.summary_schema import FORMAT, VERSION, renewed, validate
 from torch_quant.state import QuantState
 from torch_quant.statistics import CHANNELS, RANGE, MinMaxObserver, Observer
 
-__all__ = ["Summary", "load_summary", "save_summary", "write_summary"]
+__all__ = [
+    "Summary",
+    "load_summary",
+    "read_summary",
+    "save_summary",
+    "summary_data",
+    "write_summary",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,15 +161,29 @@ def write_summary(
     channels: Mapping[str, list[list[float]]] | None = None,
 ) -> None:
     """Write a plan, and ranges by tensor key and by channel, in this file's format."""
-    data = {
+    data = _data(plan, ranges, channels)
+    text = json.dumps(data, indent=1) + "\n"
+    write_atomically(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
+
+
+def _data(
+    plan: QuantPlan,
+    ranges: Mapping[str, Sequence[float]],
+    channels: Mapping[str, list[list[float]]] | None,
+) -> dict[str, Any]:
+    return {
         "format": FORMAT,
         "version": VERSION,
         "sites": plan.to_dict()["sites"],
-        "ranges": dict(ranges),
+        "ranges": {key: list(ends) for key, ends in ranges.items()},
         "channels": dict(channels or {}),
     }
-    text = json.dumps(data, indent=1) + "\n"
-    write_atomically(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
+
+
+def summary_data(summary: Summary) -> dict[str, Any]:
+    """A summary that was read, as the data that :func:`read_summary` takes."""
+    channels = {key: extremes.tolist() for key, extremes in summary.channels.items()}
+    return _data(summary.plan, summary.ranges, channels)
 
 
 def load_summary(path: str | os.PathLike[str]) -> Summary:
@@ -176,6 +198,11 @@ def load_summary(path: str | os.PathLike[str]) -> Summary:
         if isinstance(error, InvalidConfig):
             raise
         raise InvalidConfig(f"cannot read the summary {path}: {error}") from error
+    return read_summary(data, lines)
+
+
+def read_summary(data: Any, lines: Lines) -> Summary:
+    """A summary from its data; raises :class:`InvalidConfig` as :func:`load_summary` does."""
     validate(data, lines)
     ranges = {key: (float(low), float(high)) for key, (low, high) in data["ranges"].items()}
     channels = {

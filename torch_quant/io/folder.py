@@ -1,0 +1,232 @@
+"""Saved folders: one JSON file and one safetensors file, written whole or not at all.
+
+The JSON names the file of tensors by its content and holds its checksum, so a folder that is saved
+anew always has two files that belong together, whenever the process is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_quant.errors import InvalidConfig
+from torch_quant.io.files import staging
+from torch_quant.version import __version__
+
+__all__ = ["read_folder", "write_folder"]
+
+VERSION = 1
+"""Of the layout of folders and of what is in them."""
+_TENSORS = "tensors-"
+_CHUNK = 1 << 20
+
+
+def write_folder(
+    path: str | os.PathLike[str], kind: str, data: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Write ``data`` and ``tensors`` into the folder ``path``, which is made if need be.
+
+    Args:
+        path: the folder; what else it holds stays.
+        kind: what is saved, ``"quantizer"``: the name of its JSON file.
+        data: ready for JSON.
+        tensors: by name. One tensor under several names is written once; strides are kept.
+
+    Raises:
+        InvalidConfig: it cannot be written there, or a tensor is of a dtype without a form in the
+            file; nothing of an earlier save is lost.
+    """
+    with _made(path) as folder, staging(folder / f"{kind}.json") as stage:
+        stored, layout = _stored(tensors)
+        file = stage / "tensors"
+        _save(stored, file)
+        digest = _digest(file)
+        named = f"{_TENSORS}{digest[:16]}.safetensors"
+        whole = {
+            "format": f"torch_quant {kind}",
+            "version": VERSION,
+            "torch_quant": __version__,
+            "torch": torch.__version__,
+            "tensors": {"file": named, "sha256": digest, "layout": layout},
+            kind: dict(data),
+        }
+        whole["sha256"] = _checksum(whole)
+        text = json.dumps(whole, indent=1, allow_nan=False)
+        (stage / "json").write_text(text + "\n", encoding="utf-8")
+        os.replace(file, folder / named)
+        os.replace(stage / "json", folder / f"{kind}.json")
+    _remove_others(folder)
+
+
+@contextlib.contextmanager
+def _made(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """The folder, made if it does not exist, and gone again if nothing can be written into it."""
+    text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else ""
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise InvalidConfig(f'cannot save to {path!r}; give a folder, as "model_int8"')
+    folder = Path(text)
+    if folder.exists() and not folder.is_dir():
+        raise InvalidConfig(f"cannot save to {folder}: it is a file; give a folder")
+    new = not folder.exists()
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InvalidConfig(
+            f"cannot save to {folder}: {error.strerror}; give a folder in one that exists"
+        ) from error
+    try:
+        yield folder
+    except BaseException:
+        if new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def _remove_others(folder: Path) -> None:
+    """Remove files of tensors that nothing in the folder names any more."""
+    wanted = set()
+    for each in folder.glob("*.json"):
+        try:
+            found = json.loads(each.read_text(encoding="utf-8"))
+            wanted.add(found["tensors"]["file"])
+        except (OSError, ValueError, TypeError, KeyError):
+            continue  # none of ours
+    for each in folder.glob(f"{_TENSORS}*.safetensors"):
+        if each.name not in wanted:
+            each.unlink(missing_ok=True)
+
+
+def _stored(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What the file holds, and how that differs: other names of a tensor, and its strides."""
+    stored: dict[str, Tensor] = {}
+    layout: dict[str, Any] = {}
+    first: dict[int, str] = {}
+    for name, x in tensors.items():
+        if x.is_quantized or x.layout != torch.strided:
+            raise InvalidConfig(
+                f"the tensor {name} is of {x.dtype}, {x.layout}: it cannot be saved"
+            )
+        if x.device.type == "meta":
+            raise InvalidConfig(
+                f"the tensor {name} is on the meta device: it has no values to save"
+            )
+        if id(x) in first:
+            layout[name] = {"same": first[id(x)]}
+            continue
+        first[id(x)] = name
+        x = x.detach().to("cpu").resolve_conj().resolve_neg()
+        if not x.is_contiguous() and _dense(x):
+            layout[name] = {"strides": list(x.stride())}
+        # A copy: safetensors refuses tensors that share memory.
+        x = x.clone(memory_format=torch.contiguous_format)
+        if x.is_complex():
+            layout.setdefault(name, {})["complex"] = True
+            x = torch.view_as_real(x)
+        stored[name] = x
+    return stored, layout
+
+
+def _dense(x: Tensor) -> bool:
+    """Whether its elements fill a block of memory, in whichever order."""
+    expected = 1
+    for stride, size in sorted((x.stride(i), x.shape[i]) for i in range(x.dim()) if x.shape[i] > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _save(tensors: dict[str, Tensor], file: Path) -> None:
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, str(file), metadata={"format": "pt"})
+    except Exception as error:  # the disk is full; a dtype that safetensors lacks
+        raise InvalidConfig(f"cannot write the tensors: {error}") from error
+
+
+def _digest(file: Path) -> str:
+    found = hashlib.sha256()
+    with file.open("rb") as opened:
+        while chunk := opened.read(_CHUNK):
+            found.update(chunk)
+    return found.hexdigest()
+
+
+def _checksum(whole: Mapping[str, Any]) -> str:
+    kept = {key: value for key, value in whole.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def read_folder(
+    path: str | os.PathLike[str], kind: str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What :func:`write_folder` wrote: the data, and the tensors by name.
+
+    Raises:
+        InvalidConfig: there is none; it is truncated, was changed since, is of something else, or
+            of a newer version. Says which file.
+    """
+    file = Path(path) / f"{kind}.json"
+    whole = _read_json(file, kind)
+    version = whole.get("version")
+    if type(version) is not int or not 1 <= version <= VERSION:
+        raise InvalidConfig(
+            f"{file} has version {version!r}, of torch_quant {whole.get('torch_quant')}; this is "
+            f"torch_quant {__version__}, which reads version {VERSION}: install the newer one"
+        )
+    if whole.get("sha256") != _checksum(whole):
+        raise InvalidConfig(f"{file} was changed after it was saved: its checksum is another")
+    about = whole["tensors"]
+    tensors = Path(path) / str(about["file"])
+    if tensors.name != about["file"] or not tensors.is_file():
+        raise InvalidConfig(f"{file} names the tensors {about['file']}, which is not beside it")
+    if _digest(tensors) != about["sha256"]:
+        raise InvalidConfig(
+            f"{tensors} is truncated or was changed after it was saved: its checksum is another"
+        )
+    return whole[kind], _tensors(tensors, about["layout"])
+
+
+def _read_json(file: Path, kind: str) -> dict[str, Any]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InvalidConfig(
+            f"cannot read {file}: {error.strerror}; give the folder that a {kind} was saved to"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise InvalidConfig(f"{file} is no file of torch_quant") from error
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidConfig(f"{file} is truncated or no JSON: {error}") from error
+    given = whole.get("format") if isinstance(whole, dict) else None
+    if given != f"torch_quant {kind}":
+        raise InvalidConfig(f"{file} is no saved {kind} of torch_quant: its format is {given!r}")
+    return whole  # type: ignore[no-any-return]
+
+
+def _tensors(file: Path, layout: Mapping[str, Any]) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    try:
+        found: dict[str, Tensor] = load_file(str(file))
+    except Exception as error:  # safetensors has several
+        raise InvalidConfig(f"cannot read {file}: {error}") from error
+    for name, each in layout.items():
+        if each.get("complex"):
+            found[name] = torch.view_as_complex(found[name])
+        if "strides" in each:
+            x = torch.empty_strided(found[name].shape, each["strides"], dtype=found[name].dtype)
+            found[name] = x.copy_(found[name])
+    return found | {name: found[each["same"]] for name, each in layout.items() if "same" in each}
