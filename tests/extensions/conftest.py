@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
-
-from torch_quant.backends import base
-from torch_quant.core.elements import ELEMENT_TYPES
-from torch_quant.core.methods import TRANSFORMS, WEIGHT_METHODS
-from torch_quant.graph import ops
-from torch_quant.statistics import OBSERVERS, STATISTICS
+from extending import kept_registries
 
 
 @pytest.fixture(autouse=True)
 def registries() -> Iterator[None]:
-    tables: tuple[dict[Any, Any], ...] = (
-        ops.OPERATORS, ops._BY_TARGET, base._REGISTRY, base._REGISTERED, OBSERVERS, STATISTICS,
-        WEIGHT_METHODS, TRANSFORMS, ELEMENT_TYPES,
-    )  # fmt: skip
-    before = [dict(table) for table in tables]
-    yield
-    for table, kept in zip(tables, before, strict=True):
-        table.clear()
-        table.update(kept)
+    with kept_registries():
+        yield
