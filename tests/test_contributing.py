@@ -21,7 +21,7 @@ torch.Size([2, 4])
 
 
 def test_every_recipe_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    namespace: dict[str, Any] = {"__name__": "recipes"}
+    namespace: dict[str, Any] = {"__name__": __name__}
     with kept_registries(), torch.enable_grad():  # as a reader has it
         for block in BLOCKS:
             exec(block, namespace)
