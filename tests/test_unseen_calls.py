@@ -15,7 +15,7 @@ from models import normal
 from torch import Tensor, nn
 
 from torch_quant import CaptureFailed, InvalidConfig, Quantizer, sqnr
-from torch_quant.backends.quantized import QuantizedGraph
+from torch_quant.backends.quantized import quantized_graphs
 
 X, Y = normal(6, 8), torch.arange(6) % 4
 
@@ -157,7 +157,7 @@ def test_new_graphs_own_their_tensors(backend: str) -> None:
         for parameter in model.parameters():
             parameter.zero_()
     assert torch.equal(quant_model(X, deep=True)["logits"], expected)
-    assert len([m for m in quant_model.modules() if isinstance(m, QuantizedGraph)]) == 2
+    assert len(list(quantized_graphs(quant_model))) == 2
 
 
 class Detector(nn.Module):

@@ -15,9 +15,10 @@ from torch import fx, nn
 
 from torch_quant.core.plan import FloatOp, QuantPlan
 from torch_quant.errors import CaptureFailed, InvalidConfig, NotCalibrated, UnsupportedOp
-from torch_quant.graph.capture import Executor, Region, Reopened
+from torch_quant.graph.capture import Region, Reopened
 from torch_quant.graph.dynamic import check_arguments
 from torch_quant.graph.effects import attributes
+from torch_quant.graph.executor import Executor
 from torch_quant.graph.export import CapturedGraph
 from torch_quant.graph.macs import GLUE
 from torch_quant.graph.shadow import shadow

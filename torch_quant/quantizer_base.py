@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from torch_quant.backends import VARIABLE, Backend, backend_of_environment, usable_backend
-from torch_quant.backends.quantized import QuantizedRegion
+from torch_quant.backends.quantized import QuantizedRegion, plan_of
 from torch_quant.config import OverrideKey, Overrides, QConfig
 from torch_quant.configuration import configuration, write_configuration
 from torch_quant.core.plan import FALLEN_BACK, PRECISIONS, QuantPlan
@@ -91,10 +91,10 @@ class QuantizerBase(Tied):
 
     def _fallback(self, proxy: AmpModel, precision: str = PRECISIONS[0]) -> Fallback:
         if not isinstance(proxy, AmpModel):
-            raise InvalidConfig(
-                f"expected the proxy that quantizer.amp(model) makes, got {type(proxy).__name__}"
-            )
-        if self._sessions.get(proxy.model) is not proxy.session:
+            quantized = isinstance(proxy, QuantizedRegion)
+            found = "a quantized model" if quantized else type(proxy).__name__
+            raise InvalidConfig(f"expected the proxy that quantizer.amp(model) makes, got {found}")
+        if self._sessions.get(proxy.session.model) is not proxy.session:
             raise InvalidConfig(
                 "the AMP proxy is of another model or another quantizer: use the quantizer that "
                 "made it, or quantizer.amp(model) and run data through it"
@@ -177,10 +177,10 @@ class QuantizerBase(Tied):
             UnseenCalls(session, chosen).attend(quantized)
         if example_inputs is not None and chosen.compiles and not session.captured.keeps_state:
             call_example(quantized, example_inputs)
-        quantized.description = f"{chosen!r}: {quantized.plan.summary}"
-        self.plan = quantized.plan
-        quantized.calibration = self.state.describe()
-        logger.info("quantized: %s", quantized.description)
+        how, self.plan = quantized.quantization, plan_of(quantized)
+        how.description = f"{chosen!r}: {self.plan.summary}"
+        how.calibration = self.state.describe()
+        logger.info("quantized: %s", how.description)
         return quantized
 
     def _only(self, model: nn.Module | None, method: str) -> nn.Module:

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from torch_quant.backends import Backend
-from torch_quant.backends.quantized import QuantizedGraph, QuantizedRegion
+from torch_quant.backends.quantized import QuantizedRegion
+from torch_quant.backends.quantized_graph import QuantizedGraph
 from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import CaptureFailed, InvalidConfig
 from torch_quant.graph.calls import Call
@@ -66,14 +67,16 @@ class UnseenCalls:
         """Serve every region of a quantized model."""
         for region in quantized.modules():
             if isinstance(region, QuantizedRegion):
-                region.unseen = self
+                region.quantization.unseen = self
 
     @staticmethod
     def _present(model: nn.Module) -> tuple[Any, ...]:
         return weight_checksums(model), attributes(model)
 
-    def graph(self, path: str, call: Call, served: Sequence[Kind]) -> QuantizedGraph:
-        """A graph of the region at ``path`` for calls like ``call``.
+    def graph(
+        self, path: str, call: Call, served: Sequence[Kind]
+    ) -> tuple[QuantizedGraph, nn.Module]:
+        """A graph of the region at ``path`` for calls like ``call``, and the float module there.
 
         Args:
             path: the region.
@@ -89,8 +92,9 @@ class UnseenCalls:
         with CAPTURING, torch.inference_mode(False), torch.no_grad():
             if self._present(model) != self._facts:
                 raise CaptureFailed("the float model has changed since it was quantized")
+            captured.region.at(path)  # its hooks are taken off once, and not by a copy
             twin = captured.copied()
-            region = next((each for each in twin.region.walk() if each.path == path), None)
+            region = twin.region.at(path)
             if region is None:
                 raise CaptureFailed("the float model was captured anew since")
             kind, graph = region.add(call, served)
@@ -114,7 +118,7 @@ class UnseenCalls:
             )
         else:
             logger.info("captured %s for another kind of call", where)
-        return made
+        return made, region.module
 
     def _missing(self, plan: QuantPlan, prepared: Prepared) -> list[str]:
         """Quantized sites of a graph that read or store a tensor without a range."""

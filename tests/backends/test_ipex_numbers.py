@@ -8,7 +8,7 @@ from models import normal
 from torch import Tensor, nn
 
 from torch_quant import sqnr
-from torch_quant.backends.quantized import QuantizedGraph
+from torch_quant.backends.quantized import quantized_graphs
 
 
 class Tempered(nn.Module):
@@ -27,5 +27,5 @@ def test_other_numbers_are_other_kernels() -> None:
     for value in (0.5, 2.0, 0.5, *range(3, 12), 0.5):
         expected = model(x, float(value))
         assert sqnr(expected, quant_model(x, float(value))) > 30
-    (graph,) = (m for m in quant_model.modules() if isinstance(m, QuantizedGraph))
+    ((_, graph),) = quantized_graphs(quant_model)
     assert len(graph.variants) == 8

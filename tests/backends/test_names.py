@@ -25,14 +25,8 @@ from torch_quant import (
 )
 from torch_quant.backends.reference import ReferenceBackend
 
-WRAPPERS = re.compile(r"(^|(?<=\.))(graphs\.\d+\.body|glue)\.")
 ADDED = re.compile(r"_(scale|zero_point)(_rows)?$")
 INPUT = re.compile(r"\.input(_scale|_zero_point)$")
-
-
-def named(quant_model: nn.Module) -> dict[str, Tensor]:
-    """The state_dict, its keys without what wraps graphs and Python code."""
-    return {WRAPPERS.sub("", name): x for name, x in quant_model.state_dict().items()}
 
 
 class Alike(nn.Module):
@@ -146,7 +140,7 @@ def quantized(name: str, backend: str) -> tuple[nn.Module, nn.Module, Tensor]:
 @pytest.mark.parametrize(("name", "backend"), list(cases()))
 def test_names_are_the_models_own(name: str, backend: str) -> None:
     model, quant_model, x = quantized(name, backend)
-    state, found = model.state_dict(), named(quant_model)
+    state, found = model.state_dict(), quant_model.state_dict()
     grids = {key for key in found if INPUT.search(key)}
     assert grids == (GRIDS[name] if backend == "reference" else set())  # kernels take numbers
     found = {key: value for key, value in found.items() if key not in grids}
@@ -160,14 +154,14 @@ def test_names_are_the_models_own(name: str, backend: str) -> None:
         "norm.weight"
     }
     twin = copy.deepcopy(quant_model)
-    assert named(twin).keys() == {*found, *grids}
+    assert twin.state_dict().keys() == {*found, *grids}
     assert torch.equal(twin(x), quant_model(x))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_modules_called_alike_have_names_of_their_own(backend: str) -> None:
     model, quant_model, _ = quantized("alike", backend)
-    found = named(quant_model)
+    found = quant_model.state_dict()
     for path in ("a.b", "a_b", "block-1", "layers.0", "layers.1"):
         for key in (f"{path}.weight", f"{path}.bias"):
             scale = found.get(f"{key}_scale")
@@ -184,7 +178,7 @@ def test_a_tied_weight_in_float_and_in_int8(backend: str) -> None:
     model, x = seeded(Tied).eval(), tokens(2)
     only = ModuleFilter(exclude_names="head")
     quantizer = calibrated(model, [((x,), {})], backend=backend, module_filter=only)
-    found = named(quantizer.quantize(model))
+    found = quantizer.quantize(model).state_dict()
     (name,) = {"embed.weight", "head.weight"} & set(found)
     assert torch.equal(found[name], model.embed.weight)
     assert found[f"{name}_1"].dtype == torch.int8
@@ -205,7 +199,7 @@ def test_smoothed_and_fallen_back_tensors_have_names_too(name: str) -> None:
     quantizer.quantize(model)
     fallen = {quantizer.plan.quantized[-1]: "bfloat16"}
     quantizer.load_state_dict(quantizer.state_dict() | {"fallback": fallen})
-    found = {ADDED.sub("", each) for each in named(quantizer.quantize(model))}
+    found = {ADDED.sub("", each) for each in quantizer.quantize(model).state_dict()}
     paths = [path for path, _ in model.named_modules() if path]
     made = {f"{path}.{role}" for path in paths for role in MADE}
     assert found <= {*model.state_dict(), *made}
@@ -228,7 +222,7 @@ class Shared(nn.Module):
 def test_scales_are_called_after_the_first_site_that_reads_the_tensor() -> None:
     model, x = seeded(Shared).eval(), normal(2, 5, 8)
     quantizer = calibrated(model, [((x,), {})], backend="reference")
-    found = named(quantizer.quantize(model))
+    found = quantizer.quantize(model).state_dict()
     read = {key.removesuffix("_scale") for key in found if key.endswith("_scale")}
     attention = "scaled_dot_product_attention"
     assert {name for name in read if "weight" not in name} == {
@@ -250,7 +244,7 @@ def test_a_stored_result_that_no_site_reads_has_a_scale_of_its_own() -> None:
     model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))).eval()
     backend = ReferenceBackend(Backend.get("onnx"))
     quantizer = calibrated(model, [((image(),), {})], backend=backend)
-    found = set(named(quantizer.quantize(model)))
+    found = set(quantizer.quantize(model).state_dict())
     assert {"0.input_scale", "1.input_scale", "1.output_scale"} <= found
     assert "0.output_scale" not in found
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from torch_quant import Backend, QConfig, QuantSpec, sqnr
 from torch_quant.backends import ReferenceBackend, onednn_ops
-from torch_quant.backends.quantized import QuantizedGraph, QuantizedRegion
+from torch_quant.backends.quantized import QuantizedRegion
+from torch_quant.backends.quantized_graph import QuantizedGraph
 
 pytestmark = pytest.mark.skipif(
     Backend.ONEDNN.unavailable() is not None,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from torch_quant import ModuleFilter, QuantError, Quantizer
-from torch_quant.backends.ownership import own_tensors
+from torch_quant.backends.ownership import Owner
 from torch_quant.backends.quantized import QuantizedRegion
 
 
@@ -146,7 +146,7 @@ def test_scripted_children_are_copied() -> None:
     layer = torch.jit.script(nn.Linear(4, 4))
     model = nn.Sequential(layer, nn.ReLU(), layer)
     expected = model(normal(2, 4))
-    own_tensors(model, dict(model.named_parameters()))
+    Owner(dict(model.named_parameters()), None).take(model.modules())
     with torch.no_grad():
         layer.weight.zero_()
     assert model[0] is model[2]

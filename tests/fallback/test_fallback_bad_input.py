@@ -83,7 +83,7 @@ def of_another_model(model: nn.Module, quantizer: Quantizer) -> Any:
         (of_another_model, "of another model or another quantizer"),
         (lambda model, quantizer: quantizer.calib(model), "got CalibModel"),
         (lambda model, quantizer: model, "got Sequential"),
-        (lambda model, quantizer: quantizer.quantize(model), "got QuantizedRegion"),
+        (lambda model, quantizer: quantizer.quantize(model), "got a quantized model"),
     ],
     ids=["quantizer", "model", "calib proxy", "float model", "quantized model"],
 )

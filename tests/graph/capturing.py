@@ -8,7 +8,8 @@ from models import Compute, Two
 from torch import fx, nn
 
 from torch_quant.graph.calls import flatten_call
-from torch_quant.graph.capture import Executor, Region
+from torch_quant.graph.capture import Region
+from torch_quant.graph.executor import Executor
 from torch_quant.graph.export import CapturedGraph, export_graph
 from torch_quant.graph.shadow import shadow
 from torch_quant.graph.sites import Site, find_sites

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from torch_quant.errors import CaptureFailed
-from torch_quant.graph.capture import Region, glue
+from torch_quant.graph.capture import Region
+from torch_quant.graph.executor import glue
 from torch_quant.graph.export import ModelRefuses
 from torch_quant.graph.outputs import flatten_output
 from torch_quant.graph.running import no_fastpath

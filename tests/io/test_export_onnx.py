@@ -348,7 +348,7 @@ def test_pieces_without_anything_quantized(tmp_path: Path) -> None:
         loaded = session(file)
         (y,) = run_onnxruntime(file, {loaded.get_inputs()[0].name: y.numpy()})
     torch.testing.assert_close(y, quant_model(x), rtol=1e-4, atol=1e-4)
-    assert export_onnx(quant_model.glue.first, x, tmp_path / "one.onnx")  # type: ignore[union-attr]
+    assert export_onnx(quant_model.first, x, tmp_path / "one.onnx")
 
 
 def test_a_model_fallen_back_as_a_whole(tmp_path: Path) -> None:

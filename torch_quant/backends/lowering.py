@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MethodType, ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from torch_quant.backends.base import Backend
-from torch_quant.backends.ownership import SharedWeights, own_tensors
-from torch_quant.backends.quantized import Absent, QuantizedGraph, QuantizedRegion
+from torch_quant.backends.ownership import Owner, SharedWeights
+from torch_quant.backends.quantized import (
+    Quantization,
+    QuantizedRegion,
+    add_graph,
+    quantized_module,
+)
+from torch_quant.backends.quantized_graph import QuantizedGraph
 from torch_quant.core.plan import QuantPlan
-from torch_quant.graph.capture import Region, glue
+from torch_quant.graph.binding import signature_of
+from torch_quant.graph.capture import Region, callable_children
+from torch_quant.graph.executor import glue
 from torch_quant.graph.export import CapturedGraph
 from torch_quant.graph.hooks import give_hooks
 from torch_quant.graph.kinds import Kind
 from torch_quant.graph.shadow import shadow
 from torch_quant.model import CapturedModel
+from torch_quant.nn.stand_in import StandIn
 from torch_quant.passes.base import Params, Pass, PassContext, copy_graph, run_passes
 from torch_quant.passes.constants import settle_names
 from torch_quant.passes.dynamic_sizes import dynamic_sizes
@@ -52,13 +64,12 @@ class Lowering:
             share: let it compute with the large float weights of the float model itself.
         """
         self.captured.tell_unreached()
-        quantized = self._region(self.captured.region)
-        assert isinstance(quantized, QuantizedRegion)
         shared = SharedWeights() if share else None
-        own_tensors(quantized, self._theirs(), shared)
-        quantized.shared = shared
+        quantized = _Build(self, Owner(self._theirs(), shared)).run()
+        how = quantized.quantization
+        how.shared = shared
         self.captured.declined[self.backend.name] = dict(self.declined)
-        quantized.plan = self.captured.as_lowered(self.plan, self.backend.name)
+        how.plan = self.captured.as_lowered(self.plan, self.backend.name)
         return quantized
 
     def _theirs(self) -> dict[str, Tensor]:
@@ -73,19 +84,6 @@ class Lowering:
                     theirs.setdefault(f"{node.target} (a constant)", value)
         return theirs
 
-    def _region(self, region: Region) -> nn.Module:
-        graphs = [self._graph(region, kind, graph) for kind, graph in region.graphs]
-        free = region.plain or self._serves_any_call(region)
-        rest: nn.Module | None = shadow(region.module) if free else None
-        if rest is None and (region.opened or not graphs):
-            rest = glue(region, self._child if region.failure or not graphs else self._part)
-        quantized = QuantizedRegion(region.path, region.signature, graphs, rest)
-        quantized.backend, quantized.in_pieces = self.backend.name, free or bool(region.failure)
-        give_hooks(quantized, region.hooks)
-        if region.lists_parameters:
-            quantized.register_parameter("no_values", nn.Parameter(torch.empty(0), False))
-        return _lent(quantized, region)
-
     def _graph(self, region: Region, kind: Kind, graph: CapturedGraph) -> QuantizedGraph:
         prepared = self.captured.prepared(region, graph)
         body, declined = self._lowered(prepared.canonical)
@@ -93,13 +91,22 @@ class Lowering:
         compiler = self.backend if self.backend.compiles else None
         return QuantizedGraph(body, kind, graph.contract, graph.out_spec, compiler)
 
-    def quantized_graph(self, region: Region, kind: Kind, graph: CapturedGraph) -> QuantizedGraph:
-        """One graph of a region by itself, which owns what it computes with."""
+    def quantized_graph(
+        self, region: Region, kind: Kind, graph: CapturedGraph, owner: Owner | None = None
+    ) -> QuantizedGraph:
+        """One graph of a region by itself, which owns what it computes with.
+
+        Args:
+            region: the module.
+            kind: of the calls that the graph serves.
+            graph: of the region.
+            owner: of the whole quantized model.
+        """
         made = self._graph(region, kind, graph)
-        own_tensors(made, self._theirs(), None)
+        (owner or Owner(self._theirs(), None)).take(made.modules())
         return made
 
-    def _serves_any_call(self, region: Region) -> bool:
+    def computes_as_float(self, region: Region) -> bool:
         """Whether a piece computes as the float module does, so that this serves other calls.
 
         Where the code around it calls parts of it too, no part of it may have hooks or a state.
@@ -116,13 +123,6 @@ class Lowering:
         ]
         sites = (self.plan[site.name] for each in prepared for site, _ in each.sites)
         return not any(site.quantized or site.precision != "float32" for site in sites)
-
-    def _child(self, region: Region) -> nn.Module:
-        return self._region(region) if region.called else glue(region, self._child)
-
-    def _part(self, region: Region) -> nn.Module:
-        """A child of what runs as one graph: only what others called of it is needed."""
-        return self._region(region) if region.called else _lent(Absent(region.path), region)
 
     def _note(self, names: set[str], declined: Mapping[str, str]) -> None:
         self.kept.update(names - declined.keys())
@@ -143,15 +143,136 @@ class Lowering:
         return settle_names(lowered), context.declined
 
 
-def _lent(module: nn.Module, region: Region) -> nn.Module:
-    """Give ``module`` what the code around the region has read from it."""
-    for path in sorted(region.borrowed):
-        *parts, name = path.split(".")
-        owner = module
-        for part in parts:
-            if not hasattr(owner, part):
-                owner.add_module(part, nn.Module())
-            owner = getattr(owner, part)
-        if name not in vars(owner):
-            setattr(owner, name, operator.attrgetter(path)(region.module))
-    return module
+class _Build:
+    """The modules of one quantized model: each once, with the children that its twin has.
+
+    Args:
+        lowering: makes the graphs.
+        owner: makes their tensors the quantized model's own.
+    """
+
+    def __init__(self, lowering: Lowering, owner: Owner) -> None:
+        self.lowering, self.owner = lowering, owner
+        regions = lowering.captured.region.walk()
+        self.lent = {_joined(each.path, name) for each in regions for name in each.borrowed}
+        """Paths of what the code around a piece has read from it."""
+        self.parts: dict[int, QuantizedRegion] = {}
+        self.left: list[tuple[nn.Module, str, Tensor]] = []
+        """Small tensors that the twins of the user's own classes have let go of."""
+
+    def run(self) -> QuantizedRegion:
+        """The whole model."""
+        quantized = self.region(self.lowering.captured.region)
+        for twin, name, value in self.left:  # a method that no call has reached may read it
+            if name not in twin._buffers and name not in twin._parameters:
+                if isinstance(value, nn.Parameter):
+                    twin._parameters[name] = value
+                else:
+                    twin._buffers[name] = value
+        self.owner.take(quantized.modules())
+        for module in quantized.modules():
+            if isinstance(module, StandIn):
+                self.owner.attributes(module._stands_for.attributes)
+        return quantized
+
+    def region(self, region: Region) -> QuantizedRegion:
+        """A region that was called, or whose parts were."""
+        free = region.plain or self.lowering.computes_as_float(region)
+        pieces = bool(region.failure)
+        if free:
+            twin = shadow(region.module)
+        elif region.opened:
+            twin = glue(region, self.child if pieces else self.part)
+        else:
+            twin = self.whole(region.module, region.path)
+        if not (free or pieces or region.entered):
+            self.strip(twin, region.path)
+        how = Quantization(region.path, region.signature, self.lowering.backend.name)
+        how.glue, how.in_pieces = twin if free or pieces else None, free or pieces
+        quantized = quantized_module(twin, how)
+        give_hooks(quantized, region.hooks)
+        for kind, graph in region.graphs:
+            made = self.lowering.quantized_graph(region, kind, graph, self.owner)
+            add_graph(quantized, made, region.module)
+        return quantized
+
+    def child(self, region: Region) -> nn.Module:
+        """A child of what runs as Python: in float if no call has reached it."""
+        return self.region(region) if region.called else glue(region, self.child)
+
+    def part(self, region: Region) -> nn.Module:
+        """A child of what runs as one graph: captured when it is called by itself."""
+        if region.called:
+            return self.region(region)
+        return self.uncalled(region.module, region.path)
+
+    def whole(self, module: nn.Module, path: str) -> nn.Module:
+        """A twin whose children are parts that were never called by themselves."""
+        children = callable_children(module)
+        return shadow(module, {x: self.uncalled(x, _joined(path, name)) for name, x in children})
+
+    def uncalled(self, module: nn.Module, path: str) -> QuantizedRegion:
+        """A part of a module that is one graph: it holds tensors, and nothing to run."""
+        if id(module) not in self.parts:
+            scripted = isinstance(module, torch.jit.ScriptModule)
+            twin = nn.Module() if scripted else self.whole(module, path)
+            self.strip(twin, path)
+            how = Quantization(path, signature_of(module.forward), self.lowering.backend.name)
+            self.parts[id(module)] = quantized_module(twin, how)
+        return self.parts[id(module)]
+
+    def strip(self, twin: nn.Module, path: str) -> None:
+        """Let go of what a graph has in its place: tensors of ``twin`` and its containers."""
+        mine = set(map(id, _own_modules(twin)))
+        for name, child in twin._modules.items():
+            if child is not None and id(child) in mine:
+                self.strip(child, _joined(path, name))
+        for entries in (twin._parameters, twin._buffers, vars(twin)):
+            for name, value in list(entries.items()):
+                kept = name in _TREE or _joined(path, name) in self.lent
+                if not kept and _holds_tensor(value, mine, set()):
+                    del entries[name]
+                    if _is_small_and_the_users(twin, entries, value):
+                        self.left.append((twin, name, value))
+
+
+_SMALL = 2**14
+"""Bytes up to which a tensor is kept that only a method of the user's may read."""
+_TREE = ("_parameters", "_buffers", "_modules")
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}".strip(".")
+
+
+def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """The module and those below that nothing stands for."""
+    yield module
+    for child in module._modules.values():
+        if child is not None and not isinstance(child, (StandIn, torch.jit.ScriptModule)):
+            yield from _own_modules(child)
+
+
+def _is_small_and_the_users(twin: nn.Module, entries: Any, value: Any) -> bool:
+    held = entries is twin._parameters or entries is twin._buffers
+    own = not type(twin).__module__.startswith("torch.nn.")
+    return held and own and isinstance(value, Tensor) and value.nbytes < _SMALL
+
+
+def _holds_tensor(value: Any, twins: set[int], seen: set[int]) -> bool:
+    """Whether a tensor, or a module of the float model, can be reached from an attribute."""
+    if isinstance(value, (StandIn, type, ModuleType)) or id(value) in seen or id(value) in twins:
+        return False
+    if isinstance(value, (Tensor, nn.Module)):
+        return True
+    seen.add(id(value))
+    inner: Iterable[Any]
+    if isinstance(value, dict):
+        inner = value.values()
+    elif isinstance(value, (list, tuple, set, frozenset, deque)):
+        inner = value
+    elif isinstance(value, MethodType):
+        inner = (value.__self__,)
+    else:
+        inner = vars(value).values() if hasattr(value, "__dict__") else ()
+    return any(_holds_tensor(each, twins, seen) for each in list(inner))

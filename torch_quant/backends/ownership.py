@@ -6,15 +6,17 @@ Large float weights may stay shared, on request. Then a change of them is notice
 from __future__ import annotations
 
 import copy
+import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torch_quant.backends.mounting import place_in_memory
 from torch_quant.errors import QuantError
 
-__all__ = ["SharedWeights", "own_tensors"]
+__all__ = ["Owner", "SharedWeights"]
 
 _LARGE = 2**16
 """Bytes from which on a float tensor is worth sharing."""
@@ -48,12 +50,6 @@ class SharedWeights:
                 )
 
 
-def _place(x: Tensor) -> tuple[Any, ...]:
-    """What two names of one tensor agree on."""
-    storage = x.untyped_storage()._cdata
-    return storage, x.storage_offset(), tuple(x.shape), x.stride(), x.dtype
-
-
 def _copied(x: Tensor) -> Tensor:
     """A copy that lies in memory as ``x`` does; what is repeated by expansion is kept once."""
     for dim, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True)):
@@ -62,13 +58,21 @@ def _copied(x: Tensor) -> Tensor:
     return x.clone()
 
 
-class _Owner:
+class Owner:
+    """Makes the tensors of the float model a quantized model's own; tied ones stay tied.
+
+    Args:
+        theirs: name -> tensor of the float model.
+        shared: notes the large float tensors, which are then not copied.
+    """
+
     def __init__(self, theirs: Mapping[str, Tensor], shared: SharedWeights | None) -> None:
         self.names = {
             x.untyped_storage()._cdata: name for name, x in reversed(list(theirs.items()))
         }
         self.shared = shared
         self.made: dict[tuple[Any, ...], Tensor] = {}
+        self.constants: dict[tuple[Any, ...], Tensor] = {}
 
     def tensor(self, x: Tensor) -> Tensor:
         """``x``, or what the quantized model has in its place; tied tensors stay tied."""
@@ -76,8 +80,8 @@ class _Owner:
             return x
         name = self.names.get(x.untyped_storage()._cdata)
         if name is None and not isinstance(x, nn.Parameter):
-            return x
-        place = _place(x)
+            return self._once(x)
+        place = place_in_memory(x)
         if place not in self.made:
             self.made[place] = self._new(name, x.detach())
         new = self.made[place]
@@ -85,6 +89,15 @@ class _Owner:
             return new
         key = (*place, "parameter")
         return self.made.setdefault(key, nn.Parameter(new, requires_grad=False))
+
+    def _once(self, x: Tensor) -> Tensor:
+        """``x``, or an equal constant: integers of tied weights are tied."""
+        if x.nbytes < _LARGE or x.device.type != "cpu":
+            return x
+        values: Any = x.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        key = (zlib.crc32(values), x.dtype, x.shape, x.stride())
+        found = self.constants.setdefault(key, x)
+        return found if torch.equal(found, x) else x
 
     def _new(self, name: str | None, x: Tensor) -> Tensor:
         if name is None:
@@ -94,6 +107,34 @@ class _Owner:
             return _copied(x)
         self.shared.add(name, x)
         return x
+
+    @torch.no_grad()
+    def take(self, modules: Iterable[nn.Module]) -> None:
+        """Replace every tensor of the float model in ``modules`` by a copy.
+
+        Parameters become parameters that take no gradient.
+
+        Args:
+            modules: the quantized model's own already; their tensors may be the float model's.
+        """
+        scripted: dict[int, nn.Module] = {}
+        for module in list(modules):
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
+            for name, child in module._modules.items():
+                if isinstance(child, torch.jit.ScriptModule):
+                    module._modules[name] = scripted.setdefault(id(child), copy.deepcopy(child))
+            for tensors in (module._parameters, module._buffers):
+                for name, value in tensors.items():
+                    if value is not None:
+                        tensors[name] = self.tensor(value)  # type: ignore[assignment]
+            self.attributes(module.__dict__)
+
+    def attributes(self, values: dict[str, Any]) -> None:
+        """The same for the attributes of one module or object."""
+        for name, value in list(values.items()):
+            if name not in ("_parameters", "_buffers", "_modules"):
+                values[name] = self.value(value)
 
     def value(self, x: Any) -> Any:
         """``x`` with tensors of the float model replaced; the very ``x`` if it holds none."""
@@ -110,33 +151,3 @@ class _Owner:
 
 def _differ(new: Iterable[Any], old: Iterable[Any]) -> bool:
     return any(a is not b for a, b in zip(new, old, strict=True))
-
-
-@torch.no_grad()
-def own_tensors(
-    model: nn.Module, theirs: Mapping[str, Tensor], shared: SharedWeights | None = None
-) -> None:
-    """Replace every tensor of the float model in a quantized ``model`` by a copy.
-
-    Parameters become parameters that take no gradient.
-
-    Args:
-        model: its modules are its own already; its tensors may be the float model's.
-        theirs: name -> tensor of the float model.
-        shared: notes the large float tensors, which are then not copied.
-    """
-    owner = _Owner(theirs, shared)
-    scripted: dict[int, nn.Module] = {}
-    for module in list(model.modules()):
-        if isinstance(module, torch.jit.ScriptModule):
-            continue
-        for name, child in module._modules.items():
-            if isinstance(child, torch.jit.ScriptModule):
-                module._modules[name] = scripted.setdefault(id(child), copy.deepcopy(child))
-        for tensors in (module._parameters, module._buffers):
-            for name, value in tensors.items():
-                if value is not None:
-                    tensors[name] = owner.tensor(value)  # type: ignore[assignment]
-        for name, value in list(module.__dict__.items()):
-            if name not in ("_parameters", "_buffers", "_modules"):
-                module.__dict__[name] = owner.value(value)

@@ -1,322 +1,244 @@
-"""The module that ``quantize`` returns: lowered graphs, and Python glue where needed."""
+"""What ``quantize`` returns: a twin of the user's module, which runs graphs on a backend."""
 
 from __future__ import annotations
 
 import inspect
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn, Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any, Protocol
 
 import torch
-from torch import fx, nn
+from torch import nn
 
-from torch_quant.backends.base import Backend
+from torch_quant.backends.mounting import mount
 from torch_quant.backends.ownership import SharedWeights
+from torch_quant.backends.quantized_graph import NeverLoads, QuantizedGraph
 from torch_quant.core.plan import QuantPlan
-from torch_quant.errors import CaptureFailed, InvalidConfig
+from torch_quant.errors import CaptureFailed
 from torch_quant.graph.binding import bind
 from torch_quant.graph.calls import Call, flatten_call
 from torch_quant.graph.kinds import Kind
-from torch_quant.graph.outputs import unflatten_output
 from torch_quant.graph.running import CAPTURING, no_fastpath
-from torch_quant.graph.serialize import pack, unpack
-from torch_quant.graph.shapes import ShapeContract
 from torch_quant.nn.forward import SignedForward
+from torch_quant.nn.stand_in import StandIn, made
 
-__all__ = ["Absent", "QuantizedGraph", "QuantizedRegion"]
+__all__ = [
+    "Quantization",
+    "QuantizedRegion",
+    "Unseen",
+    "add_graph",
+    "plan_of",
+    "quantized_graphs",
+    "quantized_module",
+    "run",
+]
 
-
-_MOST_VARIANTS = 8
-"""Values of numbers for which a compiled graph is kept."""
-_VARIANTS = threading.Lock()
-"""Held while such a dictionary is read or changed; a graph with a lock could not be copied."""
-
-
-def _refuse_loading() -> NoReturn:
-    raise InvalidConfig(
-        "a quantized model cannot load a state_dict, since scales are part of its graph; "
-        "pickle the model, export it, or save the Quantizer's state_dict and quantize again"
-    )
-
-
-class _NeverLoads(nn.Module):
-    """Refuses a ``state_dict`` at every entry: the scales of the activations are in the graphs."""
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: the scales of the activations are part of the graphs."""
-        _refuse_loading()
-
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        """What ``load_state_dict`` of a module around it calls; refused if there is a value."""
-        if any(key.startswith(prefix) for key in state_dict):
-            _refuse_loading()
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-class Absent(nn.Module):
-    """In the place of a module that is part of a larger graph and was never called by itself.
-
-    Args:
-        path: the module's.
-    """
-
-    def __init__(self, path: str) -> None:
-        super().__init__()
-        self.path = path
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused."""
-        raise CaptureFailed(
-            f"{self.path} was never called by itself while calibrating; run quantizer.calib(model) "
-            "on inputs that do so too, then quantize again"
-        )
-
-
-class QuantizedGraph(_NeverLoads):
-    """One lowered graph, the calls it serves and the output it forms.
-
-    Args:
-        body: the graph.
-        kind: of the calls it serves.
-        contract: the sizes it serves.
-        out_spec: how its outputs nest.
-        compiler: the backend, if its kernels come from a compiler.
-    """
-
-    def __init__(
-        self,
-        body: fx.GraphModule,
-        kind: Kind,
-        contract: ShapeContract,
-        out_spec: Any,
-        compiler: Backend | None = None,
-    ) -> None:
-        super().__init__()
-        self.body: fx.GraphModule = body
-        self.compiler = compiler
-        self.compiled: Callable[..., Any] | None = None
-        self.variants: dict[tuple[Any, ...], Callable[..., Any]] = {}
-        """The numbers that a call gives -> what was compiled for them, last used last."""
-        self.plan = QuantPlan()
-        """Its sites, if it was captured after the model was quantized."""
-        self.kind, self.contract, self.out_spec = kind, contract, out_spec
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__ | {"compiled": None, "variants": {}}
-        modules = dict(self._modules)
-        del modules["body"]
-        state["packed"], state["_modules"] = pack(self.body), modules
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        body = unpack(state.pop("packed"))
-        super().__setstate__(state)
-        self.body = body
-
-    def accept(self, call: Call) -> Call | None:
-        """``call`` as the graph takes it, or None if it does not serve it."""
-        accepted = self.kind.accept(call)
-        return accepted if accepted is not None and self._sizes(accepted) is None else None
-
-    def mismatch(self, call: Call) -> str | None:
-        """Why it does not serve ``call``, or None."""
-        accepted = self.kind.accept(call)
-        if accepted is None:
-            return call.difference(self.kind)
-        return self._sizes(accepted)
-
-    def _sizes(self, call: Call) -> str | None:
-        """Which size of an accepted call it does not serve, or None."""
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-            return None  # sizes are symbols there
-        return self.contract.mismatch(call)
-
-    def forward(self, *tensors: torch.Tensor, source: Any = None) -> Any:
-        """The module's output.
-
-        Args:
-            tensors: those of the call.
-            source: its ``(args, kwargs)``, if arguments that the module changes are to be changed.
-        """
-        return unflatten_output(self._run(*tensors), self.out_spec, source)
-
-    def _run(self, *tensors: torch.Tensor) -> Any:
-        if self.compiler is None or torch.compiler.is_compiling():
-            return self.body(*tensors)
-        if torch._C._get_tracing_state() is not None:
-            return self.compiler.record(self.body, tensors)
-        compiled = self.compiled
-        if compiled is None or self.kind.numbers:
-            compiled = self.compiled = self._variant(self.compiler, tensors)
-        return compiled(*tensors)
-
-    def _variant(self, compiler: Backend, tensors: tuple[torch.Tensor, ...]) -> Callable[..., Any]:
-        """What is compiled for the numbers among ``tensors``: a compiler takes them for fixed."""
-        numbers = tuple(repr(tensors[place].item()) for place in self.kind.numbers)
-        with _VARIANTS:
-            found = self.variants.pop(numbers, None)
-            if found is not None:
-                self.variants[numbers] = found
-                return found
-        made = compiler.compile(self.body, tensors)
-        with _VARIANTS:
-            found = self.variants.setdefault(numbers, made)  # another thread may be first
-            if len(self.variants) > _MOST_VARIANTS:
-                del self.variants[next(iter(self.variants))]
-        return found
+_FACTS = ("graphs", "glue", "path", "signature", "backend", "description", "calibration")
 
 
 class Unseen(Protocol):
-    """Makes graphs for calls that a region has none for."""
+    """Makes graphs for calls that a quantized module has none for."""
 
-    def graph(self, path: str, call: Call, served: Sequence[Kind]) -> QuantizedGraph:
-        """Raises :class:`CaptureFailed`, saying why, where it cannot."""
+    def graph(
+        self, path: str, call: Call, served: Sequence[Kind]
+    ) -> tuple[QuantizedGraph, nn.Module]:
+        """The graph and the float module; raises :class:`CaptureFailed`, saying why."""
 
 
-class QuantizedRegion(_NeverLoads):
-    """A region of the model on its backend; called like the float module.
+@dataclass
+class Quantization:
+    """How one module of a quantized model runs.
 
     Args:
         path: its path in the model.
         signature: the float module's signature.
+        backend: the name of the backend.
         graphs: its lowered graphs.
-        glue: for a region captured in pieces, its Python code over quantized children.
+        glue: its own Python code over quantized children, where that is to run.
+        in_pieces: whether that serves every call that no graph does.
     """
 
-    def __init__(
-        self,
-        path: str,
-        signature: inspect.Signature,
-        graphs: list[QuantizedGraph],
-        glue: nn.Module | None,
-    ) -> None:
-        super().__init__()
-        self.path, self.signature = path, signature
-        self.graphs = nn.ModuleList(graphs)
-        self.glue = glue
-        self.description = ""
-        self.backend = ""
-        self.in_pieces = glue is not None
-        """Whether its Python code serves every call that no graph does."""
-        self.shared: SharedWeights | None = None
-        self.unseen: Unseen | None = None
-        self._plan = QuantPlan()
-        self.calibration: dict[str, Any] = {}
-        self.forward = SignedForward(self.run, signature)
-        self.eval()
+    path: str
+    signature: inspect.Signature
+    backend: str
+    graphs: list[QuantizedGraph] = field(default_factory=list)
+    glue: nn.Module | None = None
+    in_pieces: bool = False
+    description: str = ""
+    shared: SharedWeights | None = None
+    unseen: Unseen | None = None
+    plan: QuantPlan = field(default_factory=QuantPlan)
+    calibration: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def plan(self) -> QuantPlan:
-        """What runs how; sites of graphs that were captured since are the last."""
-        graphs = [module for module in self.modules() if isinstance(module, QuantizedGraph)]
-        return self._plan.joined(graph.plan for graph in graphs)
 
-    @plan.setter
-    def plan(self, plan: QuantPlan) -> None:
-        self._plan = plan
+def quantized_graphs(model: nn.Module) -> Iterator[tuple[QuantizedRegion, QuantizedGraph]]:
+    """Every graph of a quantized model, with the module that it computes."""
+    for module in model.modules():
+        if isinstance(module, QuantizedRegion):
+            yield from ((module, graph) for graph in module.quantization.graphs)
 
-    def train(self, mode: bool = True) -> QuantizedRegion:
-        """Stays in eval mode, as it was captured."""
-        return super().train(False)
+
+class QuantizedRegion(StandIn, NeverLoads):
+    """A module on its backend, called like the float module, and of its class to ``isinstance``.
+
+    It has the float module's attributes and methods. Where it holds integers, those have the names
+    of the float weights. What quantization knows of it is in ``quantization``; its ``plan``,
+    ``graphs`` and ``backend`` can be asked of the module itself, unless the float module has
+    attributes of these names.
+
+    """
+
+    quantization: Quantization
+    plan: QuantPlan
+    graphs: list[QuantizedGraph]
 
     def __getattr__(self, name: str) -> Any:
-        """In pieces: what the float module's own code has (a method, the state it keeps)."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            rest = self.__dict__.get("_modules", {}).get("glue")
-            if rest is None or name.startswith("__"):
+            how: Quantization | None = self.__dict__.get("quantization")
+            if how is None or name not in ("plan", *_FACTS):
                 raise
-            return getattr(rest, name)
+        return plan_of(self) if name == "plan" else getattr(how, name)
 
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._container())
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _begin(self)
 
-    def __getitem__(self, index: Any) -> Any:
-        return self._container()[index]
-
-    def __len__(self) -> int:
-        return len(self._container())
-
-    def __bool__(self) -> bool:
-        return True
-
-    def _container(self) -> Any:
-        """Glue that calls the layers of a sequence one by one."""
-        if self.glue is None:
-            raise TypeError(f"{self.path or 'the quantized model'} is one graph, not a sequence")
-        return self.glue
+    def _get_name(self) -> str:
+        return f"Quantized{self._stands_for.cls.__name__}"
 
     def extra_repr(self) -> str:
-        return self.description
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """What ``forward`` does."""
-        if self.shared and not torch.compiler.is_compiling():
-            self.shared.check()
-        args, kwargs = bind(self.signature, args, kwargs)
-        if self.glue is not None and not len(self.graphs):
-            return self._run_glue(args, kwargs)
+        if self.quantization.description:
+            return self.quantization.description
         try:
-            call = flatten_call(args, kwargs)
-        except CaptureFailed:
-            if self.glue is None:
-                raise
-            return self._run_glue(args, kwargs)
-        found = self._find(call)
-        if found is None and self.in_pieces:
-            return self._run_glue(args, kwargs)
-        graph, accepted = found or self._capture(call)
-        return graph(*accepted.tensors, source=accepted.source)
+            return str(self._stands_for.cls.extra_repr(self))
+        except Exception:  # it may read what the quantized module does not have
+            return ""
 
-    def _find(self, call: Call) -> tuple[QuantizedGraph, Call] | None:
-        """The graph that serves ``call``, and the call as it takes it."""
-        for graph in tuple(self.graphs):  # another thread may add one
-            accepted = graph.accept(call)  # type: ignore[operator]
-            if accepted is not None:
-                return graph, accepted  # type: ignore[return-value]
-        return None
+    def train(self, mode: bool = True) -> QuantizedRegion:
+        """Stays in eval mode, as it was captured."""
+        return nn.Module.train(self, False)
 
-    def _capture(self, call: Call) -> tuple[QuantizedGraph, Call]:
-        """A new graph for ``call``; raises :class:`CaptureFailed` where there can be none."""
-        recorded = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-        if self.unseen is None:
-            reason = ""
-        elif recorded:
-            reason = ". It cannot be captured while the model is traced: call it so before"
-        else:
-            with CAPTURING:
-                try:
-                    if self._find(call) is None:
-                        made = self.unseen.graph(self.path, call, [g.kind for g in self._served()])
-                        if made.accept(call) is not None:
-                            self.graphs.append(made)
-                    if found := self._find(call):
-                        return found
-                    reason = ""
-                except CaptureFailed as error:
-                    reason = f". It cannot be captured now: {error}"
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """What is left in float; an empty parameter if nothing is, whose device can be asked."""
+        found = list(super().parameters(recurse))
+        yield from found
+        if not found:
+            device = next((x.device for x in self.buffers()), torch.device("cpu"))
+            yield nn.Parameter(torch.empty(0, device=device), requires_grad=False)
+
+
+def quantized_module(twin: nn.Module, how: Quantization) -> QuantizedRegion:
+    """A module on its backend.
+
+    Args:
+        twin: a twin of the float module, whose children are quantized.
+        how: it runs.
+    """
+    new = made(QuantizedRegion, twin, runs=how.glue is not None)
+    new.__dict__["quantization"] = how
+    _begin(new)
+    return new
+
+
+def _begin(module: QuantizedRegion) -> None:
+    module.__dict__["forward"] = SignedForward(
+        MethodType(run, module), module.quantization.signature
+    )
+
+
+def plan_of(module: QuantizedRegion) -> QuantPlan:
+    """What runs how; sites of graphs that were captured since are the last."""
+    return module.quantization.plan.joined(graph.plan for _, graph in quantized_graphs(module))
+
+
+def add_graph(module: QuantizedRegion, graph: QuantizedGraph, model: nn.Module) -> None:
+    """Serve more calls by a graph, which reads its tensors from ``module`` from now on.
+
+    Args:
+        module: quantized.
+        graph: of the float module.
+        model: that.
+    """
+    graph.body = mount(graph.body, module, model)
+    module.quantization.graphs.append(graph)
+
+
+def run(module: QuantizedRegion, *args: Any, **kwargs: Any) -> Any:
+    """Call a quantized module."""
+    how = module.quantization
+    if how.shared and not torch.compiler.is_compiling():
+        how.shared.check()
+    args, kwargs = bind(how.signature, args, kwargs)
+    if how.glue is not None and not how.graphs:
+        return _run_glue(how.glue, args, kwargs)
+    try:
+        call = flatten_call(args, kwargs)
+    except CaptureFailed:
+        if how.glue is None:
+            raise
+        return _run_glue(how.glue, args, kwargs)
+    found = _graph_for(how, call)
+    if found is None and how.in_pieces:
+        assert how.glue is not None
+        return _run_glue(how.glue, args, kwargs)
+    graph, accepted = found or _capture(module, call)
+    return graph(*accepted.tensors, source=accepted.source)
+
+
+def _graph_for(how: Quantization, call: Call) -> tuple[QuantizedGraph, Call] | None:
+    """The graph that serves ``call``, and the call as it takes it."""
+    for graph in tuple(how.graphs):  # another thread may add one
+        accepted = graph.accept(call)
+        if accepted is not None:
+            return graph, accepted
+    return None
+
+
+def _run_glue(glue: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with no_fastpath():
+        return glue(*args, **kwargs)
+
+
+def _capture(module: QuantizedRegion, call: Call) -> tuple[QuantizedGraph, Call]:
+    """A new graph for ``call``; raises :class:`CaptureFailed` where there can be none."""
+    recorded = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    how = module.quantization
+    if how.unseen is None:
+        reason = ""
+    elif recorded:
+        reason = ". It cannot be captured while the model is traced: call it so before"
+    else:
+        with CAPTURING:
+            try:
+                if _graph_for(how, call) is None:
+                    kinds = [graph.kind for graph in how.graphs]
+                    made, model = how.unseen.graph(how.path, call, kinds)
+                    if made.accept(call) is not None:
+                        add_graph(module, made, model)
+                if found := _graph_for(how, call):
+                    return found
+                reason = ""
+            except CaptureFailed as error:
+                reason = f". It cannot be captured now: {error}"
+    where, do = how.path or "the model", "Run quantizer.calib(model) on such inputs too, then"
+    if not how.graphs:
         raise CaptureFailed(
-            f"{self.path or 'the model'} was quantized for other inputs: got "
-            f"{', '.join(call.describe())}; {self._difference(call)}{reason}. Run "
-            "quantizer.calib(model) on such inputs too, then quantize again"
+            f"{where} was never called by itself while calibrating{reason}. {do} quantize again"
         )
+    raise CaptureFailed(
+        f"{where} was quantized for other inputs: got {', '.join(call.describe())}; "
+        f"{_difference(how, call)}{reason}. {do} quantize again"
+    )
 
-    def _served(self) -> list[QuantizedGraph]:
-        return [graph for graph in self.graphs if isinstance(graph, QuantizedGraph)]
 
-    def _difference(self, call: Call) -> str:
-        """What keeps ``call`` from the graph that comes nearest."""
-        inputs = set(call.paths())
-        nearest = min(
-            self._served(),
-            key=lambda g: (call.distance(g.kind), len(inputs.symmetric_difference(g.kind.names))),
-        )
-        return str(nearest.mismatch(call))
-
-    def _run_glue(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        assert self.glue is not None
-        with no_fastpath():
-            return self.glue(*args, **kwargs)
+def _difference(how: Quantization, call: Call) -> str:
+    """What keeps ``call`` from the graph that comes nearest."""
+    inputs = set(call.paths())
+    nearest = min(
+        how.graphs,
+        key=lambda g: (call.distance(g.kind), len(inputs.symmetric_difference(g.kind.names))),
+    )
+    return str(nearest.mismatch(call))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, lru_cache
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -63,7 +64,18 @@ class CallSignature(inspect.Signature):
 
 
 def signature_of(forward: Callable[..., Any]) -> CallSignature:
-    """The signature of a module's ``forward``."""
+    """The signature of a module's ``forward``; modules of one class share it."""
+    if isinstance(forward, MethodType) and isinstance(forward.__func__, FunctionType):
+        return _signature_of_method(forward.__func__)
+    return _signature_of(forward)
+
+
+@lru_cache(maxsize=1024)
+def _signature_of_method(function: FunctionType) -> CallSignature:
+    return _signature_of(MethodType(function, function))
+
+
+def _signature_of(forward: Callable[..., Any]) -> CallSignature:
     given = inspect.signature(forward)
     decorated = hasattr(forward, "__wrapped__") or hasattr(forward, "__signature__")
     return _made(list(given.parameters.values()), given.return_annotation, decorated)

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import copy
 import logging
-import operator
-import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,14 +21,12 @@ from torch_quant.graph.calls import Call, flatten_call
 from torch_quant.graph.dynamic import free_axes
 from torch_quant.graph.effects import KeepsState
 from torch_quant.graph.export import CapturedGraph, ModelRefuses
-from torch_quant.graph.hooks import give_hooks, hooked, take_hooks
+from torch_quant.graph.hooks import hooked, take_hooks
 from torch_quant.graph.kinds import Kind
-from torch_quant.graph.macs import counted, uncounted
-from torch_quant.graph.running import CAPTURING, no_fastpath
-from torch_quant.graph.shadow import shadow
+from torch_quant.graph.running import CAPTURING
 from torch_quant.graph.widen import check_constants, export_call
 
-__all__ = ["Executor", "Region", "Reopened", "Runner"]
+__all__ = ["Region", "Reopened", "callable_children"]
 
 logger = logging.getLogger("torch_quant")
 
@@ -70,8 +66,8 @@ class Region:
         """Attributes that its calls write, those that none reads included."""
         self.borrowed: set[str] = set()
         """Values that the code around it has read from it, as ``child.attribute``."""
-        self.lists_parameters = False
-        """Whether the code around it has asked for its parameters."""
+        self.entered = False
+        """Whether its own Python runs: it is in pieces, or others call methods and parts of it."""
         self.plain = False
         """Whether it runs as the float module, which its pieces were found to differ from."""
         self.called = False
@@ -124,7 +120,7 @@ class Region:
         with CAPTURING:
             if found := self.find(call):  # another thread was here
                 return found
-            if below := hooked(self.module):
+            if below := self._hooked():
                 raise CaptureFailed(f"a hook on {below} runs at each of its calls")
             where = self.path or "the model"
             kinds = served or [kind for kind, _ in self.graphs]
@@ -134,6 +130,10 @@ class Region:
             self.graphs.append((found[0].signature, found[1]))
         logger.info("captured %s as one graph", where)
         return found
+
+    def _hooked(self) -> str:
+        below = (each.path for each in list(self.walk())[1:] if any(each.hooks.values()))
+        return hooked(self.module) or next(below, "")
 
     def _free(self, call: Call) -> list[frozenset[int]] | None:
         return free_axes(self.dynamic, call, self.signature) if self.dynamic else None
@@ -169,7 +169,7 @@ class Region:
         with CAPTURING:
             if self.opened:
                 return
-            for name, child in _callable_children(self.module):
+            for name, child in callable_children(self.module):
                 path = f"{self.path}.{name}".strip(".")
                 self.children[path] = Region(child, path)
             self.opened = True
@@ -194,6 +194,16 @@ class Region:
             self.failure,
         )
 
+    def at(self, path: str) -> Region | None:
+        """The region at a path of the whole model, made if need be; None if there is no such."""
+        if path == self.path:
+            return self
+        if self.path and not path.startswith(f"{self.path}."):
+            return None
+        self.open()
+        found = (child.at(path) for child in self.children.values())
+        return next((each for each in found if each is not None), None)
+
     def walk(self) -> Iterator[Region]:
         """This region and all below it."""
         yield self
@@ -201,7 +211,7 @@ class Region:
             yield from child.walk()
 
 
-def _callable_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def callable_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Direct children, through containers that are never called themselves.
 
     A scripted module has none: what it calls is compiled into it.
@@ -212,157 +222,10 @@ def _callable_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, child in module.named_children():
         scripted = isinstance(child, torch.jit.ScriptModule)
         if not scripted and type(child).forward is nn.Module.forward:
-            inner = [(f"{name}.{below}", m) for below, m in _callable_children(child)]
+            inner = [(f"{name}.{below}", m) for below, m in callable_children(child)]
         else:
             inner = [(name, child)]
         for path, found in inner:
             if id(found) not in seen:
                 seen.add(id(found))
                 yield path, found
-
-
-class Runner(Protocol):
-    """Runs a captured graph in some transformed way."""
-
-    def __call__(self, region: Region, graph: CapturedGraph, call: Call) -> Any: ...
-
-
-class Executor(nn.Module):
-    """A region that can be called like its module; captures as calls come in.
-
-    It keeps a state of its own where the module keeps one, which begins as the module's.
-
-    Args:
-        region: what to run.
-        run: how to run its graphs.
-    """
-
-    def __init__(self, region: Region, run: Runner) -> None:
-        super().__init__()
-        self.__dict__["region"] = region  # no submodule: its parameters are the user's
-        self.run = run
-        self.__dict__["_glue"] = None
-        give_hooks(self, region.hooks)
-        self.eval()
-
-    def __iter__(self) -> Iterator[nn.Module]:
-        return iter(self._layers())
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._layers()[index]
-
-    def __len__(self) -> int:
-        return len(self.region.module)
-
-    def __bool__(self) -> bool:
-        return not hasattr(self.region.module, "__len__") or len(self) > 0
-
-    def _layers(self) -> Any:
-        """Glue that calls the layers of a sequence one by one: each is a region then."""
-        self.region.split("its layers are called one by one")
-        self.region.called = True
-        return self.glue()
-
-    def glue(self) -> nn.Module:
-        """The module's own Python over executors of its children."""
-        if self._glue is None:
-            with CAPTURING:
-                self.region.open()
-                if self._glue is None:
-                    made = glue(self.region, lambda child: type(self)(child, self.run))
-                    self.__dict__["_glue"] = made
-        return self._glue  # type: ignore[no-any-return]
-
-    def named_modules(
-        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Module]]:
-        """Those of the float module: code around it asks ``next(self.parameters()).dtype``."""
-        self.region.lists_parameters = True
-        yield from self.region.module.named_modules(memo, prefix, remove_duplicate)
-
-    def __getattr__(self, name: str) -> Any:
-        """Glue may reach into a child: for its attributes, or to call parts of it."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return _reach(self, "", name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with uncounted():
-            return self._run(*args, **kwargs)
-
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
-        if self.region.plain:
-            with counted(self.region.glue_macs):
-                return self.region.module(*args, **kwargs)
-        resolved = self.region.resolve(args, kwargs)
-        if resolved is not None:
-            call, graph = resolved
-            return self.run(self.region, graph, call)
-        with no_fastpath(), counted(self.region.glue_macs):
-            return self.glue()(*args, **kwargs)
-
-
-class _Part:
-    """A part of a region that the code around it reaches into: called, it is a region itself.
-
-    Args:
-        owner: runs the region.
-        path: of the part within the region's module.
-    """
-
-    def __init__(self, owner: Executor, path: str) -> None:
-        self.__dict__.update(_owner=owner, _path=path)
-
-    def _opened(self) -> Any:
-        self._owner.region.called = True
-        return operator.attrgetter(self._path)(self._owner.glue())
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._opened()(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return _reach(self._owner, self._path, name)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._opened())
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._opened()[index]
-
-    def __len__(self) -> int:
-        return len(self._owner.region.module.get_submodule(self._path))
-
-
-def _reach(owner: Executor, path: str, name: str) -> Any:
-    """The attribute ``name`` of the part at ``path``, as the code around the region sees it."""
-    module = owner.region.module.get_submodule(path)
-    value = getattr(module, name)
-    where = f"{path}.{name}".strip(".")
-    if isinstance(value, nn.Module):
-        parts = owner.region.module.named_modules()
-        found = next((known for known, each in parts if each is value), "")
-        return _Part(owner, found) if found else value
-    if isinstance(value, types.MethodType) and value.__self__ is module:
-        # Its own Python, over regions: what it calls must not run in float beside them.
-        return getattr(_Part(owner, path)._opened() if path else owner.glue(), name)
-    if not path and name in vars(owner._glue or owner.region.module) and owner.region.failure:
-        return vars(owner.glue())[name]  # its own code may have written it
-    if where in owner.region.written and owner.region.graphs:
-        owner.region.graphs.clear()
-        owner.region.split(f"the code around it reads {name}, which its calls write")
-        raise Reopened
-    owner.region.borrowed.add(where)
-    return value
-
-
-def glue(region: Region, make: Callable[[Region], nn.Module]) -> nn.Module:
-    """The region's module with every child region replaced by what ``make`` gives for it.
-
-    Attributes that it keeps between its calls are copies.
-    """
-    twin = shadow(region.module, {child.module: make(child) for child in region.children.values()})
-    for name in {name.partition(".")[0] for name in region.state} - set(twin._modules.keys()):
-        if name in vars(twin):
-            vars(twin)[name] = copy.deepcopy(vars(twin)[name])
-    return twin

@@ -17,6 +17,8 @@ __all__ = ["PaddedEncoder"]
 class PaddedEncoder(nn.TransformerEncoder):
     """The twin of an ``nn.TransformerEncoder``: the same results, of operators that export."""
 
+    stands_for = nn.TransformerEncoder
+
     def forward(
         self,
         src: Tensor,

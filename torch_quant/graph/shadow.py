@@ -38,7 +38,7 @@ def shadow(model: nn.Module, replace: Mapping[nn.Module, nn.Module] | None = Non
             return module
         # Not copy.copy: a parametrized module refuses to be pickled, and so to be copied that way.
         cls = PaddedEncoder if module.__class__ is nn.TransformerEncoder else module.__class__
-        new: nn.Module = cls.__new__(cls)
+        new: nn.Module = object.__new__(cls)  # its own may want arguments
         twins[id(module)] = new
         state = dict(module.__dict__)
         for name, value in state.items():

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from torch_quant.backends.onnx import missing_packages
-from torch_quant.backends.quantized import QuantizedGraph, QuantizedRegion
+from torch_quant.backends.quantized import QuantizedRegion, quantized_graphs
+from torch_quant.backends.quantized_graph import QuantizedGraph
 from torch_quant.errors import BackendUnavailable, InvalidConfig, UnsupportedOp
 from torch_quant.graph.binding import bind
 from torch_quant.graph.calls import flatten_call
@@ -93,9 +94,10 @@ def export_onnx(
             "quantizer.quantize(model, backend=Backend.ONNX)"
         )
     target = checked_target(path)
-    if quant_model.backend != "onnx":
+    backend = quant_model.quantization.backend
+    if backend != "onnx":
         raise InvalidConfig(
-            f"the model was quantized for {quant_model.backend}, whose operators have no ONNX "
+            f"the model was quantized for {backend}, whose operators have no ONNX "
             "form: quantizer.quantize(model, backend=Backend.ONNX)"
         )
     calls = _graphs_called(quant_model, example_inputs)
@@ -110,8 +112,7 @@ def export_onnx(
         else checked_target(target.with_name(f"{target.stem}.{name}{target.suffix}"))
         for name, *_ in calls
     ]
-    regions = [each for each in quant_model.modules() if isinstance(each, QuantizedRegion)]
-    paths = {graph: region.path for region in regions for graph in region.graphs}
+    paths = {graph: each.quantization.path for each, graph in quantized_graphs(quant_model)}
     with tqdm(total=3 * len(calls), unit="step", disable=not progress) as bar:
         for file, (piece, graph, tensors) in zip(files, calls, strict=True):
             bar.set_description(f"{file.name}: capturing")
@@ -137,19 +138,17 @@ def _graphs_called(
 ) -> list[tuple[str, QuantizedGraph, tuple[Tensor, ...]]]:
     """(name, graph, tensors) of each graph that the example takes, in order, once each."""
     args, kwargs = example_call(example_inputs)
-    if model.glue is None:
-        call = flatten_call(*bind(model.signature, args, kwargs))
-        for graph in model.graphs:
-            assert isinstance(graph, QuantizedGraph)
+    how = model.quantization
+    if how.glue is None:
+        call = flatten_call(*bind(how.signature, args, kwargs))
+        for graph in how.graphs:
             accepted = graph.accept(call)
             if accepted is not None:
                 return [("", graph, accepted.tensors)]
     names: dict[QuantizedGraph, str] = {}
-    for region in model.modules():
-        if isinstance(region, QuantizedRegion):
-            for i, graph in enumerate(region.graphs):
-                assert isinstance(graph, QuantizedGraph)
-                names[graph] = region.path + (f".{i}" if i else "")
+    for region, graph in quantized_graphs(model):
+        i = region.quantization.graphs.index(graph)
+        names[graph] = region.quantization.path + (f".{i}" if i else "")
     found: dict[QuantizedGraph, tuple[Tensor, ...]] = {}
 
     def note(graph: Any, tensors: tuple[Tensor, ...]) -> None:
@@ -167,9 +166,9 @@ def _graphs_called(
 
 def _in_pieces(model: QuantizedRegion, target: Path) -> str:
     glue = [
-        region.path or "(root)"
+        region.quantization.path or "(root)"
         for region in model.modules()
-        if isinstance(region, QuantizedRegion) and region.glue is not None
+        if isinstance(region, QuantizedRegion) and region.quantization.glue is not None
     ]
     return (
         f"the model was captured in pieces, with Python code between them in {', '.join(glue)}, "

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from torch_quant.backends.quantized import QuantizedGraph, QuantizedRegion
+from torch_quant.backends.quantized import QuantizedRegion, plan_of
+from torch_quant.backends.quantized_graph import QuantizedGraph
 from torch_quant.graph.outputs import leaf_names
 from torch_quant.graph.sites import KEY
 from torch_quant.version import __version__
@@ -149,7 +150,8 @@ def describe(program: Any, quant_model: QuantizedRegion, piece: str) -> None:
     model = program.model
     model.producer_name, model.producer_version = "torch_quant", __version__
     model.metadata_props["torch_quant.version"] = __version__
-    model.metadata_props["torch_quant.plan"] = json.dumps(quant_model.plan.to_dict())
-    model.metadata_props["torch_quant.calibration"] = json.dumps(quant_model.calibration)
+    model.metadata_props["torch_quant.plan"] = json.dumps(plan_of(quant_model).to_dict())
+    calibration = quant_model.quantization.calibration
+    model.metadata_props["torch_quant.calibration"] = json.dumps(calibration)
     if piece:
         model.metadata_props["torch_quant.piece"] = piece

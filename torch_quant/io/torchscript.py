@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from torch_quant.backends.quantized import QuantizedGraph, QuantizedRegion
+from torch_quant.backends.quantized import QuantizedRegion, quantized_graphs
 from torch_quant.core.metrics import sqnr
 from torch_quant.errors import InvalidConfig, QuantError
 from torch_quant.graph.outputs import flatten_output
@@ -91,7 +91,7 @@ def _check_model(model: Any) -> None:
             f"expected a quantized model, got {type(model).__name__}: "
             "export_torchscript(quantizer.quantize(model), example_inputs, path)"
         )
-    if any(region.backend == "onnx" for region in regions):
+    if any(region.quantization.backend == "onnx" for region in regions):
         raise InvalidConfig(
             "the model was quantized for ONNX, whose operators a process that loads the file does "
             "not know: export_onnx(...) writes it, or quantize for another backend, which needs "
@@ -171,14 +171,15 @@ def _difference(x: Tensor, y: Tensor) -> str:
 
 def _is_compiled(model: nn.Module) -> bool:
     """Whether its kernels come from a compiler that works on the traced graph."""
-    return any(isinstance(m, QuantizedGraph) and m.compiler for m in model.modules())
+    return any(graph.compiler for _, graph in quantized_graphs(model))
 
 
 def _would_unpack_weights(model: nn.Module) -> bool:
     """Whether freezing would fold integer weights to float, as plain operators allow."""
     return any(
         node.target is torch.ops.aten.to.dtype and node.args[0].op == "get_attr"
-        for module in model.modules()
+        for _, graph in quantized_graphs(model)
+        for module in graph.modules()
         if isinstance(module, fx.GraphModule)
         for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.to.dtype)
     )

@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 
 from torch_quant.errors import CaptureFailed, QuantError
 from torch_quant.graph.calls import Call, flatten_call
-from torch_quant.graph.capture import Executor, Region, Reopened
+from torch_quant.graph.capture import Region, Reopened
+from torch_quant.graph.executor import Executor
 from torch_quant.graph.export import CapturedGraph
 from torch_quant.graph.outputs import flatten_output
 from torch_quant.graph.running import CAPTURING, frozen, no_fastpath
@@ -75,10 +76,10 @@ class _Found(Exception):
 
 
 class _Comparing(Executor):
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def execute(self, *args: Any, **kwargs: Any) -> Any:
         kept = copied((args, kwargs))
         try:
-            outputs = super().forward(*args, **kwargs)
+            outputs = Executor.execute(self, *args, **kwargs)
         except (_Found, Reopened, QuantError):
             raise
         except Exception as error:  # whatever the code between the pieces raises

@@ -147,7 +147,7 @@ class AmpModel(Proxy):
             self._basis = self._present()
         most = self._options.max_batches
         if most is not None and self.recorder.batches >= most:
-            return self._executor(*args, **kwargs)
+            return self._execute(self._executor, args, kwargs)
         if self._versions() != self._written:
             self._reset()
         given = (args, kwargs)
@@ -181,13 +181,13 @@ class AmpModel(Proxy):
                     record, batch_size((args, kwargs)), torch.zeros((), requires_grad=True)
                 )
                 with torch.enable_grad(), self._visiting(pass_.visit):
-                    outputs = self._executor(*args, **kwargs)
+                    outputs = self._execute(self._executor, args, kwargs)
             except QuantError:
                 raise
             except Exception as error:  # whatever an operator that has no gradient raises
                 with torch.no_grad(), self._visiting(_pass_on):
                     again = copied(kept)
-                    self._executor(*again[0], **again[1])
+                    self._execute(self._executor, *again)
                 self._give_up(f"{type(error).__name__}: {error}")
                 args, kwargs = copied(kept)
                 record.sites.clear()
@@ -195,7 +195,7 @@ class AmpModel(Proxy):
                 self._backward(record, pass_, outputs, args, kwargs)
                 return detached(outputs)
         with torch.no_grad(), self._visiting(NoisePass(record, batch_size((args, kwargs))).visit):
-            outputs = self._executor(*args, **kwargs)
+            outputs = self._execute(self._executor, args, kwargs)
         record.output_signal = sum(float(x.square().sum()) for x in projected(outputs))
         return detached(outputs)
 
@@ -352,7 +352,7 @@ class AmpModel(Proxy):
 
         with self._visiting(visit):
             again = copied((args, kwargs))
-            self._executor(*again[0], **again[1])
+            self._execute(self._executor, *again)
         return found
 
 

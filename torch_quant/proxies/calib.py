@@ -11,6 +11,7 @@ from torch_quant.errors import QuantError
 from torch_quant.graph.calls import Call
 from torch_quant.graph.capture import Region, Reopened
 from torch_quant.graph.effects import assign
+from torch_quant.graph.executor import Executor
 from torch_quant.graph.export import CapturedGraph
 from torch_quant.graph.running import copied as on_copies
 from torch_quant.passes.prepare import Prepared, insert_observers
@@ -43,26 +44,36 @@ class CalibModel(Proxy):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the float model and records its ranges; same inputs and outputs as the model."""
         with self.session.state.lock:
-            check_not_empty((args, kwargs), self.session.state.batches)
             self._follow()
-            kind = kind_of(args, kwargs)
-            if kind in self._compared:
-                with self.session.state.batch():
-                    outputs = self._executor(*args, **kwargs)
-            else:
-                outputs = self._first_of_its_kind(args, kwargs)
-                self._compared.add(kind)
-            self.session.seen()
-            return outputs
+            return self._recorded(self._executor, args, kwargs)
 
-    def _first_of_its_kind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _part(self, executor: Executor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A batch of its own: an encoder that ``generate()`` calls, say."""
+        with self.session.state.lock:
+            return self._recorded(executor, args, kwargs)
+
+    def _recorded(self, executor: Executor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        check_not_empty((args, kwargs), self.session.state.batches)
+        kind = executor.region.path, kind_of(args, kwargs)
+        if kind in self._compared:
+            with self.session.state.batch():
+                outputs = self._execute(executor, args, kwargs)
+        else:
+            outputs = self._first_of_its_kind(executor, args, kwargs)
+            self._compared.add(kind)
+        self.session.seen()
+        return outputs
+
+    def _first_of_its_kind(
+        self, executor: Executor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Runs it, compared with the float module if Python code over pieces takes part in it."""
-        region = self.captured.region
+        region = executor.region
         kept, mine = copied((args, kwargs)), (args, kwargs)
         while True:
             try:
                 with self.session.state.batch():
-                    outputs = self._executor(*mine[0], **mine[1])
+                    outputs = self._execute(executor, *mine)
                     in_pieces = region.failure and not region.plain and comparable(region)
                     if in_pieces and disagrees(region, copied(kept), outputs):
                         raise _Differs
@@ -80,6 +91,7 @@ class CalibModel(Proxy):
                     raise
                 settle(region, kept)
             self._reset()
+            executor = self._executor if not region.path else self._executor_of(region)
             mine = copied(kept)
 
     def _run(self, region: Region, graph: CapturedGraph, call: Call) -> Any:

@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 from torch_quant.backends.embedding_bags import bags_of_rows
 from torch_quant.backends.ipex import bags, lstm, ops
 from torch_quant.backends.ipex.trace import WRITES, FusedGraph
-from torch_quant.backends.quantized import QuantizedGraph
+from torch_quant.backends.quantized import quantized_graphs
+from torch_quant.backends.quantized_graph import QuantizedGraph
 from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.sites import KEY
@@ -86,9 +87,8 @@ def verify(model: nn.Module, example_inputs: Any, plan: QuantPlan | None = None)
             return _compare_counts(model.graph_for(*tensors), plan)
         ran: list[tuple[QuantizedGraph, tuple[Any, ...]]] = []
         hooks = [
-            module.register_forward_pre_hook(lambda graph, args: ran.append((graph, args)))
-            for module in model.modules()
-            if isinstance(module, QuantizedGraph)
+            graph.register_forward_pre_hook(lambda graph, args: ran.append((graph, args)))
+            for _, graph in quantized_graphs(model)
         ]
         try:
             call_example(model, example_inputs)

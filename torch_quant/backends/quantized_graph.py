@@ -1,0 +1,145 @@
+"""One lowered graph of a quantized model, the calls it serves, and the tensors it reads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch import fx, nn
+
+from torch_quant.backends.base import Backend
+from torch_quant.backends.mounting import linked, links
+from torch_quant.core.plan import QuantPlan
+from torch_quant.errors import InvalidConfig
+from torch_quant.graph.calls import Call
+from torch_quant.graph.kinds import Kind
+from torch_quant.graph.outputs import unflatten_output
+from torch_quant.graph.serialize import pack, unpack
+from torch_quant.graph.shapes import ShapeContract
+
+__all__ = ["NeverLoads", "QuantizedGraph"]
+
+_MOST_VARIANTS = 8
+"""Values of numbers for which a compiled graph is kept."""
+_VARIANTS = threading.Lock()
+"""Held while such a dictionary is read or changed; a graph with a lock could not be copied."""
+
+
+def _refuse_loading() -> NoReturn:
+    raise InvalidConfig(
+        "a quantized model cannot load a state_dict, since scales are part of its graph; "
+        "pickle the model, export it, or save the Quantizer's state_dict and quantize again"
+    )
+
+
+class NeverLoads(nn.Module):
+    """Refuses a ``state_dict`` at every entry: the scales of the activations are in the graphs."""
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: the scales of the activations are part of the graphs."""
+        _refuse_loading()
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """What ``load_state_dict`` of a module around it calls; refused if there is a value."""
+        if any(key.startswith(prefix) for key in state_dict):
+            _refuse_loading()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class QuantizedGraph(NeverLoads):
+    """One lowered graph, the calls it serves and the output it forms.
+
+    Args:
+        body: the graph; its tensors are those of the modules that it is mounted on.
+        kind: of the calls it serves.
+        contract: the sizes it serves.
+        out_spec: how its outputs nest.
+        compiler: the backend, if its kernels come from a compiler.
+    """
+
+    def __init__(
+        self,
+        body: fx.GraphModule,
+        kind: Kind,
+        contract: ShapeContract,
+        out_spec: Any,
+        compiler: Backend | None = None,
+    ) -> None:
+        super().__init__()
+        self.body: fx.GraphModule = body
+        self.compiler = compiler
+        self.compiled: Callable[..., Any] | None = None
+        self.variants: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        """The numbers that a call gives -> what was compiled for them, last used last."""
+        self.plan = QuantPlan()
+        """Its sites, if it was captured after the model was quantized."""
+        self.kind, self.contract, self.out_spec = kind, contract, out_spec
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__ | {"compiled": None, "variants": {}}
+        modules = dict(self._modules)
+        del modules["body"]
+        state["packed"], state["_modules"] = pack(self.body), modules
+        state["links"] = links(self.body)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        body = linked(unpack(state.pop("packed")), state.pop("links"))
+        super().__setstate__(state)
+        self.body = body
+
+    def accept(self, call: Call) -> Call | None:
+        """``call`` as the graph takes it, or None if it does not serve it."""
+        accepted = self.kind.accept(call)
+        return accepted if accepted is not None and self._sizes(accepted) is None else None
+
+    def mismatch(self, call: Call) -> str | None:
+        """Why it does not serve ``call``, or None."""
+        accepted = self.kind.accept(call)
+        if accepted is None:
+            return call.difference(self.kind)
+        return self._sizes(accepted)
+
+    def _sizes(self, call: Call) -> str | None:
+        """Which size of an accepted call it does not serve, or None."""
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            return None  # sizes are symbols there
+        return self.contract.mismatch(call)
+
+    def forward(self, *tensors: torch.Tensor, source: Any = None) -> Any:
+        """The module's output.
+
+        Args:
+            tensors: those of the call.
+            source: its ``(args, kwargs)``, if arguments that the module changes are to be changed.
+        """
+        return unflatten_output(self._run(*tensors), self.out_spec, source)
+
+    def _run(self, *tensors: torch.Tensor) -> Any:
+        if self.compiler is None or torch.compiler.is_compiling():
+            return self.body(*tensors)
+        if torch._C._get_tracing_state() is not None:
+            return self.compiler.record(self.body, tensors)
+        compiled = self.compiled
+        if compiled is None or self.kind.numbers:
+            compiled = self.compiled = self._variant(self.compiler, tensors)
+        return compiled(*tensors)
+
+    def _variant(self, compiler: Backend, tensors: tuple[torch.Tensor, ...]) -> Callable[..., Any]:
+        """What is compiled for the numbers among ``tensors``: a compiler takes them for fixed."""
+        numbers = tuple(repr(tensors[place].item()) for place in self.kind.numbers)
+        with _VARIANTS:
+            found = self.variants.pop(numbers, None)
+            if found is not None:
+                self.variants[numbers] = found
+                return found
+        made = compiler.compile(self.body, tensors)
+        with _VARIANTS:
+            found = self.variants.setdefault(numbers, made)  # another thread may be first
+            if len(self.variants) > _MOST_VARIANTS:
+                del self.variants[next(iter(self.variants))]
+        return found
