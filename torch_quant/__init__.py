@@ -30,6 +30,7 @@ from torch_quant.errors import (
     UnsupportedOp,
 )
 from torch_quant.io.onnx import export_onnx
+from torch_quant.io.saving import load, save
 from torch_quant.io.torchscript import export_torchscript
 from torch_quant.module_filter import ModuleFilter
 from torch_quant.quantizer import Quantizer
@@ -72,9 +73,11 @@ __all__ = [
     "cosine",
     "export_onnx",
     "export_torchscript",
+    "load",
     "register_element_type",
     "register_transform",
     "register_weight_method",
+    "save",
     "sqnr",
     "tune",
 ]

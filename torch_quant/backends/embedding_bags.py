@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from torch_quant.graph.functions import graph_function
+
 __all__ = ["BAGS", "bag_arguments", "bags_of_rows"]
 
 aten = torch.ops.aten
@@ -25,6 +27,7 @@ def bag_arguments(node: fx.Node) -> tuple[Any, ...]:
     return (*given[:2], given[3], *given[5:])
 
 
+@graph_function
 def bags_of_rows(
     codes: Tensor,
     scale: Tensor | float,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MethodType, ModuleType
 from typing import Any
@@ -38,7 +38,7 @@ from torch_quant.passes.insert_qdq import insert_qdq
 from torch_quant.passes.lower_precision import lower_precision
 from torch_quant.passes.transform import transform_sites
 
-__all__ = ["QUANTIZE", "Lowering"]
+__all__ = ["QUANTIZE", "Lowering", "holds_tensor"]
 
 QUANTIZE: tuple[Pass, ...] = (lower_precision, transform_sites, insert_qdq)
 """From a canonical graph to one with quantize/dequantize pairs, whatever the backend."""
@@ -230,7 +230,7 @@ class _Build:
         for entries in (twin._parameters, twin._buffers, vars(twin)):
             for name, value in list(entries.items()):
                 kept = name in _TREE or _joined(path, name) in self.lent
-                if not kept and _holds_tensor(value, mine, set()):
+                if not kept and holds_tensor(value, mine):
                     del entries[name]
                     if _is_small_and_the_users(twin, entries, value):
                         self.left.append((twin, name, value))
@@ -259,8 +259,15 @@ def _is_small_and_the_users(twin: nn.Module, entries: Any, value: Any) -> bool:
     return held and own and isinstance(value, Tensor) and value.nbytes < _SMALL
 
 
-def _holds_tensor(value: Any, twins: set[int], seen: set[int]) -> bool:
-    """Whether a tensor, or a module of the float model, can be reached from an attribute."""
+def holds_tensor(value: Any, twins: Container[int] = (), seen: set[int] | None = None) -> bool:
+    """Whether a tensor, or a module of the float model, can be reached from an attribute.
+
+    Args:
+        value: the attribute.
+        twins: ids of modules that are none of the float model's.
+        seen: ids of what was looked at.
+    """
+    seen = set() if seen is None else seen
     if isinstance(value, (StandIn, type, ModuleType)) or id(value) in seen or id(value) in twins:
         return False
     if isinstance(value, (Tensor, nn.Module)):
@@ -275,4 +282,4 @@ def _holds_tensor(value: Any, twins: set[int], seen: set[int]) -> bool:
         inner = (value.__self__,)
     else:
         inner = vars(value).values() if hasattr(value, "__dict__") else ()
-    return any(_holds_tensor(each, twins, seen) for each in list(inner))
+    return any(holds_tensor(each, twins, seen) for each in list(inner))

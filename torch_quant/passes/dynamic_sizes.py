@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from torch_quant.graph.functions import graph_function
 from torch_quant.passes.base import PassContext
 
 __all__ = ["dynamic_sizes"]
@@ -61,32 +62,38 @@ def _real(n: Any) -> Any:
     return n.to(torch.float64) if isinstance(n, Tensor) else n
 
 
+@graph_function
 def size_float(n: Any) -> Any:
     """A size as a real number."""
     return _real(n) if isinstance(n, Tensor) else float(n)
 
 
+@graph_function
 def size_sqrt(n: Any) -> Any:
     """The square root of a size, which is a tensor while tracing."""
     return _real(n) ** 0.5
 
 
+@graph_function
 def size_power(a: Any, b: Any) -> Any:
     """A power of a size."""
     return _real(a) ** b
 
 
+@graph_function
 def size_ratio(a: Any, b: Any) -> Any:
     """The quotient of sizes, as a real number."""
     return _real(a) / _real(b)
 
 
+@graph_function
 def size_max(a: Any, b: Any) -> Any:
     """The larger of two sizes."""
     traced = isinstance(a, Tensor) or isinstance(b, Tensor)
     return torch.maximum(torch.as_tensor(a), torch.as_tensor(b)) if traced else max(a, b)
 
 
+@graph_function
 def size_min(a: Any, b: Any) -> Any:
     """The smaller of two sizes."""
     traced = isinstance(a, Tensor) or isinstance(b, Tensor)

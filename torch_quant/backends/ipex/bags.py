@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from torch_quant.backends.embedding_bags import BAGS, bag_arguments, bags_of_rows
+from torch_quant.graph.functions import graph_function
 from torch_quant.graph.qdq import (
     DEQUANTIZE_PER_TENSOR,
     FAKE_QUANTIZE_PER_TENSOR,
@@ -28,6 +29,7 @@ NO_KERNEL = "IPEX's kernel only sums, to larger steps: int8 rows are gathered an
 _COARSER = 1.01e-4
 
 
+@graph_function
 def sum_bags(
     codes: Tensor,
     scale: float,

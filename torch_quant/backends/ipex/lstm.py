@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from torch_quant.graph.functions import graph_function
 from torch_quant.graph.lstm import LSTM, cells_of, projected
 from torch_quant.graph.qdq import DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_TENSOR
 from torch_quant.graph.sites import local_name, results
@@ -37,6 +38,7 @@ NO_KERNEL = (
 """Why an LSTM is not on the kernel."""
 
 
+@graph_function
 def int8_lstm(
     x: Tensor,
     hx: list[Tensor],
@@ -84,6 +86,7 @@ def int8_lstm(
     return output, h_n, c_n
 
 
+@graph_function
 def float_lstm(*args: Any) -> Any:
     """``aten.lstm`` under another name, so that IPEX goes on looking for quantized ones."""
     if torch.compiler.is_compiling():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torch_quant.graph.functions import graph_function
 from torch_quant.graph.qdq import FAKE_QUANTIZE_PER_TENSOR
 
 __all__ = ["dequantize", "dequantize_weight", "quantize"]
@@ -15,6 +16,7 @@ __all__ = ["dequantize", "dequantize_weight", "quantize"]
 _STORAGE = {torch.uint8: torch.quint8, torch.int8: torch.qint8}
 
 
+@graph_function
 def quantize(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> Tensor:
     """``x`` as a quantized tensor; while exporting, rounded to the same grid in float."""
     if torch.compiler.is_compiling():
@@ -23,11 +25,13 @@ def quantize(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> Te
     return torch.quantize_per_tensor(x.float(), scale, zero_point, _STORAGE[dtype])
 
 
+@graph_function
 def dequantize(x: Tensor) -> Tensor:
     """Real values of a quantized tensor."""
     return x.dequantize() if x.is_quantized else x
 
 
+@graph_function
 def dequantize_weight(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
     """Real values of an int8 weight; the codes stay what is saved."""
     if torch.compiler.is_compiling():

@@ -12,19 +12,12 @@ from torch._ops import HigherOrderOperator
 
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.decomposed import NAMESPACE, decomposed
-from torch_quant.io.data.values import (
-    FUNCTIONS,
-    decode,
-    encode,
-    entries,
-    operator_at,
-    path_of,
-    wrong,
-)
+from torch_quant.graph.functions import function_at, is_method, path_of
+from torch_quant.io.data.values import decode, encode, entries, operator_at, wrong
 
 __all__ = ["read_graph", "write_graph"]
 
-_OPS = ("placeholder", "get_attr", "call_function", "output")
+_OPS = ("placeholder", "get_attr", "call_function", "call_method", "output")
 _ATTRIBUTE = re.compile(r"[^\"'\\\n\r{}]+")
 """What the name of a tensor may hold: it becomes a string of the code that fx generates."""
 
@@ -68,8 +61,10 @@ def _target(node: fx.Node) -> str:
     if hasattr(target, "_schema"):
         return str(target)
     name = path_of(target)
-    if FUNCTIONS.get(name) is not target:
-        raise InvalidConfig(f"the graph calls {name}, which cannot be saved")
+    if function_at(name) is not target:
+        raise InvalidConfig(
+            f"the graph calls {name}, which cannot be saved: put @graph_function over it"
+        )
     return f"function {name}"
 
 
@@ -132,10 +127,15 @@ def _resolved(op: str, target: Any, at: str) -> Any:
             raise wrong(at, target, "an identifier")
         return target
     name = str(target).removeprefix("function ")
+    if op == "call_method":
+        if not is_method(name):
+            raise wrong(at, target, "a method of tensors that computes")
+        return name
     if name != target:
-        if name not in FUNCTIONS:
-            raise wrong(at, target, "a function of sizes")
-        return FUNCTIONS[name]
+        function = function_at(name)
+        if function is None:
+            raise wrong(at, target, "a function that computes, of a module that is imported")
+        return function
     if name.startswith(f"{NAMESPACE}."):
         decomposed()  # a new process may not have them yet
     return operator_at(target, at)

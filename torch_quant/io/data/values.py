@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import builtins
 import math
 import operator
 import re
@@ -15,15 +14,14 @@ from typing import Any
 import torch
 
 from torch_quant.errors import InvalidConfig
+from torch_quant.graph.functions import path_of
 
 __all__ = [
-    "FUNCTIONS",
     "class_at",
     "decode",
     "encode",
     "entries",
     "operator_at",
-    "path_of",
     "wrong",
 ]
 
@@ -144,31 +142,6 @@ def _scalar(kind: str, inner: Any, what: str) -> Any:
         raise wrong(what, inner, f"a {kind}") from error
     raise wrong(what, {kind: inner}, "a constant")
 
-
-_SIZES = {
-    operator: (
-        "abs", "add", "and_", "eq", "floordiv", "ge", "getitem", "gt", "invert", "le", "lshift",
-        "lt", "mod", "mul", "ne", "neg", "not_", "or_", "pos", "pow", "rshift", "sub", "truediv",
-        "xor",
-    ),
-    builtins: ("abs", "bool", "float", "int", "len", "max", "min", "round"),
-    math: ("ceil", "floor", "sqrt", "trunc"),
-    torch: tuple(name for name in dir(torch) if name.startswith("sym_")),
-}  # fmt: skip
-
-
-def path_of(thing: Any) -> str:
-    """Module and name of a function or class."""
-    module = getattr(thing, "__module__", "").removeprefix("_")
-    return f"{module}.{getattr(thing, '__qualname__', thing)}"
-
-
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    path_of(found): found
-    for module, names in _SIZES.items()
-    for found in (getattr(module, name) for name in names)
-}
-"""What a graph may call beside operators: arithmetic of sizes, and parts of tuples."""
 
 _DENIED = {"aten.from_file"}
 """Operators that do more than compute."""
