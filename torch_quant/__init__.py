@@ -20,7 +20,7 @@ from torch_quant.core.methods import (
 )
 from torch_quant.core.metrics import cosine, sqnr
 from torch_quant.core.plan import QuantPlan, SitePlan
-from torch_quant.core.spec import QuantSpec, ScaleType
+from torch_quant.core.spec import FLOAT, QuantSpec, ScaleType
 from torch_quant.errors import (
     BackendUnavailable,
     CaptureFailed,
@@ -39,6 +39,7 @@ from torch_quant.tuning import tune
 from torch_quant.version import __version__
 
 __all__ = [
+    "FLOAT",
     "Backend",
     "BackendUnavailable",
     "CaptureFailed",

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from torch_quant.core.documents import Lines, Place, check_keys, check_kind, shown
-from torch_quant.core.granularity import Granularity, PerTensor, PerToken
+from torch_quant.core.granularity import Granularity, PerGroup, PerTensor, PerToken
 from torch_quant.core.methods import (
     Method,
     Transform,
@@ -20,7 +20,7 @@ from torch_quant.core.methods import (
 from torch_quant.core.naming import (
     did_you_mean,
 )
-from torch_quant.core.spec import QuantSpec
+from torch_quant.core.spec import FLOAT, FloatFormat, QuantSpec
 from torch_quant.errors import InvalidConfig
 from torch_quant.statistics import OBSERVERS, Observer, observer_class
 
@@ -48,20 +48,21 @@ class QConfig:
     """Formats and observers of one site; what is None is the backend's or the op's default.
 
     Args:
-        input: format of the activations, per tensor.
-        weight: format of the weight.
+        input: format of the activations, per tensor; or, with ``dynamic=True``, per tensor, token
+            or group. ``FLOAT`` leaves them in float.
+        weight: format of the weight; ``FLOAT`` leaves it in float.
         observer: statistics taken of activations.
         transforms: what makes it easier to quantize, such as :class:`SmoothQuant`, in order. Each
             holds for the sites that it can serve.
         method: how the weight is rounded; None for :class:`RoundToNearest`.
 
     Raises:
-        InvalidConfig: per-channel activations, weights per token, an unknown observer name,
-            something else than transforms or a weight method.
+        InvalidConfig: per-channel activations, weights per token, both in float, an unknown
+            observer name, something else than transforms or a weight method.
     """
 
-    input: QuantSpec | None = None
-    weight: QuantSpec | None = None
+    input: QuantSpec | FloatFormat | None = None
+    weight: QuantSpec | FloatFormat | None = None
     observer: ObserverLike | None = None
     transforms: Sequence[Transform] = ()
     method: WeightMethod | None = None
@@ -80,14 +81,23 @@ class QConfig:
             )
         for name in ("input", "weight"):
             spec = getattr(self, name)
-            if spec is not None and not isinstance(spec, QuantSpec):
-                raise InvalidConfig(f"QConfig({name}=...) is {spec!r}; expected a QuantSpec")
-        if self.input is not None and not isinstance(self.input.granularity, PerTensor | PerToken):
+            if spec is not None and not isinstance(spec, QuantSpec | FloatFormat):
+                raise InvalidConfig(
+                    f"QConfig({name}=...) is {spec!r}; expected a QuantSpec, or FLOAT"
+                )
+        if isinstance(self.input, FloatFormat) and isinstance(self.weight, FloatFormat):
+            raise InvalidConfig(
+                "QConfig(input=FLOAT, weight=FLOAT) quantizes nothing; overrides={name: None} "
+                "leaves a site in float"
+            )
+        if isinstance(self.input, QuantSpec) and not isinstance(
+            self.input.granularity, PerTensor | PerToken | PerGroup
+        ):
             raise InvalidConfig(
                 f"QConfig(input=...) is {self.input.granularity}, but no kernel multiplies such "
                 "activations; use QuantSpec.of(..., granularity=PerTensor()), or PerToken()"
             )
-        if self.weight is not None and isinstance(self.weight.granularity, PerToken):
+        if isinstance(self.weight, QuantSpec) and isinstance(self.weight.granularity, PerToken):
             raise InvalidConfig(
                 "QConfig(weight=...) is per token, which activations can be; use PerChannel()"
             )
@@ -107,7 +117,7 @@ class QConfig:
         data: dict[str, Any] = {}
         for name in ("input", "weight"):
             if (spec := getattr(self, name)) is not None:
-                data[name] = spec.to_dict()
+                data[name] = str(spec) if isinstance(spec, FloatFormat) else spec.to_dict()
         if self.observer is not None:
             data["observer"] = registered_name(self.observer)
         if self.transforms:
@@ -187,12 +197,18 @@ def read_qconfig(data: Any, place: Place, what: str, lines: Lines) -> QConfig:
         values["method"] = _read(read_weight_method, method, (*place, "method"), what, lines)
     for name in ("input", "weight"):
         if data.get(name) is not None:
+            if data[name] == str(FLOAT):
+                values[name] = FLOAT
+                continue
             values[name] = _read_spec(data[name], (*place, name), f"{what}: {name!r}", lines)
             try:
                 QConfig(**{name: values[name]})
             except InvalidConfig as error:
                 raise lines.error((*place, name), f"{what}: {error}") from error
-    return QConfig(**values)
+    try:
+        return QConfig(**values)
+    except InvalidConfig as error:
+        raise lines.error(place, f"{what}: {error}") from error
 
 
 def read_transforms(data: Any, place: Place, what: str, lines: Lines) -> tuple[Transform, ...]:

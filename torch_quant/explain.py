@@ -10,7 +10,7 @@ from torch_quant.config import QConfig
 from torch_quant.core.methods import Method, Transform, WeightMethod
 from torch_quant.core.naming import did_you_mean, matches_name
 from torch_quant.core.plan import FALLEN_BACK, SitePlan
-from torch_quant.core.spec import QuantSpec
+from torch_quant.core.spec import FLOAT, FloatFormat, QuantSpec
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.rules import modules_of, rules_for
 from torch_quant.graph.sites import Site
@@ -42,7 +42,7 @@ class Decision:
 
     def __str__(self) -> str:
         value = "yes" if self.value is True else "no" if self.value is False else self.value
-        return f"{self.what:<16}{value!s:<28}{self.rule}{f': {self.why}' if self.why else ''}"
+        return f"{self.what:<16}{value!s:<27} {self.rule}{f': {self.why}' if self.why else ''}"
 
 
 @dataclass(frozen=True, repr=False)
@@ -119,13 +119,13 @@ class _Facts:
             found += [Decision(each.name, each, "the summary") for each in self.entry.transforms]
             asked, source = self.entry.method, "the summary"
         else:
-            found += [self._format("input", config.input, self.entry.activation, source)]
-            found += [self._format("weight", config.weight, self.entry.weight, source)]
+            found += [self._format("input", config.input, source)]
+            found += [self._format("weight", config.weight, source)]
             found += [self._transform(each, source) for each in config.transforms]
             asked = config.method
-        if self.site.inputs:
+        if self.site.inputs and (self.entry.needs_ranges or not self.entry.quantized):
             found.append(self._observer(self.site.inputs[0]))
-        if self.site.weight_shape:
+        if self.site.weight_shape and not isinstance(config.weight, FloatFormat):
             found.append(self._method(asked, source))
         return tuple(each for each in found if each is not None)
 
@@ -151,21 +151,24 @@ class _Facts:
             rule = "quantizer.fallback()"
         return Decision("quantized", False, rule, entry.reason)
 
+    def _value(self, what: str) -> QuantSpec | str | None:
+        """The format of a tensor, None where the site has none."""
+        entry, site = self.entry, self.site
+        if what == "input":
+            return entry.activation or (str(FLOAT) if site.inputs else None)
+        return entry.weight or (str(FLOAT) if site.weight_shape else None)
+
     def _format(
-        self, what: str, asked: QuantSpec | None, value: QuantSpec | None, source: str
+        self, what: str, asked: QuantSpec | FloatFormat | None, source: str
     ) -> Decision | None:
-        if value is None:
-            return None  # it reads no activation, or has no weight
-        if asked is not None:
-            return Decision(what, value, source)
+        value = self._value(what)
+        if value is None or asked is not None:
+            return None if value is None else Decision(what, value, source)
         return Decision(what, value, self.name, f"its format for {self.site.op}")
 
     def _summary(self, what: str) -> Decision | None:
-        values = {
-            "input": self.entry.activation,
-            "weight": self.entry.weight,
-        }
-        return None if values[what] is None else Decision(what, values[what], "the summary")
+        value = self._value(what)
+        return None if value is None else Decision(what, value, "the summary")
 
     def _transform(self, transform: Transform, source: str) -> Decision:
         if refusal := transform.refusal(self.site):

@@ -122,14 +122,15 @@ class QuantizerBase(Tied):
 
     def _amp(self, model: nn.Module, options: AmpOptions, example_inputs: Any) -> AmpModel:
         session = self._session(model)
-        if self.state.batches == 0:
+        if example_inputs is not None:
+            run_example(session.captured, example_inputs)
+        plan = session.plan()
+        if self.state.batches == 0 and (not plan or _needs_ranges(plan)):
             raise NotCalibrated(
                 "no calibration data was seen: run it through the proxy that "
                 "quantizer.calib(model) returns, then ask for sensitivity"
             )
         self.state.compare_weights(model)
-        if example_inputs is not None:
-            run_example(session.captured, example_inputs)
         return AmpModel(session, options)
 
     def _set(self, pattern: OverrideKey, config: QConfig | None) -> None:
@@ -167,8 +168,7 @@ class QuantizerBase(Tied):
                 + ("; ".join(sorted(reasons)) or session.captured.nothing_captured())
                 + ". print(quantizer.coverage(model)) lists every operator"
             )
-        needs_data = any(site.quantized and site.activation for site in plan.values())
-        if needs_data and self.state.batches == 0:
+        if _needs_ranges(plan) and self.state.batches == 0:
             raise NotCalibrated(
                 "no calibration data was seen: run it through the proxy of quantizer.calib(model)"
             )
@@ -194,6 +194,10 @@ class QuantizerBase(Tied):
                 f"{have} captured by this quantizer: quantizer.{method}(..., model)"
             )
         return known[0]
+
+
+def _needs_ranges(plan: QuantPlan) -> bool:
+    return any(site.quantized and site.needs_ranges for site in plan.values())
 
 
 def _chosen(backend: Backend | str | None) -> tuple[Backend | None, Backend, Backend | None]:

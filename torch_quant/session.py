@@ -163,11 +163,22 @@ class Session:
         """What is recorded of each tensor: its range, and what transforms and methods ask for."""
         found: dict[str, dict[str, Callable[[], Statistic]]] = {}
         for key, using in self._users().items():
-            found[key] = {RANGE: partial(self._observer, key, using)}
+            found[key] = {}
+            if any(self._ranges(site) for site in _deciding_on_ranges(key, using)):
+                found[key][RANGE] = partial(self._observer, key, using)
             for site in using:
                 for method in self._methods(site):
                     found[key] |= method.statistics(site).get(key, {})
         return dict(found)
+
+    def _ranges(self, site: Site) -> bool:
+        """Whether a site may want ranges, on whatever backend."""
+        edit = self.settings.summary.plan.get(site.name)
+        if edit is not None and edit.quantized:
+            return edit.needs_ranges
+        config = self._config(site)
+        asked = None if config is None else config.input
+        return asked is None or (isinstance(asked, QuantSpec) and not asked.dynamic)
 
     def _users(self) -> dict[str, list[Site]]:
         """Tensor key -> the sites that read or make it."""
@@ -241,6 +252,12 @@ class Session:
 
     def _config(self, site: Site) -> QConfig | None:
         return self.settings.config_of(self.captured.region.module, site)
+
+
+def _deciding_on_ranges(key: str, using: list[Site]) -> list[Site]:
+    """Of the sites that use a tensor, those that may quantize it; its maker if none does."""
+    keys = {site: (*site.inputs, *site.internals, site.stored) for site in using}
+    return [site for site in using if key in keys[site]] or using
 
 
 class Calibrated:

@@ -125,7 +125,7 @@ class UnseenCalls:
         found = []
         for site, _ in prepared.sites:
             entry = plan[site.name]
-            if entry.quantized and entry.activation is not None:
+            if entry.quantized and entry.needs_ranges:
                 keys = [*site.inputs, *site.internals, *([entry.stored] if entry.stored else [])]
                 if any(self._learned.state.find(key) is None for key in keys):
                     found.append(site.name)

@@ -93,7 +93,11 @@ def test_other_backends_say_why_not(name: str, backend: str) -> None:
     [
         (QConfig(weight=QuantSpec.of("int4", granularity=PerGroup(24))), "not a multiple of 24"),
         (QConfig(QuantSpec.of("int8", granularity=PerToken())), "one scale for the whole tensor"),
-        (QConfig(QuantSpec.of("int8", dynamic=True)), "not at each call"),
+        (QConfig(weight=QuantSpec.of("int8", dynamic=True)), "not at each call"),
+        (
+            QConfig(QuantSpec.of("int8", granularity=PerGroup(24), dynamic=True)),
+            "not a multiple of 24",
+        ),
     ],
 )
 def test_reference_refuses_the_rest(config: QConfig, reason: str) -> None:

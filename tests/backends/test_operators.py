@@ -130,6 +130,11 @@ SAMPLES: dict[str, Callable[[], dict[str, Sample]]] = {
     "dequantize": lambda: formats("dequantize"),
     "fake_quantize": lambda: formats("fake_quantize") | layouts(),
     "decode": lambda: formats("decode"),
+    "choose_qparams": lambda: {
+        f"{kind} {name}": (x, "uint8", symmetric, kind, "float32")
+        for name, x in FEW.items()
+        for kind, symmetric in (("per_tensor", False), ("per_token", True), ("per_group(1)", True))
+    },
     "quantize_per_tensor": lambda: {k: (x, *GRID, torch.uint8) for k, x in FEW.items()},
     "dequantize_per_tensor": lambda: {"": (codes(2, 3), 0.1, 3)},
     "fake_quantize_per_tensor": lambda: {k: (x, *GRID) for k, x in FEW.items()},

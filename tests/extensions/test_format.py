@@ -32,4 +32,4 @@ def test_a_format_is_one_instance(tmp_path: Path) -> None:
     again = Quantizer.from_config(quantizer.to_config())
     assert again.qconfig == quantizer.qconfig
     again.calib(model)(*x)
-    assert again.explain("2")["weight"].value.element is FLOAT5
+    assert again.explain("2")["weight"].value.element == FLOAT5

@@ -13,7 +13,9 @@ from torch import Tensor, fx, nn
 from torch_quant.core.kernels import Kernel, KernelTable
 from torch_quant.core.naming import did_you_mean
 from torch_quant.core.plan import QuantPlan
+from torch_quant.core.spec import FLOAT
 from torch_quant.errors import BackendUnavailable, InvalidConfig
+from torch_quant.graph.ops import OPERATORS
 from torch_quant.graph.sites import KEY
 from torch_quant.passes.base import PassContext
 
@@ -138,7 +140,10 @@ class Backend(ABC, metaclass=_ByName):
             entry = context.plan.get(node.meta.get(KEY, ""))
             if node.op != "call_function" or entry is None or not entry.quantized:
                 continue
-            kernel, _ = kernels.choose(entry.op, entry.activation, entry.weight)
+            activation = entry.activation or (FLOAT if entry.inputs else None)
+            weighted = OPERATORS[entry.op].weight is not None
+            weight = entry.weight or (FLOAT if weighted else None)
+            kernel, _ = kernels.choose(entry.op, activation, weight)
             if kernel is not None and kernel.emit is not None:
                 kernel.emit(context, node)
                 changed += 1

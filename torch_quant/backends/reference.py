@@ -48,16 +48,15 @@ class ReferenceBackend(Backend):
         return super().kernels() if self._simulates is None else self._simulates.kernels()
 
     def _kernels(self) -> KernelTable:
-        activation = Accepts(
-            QuantSpec(),
-            lambda spec: spec.per_tensor,
-            "activations have one scale for the whole tensor",
-            any_format=True,
-        )
-        weight = Accepts(symmetric_weight(), any_format=True)
-        rows = [Kernel(op, activation, weight) for op in OPERATORS if op != "lstm"]
+        weight = Accepts(symmetric_weight(), any_format=True, floats=True)
+        rows = [
+            Kernel(op, _activations(pattern.smoothable), weight)
+            for op, pattern in OPERATORS.items()
+            if op != "lstm"
+        ]
         # What it multiplies by has to follow the rows of two matrices: no blocks of any shape.
-        rows.append(Kernel("lstm", Accepts(QuantSpec()), Accepts(symmetric_weight())))
+        whole, channels = (Accepts(x, floats=True) for x in (QuantSpec(), symmetric_weight()))
+        rows.append(Kernel("lstm", whole, channels))
         return KernelTable(self.name, tuple(rows))
 
     def lower(self, context: PassContext) -> fx.GraphModule:
@@ -73,6 +72,31 @@ class ReferenceBackend(Backend):
                 node.replace_all_uses_with(node.args[0])  # float already
                 graph.erase_node(node)
         return context.gm
+
+
+def _activations(rows: bool) -> Accepts:
+    """What an operator takes; of its input's last dimension, ``rows`` of a weight are summed.
+
+    There a token or a group has one scale for all that is summed up together.
+    """
+    wants = "activations have one scale for the whole tensor"
+    if not rows:
+        return Accepts(
+            QuantSpec(),
+            lambda spec: spec.per_tensor,
+            wants,
+            any_format=True,
+            floats=True,
+            dynamic=True,
+        )
+    return Accepts(
+        QuantSpec(),
+        lambda spec: spec.per_tensor or spec.dynamic,
+        f"{wants}, or dynamic ones for tokens or groups",
+        any_format=True,
+        floats=True,
+        dynamic=True,
+    )
 
 
 def _plain_dequantize(node: fx.Node) -> None:

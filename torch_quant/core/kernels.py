@@ -7,9 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch_quant.core.granularity import PerChannel, PerTensor
-from torch_quant.core.spec import QuantSpec
+from torch_quant.core.spec import FloatFormat, QuantSpec
 
-__all__ = ["Accepts", "Kernel", "KernelTable"]
+__all__ = ["Accepts", "Format", "Kernel", "KernelTable"]
+
+
+Format = QuantSpec | FloatFormat
+"""What a tensor is asked to be: quantized so, or left in float."""
 
 
 def _anything(spec: QuantSpec) -> bool:
@@ -26,16 +30,20 @@ class Accepts:
         wants: what it takes, in words that a refusal begins with: ``"oneDNN wants a signed
             weight"``.
         any_format: also what is beyond integers of up to 8 bits per tensor or output channel.
+        floats: whether the tensor may stay in float beside the other, which is quantized.
+        dynamic: whether it chooses scales at each call.
     """
 
     default: QuantSpec
     fits: Callable[[QuantSpec], bool] = _anything
     wants: str = ""
     any_format: bool = False
+    floats: bool = False
+    dynamic: bool = False
 
     def refusal(self, spec: QuantSpec) -> str:
         """Why it does not take ``spec``, or an empty text."""
-        if spec.dynamic:
+        if spec.dynamic and not self.dynamic:
             return f"scales are chosen while calibrating, not at each call: {spec}"
         if not self.any_format and not (spec.integer and spec.bits <= 8):
             return f"the kernels take integers of up to 8 bits, not {spec}"
@@ -50,8 +58,8 @@ class Kernel:
 
     Args:
         op: the op type, as in the op table.
-        input: formats of its activations, None if it reads none quantized.
-        weight: formats of its weight, None without one.
+        input: formats of its activations, None if they are float, or there are none.
+        weight: formats of its weight, None if it is float, or there is none.
         output: formats of its result where the kernel gives nothing but integers, else None.
             Inputs and output of a site have one format.
         emit: puts the kernel in the place of the operator, given the pass context and the node of
@@ -71,15 +79,26 @@ class Kernel:
         """The formats of what is not the weight."""
         return self.input or self.output
 
-    def refusal(self, activation: QuantSpec | None, weight: QuantSpec | None) -> str:
-        """Why it does not run a site with these formats, or an empty text."""
-        pairs = ((self.activation, activation), (self.weight, weight))
-        reasons = (
-            accepts.refusal(spec)
-            for accepts, spec in pairs
-            if accepts is not None and spec is not None
+    def refusal(self, activation: Format | None, weight: Format | None) -> str:
+        """Why it does not run a site with these formats, or an empty text.
+
+        None stands for what the site does not have.
+        """
+        return _refusal("activations", self.activation, activation) or _refusal(
+            "weights", self.weight, weight
         )
-        return next(filter(None, reasons), "")
+
+
+def _refusal(what: str, accepts: Accepts | None, spec: Format | None) -> str:
+    if isinstance(spec, QuantSpec):
+        return (
+            f"the kernels take float {what}, not {spec}"
+            if accepts is None
+            else (accepts.refusal(spec))
+        )
+    if spec is None or accepts is None or accepts.floats:
+        return ""
+    return f"the kernels take quantized {what}, not float ones"
 
 
 @dataclass(frozen=True)
@@ -124,9 +143,15 @@ class KernelTable:
         return Kernel(op, activation, weight)
 
     def choose(
-        self, op: str, activation: QuantSpec | None, weight: QuantSpec | None
+        self, op: str, activation: Format | None, weight: Format | None
     ) -> tuple[Kernel | None, str]:
-        """The first kernel that takes these formats, or None and why there is none."""
+        """The first kernel that takes these formats, or None and why there is none.
+
+        Args:
+            op: the op type.
+            activation: of the inputs, None if the site has none to quantize.
+            weight: None if it has none.
+        """
         reasons = []
         for row in self.of(op):
             reason = row.refusal(activation, weight)

@@ -13,7 +13,7 @@ from torch_quant.core.methods import (
     read_transform,
     read_weight_method,
 )
-from torch_quant.core.spec import QuantSpec
+from torch_quant.core.spec import FLOAT, QuantSpec
 from torch_quant.errors import InvalidConfig
 
 __all__ = [
@@ -44,8 +44,8 @@ class SitePlan:
         name: the site.
         op: its op type.
         inputs: keys of the tensors to quantize, those inside the operator last.
-        activation: their format, None where the site takes no quantized activation.
-        weight: format of the weight, None without one.
+        activation: their format, None where they stay in float, or there are none.
+        weight: format of the weight, None where it stays in float, or there is none.
         quantized: False leaves the site in float.
         reason: why it stays in float, empty if quantized.
         macs: multiply-accumulates on the captured example.
@@ -75,6 +75,15 @@ class SitePlan:
         if self.precision not in PRECISIONS:
             expected = " or ".join(PRECISIONS)
             raise InvalidConfig(f"{self.name}: precision {self.precision!r}; expected {expected}")
+
+    @property
+    def needs_ranges(self) -> bool:
+        """Whether calibration has to find ranges of its activations.
+
+        >>> SitePlan("head", "linear", activation=QuantSpec.of(dynamic=True)).needs_ranges
+        False
+        """
+        return self.activation is not None and not self.activation.dynamic
 
     def to_dict(self) -> dict[str, Any]:
         """What :meth:`from_dict` reads, ready for JSON.
@@ -263,13 +272,19 @@ class QuantPlan(Mapping[str, SitePlan]):
                 reason = edit.reason or "left in float by the summary"
                 plan.append(replace(site, quantized=False, reason=reason, precision=edit.precision))
             else:
+                # A site without inputs has a format where this backend stores results.
+                activation = edit.activation if site.inputs else site.activation
                 reason = site.reason
-                reason = reason or kernels.choose(site.op, edit.activation, edit.weight)[1]
+                inputs = FLOAT if site.inputs else None
+                weight = None if site.weight is None else FLOAT
+                reason = (
+                    reason
+                    or (kernels.choose(site.op, activation or inputs, edit.weight or weight)[1])
+                )
                 plan.append(
                     replace(
                         site,
-                        # A site without inputs has a format where this backend stores results.
-                        activation=edit.activation if site.inputs else site.activation,
+                        activation=activation,
                         weight=edit.weight,
                         quantized=not reason,
                         reason=reason,

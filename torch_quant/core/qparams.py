@@ -11,7 +11,7 @@ from torch import Tensor
 from torch_quant.core.spec import QuantSpec, ScaleType
 from torch_quant.errors import InvalidConfig
 
-__all__ = ["MIN_SCALE", "QParams", "choose_qparams"]
+__all__ = ["MIN_SCALE", "QParams", "choose_qparams", "unchecked_qparams"]
 
 MIN_SCALE = 2.0**-48
 """Floor of every scale: products of two scales stay normal float32 numbers."""
@@ -69,12 +69,17 @@ def choose_qparams(min_val: Tensor, max_val: Tensor, spec: QuantSpec) -> QParams
     >>> choose_qparams(low, high, QuantSpec.of("float4_e2m1")).scale
     tensor(2.)
     """
-    low = min_val.detach().to(torch.float32).clamp(max=0.0)
-    high = max_val.detach().to(torch.float32).clamp(min=0.0)
-    if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
+    if not bool(torch.isfinite(min_val).all() & torch.isfinite(max_val).all()):
         raise InvalidConfig("a range with NaN or Inf has no scale")
     if bool((min_val > max_val).any()):
         raise InvalidConfig("a range whose minimum lies above its maximum has no scale")
+    return unchecked_qparams(min_val, max_val, spec)
+
+
+def unchecked_qparams(min_val: Tensor, max_val: Tensor, spec: QuantSpec) -> QParams:
+    """:func:`choose_qparams` for values met while serving: NaN gives NaN, and nothing is read."""
+    low = min_val.detach().to(torch.float32).clamp(max=0.0)
+    high = max_val.detach().to(torch.float32).clamp(min=0.0)
     if spec.symmetric:
         middle = 0 if spec.signed else (spec.quant_min + spec.quant_max + 1) // 2
         steps = min(middle - spec.quant_min, spec.quant_max - middle)

@@ -6,7 +6,7 @@ import enum
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -15,7 +15,27 @@ from torch_quant.core.elements import ElementType, IntegerType, element_type
 from torch_quant.core.granularity import Granularity, PerChannel, PerTensor
 from torch_quant.errors import InvalidConfig
 
-__all__ = ["QuantSpec", "ScaleType"]
+__all__ = ["FLOAT", "FloatFormat", "QuantSpec", "ScaleType"]
+
+
+class FloatFormat(enum.Enum):
+    """In the place of a format: the tensor stays in float. Its only member is :data:`FLOAT`.
+
+    >>> FLOAT, str(FLOAT)
+    (FLOAT, 'float')
+    """
+
+    FLOAT = "float"
+
+    def __repr__(self) -> str:
+        return "FLOAT"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+FLOAT: Final = FloatFormat.FLOAT
+"""``QConfig(input=FLOAT)`` quantizes weights alone, ``QConfig(weight=FLOAT)`` activations alone."""
 
 
 class ScaleType(enum.Enum):

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from torch import nn
 
 from torch_quant.config import Overrides, QConfig
-from torch_quant.core.kernels import Kernel, KernelTable
+from torch_quant.core.granularity import PerGroup
+from torch_quant.core.kernels import Accepts, Format, Kernel, KernelTable
 from torch_quant.core.methods import Transform, WeightMethod
 from torch_quant.core.naming import check_names
 from torch_quant.core.plan import QuantPlan, SitePlan
-from torch_quant.core.spec import QuantSpec
+from torch_quant.core.spec import FLOAT, QuantSpec
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.ops import OPERATORS
 from torch_quant.graph.rules import modules_of, qconfig_of, rules_of
@@ -55,7 +56,7 @@ def annotate(
         else:
             activation, weight, kernel, refusal = _fitting(site, config, kernels)
             reason = reason or refusal
-            reason = reason or _misfit(site, weight)
+            reason = reason or _misfit(site, activation, weight)
         plan.append(
             SitePlan(
                 name=site.name,
@@ -66,7 +67,7 @@ def annotate(
                 quantized=not reason,
                 reason=reason,
                 macs=site.macs,
-                stored=site.stored if kernel is not None and kernel.output else "",
+                stored=site.stored if _stores(kernel, activation) else "",
                 transforms=() if config is None else _serving(config.transforms, site),
                 method=None if config is None or weight is None else _method(config, site),
             )
@@ -85,15 +86,31 @@ def _fitting(
     found: list[tuple[QuantSpec | None, QuantSpec | None, Kernel | None, str]] = []
     for row in rows:
         activation = weight = None
-        if row.activation and (site.inputs or row.output):
-            activation = config.input or row.activation.default
-        if row.weight and site.weight_shape:
-            weight = config.weight or row.weight.default
+        if site.inputs or row.output:
+            activation = _format(config.input, row.activation)
+        if site.weight_shape:
+            weight = _format(config.weight, row.weight)
         chosen, reason = kernels.choose(site.op, activation, weight)
+        of_x, of_w = (x if isinstance(x, QuantSpec) else None for x in (activation, weight))
+        if chosen is not None and of_x is None and of_w is None:
+            chosen, reason = None, "the configuration leaves all that it multiplies in float"
+        found.append((of_x, of_w, chosen, reason))
         if chosen is not None:
-            return activation, weight, chosen, ""
-        found.append((activation, weight, None, reason))
+            return found[-1]
     return found[0]
+
+
+def _format(asked: Format | None, accepts: Accepts | None) -> Format:
+    """What a tensor gets of a kernel."""
+    if asked is not None:
+        return asked
+    return FLOAT if accepts is None else accepts.default
+
+
+def _stores(kernel: Kernel | None, activation: QuantSpec | None) -> bool:
+    """Whether the result of a site is quantized too."""
+    found = kernel is not None and kernel.output is not None
+    return found and activation is not None and not activation.dynamic
 
 
 def _serving(transforms: Sequence[Transform], site: Site) -> tuple[Transform, ...]:
@@ -105,13 +122,13 @@ def _method(config: QConfig, site: Site) -> WeightMethod | None:
     return None if refused else config.method
 
 
-def _misfit(site: Site, weight: QuantSpec | None) -> str:
-    """Why the weight cannot be cut into the blocks of its format, empty if it can."""
-    if weight is None or weight.per_tensor or weight.per_channel:
-        return ""
-    axis = OPERATORS[site.op].weight_axis
+def _misfit(site: Site, activation: QuantSpec | None, weight: QuantSpec | None) -> str:
+    """Why a tensor cannot be cut into the blocks of its format, empty if all can."""
     try:
-        weight.granularity.on(axis).grid(site.weight_shape)
+        if activation is not None and isinstance(activation.granularity, PerGroup):
+            activation.granularity.grid(site.weight_shape)  # the same last dimension
+        if weight is not None and not (weight.per_tensor or weight.per_channel):
+            weight.granularity.on(OPERATORS[site.op].weight_axis).grid(site.weight_shape)
     except InvalidConfig as error:
         return str(error)
     return ""

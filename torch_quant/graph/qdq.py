@@ -4,21 +4,29 @@ One pair serves every format: the element type goes by its name, and scales and 
 tensors in the shape of the blocks' grid, ``[]`` for one of a whole tensor. They compute by the
 definition in ``core/functional.py``, so that an unlowered graph can be run and compared.
 
+``choose_qparams`` finds the scales of what it meets, for formats that are dynamic.
+
 Int8 kernels take a scale as a number, or as one dimension of channels. The operators that end in
 ``per_tensor`` and ``per_channel`` are that form; ``passes/fold_scales.py`` puts them in place.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torch_quant.core import functional
 from torch_quant.core.elements import ElementType, element_type
+from torch_quant.core.granularity import Granularity, block_extremes
+from torch_quant.core.qparams import unchecked_qparams
+from torch_quant.core.spec import QuantSpec, ScaleType
 
 __all__ = [
+    "CHOOSE_QPARAMS",
     "DECODE",
     "DEQUANTIZE",
     "DEQUANTIZE_PER_CHANNEL",
@@ -34,6 +42,10 @@ library = torch.library.Library("torch_quant", "DEF")
 for _name in ("quantize", "dequantize", "fake_quantize"):
     library.define(f"{_name}(Tensor x, Tensor scale, Tensor zero_point, str element) -> Tensor")
 library.define("decode(Tensor q, str element) -> Tensor")
+library.define(
+    "choose_qparams(Tensor x, str element, bool symmetric, str granularity, str scale_type) -> "
+    "(Tensor scale, Tensor zero_point)"
+)
 library.define(
     "quantize_per_tensor(Tensor x, float scale, int zero_point, int quant_min, int quant_max, "
     "ScalarType dtype) -> Tensor"
@@ -70,6 +82,25 @@ def _decode(q: Tensor, element: str) -> Tensor:
     return values.clone() if values is q else values
 
 
+@functools.lru_cache(maxsize=64)
+def _spec(element: str, symmetric: bool, granularity: str, scale_type: str) -> QuantSpec:
+    kinds = (Granularity.parse(granularity), ScaleType(scale_type))
+    return QuantSpec(element_type(element), symmetric, *kinds, dynamic=True)
+
+
+def _choose_qparams(x: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
+    spec = _spec(*how)
+    if not x.numel():
+        return _fake_choose_qparams(x, *how)
+    qparams = unchecked_qparams(*block_extremes(x, spec.granularity), spec)
+    return qparams.scale, qparams.zero_point
+
+
+def _fake_choose_qparams(x: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
+    grid = _spec(*how).granularity.grid(x.shape)
+    return x.new_ones(grid, dtype=torch.float32), x.new_zeros(grid, dtype=torch.int32)
+
+
 def _quantize_per_tensor(
     x: Tensor, scale: float, zero_point: int, low: int, high: int, dtype: torch.dtype
 ) -> Tensor:
@@ -98,6 +129,7 @@ for _name, _impl in (
     ("dequantize", _by_name(functional.dequantize_blocks)),
     ("fake_quantize", _fake_quantize),
     ("decode", _decode),
+    ("choose_qparams", _choose_qparams),
     ("quantize_per_tensor", _quantize_per_tensor),
     ("dequantize_per_tensor", _dequantize_per_tensor),
     ("fake_quantize_per_tensor", _fake_quantize_per_tensor),
@@ -115,6 +147,7 @@ for _name in ("dequantize", "fake_quantize", "decode"):
         lambda x, *args: torch.empty_like(x, dtype=torch.float32),
         lib=library,
     )
+torch.library.register_fake("torch_quant::choose_qparams", _fake_choose_qparams, lib=library)
 torch.library.register_fake(
     "torch_quant::quantize",
     lambda x, scale, zero_point, element: torch.empty_like(x, dtype=element_type(element).dtype),
@@ -124,6 +157,7 @@ torch.library.register_fake(
 QUANTIZE = torch.ops.torch_quant.quantize.default
 DEQUANTIZE = torch.ops.torch_quant.dequantize.default
 FAKE_QUANTIZE = torch.ops.torch_quant.fake_quantize.default
+CHOOSE_QPARAMS = torch.ops.torch_quant.choose_qparams.default
 DECODE = torch.ops.torch_quant.decode.default
 QUANTIZE_PER_TENSOR = torch.ops.torch_quant.quantize_per_tensor.default
 DEQUANTIZE_PER_TENSOR = torch.ops.torch_quant.dequantize_per_tensor.default

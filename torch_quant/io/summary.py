@@ -22,7 +22,7 @@ from torch_quant.core.plan import QuantPlan, SitePlan
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.sites import Site
 from torch_quant.io.files import write_atomically
-from torch_quant.io.summary_schema import FORMAT, VERSION, renewed, validate
+from torch_quant.io.summary_schema import FORMAT, VERSION, renewed, validate, written
 from torch_quant.state import QuantState
 from torch_quant.statistics import CHANNELS, RANGE, MinMaxObserver, Observer
 
@@ -114,12 +114,9 @@ def _misfits(edit: SitePlan, sites: list[Site]) -> dict[str, str]:
         )
     if not edit.quantized:
         return wrong
-    needs = {"activation": bool(inputs[0]), "weight": bool(site.weight_shape)}
-    for name, needed in needs.items():
-        given = getattr(edit, name) is not None
-        if needed and not given:
-            wrong[name] = f'{name!r} is null; expected a format, or "quantized": false'
-        elif given and not needed and not (name == "activation" and site.stored):
+    has = {"activation": bool(inputs[0] or site.stored), "weight": bool(site.weight_shape)}
+    for name in has:
+        if getattr(edit, name) is not None and not has[name]:
             wrong[name] = f"{name!r} is a format; expected null: {site.op} quantizes none here"
     for name, methods in (("transforms", edit.transforms), ("method", (edit.method,))):
         for each in methods:
@@ -133,7 +130,9 @@ def _ranges(plan: QuantPlan, state: QuantState) -> dict[str, list[float]]:
     for site in plan.values():
         for key in (*site.inputs, *([site.stored] if site.stored else [])):
             observer = state.find(key)
-            if site.activation is not None and isinstance(observer, Observer):
+            if site.activation is None or site.activation.dynamic:
+                continue
+            if isinstance(observer, Observer):
                 ranges[key] = [float(end) for end in observer.range(site.activation)]
     return ranges
 
@@ -174,7 +173,7 @@ def _data(
     return {
         "format": FORMAT,
         "version": VERSION,
-        "sites": plan.to_dict()["sites"],
+        "sites": [written(site) for site in plan.to_dict()["sites"]],
         "ranges": {key: list(ends) for key, ends in ranges.items()},
         "channels": dict(channels or {}),
     }

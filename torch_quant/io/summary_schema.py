@@ -11,11 +11,11 @@ from torch_quant.core.elements import ELEMENT_TYPES, ElementType
 from torch_quant.core.granularity import Granularity
 from torch_quant.core.methods import read_transform, read_weight_method
 from torch_quant.core.plan import PRECISIONS, is_share
-from torch_quant.core.spec import ScaleType
+from torch_quant.core.spec import FLOAT, ScaleType
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.ops import OPERATORS
 
-__all__ = ["FORMAT", "VERSION", "renewed", "validate"]
+__all__ = ["FORMAT", "VERSION", "renewed", "validate", "written"]
 
 FORMAT = "torch_quant summary"
 VERSION = 3
@@ -90,8 +90,10 @@ def _site(site: Any, place: Place, lines: Lines, version: int) -> str:
     if site["quantized"] and site["precision"] != PRECISIONS[0]:
         raise wrong("precision", f"{PRECISIONS[0]!r}, since the site is quantized")
     _methods(site, place, name, lines, wrong)
-    for field in ("activation", "weight"):
-        if site[field] is not None:
+    for field, has in _has(site).items():
+        if site[field] is None and has and site["quantized"]:
+            raise wrong(field, f'a format, "{FLOAT}", or "quantized": false')
+        if site[field] is not None and site[field] != str(FLOAT):
             _spec(site[field], (*place, field), f"{name}: {field!r}", lines, field, version)
     return name
 
@@ -120,8 +122,25 @@ def _methods(
             raise lines.error((*place, *at), f"{name}: {error}") from error
 
 
+def _has(site: Mapping[str, Any]) -> dict[str, bool]:
+    """Which of its formats a site has a tensor for."""
+    weighted = OPERATORS[site["op"]].weight is not None
+    return {"activation": bool(site["inputs"]), "weight": weighted}
+
+
+def written(site: Mapping[str, Any]) -> dict[str, Any]:
+    """A site's entries in the form of a file: what it leaves in float says so."""
+    found = dict(site)
+    if site["quantized"]:
+        stays = [field for field, has in _has(site).items() if has and site[field] is None]
+        found |= dict.fromkeys(stays, str(FLOAT))
+    return found
+
+
 def renewed(site: Mapping[str, Any]) -> dict[str, Any]:
-    """A site's entries in the present form: what versions 1 and 2 called ``smooth``."""
+    """A site's entries as a plan has them; what versions 1 and 2 called ``smooth`` included."""
+    floats = [field for field in ("activation", "weight") if site[field] == str(FLOAT)]
+    site = {**site, **dict.fromkeys(floats)}
     if "smooth" not in site:
         return dict(site)
     kept = {key: value for key, value in site.items() if key != "smooth"}
@@ -195,7 +214,7 @@ def _granularity(
         allowed += ["per_channel"]
         allowed += [] if old else ["per_channel(axis)", "per_group(size)", "per_block(sizes)"]
     elif not old:
-        allowed += ["per_token"]
+        allowed += ["per_token", "per_group(size)"]
     try:
         kind = Granularity.parse(given).kind if isinstance(given, str) else ""
     except InvalidConfig:

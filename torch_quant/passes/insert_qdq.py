@@ -7,10 +7,14 @@ and each consumer dequantizes what it reads:
     source -> quantize -> reshape -> dequantize -> product
 
 Its scale and zero point are buffers called after the first site that reads it: ``fc.input_scale``.
+Dynamic ones are chosen from the tensor at each call, as the consumer reads it:
+
+    source -> reshape -> choose_qparams, quantize -> dequantize -> product
 """
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +26,7 @@ from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.graph.lstm import LSTM, cells_of
 from torch_quant.graph.ops import OPERATORS, OpPattern
-from torch_quant.graph.qdq import DEQUANTIZE, QUANTIZE
+from torch_quant.graph.qdq import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE
 from torch_quant.graph.sites import (
     find_sites,
     is_constant,
@@ -49,6 +53,10 @@ class _Inserter:
     qparams: dict[tuple[str, QuantSpec], QParams] = field(default_factory=dict)
     grids: dict[tuple[str, QuantSpec], list[fx.Node]] = field(default_factory=dict)
     """Tensor and format -> the nodes of its scale and zero point, at the head of the graph."""
+    met: dict[tuple[fx.Node, QuantSpec], tuple[fx.Node, list[fx.Node]]] = field(
+        default_factory=dict
+    )
+    """Tensor and dynamic format -> its codes, scale and zero point."""
     weights: dict[tuple[str, QuantSpec, int], tuple[Tensor, QParams]] = field(default_factory=dict)
     """What computes a weight, its format and axis -> its codes; no float copy is kept."""
 
@@ -67,16 +75,27 @@ class _Inserter:
             key: of the tensor.
             name: what its scale is called after unless it has one.
         """
-        codes = self._codes(arg, key, spec, name)
+        if spec.dynamic:
+            codes, grid = self._met(arg, spec)
+        else:
+            codes = self._codes(arg, key, spec, name)
+            grid = self.grids[key, spec]
         with user.graph.inserting_before(user):
-            real = self._real(codes, key, spec)
+            args: Any = (codes, *grid, spec.element.name)
+            real = user.graph.call_function(DEQUANTIZE, args)
         real.meta["val"] = arg.meta["val"]
         user.replace_input_with(arg, real)
 
-    def _real(self, codes: fx.Node, key: str, spec: QuantSpec) -> fx.Node:
-        """The tensor ``key`` from its codes, placed where the graph inserts."""
-        args: Any = (codes, *self.grids[key, spec], spec.element.name)
-        return codes.graph.call_function(DEQUANTIZE, args)
+    def _met(self, x: fx.Node, spec: QuantSpec) -> tuple[fx.Node, list[fx.Node]]:
+        """The codes of ``x`` on a grid that is chosen at each call, and that grid."""
+        if (x, spec) not in self.met:
+            how = (spec.symmetric, str(spec.granularity), spec.scale_type.value)
+            with x.graph.inserting_before(_behind_constants(x.next)):
+                both = x.graph.call_function(CHOOSE_QPARAMS, (x, spec.element.name, *how))
+                grid = [x.graph.call_function(operator.getitem, (both, i)) for i in (0, 1)]
+                args: Any = (x, *grid, spec.element.name)
+                self.met[x, spec] = x.graph.call_function(QUANTIZE, args), grid
+        return self.met[x, spec]
 
     def _qparams(self, key: str, spec: QuantSpec) -> QParams:
         if (key, spec) not in self.qparams:
@@ -119,7 +138,9 @@ class _Inserter:
         name = f"{local_name(node)}.output"
         codes = self._codes(stored, entry.stored, entry.activation, name)
         with node.graph.inserting_after(codes):
-            real = self._real(codes, entry.stored, entry.activation)
+            grid = self.grids[entry.stored, entry.activation]
+            args: Any = (codes, *grid, entry.activation.element.name)
+            real = node.graph.call_function(DEQUANTIZE, args)
         real.meta["val"] = stored.meta["val"]
         stored.replace_all_uses_with(real, delete_user_cb=lambda user: user is not codes)
 
@@ -157,32 +178,43 @@ class _Inserter:
         """Quantize an LSTM: input, matrices, and the hidden state at every step.
 
         Kernels sum ``W_ih x + W_hh h`` as integers, so a row of both matrices shares one scale, in
-        units of a step of ``x`` and of ``h``. Inner layers read ``h``.
+        units of a step of ``x`` and of ``h``. Inner layers read ``h``. With float activations each
+        matrix has scales of its own.
         """
         spec, hidden = entry.activation, entry.inputs[-1]
-        assert spec is not None
         x, hx, params, has_biases, layers, _, _, bidirectional, batch_first = node.args
         assert isinstance(x, fx.Node)
-        of_h = self._qparams(hidden, spec).scale
-        outer = self._qparams(key_of(source(x)), spec).scale / of_h
+        scale_of_x = scale_of_h = torch.ones(())
+        if spec is not None:
+            scale_of_x = self._qparams(key_of(source(x)), spec).scale
+            scale_of_h = self._qparams(hidden, spec).scale
         cells = cells_of(params, bool(has_biases))
         new: list[Any] = []
         for i, (w_ih, w_hh, *biases) in enumerate(cells):
-            if entry.weight is None:  # what activations alone do is asked for
+            if entry.weight is None:
                 new += [w_ih, w_hh, *biases]
                 continue
             inner = i >= len(cells) // int(layers)  # type: ignore[arg-type]
-            factor = torch.ones_like(outer) if inner else outer
+            factor = torch.ones(()) if inner else scale_of_x / scale_of_h
             values = [evaluate(self.context.gm, each).detach() for each in (w_ih, w_hh)]
-            joined = torch.cat([values[0] * factor, values[1]], 1)
-            both, qparams = self.context.params.weight(entry.name, joined, entry.weight, 0)
-            codes = both.split([each.shape[1] for each in values], 1)
+            if spec is None:
+                parts = [
+                    self.context.params.weight(entry.name, each, entry.weight, 0) for each in values
+                ]
+            else:
+                joined = torch.cat([values[0] * factor, values[1]], 1)
+                both, qparams = self.context.params.weight(entry.name, joined, entry.weight, 0)
+                codes = both.split([each.shape[1] for each in values], 1)
+                grids = [replace(qparams, scale=qparams.scale / factor), qparams]
+                parts = list(zip(codes, grids, strict=True))
             made_up = (f"{local_name(node)}.weight_{role}_{i}" for role in ("ih", "hh"))
             names = [name_of(*each) for each in zip((w_ih, w_hh), made_up, strict=True)]
-            grids = [replace(qparams, scale=qparams.scale / factor), qparams]
-            for name, part, grid in zip(names, codes, grids, strict=True):
+            for name, (part, grid) in zip(names, parts, strict=True):
                 new.append(self._codes_of(node, name, part.contiguous(), grid))
             new += biases
+        if spec is None:  # the float operator, on dequantized matrices
+            node.update_arg(2, new)
+            return
         self.activations(node, [x], entry)
         grid_of_h = self._grid(hidden, spec, f"{local_name(node)}.hidden")
         node.target = LSTM

@@ -73,9 +73,11 @@ def prepare(captured: fx.GraphModule, path: str = "") -> Prepared:
 
 
 def insert_observers(
-    prepared: Prepared, recorder_of: Callable[[str], Callable[[Tensor], Any]]
+    prepared: Prepared, recorder_of: Callable[[str], Callable[[Tensor], Any] | None]
 ) -> fx.GraphModule:
     """A copy of the captured graph that calls ``recorder_of(key)`` with every candidate tensor.
+
+    Where that is None, the tensor is not recorded.
 
     The computation itself is untouched, so the output stays that of the captured graph, bit for
     bit. Each probe comes right behind its tensor: an operator further on may write to it.
@@ -84,8 +86,10 @@ def insert_observers(
     nodes = {node.name: node for node in gm.graph.nodes}
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
     for i, (key, (name, compute)) in enumerate(prepared.observed.items()):
-        node = nodes[name]
-        gm.add_submodule(f"probe_{i}", ObserverProbe(recorder_of(key), compute))
+        node, recorder = nodes[name], recorder_of(key)
+        if recorder is None:
+            continue
+        gm.add_submodule(f"probe_{i}", ObserverProbe(recorder, compute))
         with gm.graph.inserting_after(inputs[-1] if node.op == "placeholder" else node):
             if compute is None:
                 gm.graph.call_module(f"probe_{i}", (node,))

@@ -110,4 +110,7 @@ class CalibModel(Proxy):
     def _observed(self, prepared: Prepared) -> Callable[..., Any]:
         """The graph of a region with a probe behind every tensor that something is wanted of."""
         wanted, state = self.session.wanted(), self.session.state
-        return insert_observers(prepared, lambda key: partial(state.observe, key, wanted[key]))
+        return insert_observers(
+            prepared,
+            lambda key: partial(state.observe, key, wanted[key]) if wanted[key] else None,
+        )
