@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from torch_quant import Quantizer, sqnr
-from torch_quant.proxies import AmpModel
+from torch_quant.amp.proxy import AmpModel
 
 __all__ = [
     "MODES",

@@ -10,7 +10,7 @@ from models import normal, seeded
 from torch import nn
 
 from torch_quant import Quantizer
-from torch_quant.proxies import AmpModel
+from torch_quant.amp.proxy import AmpModel
 
 __all__ = ["LAYERS", "Metric", "needing", "ready"]
 

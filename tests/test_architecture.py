@@ -18,9 +18,9 @@ PACKAGE = ROOT / "torch_quant"
 LAYERS = (
     "version", "errors", "core", "statistics", "config", "module_filter", "nn", "graph",
     "passes", "state", "model",
-    "sensitivity", "backends", "algorithms", "io", "report", "settings", "session",
+    "backends", "algorithms", "io", "report", "settings", "session",
     "explain", "unseen", "configuration", "proxies",
-    "fallback", "quantizer_base", "quantizer_files", "quantizer",
+    "amp", "quantizer_base", "quantizer_files", "quantizer",
     "tuning", "cli",
 )  # fmt: skip
 """Each is ``torch_quant/<name>.py`` or ``torch_quant/<name>/``, and may import from its left."""

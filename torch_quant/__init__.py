@@ -1,6 +1,7 @@
 """Quantize PyTorch models and run them on real int8 kernels."""
 
 from torch_quant.algorithms import RoundToNearest, SmoothQuant
+from torch_quant.amp.ranking import Sensitivity
 from torch_quant.backends import Backend, available_backends
 from torch_quant.config import QConfig, SiteInfo
 from torch_quant.core.elements import ElementType, FloatType, IntegerType, register_element_type
@@ -34,7 +35,6 @@ from torch_quant.io.saving import load, save
 from torch_quant.io.torchscript import export_torchscript
 from torch_quant.module_filter import ModuleFilter
 from torch_quant.quantizer import Quantizer
-from torch_quant.sensitivity import Sensitivity
 from torch_quant.tuning import tune
 from torch_quant.version import __version__
 

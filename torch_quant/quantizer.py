@@ -9,16 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from torch_quant.amp.fallback import precision_of
+from torch_quant.amp.options import AmpOptions, LossFn
+from torch_quant.amp.proxy import AmpModel, Latency
+from torch_quant.amp.report import SensitivityReport
 from torch_quant.backends import Backend
 from torch_quant.backends.quantized import QuantizedRegion
 from torch_quant.config import OverrideKey, QConfig
 from torch_quant.core.plan import QuantPlan
 from torch_quant.explain import Explanation, explain
-from torch_quant.fallback import precision_of
-from torch_quant.proxies import AmpModel, AmpOptions, CalibModel, Latency, LossFn
+from torch_quant.proxies.calib import CalibModel
 from torch_quant.quantizer_files import QuantizerFiles
 from torch_quant.report.coverage import Coverage
-from torch_quant.report.sensitivity import SensitivityReport
 
 __all__ = ["Quantizer"]
 

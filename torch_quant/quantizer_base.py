@@ -10,18 +10,21 @@ from typing import Any
 
 from torch import nn
 
+from torch_quant.amp.fallback import Fallback
+from torch_quant.amp.options import AmpOptions
+from torch_quant.amp.proxy import AmpModel
 from torch_quant.backends import VARIABLE, Backend, backend_of_environment, usable_backend
 from torch_quant.backends.quantized import QuantizedRegion, plan_of
 from torch_quant.config import OverrideKey, Overrides, QConfig
 from torch_quant.configuration import configuration, write_configuration
 from torch_quant.core.plan import FALLEN_BACK, PRECISIONS, QuantPlan
 from torch_quant.errors import InvalidConfig, NotCalibrated, UnsupportedOp
-from torch_quant.fallback import Fallback
 from torch_quant.graph.dynamic import Dynamic, checked_dynamic
 from torch_quant.io.summary import Summary
 from torch_quant.model import CapturedModel, call_example, check_model, check_same, run_example
 from torch_quant.module_filter import ModuleFilter
-from torch_quant.proxies import AmpModel, AmpOptions, CalibModel, Proxy, Tied
+from torch_quant.proxies.base import Proxy, Tied
+from torch_quant.proxies.calib import CalibModel
 from torch_quant.report.tuning import Tuning
 from torch_quant.session import Session
 from torch_quant.settings import Settings

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from torch_quant.amp.fallback import precision_of
 from torch_quant.backends.quantized import QuantizedRegion
 from torch_quant.errors import InvalidConfig, NotCalibrated
-from torch_quant.fallback import precision_of
 from torch_quant.quantizer import Quantizer
 from torch_quant.report.tuning import Trial, Tuning
 

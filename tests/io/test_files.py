@@ -14,10 +14,10 @@ from flows import calibrated
 from models import example, mlp
 
 from torch_quant import Backend, InvalidConfig, export_onnx, export_torchscript
+from torch_quant.amp.gram import NoiseGram
+from torch_quant.amp.ranking import Ranking
+from torch_quant.amp.report import SensitivityReport
 from torch_quant.io.files import write_atomically
-from torch_quant.report.sensitivity import SensitivityReport
-from torch_quant.sensitivity import Ranking
-from torch_quant.sensitivity.gram import NoiseGram
 
 WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty": (lambda folder: "", "the path ''"),

@@ -14,7 +14,7 @@ from models import normal
 from torch import Tensor, nn
 
 from torch_quant import tune
-from torch_quant.proxies import AmpModel
+from torch_quant.amp.proxy import AmpModel
 from torch_quant.report.tuning import Trial, Tuning
 
 

@@ -17,9 +17,10 @@ from models import MODELS, example
 from torch import nn
 
 from torch_quant import InvalidConfig, Quantizer, Sensitivity, sqnr
-from torch_quant.proxies import AmpModel
-from torch_quant.report.sensitivity import SensitivityReport
-from torch_quant.sensitivity import NoiseGram, Ranking
+from torch_quant.amp.gram import NoiseGram
+from torch_quant.amp.proxy import AmpModel
+from torch_quant.amp.ranking import Ranking
+from torch_quant.amp.report import SensitivityReport
 
 Analysed = tuple[nn.Module, Quantizer, AmpModel]
 

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from torch_quant.amp.ranking import Ranking, Sensitivity
 from torch_quant.errors import BackendUnavailable
 from torch_quant.io.files import checked_target, write_atomically
-from torch_quant.sensitivity import Ranking, Sensitivity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from torch_quant import QuantError
-from torch_quant.sensitivity import NoiseGram, Ranking, Recorder, Sensitivity, SiteStats
-from torch_quant.sensitivity.ranking import METRICS, decibels
+from torch_quant.amp.gram import NoiseGram
+from torch_quant.amp.ranking import METRICS, Ranking, Sensitivity, decibels
+from torch_quant.amp.records import Recorder, SiteStats
 
 
 def site(name: str, score: float, **options: Any) -> Sensitivity:

@@ -15,21 +15,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from torch_quant.amp.groups import find_groups, shared_inputs
+from torch_quant.amp.proxy import AmpModel, Latency
+from torch_quant.amp.ranking import Ranking, Sensitivity, decibels
+from torch_quant.amp.records import SiteStats
+from torch_quant.amp.report import SensitivityReport
+from torch_quant.amp.selection import fewest_for, most_within
 from torch_quant.core.metrics import sqnr
 from torch_quant.core.plan import PRECISIONS, QuantPlan
 from torch_quant.errors import InvalidConfig
-from torch_quant.proxies import AmpModel, Latency
-from torch_quant.report.sensitivity import SensitivityReport
-from torch_quant.sensitivity import (
-    Ranking,
-    Sensitivity,
-    SiteStats,
-    fewest_for,
-    find_groups,
-    most_within,
-)
-from torch_quant.sensitivity.groups import shared_inputs
-from torch_quant.sensitivity.ranking import decibels
 
 __all__ = ["Fallback", "precision_of"]
 

@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, field
 
+from torch_quant.amp.gram import NoiseGram
 from torch_quant.errors import QuantError
-from torch_quant.sensitivity.gram import NoiseGram
 
 __all__ = ["Recorder", "SiteStats"]
 

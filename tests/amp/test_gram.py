@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torch_quant.sensitivity import NoiseGram
+from torch_quant.amp.gram import NoiseGram
 
 
 def draw(*names: str, rows: int = 8, seed: int = 0) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from models import example
 from torch import Tensor, nn
 
 from torch_quant import Quantizer, sqnr
-from torch_quant.proxies import Latency
+from torch_quant.amp.proxy import Latency
 
 
 def achieved_with(

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from torch_quant.sensitivity import fewest_for, most_within
+from torch_quant.amp.selection import fewest_for, most_within
 
 
 def curve(random: np.random.Generator, count: int) -> list[float]:

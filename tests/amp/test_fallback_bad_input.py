@@ -15,7 +15,7 @@ from models import MODELS, example, normal, seeded
 from torch import Tensor, nn
 
 from torch_quant import InvalidConfig, NotCalibrated, QuantError, Quantizer
-from torch_quant.proxies import Latency
+from torch_quant.amp.proxy import Latency
 
 
 def test_amp_before_calib() -> None:

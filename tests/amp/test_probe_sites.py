@@ -15,13 +15,13 @@ from models import MODELS, example, normal, seeded, tokens
 from torch import Tensor, fx, nn
 from zoo import ZOO
 
+from torch_quant.amp.probe_sites import LocalSite, cut_sites, insert_site_probes, insulated
 from torch_quant.graph.calls import flatten_call
 from torch_quant.graph.export import export_graph
 from torch_quant.graph.shadow import shadow
 from torch_quant.graph.sites import KEY
 from torch_quant.nn.probe import SiteProbe
 from torch_quant.passes.prepare import Prepared, prepare
-from torch_quant.passes.probe_sites import LocalSite, cut_sites, insert_site_probes, insulated
 
 Made = tuple[nn.Module, Prepared, tuple[Tensor, ...]]
 

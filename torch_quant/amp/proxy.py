@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from torch_quant.amp.noise import NoisePass, culprit
+from torch_quant.amp.options import AmpOptions
+from torch_quant.amp.probe_sites import LocalSite, cut_sites, insert_site_probes
+from torch_quant.amp.records import Recorder
 from torch_quant.backends import Backend
 from torch_quant.backends.lowering import Lowering
 from torch_quant.core.plan import QuantPlan
@@ -23,10 +27,7 @@ from torch_quant.graph.effects import assign
 from torch_quant.graph.export import CapturedGraph
 from torch_quant.graph.running import run_module
 from torch_quant.nn.probe import SiteProbe
-from torch_quant.passes.probe_sites import LocalSite, cut_sites, insert_site_probes
-from torch_quant.proxies.amp_options import AmpOptions
 from torch_quant.proxies.base import Proxy, check_not_empty
-from torch_quant.proxies.noise import NoisePass, culprit
 from torch_quant.proxies.values import (
     batch_size,
     copied,
@@ -37,7 +38,6 @@ from torch_quant.proxies.values import (
     same,
     valued,
 )
-from torch_quant.sensitivity import Recorder
 from torch_quant.session import Session
 from torch_quant.state import weight_checksums
 

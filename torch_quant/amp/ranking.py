@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, overload
 
-from torch_quant.sensitivity.gram import NoiseGram
+from torch_quant.amp.gram import NoiseGram
 
 __all__ = ["METRICS", "Ranking", "Sensitivity", "decibels"]
 

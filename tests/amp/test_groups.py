@@ -13,10 +13,10 @@ from models import MODELS, example, normal, seeded
 from torch import Tensor, nn
 
 from torch_quant import Quantizer
+from torch_quant.amp.proxy import AmpModel
+from torch_quant.amp.report import SensitivityReport
 from torch_quant.backends import ReferenceBackend
 from torch_quant.core.kernels import KernelTable
-from torch_quant.proxies import AmpModel
-from torch_quant.report.sensitivity import SensitivityReport
 
 
 class Sharing(ReferenceBackend):

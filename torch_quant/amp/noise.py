@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_quant.amp.gram import NoiseGram
+from torch_quant.amp.records import Recorder
 from torch_quant.nn.probe import SiteProbe, track
-from torch_quant.sensitivity import NoiseGram, Recorder
 
 __all__ = ["NoisePass", "culprit"]
 
