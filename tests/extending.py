@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch_quant.backends import base
+from torch_quant.config import RECIPES
 from torch_quant.core.elements import ELEMENT_TYPES
 from torch_quant.core.methods import TRANSFORMS, WEIGHT_METHODS
 from torch_quant.graph import ops
@@ -20,7 +21,7 @@ def kept_registries() -> Iterator[None]:
     """Every registry is afterwards as it was before."""
     tables: tuple[dict[Any, Any], ...] = (
         ops.OPERATORS, ops._BY_TARGET, base._REGISTRY, base._REGISTERED, OBSERVERS, STATISTICS,
-        WEIGHT_METHODS, TRANSFORMS, ELEMENT_TYPES,
+        WEIGHT_METHODS, TRANSFORMS, ELEMENT_TYPES, RECIPES,
     )  # fmt: skip
     before = [dict(table) for table in tables]
     try:

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "torch_quant"
 LAYERS = (
     "version", "errors", "core", "statistics", "config", "module_filter", "nn", "graph",
     "passes", "state", "model",
-    "backends", "algorithms", "io", "report", "settings", "session",
+    "backends", "algorithms", "recipes", "io", "report", "settings", "session",
     "explain", "unseen", "configuration", "proxies",
     "amp", "quantizer_base", "quantizer_files", "quantizer",
     "tuning", "cli",

@@ -1,9 +1,10 @@
 """Quantize PyTorch models and run them on real int8 kernels."""
 
+from torch_quant import recipes
 from torch_quant.algorithms import RoundToNearest, SmoothQuant
 from torch_quant.amp.ranking import Sensitivity
 from torch_quant.backends import Backend, available_backends
-from torch_quant.config import QConfig, SiteInfo
+from torch_quant.config import QConfig, SiteInfo, register_recipe
 from torch_quant.core.elements import ElementType, FloatType, IntegerType, register_element_type
 from torch_quant.core.granularity import (
     Granularity,
@@ -75,7 +76,9 @@ __all__ = [
     "export_onnx",
     "export_torchscript",
     "load",
+    "recipes",
     "register_element_type",
+    "register_recipe",
     "register_transform",
     "register_weight_method",
     "save",

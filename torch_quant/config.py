@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -29,11 +30,13 @@ __all__ = [
     "OverrideKey",
     "Overrides",
     "QConfig",
+    "RECIPES",
     "SiteInfo",
     "check_observer",
     "made_observer",
     "read_qconfig",
     "read_transforms",
+    "register_recipe",
     "registered_name",
 ]
 
@@ -137,6 +140,26 @@ class QConfig:
         return read_qconfig(data, (), "the configuration", Lines("QConfig.from_dict"))
 
 
+RECIPES: dict[str, Callable[..., QConfig]] = {}
+"""Every recipe by its name; filled at import by :func:`register_recipe`."""
+
+R = TypeVar("R", bound=Callable[..., QConfig])
+
+
+def register_recipe(function: R) -> R:
+    """Decorator: make a function that gives a :class:`QConfig` known by its name, to files too.
+
+    >>> @register_recipe
+    ... def five_bits(*, symmetric: bool = False) -> QConfig:
+    ...     return QConfig(QuantSpec.of(bits=5, symmetric=symmetric))
+    >>> QConfig.from_dict({"recipe": "five_bits", "symmetric": True}) == five_bits(symmetric=True)
+    True
+    >>> del RECIPES["five_bits"]
+    """
+    RECIPES[function.__name__] = function
+    return function
+
+
 def check_observer(observer: ObserverLike) -> None:
     """Raise :class:`InvalidConfig` unless ``observer`` is a known name or can make one."""
     if isinstance(observer, str):
@@ -180,7 +203,11 @@ def read_qconfig(data: Any, place: Place, what: str, lines: Lines) -> QConfig:
         what: what it is, for messages.
         lines: the lines of the file.
     """
+    if isinstance(data, str):
+        data = {"recipe": data}
     check_kind(data, dict, place, what, lines)
+    if "recipe" in data:
+        return _read_recipe(data, place, what, lines)
     fields = ("input", "weight", "observer", "transforms", "method")
     check_keys(data, place, fields, what, lines, optional=fields)
     values = dict(data)
@@ -209,6 +236,29 @@ def read_qconfig(data: Any, place: Place, what: str, lines: Lines) -> QConfig:
         return QConfig(**values)
     except InvalidConfig as error:
         raise lines.error(place, f"{what}: {error}") from error
+
+
+def _read_recipe(data: Mapping[str, Any], place: Place, what: str, lines: Lines) -> QConfig:
+    """What the recipe of a name makes of the options beside it."""
+    name = data["recipe"]
+    if not isinstance(name, str) or name not in RECIPES:
+        hint = did_you_mean(name, RECIPES) if isinstance(name, str) else ""
+        message = f"{what}: the recipe is {shown(name)}; expected one of {', '.join(RECIPES)}{hint}"
+        raise lines.error((*place, "recipe"), message)
+    options = {key: value for key, value in data.items() if key != "recipe"}
+    known = list(inspect.signature(RECIPES[name]).parameters)
+    for key in options:
+        if key not in known:
+            hint = did_you_mean(key, known)
+            expected = ", ".join(known) or "no option"
+            message = f"{what}: the recipe {name} has {key!r}; expected {expected}{hint}"
+            raise lines.error((*place, key), message)
+    try:
+        return RECIPES[name](**options)
+    except InvalidConfig as error:
+        raise lines.error(place, f"{what}: {error}") from error
+    except TypeError as error:  # an option of another type
+        raise lines.error(place, f"{what}: the recipe {name}: {error}") from error
 
 
 def read_transforms(data: Any, place: Place, what: str, lines: Lines) -> tuple[Transform, ...]:

@@ -1,0 +1,196 @@
+"""Named configurations: what to quantize to, in a word.
+
+A recipe gives a :class:`QConfig`, which says no more than the function's name and arguments do:
+``Quantizer(qconfig=recipes.int4_weight_only(group_size=64))``. In a configuration file it stands by
+its name: ``qconfig: {recipe: int4_weight_only, group_size: 64}``.
+"""
+
+from __future__ import annotations
+
+from torch_quant.algorithms import SmoothQuant
+from torch_quant.config import QConfig, register_recipe
+from torch_quant.core.granularity import PerChannel, PerGroup, PerToken
+from torch_quant.core.methods import Transform, WeightMethod, read_weight_method
+from torch_quant.core.spec import FLOAT, QuantSpec
+from torch_quant.errors import InvalidConfig
+
+__all__ = [
+    "float8",
+    "int4_weight_only",
+    "int8_dynamic",
+    "int8_static",
+    "int8_weight_only",
+    "mxfp4",
+    "mxfp6",
+    "mxfp8",
+    "mxint8",
+]
+
+_BLOCK = 32
+"""Elements that share a scale ("OCP Microscaling Formats (MX) Specification", version 1.0)."""
+
+
+@register_recipe
+def int8_static(*, smooth: float | None = None, observer: str | None = None) -> QConfig:
+    """int8 weights and activations, with scales from calibration: the default.
+
+    Args:
+        smooth: SmoothQuant's alpha, 0 to 1; 0.7 to 0.8 help transformers. None leaves it out.
+        observer: name of the statistics taken of activations.
+
+    Raises:
+        InvalidConfig: ``smooth`` is not 0 to 1, or the observer is unknown.
+
+    >>> int8_static() == QConfig()
+    True
+    """
+    transforms: list[Transform] = [] if smooth is None else [SmoothQuant(smooth)]
+    return QConfig(observer=observer, transforms=transforms)
+
+
+@register_recipe
+def int8_dynamic(*, symmetric: bool = False, method: WeightMethod | str | None = None) -> QConfig:
+    """int8 weights, and activations with a scale for each token, chosen at each call: no data.
+
+    Args:
+        symmetric: whether activations are signed, with their zero at 0.
+        method: how weights are rounded.
+
+    >>> int8_dynamic().input.dynamic
+    True
+    """
+    element = "int8" if symmetric else "uint8"
+    tokens = QuantSpec.of(element, granularity=PerToken(), dynamic=True)
+    return QConfig(tokens, _int(8, None), method=_method(method))
+
+
+@register_recipe
+def int8_weight_only(
+    *, group_size: int | None = None, method: WeightMethod | str | None = None
+) -> QConfig:
+    """int8 weights, activations in float: no data.
+
+    Args:
+        group_size: inputs that share a scale; None for a scale for each output channel.
+        method: how weights are rounded.
+
+    >>> print(int8_weight_only().weight)
+    s8 symmetric per-channel
+    """
+    return QConfig(FLOAT, _int(8, group_size), method=_method(method))
+
+
+@register_recipe
+def int4_weight_only(
+    *,
+    group_size: int | None = 128,
+    symmetric: bool = True,
+    method: WeightMethod | str | None = None,
+) -> QConfig:
+    """int4 weights, activations in float: no data unless the method wants some.
+
+    Args:
+        group_size: inputs that share a scale; None for a scale for each output channel.
+        symmetric: whether codes are signed, with their zero at 0.
+        method: how weights are rounded.
+
+    Raises:
+        InvalidConfig: ``group_size`` is not positive, or the method is unknown.
+
+    >>> print(int4_weight_only(group_size=32).weight)
+    s4 symmetric per-group(32)
+    """
+    return QConfig(FLOAT, _int(4, group_size, symmetric), method=_method(method))
+
+
+@register_recipe
+def float8(*, element: str = "float8_e4m3fn", dynamic: bool = False) -> QConfig:
+    """float8 weights per output channel, and activations per tensor or, if dynamic, per token.
+
+    Args:
+        element: ``"float8_e4m3fn"`` or ``"float8_e5m2"``.
+        dynamic: whether the scales of activations are chosen at each call: no data then.
+
+    >>> float8(dynamic=True).input.granularity
+    PerToken()
+    """
+    _check(element, ("float8_e4m3fn", "float8_e5m2"))
+    weight = QuantSpec.of(element, per_channel=True)
+    if not dynamic:
+        return QConfig(QuantSpec.of(element), weight)
+    return QConfig(QuantSpec.of(element, granularity=PerToken(), dynamic=True), weight)
+
+
+@register_recipe
+def mxfp8(*, element: str = "float8_e4m3fn", weight_only: bool = False) -> QConfig:
+    """MXFP8: float8 in blocks of 32 along the inputs, with scales that are powers of two; no data.
+
+    Args:
+        element: ``"float8_e4m3fn"`` or ``"float8_e5m2"``.
+        weight_only: whether activations stay in float.
+
+    >>> mxfp8().weight.scale_type
+    <ScaleType.E8M0: 'e8m0'>
+    """
+    _check(element, ("float8_e4m3fn", "float8_e5m2"))
+    return _mx(element, weight_only)
+
+
+@register_recipe
+def mxfp6(*, element: str = "float6_e2m3", weight_only: bool = False) -> QConfig:
+    """MXFP6, as :func:`mxfp8`: ``"float6_e2m3"`` or ``"float6_e3m2"``.
+
+    >>> mxfp6(weight_only=True).input
+    FLOAT
+    """
+    _check(element, ("float6_e2m3", "float6_e3m2"))
+    return _mx(element, weight_only)
+
+
+@register_recipe
+def mxfp4(*, weight_only: bool = False) -> QConfig:
+    """MXFP4, as :func:`mxfp8`, of ``float4_e2m1``.
+
+    >>> mxfp4().input.granularity
+    PerGroup(size=32, axis=None)
+    """
+    return _mx("float4_e2m1", weight_only)
+
+
+@register_recipe
+def mxint8(*, weight_only: bool = False) -> QConfig:
+    """MXINT8, as :func:`mxfp8`, of ``int8``.
+
+    >>> mxint8().weight.element.name
+    'int8'
+    """
+    return _mx("int8", weight_only)
+
+
+def _check(element: str, known: tuple[str, ...]) -> None:
+    if element not in known:
+        raise InvalidConfig(f"element={element!r}: expected {' or '.join(map(repr, known))}")
+
+
+def _int(bits: int, group_size: int | None, symmetric: bool = True) -> QuantSpec:
+    granularity = PerChannel() if group_size is None else PerGroup(group_size)
+    return QuantSpec.of(bits=bits, signed=symmetric, symmetric=symmetric, granularity=granularity)
+
+
+def _mx(element: str, weight_only: bool) -> QConfig:
+    block = PerGroup(_BLOCK)
+    weight = QuantSpec.of(element, symmetric=True, granularity=block, scale_type="e8m0")
+    if weight_only:
+        return QConfig(FLOAT, weight)
+    dynamic = QuantSpec.of(
+        element, symmetric=True, granularity=block, scale_type="e8m0", dynamic=True
+    )
+    return QConfig(dynamic, weight)
+
+
+def _method(method: WeightMethod | str | None) -> WeightMethod | None:
+    if method is None or isinstance(method, WeightMethod):
+        return method
+    if not isinstance(method, (str, dict)):
+        raise InvalidConfig(f"method={method!r}: expected a weight method, or its name")
+    return read_weight_method(method)
