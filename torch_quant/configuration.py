@@ -22,6 +22,7 @@ from torch_quant.core.documents import (
 from torch_quant.core.naming import class_path
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.dynamic import Dynamic, checked_dynamic
+from torch_quant.graph.policy import CapturePolicy, checked_capture
 from torch_quant.graph.rules import key_text, rules_of
 from torch_quant.io.files import write_atomically
 from torch_quant.module_filter import read_filter
@@ -33,6 +34,7 @@ __all__ = ["VERSION", "configuration", "read_configuration", "write_configuratio
 VERSION = 1
 _KEYS = (
     "version", "backend", "qconfig", "overrides", "module_filter", "unseen_calls", "dynamic",
+    "capture",
 )  # fmt: skip
 _ENDINGS = (".json", ".yaml", ".yml")
 
@@ -128,6 +130,11 @@ def _dynamic(data: Any, place: Place, what: str, lines: Lines) -> Dynamic:
     return found
 
 
+def _capture(data: Any, place: Place, what: str, lines: Lines) -> str | list[str]:
+    policy: CapturePolicy = _placed(place, what, lines, lambda: checked_capture(data))
+    return policy.data()
+
+
 _READERS: dict[str, Callable[[Any, Place, str, Lines], Any]] = {
     "backend": _backend,
     "qconfig": read_qconfig,
@@ -135,6 +142,7 @@ _READERS: dict[str, Callable[[Any, Place, str, Lines], Any]] = {
     "module_filter": read_filter,
     "unseen_calls": _unseen,
     "dynamic": _dynamic,
+    "capture": _capture,
 }
 
 
@@ -143,6 +151,7 @@ def configuration(
     settings: Settings,
     unseen_calls: str,
     dynamic: Mapping[str, frozenset[int]],
+    capture: CapturePolicy,
 ) -> dict[str, Any]:
     """The data from which :func:`read_configuration` makes the same quantizer.
 
@@ -151,6 +160,7 @@ def configuration(
         settings: formats, overrides and filter.
         unseen_calls: as :class:`Quantizer` has it.
         dynamic: the same.
+        capture: the same.
 
     Raises:
         InvalidConfig: something is an object of Python alone: says what, and what to do.
@@ -170,7 +180,9 @@ def configuration(
         "dynamic": {name: sorted(axes) for name, axes in dynamic.items()},
     }
     data |= {name: part for name, part in parts.items() if part}
-    return data if unseen_calls == "capture" else {**data, "unseen_calls": unseen_calls}
+    if unseen_calls != "capture":
+        data["unseen_calls"] = unseen_calls
+    return data if capture.whole else {**data, "capture": capture.data()}
 
 
 def _overrides_data(overrides: Overrides) -> dict[str, Any]:

@@ -18,9 +18,10 @@ from torch_quant.errors import CaptureFailed, InvalidConfig, NotCalibrated, Unsu
 from torch_quant.graph.capture import Region, Reopened
 from torch_quant.graph.dynamic import check_arguments
 from torch_quant.graph.effects import attributes
-from torch_quant.graph.executor import Executor
+from torch_quant.graph.executor import Executor, owner_of
 from torch_quant.graph.export import CapturedGraph
 from torch_quant.graph.macs import GLUE
+from torch_quant.graph.policy import CapturePolicy
 from torch_quant.graph.shadow import shadow
 from torch_quant.graph.sites import Site
 from torch_quant.passes.functionalize import writes_attributes
@@ -93,20 +94,25 @@ class CapturedModel:
     Args:
         model: the float model.
         dynamic: the free dimensions of those of its inputs of which not all may be.
+        policy: which of its parts are graphs.
 
     Raises:
-        InvalidConfig: ``dynamic`` names what is no input.
+        InvalidConfig: ``dynamic`` names what is no input, ``policy`` what is no module.
     """
 
     def __init__(
-        self, model: nn.Module, dynamic: Mapping[str, frozenset[int]] = MappingProxyType({})
+        self,
+        model: nn.Module,
+        dynamic: Mapping[str, frozenset[int]] = MappingProxyType({}),
+        policy: CapturePolicy = CapturePolicy(),  # noqa: B008 - frozen
     ) -> None:
+        policy.check(model)
         self.fingerprint = fingerprint(model)
         self.attributes = attributes(model)
         self.altered: tuple[str, ...] = ()
         """Attributes of the model that are others than when it was first captured."""
         self.parameters = _identities(model)
-        self.region = Region(shadow(model), dynamic=dynamic)
+        self.region = Region(shadow(model), dynamic=dynamic, policy=policy)
         check_arguments(dynamic, self.region.signature)
         self.version = 0
         self.declined: dict[str, dict[str, str]] = {}
@@ -166,15 +172,16 @@ class CapturedModel:
         if not other:  # a call of the float model has moved its own state on
             twin = shadow(model)
             for region in self.region.walk():
-                own = twin.get_submodule(region.path)
-                for name in {name.partition(".")[0] for name in region.state}:
-                    if name in vars(own):
-                        vars(region.module)[name] = vars(own)[name]
+                for path in region.state:
+                    new, name = owner_of(twin.get_submodule(region.path), path)
+                    if name in vars(new) and name not in ("_modules", "_parameters", "_buffers"):
+                        vars(owner_of(region.module, path)[0])[name] = vars(new)[name]
             return
         if self.region.called:
             self.altered = tuple(sorted(other))
             logger.info("%s changed since the model was captured", ", ".join(self.altered))
-        self.region = Region(shadow(model), dynamic=self.region.dynamic)
+        known = self.region
+        self.region = Region(shadow(model), dynamic=known.dynamic, policy=known.policy)
         self._prepared.clear()
         self.version += 1
 
@@ -310,7 +317,7 @@ def run_example(captured: CapturedModel, example_inputs: Any) -> Any:
         while True:
             executor = Executor(captured.region, lambda region, graph, call: graph(call))
             with contextlib.suppress(Reopened):
-                return call_example(executor, example_inputs)
+                return call_example(executor.watched, example_inputs)
     except CaptureFailed as error:
         if not isinstance(example_inputs, list):
             raise

@@ -42,6 +42,9 @@ class Quantizer(QuantizerFiles):
         dynamic: the dimensions that one graph leaves free, ``{"pixel_values": [0]}``, of inputs as
             messages name them; other sizes are captured when first seen. Other inputs, and a model
             in pieces, take any size.
+        capture: ``"whole"``, the model as one graph if it exports; ``"modules"``, each layer with a
+            weight as a graph, which takes seconds for a language model; or names and globs of
+            modules that are a graph each. What is no graph stays your own Python, in float.
 
     Raises:
         InvalidConfig: an unknown backend, or settings that contradict each other.

@@ -20,6 +20,7 @@ from torch_quant.configuration import configuration, write_configuration
 from torch_quant.core.plan import FALLEN_BACK, PRECISIONS, QuantPlan
 from torch_quant.errors import InvalidConfig, NotCalibrated, UnsupportedOp
 from torch_quant.graph.dynamic import Dynamic, checked_dynamic
+from torch_quant.graph.policy import Capture, checked_capture
 from torch_quant.io.summary import Summary
 from torch_quant.model import CapturedModel, call_example, check_model, check_same, run_example
 from torch_quant.module_filter import ModuleFilter
@@ -48,7 +49,9 @@ class QuantizerBase(Tied):
         module_filter: ModuleFilter | None = None,
         unseen_calls: str = "capture",
         dynamic: Dynamic | None = None,
+        capture: Capture = "whole",
     ) -> None:
+        self._capture = checked_capture(capture)
         self.unseen_calls = checked_choice(unseen_calls)
         self._asked, self.backend, self._forced = _chosen(backend)
         self._taken = self.backend
@@ -69,6 +72,7 @@ class QuantizerBase(Tied):
         note = "" if forced is None else f" by {VARIABLE}"
         if forced is not None and self._asked is not None:
             note += f" in the place of {self._asked!r}"
+        note += "" if self._capture.whole else f", capture={self._capture.data()!r}"
         return (
             f"Quantizer({self.backend!r}{note}, {self.state.batches} batches seen, {self.plan!r})"
         )
@@ -87,7 +91,7 @@ class QuantizerBase(Tied):
             check_same(self.state.fingerprint, model)
         session = self._sessions.get(model)
         if session is None:
-            captured = CapturedModel(model, self._dynamic)
+            captured = CapturedModel(model, self._dynamic, self._capture)
             session = self._sessions[model] = Session(self, captured, model)
         session.refresh()
         return session
@@ -147,7 +151,7 @@ class QuantizerBase(Tied):
 
     def _to_config(self, path: str | os.PathLike[str] | None) -> dict[str, Any]:
         asked = self._asked if self.backend is self._taken else self.backend
-        data = configuration(asked, self.settings, self.unseen_calls, self._dynamic)
+        data = configuration(asked, self.settings, self.unseen_calls, self._dynamic, self._capture)
         if path is not None:
             write_configuration(path, data)
         return data

@@ -159,11 +159,16 @@ class Session:
 
     # What calibration records
 
-    def wanted(self) -> dict[str, Makers]:
-        """What is recorded of each tensor: its range, and what transforms and methods ask for."""
+    def wanted(self, keys: Iterable[str]) -> dict[str, Makers]:
+        """What is recorded of these tensors: their range, and what transforms and methods ask for.
+
+        Args:
+            keys: of tensors that sites use.
+        """
         found: dict[str, dict[str, Callable[[], Statistic]]] = {}
-        for key, using in self._users().items():
-            found[key] = {}
+        users = self._users(keys := frozenset(keys))
+        for key in keys:
+            using, found[key] = users[key], {}
             if any(self._ranges(site) for site in _deciding_on_ranges(key, using)):
                 found[key][RANGE] = partial(self._observer, key, using)
             for site in using:
@@ -180,10 +185,12 @@ class Session:
         asked = None if config is None else config.input
         return asked is None or (isinstance(asked, QuantSpec) and not asked.dynamic)
 
-    def _users(self) -> dict[str, list[Site]]:
-        """Tensor key -> the sites that read or make it."""
+    def _users(self, keys: frozenset[str] | None = None) -> dict[str, list[Site]]:
+        """Tensor key -> the sites that read or make it; of all or of these keys at least."""
         using: dict[str, list[Site]] = {}
         for prepared in self.captured.graphs():
+            if keys is not None and keys.isdisjoint(prepared.observed):
+                continue
             for site, _ in prepared.sites:
                 for key in dict.fromkeys(site.keys):
                     using.setdefault(key, []).append(site)

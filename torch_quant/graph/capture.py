@@ -17,16 +17,21 @@ from torch import nn
 
 from torch_quant.errors import CaptureFailed
 from torch_quant.graph.binding import bind, signature_of
+from torch_quant.graph.blueprint import Blueprints
 from torch_quant.graph.calls import Call, flatten_call
 from torch_quant.graph.dynamic import free_axes
 from torch_quant.graph.effects import KeepsState
 from torch_quant.graph.export import CapturedGraph, ModelRefuses
 from torch_quant.graph.hooks import hooked, take_hooks
 from torch_quant.graph.kinds import Kind
+from torch_quant.graph.leaves import layer_graph
+from torch_quant.graph.policy import CapturePolicy, is_container
 from torch_quant.graph.running import CAPTURING
 from torch_quant.graph.widen import check_constants, export_call
 
 __all__ = ["Region", "Reopened", "callable_children"]
+
+_WHOLE = CapturePolicy()
 
 logger = logging.getLogger("torch_quant")
 
@@ -42,6 +47,8 @@ class Region:
         module: the module's shadow, in eval mode; the user's hooks are taken off it.
         path: its path in the whole model, empty for the model itself.
         dynamic: the free dimensions of those inputs of which not all may be.
+        policy: which of its parts are graphs.
+        blueprints: the graphs of other modules of the model.
     """
 
     def __init__(
@@ -49,15 +56,21 @@ class Region:
         module: nn.Module,
         path: str = "",
         dynamic: Mapping[str, frozenset[int]] = MappingProxyType({}),
+        policy: CapturePolicy = _WHOLE,
+        blueprints: Blueprints | None = None,
     ) -> None:
         self.module = module
         self.path = path
         self.dynamic = dynamic
+        self.policy = policy
+        self.blueprints = blueprints or Blueprints()
         self.hooks = take_hooks(module)
         self.signature = signature_of(module.forward)
         self.graphs: list[tuple[Kind, CapturedGraph]] = []
         self.children: dict[str, Region] = {}
-        self.failure = ""
+        self.by_choice = not policy.is_target(path, module)
+        """Whether it runs as Python because it was asked to."""
+        self.failure = policy.reason if self.by_choice else ""
         self.opened = False
         """Whether its children are regions: it is captured in pieces, or others call its parts."""
         self.state: tuple[str, ...] = ()
@@ -122,12 +135,21 @@ class Region:
                 return found
             if below := self._hooked():
                 raise CaptureFailed(f"a hook on {below} runs at each of its calls")
+            if not served and (made := self.blueprints.find(self.module, call)):
+                self.graphs.append((made[0], made[2]))
+                return made[1:]
+            if not served and not self.dynamic and (plain := layer_graph(self.module, call)):
+                self.graphs.append((call.signature, plain))
+                self.blueprints.add(self.module, *self.graphs[-1])
+                return call, plain
             where = self.path or "the model"
             kinds = served or [kind for kind, _ in self.graphs]
             check_constants(kinds, call, where, splits=not served)
             found = export_call(self.module, call, self.graphs, path=self.path, free=self._free)
             self.written.update(found[1].leaves_behind)
             self.graphs.append((found[0].signature, found[1]))
+            if self.path:
+                self.blueprints.add(self.module, *self.graphs[-1])
         logger.info("captured %s as one graph", where)
         return found
 
@@ -169,9 +191,13 @@ class Region:
         with CAPTURING:
             if self.opened:
                 return
-            for name, child in callable_children(self.module):
+            if self.by_choice:
+                parts = self.policy.targets(self.module)
+            else:
+                parts = callable_children(self.module)
+            for name, child in parts:
                 path = f"{self.path}.{name}".strip(".")
-                self.children[path] = Region(child, path)
+                self.children[path] = Region(child, path, blueprints=self.blueprints)
             self.opened = True
 
     def distrust(self, call: Call | None) -> None:
@@ -220,8 +246,7 @@ def callable_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         return
     seen: set[int] = set()
     for name, child in module.named_children():
-        scripted = isinstance(child, torch.jit.ScriptModule)
-        if not scripted and type(child).forward is nn.Module.forward:
+        if is_container(child):
             inner = [(f"{name}.{below}", m) for below, m in callable_children(child)]
         else:
             inner = [(name, child)]

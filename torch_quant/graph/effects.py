@@ -81,6 +81,8 @@ class Watch:
     def _walk(self, path: str, value: Any, depth: int) -> None:
         if id(value) in self._seen or depth > _DEEPEST or isinstance(value, (str, int, float)):
             return
+        if getattr(type(value), "opaque", False):  # it stands for a module, with attributes of ours
+            return
         self._seen.add(id(value))
         if isinstance(value, Tensor):
             watched = self._keeps_tensors and not value.is_inference()

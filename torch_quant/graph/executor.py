@@ -11,10 +11,12 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from torch_quant.graph.calls import Call
 from torch_quant.graph.capture import Region, Reopened
+from torch_quant.graph.effects import Watch
 from torch_quant.graph.export import CapturedGraph
 from torch_quant.graph.hooks import give_hooks
 from torch_quant.graph.macs import counted, uncounted
@@ -50,6 +52,9 @@ class Executor(nn.Module):
         run: how to run its graphs.
         host: through whom calls go.
     """
+
+    opaque = True
+    """To what watches the attributes of a module."""
 
     def __init__(self, region: Region, run: Runner, host: Host | None = None) -> None:
         nn.Module.__init__(self)
@@ -119,6 +124,25 @@ class Executor(nn.Module):
         """Make a call."""
         with uncounted():
             return self._run(*args, **kwargs)
+
+    def watched(self, *args: Any, **kwargs: Any) -> Any:
+        """The first call of its kind, which shows what the module's own Python keeps.
+
+        Raises:
+            Reopened: it keeps something; nothing of the call is left, and each proxy will have its
+                own from now on.
+        """
+        if not self.region.by_choice:
+            return self(*args, **kwargs)
+        watch = Watch({"": self.glue()})
+        outputs = self(*args, **kwargs)
+        if kept := [name for name in watch.changed() if name not in self.region.state]:
+            with torch.no_grad():
+                watch.restore()
+            self.region.state = (*self.region.state, *dict.fromkeys(kept))
+            self.region.written.update(kept)
+            raise Reopened
+        return outputs
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         if self.region.plain:
@@ -196,7 +220,17 @@ def glue(region: Region, make: Callable[[Region], nn.Module]) -> nn.Module:
     Attributes that it keeps between its calls are copies.
     """
     twin = shadow(region.module, {child.module: make(child) for child in region.children.values()})
-    for name in {name.partition(".")[0] for name in region.state} - set(twin._modules.keys()):
-        if name in vars(twin):
-            vars(twin)[name] = copy.deepcopy(vars(twin)[name])
+    for path in region.state:
+        owner, name = owner_of(twin, path)
+        if name in vars(owner) and name not in ("_modules", "_parameters", "_buffers"):
+            vars(owner)[name] = copy.deepcopy(vars(owner)[name])
     return twin
+
+
+def owner_of(module: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The innermost module on a dotted path, and the name of what it has there."""
+    name, _, rest = path.partition(".")
+    child = module._modules.get(name)
+    if child is None or not rest:
+        return module, name
+    return owner_of(child, rest)

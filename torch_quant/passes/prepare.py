@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +14,6 @@ from torch_quant.core.plan import FloatOp
 from torch_quant.graph.macs import float_products
 from torch_quant.graph.sites import ORIGIN, Site, behind, find_sites, key_of, operands
 from torch_quant.nn.probe import ObserverProbe
-from torch_quant.passes.base import copy_graph
 from torch_quant.passes.canonicalize import canonicalize
 from torch_quant.passes.functionalize import written_tensors
 
@@ -82,18 +82,22 @@ def insert_observers(
     The computation itself is untouched, so the output stays that of the captured graph, bit for
     bit. Each probe comes right behind its tensor: an operator further on may write to it.
     """
-    gm = copy_graph(prepared.captured)
-    nodes = {node.name: node for node in gm.graph.nodes}
-    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(prepared.captured.graph, {}))
+    nodes = {node.name: node for node in graph.nodes}
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    parts: dict[str, Any] = {
+        str(node.target): operator.attrgetter(str(node.target))(prepared.captured)
+        for node in graph.find_nodes(op="get_attr")
+    }
     for i, (key, (name, compute)) in enumerate(prepared.observed.items()):
         node, recorder = nodes[name], recorder_of(key)
         if recorder is None:
             continue
-        gm.add_submodule(f"probe_{i}", ObserverProbe(recorder, compute))
-        with gm.graph.inserting_after(inputs[-1] if node.op == "placeholder" else node):
+        parts[f"probe_{i}"] = ObserverProbe(recorder, compute)
+        with graph.inserting_after(inputs[-1] if node.op == "placeholder" else node):
             if compute is None:
-                gm.graph.call_module(f"probe_{i}", (node,))
+                graph.call_module(f"probe_{i}", (node,))
             else:
-                gm.graph.call_module(f"probe_{i}", node.args, node.kwargs)
-    gm.recompile()
-    return gm
+                graph.call_module(f"probe_{i}", node.args, node.kwargs)
+    return fx.GraphModule(parts, graph)

@@ -84,11 +84,20 @@ class Proxy(Tied, nn.Module):
             return executor.execute(*args, **kwargs)
         return self._part(executor, args, kwargs)
 
-    def _execute(self, executor: Executor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call the model or a part of it; what is called inside belongs to that call."""
+    def _execute(
+        self, executor: Executor, args: tuple[Any, ...], kwargs: dict[str, Any], new: bool = False
+    ) -> Any:
+        """Call the model or a part of it; what is called inside belongs to that call.
+
+        Args:
+            executor: runs it.
+            args: positional inputs.
+            kwargs: the others.
+            new: whether no call of this kind was seen before.
+        """
         before, self._inside.now = getattr(self._inside, "now", False), True
         try:
-            return executor(*args, **kwargs)
+            return (executor.watched if new else executor)(*args, **kwargs)
         finally:
             self._inside.now = before
 

@@ -39,6 +39,7 @@ class CalibModel(Proxy):
     def _reset(self) -> None:
         super()._reset()
         self._graphs: dict[int, Callable[..., Any]] = {}
+        self._keys: dict[int, frozenset[str]] = {}
         self._compared: set[Any] = set()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -50,6 +51,11 @@ class CalibModel(Proxy):
     def _part(self, executor: Executor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A batch of its own: an encoder that ``generate()`` calls, say."""
         with self.session.state.lock:
+            if self.captured.region.by_choice:  # one layer of many: each alone is no batch
+                outputs = self._execute(executor, args, kwargs)
+                self.session.state.version += 1
+                self.session.seen()
+                return outputs
             return self._recorded(executor, args, kwargs)
 
     def _recorded(self, executor: Executor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -73,9 +79,13 @@ class CalibModel(Proxy):
         while True:
             try:
                 with self.session.state.batch():
-                    outputs = self._execute(executor, *mine)
-                    in_pieces = region.failure and not region.plain and comparable(region)
-                    if in_pieces and disagrees(region, copied(kept), outputs):
+                    outputs = self._execute(executor, *mine, new=True)
+                    in_pieces = region.failure and not (region.plain or region.by_choice)
+                    if (
+                        in_pieces
+                        and comparable(region)
+                        and disagrees(region, copied(kept), outputs)
+                    ):
                         raise _Differs
                 if mine[0] is not args:
                     assign((args, kwargs), mine)  # what the model does to its arguments
@@ -96,9 +106,7 @@ class CalibModel(Proxy):
 
     def _run(self, region: Region, graph: CapturedGraph, call: Call) -> Any:
         if id(graph) not in self._graphs:
-            prepared = self.captured.prepared(region, graph)
-            self._graphs.clear()  # its sites may want more of a tensor that others give, too
-            self._graphs[id(graph)] = self._observed(prepared)
+            self._graphs[id(graph)] = self._observed(graph, self.captured.prepared(region, graph))
         # Where the module itself follows, it must find its inputs as they were.
         tensors = call.tensors if graph.exact else on_copies(call).tensors
         outputs = self._graphs[id(graph)](*tensors)
@@ -107,10 +115,20 @@ class CalibModel(Proxy):
         args, kwargs = call.source
         return region.module(*args, **kwargs)
 
-    def _observed(self, prepared: Prepared) -> Callable[..., Any]:
+    def _observed(self, graph: CapturedGraph, prepared: Prepared) -> Callable[..., Any]:
         """The graph of a region with a probe behind every tensor that something is wanted of."""
-        wanted, state = self.session.wanted(), self.session.state
+        if id(graph) not in self._keys:
+            # Its sites may want more of a tensor that others give, too.
+            keys = self._keys[id(graph)] = frozenset(prepared.observed)
+            for other in [each for each in self._graphs if self._keys[each] & keys]:
+                del self._graphs[other]
+        wanted, state = self.session.wanted(prepared.observed), self.session.state
         return insert_observers(
             prepared,
             lambda key: partial(state.observe, key, wanted[key]) if wanted[key] else None,
         )
+
+
+def _in_pieces(region: Region) -> bool:
+    """Whether Python code over pieces, which may give something else, can be compared."""
+    return bool(region.failure) and not (region.plain or region.by_choice) and comparable(region)
