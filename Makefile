@@ -23,7 +23,7 @@ PYTEST := -m pytest -n 2 --dist worksteal
 # do new files: captures, passes, kernels, exports and the zoo depend on it.
 SAME := core sequences statistics tuning $(addprefix amp/test_,gram.py groups.py ranking.py selection.py sensitivity_report.py \
   fallback_bad_input.py fallback_selection.py fallback_state.py) test_architecture.py test_bad_input.py test_configuration.py test_contributing.py test_explain.py test_merging.py test_public.py \
-  test_requirements.py test_saved_states.py
+  test_requirements.py test_saved_states.py test_typing.py
 
 .PHONY: help lock demo demo-tuning demo-cnn test test-core test-ipex test-latest test-zoo test-sequences check format bench bench-ipex clean
 
@@ -87,8 +87,9 @@ test-latest:  ## the whole suite on the newest of everything that setup.cfg allo
 	$(LATEST_VENV)/bin/python -m pip freeze --exclude-editable
 	$(LATEST_VENV)/bin/python $(PYTEST)
 
-test-zoo: $(VENV)/ready $(IPEX_VENV)/ready  ## every architecture as ONNX file and on IPEX; `make test` takes one of each kind
-	ALL_ARCHITECTURES=1 $(BIN)/python $(PYTEST) tests/test_onnx_zoo.py tests/test_decoding_zoo.py
+test-zoo: $(VENV)/ready $(IPEX_VENV)/ready  ## every architecture, also as ONNX file and on IPEX; `make test` takes one of each kind
+	ALL_ARCHITECTURES=1 $(BIN)/python $(PYTEST) tests/test_zoo.py tests/test_coverage.py tests/test_decoding.py \
+	  tests/test_decoding_zoo.py tests/test_onnx_zoo.py
 	ALL_ARCHITECTURES=1 $(IPEX_VENV)/bin/python $(PYTEST) tests/test_ipex_zoo.py tests/test_zoo.py
 
 SEQUENCES ?= 200

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,32 @@ def needs(*packages: str) -> pytest.MarkDecorator:
 
 
 def written(
-    quantizer: Quantizer, model: nn.Module, inputs: Inputs, path: Path, **options: Any
+    quantizer: Quantizer,
+    model: nn.Module,
+    inputs: Inputs,
+    path: Path,
+    *,
+    least: float | None = 25.0,
+    without: str = "",
+    **options: Any,
 ) -> QuantizedRegion:
-    """Quantize for ONNX and export with ``inputs`` as the example."""
+    """Quantize for ONNX, export with ``inputs`` as the example and try all sizes called free.
+
+    Args:
+        quantizer: calibrated.
+        model: that it was calibrated with.
+        inputs: the example.
+        path: of the file.
+        least: see :func:`check_free_sizes`; None where sizes belong together in ways that the
+            example cut or repeated does not keep, or what is written is not ours.
+        without: see :func:`check_free_sizes`.
+        options: of ``export_onnx``.
+    """
     quant_model = quantizer.quantize(model, backend="onnx")
     args, kwargs = bind(quant_model.signature, *inputs)
     export_onnx(quant_model, kwargs if kwargs and not args else args, path, **options)
+    if least is not None:
+        check_free_sizes(path, quant_model, inputs, least, without)
     return quant_model
 
 
@@ -85,10 +106,17 @@ def run_session(loaded: Any, feed: dict[str, Any]) -> list[Tensor]:
 
 def run_openvino(path: Path, feed: dict[str, Any]) -> list[Tensor]:
     """The outputs on OpenVINO's CPU plugin, in float32 where it is not int8."""
+    return _run_compiled(_compiled(path), feed)
+
+
+def _compiled(path: Path) -> Any:
     import openvino
 
     options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
-    compiled = openvino.Core().compile_model(path, "CPU", options)
+    return openvino.Core().compile_model(path, "CPU", options)
+
+
+def _run_compiled(compiled: Any, feed: dict[str, Any]) -> list[Tensor]:
     known = {name for each in compiled.inputs for name in each.names}
     outputs = compiled({name: x for name, x in feed.items() if name in known})
     return [torch.from_numpy(outputs[each].copy()) for each in compiled.outputs]
@@ -120,16 +148,35 @@ def _resized(x: Tensor, axis: int, size: int) -> Tensor:
 
 
 def check_free_sizes(
-    path: Path, quant_model: QuantizedRegion, inputs: Inputs, least: float = 25.0
+    path: Path,
+    quant_model: QuantizedRegion,
+    inputs: Inputs,
+    least: float = 25.0,
+    without: str = "",
 ) -> list[str]:
     """Try each size that the file calls free at two other values, in both runtimes.
 
-    The values are some that the quantized model serves, whose outputs the file must give. Returns
-    the names of the sizes.
+    The values are some that the quantized model serves, whose outputs the file must give. Each
+    runtime loads the file once, so that one size follows another as in serving. Returns the names
+    of the sizes.
+
+    Args:
+        path: of the file.
+        quant_model: what it was written from.
+        inputs: the example, whose tensors are cut or repeated.
+        least: SQNR of the file against ``quant_model``, dB. Both round alike but for values at
+            the border of two codes.
+        without: a runtime to leave out.
     """
+    found = free_sizes(path)
+    if not found:
+        return []
     call = flatten_call(*bind(quant_model.signature, *inputs))
     example = dict(zip(call.names(), call.tensors, strict=True))
-    loaded, found = session(path), free_sizes(path)
+    runtimes = {"onnxruntime": partial(run_session, session(path))}
+    if importlib.util.find_spec("openvino") is not None:
+        runtimes["openvino"] = partial(_run_compiled, _compiled(path))
+    runtimes.pop(without, None)
     for name, places in found.items():
         first, axis = places[0]
         now, tried = example[first].shape[axis], 0
@@ -143,9 +190,11 @@ def check_free_sizes(
             except CaptureFailed:
                 continue  # the model itself does not serve it
             arrays = {each: x.numpy() for each, x in feed.items()}
-            for outputs in (run_session(loaded, arrays), run_openvino(path, arrays)):
-                assert [x.shape for x in outputs] == [x.shape for x in expected], (name, size)
-                assert sqnr(expected, outputs) > least, (name, size, sqnr(expected, outputs))
+            for runtime, run_file in runtimes.items():
+                outputs = run_file(arrays)
+                where = (path.name, runtime, name, size)
+                assert [x.shape for x in outputs] == [x.shape for x in expected], where
+                assert sqnr(expected, outputs) > least, (*where, sqnr(expected, outputs))
             tried += 1
             if tried == 2:
                 break

@@ -34,13 +34,29 @@ Rounding makes a step of it, near the border of two codes. Measured: up to 0.03.
 FLOAT = 60.0
 """dB. Float operators behind the last integers; a grid of 8 bits has about 46."""
 
+FLIPS = 15.0
+"""dB between a file and its quantized model at other sizes, from the same ranges.
+
+Each is 18 dB or more from the float model, and roundings differ where a value is at the border
+of two codes, which random layers carry on: two such errors, if independent, are 15 dB apart.
+"""
+
+NOT_OPENVINO = {
+    "vit": "8 dB from its quantized model at the example's own sizes, too",
+    "convnext": "12 dB from its quantized model at the example's own sizes, too",
+    "efficientnet": "gives outputs of batch 0 at any size",
+}
+"""Files that OpenVINO computes wrong at any size, and how; onnxruntime keeps 38 dB."""
+
 
 @pytest.mark.parametrize("entry", ARCHITECTURES, ids=lambda entry: entry.name)
 def test_file_of_an_architecture(entry: ZooEntry, tmp_path: Path) -> None:
     model, file = entry.build(), tmp_path / "model.onnx"
     batches = [((), x) for x in samples(entry.name, 16)]
     quantizer = calibrated(model, batches, backend="onnx", unseen_calls="error")
-    quant_model = written(quantizer, model, ((), entry.inputs(2)), file)
+    without = "openvino" if entry.name in NOT_OPENVINO else ""
+    example: Inputs = ((), entry.inputs(2))
+    quant_model = written(quantizer, model, example, file, least=FLIPS, without=without)
     simulation = quantizer.quantize(model, backend=ReferenceBackend(Backend.ONNX))
     report = Backend.ONNX.verify(file)
     assert report.complete, str(report)

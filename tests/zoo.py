@@ -24,6 +24,7 @@ __all__ = [
     "ARCHITECTURES",
     "DIFFERENT",
     "EVERYTHING",
+    "KINDS",
     "ONE_SIZE",
     "ZOO",
     "ZooEntry",
@@ -49,10 +50,21 @@ ONE_SIZE = {
 """Architectures that serve one length or image size only, in float or once exported, and why."""
 
 DIFFERENT = {
-    "bert", "deberta", "modernbert", "gpt2", "llama_cache", "mixtral", "resnet", "mobilenet_v2",
-    "efficientnet", "convnext", "vit", "whisper", "siglip",
+    "bert", "deberta", "modernbert", "gpt2", "llama_cache", "mixtral", "resnet", "efficientnet",
+    "convnext", "vit", "whisper", "siglip",
 }  # fmt: skip
-"""One of each kind, for every run of what takes long; ``make test-zoo`` takes all."""
+"""For what takes long in every run, as files and compilers do; ``make test-zoo`` takes all."""
+
+KINDS = DIFFERENT | {
+    "albert", "mobilebert", "squeezebert", "funnel", "convbert", "fnet", "gpt_neo", "gptj", "phi3",
+    "gemma2", "bloom", "falcon", "t5", "regnet", "mobilenet_v2", "bit", "convnextv2", "poolformer",
+    "focalnet", "beit", "vit_mae", "swin", "swinv2", "segformer", "mobilevit", "mobilevitv2",
+    "levit", "wav2vec2", "sew", "wav2vec2_conformer", "speech_to_text", "hifigan",
+}  # fmt: skip
+"""One of each kind, for every run of what is quicker; operators of the others are those of these.
+
+``make test-zoo`` takes all.
+"""
 EVERYTHING = "ALL_ARCHITECTURES" in os.environ
 
 ARCHITECTURES = [entry for name, entry in ZOO.items() if name in DIFFERENT or EVERYTHING]

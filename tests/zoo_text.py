@@ -29,12 +29,16 @@ SMALL: dict[str, Any] = {
     "max_position_embeddings": 32,
 }
 
+LAYER = {"num_hidden_layers": 1}
+"""Two layers capture, export and compile twice as long; a few architectures show that they work."""
+TWO_LAYERS = {"num_hidden_layers": 2}
+
 SEQ2SEQ: dict[str, Any] = {
     **TOKENS,
     "init_std": 0.14,
     "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
     "encoder_attention_heads": 4,
     "decoder_attention_heads": 4,
     "encoder_ffn_dim": 64,
@@ -47,11 +51,12 @@ SEQ2SEQ: dict[str, Any] = {
 
 
 def encoder(name: str, model: str, note: str = "", **config: Any) -> ZooEntry:
-    return entry(name, model, {**SMALL, **config}, text, OTHER_TEXT, "text", note=note)
+    options = {**SMALL, **LAYER, **config}
+    return entry(name, model, options, text, OTHER_TEXT, "text", note=note)
 
 
 def decoder(name: str, model: str, note: str = "", **config: Any) -> ZooEntry:
-    options = {**SMALL, "use_cache": False, **config}
+    options = {**SMALL, **LAYER, "use_cache": False, **config}
     return entry(name, model, options, text, OTHER_TEXT, "text", note=note)
 
 
@@ -62,11 +67,11 @@ def seq2seq(name: str, model: str, note: str = "", **config: Any) -> ZooEntry:
 
 
 ENCODERS = [
-    encoder("bert", "BertModel"),
+    encoder("bert", "BertModel", **TWO_LAYERS),
     encoder("bert_eager", "BertModel", "matmul and softmax", attn_implementation="eager"),
     encoder("bert_classifier", "BertForSequenceClassification", num_labels=5),
     encoder("roberta", "RobertaForMaskedLM", "positions counted from the padding, tied head"),
-    encoder("distilbert", "DistilBertModel", dim=32, hidden_dim=64, n_layers=2, n_heads=4),
+    encoder("distilbert", "DistilBertModel", dim=32, hidden_dim=64, n_heads=4),
     encoder("electra", "ElectraForPreTraining", "a logit for each token", embedding_size=16),
     encoder(
         "albert",
@@ -128,6 +133,7 @@ ENCODERS = [
         "modernbert",
         "ModernBertModel",
         "a full and a local layer, gated feed-forward",
+        **TWO_LAYERS,
         local_attention=8,
         cls_token_id=1,
         sep_token_id=2,
@@ -144,14 +150,14 @@ ENCODERS = [
 ]
 
 DECODERS = [
-    decoder("gpt2", "GPT2LMHeadModel", "Conv1D: addmm, weights (in, out); tied head"),
+    decoder("gpt2", "GPT2LMHeadModel", "Conv1D: addmm, weights (in, out); tied head", **TWO_LAYERS),
     decoder("gpt2_cache", "GPT2LMHeadModel", "returns a cache object", use_cache=True),
     decoder(
         "gpt_neo",
         "GPTNeoForCausalLM",
         "attention unscaled, global then local",
+        **TWO_LAYERS,
         attention_types=[[["global", "local"], 1]],
-        num_layers=2,
         num_heads=4,
         window_size=8,
     ),
@@ -167,6 +173,7 @@ DECODERS = [
         "returns a cache object",
         num_key_value_heads=2,
         use_cache=True,
+        **TWO_LAYERS,
     ),
     decoder(
         "mistral", "MistralForCausalLM", "sliding window", num_key_value_heads=2, sliding_window=8
@@ -180,16 +187,15 @@ DECODERS = [
         "gemma2",
         "Gemma2ForCausalLM",
         "soft caps by tanh, four norms a layer",
+        **TWO_LAYERS,
         num_key_value_heads=2,
         head_dim=8,
         sliding_window=8,
         query_pre_attn_scalar=8,
     ),
-    decoder("bloom", "BloomForCausalLM", "ALiBi by baddbmm", n_layer=2, n_head=4),
+    decoder("bloom", "BloomForCausalLM", "ALiBi by baddbmm", n_head=4),
     decoder("falcon", "FalconForCausalLM", "one key and value head", ffn_hidden_size=64),
-    decoder(
-        "mpt", "MptForCausalLM", "ALiBi, no bias", d_model=32, n_layers=2, n_heads=4, max_seq_len=32
-    ),
+    decoder("mpt", "MptForCausalLM", "ALiBi, no bias", d_model=32, n_heads=4, max_seq_len=32),
     decoder(
         "mixtral",
         "MixtralForCausalLM",

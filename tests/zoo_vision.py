@@ -14,7 +14,7 @@ OTHER_SIZE = 48
 PATCHES: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "image_size": 32,
     "patch_size": 8,
@@ -168,7 +168,7 @@ CONVOLUTIONAL = [
 ]
 
 TRANSFORMERS = [
-    patch_net("vit", "ViTForImageClassification"),
+    patch_net("vit", "ViTForImageClassification", num_hidden_layers=2),
     patch_net("deit", "DeiTForImageClassificationWithTeacher", "two class tokens, two heads"),
     patch_net(
         "beit",
@@ -191,6 +191,7 @@ TRANSFORMERS = [
         "logits and boxes for each query",
         image_size=[32, 32],
         num_detection_tokens=5,
+        num_hidden_layers=2,
     ),
     entry(
         "vit_mae",
@@ -206,7 +207,7 @@ TRANSFORMERS = [
         "SwinForImageClassification",
         "shifted windows",
         embed_dim=16,
-        depths=[2, 2],
+        depths=[2, 1],
         num_heads=[2, 4],
         window_size=4,
         patch_size=2,
@@ -216,7 +217,7 @@ TRANSFORMERS = [
         "Swinv2ForImageClassification",
         "cosine attention, a bias from a small network",
         embed_dim=16,
-        depths=[2, 2],
+        depths=[2, 1],
         num_heads=[2, 4],
         window_size=4,
         patch_size=2,

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
-from mypy import api
 from torch import Tensor, fx, nn
 
 from torch_quant import Backend, BackendUnavailable, InvalidConfig, Quantizer
@@ -24,8 +22,6 @@ from torch_quant.backends.ipex.verify import IPEXReport
 from torch_quant.backends.onnx.verify import OnnxReport
 from torch_quant.backends.quantized_graph import QuantizedGraph
 from torch_quant.passes.base import PassContext
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -104,39 +100,6 @@ def test_a_misspelt_backend_says_which_is_close() -> None:
         _ = Backend.ONEDN  # type: ignore[attr-defined]
     with pytest.raises(InvalidConfig, match="did you mean reference"):
         Quantizer("referense")
-
-
-PROGRAM = """
-from torch_quant import Backend, Quantizer
-from torch_quant.backends import Verification
-
-reveal_type(Backend.ONEDNN)
-reveal_type(Backend.get("toy"))
-Quantizer(backend="toy")
-reveal_type(Backend.ONNX.verify("model.onnx"))
-found: Verification = Backend.IPEX.verify(model)
-other: Verification = Backend.ONNX.verify("model.onnx")
-Backend.ONEDN
-Backend.ONNX.verify(3)
-"""
-
-
-def test_type_checkers_know_the_backends(tmp_path: Path) -> None:
-    program = PROGRAM.replace("(model)", "(__import__('torch').nn.Linear(2, 2))")
-    file = tmp_path / "program.py"
-    file.write_text(program)
-    out, err, _ = api.run(
-        ["--config-file", str(ROOT / "setup.cfg"), "--strict", "--follow-imports=silent", str(file)]
-    )
-    assert not err
-    lines = [line.partition("program.py:")[2] for line in out.splitlines()]
-    errors = [line for line in lines if ": error:" in line]
-    assert [line.partition(":")[0] for line in errors] == ["11", "12"], out
-    assert 'has no attribute "ONEDN"' in errors[0]
-    notes = [line for line in lines if ": note: Revealed type" in line]
-    assert ["OneDNNBackend" in notes[0], "Backend" in notes[1], "OnnxReport" in notes[2]] == (
-        [True] * 3
-    ), out
 
 
 def test_reports_of_runtimes_have_one_shape() -> None:

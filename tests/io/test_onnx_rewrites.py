@@ -60,7 +60,7 @@ def both_files(
     quant_model = written(quantizer, model, ((example,), {}), folder / "new.onnx", **options)
     with monkeypatch.context() as patch:
         patch.setattr(onnx_io, "rewrite", lambda model: None)
-        written(quantizer, model, ((example,), {}), folder / "old.onnx", **options)
+        written(quantizer, model, ((example,), {}), folder / "old.onnx", least=None, **options)
     return quant_model, folder / "new.onnx", folder / "old.onnx"
 
 

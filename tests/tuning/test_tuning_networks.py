@@ -76,7 +76,7 @@ def network(kind: str, folder: Path) -> nn.Module:
     here = Path(__file__).parent
     root = here.parents[1]
     path = os.pathsep.join(str(each) for each in (root, root / "tests", here, root / "examples"))
-    environment = os.environ | {"PYTHONPATH": path, "TQDM_DISABLE": "1"}
+    environment = os.environ | {"PYTHONPATH": path, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-c", TRAIN, kind, str(folder / "state.pt")]
     subprocess.run(command, check=True, env=environment, capture_output=True)
     model = BUILD[kind]()
