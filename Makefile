@@ -22,7 +22,7 @@ PYTEST := -m pytest -n 2 --dist worksteal
 # Arithmetic, bookkeeping and rules on the source, which are the same on every torch. All else runs on the oldest too, as
 # do new files: captures, passes, kernels, exports and the zoo depend on it.
 SAME := core sequences statistics tuning $(addprefix amp/test_,gram.py groups.py ranking.py selection.py sensitivity_report.py \
-  fallback_bad_input.py fallback_selection.py fallback_state.py) test_architecture.py test_bad_input.py test_configuration.py test_contributing.py test_explain.py test_merging.py test_public.py \
+  fallback_bad_input.py fallback_selection.py fallback_state.py) test_architecture.py test_bad_input.py test_configuration.py test_contributing.py test_coverage.py test_explain.py test_merging.py test_public.py \
   test_requirements.py test_saved_states.py test_typing.py
 
 .PHONY: help lock demo demo-tuning demo-cnn test test-core test-ipex test-latest test-zoo test-sequences check format bench bench-ipex clean
