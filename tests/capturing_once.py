@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_quant.graph.capture import Region
+from torch_quant.graph.capture import CapturedModule
 from torch_quant.graph.export import CapturedGraph
 from torch_quant.model import rebind
 
@@ -58,22 +58,22 @@ def content(model: nn.Module, batches: Any) -> bytes | None:
     return hashlib.sha256(buffer.getvalue()).digest()
 
 
-def keep(key: bytes | None, region: Region) -> None:
-    """Remember what ``region``, that of a whole model, has captured."""
-    if key is not None and region.graphs and not region.opened:
-        _KEPT[key] = _copied(region.graphs)
+def keep(key: bytes | None, submodule: CapturedModule) -> None:
+    """Remember what ``module``, that of a whole model, has captured."""
+    if key is not None and submodule.graphs and not submodule.opened:
+        _KEPT[key] = _copied(submodule.graphs)
         if len(_KEPT) > _MOST:
             _KEPT.popitem(last=False)
 
 
-def restore(key: bytes | None, region: Region) -> bool:
-    """Give ``region`` graphs that were captured of an equal model; whether there were any."""
+def restore(key: bytes | None, submodule: CapturedModule) -> bool:
+    """Give ``module`` graphs that were captured of an equal model; whether there were any."""
     if key is None or key not in _KEPT:
         return False
     _KEPT.move_to_end(key)
-    region.graphs = _copied(_KEPT[key])
-    for _, graph in region.graphs:
-        rebind(graph.gm, region.module)
+    submodule.graphs = _copied(_KEPT[key])
+    for _, graph in submodule.graphs:
+        rebind(graph.gm, submodule.module)
     return True
 
 

@@ -95,13 +95,13 @@ def calibrated(model: nn.Module, batches: list[Inputs], **options: Any) -> Quant
     """A quantizer that has seen ``batches``; an equal model on equal batches is captured once."""
     quantizer = Quantizer(**options)
     calib_model = quantizer.calib(model)
-    region = calib_model.captured.region
+    submodule = calib_model.captured.root
     key = content(model, batches)
-    restored = bool(region.graphs) or restore(key, region)
+    restored = bool(submodule.graphs) or restore(key, submodule)
     for inputs in batches:
         run(calib_model, inputs)
     if not restored:
-        keep(key, region)
+        keep(key, submodule)
     return quantizer
 
 

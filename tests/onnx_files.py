@@ -13,7 +13,7 @@ from flows import Inputs, run
 from torch import Tensor, nn
 
 from torch_quant import CaptureFailed, Quantizer, export_onnx, sqnr
-from torch_quant.backends.quantized import QuantizedRegion
+from torch_quant.backends.quantized import QuantizedModule
 from torch_quant.graph.binding import bind
 from torch_quant.graph.calls import flatten_call
 from torch_quant.graph.outputs import flatten_output
@@ -50,7 +50,7 @@ def written(
     least: float | None = 25.0,
     without: str = "",
     **options: Any,
-) -> QuantizedRegion:
+) -> QuantizedModule:
     """Quantize for ONNX, export with ``inputs`` as the example and try all sizes called free.
 
     Args:
@@ -71,7 +71,7 @@ def written(
     return quant_model
 
 
-def feeds(quant_model: QuantizedRegion, inputs: Inputs) -> dict[str, Any]:
+def feeds(quant_model: QuantizedModule, inputs: Inputs) -> dict[str, Any]:
     """The tensors of a call under the names that the file gives its inputs."""
     call = flatten_call(*bind(quant_model.signature, *inputs))
     return {name: x.numpy() for name, x in zip(call.names(), call.tensors, strict=True)}
@@ -149,7 +149,7 @@ def _resized(x: Tensor, axis: int, size: int) -> Tensor:
 
 def check_free_sizes(
     path: Path,
-    quant_model: QuantizedRegion,
+    quant_model: QuantizedModule,
     inputs: Inputs,
     least: float = 25.0,
     without: str = "",

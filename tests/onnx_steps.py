@@ -18,7 +18,7 @@ from onnx_files import feeds, session
 from torch import Tensor, fx
 
 from torch_quant import Backend
-from torch_quant.backends.quantized import QuantizedRegion
+from torch_quant.backends.quantized import QuantizedModule
 from torch_quant.backends.quantized_graph import QuantizedGraph
 from torch_quant.core.elements import element_type
 from torch_quant.graph.binding import bind
@@ -73,7 +73,7 @@ class _Codes:
 
 
 def compare_steps(
-    file: Path, quant_model: QuantizedRegion, simulation: QuantizedRegion, inputs: Inputs
+    file: Path, quant_model: QuantizedModule, simulation: QuantizedModule, inputs: Inputs
 ) -> Steps:
     """Run ``inputs`` in onnxruntime and, from its integers, in the reference.
 

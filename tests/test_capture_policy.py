@@ -100,9 +100,9 @@ def test_named_modules_are_a_graph_each() -> None:
     quantizer = Quantizer("reference", capture=["blocks.*", "head"])
     calib_model = quantizer.calib(model)
     assert torch.equal(calib_model(ids), expected(ids))
-    region = calib_model.captured.region
-    assert set(region.children) == {"blocks.0", "blocks.1", "head"}
-    assert all(len(each.graphs) == 1 for each in region.children.values())
+    submodule = calib_model.captured.root
+    assert set(submodule.children) == {"blocks.0", "blocks.1", "head"}
+    assert all(len(each.graphs) == 1 for each in submodule.children.values())
     quantizer.quantize(model)
     assert set(quantizer.plan) == {
         "head",
@@ -110,7 +110,7 @@ def test_named_modules_are_a_graph_each() -> None:
     }
     again = Quantizer("reference", capture=["blocks"])  # a list of layers, each a graph
     again.calib(model, example_inputs=ids)
-    assert set(again.calib(model).captured.region.children) == {"blocks.0", "blocks.1"}
+    assert set(again.calib(model).captured.root.children) == {"blocks.0", "blocks.1"}
 
 
 @torch.no_grad()

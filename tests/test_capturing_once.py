@@ -23,7 +23,7 @@ def test_a_restored_capture_is_as_good_as_a_new_one(name: str) -> None:
     new = Quantizer(backend="reference")
     new.calib(models[2])(*batches[0][0])
 
-    graphs = second.calib(models[1]).captured.region.graphs
+    graphs = second.calib(models[1]).captured.root.graphs
     own = {id(x) for x in (*models[1].parameters(), *models[1].buffers())}
     for _, graph in graphs:
         held = [*graph.gm.parameters(), *graph.gm.buffers()]
@@ -33,7 +33,7 @@ def test_a_restored_capture_is_as_good_as_a_new_one(name: str) -> None:
         )
     x = example(name, 3)
     assert torch.equal(second.calib(models[1])(*x), new.calib(models[2])(*x))
-    assert second.calib(models[1]).captured.region.graphs == graphs  # captured no more
+    assert second.calib(models[1]).captured.root.graphs == graphs  # captured no more
     assert torch.equal(second.quantize(models[1])(*x), new.quantize(models[2])(*x))
 
 
@@ -68,4 +68,4 @@ def test_a_class_that_only_one_function_knows_is_captured_each_time() -> None:
     model = Own(8, 8)
     key = content(model, [])
     assert key is None
-    assert not restore(key, Quantizer(backend="reference").calib(model).captured.region)
+    assert not restore(key, Quantizer(backend="reference").calib(model).captured.root)

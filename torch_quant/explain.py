@@ -101,7 +101,7 @@ class _Facts:
         return repr(self.backend)
 
     def decisions(self) -> tuple[Decision, ...]:
-        module = self.session.captured.region.module
+        module = self.session.captured.root.module
         modules = modules_of(module, self.site)
         rules = rules_for(self.site, modules, self.session.settings.overrides)
         config = rules[0].value if rules else self.session.settings.qconfig
@@ -132,7 +132,7 @@ class _Facts:
     def _quantized(self, override: str | None) -> Decision:
         entry, site = self.entry, self.site
         verdict = self.session.settings.module_filter.verdict(
-            site.name, site.op, modules_of(self.session.captured.region.module, site)
+            site.name, site.op, modules_of(self.session.captured.root.module, site)
         )
         edit = self.session.settings.summary.plan.get(site.name)
         if entry.quantized:
@@ -187,7 +187,7 @@ class _Facts:
         first, config = self.session.observed_by(key)
         rules = rules_for(
             first,
-            modules_of(self.session.captured.region.module, first),
+            modules_of(self.session.captured.root.module, first),
             self.session.settings.overrides,
         )
         asked = config.observer if config is not None else None
@@ -221,7 +221,7 @@ def explain(session: Session, backend: Backend, name: str) -> Explanation:
     for site, obstacle in captured.sites():
         if site.name == name:
             facts = _Facts(session, backend, site, obstacle, plan[name])
-            entry, modules = plan[name], modules_of(captured.region.module, site)
+            entry, modules = plan[name], modules_of(captured.root.module, site)
             return Explanation(
                 name,
                 site.op,

@@ -1,4 +1,4 @@
-"""A float model as the package knows it: its regions, their graphs, and what it looked like."""
+"""A float model as the package knows it: what was captured of it, and what it looked like."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from torch import fx, nn
 
 from torch_quant.core.plan import FloatOp, QuantPlan
 from torch_quant.errors import CaptureFailed, InvalidConfig, NotCalibrated, UnsupportedOp
-from torch_quant.graph.capture import Region, Reopened
+from torch_quant.graph.capture import CapturedModule, Reopened
 from torch_quant.graph.dynamic import check_arguments
 from torch_quant.graph.effects import attributes
 from torch_quant.graph.executor import Executor, owner_of
 from torch_quant.graph.export import CapturedGraph
 from torch_quant.graph.macs import GLUE
 from torch_quant.graph.policy import CapturePolicy
-from torch_quant.graph.shadow import shadow
 from torch_quant.graph.sites import Site
+from torch_quant.graph.twin import twin_of
 from torch_quant.passes.functionalize import writes_attributes
 from torch_quant.passes.prepare import Prepared, prepare
 
@@ -89,7 +89,7 @@ def check_model(model: nn.Module, devices: frozenset[str], backend: str) -> None
 
 
 class CapturedModel:
-    """Regions and prepared graphs of one model; grows as calls come in.
+    """Captured modules and prepared graphs of one model; grows as calls come in.
 
     Args:
         model: the float model.
@@ -112,8 +112,8 @@ class CapturedModel:
         self.altered: tuple[str, ...] = ()
         """Attributes of the model that are others than when it was first captured."""
         self.parameters = _identities(model)
-        self.region = Region(shadow(model), dynamic=dynamic, policy=policy)
-        check_arguments(dynamic, self.region.signature)
+        self.root = CapturedModule(twin_of(model), dynamic=dynamic, policy=policy)
+        check_arguments(dynamic, self.root.signature)
         self.version = 0
         self.declined: dict[str, dict[str, str]] = {}
         """Backend -> site -> why its graphs have it in float although the plan has not."""
@@ -129,7 +129,7 @@ class CapturedModel:
     def copied(self) -> CapturedModel:
         """The same graphs, to be added to without a trace on these."""
         twin = copy.copy(self)
-        twin.region = self.region.copied()
+        twin.root = self.root.copied()
         twin._prepared = dict(self._prepared)
         return twin
 
@@ -144,14 +144,14 @@ class CapturedModel:
             return
         self.parameters = _identities(model)
         self.version += 1
-        twin = shadow(model)
-        for region in self.region.walk():
-            region.module = twin.get_submodule(region.path)
-            for _, graph in region.graphs:
+        twin = twin_of(model)
+        for submodule in self.root.walk():
+            submodule.module = twin.get_submodule(submodule.path)
+            for _, graph in submodule.graphs:
                 prepared = self._prepared.get(id(graph))
                 graphs = [graph.gm] if prepared is None else [graph.gm, prepared[1].canonical]
                 for gm in graphs:
-                    rebind(gm, region.module)
+                    rebind(gm, submodule.module)
 
     def _compare_attributes(self, model: nn.Module) -> None:
         now = attributes(model)
@@ -164,24 +164,24 @@ class CapturedModel:
         ]
         self.attributes = now
         written = {
-            f"{region.path}.{name}".strip(".")
-            for region in self.region.walk()
-            for name in region.written
+            f"{submodule.path}.{name}".strip(".")
+            for submodule in self.root.walk()
+            for name in submodule.written
         }
         other = [n for n in names if not any(w == n or w.startswith(f"{n}.") for w in written)]
         if not other:  # a call of the float model has moved its own state on
-            twin = shadow(model)
-            for region in self.region.walk():
-                for path in region.state:
-                    new, name = owner_of(twin.get_submodule(region.path), path)
+            twin = twin_of(model)
+            for submodule in self.root.walk():
+                for path in submodule.state:
+                    new, name = owner_of(twin.get_submodule(submodule.path), path)
                     if name in vars(new) and name not in ("_modules", "_parameters", "_buffers"):
-                        vars(owner_of(region.module, path)[0])[name] = vars(new)[name]
+                        vars(owner_of(submodule.module, path)[0])[name] = vars(new)[name]
             return
-        if self.region.called:
+        if self.root.called:
             self.altered = tuple(sorted(other))
             logger.info("%s changed since the model was captured", ", ".join(self.altered))
-        known = self.region
-        self.region = Region(shadow(model), dynamic=known.dynamic, policy=known.policy)
+        known = self.root
+        self.root = CapturedModule(twin_of(model), dynamic=known.dynamic, policy=known.policy)
         self._prepared.clear()
         self.version += 1
 
@@ -193,13 +193,18 @@ class CapturedModel:
     def keeps_state(self) -> bool:
         """Whether a call changes what later calls give: a quantized model begins before any."""
         return any(
-            region.state or any(writes_attributes(graph.gm.graph) for _, graph in region.graphs)
-            for region in self.region.walk()
+            submodule.state
+            or any(writes_attributes(graph.gm.graph) for _, graph in submodule.graphs)
+            for submodule in self.root.walk()
         )
 
     def nothing_captured(self) -> str:
         """Why there is no site at all."""
-        failed = [region for region in self.region.walk() if region.failure and not region.graphs]
+        failed = [
+            submodule
+            for submodule in self.root.walk()
+            if submodule.failure and not submodule.graphs
+        ]
         if failed and not any(True for _ in self.graphs()):
             where = failed[-1].path or "the model"
             return f"{where} runs as Python: {failed[-1].failure}"
@@ -207,7 +212,7 @@ class CapturedModel:
 
     def check_called(self, method: str, batches: int) -> None:
         """Raise :class:`NotCalibrated` if no call has captured it, for ``quantizer.<method>``."""
-        if self.region.called:
+        if self.root.called:
             return
         if self.altered:
             raise NotCalibrated(
@@ -225,34 +230,34 @@ class CapturedModel:
     @contextlib.contextmanager
     def calibrated_only(self) -> Iterator[None]:
         """Drop what is captured inside if it turns out to need ranges that there are not."""
-        before = {id(region): len(region.graphs) for region in self.region.walk()}
+        before = {id(submodule): len(submodule.graphs) for submodule in self.root.walk()}
         try:
             yield
         except NotCalibrated:
-            for region in self.region.walk():
-                del region.graphs[before.get(id(region), 0) :]
+            for submodule in self.root.walk():
+                del submodule.graphs[before.get(id(submodule), 0) :]
             raise
 
-    def prepared(self, region: Region, graph: CapturedGraph) -> Prepared:
+    def prepared(self, submodule: CapturedModule, graph: CapturedGraph) -> Prepared:
         """The prepared form of a captured graph, made once."""
         if id(graph) not in self._prepared:
-            self._prepared[id(graph)] = (graph, prepare(graph.gm, region.path))
+            self._prepared[id(graph)] = (graph, prepare(graph.gm, submodule.path))
         return self._prepared[id(graph)][1]
 
     def graphs(self) -> Iterator[Prepared]:
-        """Every prepared graph, outer regions first."""
-        for region in self.region.walk():
-            for _, graph in region.graphs:
-                yield self.prepared(region, graph)
+        """Every prepared graph, those of outer modules first."""
+        for submodule in self.root.walk():
+            for _, graph in submodule.graphs:
+                yield self.prepared(submodule, graph)
 
     @property
     def unreached(self) -> tuple[str, ...]:
         """Modules with parameters that no call has reached, in a model captured in pieces."""
         return tuple(
-            region.path
-            for region in self.region.walk()
-            if not (region.called or region.borrowed)
-            and any(True for _ in region.module.parameters())
+            submodule.path
+            for submodule in self.root.walk()
+            if not (submodule.called or submodule.borrowed)
+            and any(True for _ in submodule.module.parameters())
         )
 
     def tell_unreached(self) -> None:
@@ -270,14 +275,14 @@ class CapturedModel:
     def float_ops(self) -> list[FloatOp]:
         """What multiplies and is no site, once: in graphs, and in Python code by operator."""
         found: dict[str, FloatOp] = {}
-        for region in self.region.walk():
-            for _, graph in region.graphs:
-                for op in self.prepared(region, graph).float_ops:
+        for submodule in self.root.walk():
+            for _, graph in submodule.graphs:
+                for op in self.prepared(submodule, graph).float_ops:
                     found.setdefault(op.name, op)
-            for name, macs in region.glue_macs.items():
+            for name, macs in submodule.glue_macs.items():
                 if not name:  # says only that it was counted
                     continue
-                where = f"{region.path}.{name}".strip(".")
+                where = f"{submodule.path}.{name}".strip(".")
                 found.setdefault(where, FloatOp(where, name, macs, GLUE))
         return list(found.values())
 
@@ -315,7 +320,7 @@ def run_example(captured: CapturedModel, example_inputs: Any) -> Any:
     """
     try:
         while True:
-            executor = Executor(captured.region, lambda region, graph, call: graph(call))
+            executor = Executor(captured.root, lambda submodule, graph, call: graph(call))
             with contextlib.suppress(Reopened):
                 return call_example(executor.watched, example_inputs)
     except CaptureFailed as error:

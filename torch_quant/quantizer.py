@@ -14,7 +14,7 @@ from torch_quant.amp.options import AmpOptions, LossFn
 from torch_quant.amp.proxy import AmpModel, Latency
 from torch_quant.amp.report import SensitivityReport
 from torch_quant.backends import Backend
-from torch_quant.backends.quantized import QuantizedRegion
+from torch_quant.backends.quantized import QuantizedModule
 from torch_quant.config import OverrideKey, QConfig
 from torch_quant.core.plan import QuantPlan
 from torch_quant.explain import Explanation, explain
@@ -246,7 +246,7 @@ class Quantizer(QuantizerFiles):
         backend: Backend | str | None = None,
         example_inputs: Any = None,
         share_float_weights: bool = False,
-    ) -> QuantizedRegion:
+    ) -> QuantizedModule:
         """The quantized model, on real kernels: call it, trace it, export it, copy it, save it.
 
         It is a snapshot: what is done to ``model`` later does not reach it.

@@ -14,7 +14,7 @@ from torch_quant.amp.fallback import Fallback
 from torch_quant.amp.options import AmpOptions
 from torch_quant.amp.proxy import AmpModel
 from torch_quant.backends import VARIABLE, Backend, backend_of_environment, usable_backend
-from torch_quant.backends.quantized import QuantizedRegion, plan_of
+from torch_quant.backends.quantized import QuantizedModule, plan_of
 from torch_quant.config import OverrideKey, Overrides, QConfig
 from torch_quant.configuration import configuration, write_configuration
 from torch_quant.core.plan import FALLEN_BACK, PRECISIONS, QuantPlan
@@ -84,7 +84,7 @@ class QuantizerBase(Tied):
 
     def _session(self, model: nn.Module, backend: Backend | None = None) -> Session:
         backend = backend or self.backend
-        if isinstance(model, (Proxy, QuantizedRegion)):
+        if isinstance(model, (Proxy, QuantizedModule)):
             raise InvalidConfig("this is a proxy; give the float model it was made from")
         check_model(model, backend.devices, repr(backend))
         if self.state.fingerprint:
@@ -98,7 +98,7 @@ class QuantizerBase(Tied):
 
     def _fallback(self, proxy: AmpModel, precision: str = PRECISIONS[0]) -> Fallback:
         if not isinstance(proxy, AmpModel):
-            quantized = isinstance(proxy, QuantizedRegion)
+            quantized = isinstance(proxy, QuantizedModule)
             found = "a quantized model" if quantized else type(proxy).__name__
             raise InvalidConfig(f"expected the proxy that quantizer.amp(model) makes, got {found}")
         if self._sessions.get(proxy.session.model) is not proxy.session:
@@ -162,7 +162,7 @@ class QuantizerBase(Tied):
         backend: Backend | str | None,
         example_inputs: Any,
         share_float_weights: bool,
-    ) -> QuantizedRegion:
+    ) -> QuantizedModule:
         chosen, session = self._ready(model, backend, example_inputs, "quantize")
         self.state.compare_weights(model)
         session.tell_observers()

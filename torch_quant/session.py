@@ -121,7 +121,7 @@ class Session:
     def seen(self) -> None:
         """A batch was recorded: the ranges are of this model, with these weights."""
         self.state.fingerprint = self.captured.fingerprint
-        self.state.note_weights(self.captured.region.module)
+        self.state.note_weights(self.captured.root.module)
 
     def plan(
         self, backend: Backend | None = None, fallen: Mapping[str, str] | None = None
@@ -258,7 +258,7 @@ class Session:
             )
 
     def _config(self, site: Site) -> QConfig | None:
-        return self.settings.config_of(self.captured.region.module, site)
+        return self.settings.config_of(self.captured.root.module, site)
 
 
 def _deciding_on_ranges(key: str, using: list[Site]) -> list[Site]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from torch_quant.amp.fallback import precision_of
-from torch_quant.backends.quantized import QuantizedRegion
+from torch_quant.backends.quantized import QuantizedModule
 from torch_quant.errors import InvalidConfig, NotCalibrated
 from torch_quant.quantizer import Quantizer
 from torch_quant.report.tuning import Trial, Tuning
@@ -37,7 +37,7 @@ def tune(
     timeout: float | None = None,
     dtype: torch.dtype = torch.float32,
     progress: bool = True,
-) -> QuantizedRegion:
+) -> QuantizedModule:
     """Quantize ``model`` with as few layers in float as keep its metric within a tolerance.
 
     The float model is evaluated through an AMP proxy, which ranks the layers on the way; then the
@@ -106,7 +106,7 @@ class _Search:
         amp_batches: int | None,
         max_trials: int | None,
         timeout: float | None,
-    ) -> QuantizedRegion:
+    ) -> QuantizedModule:
         from tqdm import tqdm
 
         quantizer, start = self.quantizer, time.monotonic()

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from torch_quant.backends import Backend
-from torch_quant.backends.quantized import QuantizedRegion
+from torch_quant.backends.quantized import QuantizedModule
 from torch_quant.backends.quantized_graph import QuantizedGraph
 from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import CaptureFailed, InvalidConfig
@@ -64,10 +64,10 @@ class UnseenCalls:
         return type(None), ()
 
     def attend(self, quantized: nn.Module) -> None:
-        """Serve every region of a quantized model."""
-        for region in quantized.modules():
-            if isinstance(region, QuantizedRegion):
-                region.quantization.unseen = self
+        """Serve every module of a quantized model."""
+        for submodule in quantized.modules():
+            if isinstance(submodule, QuantizedModule):
+                submodule.quantization.unseen = self
 
     @staticmethod
     def _present(model: nn.Module) -> tuple[Any, ...]:
@@ -76,12 +76,12 @@ class UnseenCalls:
     def graph(
         self, path: str, call: Call, served: Sequence[Kind]
     ) -> tuple[QuantizedGraph, nn.Module]:
-        """A graph of the region at ``path`` for calls like ``call``, and the float module there.
+        """A graph of the module at ``path`` for calls like ``call``, and the float module there.
 
         Args:
-            path: the region.
+            path: the module.
             call: what the graph has to serve.
-            served: the kinds that the quantized region has graphs for.
+            served: the kinds that the quantized module has graphs for.
 
         Raises:
             CaptureFailed: there can be none; says why.
@@ -92,19 +92,19 @@ class UnseenCalls:
         with CAPTURING, torch.inference_mode(False), torch.no_grad():
             if self._present(model) != self._facts:
                 raise CaptureFailed("the float model has changed since it was quantized")
-            captured.region.at(path)  # its hooks are taken off once, and not by a copy
+            captured.root.at(path)  # its hooks are taken off once, and not by a copy
             twin = captured.copied()
-            region = twin.region.at(path)
-            if region is None:
+            submodule = twin.root.at(path)
+            if submodule is None:
                 raise CaptureFailed("the float model was captured anew since")
-            kind, graph = region.add(call, served)
+            kind, graph = submodule.add(call, served)
             lowering = Session(self._learned, twin, model).lowering()
-            missing = self._missing(lowering.plan, twin.prepared(region, graph))
+            missing = self._missing(lowering.plan, twin.prepared(submodule, graph))
             lowering = replace(lowering, plan=lowering.plan.without(missing, NO_RANGES))
-            made = lowering.quantized_graph(region, kind, graph)
+            made = lowering.quantized_graph(submodule, kind, graph)
             made.plan = lowering.plan.declined(lowering.declined).of(
-                {site.name for site, _ in twin.prepared(region, graph).sites},
-                twin.prepared(region, graph).float_ops,
+                {site.name for site, _ in twin.prepared(submodule, graph).sites},
+                twin.prepared(submodule, graph).float_ops,
             )
         where = path or "the model"
         if missing:
@@ -118,7 +118,7 @@ class UnseenCalls:
             )
         else:
             logger.info("captured %s for another kind of call", where)
-        return made, region.module
+        return made, submodule.module
 
     def _missing(self, plan: QuantPlan, prepared: Prepared) -> list[str]:
         """Quantized sites of a graph that read or store a tensor without a range."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 WITHOUT_GRADIENT = ["in_place", "in_place_after_read"]  # a linear's input is written to
 AWKWARD = [
     "branch_on_data",  # in pieces
-    "loop_on_data",  # in pieces, a region called several times
+    "loop_on_data",  # in pieces, a module called several times
     "routed_experts",
     "borrows_from_child",
     "in_place",

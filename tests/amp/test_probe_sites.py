@@ -18,8 +18,8 @@ from zoo import ZOO
 from torch_quant.amp.probe_sites import LocalSite, cut_sites, insert_site_probes, insulated
 from torch_quant.graph.calls import flatten_call
 from torch_quant.graph.export import export_graph
-from torch_quant.graph.shadow import shadow
 from torch_quant.graph.sites import KEY
+from torch_quant.graph.twin import twin_of
 from torch_quant.nn.probe import SiteProbe
 from torch_quant.passes.prepare import Prepared, prepare
 
@@ -115,7 +115,7 @@ def make(name: str) -> Made:
         model = AWKWARD[name].build()
         args, kwargs = AWKWARD[name].inputs(2)
     call = flatten_call(args, kwargs)
-    return model, prepare(export_graph(shadow(model), call).gm), call.tensors
+    return model, prepare(export_graph(twin_of(model), call).gm), call.tensors
 
 
 def clean(prepared: Prepared) -> list[LocalSite]:
@@ -278,7 +278,7 @@ class Writes(nn.Module):
 
 def test_an_insulated_graph_shares_storage_and_no_history() -> None:
     model, x = seeded(Writes), normal(4, 16)
-    gm = export_graph(shadow(model), flatten_call((x,), {})).gm
+    gm = export_graph(twin_of(model), flatten_call((x,), {})).gm
     apart = insulated(gm)
     parameters = {id(p) for p in model.parameters()}
     for node in apart.graph.find_nodes(op="get_attr"):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from torch_quant import Backend, QConfig, QuantSpec, sqnr
 from torch_quant.backends import ReferenceBackend, onednn_ops
-from torch_quant.backends.quantized import QuantizedRegion
+from torch_quant.backends.quantized import QuantizedModule
 from torch_quant.backends.quantized_graph import QuantizedGraph
 
 pytestmark = pytest.mark.skipif(
@@ -63,7 +63,7 @@ def both(model: nn.Module, x: Tensor, config: QConfig | None = None) -> tuple[Te
     return quantizer.quantize(model, backend=reference)(x), quantizer.quantize(model)(x)
 
 
-def kernels(quant_model: QuantizedRegion) -> list[str]:
+def kernels(quant_model: QuantizedModule) -> list[str]:
     """Names of the operators that a quantized model calls."""
     graph = quant_model.graphs[0]
     assert isinstance(graph, QuantizedGraph)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch_quant import Backend
 from torch_quant.backends.onednn_cache import PackedWeights
 from torch_quant.backends.onednn_ops import PACKED
-from torch_quant.backends.quantized import QuantizedRegion
+from torch_quant.backends.quantized import QuantizedModule
 
 pytestmark = pytest.mark.skipif(
     Backend.ONEDNN.unavailable() is not None,
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def convolutions(count: int) -> QuantizedRegion:
+def convolutions(count: int) -> QuantizedModule:
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Conv2d(8, 8, 3, padding=1) for _ in range(count)])
     batches = [((torch.randn(n, 8, n + 7, 9),), {}) for n in (1, 2)]

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from torch_quant import ModuleFilter, QuantError, Quantizer
 from torch_quant.backends.ownership import Owner
-from torch_quant.backends.quantized import QuantizedRegion
+from torch_quant.backends.quantized import QuantizedModule
 
 
 def other_values(model: nn.Module) -> dict[str, Tensor]:
@@ -44,7 +44,7 @@ def test_new_weights_of_the_float_model_do_not_reach_it(name: str, backend: str)
         assert torch.equal(x, y)
 
 
-def in_float(model: nn.Module, **options: bool) -> tuple[Quantizer, QuantizedRegion]:
+def in_float(model: nn.Module, **options: bool) -> tuple[Quantizer, QuantizedModule]:
     """All but the first layer of ``model`` in float."""
     quantizer = calibrated(
         model, [((normal(8, 256),), {})], module_filter=ModuleFilter(include_names="0")

@@ -8,11 +8,11 @@ from models import Compute, Two
 from torch import fx, nn
 
 from torch_quant.graph.calls import flatten_call
-from torch_quant.graph.capture import Region
+from torch_quant.graph.capture import CapturedModule
 from torch_quant.graph.executor import Executor
 from torch_quant.graph.export import CapturedGraph, export_graph
-from torch_quant.graph.shadow import shadow
 from torch_quant.graph.sites import Site, find_sites
+from torch_quant.graph.twin import twin_of
 from torch_quant.passes.canonicalize import canonicalize
 
 __all__ = ["Compute", "Two", "canonical", "capture", "executor", "serve", "site_names", "sites_of"]
@@ -20,7 +20,7 @@ __all__ = ["Compute", "Two", "canonical", "capture", "executor", "serve", "site_
 
 def capture(model: nn.Module, *args: Any, **kwargs: Any) -> CapturedGraph:
     """The graph of ``model`` for this call."""
-    return export_graph(shadow(model), flatten_call(args, kwargs))
+    return export_graph(twin_of(model), flatten_call(args, kwargs))
 
 
 def serve(graph: CapturedGraph, *args: Any, **kwargs: Any) -> Any:
@@ -43,7 +43,7 @@ def site_names(gm: fx.GraphModule) -> list[str]:
     return [site.name for site in sites_of(gm)]
 
 
-def executor(model: nn.Module) -> tuple[Executor, Region]:
+def executor(model: nn.Module) -> tuple[Executor, CapturedModule]:
     """``model`` run through its captured graphs, and where they are kept."""
-    region = Region(shadow(model))
-    return Executor(region, lambda region, graph, call: graph(call)), region
+    submodule = CapturedModule(twin_of(model))
+    return Executor(submodule, lambda submodule, graph, call: graph(call)), submodule

@@ -51,16 +51,16 @@ def test_fewer_sizes_stay_free_where_all_take_too_long(
     monkeypatch.setattr(budget, "SECONDS", 0.05)
     monkeypatch.setitem(budget._SHARES, "the batch size", 4000.0)
     model = seeded(hierarchical)
-    run, region = executor(model)
+    run, submodule = executor(model)
     with caplog.at_level(logging.WARNING, logger="torch_quant"):
         assert torch.equal(run(images(2, 20)), model(images(2, 20)))
     (record,) = caplog.records
     assert "every size" in record.message
     assert "x.shape[2] = 20" in record.message or "input.shape[2] = 20" in record.message
     assert torch.equal(run(images(5, 20)), model(images(5, 20)))
-    assert len(region.graphs) == 1
+    assert len(submodule.graphs) == 1
     assert torch.equal(run(images(2, 14)), model(images(2, 14)))
-    assert all(graph.reduced for _, graph in region.graphs)
+    assert all(graph.reduced for _, graph in submodule.graphs)
 
 
 def test_nothing_is_left_behind_when_time_is_up() -> None:

@@ -9,16 +9,16 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from torch_quant.errors import CaptureFailed
-from torch_quant.graph.capture import Region
+from torch_quant.graph.capture import CapturedModule
 from torch_quant.graph.executor import glue
 from torch_quant.graph.export import ModelRefuses
 from torch_quant.graph.outputs import flatten_output
 from torch_quant.graph.running import no_fastpath
 
 
-def captured_paths(region: Region) -> set[str]:
-    """The regions that hold a graph."""
-    return {part.path for part in region.walk() if part.graphs}
+def captured_paths(submodule: CapturedModule) -> set[str]:
+    """The captured modules that hold a graph."""
+    return {part.path for part in submodule.walk() if part.graphs}
 
 
 def same_leaves(actual: object, expected: object) -> bool:
@@ -34,7 +34,7 @@ def test_awkward_models_run_as_captured(name: str) -> None:
     """At two batch sizes, captured at the first; bit for bit, as the operators are the same."""
     entry = AWKWARD[name]
     model = entry.build()
-    run, region = executor(model)
+    run, submodule = executor(model)
     for batch in (1, 3):
         args, kwargs = entry.inputs(batch)
         again, again_kwargs = entry.inputs(batch)
@@ -42,17 +42,17 @@ def test_awkward_models_run_as_captured(name: str) -> None:
             expected = model(*again, **again_kwargs)
         assert same_leaves(run(*args, **kwargs), expected)
     # A dataclass among the outputs is taken apart here, which torch.export alone does not do.
-    assert bool(region.failure) != (entry.exports or name == "dataclass_output")
+    assert bool(submodule.failure) != (entry.exports or name == "dataclass_output")
 
 
-def test_a_model_that_exports_is_one_region() -> None:
-    run, region = executor(small_cnn())
+def test_a_model_that_exports_is_one_captured_module() -> None:
+    run, submodule = executor(small_cnn())
     run(torch.zeros(1, 3, 16, 16))
     run(torch.zeros(4, 3, 16, 16))
     run(x=torch.zeros(2, 3, 16, 16))  # the same call, written otherwise
-    assert captured_paths(region) == {""}
-    assert len(region.graphs) == 1
-    assert not region.children
+    assert captured_paths(submodule) == {""}
+    assert len(submodule.graphs) == 1
+    assert not submodule.children
 
 
 class Gated(nn.Module):
@@ -74,74 +74,80 @@ class Gated(nn.Module):
 
 def test_pieces_are_as_large_as_possible() -> None:
     model = Gated().eval()
-    run, region = executor(model)
+    run, submodule = executor(model)
     assert torch.equal(run(normal(4, 16)), model(normal(4, 16)))
-    assert "data-dependent" in region.failure
-    assert set(region.children) == {"stem", "blocks.0", "blocks.1", "choices.low", "choices.high"}
-    taken = captured_paths(region)
+    assert "data-dependent" in submodule.failure
+    assert set(submodule.children) == {
+        "stem",
+        "blocks.0",
+        "blocks.1",
+        "choices.low",
+        "choices.high",
+    }
+    taken = captured_paths(submodule)
     assert taken - {"choices.low", "choices.high"} == {"stem", "blocks.0", "blocks.1"}
     assert len(taken) == 4
 
 
 def test_a_part_that_fails_is_split_further() -> None:
     model = nn.Sequential(nn.Linear(16, 16), Gated(), nn.Linear(4, 4)).eval()
-    run, region = executor(model)
+    run, submodule = executor(model)
     assert torch.equal(run(normal(2, 16)), model(normal(2, 16)))
-    assert {"0", "2", "1.stem", "1.blocks.0", "1.blocks.1"} < captured_paths(region)
-    assert region.failure
-    assert region.children["1"].failure
-    assert not region.children["0"].failure
+    assert {"0", "2", "1.stem", "1.blocks.0", "1.blocks.1"} < captured_paths(submodule)
+    assert submodule.failure
+    assert submodule.children["1"].failure
+    assert not submodule.children["0"].failure
 
 
 def test_branches_are_captured_when_first_taken() -> None:
     entry = AWKWARD["branch_switches"]
     model = entry.build()
-    run, region = executor(model)
+    run, submodule = executor(model)
     run(*entry.inputs(1)[0])
-    first = captured_paths(region)
+    first = captured_paths(submodule)
     assert "l1" in first
-    assert not region.children["l2"].called
+    assert not submodule.children["l2"].called
     run(*entry.inputs(3)[0])
-    assert captured_paths(region) == {*first, "l2"}
-    assert len(region.children["l0"].graphs) == 1
+    assert captured_paths(submodule) == {*first, "l2"}
+    assert len(submodule.children["l0"].graphs) == 1
 
 
 def test_a_cache_of_the_callers_comes_back_as_from_the_model() -> None:
     entry = AWKWARD["cache_argument"]
     model = entry.build()
-    run, region = executor(model)
+    run, submodule = executor(model)
     cache, same = PlainCache(), PlainCache()
     for length in (3, 1, 4):
         x = normal(2, length, 16)
         assert torch.equal(run(x, cache), model(x, same))
-    assert "PlainCache" in region.failure
+    assert "PlainCache" in submodule.failure
     assert cache.states.keys() == same.states.keys()
     assert all(torch.equal(cache.states[i], same.states[i]) for i in same.states)
-    assert {"layers.0.query", "layers.1.state"} < captured_paths(region)
+    assert {"layers.0.query", "layers.1.state"} < captured_paths(submodule)
 
 
 def test_a_cache_inside_is_no_obstacle() -> None:
     entry = AWKWARD["cache_within"]
-    run, region = executor(entry.build())
+    run, submodule = executor(entry.build())
     run(*entry.inputs(2)[0])
-    assert captured_paths(region) == {""}
+    assert captured_paths(submodule) == {""}
 
 
 def test_other_constants_and_ranks_make_other_graphs() -> None:
     model = Compute(lambda x, up=False: x.cumsum(-1) * (2 if up else -2))
-    run, region = executor(model)
+    run, submodule = executor(model)
     x = normal(2, 3)
     for args in [(x, True), (normal(5, 4), True), (x, False), (normal(2, 3, 4), True)]:
         assert torch.equal(run(*args), model(*args))
-    assert len(region.graphs) == 3
+    assert len(submodule.graphs) == 3
 
 
 def test_a_size_that_was_fixed_makes_another_graph() -> None:
     model = Compute(lambda x: x.view(x.shape[0], 2, -1).sum(1) if x.shape[1] == 4 else x)
-    run, region = executor(model)
+    run, submodule = executor(model)
     for width in (4, 6, 4):
         assert torch.equal(run(normal(3, width)), model(normal(3, width)))
-    assert len(region.graphs) == 2
+    assert len(submodule.graphs) == 2
 
 
 class Picky(Two):
@@ -153,28 +159,28 @@ class Picky(Two):
 
 def test_the_models_own_error_is_no_reason_to_split() -> None:
     model = Picky()
-    run, region = executor(model)
+    run, submodule = executor(model)
     with pytest.raises(ModelRefuses, match="at most 3"):
         run(normal(4, 16))
-    assert not region.failure
+    assert not submodule.failure
     assert torch.equal(run(normal(2, 16)), model(normal(2, 16)))
-    assert captured_paths(region) == {""}
+    assert captured_paths(submodule) == {""}
 
 
 def test_a_call_that_does_not_fit_the_signature() -> None:
-    run, region = executor(Two())
+    run, submodule = executor(Two())
     with pytest.raises(CaptureFailed, match=r"do not fit forward\(x"):
         run(normal(2, 16), normal(2, 16))
-    assert not region.failure
+    assert not submodule.failure
 
 
 def test_what_glue_borrows_is_noted() -> None:
     entry = AWKWARD["borrows_from_child"]
-    run, region = executor(entry.build())
+    run, submodule = executor(entry.build())
     run(*entry.inputs(2)[0])
-    assert region.children["l0"].borrowed == {"weight"}
-    assert not region.children["l1"].borrowed
-    assert not region.children["l0"].called
+    assert submodule.children["l0"].borrowed == {"weight"}
+    assert not submodule.children["l1"].borrowed
+    assert not submodule.children["l0"].called
 
 
 def test_unknown_attributes_stay_errors() -> None:
@@ -195,28 +201,28 @@ def test_an_executor_shows_the_models_parameters_and_owns_none() -> None:
 
 def test_glue_replaces_the_children_and_leaves_the_model() -> None:
     model = Gated().eval()
-    run, region = executor(model)
+    run, submodule = executor(model)
     run(normal(2, 16))
     made: list[str] = []
 
-    def make(child: Region) -> nn.Module:
+    def make(child: CapturedModule) -> nn.Module:
         made.append(child.path)
         return nn.Identity()
 
-    twin = glue(region, make)
-    assert sorted(made) == sorted(region.children)
+    twin = glue(submodule, make)
+    assert sorted(made) == sorted(submodule.children)
     assert isinstance(twin.stem, nn.Identity)
     assert isinstance(twin.choices["low"], nn.Identity)
     assert isinstance(model.stem, nn.Sequential)
-    assert isinstance(region.module.stem, nn.Sequential)
+    assert isinstance(submodule.module.stem, nn.Sequential)
 
 
-def test_a_shared_child_is_one_region() -> None:
+def test_a_shared_child_is_one_captured_module() -> None:
     entry = AWKWARD["loop_on_data"]
-    run, region = executor(entry.build())
+    run, submodule = executor(entry.build())
     run(*entry.inputs(2)[0])
-    assert len(region.children["l0"].graphs) == 1
-    assert [part.path for part in region.walk()] == ["", "l0", "l1"]
+    assert len(submodule.children["l0"].graphs) == 1
+    assert [part.path for part in submodule.walk()] == ["", "l0", "l1"]
 
 
 def test_inputs_pass_through_untouched() -> None:
@@ -228,9 +234,9 @@ def test_inputs_pass_through_untouched() -> None:
         def forward(self, tree: dict[str, Tensor]) -> Tensor:
             return self.l0(tree["x"]) if tree["extra"][1].sum() > -1e9 else tree["x"]
 
-    run, region = executor(TakesTree())
+    run, submodule = executor(TakesTree())
     run(inputs)
-    assert region.failure
+    assert submodule.failure
     assert [id(leaf) for leaf in pytree.tree_leaves(inputs)] == leaves
 
 
@@ -245,8 +251,8 @@ class WidensByBatch(Two):
 @pytest.mark.parametrize("batch", [1, 2, 3, 4, 8])
 def test_a_branch_on_the_batch_size_makes_two_graphs_and_no_pieces(batch: int) -> None:
     model = WidensByBatch()
-    run, region = executor(model)
+    run, submodule = executor(model)
     for size in (batch, 2, 6, 3, 8):
         assert torch.equal(run(normal(size, 16)), model(normal(size, 16)))
-    assert not region.failure
-    assert len(region.graphs) == 2
+    assert not submodule.failure
+    assert len(submodule.graphs) == 2

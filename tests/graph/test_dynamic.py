@@ -18,7 +18,7 @@ from torch_quant.graph.dynamic import checked_dynamic
 
 
 def shapes(proxy: Any) -> list[list[tuple[int | str, ...]]]:
-    return [graph.contract.shapes for _, graph in proxy.captured.region.graphs]
+    return [graph.contract.shapes for _, graph in proxy.captured.root.graphs]
 
 
 @pytest.mark.parametrize("batch", [1, 2])

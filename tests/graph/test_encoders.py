@@ -1,4 +1,4 @@
-"""PyTorch's encoder zeroes padding on its fast path, and so does its shadow."""
+"""PyTorch's encoder zeroes padding on its fast path, and so does its twin."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from torch_quant.errors import CaptureFailed
 from torch_quant.graph.calls import flatten_call
 from torch_quant.graph.export import ModelRefuses, export_graph
 from torch_quant.graph.running import no_fastpath
-from torch_quant.graph.shadow import shadow
+from torch_quant.graph.twin import twin_of
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -155,9 +155,9 @@ def test_a_call_that_the_model_refuses() -> None:
 
 EXPORTED_HERE = {
     "dataclass_output": "plain objects among the outputs are no obstacle",
-    "user_hooks": "hooks are traced with the rest; a region that has some is what refuses",
+    "user_hooks": "hooks are traced with the rest; a module that has some is what refuses",
 }
-"""Entries that torch.export or a region does not take whole, but export_graph does."""
+"""Entries that torch.export or a module does not take whole, but export_graph does."""
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ class Counts(Two):
 @pytest.mark.parametrize("in_place", [True, False], ids=["written", "assigned"])
 def test_buffers_are_as_before(in_place: bool) -> None:
     model = Counts(in_place)
-    twin = shadow(model)
+    twin = twin_of(model)
     with contextlib.suppress(CaptureFailed):
         export_graph(twin, flatten_call((normal(2, 16),), {}))
     for module in (model, twin):
@@ -264,7 +264,7 @@ def test_surroundings_are_left_alone() -> None:
 def test_train_mode_is_captured_as_eval() -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Dropout(0.5)).train()
     graph = capture(model, normal(4, 16))
-    expected = shadow(model)(normal(4, 16))
+    expected = twin_of(model)(normal(4, 16))
     assert torch.equal(serve(graph, normal(4, 16)), expected)
     assert torch.equal(model[1].running_mean, torch.zeros(16))
 
@@ -340,7 +340,7 @@ def test_arguments_of_any_name() -> None:
     inputs = dict(
         zip(("slice", "device", "input_1", "linear"), [normal(3, 10), *others], strict=True)
     )
-    graph = export_graph(shadow(model), flatten_call((), inputs))
+    graph = export_graph(twin_of(model), flatten_call((), inputs))
     names = [node.target for node in graph.gm.graph.find_nodes(op="placeholder")]
     assert names == ["input_0", "input_1", "input_2", "linear"]
     assert torch.equal(graph.gm(*inputs.values())[0], model(**inputs))
@@ -352,5 +352,5 @@ def test_an_argument_called_as_the_exporter_calls_another() -> None:
             return x - 2 * tensors_0
 
     inputs = {"x": normal(3, 8), "tensors_0": normal(3, 8, salt=1)}
-    graph = export_graph(shadow(Second()), flatten_call((), inputs))
+    graph = export_graph(twin_of(Second()), flatten_call((), inputs))
     assert torch.equal(graph.gm(*inputs.values())[0], Second()(**inputs))

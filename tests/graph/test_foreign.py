@@ -15,7 +15,7 @@ from torch_quant import Backend, Quantizer
 from torch_quant.errors import CaptureFailed
 from torch_quant.graph.calls import flatten_call
 from torch_quant.graph.foreign import ForeignOperators
-from torch_quant.graph.shadow import shadow
+from torch_quant.graph.twin import twin_of
 from torch_quant.graph.widen import export_call
 
 WRONG: list[str] = []
@@ -129,7 +129,7 @@ class Shifted(nn.Module):
 @torch.no_grad()
 def test_other_numbers_and_masks_are_not_tried() -> None:
     inputs = normal(5, 4), torch.tensor([0, 1, 0]), 3
-    call, graph = export_call(shadow(Shifted().eval()), flatten_call((*inputs, "any"), {}))
+    call, graph = export_call(twin_of(Shifted().eval()), flatten_call((*inputs, "any"), {}))
     assert not call.numbers
     assert call.rebuild(call.tensors)[0][2] == 3
     assert not graph.exact  # zeros and ones may be a mask, but are an index here
@@ -149,14 +149,14 @@ class Smooth(nn.Module):
 @torch.no_grad()
 def test_elementwise_operators_serve_every_size_of_two_and_more() -> None:
     model = seeded(Smooth)
-    run, region = executor(model)
+    run, submodule = executor(model)
     run(normal(2, 6, 8))
     for shape in ((3, 9, 8), (8, 2, 8), (64, 5, 8)):
         assert torch.equal(run(normal(*shape)), model(normal(*shape)))
-    assert len(region.graphs) == 1
+    assert len(submodule.graphs) == 1
     for shape in ((1, 9, 8), (1, 2, 8), (3, 1, 8), (5, 1, 8), (1, 1, 8)):
         assert torch.equal(run(normal(*shape)), model(normal(*shape)))
-    assert len(region.graphs) == 4
+    assert len(submodule.graphs) == 4
 
 
 @torch.no_grad()

@@ -57,11 +57,11 @@ def test_between_other_layers_with_a_state_given() -> None:
 
     torch.manual_seed(0)
     model = Tagger().eval()
-    run, region = executor(model)
+    run, submodule = executor(model)
     for length, batch in ((7, 3), (1, 3), (5, 1), (1, 1)):
         inputs = normal(length, batch, 8), normal(1, batch, 6, salt=1)
         assert torch.equal(run(*inputs), model(*inputs))
-    assert len(region.graphs) == 1
+    assert len(submodule.graphs) == 1
 
 
 def test_packed_sequences_give_what_the_module_gives() -> None:

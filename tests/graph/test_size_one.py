@@ -37,12 +37,12 @@ def language_model(name: str) -> nn.Module:
 def test_language_models_serve_one_token(name: str) -> None:
     torch.manual_seed(0)
     model = language_model(name).eval()
-    run, region = executor(model)
+    run, submodule = executor(model)
     for batch, length in ((2, 16), (3, 8), (2, 1), (1, 1), (3, 1), (1, 9)):
         ids = torch.randint(1, 64, (batch, length))
         actual, expected = run(input_ids=ids), model(input_ids=ids)
         torch.testing.assert_close(actual[0], expected[0], rtol=1e-5, atol=1e-5)
-    assert len(region.graphs) == 1
+    assert len(submodule.graphs) == 1
 
 
 @pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.ONEDNN])

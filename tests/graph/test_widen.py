@@ -50,8 +50,8 @@ def switched(linear: nn.Module, x: Tensor, mode: str) -> Tensor:
     return linear(x) if mode.startswith("plain") else linear(x).relu()
 
 
-def kinds(region: Any) -> list[Any]:
-    return [[first for first, _ in kind.leaves[1:]] for kind, _ in region.graphs]
+def kinds(submodule: Any) -> list[Any]:
+    return [[first for first, _ in kind.leaves[1:]] for kind, _ in submodule.graphs]
 
 
 @pytest.mark.parametrize(
@@ -67,10 +67,10 @@ def kinds(region: Any) -> list[Any]:
 )
 def test_a_number_is_an_input(compute: Any, values: list[Any]) -> None:
     model = Layer(compute)
-    run, region = executor(model)
+    run, submodule = executor(model)
     for value in values:
         assert torch.equal(run(X, value), model(X, value))
-    assert kinds(region) == [[Number]]
+    assert kinds(submodule) == [[Number]]
 
 
 @pytest.mark.parametrize(
@@ -89,30 +89,30 @@ def test_a_number_is_an_input(compute: Any, values: list[Any]) -> None:
 )
 def test_a_number_that_a_graph_cannot_take_stays_fixed(compute: Any, values: list[Any]) -> None:
     model = Layer(compute)
-    run, region = executor(model)
+    run, submodule = executor(model)
     for value in [*values, *values]:
         found, expected = run(X, value), model(X, value)
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
         assert type(found) is type(expected)
-    assert kinds(region) in ([[float], [float]], [[int], [int]], [[Number]])
+    assert kinds(submodule) in ([[float], [float]], [[int], [int]], [[Number]])
 
 
 def test_a_number_of_another_type_is_another_graph() -> None:
     model = Layer(lambda linear, x, t: (linear(x) * 8).long() * t)
-    run, region = executor(model)
+    run, submodule = executor(model)
     for value in (2, 2.5, 3, 0.5):
         found, expected = run(X, value), model(X, value)
         assert torch.equal(found, expected)
         assert found.dtype == expected.dtype
-    assert kinds(region) == [[Number], [Number]]
+    assert kinds(submodule) == [[Number], [Number]]
 
 
 def test_a_call_that_a_graph_took_is_of_its_kind() -> None:
-    run, region = executor(Layer(lambda linear, x, t, name: linear(x) * t))
+    run, submodule = executor(Layer(lambda linear, x, t, name: linear(x) * t))
     run(X, 3, "a")
-    resolved = region.resolve((X, 4, "b"), {})
+    resolved = submodule.resolve((X, 4, "b"), {})
     assert resolved is not None
-    assert region.find(resolved[0]) is not None
+    assert submodule.find(resolved[0]) is not None
 
 
 def test_one_constant_may_be_free_and_another_fixed() -> None:
@@ -120,10 +120,10 @@ def test_one_constant_may_be_free_and_another_fixed() -> None:
         return looped(linear, x, times) / t
 
     model = Layer(compute)
-    run, region = executor(model)
+    run, submodule = executor(model)
     for args in [(0.7, 2, "a"), (0.8, 2, "b"), (0.9, 3, "a"), (1.0, 3, "c")]:
         assert torch.equal(run(X, *args), model(X, *args))
-    assert kinds(region) == [[Number, int, Unread]] * 2
+    assert kinds(submodule) == [[Number, int, Unread]] * 2
 
 
 def test_a_string_that_nobody_reads_makes_no_graph() -> None:
@@ -132,11 +132,11 @@ def test_a_string_that_nobody_reads_makes_no_graph() -> None:
         return linear(floats["x"])
 
     model = Layer(compute)
-    run, region = executor(model)
+    run, submodule = executor(model)
     for name in ("img_1.png", "img_2.png", ""):
         batch = {"x": X, "id": name}
         assert torch.equal(run(batch), model(batch))
-    assert kinds(region) == [[Unread]]
+    assert kinds(submodule) == [[Unread]]
 
 
 @pytest.mark.parametrize(
@@ -170,11 +170,11 @@ def test_a_string_that_nobody_reads_makes_no_graph() -> None:
 )
 def test_a_string_that_is_read_stays_fixed(compute: Any) -> None:
     model = Layer(compute)
-    run, region = executor(model)
+    run, submodule = executor(model)
     values = ("floor", "trunc") if "div" in compute.__code__.co_names else ("plain", "other")
     for value in values * 2:
         assert torch.equal(run(X, value), model(X, value))
-    assert kinds(region) == [[str], [str]]
+    assert kinds(submodule) == [[str], [str]]
 
 
 def test_a_string_may_be_part_of_the_output() -> None:
@@ -192,10 +192,10 @@ def test_a_model_that_hides_the_use_of_a_string() -> None:
             return linear(x)
 
     model = Layer(compute)
-    run, region = executor(model)
+    run, submodule = executor(model)
     for value in ("plain", "other"):
         assert torch.equal(run(X, value), model(X, value))
-    assert kinds(region) == [[str], [str]]
+    assert kinds(submodule) == [[str], [str]]
 
 
 def test_a_constant_that_captures_again_is_told_and_limited(
@@ -210,7 +210,7 @@ def test_a_constant_that_captures_again_is_told_and_limited(
             return self.linear(x) * 2 if times > 10 else self.linear(x)
 
     model = Many()
-    run, region = executor(model)
+    run, submodule = executor(model)
     with caplog.at_level(logging.WARNING, "torch_quant"):
         for i in range(4):
             run(X, i)
@@ -224,4 +224,4 @@ def test_a_constant_that_captures_again_is_told_and_limited(
             assert torch.equal(run(X, i), model(X, i))
     assert "from now on its parts are captured" in caplog.messages[1]
     assert len(caplog.messages) == 2
-    assert [len(each.graphs) for each in region.walk()] == [16, 1]
+    assert [len(each.graphs) for each in submodule.walk()] == [16, 1]

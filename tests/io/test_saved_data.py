@@ -21,7 +21,7 @@ from torch_quant.errors import InvalidConfig
 from torch_quant.graph.calls import flatten_call
 from torch_quant.graph.export import CapturedGraph, export_graph
 from torch_quant.graph.outputs import flatten_output, leaf_names, unflatten_output
-from torch_quant.graph.shadow import shadow
+from torch_quant.graph.twin import twin_of
 from torch_quant.io.data.graphs import read_graph, write_graph
 from torch_quant.io.data.sizes import read_contract, write_contract
 from torch_quant.io.data.trees import read_kind, read_output, write_kind, write_output
@@ -175,7 +175,7 @@ def test_a_graph_that_was_tampered_with(change: Any, message: str) -> None:
 
 
 def captured(model: nn.Module, *inputs: Any, **kwargs: Any) -> CapturedGraph:
-    return export_graph(shadow(model), flatten_call(inputs, kwargs))
+    return export_graph(twin_of(model), flatten_call(inputs, kwargs))
 
 
 OUTPUTS: list[Any] = [
@@ -251,7 +251,7 @@ def test_awkward_graphs_with_all_that_belongs_to_them(name: str) -> None:
     entry = AWKWARD[name]
     model, (args, kwargs) = entry.build(), entry.inputs(2)
     call = flatten_call(args, kwargs)
-    graph = export_graph(shadow(model), call)
+    graph = export_graph(twin_of(model), call)
     again = CapturedGraph(
         graph_through_json(graph.gm),
         read_contract(through(write_contract(graph.contract)), name),

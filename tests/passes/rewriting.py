@@ -18,8 +18,8 @@ from torch_quant.core.qparams import QParams, choose_qparams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.graph.calls import flatten_call
 from torch_quant.graph.export import export_graph
-from torch_quant.graph.shadow import shadow
 from torch_quant.graph.sites import ORIGIN, find_sites, is_constant
+from torch_quant.graph.twin import twin_of
 from torch_quant.passes.base import Params, Pass, PassContext, copy_graph, run_passes
 from torch_quant.passes.canonicalize import canonicalize
 from torch_quant.statistics import Statistic
@@ -47,7 +47,7 @@ WEIGHT = QuantSpec.of(signed=True, symmetric=True, per_channel=True)
 
 def captured(model: nn.Module, *inputs: Any) -> fx.GraphModule:
     """The graph of ``model`` before any pass, as passes get it."""
-    gm = copy_graph(export_graph(shadow(model), flatten_call(inputs, {})).gm)
+    gm = copy_graph(export_graph(twin_of(model), flatten_call(inputs, {})).gm)
     for node in gm.graph.nodes:
         node.meta[ORIGIN] = node.name
     return gm
@@ -55,7 +55,7 @@ def captured(model: nn.Module, *inputs: Any) -> fx.GraphModule:
 
 def canonical(model: nn.Module, *inputs: Any) -> fx.GraphModule:
     """The graph after the passes that every captured graph goes through."""
-    return canonicalize(export_graph(shadow(model), flatten_call(inputs, {})).gm)
+    return canonicalize(export_graph(twin_of(model), flatten_call(inputs, {})).gm)
 
 
 def apply(rewrite: Pass, gm: fx.GraphModule, plan: QuantPlan | None = None) -> int:

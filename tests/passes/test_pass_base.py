@@ -8,8 +8,8 @@ from torch import fx
 
 from torch_quant.graph.calls import flatten_call
 from torch_quant.graph.export import export_graph
-from torch_quant.graph.shadow import shadow
 from torch_quant.graph.sites import KEY, ORIGIN, key_of
+from torch_quant.graph.twin import twin_of
 from torch_quant.passes.base import PassContext, call_like, copy_graph, run_passes
 from torch_quant.passes.canonicalize import CANONICAL_PASSES, canonicalize
 
@@ -86,7 +86,7 @@ def test_a_call_in_place_of_another_takes_over_its_notes() -> None:
 
 
 def export(name: str) -> fx.GraphModule:
-    return export_graph(shadow(MODELS[name]()), flatten_call(example(name), {})).gm
+    return export_graph(twin_of(MODELS[name]()), flatten_call(example(name), {})).gm
 
 
 @pytest.mark.parametrize("name", MODELS)

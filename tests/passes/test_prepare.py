@@ -16,7 +16,7 @@ from torch_quant import Quantizer, sqnr
 from torch_quant.graph.calls import flatten_call
 from torch_quant.graph.export import CapturedGraph, export_graph
 from torch_quant.graph.ops import sdpa_probabilities
-from torch_quant.graph.shadow import shadow
+from torch_quant.graph.twin import twin_of
 from torch_quant.passes.base import run_passes
 from torch_quant.passes.insert_qdq import insert_qdq
 from torch_quant.passes.prepare import Prepared, insert_observers, prepare
@@ -39,7 +39,7 @@ def prepared(name: str) -> Prepared:
 
 
 def graph_of(model: nn.Module, *args: Any, **kwargs: Any) -> CapturedGraph:
-    return export_graph(shadow(model), flatten_call(args, kwargs))
+    return export_graph(twin_of(model), flatten_call(args, kwargs))
 
 
 def observed(made: Prepared, *tensors: Tensor) -> tuple[Any, dict[str, Tensor]]:

@@ -1,7 +1,7 @@
 """Each module is exported once for each call, however often a sequence begins anew.
 
 Exporting is nine tenths of what a sequence costs, and depends on the module and the call alone.
-Regions, their graphs and which of them serves a call are still worked out each time.
+Captured modules, their graphs and which of them serves a call are still worked out each time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _made: dict[Any, Any] = {}
 
 @contextmanager
 def shared_captures() -> Iterator[None]:
-    """Have regions take what was exported before, of models that stay alive."""
+    """Have captured modules take what was exported before, of models that stay alive."""
     export = capture.export_call
 
     def shared(module: nn.Module, call: Call, known: Any = (), **options: Any) -> Any:

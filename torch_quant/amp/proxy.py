@@ -22,7 +22,7 @@ from torch_quant.backends.lowering import Lowering
 from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import InvalidConfig, NotCalibrated, QuantError
 from torch_quant.graph.calls import Call
-from torch_quant.graph.capture import Region
+from torch_quant.graph.capture import CapturedModule
 from torch_quant.graph.effects import assign
 from torch_quant.graph.export import CapturedGraph
 from torch_quant.graph.running import run_module
@@ -110,12 +110,12 @@ class AmpModel(Proxy):
 
     def _versions(self) -> tuple[int, ...]:
         """Changes when a buffer is written to: constants of the graphs may depend on it."""
-        buffers = self.captured.region.module.buffers()
+        buffers = self.captured.root.module.buffers()
         return tuple(x._version for x in buffers if not x.is_inference())
 
     def _present(self) -> dict[str, Any]:
         """What is recorded rests on, as it is now."""
-        return self.session.basis() | {"weights": weight_checksums(self.captured.region.module)}
+        return self.session.basis() | {"weights": weight_checksums(self.captured.root.module)}
 
     def changes(self) -> list[str]:
         """What has changed since the first batch was recorded, so that it holds no longer."""
@@ -282,13 +282,15 @@ class AmpModel(Proxy):
         finally:
             self._visitor = _pass_on
 
-    def _run(self, region: Region, graph: CapturedGraph, call: Call) -> Any:
+    def _run(self, submodule: CapturedModule, graph: CapturedGraph, call: Call) -> Any:
         if id(graph) not in self._graphs:
-            self._graphs[id(graph)] = self._instrument(region, graph)
+            self._graphs[id(graph)] = self._instrument(submodule, graph)
         # What kernels are chosen by; where they differ, the float module's own values are given.
         kind = (id(graph), self._grad_mode, call.tensors[0].shape[:1])
         exact = self._exact.get(kind, None if graph.exact else False)
-        values = None if exact else run_module(region.module, call, self._grad_mode, graph.writes)
+        values = (
+            None if exact else run_module(submodule.module, call, self._grad_mode, graph.writes)
+        )
         leaves = self._graphs[id(graph)](*call.tensors)
         if values is None:
             return graph.output(leaves, call)
@@ -296,8 +298,8 @@ class AmpModel(Proxy):
             self._exact[kind] = all(map(same, leaves, values))
         return graph.output(map(valued, leaves, values), call)
 
-    def _instrument(self, region: Region, graph: CapturedGraph) -> torch.fx.GraphModule:
-        prepared = self.captured.prepared(region, graph)
+    def _instrument(self, submodule: CapturedModule, graph: CapturedGraph) -> torch.fx.GraphModule:
+        prepared = self.captured.prepared(submodule, graph)
         lowering = self.session.lowering(fallen={})
         plan = lowering.plan
         stored = {name: plan[name].stored for name in plan.quantized}

@@ -16,19 +16,19 @@ from torch_quant.backends.base import Backend
 from torch_quant.backends.ownership import Owner, SharedWeights
 from torch_quant.backends.quantized import (
     Quantization,
-    QuantizedRegion,
+    QuantizedModule,
     add_graph,
     quantized_module,
 )
 from torch_quant.backends.quantized_graph import QuantizedGraph
 from torch_quant.core.plan import QuantPlan
 from torch_quant.graph.binding import signature_of
-from torch_quant.graph.capture import Region, callable_children
+from torch_quant.graph.capture import CapturedModule, callable_children
 from torch_quant.graph.executor import glue
 from torch_quant.graph.export import CapturedGraph
 from torch_quant.graph.hooks import give_hooks
 from torch_quant.graph.kinds import Kind
-from torch_quant.graph.shadow import shadow
+from torch_quant.graph.twin import twin_of
 from torch_quant.model import CapturedModel
 from torch_quant.nn.stand_in import StandIn
 from torch_quant.passes.base import Params, Pass, PassContext, copy_graph, run_passes
@@ -46,7 +46,7 @@ QUANTIZE: tuple[Pass, ...] = (lower_precision, transform_sites, insert_qdq)
 
 @dataclass(frozen=True)
 class Lowering:
-    """One ``quantize``: the same plan, ranges and backend for every region."""
+    """One ``quantize``: the same plan, ranges and backend for every module."""
 
     captured: CapturedModel
     plan: QuantPlan
@@ -57,7 +57,7 @@ class Lowering:
     kept: set[str] = field(default_factory=set)
     """Sites that some graph has as planned."""
 
-    def run(self, *, share: bool = False) -> QuantizedRegion:
+    def run(self, *, share: bool = False) -> QuantizedModule:
         """The whole model, quantized; the float model is untouched.
 
         Args:
@@ -74,7 +74,7 @@ class Lowering:
 
     def _theirs(self) -> dict[str, Tensor]:
         """The tensors of the float model, and those that capturing found in its code."""
-        module = self.captured.region.module
+        module = self.captured.root.module
         theirs = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         for prepared in self.captured.graphs():
             gm = prepared.canonical
@@ -84,41 +84,45 @@ class Lowering:
                     theirs.setdefault(f"{node.target} (a constant)", value)
         return theirs
 
-    def _graph(self, region: Region, kind: Kind, graph: CapturedGraph) -> QuantizedGraph:
-        prepared = self.captured.prepared(region, graph)
+    def _graph(self, submodule: CapturedModule, kind: Kind, graph: CapturedGraph) -> QuantizedGraph:
+        prepared = self.captured.prepared(submodule, graph)
         body, declined = self._lowered(prepared.canonical)
         self._note({site.name for site, _ in prepared.sites}, declined)
         compiler = self.backend if self.backend.compiles else None
         return QuantizedGraph(body, kind, graph.contract, graph.out_spec, compiler)
 
     def quantized_graph(
-        self, region: Region, kind: Kind, graph: CapturedGraph, owner: Owner | None = None
+        self,
+        submodule: CapturedModule,
+        kind: Kind,
+        graph: CapturedGraph,
+        owner: Owner | None = None,
     ) -> QuantizedGraph:
-        """One graph of a region by itself, which owns what it computes with.
+        """One graph of a module by itself, which owns what it computes with.
 
         Args:
-            region: the module.
+            module: the module.
             kind: of the calls that the graph serves.
-            graph: of the region.
+            graph: of the module.
             owner: of the whole quantized model.
         """
-        made = self._graph(region, kind, graph)
+        made = self._graph(submodule, kind, graph)
         (owner or Owner(self._theirs(), None)).take(made.modules())
         return made
 
-    def computes_as_float(self, region: Region) -> bool:
+    def computes_as_float(self, submodule: CapturedModule) -> bool:
         """Whether a piece computes as the float module does, so that this serves other calls.
 
         Where the code around it calls parts of it too, no part of it may have hooks or a state.
         """
-        below = list(region.walk())[1:]
-        if not region.path or not region.graphs or region.failure:
+        below = list(submodule.walk())[1:]
+        if not submodule.path or not submodule.graphs or submodule.failure:
             return False
         if any(each.state or any(each.hooks.values()) for each in below):
             return False
         prepared = [
             self.captured.prepared(each, graph)
-            for each in (region, *below)
+            for each in (submodule, *below)
             for _, graph in each.graphs
         ]
         sites = (self.plan[site.name] for each in prepared for site, _ in each.sites)
@@ -153,16 +157,16 @@ class _Build:
 
     def __init__(self, lowering: Lowering, owner: Owner) -> None:
         self.lowering, self.owner = lowering, owner
-        regions = lowering.captured.region.walk()
-        self.lent = {_joined(each.path, name) for each in regions for name in each.borrowed}
+        submodules = lowering.captured.root.walk()
+        self.lent = {_joined(each.path, name) for each in submodules for name in each.borrowed}
         """Paths of what the code around a piece has read from it."""
-        self.parts: dict[int, QuantizedRegion] = {}
+        self.parts: dict[int, QuantizedModule] = {}
         self.left: list[tuple[nn.Module, str, Tensor]] = []
         """Small tensors that the twins of the user's own classes have let go of."""
 
-    def run(self) -> QuantizedRegion:
+    def run(self) -> QuantizedModule:
         """The whole model."""
-        quantized = self.region(self.lowering.captured.region)
+        quantized = self.submodule(self.lowering.captured.root)
         for twin, name, value in self.left:  # a method that no call has reached may read it
             if name not in twin._buffers and name not in twin._parameters:
                 if isinstance(value, nn.Parameter):
@@ -175,43 +179,43 @@ class _Build:
                 self.owner.attributes(module._stands_for.attributes)
         return quantized
 
-    def region(self, region: Region) -> QuantizedRegion:
-        """A region that was called, or whose parts were."""
-        free = region.plain or self.lowering.computes_as_float(region)
-        pieces = bool(region.failure)
+    def submodule(self, submodule: CapturedModule) -> QuantizedModule:
+        """A module that was called, or whose parts were."""
+        free = submodule.plain or self.lowering.computes_as_float(submodule)
+        pieces = bool(submodule.failure)
         if free:
-            twin = shadow(region.module)
-        elif region.opened:
-            twin = glue(region, self.child if pieces else self.part)
+            twin = twin_of(submodule.module)
+        elif submodule.opened:
+            twin = glue(submodule, self.child if pieces else self.part)
         else:
-            twin = self.whole(region.module, region.path)
-        if not (free or pieces or region.entered):
-            self.strip(twin, region.path)
-        how = Quantization(region.path, region.signature, self.lowering.backend.name)
+            twin = self.whole(submodule.module, submodule.path)
+        if not (free or pieces or submodule.entered):
+            self.strip(twin, submodule.path)
+        how = Quantization(submodule.path, submodule.signature, self.lowering.backend.name)
         how.glue, how.in_pieces = twin if free or pieces else None, free or pieces
         quantized = quantized_module(twin, how)
-        give_hooks(quantized, region.hooks)
-        for kind, graph in region.graphs:
-            made = self.lowering.quantized_graph(region, kind, graph, self.owner)
-            add_graph(quantized, made, region.module)
+        give_hooks(quantized, submodule.hooks)
+        for kind, graph in submodule.graphs:
+            made = self.lowering.quantized_graph(submodule, kind, graph, self.owner)
+            add_graph(quantized, made, submodule.module)
         return quantized
 
-    def child(self, region: Region) -> nn.Module:
+    def child(self, submodule: CapturedModule) -> nn.Module:
         """A child of what runs as Python: in float if no call has reached it."""
-        return self.region(region) if region.called else glue(region, self.child)
+        return self.submodule(submodule) if submodule.called else glue(submodule, self.child)
 
-    def part(self, region: Region) -> nn.Module:
+    def part(self, submodule: CapturedModule) -> nn.Module:
         """A child of what runs as one graph: captured when it is called by itself."""
-        if region.called:
-            return self.region(region)
-        return self.uncalled(region.module, region.path)
+        if submodule.called:
+            return self.submodule(submodule)
+        return self.uncalled(submodule.module, submodule.path)
 
     def whole(self, module: nn.Module, path: str) -> nn.Module:
         """A twin whose children are parts that were never called by themselves."""
         children = callable_children(module)
-        return shadow(module, {x: self.uncalled(x, _joined(path, name)) for name, x in children})
+        return twin_of(module, {x: self.uncalled(x, _joined(path, name)) for name, x in children})
 
-    def uncalled(self, module: nn.Module, path: str) -> QuantizedRegion:
+    def uncalled(self, module: nn.Module, path: str) -> QuantizedModule:
         """A part of a module that is one graph: it holds tensors, and nothing to run."""
         if id(module) not in self.parts:
             scripted = isinstance(module, torch.jit.ScriptModule)

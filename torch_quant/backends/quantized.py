@@ -25,7 +25,7 @@ from torch_quant.nn.stand_in import StandIn, made
 
 __all__ = [
     "Quantization",
-    "QuantizedRegion",
+    "QuantizedModule",
     "Unseen",
     "add_graph",
     "plan_of",
@@ -72,14 +72,14 @@ class Quantization:
     calibration: dict[str, Any] = field(default_factory=dict)
 
 
-def quantized_graphs(model: nn.Module) -> Iterator[tuple[QuantizedRegion, QuantizedGraph]]:
+def quantized_graphs(model: nn.Module) -> Iterator[tuple[QuantizedModule, QuantizedGraph]]:
     """Every graph of a quantized model, with the module that it computes."""
     for module in model.modules():
-        if isinstance(module, QuantizedRegion):
+        if isinstance(module, QuantizedModule):
             yield from ((module, graph) for graph in module.quantization.graphs)
 
 
-class QuantizedRegion(StandIn, NeverLoads):
+class QuantizedModule(StandIn, NeverLoads):
     """A module on its backend, called like the float module, and of its class to ``isinstance``.
 
     It has the float module's attributes and methods. Where it holds integers, those have the names
@@ -117,7 +117,7 @@ class QuantizedRegion(StandIn, NeverLoads):
         except Exception:  # it may read what the quantized module does not have
             return ""
 
-    def train(self, mode: bool = True) -> QuantizedRegion:
+    def train(self, mode: bool = True) -> QuantizedModule:
         """Stays in eval mode, as it was captured."""
         return nn.Module.train(self, False)
 
@@ -130,31 +130,31 @@ class QuantizedRegion(StandIn, NeverLoads):
             yield nn.Parameter(torch.empty(0, device=device), requires_grad=False)
 
 
-def quantized_module(twin: nn.Module, how: Quantization) -> QuantizedRegion:
+def quantized_module(twin: nn.Module, how: Quantization) -> QuantizedModule:
     """A module on its backend.
 
     Args:
         twin: a twin of the float module, whose children are quantized.
         how: it runs.
     """
-    new = made(QuantizedRegion, twin, runs=how.glue is not None)
+    new = made(QuantizedModule, twin, runs=how.glue is not None)
     new.__dict__["quantization"] = how
     _begin(new)
     return new
 
 
-def _begin(module: QuantizedRegion) -> None:
+def _begin(module: QuantizedModule) -> None:
     module.__dict__["forward"] = SignedForward(
         MethodType(run, module), module.quantization.signature
     )
 
 
-def plan_of(module: QuantizedRegion) -> QuantPlan:
+def plan_of(module: QuantizedModule) -> QuantPlan:
     """What runs how; sites of graphs that were captured since are the last."""
     return module.quantization.plan.joined(graph.plan for _, graph in quantized_graphs(module))
 
 
-def add_graph(module: QuantizedRegion, graph: QuantizedGraph, model: nn.Module) -> None:
+def add_graph(module: QuantizedModule, graph: QuantizedGraph, model: nn.Module) -> None:
     """Serve more calls by a graph, which reads its tensors from ``module`` from now on.
 
     Args:
@@ -166,7 +166,7 @@ def add_graph(module: QuantizedRegion, graph: QuantizedGraph, model: nn.Module) 
     module.quantization.graphs.append(graph)
 
 
-def run(module: QuantizedRegion, *args: Any, **kwargs: Any) -> Any:
+def run(module: QuantizedModule, *args: Any, **kwargs: Any) -> Any:
     """Call a quantized module."""
     how = module.quantization
     if how.shared and not torch.compiler.is_compiling():
@@ -202,7 +202,7 @@ def _run_glue(glue: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return glue(*args, **kwargs)
 
 
-def _capture(module: QuantizedRegion, call: Call) -> tuple[QuantizedGraph, Call]:
+def _capture(module: QuantizedModule, call: Call) -> tuple[QuantizedGraph, Call]:
     """A new graph for ``call``; raises :class:`CaptureFailed` where there can be none."""
     recorded = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
     how = module.quantization

@@ -1,7 +1,7 @@
-"""A model as captured regions: the whole of it if it exports, else each largest part that does.
+"""Captured modules: the whole model if it exports, else each largest part that does.
 
-Capture is driven by real calls. A region that does not export becomes glue: its forward runs in
-Python, on a shadow whose children are regions again.
+Capture is driven by real calls. A module that does not export becomes glue: its forward runs in
+Python, on a twin whose children are captured modules again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch_quant.graph.policy import CapturePolicy, is_container
 from torch_quant.graph.running import CAPTURING
 from torch_quant.graph.widen import check_constants, export_call
 
-__all__ = ["Region", "Reopened", "callable_children"]
+__all__ = ["CapturedModule", "Reopened", "callable_children"]
 
 _WHOLE = CapturePolicy()
 
@@ -40,11 +40,11 @@ class Reopened(Exception):
     """A graph had to become pieces while it was used; the call has to be made again."""
 
 
-class Region:
+class CapturedModule:
     """One module of a model and the graphs captured of it.
 
     Args:
-        module: the module's shadow, in eval mode; the user's hooks are taken off it.
+        module: the module's twin, in eval mode; the user's hooks are taken off it.
         path: its path in the whole model, empty for the model itself.
         dynamic: the free dimensions of those inputs of which not all may be.
         policy: which of its parts are graphs.
@@ -67,12 +67,12 @@ class Region:
         self.hooks = take_hooks(module)
         self.signature = signature_of(module.forward)
         self.graphs: list[tuple[Kind, CapturedGraph]] = []
-        self.children: dict[str, Region] = {}
+        self.children: dict[str, CapturedModule] = {}
         self.by_choice = not policy.is_target(path, module)
         """Whether it runs as Python because it was asked to."""
         self.failure = policy.reason if self.by_choice else ""
         self.opened = False
-        """Whether its children are regions: it is captured in pieces, or others call its parts."""
+        """Whether its children are captured, too: it is in pieces, or others call its parts."""
         self.state: tuple[str, ...] = ()
         """Attributes that it keeps from one call to the next."""
         self.written: set[str] = set()
@@ -161,7 +161,7 @@ class Region:
         return free_axes(self.dynamic, call, self.signature) if self.dynamic else None
 
     def add(self, call: Call, served: Sequence[Kind]) -> tuple[Kind, CapturedGraph]:
-        """A graph for ``call``, of whoever serves other kinds with graphs of this region.
+        """A graph for ``call``, of whoever serves other kinds with graphs of this module.
 
         Raises:
             CaptureFailed: it must run in pieces, or too many values of a constant are served.
@@ -170,8 +170,8 @@ class Region:
         self.called = True
         return next((kind, each) for kind, each in self.graphs if each is graph)
 
-    def copied(self) -> Region:
-        """A region over the same module and graphs, children too, with lists of its own."""
+    def copied(self) -> CapturedModule:
+        """The same over the same module and graphs, children too, with lists of its own."""
         twin = copy.copy(self)
         twin.graphs, twin.written = list(self.graphs), copy.copy(self.written)
         twin.borrowed = set(self.borrowed)
@@ -179,7 +179,7 @@ class Region:
         return twin
 
     def split(self, reason: str) -> None:
-        """Run as Python over regions from now on, for calls that no graph serves."""
+        """Run as Python over captured children from now on, for calls that no graph serves."""
         with CAPTURING:
             if not self.failure:
                 self.failure = reason
@@ -187,7 +187,7 @@ class Region:
             self.open()
 
     def open(self) -> None:
-        """Make the children regions, once."""
+        """Make captured modules of the children, once."""
         with CAPTURING:
             if self.opened:
                 return
@@ -197,7 +197,7 @@ class Region:
                 parts = callable_children(self.module)
             for name, child in parts:
                 path = f"{self.path}.{name}".strip(".")
-                self.children[path] = Region(child, path, blueprints=self.blueprints)
+                self.children[path] = CapturedModule(child, path, blueprints=self.blueprints)
             self.opened = True
 
     def distrust(self, call: Call | None) -> None:
@@ -220,8 +220,8 @@ class Region:
             self.failure,
         )
 
-    def at(self, path: str) -> Region | None:
-        """The region at a path of the whole model, made if need be; None if there is no such."""
+    def at(self, path: str) -> CapturedModule | None:
+        """That at a path of the whole model, made if need be; None if there is no such."""
         if path == self.path:
             return self
         if self.path and not path.startswith(f"{self.path}."):
@@ -230,8 +230,8 @@ class Region:
         found = (child.at(path) for child in self.children.values())
         return next((each for each in found if each is not None), None)
 
-    def walk(self) -> Iterator[Region]:
-        """This region and all below it."""
+    def walk(self) -> Iterator[CapturedModule]:
+        """This one and all below it."""
         yield self
         for child in self.children.values():
             yield from child.walk()

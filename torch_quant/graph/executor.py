@@ -1,6 +1,6 @@
 """Runs a model while it is captured: graphs where there are some, else Python over executors.
 
-Code around a region sees an executor in the place of its module, and may reach into it.
+Code around a module sees an executor in the place of its module, and may reach into it.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from torch_quant.graph.calls import Call
-from torch_quant.graph.capture import Region, Reopened
+from torch_quant.graph.capture import CapturedModule, Reopened
 from torch_quant.graph.effects import Watch
 from torch_quant.graph.export import CapturedGraph
 from torch_quant.graph.hooks import give_hooks
 from torch_quant.graph.macs import counted, uncounted
 from torch_quant.graph.running import CAPTURING, no_fastpath
-from torch_quant.graph.shadow import shadow
+from torch_quant.graph.twin import twin_of
 from torch_quant.nn.forward import SignedForward
 from torch_quant.nn.stand_in import class_of
 
@@ -31,7 +31,7 @@ __all__ = ["Executor", "Host", "Runner", "glue"]
 class Runner(Protocol):
     """Runs a captured graph in some transformed way."""
 
-    def __call__(self, region: Region, graph: CapturedGraph, call: Call) -> Any: ...
+    def __call__(self, submodule: CapturedModule, graph: CapturedGraph, call: Call) -> Any: ...
 
 
 class Host(Protocol):
@@ -43,12 +43,12 @@ class Host(Protocol):
 
 
 class Executor(nn.Module):
-    """A region that can be called like its module; captures as calls come in.
+    """A captured module that can be called like the float one; captures as calls come in.
 
     It keeps a state of its own where the module keeps one, which begins as the module's.
 
     Args:
-        region: what to run.
+        module: what to run.
         run: how to run its graphs.
         host: through whom calls go.
     """
@@ -56,20 +56,20 @@ class Executor(nn.Module):
     opaque = True
     """To what watches the attributes of a module."""
 
-    def __init__(self, region: Region, run: Runner, host: Host | None = None) -> None:
+    def __init__(self, submodule: CapturedModule, run: Runner, host: Host | None = None) -> None:
         nn.Module.__init__(self)
-        self.__dict__["region"] = region  # no submodule: its parameters are the user's
+        self.__dict__["submodule"] = submodule  # not registered: its parameters are the user's
         self.run, self.host = run, host
         self.__dict__["_glue"] = None
-        self.forward = SignedForward(self._called, region.signature)
-        give_hooks(self, region.hooks)
+        self.forward = SignedForward(self._called, submodule.signature)
+        give_hooks(self, submodule.hooks)
         self.__dict__["training"] = False
 
     @property  # type: ignore[misc]
     def __class__(self) -> type[nn.Module]:  # type: ignore[override]
         """That of the module, for code that asks ``isinstance``."""
-        region = self.__dict__.get("region")
-        return type(self) if region is None else class_of(region.module)
+        submodule = self.__dict__.get("submodule")
+        return type(self) if submodule is None else class_of(submodule.module)
 
     def __iter__(self) -> Iterator[nn.Module]:
         return iter(self._layers())
@@ -78,29 +78,31 @@ class Executor(nn.Module):
         return self._layers()[index]
 
     def __len__(self) -> int:
-        return len(self.region.module)
+        return len(self.submodule.module)
 
     def __bool__(self) -> bool:
-        return not hasattr(self.region.module, "__len__") or len(self) > 0
+        return not hasattr(self.submodule.module, "__len__") or len(self) > 0
 
     def _layers(self) -> Any:
-        """Glue that calls the layers of a sequence one by one: each is a region then."""
-        self.region.split("its layers are called one by one")
-        self.region.called = True
+        """Glue that calls the layers of a sequence one by one: each is captured then."""
+        self.submodule.split("its layers are called one by one")
+        self.submodule.called = True
         return self.glue()
 
     def glue(self) -> nn.Module:
         """The module's own Python over executors of its children, to be run."""
-        self.region.entered = True
+        self.submodule.entered = True
         return self.twin()
 
     def twin(self) -> nn.Module:
         """The same, to be looked at."""
         if self._glue is None:
             with CAPTURING:
-                self.region.open()
+                self.submodule.open()
                 if self._glue is None:
-                    made = glue(self.region, lambda child: type(self)(child, self.run, self.host))
+                    made = glue(
+                        self.submodule, lambda child: type(self)(child, self.run, self.host)
+                    )
                     self.__dict__["_glue"] = made
         return self._glue  # type: ignore[no-any-return]
 
@@ -108,7 +110,7 @@ class Executor(nn.Module):
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
         """Those of the float module: code around it asks ``next(self.parameters()).dtype``."""
-        yield from self.region.module.named_modules(memo, prefix, remove_duplicate)
+        yield from self.submodule.module.named_modules(memo, prefix, remove_duplicate)
 
     def __getattr__(self, name: str) -> Any:
         """Glue may reach into a child: for its attributes, or to call parts of it."""
@@ -132,36 +134,36 @@ class Executor(nn.Module):
             Reopened: it keeps something; nothing of the call is left, and each proxy will have its
                 own from now on.
         """
-        if not self.region.by_choice:
+        if not self.submodule.by_choice:
             return self(*args, **kwargs)
         watch = Watch({"": self.glue()})
         outputs = self(*args, **kwargs)
-        if kept := [name for name in watch.changed() if name not in self.region.state]:
+        if kept := [name for name in watch.changed() if name not in self.submodule.state]:
             with torch.no_grad():
                 watch.restore()
-            self.region.state = (*self.region.state, *dict.fromkeys(kept))
-            self.region.written.update(kept)
+            self.submodule.state = (*self.submodule.state, *dict.fromkeys(kept))
+            self.submodule.written.update(kept)
             raise Reopened
         return outputs
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        if self.region.plain:
-            with counted(self.region.glue_macs):
-                return self.region.module(*args, **kwargs)
-        resolved = self.region.resolve(args, kwargs)
+        if self.submodule.plain:
+            with counted(self.submodule.glue_macs):
+                return self.submodule.module(*args, **kwargs)
+        resolved = self.submodule.resolve(args, kwargs)
         if resolved is not None:
             call, graph = resolved
-            return self.run(self.region, graph, call)
-        with no_fastpath(), counted(self.region.glue_macs):
+            return self.run(self.submodule, graph, call)
+        with no_fastpath(), counted(self.submodule.glue_macs):
             return self.glue()(*args, **kwargs)
 
 
 class _Part:
-    """A part of a region that the code around it reaches into: called, it is a region itself.
+    """A part of a module that the code around it reaches into: called, it is captured itself.
 
     Args:
-        owner: runs the region.
-        path: of the part within the region's module.
+        owner: runs the module.
+        path: of the part within the module.
     """
 
     def __init__(self, owner: Executor, path: str) -> None:
@@ -170,10 +172,10 @@ class _Part:
     @property  # type: ignore[misc]
     def __class__(self) -> type[nn.Module]:  # type: ignore[override]
         """That of the part, for code that asks ``isinstance``."""
-        return class_of(self._owner.region.module.get_submodule(self._path))
+        return class_of(self._owner.submodule.module.get_submodule(self._path))
 
     def _opened(self) -> Any:
-        self._owner.region.called = True
+        self._owner.submodule.called = True
         return operator.attrgetter(self._path)(self._owner.glue())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -189,38 +191,40 @@ class _Part:
         return self._opened()[index]
 
     def __len__(self) -> int:
-        return len(self._owner.region.module.get_submodule(self._path))
+        return len(self._owner.submodule.module.get_submodule(self._path))
 
 
 def _reach(owner: Executor, path: str, name: str) -> Any:
-    """The attribute ``name`` of the part at ``path``, as the code around the region sees it."""
-    module = owner.region.module.get_submodule(path)
+    """The attribute ``name`` of the part at ``path``, as the code around the module sees it."""
+    module = owner.submodule.module.get_submodule(path)
     value = getattr(module, name)
     where = f"{path}.{name}".strip(".")
     if isinstance(value, nn.Module):
-        parts = owner.region.module.named_modules()
+        parts = owner.submodule.module.named_modules()
         found = next((known for known, each in parts if each is value), "")
         return _Part(owner, found) if found else value
     if isinstance(value, types.MethodType) and value.__self__ is module:
-        # Its own Python, over regions: what it calls must not run in float beside them.
+        # Its own Python, over executors: what it calls must not run in float beside them.
         return getattr(_Part(owner, path)._opened() if path else owner.glue(), name)
-    if not path and name in vars(owner._glue or owner.region.module) and owner.region.failure:
+    if not path and name in vars(owner._glue or owner.submodule.module) and owner.submodule.failure:
         return vars(owner.glue())[name]  # its own code may have written it
-    if where in owner.region.written and owner.region.graphs:
-        owner.region.graphs.clear()
-        owner.region.split(f"the code around it reads {name}, which its calls write")
+    if where in owner.submodule.written and owner.submodule.graphs:
+        owner.submodule.graphs.clear()
+        owner.submodule.split(f"the code around it reads {name}, which its calls write")
         raise Reopened
-    owner.region.borrowed.add(where)
+    owner.submodule.borrowed.add(where)
     return value
 
 
-def glue(region: Region, make: Callable[[Region], nn.Module]) -> nn.Module:
-    """The region's module with every child region replaced by what ``make`` gives for it.
+def glue(submodule: CapturedModule, make: Callable[[CapturedModule], nn.Module]) -> nn.Module:
+    """The module with every child module replaced by what ``make`` gives for it.
 
     Attributes that it keeps between its calls are copies.
     """
-    twin = shadow(region.module, {child.module: make(child) for child in region.children.values()})
-    for path in region.state:
+    twin = twin_of(
+        submodule.module, {child.module: make(child) for child in submodule.children.values()}
+    )
+    for path in submodule.state:
         owner, name = owner_of(twin, path)
         if name in vars(owner) and name not in ("_modules", "_parameters", "_buffers"):
             vars(owner)[name] = copy.deepcopy(vars(owner)[name])

@@ -130,7 +130,7 @@ def export_graph(
     path: str = "",
     free: Sequence[frozenset[int]] | None = None,
 ) -> CapturedGraph:
-    """Capture ``module`` (a shadow, in eval mode) for calls like ``call``.
+    """Capture ``module`` (a twin, in eval mode) for calls like ``call``.
 
     Every dimension of every tensor is asked to be dynamic. A graph that fixes the batch size of a
     batch-1 example is captured again from the example repeated to batch 2. Each attempt must

@@ -254,7 +254,7 @@ def float_products(gm: fx.GraphModule, sites: Collection[fx.Node], path: str = "
     Args:
         gm: the graph.
         sites: its nodes that are sites.
-        path: of the region in the model.
+        path: of the module in the model.
     """
     memo: dict[fx.Node, bool] = {}
     found = []

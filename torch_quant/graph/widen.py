@@ -36,7 +36,7 @@ def export_call(
     not branch on it. A string is left out where nothing reads it. Any other constant is fixed.
 
     Args:
-        module: a shadow, in eval mode.
+        module: a twin, in eval mode.
         call: what it was called with.
         known: the graphs that were captured of it before.
         path: of the module in the whole model.

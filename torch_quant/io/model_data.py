@@ -12,14 +12,14 @@ from torch import Tensor, fx, nn
 from torch_quant.backends import Backend
 from torch_quant.backends.lowering import holds_tensor
 from torch_quant.backends.mounting import linked
-from torch_quant.backends.quantized import Quantization, QuantizedRegion, quantized_module
+from torch_quant.backends.quantized import Quantization, QuantizedModule, quantized_module
 from torch_quant.backends.quantized_graph import QuantizedGraph
 from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import BackendUnavailable, InvalidConfig
 from torch_quant.graph.binding import CallSignature, signature_of
 from torch_quant.graph.functions import path_of
 from torch_quant.graph.hooks import give_hooks, take_hooks
-from torch_quant.graph.shadow import shadow
+from torch_quant.graph.twin import twin_of
 from torch_quant.io.data.graphs import read_graph, write_graph
 from torch_quant.io.data.sizes import read_contract, write_contract
 from torch_quant.io.data.trees import read_kind, read_output, write_kind, write_output
@@ -34,7 +34,7 @@ _RUNS = ("backend", "signature", "graphs", "runs_python", "in_pieces", "descript
 _MODULE = ("class", "parameters", "buffers", "transient", "attributes", "children", "runs")
 
 
-def write_model(model: QuantizedRegion) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def write_model(model: QuantizedModule) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A quantized model as JSON, and its tensors by name.
 
     Raises:
@@ -87,7 +87,7 @@ def _written(
         **{what: {n: x is not None for n, x in each.items()} for what, each in held.items()},
         "transient": sorted(module._non_persistent_buffers_set),
         "children": [name for name, child in module._modules.items() if child is not None],
-        "runs": _running(module, path) if isinstance(module, QuantizedRegion) else None,
+        "runs": _running(module, path) if isinstance(module, QuantizedModule) else None,
     }
 
 
@@ -95,7 +95,7 @@ def _class(module: StandIn) -> type:
     return module._stands_for.cls
 
 
-def _running(module: QuantizedRegion, path: str) -> dict[str, Any]:
+def _running(module: QuantizedModule, path: str) -> dict[str, Any]:
     how = module.quantization
     if how.shared:
         raise InvalidConfig(
@@ -145,7 +145,7 @@ def _signature(signature: inspect.Signature) -> Any:
 
 def read_model(
     data: Any, tensors: Mapping[str, Tensor], model: nn.Module | None
-) -> QuantizedRegion:
+) -> QuantizedModule:
     """Undo :func:`write_model`.
 
     Args:
@@ -162,7 +162,7 @@ def read_model(
     reader = _Reader(modules, tensors, model)
     try:
         found = reader.module("", model)
-        if not isinstance(found, QuantizedRegion):
+        if not isinstance(found, QuantizedModule):
             raise wrong("the model", modules[""], "a quantized module")
         reader.mount()
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
@@ -205,7 +205,7 @@ class _Reader:
         if theirs is None or isinstance(theirs, torch.jit.ScriptModule):
             own, theirs = nn.Module(), None
         else:
-            own = shadow(theirs, self.replaced)
+            own = twin_of(theirs, self.replaced)
         hooks = take_hooks(own)
         own._modules.clear()
         own._modules.update(children)
@@ -308,7 +308,7 @@ class _Reader:
     def mount(self) -> None:
         """Have every graph read the tensors of the modules, as what was saved did."""
         for module in self.made.values():
-            if isinstance(module, QuantizedRegion):
+            if isinstance(module, QuantizedModule):
                 for graph in module.quantization.graphs:
                     homes = {}
                     for path, _ in graph.body.named_modules():

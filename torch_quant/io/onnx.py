@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from torch_quant.backends.onnx import missing_packages
-from torch_quant.backends.quantized import QuantizedRegion, quantized_graphs
+from torch_quant.backends.quantized import QuantizedModule, quantized_graphs
 from torch_quant.backends.quantized_graph import QuantizedGraph
 from torch_quant.errors import BackendUnavailable, InvalidConfig, UnsupportedOp
 from torch_quant.graph.binding import bind
@@ -88,7 +88,7 @@ def export_onnx(
             f"export_onnx(opset={opset}): expected {LOWEST_OPSET} or more, the lowest that "
             "PyTorch exports to"
         )
-    if not isinstance(quant_model, QuantizedRegion):
+    if not isinstance(quant_model, QuantizedModule):
         raise InvalidConfig(
             f"expected a quantized model, got {type(quant_model).__name__}: "
             "quantizer.quantize(model, backend=Backend.ONNX)"
@@ -134,7 +134,7 @@ def export_onnx(
 
 
 def _graphs_called(
-    model: QuantizedRegion, example_inputs: Any
+    model: QuantizedModule, example_inputs: Any
 ) -> list[tuple[str, QuantizedGraph, tuple[Tensor, ...]]]:
     """(name, graph, tensors) of each graph that the example takes, in order, once each."""
     args, kwargs = example_call(example_inputs)
@@ -146,9 +146,9 @@ def _graphs_called(
             if accepted is not None:
                 return [("", graph, accepted.tensors)]
     names: dict[QuantizedGraph, str] = {}
-    for region, graph in quantized_graphs(model):
-        i = region.quantization.graphs.index(graph)
-        names[graph] = region.quantization.path + (f".{i}" if i else "")
+    for submodule, graph in quantized_graphs(model):
+        i = submodule.quantization.graphs.index(graph)
+        names[graph] = submodule.quantization.path + (f".{i}" if i else "")
     found: dict[QuantizedGraph, tuple[Tensor, ...]] = {}
 
     def note(graph: Any, tensors: tuple[Tensor, ...]) -> None:
@@ -164,11 +164,11 @@ def _graphs_called(
     return [(names[graph], graph, tensors) for graph, tensors in found.items()]
 
 
-def _in_pieces(model: QuantizedRegion, target: Path) -> str:
+def _in_pieces(model: QuantizedModule, target: Path) -> str:
     glue = [
-        region.quantization.path or "(root)"
-        for region in model.modules()
-        if isinstance(region, QuantizedRegion) and region.quantization.glue is not None
+        submodule.quantization.path or "(root)"
+        for submodule in model.modules()
+        if isinstance(submodule, QuantizedModule) and submodule.quantization.glue is not None
     ]
     return (
         f"the model was captured in pieces, with Python code between them in {', '.join(glue)}, "

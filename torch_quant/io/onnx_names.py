@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from torch_quant.backends.quantized import QuantizedRegion, plan_of
+from torch_quant.backends.quantized import QuantizedModule, plan_of
 from torch_quant.backends.quantized_graph import QuantizedGraph
 from torch_quant.graph.outputs import leaf_names
 from torch_quant.graph.sites import KEY
@@ -39,7 +39,7 @@ def rename(
         program: as PyTorch's exporter gives it.
         graph: what was exported.
         tensors: its inputs.
-        path: of its region in the model.
+        path: of its module in the model.
     """
     model = program.model
     _name_products(program, graph.body)
@@ -145,7 +145,7 @@ def _name_products(program: Any, body: fx.GraphModule) -> None:
             taken.add(site)
 
 
-def describe(program: Any, quant_model: QuantizedRegion, piece: str) -> None:
+def describe(program: Any, quant_model: QuantizedModule, piece: str) -> None:
     """Which version wrote it, the plan, the calibration and, if so, which piece of the model."""
     model = program.model
     model.producer_name, model.producer_version = "torch_quant", __version__

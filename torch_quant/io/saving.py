@@ -7,7 +7,7 @@ import os
 import torch
 from torch import nn
 
-from torch_quant.backends.quantized import QuantizedRegion
+from torch_quant.backends.quantized import QuantizedModule
 from torch_quant.errors import InvalidConfig
 from torch_quant.io.folder import read_folder, write_folder
 from torch_quant.io.model_data import read_model, write_model
@@ -38,7 +38,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     >>> torch.equal(again(x), quant_model(x))
     True
     """
-    if not isinstance(model, QuantizedRegion):
+    if not isinstance(model, QuantizedModule):
         raise InvalidConfig(
             f"expected the model that quantizer.quantize(model) returns, got {type(model).__name__}"
         )
@@ -66,7 +66,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
     """
     if model is not None and not isinstance(model, nn.Module):
         raise InvalidConfig(f"expected an nn.Module, got {type(model).__name__}")
-    if isinstance(model, QuantizedRegion):
+    if isinstance(model, QuantizedModule):
         raise InvalidConfig("the model is quantized already; give one of the float model's class")
     data, tensors = read_folder(folder, "model")
     with torch.no_grad():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from torch_quant.backends.quantized import QuantizedRegion, quantized_graphs
+from torch_quant.backends.quantized import QuantizedModule, quantized_graphs
 from torch_quant.core.metrics import sqnr
 from torch_quant.errors import InvalidConfig, QuantError
 from torch_quant.graph.outputs import flatten_output
@@ -81,17 +81,17 @@ def export_torchscript(
 
 
 def _check_model(model: Any) -> None:
-    regions = (
-        [m for m in model.modules() if isinstance(m, QuantizedRegion)]
+    submodules = (
+        [m for m in model.modules() if isinstance(m, QuantizedModule)]
         if isinstance(model, nn.Module)
         else []
     )
-    if not regions:
+    if not submodules:
         raise InvalidConfig(
             f"expected a quantized model, got {type(model).__name__}: "
             "export_torchscript(quantizer.quantize(model), example_inputs, path)"
         )
-    if any(region.quantization.backend == "onnx" for region in regions):
+    if any(submodule.quantization.backend == "onnx" for submodule in submodules):
         raise InvalidConfig(
             "the model was quantized for ONNX, whose operators a process that loads the file does "
             "not know: export_onnx(...) writes it, or quantize for another backend, which needs "

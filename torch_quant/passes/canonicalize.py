@@ -30,8 +30,8 @@ def canonicalize(captured: fx.GraphModule, path: str = "") -> fx.GraphModule:
     """A canonical copy of ``captured``, over the same parameters.
 
     Args:
-        captured: the graph of one region.
-        path: the region's path in the model, the prefix of every name.
+        captured: the graph of one module.
+        path: the module's path in the model, the prefix of every name.
     """
     gm = copy_graph(captured)
     for old, new in zip(captured.graph.nodes, gm.graph.nodes, strict=True):

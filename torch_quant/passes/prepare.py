@@ -48,7 +48,7 @@ class Prepared:
 
 
 def prepare(captured: fx.GraphModule, path: str = "") -> Prepared:
-    """Derive all of it; ``path`` is the region's path in the model."""
+    """Derive all of it; ``path`` is the module's path in the model."""
     canonical = canonicalize(captured, path)
     dirty = written_tensors(canonical.graph)
     origin = {key_of(n): n.meta[ORIGIN] for n in canonical.graph.nodes if ORIGIN in n.meta}

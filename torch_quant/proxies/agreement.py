@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from torch_quant.errors import CaptureFailed, QuantError
 from torch_quant.graph.calls import Call, flatten_call
-from torch_quant.graph.capture import Region, Reopened
+from torch_quant.graph.capture import CapturedModule, Reopened
 from torch_quant.graph.executor import Executor
 from torch_quant.graph.export import CapturedGraph
 from torch_quant.graph.outputs import flatten_output
@@ -35,44 +35,44 @@ def kind_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return repr(spec), tuple(facts)
 
 
-def comparable(region: Region) -> bool:
+def comparable(submodule: CapturedModule) -> bool:
     """Whether the float module may be run beside: it keeps no state, and no hook would notice."""
-    return not any(each.state or any(each.hooks.values()) for each in region.walk())
+    return not any(each.state or any(each.hooks.values()) for each in submodule.walk())
 
 
-def disagrees(region: Region, inputs: tuple[Any, dict[str, Any]], outputs: Any) -> bool:
-    """Whether ``outputs`` are not those of the region's float module, up to rounding.
+def disagrees(submodule: CapturedModule, inputs: tuple[Any, dict[str, Any]], outputs: Any) -> bool:
+    """Whether ``outputs`` are not those of its float module, up to rounding.
 
     Args:
-        region: keeps no state.
+        module: keeps no state.
         inputs: ``(args, kwargs)``; they may be changed.
         outputs: what ran in its place gave.
     """
     args, kwargs = inputs
-    with CAPTURING, frozen(region.module):
-        expected, _ = flatten_output(region.module(*args, **kwargs))
+    with CAPTURING, frozen(submodule.module):
+        expected, _ = flatten_output(submodule.module(*args, **kwargs))
     actual, _ = flatten_output(outputs)
     return len(actual) != len(expected) or any(
         difference(x, y)[1] for x, y in zip(actual, expected, strict=True)
     )
 
 
-def raises(region: Region, inputs: tuple[Any, dict[str, Any]]) -> bool:
-    """Whether the region's float module itself raises on them."""
+def raises(submodule: CapturedModule, inputs: tuple[Any, dict[str, Any]]) -> bool:
+    """Whether its float module itself raises on them."""
     args, kwargs = inputs
     try:
-        with CAPTURING, frozen(region.module):
-            region.module(*args, **kwargs)
+        with CAPTURING, frozen(submodule.module):
+            submodule.module(*args, **kwargs)
     except Exception:  # whatever it is: it is the model's own
         return True
     return False
 
 
 class _Found(Exception):
-    """The innermost region that disagrees, and the call at which it does."""
+    """The innermost module that disagrees, and the call at which it does."""
 
-    def __init__(self, region: Region, call: Call | None) -> None:
-        self.region, self.call = region, call
+    def __init__(self, submodule: CapturedModule, call: Call | None) -> None:
+        self.submodule, self.call = submodule, call
 
 
 class _Comparing(Executor):
@@ -83,33 +83,33 @@ class _Comparing(Executor):
         except (_Found, Reopened, QuantError):
             raise
         except Exception as error:  # whatever the code between the pieces raises
-            raise _Found(self.region, _call(self.region, args, kwargs)) from error
+            raise _Found(self.submodule, _call(self.submodule, args, kwargs)) from error
         with no_fastpath():
-            if comparable(self.region) and disagrees(self.region, kept, outputs):
-                raise _Found(self.region, _call(self.region, args, kwargs))
+            if comparable(self.submodule) and disagrees(self.submodule, kept, outputs):
+                raise _Found(self.submodule, _call(self.submodule, args, kwargs))
         return outputs
 
 
-def _call(region: Region, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+def _call(submodule: CapturedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
     try:
-        return flatten_call(*region.bound(args, kwargs))
+        return flatten_call(*submodule.bound(args, kwargs))
     except CaptureFailed:
         return None  # no graph can have served it
 
 
-def _run(region: Region, graph: CapturedGraph, call: Call) -> Any:
+def _run(submodule: CapturedModule, graph: CapturedGraph, call: Call) -> Any:
     return graph(call)
 
 
 @torch.no_grad()
-def settle(region: Region, inputs: tuple[Any, dict[str, Any]]) -> None:
-    """Change how the innermost region that disagrees at this call runs; the whole if none does."""
+def settle(submodule: CapturedModule, inputs: tuple[Any, dict[str, Any]]) -> None:
+    """Change how the innermost module that disagrees at this call runs; the whole if none does."""
     args, kwargs = copied(inputs)
     try:
-        _Comparing(region, _run)(*args, **kwargs)
+        _Comparing(submodule, _run)(*args, **kwargs)
     except Reopened:
         return
     except _Found as found:
-        found.region.distrust(found.call)
+        found.submodule.distrust(found.call)
     else:
-        region.distrust(None)
+        submodule.distrust(None)

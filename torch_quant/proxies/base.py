@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from torch_quant.errors import InvalidConfig, QuantError
 from torch_quant.graph.calls import Call
-from torch_quant.graph.capture import Region
+from torch_quant.graph.capture import CapturedModule
 from torch_quant.graph.executor import Executor
 from torch_quant.graph.export import CapturedGraph
 from torch_quant.model import CapturedModel
@@ -40,14 +40,14 @@ class _Front(StandIn):
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
         if isinstance(value, Tensor):  # a quantized model needs it, too
-            self.__dict__["region"].borrowed.add(name)
+            self.__dict__["submodule"].borrowed.add(name)
         return value
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
         """Those of the float model."""
-        module: nn.Module = self.__dict__["region"].module
+        module: nn.Module = self.__dict__["submodule"].module
         yield from module.named_modules(memo, prefix, remove_duplicate)
 
 
@@ -66,17 +66,17 @@ class Proxy(Tied, nn.Module):
         self.session = session
         self._reset()
         # Whoever passes only what a model takes asks for its signature.
-        self.forward = SignedForward(self.forward, self.captured.region.signature)
+        self.forward = SignedForward(self.forward, self.captured.root.signature)
         self.__dict__.update({"training": False, "_inside": threading.local()})
 
     def _reset(self) -> None:
         """Forget the instrumented graphs: the model's tensors are other ones now."""
         self._version = self.captured.version
         # No submodule: what is done to the proxy (double(), train()) must not reach the parameters.
-        self.__dict__["_executor"] = self._executor_of(self.captured.region)
+        self.__dict__["_executor"] = self._executor_of(self.captured.root)
 
-    def _executor_of(self, region: Region) -> Executor:
-        return Executor(region, self._run, self._called)
+    def _executor_of(self, submodule: CapturedModule) -> Executor:
+        return Executor(submodule, self._run, self._called)
 
     def _called(self, executor: Executor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of the model or of a part of it, by the proxy or by the user."""
@@ -109,7 +109,7 @@ class Proxy(Tied, nn.Module):
     def __class__(self) -> type[nn.Module]:  # type: ignore[override]
         """That of the model, for code that asks ``isinstance``."""
         session: Session | None = self.__dict__.get("session")
-        return type(self) if session is None else class_of(session.captured.region.module)
+        return type(self) if session is None else class_of(session.captured.root.module)
 
     def __getattr__(self, name: str) -> Any:
         """What the model has; its methods call the proxy."""
@@ -128,7 +128,7 @@ class Proxy(Tied, nn.Module):
             nn.Module.__setattr__(self, name, value)
 
     def _is_the_models(self, name: str) -> bool:
-        module = self.captured.region.module
+        module = self.captured.root.module
         of_class = hasattr(type(module), name) and not hasattr(nn.Module, name)
         return of_class or name in vars(module)
 
@@ -136,7 +136,7 @@ class Proxy(Tied, nn.Module):
         executor = self._executor
         if "_front" not in executor.__dict__:
             front = made(_Front, executor.twin(), runs=True)
-            front.__dict__.update({"region": executor.region, "forward": self.forward})
+            front.__dict__.update({"submodule": executor.submodule, "forward": self.forward})
             executor.__dict__["_front"] = front
         found: _Front = executor.__dict__["_front"]
         return found
@@ -145,7 +145,7 @@ class Proxy(Tied, nn.Module):
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
         """Those of the float model, for who asks for its device or dtype."""
-        yield from self.captured.region.module.named_modules(memo, prefix, remove_duplicate)
+        yield from self.captured.root.module.named_modules(memo, prefix, remove_duplicate)
 
     def requires_grad_(self, requires_grad: bool = True) -> Proxy:
         """Nothing: the parameters are the float model's."""
@@ -167,8 +167,8 @@ class Proxy(Tied, nn.Module):
         return self
 
     @abstractmethod
-    def _run(self, region: Region, graph: CapturedGraph, call: Call) -> Any:
-        """Run one captured graph, instrumented; returns the region's output."""
+    def _run(self, submodule: CapturedModule, graph: CapturedGraph, call: Call) -> Any:
+        """Run one captured graph, instrumented; returns the module's output."""
 
 
 def check_not_empty(inputs: Any, batch: int) -> None:

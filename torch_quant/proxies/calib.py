@@ -9,7 +9,7 @@ from typing import Any
 
 from torch_quant.errors import QuantError
 from torch_quant.graph.calls import Call
-from torch_quant.graph.capture import Region, Reopened
+from torch_quant.graph.capture import CapturedModule, Reopened
 from torch_quant.graph.effects import assign
 from torch_quant.graph.executor import Executor
 from torch_quant.graph.export import CapturedGraph
@@ -51,7 +51,7 @@ class CalibModel(Proxy):
     def _part(self, executor: Executor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A batch of its own: an encoder that ``generate()`` calls, say."""
         with self.session.state.lock:
-            if self.captured.region.by_choice:  # one layer of many: each alone is no batch
+            if self.captured.root.by_choice:  # one layer of many: each alone is no batch
                 outputs = self._execute(executor, args, kwargs)
                 self.session.state.version += 1
                 self.session.seen()
@@ -60,7 +60,7 @@ class CalibModel(Proxy):
 
     def _recorded(self, executor: Executor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         check_not_empty((args, kwargs), self.session.state.batches)
-        kind = executor.region.path, kind_of(args, kwargs)
+        kind = executor.submodule.path, kind_of(args, kwargs)
         if kind in self._compared:
             with self.session.state.batch():
                 outputs = self._execute(executor, args, kwargs)
@@ -74,18 +74,13 @@ class CalibModel(Proxy):
         self, executor: Executor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Runs it, compared with the float module if Python code over pieces takes part in it."""
-        region = executor.region
+        submodule = executor.submodule
         kept, mine = copied((args, kwargs)), (args, kwargs)
         while True:
             try:
                 with self.session.state.batch():
                     outputs = self._execute(executor, *mine, new=True)
-                    in_pieces = region.failure and not (region.plain or region.by_choice)
-                    if (
-                        in_pieces
-                        and comparable(region)
-                        and disagrees(region, copied(kept), outputs)
-                    ):
+                    if _in_pieces(submodule) and disagrees(submodule, copied(kept), outputs):
                         raise _Differs
                 if mine[0] is not args:
                     assign((args, kwargs), mine)  # what the model does to its arguments
@@ -93,30 +88,32 @@ class CalibModel(Proxy):
             except Reopened:
                 logger.debug("called again, in smaller pieces")
             except _Differs:
-                settle(region, kept)
+                settle(submodule, kept)
             except QuantError:
                 raise
             except Exception:  # the code between pieces raises; so may the model
-                if region.plain or not comparable(region) or raises(region, copied(kept)):
+                if submodule.plain or not comparable(submodule) or raises(submodule, copied(kept)):
                     raise
-                settle(region, kept)
+                settle(submodule, kept)
             self._reset()
-            executor = self._executor if not region.path else self._executor_of(region)
+            executor = self._executor if not submodule.path else self._executor_of(submodule)
             mine = copied(kept)
 
-    def _run(self, region: Region, graph: CapturedGraph, call: Call) -> Any:
+    def _run(self, submodule: CapturedModule, graph: CapturedGraph, call: Call) -> Any:
         if id(graph) not in self._graphs:
-            self._graphs[id(graph)] = self._observed(graph, self.captured.prepared(region, graph))
+            self._graphs[id(graph)] = self._observed(
+                graph, self.captured.prepared(submodule, graph)
+            )
         # Where the module itself follows, it must find its inputs as they were.
         tensors = call.tensors if graph.exact else on_copies(call).tensors
         outputs = self._graphs[id(graph)](*tensors)
         if graph.exact:
             return graph.output(outputs, call)
         args, kwargs = call.source
-        return region.module(*args, **kwargs)
+        return submodule.module(*args, **kwargs)
 
     def _observed(self, graph: CapturedGraph, prepared: Prepared) -> Callable[..., Any]:
-        """The graph of a region with a probe behind every tensor that something is wanted of."""
+        """The graph of a module with a probe behind every tensor that something is wanted of."""
         if id(graph) not in self._keys:
             # Its sites may want more of a tensor that others give, too.
             keys = self._keys[id(graph)] = frozenset(prepared.observed)
@@ -129,6 +126,10 @@ class CalibModel(Proxy):
         )
 
 
-def _in_pieces(region: Region) -> bool:
+def _in_pieces(submodule: CapturedModule) -> bool:
     """Whether Python code over pieces, which may give something else, can be compared."""
-    return bool(region.failure) and not (region.plain or region.by_choice) and comparable(region)
+    return (
+        bool(submodule.failure)
+        and not (submodule.plain or submodule.by_choice)
+        and comparable(submodule)
+    )

@@ -30,7 +30,7 @@ class Coverage:
     @classmethod
     def of(cls, captured: CapturedModel, plan: QuantPlan, backend: str) -> Coverage:
         """The report of a captured model under ``plan``."""
-        glue = [(r.path or "(root)", r.failure) for r in captured.region.walk() if r.failure]
+        glue = [(r.path or "(root)", r.failure) for r in captured.root.walk() if r.failure]
         never = [(path, "no call has reached it") for path in captured.unreached]
         return cls(plan, backend, tuple(glue + never))
 

@@ -14,12 +14,12 @@ from torch import nn
 
 from torch_quant.graph.encoders import PaddedEncoder
 
-__all__ = ["shadow"]
+__all__ = ["twin_of"]
 
 _OWN = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
-def shadow(model: nn.Module, replace: Mapping[nn.Module, nn.Module] | None = None) -> nn.Module:
+def twin_of(model: nn.Module, replace: Mapping[nn.Module, nn.Module] | None = None) -> nn.Module:
     """A twin of ``model`` in eval mode, sharing every parameter and buffer by reference.
 
     A module that occurs twice in ``model`` occurs twice, as one object, in the twin; scripted

@@ -10,7 +10,7 @@ from models import MODELS, example, mlp, normal, small_cnn
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from torch_quant.graph.shadow import shadow
+from torch_quant.graph.twin import twin_of
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
 def test_nothing_done_to_the_twin_reaches_the_model(name: str) -> None:
     model = MODELS[name]().train()
     before = snapshot(model)
-    twin = shadow(model)
+    twin = twin_of(model)
     twin.train()
     for module in twin.modules():
         module.register_forward_hook(lambda _module, _args, out: out)
@@ -48,7 +48,7 @@ def test_nothing_done_to_the_twin_reaches_the_model(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_and_buffers_are_the_models_own(name: str) -> None:
     model = MODELS[name]()
-    twin = shadow(model)
+    twin = twin_of(model)
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     shared = {**dict(twin.named_parameters()), **dict(twin.named_buffers())}
     assert list(shared) == list(own)
@@ -62,7 +62,7 @@ def test_computes_the_models_output_in_eval_mode(name: str) -> None:
     model = MODELS[name]()
     expected = model(*example(name))
     model.train()
-    twin = shadow(model)
+    twin = twin_of(model)
     assert not any(module.training for module in twin.modules())
     assert all(module.training for module in model.modules())
     assert torch.equal(twin(*example(name)), expected)
@@ -70,7 +70,7 @@ def test_computes_the_models_output_in_eval_mode(name: str) -> None:
 
 def test_a_changed_parameter_is_seen_by_the_twin() -> None:
     model = mlp()
-    twin = shadow(model)
+    twin = twin_of(model)
     x = normal(2, 16)
     model[0].weight.mul_(2)
     assert torch.equal(twin(x), model(x))
@@ -79,20 +79,20 @@ def test_a_changed_parameter_is_seen_by_the_twin() -> None:
 def test_a_module_used_twice_stays_one_module() -> None:
     linear = nn.Linear(4, 4)
     model = nn.Sequential(linear, nn.ReLU(), nn.Sequential(linear))
-    twin = shadow(model)
+    twin = twin_of(model)
     assert twin[0] is twin[2][0]
     assert twin[0] is not linear
     assert twin[0].weight is linear.weight
 
 
 def test_tied_parameters_stay_tied() -> None:
-    twin = shadow(AWKWARD["tied_embedding"].build())
+    twin = twin_of(AWKWARD["tied_embedding"].build())
     assert twin.head.weight is twin.embed.weight
 
 
 def test_non_persistent_buffers_stay_so() -> None:
     model = AWKWARD["buffers"].build()
-    twin = shadow(model)
+    twin = twin_of(model)
     assert twin.mixing is model.mixing
     assert "mixing" not in twin.state_dict()
     twin.register_buffer("mixing", torch.ones(1), persistent=True)
@@ -119,7 +119,7 @@ class Holder(nn.Module):
 def test_plain_attributes_lead_to_the_twin() -> None:
     model = Holder()
     listed = model.listed
-    twin = shadow(model)
+    twin = twin_of(model)
     assert twin.listed == [twin.first, twin.second, twin.first]
     assert twin.paired == (twin.second, "a word")
     assert twin.named == {"deep": [{"first": twin.first}]}
@@ -133,7 +133,7 @@ def test_a_child_that_knows_its_parent_knows_the_twin() -> None:
     model = nn.Module()
     model.child = nn.Linear(2, 2)
     model.child.owner = [model]  # in a list, as authors do to avoid registering it
-    twin = shadow(model)
+    twin = twin_of(model)
     assert twin.child.owner == [twin]
 
 
@@ -164,7 +164,7 @@ class ForwardOnInstance(ChoosesAtInit):
 def test_bound_methods_are_the_twins(build: Callable[[], nn.Module]) -> None:
     """Else the model's own modules run, in the model's mode."""
     model = build().train()
-    twin = shadow(model)
+    twin = twin_of(model)
     assert twin.compute.__self__ is twin
     x = normal(4, 16)
     assert torch.equal(twin(x), twin.linear(x))
@@ -173,7 +173,7 @@ def test_bound_methods_are_the_twins(build: Callable[[], nn.Module]) -> None:
 def test_a_parametrized_module() -> None:
     model = nn.Sequential(weight_norm(nn.Linear(16, 8)), nn.ReLU())
     before = snapshot(model)
-    twin = shadow(model)
+    twin = twin_of(model)
     x = normal(3, 16)
     assert torch.equal(twin(x), model(x))
     originals = "0.parametrizations.weight.original0"
@@ -183,14 +183,14 @@ def test_a_parametrized_module() -> None:
 
 def test_a_module_that_cannot_be_copied() -> None:
     model = AWKWARD["uncopyable"].build()
-    twin = shadow(model)
+    twin = twin_of(model)
     assert twin.lock is model.lock
     assert torch.equal(twin(normal(2, 24, 16)), model(normal(2, 24, 16)))
 
 
 def test_hooks_of_the_model_run_on_the_twin_and_new_ones_stay_there() -> None:
     model = AWKWARD["user_hooks"].build()
-    twin = shadow(model)
+    twin = twin_of(model)
     x = normal(2, 24, 16)
     assert torch.equal(twin(x), model(x))
     called = []
@@ -205,7 +205,7 @@ def test_hooks_of_the_model_run_on_the_twin_and_new_ones_stay_there() -> None:
 def test_replace_puts_a_module_wherever_the_old_one_occurs() -> None:
     model = Holder()
     new = nn.Linear(4, 4)
-    twin = shadow(model, {model.first: new})
+    twin = twin_of(model, {model.first: new})
     assert twin.first is new
     assert twin.listed == [new, twin.second, new]
     assert twin.named["deep"][0]["first"] is new
@@ -216,7 +216,7 @@ def test_replace_puts_a_module_wherever_the_old_one_occurs() -> None:
 def test_a_replacement_is_left_as_it_is() -> None:
     model = small_cnn()
     new = nn.Sequential(nn.Dropout(0.5)).train()
-    twin = shadow(model, {model.block: new})
+    twin = twin_of(model, {model.block: new})
     assert twin.block is new
     assert new.training
     assert new[0].training
@@ -226,7 +226,7 @@ def test_a_replacement_is_left_as_it_is() -> None:
 def test_a_scripted_child_is_kept() -> None:
     scripted = torch.jit.script(nn.Linear(4, 4))
     model = nn.Sequential(scripted, nn.ReLU())
-    twin = shadow(model)
+    twin = twin_of(model)
     assert twin[0] is scripted
     assert torch.equal(twin(normal(2, 4)), model(normal(2, 4)))
 
@@ -235,6 +235,6 @@ def test_children_that_are_none() -> None:
     model = nn.Module()
     model.register_module("absent", None)
     model.register_parameter("bias", None)
-    twin = shadow(model)
+    twin = twin_of(model)
     assert twin.absent is None
     assert twin.bias is None
