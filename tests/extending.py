@@ -10,7 +10,7 @@ from torch_quant.backends import base
 from torch_quant.config import RECIPES
 from torch_quant.core.elements import ELEMENT_TYPES
 from torch_quant.core.methods import TRANSFORMS, WEIGHT_METHODS
-from torch_quant.graph import ops
+from torch_quant.ops import table as ops
 from torch_quant.statistics import OBSERVERS, STATISTICS
 
 __all__ = ["kept_registries"]

@@ -23,7 +23,7 @@ from torch_quant.backends.quantized_graph import QuantizedGraph
 from torch_quant.core.elements import element_type
 from torch_quant.graph.binding import bind
 from torch_quant.graph.calls import flatten_call
-from torch_quant.graph.qdq import FAKE_QUANTIZE
+from torch_quant.ops.qdq import FAKE_QUANTIZE
 
 __all__ = ["Steps", "compare_steps"]
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "torch_quant"
 
 LAYERS = (
-    "version", "errors", "core", "statistics", "config", "module_filter", "nn", "graph",
+    "version", "errors", "core", "ops", "statistics", "config", "module_filter", "nn", "graph",
     "passes", "state", "model",
     "backends", "algorithms", "recipes", "io", "report", "settings", "session",
     "explain", "unseen", "configuration", "proxies",
@@ -29,7 +29,7 @@ OPTIONAL = {
     "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "openvino",
     "intel_extension_for_pytorch", "matplotlib", "tabulate", "tqdm", "scipy", "sklearn", "yaml",
 }  # fmt: skip
-AO = {"statistics/ao_adapter.py", "graph/decomposed.py"}
+AO = {"statistics/ao_adapter.py", "ops/decomposed.py"}
 SEAMS = {"core/methods.py"}
 """Files whose types name what stands to their right: what those are given who extend them."""
 MOST_LINES = 400

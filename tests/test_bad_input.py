@@ -254,7 +254,7 @@ def test_filter_names_that_match_nothing() -> None:
 
 def test_filter_of_an_unknown_op_type() -> None:
     model, quantizer = ready(module_filter=ModuleFilter(exclude_op_types="lineer"))
-    with pytest.raises(InvalidConfig, match=r"unknown op type 'lineer'; expected one of linear"):
+    with pytest.raises(InvalidConfig, match=r"unknown op type 'lineer'; expected one of .*linear"):
         quantizer.quantize(model)
 
 

@@ -10,11 +10,11 @@ from torch import nn
 
 from torch_quant.config import ObserverLike, Overrides, QConfig
 from torch_quant.core.naming import check_names, is_pattern
-from torch_quant.graph.ops import OPERATORS
 from torch_quant.graph.rules import modules_of, operator_names, qconfig_of, rules_of
 from torch_quant.graph.sites import Site
 from torch_quant.io.summary import Summary
 from torch_quant.module_filter import ModuleFilter
+from torch_quant.ops.table import OPERATORS
 
 __all__ = ["Settings", "observer_name"]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch_quant import InvalidConfig, NotCalibrated, QConfig, Quantizer, SmoothQuant, sqnr
 from torch_quant.algorithms.smoothquant import smoothing_factor
 from torch_quant.backends import Backend
-from torch_quant.graph.qdq import FAKE_QUANTIZE
+from torch_quant.ops.qdq import FAKE_QUANTIZE
 
 
 class Spiky(nn.Module):

@@ -31,7 +31,7 @@ from torch_quant import (
 from torch_quant.core.functional import fake_quantize
 from torch_quant.core.granularity import block_extremes
 from torch_quant.core.qparams import choose_qparams
-from torch_quant.graph.qdq import CHOOSE_QPARAMS, QUANTIZE
+from torch_quant.ops.qdq import CHOOSE_QPARAMS, QUANTIZE
 
 INT4 = QuantSpec.of("int4", granularity=PerGroup(16))
 MX = QuantSpec.of("float4_e2m1", granularity=PerGroup(32), scale_type="e8m0")

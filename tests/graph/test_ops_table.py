@@ -13,7 +13,8 @@ from capturing import Compute, Two, canonical, capture
 from models import normal
 from torch import Tensor, nn
 
-from torch_quant.graph.ops import (
+from torch_quant.graph.sites import find_sites
+from torch_quant.ops.table import (
     ACTIVATIONS,
     DATA_MOVEMENT,
     IDENTITY,
@@ -22,7 +23,6 @@ from torch_quant.graph.ops import (
     padding_sizes,
     sdpa_probabilities,
 )
-from torch_quant.graph.sites import find_sites
 from torch_quant.passes.prepare import prepare
 
 aten = torch.ops.aten

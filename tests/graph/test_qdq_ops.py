@@ -9,7 +9,7 @@ from torch_quant.core.functional import dequantize, quantize
 from torch_quant.core.granularity import PerChannel, block_extremes
 from torch_quant.core.qparams import choose_qparams
 from torch_quant.core.spec import QuantSpec
-from torch_quant.graph.qdq import (
+from torch_quant.ops.qdq import (
     DEQUANTIZE,
     DEQUANTIZE_PER_CHANNEL,
     DEQUANTIZE_PER_TENSOR,

@@ -17,8 +17,8 @@ from models import MODELS, example, normal
 from torch import Tensor, fx, nn
 
 from torch_quant.graph.calls import flatten_call
-from torch_quant.graph.qdq import DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
 from torch_quant.graph.serialize import pack, unpack
+from torch_quant.ops.qdq import DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
 
 
 def through_pickle(gm: fx.GraphModule) -> fx.GraphModule:

@@ -10,8 +10,7 @@ from models import normal
 from rewriting import Compute, canonical
 from torch import Tensor, fx
 
-from torch_quant.graph.ops import sdpa_probabilities
-from torch_quant.passes.attention import decompose_attention
+from torch_quant.ops.attention import decompose_attention, sdpa_probabilities
 from torch_quant.passes.base import PassContext, run_passes
 
 aten = torch.ops.aten

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from torch_quant.core.granularity import PerGroup
 from torch_quant.core.spec import QuantSpec
-from torch_quant.graph.qdq import (
+from torch_quant.ops.qdq import (
     DEQUANTIZE,
     DEQUANTIZE_PER_CHANNEL,
     DEQUANTIZE_PER_TENSOR,

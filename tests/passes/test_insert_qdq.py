@@ -24,9 +24,9 @@ from torch_quant.core.plan import QuantPlan
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import NotCalibrated
-from torch_quant.graph.ops import pattern_of
-from torch_quant.graph.qdq import DEQUANTIZE, QUANTIZE
 from torch_quant.graph.sites import find_sites
+from torch_quant.ops.qdq import DEQUANTIZE, QUANTIZE
+from torch_quant.ops.table import pattern_of
 from torch_quant.passes.base import run_passes
 from torch_quant.passes.insert_qdq import insert_qdq
 

@@ -14,8 +14,8 @@ from torch_quant.backends import ReferenceBackend
 from torch_quant.core.functional import dequantize, quantize
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
-from torch_quant.graph.qdq import DEQUANTIZE
 from torch_quant.graph.sites import find_sites
+from torch_quant.ops.qdq import DEQUANTIZE
 from torch_quant.passes.base import PassContext, run_passes
 from torch_quant.passes.constants import settle_names
 from torch_quant.passes.insert_qdq import insert_qdq

@@ -13,7 +13,7 @@ from rewriting import Compute, apply, canonical, grid_of, operators, plan_for
 from torch import Tensor, fx, nn
 
 from torch_quant.core.spec import QuantSpec
-from torch_quant.graph.qdq import DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
+from torch_quant.ops.qdq import DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
 from torch_quant.passes.base import Pass
 from torch_quant.passes.fold_scales import fold_scales
 from torch_quant.passes.insert_qdq import insert_qdq

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch_quant import Quantizer, sqnr
 from torch_quant.graph.calls import flatten_call
 from torch_quant.graph.export import CapturedGraph, export_graph
-from torch_quant.graph.ops import sdpa_probabilities
 from torch_quant.graph.twin import twin_of
+from torch_quant.ops.attention import sdpa_probabilities
 from torch_quant.passes.base import run_passes
 from torch_quant.passes.insert_qdq import insert_qdq
 from torch_quant.passes.prepare import Prepared, insert_observers, prepare

@@ -11,8 +11,8 @@ from rewriting import Compute, apply, canonical, plan_for
 from torch import Tensor, fx, nn
 
 from torch_quant.core.plan import QuantPlan
-from torch_quant.graph.qdq import DEQUANTIZE, QUANTIZE
 from torch_quant.graph.sites import find_sites
+from torch_quant.ops.qdq import DEQUANTIZE, QUANTIZE
 from torch_quant.passes.base import Pass, PassContext
 from torch_quant.passes.insert_qdq import insert_qdq
 from torch_quant.passes.share_grids import keep_grids, read_codes

@@ -17,7 +17,7 @@ from torch_quant.core.granularity import PerChannel
 from torch_quant.core.plan import QuantPlan
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
-from torch_quant.graph.qdq import DEQUANTIZE
+from torch_quant.ops.qdq import DEQUANTIZE
 from torch_quant.passes.insert_qdq import insert_qdq
 from torch_quant.passes.transform import transform_sites
 from torch_quant.statistics import CHANNELS, MinMaxObserver, Statistic

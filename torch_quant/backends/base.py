@@ -15,8 +15,8 @@ from torch_quant.core.naming import did_you_mean
 from torch_quant.core.plan import QuantPlan
 from torch_quant.core.spec import FLOAT
 from torch_quant.errors import BackendUnavailable, InvalidConfig
-from torch_quant.graph.ops import OPERATORS
 from torch_quant.graph.sites import KEY
+from torch_quant.ops.table import OPERATORS
 from torch_quant.passes.base import PassContext
 
 if TYPE_CHECKING:  # the types of what is registered, for type checkers and editors

@@ -15,13 +15,13 @@ from torch import fx
 
 from torch_quant.backends import onednn_ops
 from torch_quant.backends.base import Backend, register_backend
-from torch_quant.backends.embedding_bags import bag_arguments
 from torch_quant.backends.reference import symmetric_weight
 from torch_quant.core.kernels import Accepts, Kernel, KernelTable
 from torch_quant.core.spec import QuantSpec
-from torch_quant.graph.ops import padding_sizes, size_hints, spread
-from torch_quant.graph.qdq import DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
 from torch_quant.graph.sites import key_of, results
+from torch_quant.ops.embedding_bags import bag_arguments
+from torch_quant.ops.qdq import DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
+from torch_quant.ops.table import padding_sizes, size_hints, spread
 from torch_quant.passes.base import PassContext
 from torch_quant.passes.fold_scales import fold_scales
 

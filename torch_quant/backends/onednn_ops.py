@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from torch_quant.backends.embedding_bags import bags_of_rows
 from torch_quant.backends.onednn_cache import PackedWeights
-from torch_quant.graph.qdq import library
+from torch_quant.ops.embedding_bags import bags_of_rows
+from torch_quant.ops.qdq import library
 
 __all__ = ["CONV", "EMBEDDING", "EMBEDDING_BAG", "LINEAR", "PACKED", "QUANTIZE_FAST"]
 

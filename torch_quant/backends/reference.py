@@ -12,8 +12,8 @@ from torch_quant.core.elements import element_type
 from torch_quant.core.granularity import split_blocks
 from torch_quant.core.kernels import Accepts, Kernel, KernelTable
 from torch_quant.core.spec import QuantSpec
-from torch_quant.graph.ops import OPERATORS
-from torch_quant.graph.qdq import DECODE, DEQUANTIZE, FAKE_QUANTIZE, QUANTIZE
+from torch_quant.ops.qdq import DECODE, DEQUANTIZE, FAKE_QUANTIZE, QUANTIZE
+from torch_quant.ops.table import OPERATORS
 from torch_quant.passes.base import PassContext
 
 __all__ = ["ReferenceBackend", "symmetric_weight"]
@@ -49,14 +49,13 @@ class ReferenceBackend(Backend):
 
     def _kernels(self) -> KernelTable:
         weight = Accepts(symmetric_weight(), any_format=True, floats=True)
-        rows = [
-            Kernel(op, _activations(pattern.smoothable), weight)
-            for op, pattern in OPERATORS.items()
-            if op != "lstm"
-        ]
-        # What it multiplies by has to follow the rows of two matrices: no blocks of any shape.
         whole, channels = (Accepts(x, floats=True) for x in (QuantSpec(), symmetric_weight()))
-        rows.append(Kernel("lstm", whole, channels))
+        rows = (
+            Kernel(op, _activations(pattern.smoothable), weight)
+            if pattern.any_format
+            else Kernel(op, whole, channels)
+            for op, pattern in OPERATORS.items()
+        )
         return KernelTable(self.name, tuple(rows))
 
     def lower(self, context: PassContext) -> fx.GraphModule:

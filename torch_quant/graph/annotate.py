@@ -14,10 +14,10 @@ from torch_quant.core.naming import check_names
 from torch_quant.core.plan import QuantPlan, SitePlan
 from torch_quant.core.spec import FLOAT, QuantSpec
 from torch_quant.errors import InvalidConfig
-from torch_quant.graph.ops import OPERATORS
 from torch_quant.graph.rules import modules_of, qconfig_of, rules_of
 from torch_quant.graph.sites import Site
 from torch_quant.module_filter import ModuleFilter
+from torch_quant.ops.table import OPERATORS
 
 __all__ = ["annotate"]
 

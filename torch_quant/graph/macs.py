@@ -21,17 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 from torch_quant.core.plan import FloatOp
 from torch_quant.graph.foreign import is_foreign, see_higher_order
-from torch_quant.graph.ops import (
-    INT8_NEVER,
-    OPERATORS,
-    SIZES,
-    OpPattern,
-    pattern_of,
-    rnn_macs,
-    size_hints,
-)
-from torch_quant.graph.ops import call_sizes as _sizes
 from torch_quant.graph.sites import is_constant, is_float, key_of, module_path, op_name, results
+from torch_quant.ops.lstm import rnn_macs
+from torch_quant.ops.table import INT8_NEVER, OPERATORS, SIZES, OpPattern, pattern_of, size_hints
+from torch_quant.ops.table import call_sizes as _sizes
 
 __all__ = ["GLUE", "MacCounter", "counted", "float_products", "note_sizes", "uncounted"]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from torch_quant.graph.qdq import library
+from torch_quant.ops.qdq import library
 
 __all__ = ["restore_recurrent", "whole_recurrent"]
 

@@ -23,8 +23,8 @@ from torch import nn
 from torch_quant.config import OverrideKey, Overrides, QConfig, SiteInfo
 from torch_quant.core.naming import class_named, did_you_mean, is_pattern, matches_name, plain_depth
 from torch_quant.errors import InvalidConfig
-from torch_quant.graph.ops import OPERATORS
 from torch_quant.graph.sites import Site, op_name
+from torch_quant.ops.table import OPERATORS
 
 __all__ = [
     "Rule",

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch._ops import HigherOrderOperator
 
-from torch_quant.graph.decomposed import NAMESPACE, decomposed
+from torch_quant.ops.decomposed import NAMESPACE, decomposed
 
 __all__ = ["pack", "unpack"]
 

@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import fx
 
-from torch_quant.graph.ops import (
+from torch_quant.ops.table import (
     ACTIVATIONS,
     DATA_MOVEMENT,
+    KEY,
     ROW_MOVEMENT,
     OpPattern,
     pattern_of,
@@ -40,8 +41,6 @@ __all__ = [
     "weights",
 ]
 
-KEY = "torch_quant_key"
-"""Entry of ``node.meta``: the key of the tensor that the node computes."""
 MODULE = "torch_quant_module"
 """Entry of ``node.meta``: path of the innermost module the node runs in, in the whole model."""
 ORIGIN = "torch_quant_origin"

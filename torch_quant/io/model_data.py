@@ -17,7 +17,6 @@ from torch_quant.backends.quantized_graph import QuantizedGraph
 from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import BackendUnavailable, InvalidConfig
 from torch_quant.graph.binding import CallSignature, signature_of
-from torch_quant.graph.functions import path_of
 from torch_quant.graph.hooks import give_hooks, take_hooks
 from torch_quant.graph.twin import twin_of
 from torch_quant.io.data.graphs import read_graph, write_graph
@@ -25,6 +24,7 @@ from torch_quant.io.data.sizes import read_contract, write_contract
 from torch_quant.io.data.trees import read_kind, read_output, write_kind, write_output
 from torch_quant.io.data.values import decode, encode, entries, wrong
 from torch_quant.nn.stand_in import StandIn, class_of
+from torch_quant.ops.functions import path_of
 
 __all__ = ["read_model", "write_model"]
 

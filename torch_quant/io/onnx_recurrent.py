@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from torch_quant.graph.lstm import cells_of
-from torch_quant.graph.qdq import library
+from torch_quant.ops.lstm import cells_of
+from torch_quant.ops.qdq import library
 from torch_quant.passes.base import PassContext
 from torch_quant.passes.constants import place
 

@@ -13,7 +13,7 @@ from torch_quant.core.methods import read_transform, read_weight_method
 from torch_quant.core.plan import PRECISIONS, is_share
 from torch_quant.core.spec import FLOAT, ScaleType
 from torch_quant.errors import InvalidConfig
-from torch_quant.graph.ops import OPERATORS
+from torch_quant.ops.table import OPERATORS
 
 __all__ = ["FORMAT", "VERSION", "renewed", "validate", "written"]
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from torch_quant.graph.functions import graph_function
+from torch_quant.ops.functions import graph_function
 from torch_quant.passes.base import PassContext
 
 __all__ = ["dynamic_sizes"]

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from torch_quant.graph.ops import OpPattern, pattern_of, size_hints
 from torch_quant.graph.sites import is_constant
+from torch_quant.ops.table import OpPattern, pattern_of, size_hints
 from torch_quant.passes.base import PassContext, call_like
 
 __all__ = ["fold_batch_norm"]

@@ -14,14 +14,14 @@ from typing import Any
 from torch import Tensor, fx
 
 from torch_quant.core.elements import element_type
-from torch_quant.graph.ops import pattern_of
-from torch_quant.graph.qdq import (
+from torch_quant.ops.qdq import (
     DEQUANTIZE,
     DEQUANTIZE_PER_CHANNEL,
     DEQUANTIZE_PER_TENSOR,
     QUANTIZE,
     QUANTIZE_PER_TENSOR,
 )
+from torch_quant.ops.table import pattern_of
 from torch_quant.passes.base import PassContext
 
 __all__ = ["fold_scales", "number"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from torch_quant.graph.ops import IDENTITY
+from torch_quant.ops.table import IDENTITY
 from torch_quant.passes.base import PassContext
 from torch_quant.passes.functionalize import may_alias_input, written_tensors
 

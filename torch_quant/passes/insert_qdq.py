@@ -15,7 +15,7 @@ Dynamic ones are chosen from the tensor at each call, as the consumer reads it:
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,9 +24,6 @@ from torch import Tensor, fx
 from torch_quant.core.plan import SitePlan
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
-from torch_quant.graph.lstm import LSTM, cells_of
-from torch_quant.graph.ops import OPERATORS, OpPattern
-from torch_quant.graph.qdq import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE
 from torch_quant.graph.sites import (
     find_sites,
     is_constant,
@@ -36,18 +33,20 @@ from torch_quant.graph.sites import (
     results,
     source,
 )
-from torch_quant.passes.attention import decompose_attention
+from torch_quant.ops.qdq import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE
+from torch_quant.ops.table import OpPattern
 from torch_quant.passes.base import PassContext
 from torch_quant.passes.constants import evaluate, expression, name_of, new_constant, new_constants
 
 __all__ = ["insert_qdq"]
 
-_ATTENTION, _LSTM = (OPERATORS[name] for name in ("scaled_dot_product_attention", "lstm"))
 _CONSTANTS = ("placeholder", "get_attr")
 
 
 @dataclass
 class _Inserter:
+    """Puts pairs into one graph; rows of the op table with a way of their own use it."""
+
     context: PassContext
     integers: dict[tuple[fx.Node, QuantSpec], fx.Node] = field(default_factory=dict)
     qparams: dict[tuple[str, QuantSpec], QParams] = field(default_factory=dict)
@@ -65,20 +64,20 @@ class _Inserter:
         assert entry.activation is not None
         for i, arg in enumerate(args):
             if arg not in args[:i]:
-                name = f"{local_name(user)}.input{f'_{i}' if i else ''}"
-                self.activation(user, arg, key_of(source(arg)), entry.activation, name)
+                role = f"input_{i}" if i else "input"
+                self.activation(user, arg, self.source(arg), entry.activation, role)
 
-    def activation(self, user: fx.Node, arg: fx.Node, key: str, spec: QuantSpec, name: str) -> None:
+    def activation(self, user: fx.Node, arg: fx.Node, key: str, spec: QuantSpec, role: str) -> None:
         """Make ``user`` read ``arg`` quantized to ``spec``.
 
         Args:
             key: of the tensor.
-            name: what its scale is called after unless it has one.
+            role: what its scale is called, behind the site's name, unless it has one.
         """
         if spec.dynamic:
             codes, grid = self._met(arg, spec)
         else:
-            codes = self._codes(arg, key, spec, name)
+            codes = self._codes(arg, key, spec, f"{local_name(user)}.{role}")
             grid = self.grids[key, spec]
         with user.graph.inserting_before(user):
             args: Any = (codes, *grid, spec.element.name)
@@ -101,6 +100,22 @@ class _Inserter:
         if (key, spec) not in self.qparams:
             self.qparams[key, spec] = self.context.qparams(key, spec)
         return self.qparams[key, spec]
+
+    def scale(self, key: str, spec: QuantSpec) -> Tensor:
+        return self._qparams(key, spec).scale
+
+    def source(self, arg: fx.Node) -> str:
+        return key_of(source(arg))
+
+    def value(self, constant: fx.Node) -> Tensor:
+        return evaluate(self.context.gm, constant).detach()
+
+    def rounded(self, entry: SitePlan, weight: Tensor) -> tuple[Tensor, QParams]:
+        assert entry.weight is not None
+        return self.context.params.weight(entry.name, weight, entry.weight, 0)
+
+    def grid(self, user: fx.Node, key: str, spec: QuantSpec, role: str) -> list[fx.Node]:
+        return self._grid(key, spec, f"{local_name(user)}.{role}")
 
     def _grid(self, key: str, spec: QuantSpec, name: str) -> list[fx.Node]:
         """Scale and zero point of a tensor, in front of all that computes."""
@@ -144,7 +159,7 @@ class _Inserter:
         real.meta["val"] = stored.meta["val"]
         stored.replace_all_uses_with(real, delete_user_cb=lambda user: user is not codes)
 
-    def weight(self, node: fx.Node, pattern: OpPattern, site: SitePlan) -> None:
+    def only_weight(self, node: fx.Node, pattern: OpPattern, site: SitePlan) -> None:
         """Replace the weight argument by integer codes and their dequantization."""
         assert pattern.weight is not None
         assert site.weight is not None
@@ -156,70 +171,23 @@ class _Inserter:
             value = evaluate(gm, old).detach()
             codes, qparams = self.context.params.weight(site.name, value, site.weight, axis)
             self.weights[memo] = codes.contiguous(), qparams  # as kernels pack it
-        local = local_name(node)
-        real = self._codes_of(node, name_of(old, f"{local}.weight"), *self.weights[memo])
-        node.update_arg(pattern.weight, real)
+        node.update_arg(pattern.weight, self.weight(node, old, "weight", *self.weights[memo]))
         place = pattern.bias
         bias = None if place is None or len(node.args) <= place else node.args[place]
         if isinstance(bias, fx.Node) and bias.op != "get_attr" and is_constant(bias):
-            name = name_of(bias, f"{local}.bias")
+            name = name_of(bias, f"{local_name(node)}.bias")
             assert place is not None
             node.update_arg(place, new_constant(gm, name, evaluate(gm, bias), node))
 
-    def _codes_of(self, node: fx.Node, name: str, codes: Tensor, qparams: QParams) -> fx.Node:
-        """A dequantized weight, placed before ``node``."""
+    def weight(
+        self, user: fx.Node, old: fx.Node, role: str, codes: Tensor, qparams: QParams
+    ) -> fx.Node:
+        name = name_of(old, f"{local_name(user)}.{role}")
         values = {"": codes, "_scale": qparams.scale, "_zero_point": qparams.zero_point}
-        constants = new_constants(self.context.gm, name, values, node)
-        with node.graph.inserting_before(node):
+        constants = new_constants(self.context.gm, name, values, user)
+        with user.graph.inserting_before(user):
             args: Any = (*constants, qparams.spec.element.name)
-            return node.graph.call_function(DEQUANTIZE, args)
-
-    def lstm(self, node: fx.Node, entry: SitePlan) -> None:
-        """Quantize an LSTM: input, matrices, and the hidden state at every step.
-
-        Kernels sum ``W_ih x + W_hh h`` as integers, so a row of both matrices shares one scale, in
-        units of a step of ``x`` and of ``h``. Inner layers read ``h``. With float activations each
-        matrix has scales of its own.
-        """
-        spec, hidden = entry.activation, entry.inputs[-1]
-        x, hx, params, has_biases, layers, _, _, bidirectional, batch_first = node.args
-        assert isinstance(x, fx.Node)
-        scale_of_x = scale_of_h = torch.ones(())
-        if spec is not None:
-            scale_of_x = self._qparams(key_of(source(x)), spec).scale
-            scale_of_h = self._qparams(hidden, spec).scale
-        cells = cells_of(params, bool(has_biases))
-        new: list[Any] = []
-        for i, (w_ih, w_hh, *biases) in enumerate(cells):
-            if entry.weight is None:
-                new += [w_ih, w_hh, *biases]
-                continue
-            inner = i >= len(cells) // int(layers)  # type: ignore[arg-type]
-            factor = torch.ones(()) if inner else scale_of_x / scale_of_h
-            values = [evaluate(self.context.gm, each).detach() for each in (w_ih, w_hh)]
-            if spec is None:
-                parts = [
-                    self.context.params.weight(entry.name, each, entry.weight, 0) for each in values
-                ]
-            else:
-                joined = torch.cat([values[0] * factor, values[1]], 1)
-                both, qparams = self.context.params.weight(entry.name, joined, entry.weight, 0)
-                codes = both.split([each.shape[1] for each in values], 1)
-                grids = [replace(qparams, scale=qparams.scale / factor), qparams]
-                parts = list(zip(codes, grids, strict=True))
-            made_up = (f"{local_name(node)}.weight_{role}_{i}" for role in ("ih", "hh"))
-            names = [name_of(*each) for each in zip((w_ih, w_hh), made_up, strict=True)]
-            for name, (part, grid) in zip(names, parts, strict=True):
-                new.append(self._codes_of(node, name, part.contiguous(), grid))
-            new += biases
-        if spec is None:  # the float operator, on dequantized matrices
-            node.update_arg(2, new)
-            return
-        self.activations(node, [x], entry)
-        grid_of_h = self._grid(hidden, spec, f"{local_name(node)}.hidden")
-        node.target = LSTM
-        options = (has_biases, layers, bidirectional, batch_first)
-        node.args = (node.args[0], hx, new, *options, *grid_of_h, spec.element.name)
+            return user.graph.call_function(DEQUANTIZE, args)
 
 
 def _behind_constants(node: fx.Node) -> fx.Node:
@@ -244,28 +212,16 @@ def insert_qdq(context: PassContext) -> int:
             entry = context.plan[site.name]
             if not entry.quantized:
                 continue
-            if pattern is _ATTENTION:
-                _quantize_attention(inserter, node, entry)
-            elif pattern is _LSTM:
-                inserter.lstm(node, entry)
-            else:
-                if entry.activation is not None:
-                    inserter.activations(node, operands(node, pattern), entry)
-                if pattern.weight is not None and entry.weight is not None:
-                    inserter.weight(node, pattern, entry)
-                if entry.stored:
-                    stored.append((results(node)[0], entry))
             changed += 1
+            if pattern.quantize is not None:
+                pattern.quantize(inserter, node, entry)
+                continue
+            if entry.activation is not None:
+                inserter.activations(node, operands(node, pattern), entry)
+            if pattern.weight is not None and entry.weight is not None:
+                inserter.only_weight(node, pattern, entry)
+            if entry.stored:
+                stored.append((results(node)[0], entry))
     for node, entry in stored:  # last: until here, sites find the source of what they read
         inserter.result(node, entry)
     return changed
-
-
-def _quantize_attention(inserter: _Inserter, node: fx.Node, entry: SitePlan) -> None:
-    assert entry.activation is not None
-    inserter.activations(node, operands(node, _ATTENTION), entry)
-    probabilities, name = entry.inputs[-1], f"{local_name(node)}.probabilities"
-    _, second = decompose_attention(node)
-    left = second.args[0]
-    assert isinstance(left, fx.Node)
-    inserter.activation(second, left, probabilities, entry.activation, name)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from torch_quant.graph.ops import size_hints
 from torch_quant.graph.sites import is_constant
+from torch_quant.ops.table import size_hints
 from torch_quant.passes.base import PassContext, call_like
 
 __all__ = ["normalize_linear"]

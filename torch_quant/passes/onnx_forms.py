@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, fx
 
 from torch_quant.core.qparams import MIN_SCALE
-from torch_quant.graph.ops import DATA_MOVEMENT, padding_sizes, size_hints, spread
-from torch_quant.graph.qdq import DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
 from torch_quant.graph.sites import KEY, local_name
-from torch_quant.passes.attention import decompose_attention
+from torch_quant.ops.attention import decompose_attention
+from torch_quant.ops.qdq import DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
+from torch_quant.ops.table import DATA_MOVEMENT, padding_sizes, size_hints, spread
 from torch_quant.passes.base import PassContext, call_like
 from torch_quant.passes.constants import constant_beside, evaluate, name_of, new_constants
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from torch_quant.graph.ops import DATA_MOVEMENT
-from torch_quant.graph.qdq import DEQUANTIZE, QUANTIZE
+from torch_quant.ops.qdq import DEQUANTIZE, QUANTIZE
+from torch_quant.ops.table import DATA_MOVEMENT
 from torch_quant.passes.base import PassContext
 
 __all__ = ["keep_grids", "read_codes"]

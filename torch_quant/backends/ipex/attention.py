@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from torch_quant.graph.qdq import DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
+from torch_quant.ops.qdq import DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
 from torch_quant.passes.base import PassContext
 
 __all__ = ["FUSED_MASK", "plain_softmax"]

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from torch_quant.backends.embedding_bags import BAGS, bag_arguments, bags_of_rows
-from torch_quant.graph.functions import graph_function
-from torch_quant.graph.qdq import (
+from torch_quant.graph.sites import KEY, key_of, results
+from torch_quant.ops.embedding_bags import BAGS, bag_arguments, bags_of_rows
+from torch_quant.ops.functions import graph_function
+from torch_quant.ops.qdq import (
     DEQUANTIZE_PER_TENSOR,
     FAKE_QUANTIZE_PER_TENSOR,
     QUANTIZE_PER_TENSOR,
 )
-from torch_quant.graph.sites import KEY, key_of, results
 from torch_quant.passes.base import PassContext
 
 __all__ = ["NO_KERNEL", "look_up_bags", "sum_bags"]

@@ -15,7 +15,9 @@ import torch
 from torch import fx
 
 from torch_quant.backends.ipex.attention import plain_softmax
-from torch_quant.graph.ops import (
+from torch_quant.graph.sites import fused_output, is_constant
+from torch_quant.ops.qdq import DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
+from torch_quant.ops.table import (
     ACTIVATIONS,
     DATA_MOVEMENT,
     RECTIFIERS,
@@ -23,8 +25,6 @@ from torch_quant.graph.ops import (
     pattern_of,
     size_hints,
 )
-from torch_quant.graph.qdq import DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
-from torch_quant.graph.sites import fused_output, is_constant
 from torch_quant.passes.base import Pass, PassContext
 from torch_quant.passes.constants import evaluate, new_constant
 

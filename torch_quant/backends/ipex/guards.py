@@ -15,9 +15,9 @@ from torch import Tensor, fx
 
 from torch_quant.backends.ipex.attention import FUSED_MASK
 from torch_quant.backends.ipex.forms import ELEMENTWISE, is_quantized_product
-from torch_quant.graph.ops import ROW_MOVEMENT, contiguous_as_captured, pattern_of
-from torch_quant.graph.qdq import QUANTIZE_PER_TENSOR
 from torch_quant.graph.sites import behind
+from torch_quant.ops.qdq import QUANTIZE_PER_TENSOR
+from torch_quant.ops.table import ROW_MOVEMENT, contiguous_as_captured, pattern_of
 from torch_quant.passes.base import Pass, PassContext
 from torch_quant.passes.functionalize import may_alias_input
 

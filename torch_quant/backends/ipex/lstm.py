@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from torch_quant.graph.functions import graph_function
-from torch_quant.graph.lstm import LSTM, cells_of, projected
-from torch_quant.graph.qdq import DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_TENSOR
 from torch_quant.graph.sites import local_name, results
+from torch_quant.ops.functions import graph_function
+from torch_quant.ops.lstm import LSTM, cells_of, projected
+from torch_quant.ops.qdq import DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_TENSOR
 from torch_quant.passes.base import PassContext
 from torch_quant.passes.constants import evaluate, new_constant
 from torch_quant.passes.fold_scales import number

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torch_quant.graph.functions import graph_function
-from torch_quant.graph.qdq import FAKE_QUANTIZE_PER_TENSOR
+from torch_quant.ops.functions import graph_function
+from torch_quant.ops.qdq import FAKE_QUANTIZE_PER_TENSOR
 
 __all__ = ["dequantize", "dequantize_weight", "quantize"]
 

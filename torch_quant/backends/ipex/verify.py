@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from torch_quant.backends.embedding_bags import bags_of_rows
 from torch_quant.backends.ipex import bags, lstm, ops
 from torch_quant.backends.ipex.trace import WRITES, FusedGraph
 from torch_quant.backends.quantized import quantized_graphs
@@ -19,6 +18,7 @@ from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.sites import KEY
 from torch_quant.model import call_example, example_call
+from torch_quant.ops.embedding_bags import bags_of_rows
 
 __all__ = ["IPEXReport", "verify"]
 

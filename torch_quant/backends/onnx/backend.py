@@ -20,8 +20,8 @@ from torch_quant.core.kernels import Accepts, Kernel, KernelTable
 from torch_quant.core.plan import QuantPlan
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
-from torch_quant.graph.decomposed import decomposed
-from torch_quant.graph.qdq import DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
+from torch_quant.ops.decomposed import decomposed
+from torch_quant.ops.qdq import DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
 from torch_quant.passes.base import PassContext, run_passes
 from torch_quant.passes.fold_scales import fold_scales
 from torch_quant.passes.onnx_forms import (

@@ -11,9 +11,9 @@ from torch import Tensor, fx
 from torch._ops import HigherOrderOperator
 
 from torch_quant.errors import InvalidConfig
-from torch_quant.graph.decomposed import NAMESPACE, decomposed
-from torch_quant.graph.functions import function_at, is_method, path_of
 from torch_quant.io.data.values import decode, encode, entries, operator_at, wrong
+from torch_quant.ops.decomposed import NAMESPACE, decomposed
+from torch_quant.ops.functions import function_at, is_method, path_of
 
 __all__ = ["read_graph", "write_graph"]
 

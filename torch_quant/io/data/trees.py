@@ -9,7 +9,6 @@ import torch
 from torch.utils import _pytree as pytree
 
 from torch_quant.errors import InvalidConfig
-from torch_quant.graph.functions import path_of
 from torch_quant.graph.kinds import Kind, Number, Unread
 from torch_quant.graph.outputs import (
     LEAF,
@@ -21,6 +20,7 @@ from torch_quant.graph.outputs import (
 )
 from torch_quant.graph.trees import Packed, pack_tree, unpack_tree
 from torch_quant.io.data.values import class_at, decode, encode, entries, wrong
+from torch_quant.ops.functions import path_of
 
 __all__ = ["read_kind", "read_output", "write_kind", "write_output"]
 

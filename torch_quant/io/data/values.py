@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from torch_quant.errors import InvalidConfig
-from torch_quant.graph.functions import path_of
+from torch_quant.ops.functions import path_of
 
 __all__ = [
     "class_at",

@@ -1,4 +1,4 @@
-"""Bags of int8 embeddings: gather the rows that are read, and reduce them as PyTorch does."""
+"""Embeddings and bags of them; a bag of int8 rows is gathered, and reduced as PyTorch does."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from torch_quant.graph.functions import graph_function
+from torch_quant.ops.functions import graph_function
+from torch_quant.ops.table import OpPattern, arguments, register_operator
 
 __all__ = ["BAGS", "bag_arguments", "bags_of_rows"]
 
 aten = torch.ops.aten
 
 BAGS = (aten.embedding_bag.default, aten.embedding_bag.padding_idx)
-_DEFAULTS = (False, 0, False, None, False, None)
-"""Of ``aten.embedding_bag`` behind weight, indices and offsets."""
 
 
 def bag_arguments(node: fx.Node) -> tuple[Any, ...]:
@@ -23,8 +22,9 @@ def bag_arguments(node: fx.Node) -> tuple[Any, ...]:
 
     The mode is 0 for sums, 1 for means and 2 for maxima.
     """
-    given = (*node.args[1:], *_DEFAULTS[len(node.args) - 3 :])
-    return (*given[:2], given[3], *given[5:])
+    given = arguments(node)
+    names = ("indices", "offsets", "mode", "per_sample_weights", "include_last_offset")
+    return (*(given[name] for name in names), given.get("padding_idx"))
 
 
 @graph_function
@@ -63,3 +63,23 @@ def bags_of_rows(
         table, places, offsets, False, mode, False, per_sample_weights, include_last_offset, 0
     )[0]
     return bags
+
+
+def _obstacle(node: fx.Node) -> str:
+    others = any(user.args[1] != 0 for user in node.users)
+    return "more of its results than the bags are read" if others else ""
+
+
+register_operator(OpPattern("embedding", (aten.embedding.default,), (), 0, 0, lambda args, out: 0))
+register_operator(
+    OpPattern(
+        "embedding_bag",
+        BAGS,
+        (),
+        0,
+        0,
+        lambda args, out: 0,
+        output=frozenset(),
+        obstacle=_obstacle,
+    )
+)

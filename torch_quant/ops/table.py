@@ -1,43 +1,51 @@
 """THE table of operators: what can be quantized, what only moves data, what a kernel can fuse.
 
-A new operator is one more row: here, or from outside by :func:`register_operator`.
+A new operator is one more row: in a file of this room, or from outside, by
+:func:`register_operator`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import SymInt, Tensor, fx
 
+from torch_quant.core.plan import SitePlan
+from torch_quant.core.qparams import QParams
+from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
-from torch_quant.graph.lstm import hidden_states, projected
 
 __all__ = [
     "ACTIVATIONS",
     "DATA_MOVEMENT",
     "IDENTITY",
     "INT8_NEVER",
+    "KEY",
     "OPERATORS",
+    "Inserter",
     "RECTIFIERS",
     "ROW_MOVEMENT",
     "SIZES",
     "OpPattern",
-    "padding_sizes",
+    "arguments",
     "call_sizes",
     "contiguous_as_captured",
+    "numel",
+    "padding_sizes",
     "pattern_of",
     "register_operator",
-    "rnn_macs",
     "size_hints",
     "spread",
 ]
 
 aten = torch.ops.aten
 
+KEY = "torch_quant_key"
+"""Entry of ``node.meta``: the key of the tensor that the node computes."""
 SIZES = "torch_quant_sizes"
 """Entry of ``node.meta``: sizes of its tensor where those of the example are others."""
 
@@ -62,6 +70,9 @@ class OpPattern:
         internals: tensors that exist only inside the operator, each computed from its arguments so
             that calibration can observe it.
         obstacle: why a call of it cannot run in int8 anywhere, empty if it can.
+        quantize: puts pairs around a call of it, where that is more than quantizing what it reads
+            and its weight. It gets the call and what is done with the site.
+        any_format: whether its weight may be cut into blocks of any shape.
     """
 
     name: str
@@ -75,6 +86,57 @@ class OpPattern:
     output: frozenset[Any] | None = None
     internals: dict[str, Callable[..., Tensor]] = field(default_factory=dict)
     obstacle: Callable[[fx.Node], str] = lambda node: ""
+    quantize: Callable[[Inserter, fx.Node, SitePlan], None] | None = None
+    any_format: bool = True
+
+
+class Inserter(Protocol):
+    """What puts quantize/dequantize pairs into a graph, for a row with a way of its own."""
+
+    def activations(self, user: fx.Node, args: list[fx.Node], entry: SitePlan) -> None:
+        """Make ``user`` read ``args`` quantized."""
+
+    def activation(self, user: fx.Node, arg: fx.Node, key: str, spec: QuantSpec, role: str) -> None:
+        """Make ``user`` read ``arg``, the tensor ``key``, quantized to ``spec``.
+
+        Its scale is called after the site and ``role``.
+        """
+
+    def scale(self, key: str, spec: QuantSpec) -> Tensor:
+        """The scale of a tensor, as it is observed."""
+
+    def grid(self, user: fx.Node, key: str, spec: QuantSpec, role: str) -> list[fx.Node]:
+        """Nodes of scale and zero point of a tensor."""
+
+    def source(self, arg: fx.Node) -> str:
+        """The key of the tensor whose values ``arg`` holds."""
+
+    def value(self, constant: fx.Node) -> Tensor:
+        """What a constant expression of the graph is."""
+
+    def rounded(self, entry: SitePlan, weight: Tensor) -> tuple[Tensor, QParams]:
+        """Codes of a weight of the site, whose output channels come first."""
+
+    def weight(
+        self, user: fx.Node, old: fx.Node, role: str, codes: Tensor, qparams: QParams
+    ) -> fx.Node:
+        """A dequantized weight in the place of ``old``, under its name or that of ``role``."""
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a call by name, defaults included, as the operator's schema has them.
+
+    >>> graph = fx.Graph()
+    >>> x = graph.placeholder("x")
+    >>> call = graph.call_function(aten.softmax.int, (x, -1))
+    >>> arguments(call)
+    {'self': x, 'dim': -1, 'dtype': None}
+    """
+    target: Any = node.target
+    schema = target._schema.arguments
+    found = {each.name: each.default_value for each in schema if each.has_default_value()}
+    found |= {each.name: value for each, value in zip(schema, node.args, strict=False)}
+    return {each.name: (found | node.kwargs).get(each.name) for each in schema}
 
 
 def size_hints(value: Any) -> tuple[int, ...]:
@@ -146,80 +208,9 @@ def call_sizes(value: Any) -> tuple[int, ...]:
     return noted if len(noted) == len(hints) else hints
 
 
-def _numel(value: Any) -> int:
+def numel(value: Any) -> int:
+    """How many elements it has in the call that a graph was captured for."""
     return math.prod(call_sizes(value))
-
-
-def _gemm_macs(args: Any, out: Any) -> int:
-    return _numel(out) * call_sizes(args[0])[-1]
-
-
-def _conv_macs(args: Any, out: Any) -> int:
-    return _numel(out) * math.prod(call_sizes(args[1])[1:])
-
-
-def _transposed_macs(args: Any, out: Any) -> int:
-    return _numel(args[0]) * math.prod(call_sizes(args[1])[1:])
-
-
-def _sdpa_macs(args: Any, out: Any) -> int:
-    query, key, value = map(call_sizes, args[:3])
-    return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
-
-
-def rnn_macs(args: Any, out: Any) -> int:
-    """Of ``lstm``, ``gru`` and ``rnn``: each row of the input meets every matrix once.
-
-    Args:
-        args: of the operator: the input, then states, batch sizes and the list of parameters.
-        out: its result.
-    """
-    params: Any = next(each for each in args[2:] if isinstance(each, (list, tuple)))
-    weights = sum(_numel(each) for each in params if len(call_sizes(each)) == 2)
-    return _numel(args[0]) // max(call_sizes(args[0])[-1], 1) * weights
-
-
-def sdpa_scores(
-    query: Tensor,
-    key: Tensor,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Masked, scaled scores of attention, shape ``[..., queries, keys]``, before the softmax."""
-    if enable_gqa:
-        key = key.repeat_interleave(query.size(-3) // key.size(-3), -3)
-    factor = scale if scale is not None else 1.0 / math.sqrt(query.size(-1))
-    scores = torch.matmul(query, key.transpose(-2, -1)) * factor
-    if is_causal:
-        keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        return scores.masked_fill(~keep, -torch.inf)
-    if attn_mask is None:
-        return scores
-    if attn_mask.dtype == torch.bool:
-        return scores.masked_fill(~attn_mask, -torch.inf)
-    return scores + attn_mask
-
-
-def sdpa_probabilities(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """The left operand of attention's second product; a fully masked row gives zeros, not NaN."""
-    scores = sdpa_scores(query, key, attn_mask, is_causal, scale, enable_gqa)
-    return torch.softmax(scores, -1).nan_to_num(0.0)
-
-
-def _bag_obstacle(node: fx.Node) -> str:
-    others = any(user.args[1] != 0 for user in node.users)
-    return "more of its results than the bags are read" if others else ""
 
 
 OPERATORS: dict[str, OpPattern] = {}
@@ -308,60 +299,3 @@ INT8_NEVER = {
     aten.baddbmm.default: "write it as bmm and add to have it quantized",
 }
 """Operators that compute products and stay float, each with the reason that reports give."""
-
-
-def _rows() -> Iterator[OpPattern]:
-    convs: dict[str, tuple[Any, ...]] = {
-        "conv1d": (aten.conv1d.default, aten.conv1d.padding),
-        "conv2d": (aten.conv2d.default, aten.conv2d.padding),
-        "conv3d": (aten.conv3d.default, aten.conv3d.padding),
-    }
-    transposed: dict[str, Any] = {
-        "conv_transpose1d": aten.conv_transpose1d.default,
-        "conv_transpose2d": aten.conv_transpose2d.input,
-        "conv_transpose3d": aten.conv_transpose3d.input,
-    }
-    products = (aten.matmul.default, aten.bmm.default, aten.mm.default)
-    bags = (aten.embedding_bag.default, aten.embedding_bag.padding_idx)
-    yield OpPattern(
-        "linear", (aten.linear.default,), (0,), 1, 0, _gemm_macs, bias=2, smoothable=True
-    )
-    for name, targets in convs.items():
-        yield OpPattern(name, targets, (0,), 1, 0, _conv_macs, bias=2, output=RECTIFIERS)
-    for name, target in transposed.items():
-        yield OpPattern(name, (target,), (0,), 1, 1, _transposed_macs, bias=2)
-    yield OpPattern("matmul", products, (0, 1), None, 0, _gemm_macs)
-    yield OpPattern(
-        "scaled_dot_product_attention",
-        (aten.scaled_dot_product_attention.default,),
-        (0, 1, 2),
-        None,
-        0,
-        _sdpa_macs,
-        internals={"probabilities": sdpa_probabilities},
-    )
-    yield OpPattern("embedding", (aten.embedding.default,), (), 0, 0, lambda args, out: 0)
-    yield OpPattern(
-        "embedding_bag",
-        bags,
-        (),
-        0,
-        0,
-        lambda args, out: 0,
-        output=frozenset(),
-        obstacle=_bag_obstacle,
-    )
-    yield OpPattern(
-        "lstm",
-        (aten.lstm.input,),
-        (0,),
-        2,
-        0,
-        rnn_macs,
-        internals={"hidden": hidden_states},
-        obstacle=projected,
-    )
-
-
-for _row in _rows():
-    register_operator(_row)

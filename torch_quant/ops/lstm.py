@@ -7,15 +7,25 @@ h = round_to_grid(sigmoid(o) tanh(c))   read by the next step and the next layer
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from torch_quant.graph.qdq import FAKE_QUANTIZE, library
+from torch_quant.core.plan import SitePlan
+from torch_quant.ops.qdq import FAKE_QUANTIZE, library
+from torch_quant.ops.table import (
+    Inserter,
+    OpPattern,
+    arguments,
+    call_sizes,
+    numel,
+    register_operator,
+)
 
-__all__ = ["LSTM", "cells_of", "hidden_states", "projected"]
+__all__ = ["LSTM", "cells_of", "hidden_states", "projected", "rnn_macs"]
 
 library.define(
     "lstm(Tensor x, Tensor[] hx, Tensor[] params, bool has_biases, int num_layers, "
@@ -32,9 +42,9 @@ def cells_of(params: Any, has_biases: bool) -> list[Any]:
 
 def projected(node: fx.Node) -> str:
     """Why an LSTM with ``proj_size`` stays in float."""
-    _, _, params, has_biases, layers, _, _, bidirectional, _ = node.args
-    cells = layers * (2 if bidirectional else 1)  # type: ignore[operator]
-    plain = len(params) == cells * (4 if has_biases else 2)  # type: ignore[arg-type]
+    given = arguments(node)
+    cells = given["num_layers"] * (2 if given["bidirectional"] else 1)
+    plain = len(given["params"]) == cells * (4 if given["has_biases"] else 2)
     return "" if plain else "an LSTM with projections (proj_size) has no int8 kernel"
 
 
@@ -114,3 +124,73 @@ torch.library.register_fake("torch_quant::lstm", _fake_lstm, lib=library)
 
 LSTM = torch.ops.torch_quant.lstm.default
 """``aten.lstm`` with hidden states on a grid; ``x`` and the matrices come dequantized."""
+
+
+def rnn_macs(args: Any, out: Any) -> int:
+    """Of ``lstm``, ``gru`` and ``rnn``: each row of the input meets every matrix once.
+
+    Args:
+        args: of the operator: the input, then states, batch sizes and the list of parameters.
+        out: its result.
+    """
+    params: Any = next(each for each in args[2:] if isinstance(each, (list, tuple)))
+    weights = sum(numel(each) for each in params if len(call_sizes(each)) == 2)
+    return numel(args[0]) // max(call_sizes(args[0])[-1], 1) * weights
+
+
+def _quantize(inserter: Inserter, node: fx.Node, entry: SitePlan) -> None:
+    """Quantize an LSTM: input, matrices, and the hidden state at every step.
+
+    Kernels sum ``W_ih x + W_hh h`` as integers, so a row of both matrices shares one scale, in
+    units of a step of ``x`` and of ``h``. Inner layers read ``h``. With float activations each
+    matrix has scales of its own.
+    """
+    spec, hidden, given = entry.activation, entry.inputs[-1], arguments(node)
+    x, layers = given["input"], given["num_layers"]
+    ratio = torch.ones(())
+    if spec is not None:
+        ratio = inserter.scale(inserter.source(x), spec) / inserter.scale(hidden, spec)
+    cells = cells_of(given["params"], given["has_biases"])
+    new: list[Any] = []
+    for i, (w_ih, w_hh, *biases) in enumerate(cells):
+        if entry.weight is None:
+            new += [w_ih, w_hh, *biases]
+            continue
+        factor = torch.ones(()) if i >= len(cells) // layers else ratio
+        values = [inserter.value(each) for each in (w_ih, w_hh)]
+        if spec is None:
+            parts = [inserter.rounded(entry, each) for each in values]
+        else:
+            joined = torch.cat([values[0] * factor, values[1]], 1)
+            both, qparams = inserter.rounded(entry, joined)
+            codes = both.split([each.shape[1] for each in values], 1)
+            grids = [replace(qparams, scale=qparams.scale / factor), qparams]
+            parts = list(zip(codes, grids, strict=True))
+        for old, role, (part, grid) in zip((w_ih, w_hh), ("ih", "hh"), parts, strict=True):
+            name = f"weight_{role}_{i}"
+            new.append(inserter.weight(node, old, name, part.contiguous(), grid))
+        new += biases
+    if spec is None:  # the float operator, on dequantized matrices
+        node.update_arg(2, new)
+        return
+    inserter.activations(node, [x], entry)
+    grid_of_h = inserter.grid(node, hidden, spec, "hidden")
+    options = (given[name] for name in ("has_biases", "num_layers", "bidirectional", "batch_first"))
+    node.target = LSTM
+    node.args = (node.args[0], given["hx"], new, *options, *grid_of_h, spec.element.name)
+
+
+register_operator(
+    OpPattern(
+        "lstm",
+        (torch.ops.aten.lstm.input,),
+        (0,),
+        2,
+        0,
+        rnn_macs,
+        internals={"hidden": hidden_states},
+        obstacle=projected,
+        quantize=_quantize,
+        any_format=False,  # what it multiplies by has to follow the rows of two matrices
+    )
+)
