@@ -69,9 +69,10 @@ def test_data_that_is_not_finite(bad: float) -> None:
     assert_unchanged(model, before)
     after = quantizer.state_dict()
     assert after["state"]["batches"] == state["state"]["batches"]
-    for key, values in state["state"]["observers"].items():
+    for key, kept in state["state"]["statistics"].items():
+        values = kept["range"]
         for name, value in values.items():
-            found = after["state"]["observers"][key][name]
+            found = after["state"]["statistics"][key]["range"][name]
             assert torch.equal(found, value) if isinstance(value, Tensor) else found == value
     assert sqnr(model(*example("mlp", 4)), quantizer.quantize(model)(*example("mlp", 4))) > 20
 
