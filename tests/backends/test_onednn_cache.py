@@ -68,7 +68,7 @@ def pack(weight: Tensor, rows: int) -> Tensor:
 
 
 SIZE = 256 * 256
-"""Bytes of one of the layouts, apart from padding and sums of rows: some CPUs want 64 rows at once."""
+"""Bytes of one of the layouts, apart from padding (some CPUs want 64 rows at once) and sums."""
 
 
 def test_the_least_recently_used_layouts_go_where_memory_is_short() -> None:

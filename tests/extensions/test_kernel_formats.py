@@ -10,7 +10,6 @@ import torch
 from contract import check_workflow
 from models import normal, seeded
 from torch import Tensor, fx, nn
-from torch_quant.ops.qdq import CHOOSE_QPARAMS
 
 from torch_quant import FLOAT, Backend, PerGroup, PerToken, QConfig, Quantizer, QuantSpec
 from torch_quant.backends import register_kernel
@@ -18,6 +17,7 @@ from torch_quant.backends.reference import symmetric_weight
 from torch_quant.core.elements import element_type
 from torch_quant.core.functional import dequantize_blocks
 from torch_quant.core.kernels import Accepts, Kernel
+from torch_quant.ops.qdq import CHOOSE_QPARAMS
 from torch_quant.passes.base import PassContext, call_like
 
 INT4 = QuantSpec.of("int4", granularity=PerGroup(8))
