@@ -109,7 +109,7 @@ def test_glue_reads_what_a_child_has_left(backend: str) -> None:
 
 
 class Counted(nn.Module):
-    """In pieces; looks up by the class of its child what to do, and finds a stand-in."""
+    """In pieces; looks up by the very class of its child what to do, and finds a stand-in's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class Counted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.child(x)
-        return self.head(y * 3 if isinstance(self.child, nn.Linear) else y) if y.sum() < 1e9 else y
+        return self.head(y * 3 if type(self.child) is nn.Linear else y) if y.sum() < 1e9 else y
 
 
 def test_a_difference_on_the_first_call_is_noticed(caplog: pytest.LogCaptureFixture) -> None:

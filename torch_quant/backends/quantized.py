@@ -123,10 +123,23 @@ class QuantizedModule(StandIn, NeverLoads):
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """What is left in float; an empty parameter if nothing is, whose device can be asked."""
-        found = list(super().parameters(recurse))
+        return _AtLeastOne(self)(recurse)
+
+
+@dataclass
+class _AtLeastOne:
+    """The ``parameters`` of a module whose weights may all be integers.
+
+    Code asks ``next(self.parameters())`` for dtype and device.
+    """
+
+    module: nn.Module
+
+    def __call__(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        found = list(nn.Module.parameters(self.module, recurse))
         yield from found
         if not found:
-            device = next((x.device for x in self.buffers()), torch.device("cpu"))
+            device = next((x.device for x in self.module.buffers()), torch.device("cpu"))
             yield nn.Parameter(torch.empty(0, device=device), requires_grad=False)
 
 
@@ -137,6 +150,8 @@ def quantized_module(twin: nn.Module, how: Quantization) -> QuantizedModule:
         twin: a twin of the float module, whose children are quantized.
         how: it runs.
     """
+    if how.glue is not None:  # its own Python asks the twin
+        vars(twin)["parameters"] = _AtLeastOne(twin)
     new = made(QuantizedModule, twin, runs=how.glue is not None)
     new.__dict__["quantization"] = how
     _begin(new)
