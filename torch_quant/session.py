@@ -166,7 +166,8 @@ class Session:
             keys: of tensors that sites use.
         """
         found: dict[str, dict[str, Callable[[], Statistic]]] = {}
-        users = self._users(keys := frozenset(keys))
+        keys = list(dict.fromkeys(keys))
+        users = self._users(frozenset(keys))
         for key in keys:
             using, found[key] = users[key], {}
             if any(self._ranges(site) for site in _deciding_on_ranges(key, using)):

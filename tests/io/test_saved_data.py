@@ -6,9 +6,13 @@ import copy
 import json
 import math
 import operator
+import os
+import subprocess
+import sys
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -110,15 +114,25 @@ def test_graphs(name: str) -> None:
     assert [n.target for n in again.graph.nodes] == [n.target for n in gm.graph.nodes]
 
 
-def test_graphs_inside_of_graphs() -> None:
-    class Branch(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.cond(x.sum() > 0, lambda x: x * 2, lambda x: x - 1, (x,))
+class Branch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, lambda x: x * 2, lambda x: x - 1, (x,))
 
+
+def check_branches() -> None:
     gm = canonical(Branch(), torch.ones(3))
     again = graph_through_json(gm)
     for x in (torch.ones(3), -torch.ones(3)):
         assert torch.equal(again(x)[0], gm(x)[0])
+
+
+def test_graphs_inside_of_graphs() -> None:
+    """In a process of its own: Dynamo, which ``torch.cond`` runs, keeps what other tests traced."""
+    here = Path(__file__).parent
+    paths = os.pathsep.join(map(str, (here, here.parent, here.parents[1])))
+    code = "import test_saved_data; test_saved_data.check_branches()"
+    environment = {**os.environ, "PYTHONPATH": paths}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
 def tiny() -> dict[str, Any]:

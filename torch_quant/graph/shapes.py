@@ -184,6 +184,14 @@ class ShapeContract:
             tensors[i] = tensors[i].narrow(axis, 0, int(size))
         return call.with_tensors(tuple(tensors))
 
+    def fixes(self, name: int | str, size: int) -> bool:
+        """Whether conditions on that free size alone leave nothing but ``size``."""
+        own = [c for c in self.conditions if {symbol.name for symbol in c.free_symbols} == {name}]
+        others = {*range(1, 9), size + 1, 2 * size, 3 * size} - {size}
+        return bool(own) and all(
+            any(_holds(c, {str(name): other}) is False for c in own) for other in others
+        )
+
     def describe(self) -> str:
         """The inputs and sizes it serves, for messages."""
         return ", ".join(

@@ -248,7 +248,8 @@ def _tell_fixed(exported: Any, graph: QuantizedGraph) -> None:
     for name, mine, sizes in zip(names, graph.contract.names, graph.contract.shapes, strict=True):
         for axis, size in enumerate(sizes):
             found = values[name].shape[axis]
-            if isinstance(size, str) and isinstance(found, int):
+            free = isinstance(size, str) and isinstance(found, int)
+            if free and not graph.contract.fixes(size, found):
                 logger.warning(
                     "the ONNX file serves %s.shape[%d] = %d only: an operator is exported for the "
                     "example's size",
@@ -262,8 +263,13 @@ def _traced(graph: QuantizedGraph, tensors: tuple[Tensor, ...], mode: str) -> An
     from torch.export import Dim
 
     shapes = tuple(
-        {i: Dim.AUTO for i, size in enumerate(sizes) if isinstance(size, str)} or None
-        for sizes in graph.contract.shapes
+        {
+            i: Dim.AUTO
+            for i, size in enumerate(sizes)
+            if isinstance(size, str) and not graph.contract.fixes(size, x.shape[i])
+        }
+        or None
+        for x, sizes in zip(tensors, graph.contract.shapes, strict=True)
     )
     with size_oblivious(mode == "oblivious"):
         return torch.export.export(
