@@ -1,6 +1,6 @@
 """What each observer does to the accuracy of static int8: MiniLM, and networks trained on digits.
 
-The default observer of each op type (``torch_quant/observers/defaults.py``) is chosen from it.
+The default observer of each op type (``torch_quant/statistics/defaults.py``) is chosen from it.
 """
 
 from __future__ import annotations

@@ -206,3 +206,24 @@ def test_is_data_and_shown() -> None:
     assert "capture" not in Quantizer("reference").to_config()
     with pytest.raises(InvalidConfig, match=r"'capture'.*expected \"whole\""):
         Quantizer.from_config({"capture": "pieces"})
+
+
+class Parts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+
+def test_ranges_of_parts_alone_are_ranges() -> None:
+    """Nobody has called the model itself: its parts were calibrated all the same."""
+    model, x = seeded(Parts).eval(), normal(4, 8)
+    quantizer = Quantizer("reference", capture="modules")
+    calib_model = quantizer.calib(model)
+    calib_model.second(torch.relu(calib_model.first(x)))
+    again = Quantizer("reference", capture="modules")
+    again.load_state_dict(quantizer.state_dict())
+    quant_model = quantizer.quantize(model, example_inputs=x)
+    assert sqnr(model(x), quant_model(x)) > 25.0

@@ -28,7 +28,7 @@ def test_a_quantizer_says_what_to_save(way: str) -> None:
     model = mlp()
     quantizer = calibrated(model, [(example("mlp", 16), {})], backend="reference")
     for each in (quantizer, Quantizer("reference")):
-        with pytest.raises(InvalidConfig, match=r"quantizer\.state_dict\(\).*load_state_dict"):
+        with pytest.raises(InvalidConfig, match=r"quantizer\.save\(folder\).*Quantizer\.load"):
             COPIES[way](each)
     assert quantizer.quantize(model)(*example("mlp", 2)).shape == (2, 10)
 

@@ -12,6 +12,7 @@ from torch_quant.core.naming import did_you_mean, matches_name
 from torch_quant.core.plan import FALLEN_BACK, SitePlan
 from torch_quant.core.spec import FLOAT, FloatFormat, QuantSpec
 from torch_quant.errors import InvalidConfig
+from torch_quant.graph.annotate import method_refusal
 from torch_quant.graph.rules import modules_of, rules_for
 from torch_quant.graph.sites import Site
 from torch_quant.session import Session
@@ -178,7 +179,7 @@ class _Facts:
     def _method(self, asked: WeightMethod | None, source: str) -> Decision:
         if asked is None:
             return Decision("method", DEFAULT_METHOD, "the default")
-        if refusal := asked.refusal(self.site):
+        if refusal := method_refusal(asked, self.site):
             return Decision("method", DEFAULT_METHOD, self.site.op, f"{asked}: {refusal}")
         return Decision("method", asked, source)
 

@@ -116,7 +116,7 @@ class QuantizerFiles(QuantizerBase):
         data = {
             "settings": self._to_config(None),
             "summary": summary_data(self._summary),
-            **_parted(self.state_dict(), (), tensors),
+            "state": _parted(self.state_dict(), (), tensors),
         }
         write_folder(folder, "quantizer", data, tensors)
 
@@ -136,8 +136,7 @@ class QuantizerFiles(QuantizerBase):
         """
         data, tensors = read_folder(folder, "quantizer")
         quantizer = cls(**read_configuration(data["settings"]))
-        state = {name: data[name] for name in ("state", "model", "fallback")}
-        quantizer.load_state_dict(_joined(state, tensors))
+        quantizer.load_state_dict(_joined(data["state"], tensors))
         quantizer._summary = read_summary(data["summary"], Lines(f"{folder}"))
         return quantizer
 
@@ -225,17 +224,22 @@ class QuantizerFiles(QuantizerBase):
 def _parted(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
     """``value`` as JSON; its tensors go into ``tensors``, by where they stand."""
     if isinstance(value, Mapping):
-        return {key: _parted(each, (*path, str(key)), tensors) for key, each in value.items()}
+        return {
+            "entries": {
+                key: _parted(each, (*path, str(key)), tensors) for key, each in value.items()
+            }
+        }
     if isinstance(value, Tensor):
         tensors["/".join(path)] = value
         return {"tensor": "/".join(path)}
-    return encode(value)
+    return {"value": encode(value)}
 
 
 def _joined(data: Any, tensors: Mapping[str, Tensor]) -> Any:
     """Undo :func:`_parted`."""
-    if not isinstance(data, dict):
-        return decode(data, "the state")
-    if set(data) == {"tensor"}:
-        return tensors[data["tensor"]]
-    return {key: _joined(each, tensors) for key, each in data.items()}
+    ((kind, inner),) = data.items()
+    if kind == "tensor":
+        return tensors[inner]
+    if kind == "value":
+        return decode(inner, "the state")
+    return {key: _joined(each, tensors) for key, each in inner.items()}

@@ -293,6 +293,12 @@ class Calibrated:
     ) -> tuple[Tensor, QParams]:
         """Of a site's weight; raises :class:`QuantError` if it cannot be quantized."""
         method = self._plan[site].method or DEFAULT_METHOD
+        entry = self._plan[site]
+        if entry.transforms and method.wants_statistics:
+            raise InvalidConfig(
+                f"{site}: {method} asks for statistics of the layer's input, which "
+                f"{entry.transforms[0]} changes; use one of them there"
+            )
         spec = replace(spec, granularity=spec.granularity.on(axis))
         try:
             return method.quantize(weight, spec, self._known(method, site))

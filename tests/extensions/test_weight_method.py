@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from contract import check_workflow
 from models import MODELS, example
 from torch import Tensor
 
 from torch_quant import (
+    InvalidConfig,
     QConfig,
     QuantError,
     Quantizer,
     QuantSpec,
     RoundToNearest,
+    SmoothQuant,
     WeightMethod,
     register_weight_method,
 )
@@ -152,3 +156,75 @@ def test_dequantized_codes_are_what_it_says() -> None:
     codes, qparams = RoundToNearest().quantize(weight, spec, {})
     far = (dequantize(codes, qparams) - weight).abs().max()
     assert float(far) <= float(qparams.scale.max()) / 2 * 1.001  # half a step, and rounding
+
+
+@dataclass(frozen=True)
+class Sized(WeightMethod):
+    """Notes its option, a tuple, with what it rounds."""
+
+    name = "sized"
+
+    sizes: tuple[int, ...] = (1, 2)
+
+    def quantize(
+        self, weight: Tensor, spec: QuantSpec, statistics: Mapping[str, Statistic]
+    ) -> tuple[Tensor, QParams]:
+        SEEN.append(self.sizes)
+        return RoundToNearest().quantize(weight, spec, statistics)
+
+
+SEEN: list[tuple[int, ...]] = []
+
+
+class Tied(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(self.a(x)))
+
+
+def test_tied_weights_may_have_two_methods() -> None:
+    register_weight_method(Sized)
+    SEEN.clear()
+    overrides = {name: QConfig(method=Sized((i,))) for i, name in enumerate(("a", "b"))}
+    quantizer = Quantizer("reference", overrides=overrides)
+    quantizer.calib(model := Tied())(torch.randn(4, 8))
+    quantizer.quantize(model)
+    assert SEEN == [(0,), (1,)]
+
+
+def test_options_that_are_tuples_come_back_from_json() -> None:
+    register_weight_method(Sized)
+    config = QConfig(method=Sized((3, 4)))
+    assert QConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(InvalidConfig, match="'sized' is taken by Sized"):
+        register_weight_method(dataclass(frozen=True)(type("Other", (Sized,), {"name": "sized"})))
+
+
+def test_what_it_would_get_wrong_is_refused() -> None:
+    """The statistics of an input that a transform changes, and matrices quantized together."""
+    register_statistic(Products)
+    register_weight_method(FeedBack)
+    config = QConfig(weight=FOUR, method=FeedBack(), transforms=[SmoothQuant(0.5)])
+    quantizer = Quantizer("reference", qconfig=config)
+    quantizer.calib(layer := torch.nn.Linear(8, 4))(torch.randn(40, 8))
+    with pytest.raises(InvalidConfig, match=r"which smoothquant.* changes; use one of them"):
+        quantizer.quantize(layer)
+
+    @register_weight_method
+    @dataclass(frozen=True)
+    class Anywhere(FeedBack):
+        name = "anywhere"
+
+        def refusal(self, site: Site) -> str:
+            return ""
+
+    lstm = torch.nn.LSTM(8, 4)
+    quantizer = Quantizer("reference", qconfig=QConfig(method=Anywhere()))
+    quantizer.calib(lstm)(torch.randn(5, 3, 8))
+    quantizer.quantize(lstm)
+    assert quantizer.plan["lstm"].method is None
+    assert "quantized together" in quantizer.explain("lstm")["method"].why

@@ -14,6 +14,7 @@ from models import normal
 from torch import Tensor, nn
 
 from torch_quant.graph.sites import find_sites
+from torch_quant.ops.attention import sdpa_probabilities
 from torch_quant.ops.table import (
     ACTIVATIONS,
     DATA_MOVEMENT,
@@ -21,7 +22,6 @@ from torch_quant.ops.table import (
     INT8_NEVER,
     OPERATORS,
     padding_sizes,
-    sdpa_probabilities,
 )
 from torch_quant.passes.prepare import prepare
 

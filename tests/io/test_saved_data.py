@@ -9,7 +9,7 @@ import operator
 import os
 import subprocess
 import sys
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict, defaultdict, namedtuple
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from torch_quant.graph.twin import twin_of
 from torch_quant.io.data.graphs import read_graph, write_graph
 from torch_quant.io.data.sizes import read_contract, write_contract
 from torch_quant.io.data.trees import read_kind, read_output, write_kind, write_output
-from torch_quant.io.data.values import class_at, decode, encode
+from torch_quant.io.data.values import class_at, decode, encode, operator_at
 from torch_quant.passes.canonicalize import canonicalize
 
 Pair = namedtuple("Pair", ["left", "right"])
@@ -312,3 +312,82 @@ def test_floats_and_functions_in_conditions() -> None:
 
 def test_operators_are_the_ones_that_were_saved() -> None:
     assert operator.attrgetter("aten.linear.default")(torch.ops) is torch.ops.aten.linear.default
+
+
+def nest_of(kind: str, context: Any, count: int = 1) -> dict[str, Any]:
+    leaves = [{"constant": ["touch", "pwned"]}] * count
+    return {"output": {"nest": [kind, context, [None] * count], "leaves": leaves, "reordered": []}}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        nest_of("collections.namedtuple", {"node": "subprocess.Popen"}),
+        nest_of("collections.namedtuple", {"node": "builtins.tuple"}),
+        nest_of("collections.namedtuple", {"node": f"{__name__}.Pair"}),  # it has two fields
+        nest_of("collections.namedtuple", None),
+        nest_of("collections.defaultdict", [{"node": "subprocess.Popen"}, ["a"]]),
+        nest_of("subprocess.Popen", None),
+        nest_of("builtins.list", {"node": "subprocess.Popen"}),
+        {"output": {"nest": None, "reordered": [],
+                    "leaves": [{"object": ["tempfile.TemporaryDirectory", []]}]}},
+        {"output": {"nest": None, "reordered": [],
+                    "leaves": [{"constant": {"node": "subprocess.Popen"}}]}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_nest_calls_no_class_that_a_file_names(data: Any) -> None:
+    with pytest.raises(InvalidConfig):
+        read_output(data, "model")
+
+
+def test_dictionaries_with_defaults_come_back() -> None:
+    output = defaultdict(list, {"a": torch.ones(1)})
+    leaves, spec = flatten_output(output)
+    again = unflatten_output(leaves, read_output(through(write_output(spec)), "model"))
+    assert again == output
+    assert again.default_factory is list
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["load_library.__self__.load_library", "aten.__class__.default", "load_library.__call__.x",
+     "higher_order.__init__", "aten.linear.op", "aten.linear", "aten._ops.default"],
+)  # fmt: skip
+def test_only_operators_are_operators(name: str) -> None:
+    with pytest.raises(InvalidConfig):
+        operator_at(name, "it")
+
+
+@pytest.mark.parametrize(
+    ("op", "target", "kwargs"),
+    [
+        ("call_method", "__getattribute__", []),
+        ("call_method", "__reduce_ex__", []),
+        ("call_method", "share_memory_", []),
+        ("call_function", "function torch.__getattribute__", []),
+        ("call_function", "function torch.nn.functional.__getattribute__", []),
+        ("call_function", "function builtins.max", [["key", {"node": "x"}]]),
+    ],
+)
+def test_graphs_reach_nothing_but_tensors(op: str, target: str, kwargs: Any) -> None:
+    nodes = [
+        ["placeholder", "x", "x", [], []],
+        [op, "y", target, [{"node": "x"}], kwargs],
+        ["output", "output", "output", [{"tuple": [{"node": "y"}]}], []],
+    ]
+    with pytest.raises(InvalidConfig):
+        read_graph({"nodes": nodes, "graphs": {}}, "model", lambda name: torch.zeros(1))
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "condition",
+    [["Pow", 7, ["Pow", 9, 9]], ["Pow", 2, 10**7], ["LShift", 1, 10**9], ["Equality", 10**400, 1]],
+    ids=str,
+)
+def test_conditions_take_no_time(condition: Any) -> None:
+    contract = captured(nn.Linear(4, 2), normal(3, 4)).contract
+    data = through(write_contract(contract)) | {"conditions": [condition]}
+    with pytest.raises(InvalidConfig):
+        read_contract(data, "model")

@@ -297,6 +297,91 @@ def test_the_size_of_int8(tmp_path: Path) -> None:
     assert size < 0.27 * whole + 20_000  # a quarter, scales, and the JSON
 
 
+class Counts(nn.Module):
+    """Keeps a number between its calls, and a list that its own code writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.layer(x) * self.calls
+
+
+def test_plain_values_that_a_model_keeps_are_saved(tmp_path: Path) -> None:
+    model, x = seeded(Counts), normal(6, 8)
+    quant_model = calibrated(model, [((x,), {})], backend="reference").quantize(model)
+    for _ in range(3):
+        quant_model(x)
+    save(quant_model, tmp_path)
+    again = load(tmp_path, seeded(Counts))
+    for _ in range(2):
+        assert torch.equal(again(x), quant_model(x))
+
+
+def test_hooks_are_code_of_the_models(tmp_path: Path) -> None:
+    def times_100(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return output * 100
+
+    def hooked() -> nn.Module:
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)).requires_grad_(False)
+        model[0].register_forward_hook(times_100)
+        return model
+
+    model, x = seeded(hooked), normal(6, 8)
+    quant_model = saved(model, [((x,), {})], tmp_path, backend="reference")
+    assert torch.equal(load(tmp_path, hooked())(x), quant_model(x))
+    plain = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    for other in (None, plain):
+        with pytest.raises(InvalidConfig, match=r"forward hooks|runs Python code"):
+            load(tmp_path, other)
+
+
+IN_MAIN = """
+import collections, sys, torch
+import torch_quant
+Out = collections.namedtuple("Out", ["y", "z"])
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 2)
+    def forward(self, x):
+        y = self.layer(x)
+        return Out(y, y + 1)
+model, x = Net(), torch.randn(8, 4)
+quantizer = torch_quant.Quantizer("reference")
+quantizer.calib(model)(x)
+quant_model = quantizer.quantize(model)
+torch_quant.save(quant_model, sys.argv[1])
+again = torch_quant.load(sys.argv[1], model)
+assert type(again(x)) is Out and torch.equal(again(x).z, quant_model(x).z)
+"""
+
+
+def test_classes_of_a_script(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", IN_MAIN, str(tmp_path / "m")], check=True)
+
+
+def test_float_tensors_of_the_skeleton_are_not_kept(tmp_path: Path) -> None:
+    class Tables(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 4)
+            self.table, self.stuff = torch.ones(1000, 4), [torch.ones(4)]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) + self.table[0] + self.stuff[0]
+
+    model, x = seeded(Tables), normal(6, 8)
+    quant_model = saved(model, [((x,), {})], tmp_path / "a", backend="reference")
+    again = load(tmp_path / "a", seeded(Tables))
+    assert not hasattr(again, "stuff")
+    save(again, tmp_path / "b")
+    assert torch.equal(load(tmp_path / "b")(x), quant_model(x))
+
+
 # ---- refusals
 
 

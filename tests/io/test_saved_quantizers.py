@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+from extending import kept_registries
 from flows import calibrated
 from models import MODELS, example
 from torch import nn
 
 from torch_quant import InvalidConfig, ModuleFilter, QConfig, Quantizer, QuantSpec, SmoothQuant
 from torch_quant.io.folder import read_folder, write_folder
-from torch_quant.statistics import OBSERVERS
+from torch_quant.statistics import OBSERVERS, Statistic, register_statistic
 
 X = example("attention_explicit", 16)
 
@@ -150,7 +152,7 @@ def flip(folder: Path) -> None:
         (edit(lambda d: d.update(version="1")), "version '1'"),
         (edit(lambda d: d.update(format="torch_quant model")), "its format is 'torch_quant model'"),
         (edit(lambda d: d.clear()), "its format is None"),
-        (edit(lambda d: d["quantizer"]["fallback"].update(x="float32")), "was changed after"),
+        (edit(lambda d: d["quantizer"]["settings"].update(x="float32")), "was changed after"),
         (edit(lambda d: d["tensors"].update(file="../x")), "was changed after"),
         (lambda folder: (folder / "quantizer.json").unlink(), "cannot read .*quantizer.json"),
         (lambda folder: next(folder.glob("*.safetensors")).unlink(), "is not beside it"),
@@ -221,3 +223,76 @@ def test_a_kill_while_saving_leaves_the_old_or_the_new(tmp_path: Path) -> None:
         assert float(tensors["x"][0]) == float(tensors["x"][-1]) == data["turn"]
     write_folder(tmp_path, "quantizer", {}, {"x": torch.ones(1)})
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_other_files_of_the_folder_stay(tmp_path: Path) -> None:
+    (tmp_path / "tensors-of-mine.safetensors").write_text("mine")
+    (tmp_path / "notes.json").write_text("[]")
+    quantizer = made()[1]
+    for _ in range(2):
+        quantizer.save(tmp_path)
+    assert (tmp_path / "tensors-of-mine.safetensors").read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_saves_at_once_leave_a_whole_one(tmp_path: Path) -> None:
+    """Models and quantizers, by several threads, into one folder."""
+
+    def write(kind: str, number: int) -> None:
+        for turn in range(6):
+            x = torch.full((1 << 12,), float(100 * number + turn))
+            write_folder(tmp_path, kind, {"value": float(x[0])}, {"x": x})
+
+    threads = [
+        threading.Thread(target=write, args=(kind, number))
+        for number in range(2)
+        for kind in ("quantizer", "model")
+    ]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    for kind in ("quantizer", "model"):
+        data, tensors = read_folder(tmp_path, kind)
+        assert float(tensors["x"][0]) == data["value"]
+    # One file where both hold the same.
+    assert len(list(tmp_path.glob("*.safetensors"))) <= 2
+
+
+class Plain(Statistic):
+    """Keeps values that JSON has no form for."""
+
+    name = "plain"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[str, Any] = {}
+
+    def observe(self, x: torch.Tensor) -> None:
+        self.kept = {"inf": float("inf"), "pair": (1, 2), "dtype": x.dtype, "tensor": "float32"}
+        self.batches += 1
+
+    def _merge(self, other: Plain) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batches": self.batches, "kept": self.kept}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.batches, self.kept = state["batches"], state["kept"]
+
+
+def test_every_plain_value_of_a_statistic_comes_back(tmp_path: Path) -> None:
+    with kept_registries():
+        register_statistic(Plain)
+        quantizer = made()[1]
+        statistic = Plain()
+        statistic.observe(torch.ones(2))
+        quantizer.state.put("x", "plain", statistic)
+        quantizer.fallen_back = {"tensor": "float32"}
+        quantizer.save(tmp_path)
+        again = Quantizer.load(tmp_path)
+    found = again.state.find("x", "plain")
+    assert isinstance(found, Plain)
+    assert found.kept == statistic.kept
+    assert again.fallen_back == {"tensor": "float32"}

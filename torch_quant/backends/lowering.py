@@ -193,6 +193,7 @@ class _Build:
             self.strip(twin, submodule.path)
         how = Quantization(submodule.path, submodule.signature, self.lowering.backend.name)
         how.glue, how.in_pieces = twin if free or pieces else None, free or pieces
+        how.state = submodule.state
         quantized = quantized_module(twin, how)
         give_hooks(quantized, submodule.hooks)
         for kind, graph in submodule.graphs:

@@ -70,6 +70,8 @@ class Quantization:
     unseen: Unseen | None = None
     plan: QuantPlan = field(default_factory=QuantPlan)
     calibration: dict[str, Any] = field(default_factory=dict)
+    state: tuple[str, ...] = ()
+    """Attributes that its Python code keeps from one call to the next."""
 
 
 def quantized_graphs(model: nn.Module) -> Iterator[tuple[QuantizedModule, QuantizedGraph]]:

@@ -29,8 +29,8 @@ _VARIANTS = threading.Lock()
 
 def _refuse_loading() -> NoReturn:
     raise InvalidConfig(
-        "a quantized model cannot load a state_dict, since scales are part of its graph; "
-        "pickle the model, export it, or save the Quantizer's state_dict and quantize again"
+        "a quantized model cannot load a state_dict, since scales of activations may be part of "
+        "its graphs; torch_quant.save keeps all of it, quantizer.save what quantizing again needs"
     )
 
 

@@ -67,6 +67,11 @@ class Method(ABC):
         """
         return {}
 
+    @property
+    def wants_statistics(self) -> bool:
+        """Whether it asks calibration for anything at all."""
+        return type(self).statistics is not Method.statistics
+
     def to_dict(self) -> dict[str, Any]:
         """Its name and options, ready for JSON and YAML.
 
@@ -106,7 +111,8 @@ class WeightMethod(Method):
         """The codes of a weight and what they stand for.
 
         Args:
-            weight: finite float32, in the shape that its operator takes.
+            weight: finite float32, in the shape that its operator takes; of an LSTM, the matrices
+                that share scales, side by side.
             spec: the format, its granularity bound to the axis of the output channels.
             statistics: what :meth:`statistics` asked for of the site's input, by what for.
 
@@ -163,7 +169,7 @@ def register_weight_method(cls: W) -> W:
     Traceback (most recent call last):
     torch_quant.errors.InvalidConfig: WeightMethod: it has no name, or is no frozen dataclass
     """
-    WEIGHT_METHODS[_checked(cls)] = cls
+    WEIGHT_METHODS[_checked(cls, WEIGHT_METHODS)] = cls
     return cls
 
 
@@ -174,14 +180,17 @@ def register_transform(cls: T) -> T:
     >>> register_transform(SmoothQuant) is TRANSFORMS["smoothquant"]
     True
     """
-    TRANSFORMS[_checked(cls)] = cls
+    TRANSFORMS[_checked(cls, TRANSFORMS)] = cls
     return cls
 
 
-def _checked(cls: type[Method]) -> str:
+def _checked(cls: type[Method], known: Mapping[str, type[Method]]) -> str:
     frozen = is_dataclass(cls) and "__setattr__" in vars(cls)
     if not frozen or not getattr(cls, "name", ""):
         raise InvalidConfig(f"{cls.__qualname__}: it has no name, or is no frozen dataclass")
+    other = known.get(cls.name, cls)
+    if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise InvalidConfig(f"{cls.__qualname__}: {cls.name!r} is taken by {other.__qualname__}")
     return cls.name
 
 
@@ -197,6 +206,11 @@ def read_weight_method(data: Any) -> WeightMethod:
 def read_transform(data: Any) -> Transform:
     """A transform from its name, or what :meth:`Method.to_dict` gave; raises as the other does."""
     return _read(data, TRANSFORMS, "transform")
+
+
+def _fixed(value: Any) -> Any:
+    """JSON has lists where an option is a tuple."""
+    return tuple(map(_fixed, value)) if isinstance(value, list) else value
 
 
 def _read(data: Any, known: Mapping[str, type[M]], what: str) -> M:
@@ -218,6 +232,8 @@ def _read(data: Any, known: Mapping[str, type[M]], what: str) -> M:
         if required and each.name not in options:
             raise InvalidConfig(f"the {what} {name!r} lacks {each.name!r}")
     try:
-        return cls(**options)
+        made = cls(**{key: _fixed(value) for key, value in options.items()})
+        hash(made)
+        return made
     except TypeError as error:
         raise InvalidConfig(f"the {what} {name!r}: {error}") from error

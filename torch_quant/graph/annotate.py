@@ -19,7 +19,7 @@ from torch_quant.graph.sites import Site
 from torch_quant.module_filter import ModuleFilter
 from torch_quant.ops.table import OPERATORS
 
-__all__ = ["annotate"]
+__all__ = ["annotate", "method_refusal"]
 
 
 def annotate(
@@ -118,8 +118,15 @@ def _serving(transforms: Sequence[Transform], site: Site) -> tuple[Transform, ..
 
 
 def _method(config: QConfig, site: Site) -> WeightMethod | None:
-    refused = config.method is None or config.method.refusal(site)
+    refused = config.method is None or method_refusal(config.method, site)
     return None if refused else config.method
+
+
+def method_refusal(method: WeightMethod, site: Site) -> str:
+    """Why a weight method does not serve a site, empty if it does."""
+    if method.wants_statistics and OPERATORS[site.op].quantize is not None:
+        return f"the matrices of an {site.op} are quantized together, for inputs of several kinds"
+    return method.refusal(site)
 
 
 def _misfit(site: Site, activation: QuantSpec | None, weight: QuantSpec | None) -> str:

@@ -48,7 +48,7 @@ class Executor(nn.Module):
     It keeps a state of its own where the module keeps one, which begins as the module's.
 
     Args:
-        module: what to run.
+        submodule: what to run.
         run: how to run its graphs.
         host: through whom calls go.
     """

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["give_hooks", "hooked", "take_hooks"]
+__all__ = ["give_hooks", "hooked", "take_hooks", "users_hooks"]
 
 Hooks = dict[str, dict[int, Any]]
 """Entry of a module's dictionary -> what is registered there."""
@@ -21,7 +21,7 @@ _COMPUTES = ("torch.nn.utils", "transformers.")
 transformers collect hidden states for the outputs."""
 
 
-def _users(module: nn.Module) -> set[int]:
+def users_hooks(module: nn.Module) -> set[int]:
     """The ids of the user's hooks on ``module``."""
     if isinstance(module, torch.jit.ScriptModule):  # its hooks are compiled with it
         return set()
@@ -35,12 +35,12 @@ def _users(module: nn.Module) -> set[int]:
 
 def hooked(module: nn.Module) -> str:
     """The path of a module below ``module`` that has hooks of the user's; empty if none has."""
-    return next((path for path, each in module.named_modules() if path and _users(each)), "")
+    return next((path for path, each in module.named_modules() if path and users_hooks(each)), "")
 
 
 def take_hooks(module: nn.Module) -> Hooks:
     """Take the user's hooks off ``module``, a twin."""
-    keys = _users(module)
+    keys = users_hooks(module)
     taken: Hooks = {}
     if not keys:
         return taken

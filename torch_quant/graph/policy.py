@@ -15,7 +15,7 @@ from torch_quant.errors import InvalidConfig
 __all__ = ["Capture", "CapturePolicy", "checked_capture", "is_container"]
 
 Capture = str | Iterable[str]
-""""whole", "modules", or names of modules."""
+"""Whole, by modules, or names of modules."""
 
 _WHOLE, _MODULES = "whole", "modules"
 _NORMS = (

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,17 @@ from torch_quant.errors import InvalidConfig
 from torch_quant.io.files import staging
 from torch_quant.version import __version__
 
+try:
+    import fcntl
+except ImportError:  # not on Windows, where two that save at once may disturb each other
+    fcntl = None  # type: ignore[assignment]
+
 __all__ = ["read_folder", "write_folder"]
 
 VERSION = 1
 """Of the layout of folders and of what is in them."""
 _TENSORS = "tensors-"
+_OURS = re.compile(rf"{_TENSORS}[0-9a-f]{{16}}\.safetensors")
 _CHUNK = 1 << 20
 
 
@@ -61,9 +68,13 @@ def write_folder(
         whole["sha256"] = _checksum(whole)
         text = json.dumps(whole, indent=1, allow_nan=False)
         (stage / "json").write_text(text + "\n", encoding="utf-8")
-        os.replace(file, folder / named)
-        os.replace(stage / "json", folder / f"{kind}.json")
-    _remove_others(folder)
+        with _alone(folder):
+            os.replace(file, folder / named)
+            os.replace(stage / "json", folder / f"{kind}.json")
+            wanted = {_named(each) for each in folder.glob("*.json")}
+            for each in folder.iterdir():  # of earlier saves, and of processes that were killed
+                if _OURS.fullmatch(each.name) and each.name not in wanted:
+                    each.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -91,18 +102,26 @@ def _made(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
-def _remove_others(folder: Path) -> None:
-    """Remove files of tensors that nothing in the folder names any more."""
-    wanted = set()
-    for each in folder.glob("*.json"):
-        try:
-            found = json.loads(each.read_text(encoding="utf-8"))
-            wanted.add(found["tensors"]["file"])
-        except (OSError, ValueError, TypeError, KeyError):
-            continue  # none of ours
-    for each in folder.glob(f"{_TENSORS}*.safetensors"):
-        if each.name not in wanted:
-            each.unlink(missing_ok=True)
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes and threads from replacing files of the folder."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _named(file: Path) -> str:
+    """The file of tensors that a JSON file of ours names; empty for any other file."""
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["tensors"]["file"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return ""
 
 
 def _stored(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Container, Mapping
 from typing import Any
@@ -17,7 +18,7 @@ from torch_quant.backends.quantized_graph import QuantizedGraph
 from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import BackendUnavailable, InvalidConfig
 from torch_quant.graph.binding import CallSignature, signature_of
-from torch_quant.graph.hooks import give_hooks, take_hooks
+from torch_quant.graph.hooks import give_hooks, take_hooks, users_hooks
 from torch_quant.graph.twin import twin_of
 from torch_quant.io.data.graphs import read_graph, write_graph
 from torch_quant.io.data.sizes import read_contract, write_contract
@@ -31,7 +32,8 @@ __all__ = ["read_model", "write_model"]
 _GRAPH = ("graph", "calls", "sizes", "outputs", "plan", "compiled")
 _RUNS = ("backend", "signature", "graphs", "runs_python", "in_pieces", "description", "plan",
          "calibration")  # fmt: skip
-_MODULE = ("class", "parameters", "buffers", "transient", "attributes", "children", "runs")
+_MODULE = ("class", "parameters", "buffers", "transient", "attributes", "values", "hooks",
+           "children", "runs")  # fmt: skip
 
 
 def write_model(model: QuantizedModule) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -86,9 +88,38 @@ def _written(
         "class": path_of(class_of(module) if not isinstance(module, StandIn) else _class(module)),
         **{what: {n: x is not None for n, x in each.items()} for what, each in held.items()},
         "transient": sorted(module._non_persistent_buffers_set),
+        "values": _values(module, own, path),
+        "hooks": bool(users_hooks(module)),
         "children": [name for name, child in module._modules.items() if child is not None],
         "runs": _running(module, path) if isinstance(module, QuantizedModule) else None,
     }
+
+
+def _values(module: nn.Module, own: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Plain attributes: Python code of the model may have written them.
+
+    What the model was seen to keep between its calls has to be among them, or a tensor.
+    """
+    found = {}
+    for name, value in own.items():
+        if name.startswith("_") or name == "training" or isinstance(value, Tensor):
+            continue
+        with contextlib.suppress(InvalidConfig):  # an object, which is that of the class
+            found[name] = encode(value)
+    kept = module.quantization.state if isinstance(module, QuantizedModule) else ()
+    for name in kept:
+        *parts, last = name.split(".")
+        owner: Any = module
+        for part in parts:
+            owner = getattr(owner, part, None)
+        value = getattr(owner, last, None)
+        if not isinstance(value, Tensor):
+            try:
+                encode(value)
+            except InvalidConfig as error:
+                where = f"{path}.{name}".strip(".")
+                raise InvalidConfig(f"{where}, which the model keeps: {error}") from error
+    return found
 
 
 def _class(module: StandIn) -> type:
@@ -165,6 +196,8 @@ def read_model(
         if not isinstance(found, QuantizedModule):
             raise wrong("the model", modules[""], "a quantized module")
         reader.mount()
+    except InvalidConfig:
+        raise
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise InvalidConfig(
             f"the saved model is not as it was written ({type(error).__name__}: {error}): the file "
@@ -207,6 +240,11 @@ class _Reader:
         else:
             own = twin_of(theirs, self.replaced)
         hooks = take_hooks(own)
+        if found["hooks"] and not hooks:
+            raise InvalidConfig(
+                f"{path or 'the model'} had forward hooks of the user's, which are code: give a "
+                "model with them, torch_quant.load(folder, model=...)"
+            )
         own._modules.clear()
         own._modules.update(children)
         self._fill(own, path, found)
@@ -253,6 +291,15 @@ class _Reader:
                     module._buffers[name] = x
                 else:
                     vars(module)[name] = x
+        for name, value in found["values"].items():
+            if not name.startswith("_") and name not in vars(nn.Module()):
+                vars(module)[name] = decode(value, f"{path}.{name}")
+        runs = found["runs"]
+        if runs is not None and not runs["runs_python"]:
+            for name, value in list(vars(module).items()):
+                listed = name.startswith("_") or name in found["attributes"]
+                if not listed and holds_tensor(value):
+                    del vars(module)[name]  # graphs have what they need of it
 
     def _tensor(self, name: str, parameter: bool) -> Tensor:
         """One object for each tensor, under however many names it was saved."""

@@ -112,9 +112,18 @@ class StandIn(nn.Module):
             or any(name in own[entries] for entries in _SHARED)
             or hasattr(getattr(type(self), name, None), "__set__")
         ):
+            if original is not None and isinstance(value, (nn.Module, nn.Parameter)):
+                original.attributes.pop(name, None)
             super().__setattr__(name, value)
         else:
             original.attributes[name] = value
+
+    def __delattr__(self, name: str) -> None:
+        original: Original | None = self.__dict__.get("_stands_for")
+        if original is not None and name in original.attributes:
+            del original.attributes[name]
+        else:
+            super().__delattr__(name)
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *self._stands_for.attributes})

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverloadPacket
 from torch.nn import functional
 
 __all__ = ["FUNCTIONS", "function_at", "graph_function", "is_method", "path_of"]
@@ -44,13 +45,17 @@ def path_of(thing: Any) -> str:
         name = getattr(thing, "__name__", "")
         if name and getattr(found, name, None) is thing and _computes(name):
             return f"{module}.{name}"
-    module = getattr(thing, "__module__", "").removeprefix("_")
+    module = getattr(thing, "__module__", "")
+    module = "operator" if module == "_operator" else module
     return f"{module}.{getattr(thing, '__qualname__', thing)}"
 
 
 def _computes(name: str) -> bool:
     """Whether it is the name of an operator of ATen, or one that reads a size."""
-    return name not in _DENIED and (name in _READS or hasattr(torch.ops.aten, name))
+    if name in _DENIED or name.startswith("__"):
+        return False
+    known = isinstance(getattr(torch.ops.aten, name, None), OpOverloadPacket)
+    return name in _READS or known
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -92,7 +97,7 @@ def function_at(path: str) -> Callable[..., Any] | None:
 def is_method(name: str) -> bool:
     """Whether a graph may call this method of a tensor.
 
-    >>> is_method("size"), is_method("share_memory_")
-    (True, False)
+    >>> is_method("size"), is_method("share_memory_"), is_method("__getattribute__")
+    (True, False, False)
     """
     return name.isidentifier() and hasattr(Tensor, name) and _computes(name)

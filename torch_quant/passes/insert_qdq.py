@@ -56,8 +56,8 @@ class _Inserter:
         default_factory=dict
     )
     """Tensor and dynamic format -> its codes, scale and zero point."""
-    weights: dict[tuple[str, QuantSpec, int], tuple[Tensor, QParams]] = field(default_factory=dict)
-    """What computes a weight, its format and axis -> its codes; no float copy is kept."""
+    weights: dict[tuple[Any, ...], tuple[Tensor, QParams]] = field(default_factory=dict)
+    """What computes a weight, its format, axis and method -> its codes; no float copy is kept."""
 
     def activations(self, user: fx.Node, args: list[fx.Node], entry: SitePlan) -> None:
         """Make ``user`` read ``args`` quantized; one tensor may stand in several places."""
@@ -166,7 +166,8 @@ class _Inserter:
         old = node.args[pattern.weight]
         assert isinstance(old, fx.Node)
         gm, axis = self.context.gm, pattern.weight_axis
-        memo = (expression(gm, old), site.weight, axis)
+        alone = site.name if site.method is not None and site.method.wants_statistics else ""
+        memo = (expression(gm, old), site.weight, axis, site.method, alone)
         if memo not in self.weights:
             value = evaluate(gm, old).detach()
             codes, qparams = self.context.params.weight(site.name, value, site.weight, axis)

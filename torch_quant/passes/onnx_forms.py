@@ -31,7 +31,6 @@ __all__ = [
 
 aten = torch.ops.aten
 
-_INT32 = torch.iinfo(torch.int32)
 _BIAS_LIMIT = 2**30
 """Codes of a bias stay below it, which leaves room for the products that are added to it."""
 _CONVS = frozenset({aten.conv1d.default, aten.conv2d.default, aten.conv3d.default})

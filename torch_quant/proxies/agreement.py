@@ -44,7 +44,7 @@ def disagrees(submodule: CapturedModule, inputs: tuple[Any, dict[str, Any]], out
     """Whether ``outputs`` are not those of its float module, up to rounding.
 
     Args:
-        module: keeps no state.
+        submodule: keeps no state.
         inputs: ``(args, kwargs)``; they may be changed.
         outputs: what ran in its place gave.
     """

@@ -29,8 +29,8 @@ class Tied:
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise InvalidConfig(
             f"a {type(self).__name__} is tied to the float model it was given and cannot be copied "
-            "or pickled: keep the float model and quantizer.state_dict(), and give that to "
-            "load_state_dict of a new Quantizer with the same settings"
+            "or pickled: keep the float model and quantizer.save(folder); "
+            "Quantizer.load(folder) gives it back"
         )
 
 

@@ -53,7 +53,8 @@ class CalibModel(Proxy):
         with self.session.state.lock:
             if self.captured.root.by_choice:  # one layer of many: each alone is no batch
                 outputs = self._execute(executor, args, kwargs)
-                self.session.state.version += 1
+                state = self.session.state
+                state.version, state.batches = state.version + 1, max(state.batches, 1)
                 self.session.seen()
                 return outputs
             return self._recorded(executor, args, kwargs)

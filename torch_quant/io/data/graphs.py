@@ -112,7 +112,10 @@ def read_graph(data: Any, what: str, tensor: Callable[[str], Tensor]) -> fx.Grap
                     if inner is None
                     else read_graph(inner, what, lambda n, at=target: tensor(f"{at}.{n}"))  # type: ignore[misc]
                 )
-        made[name] = graph.create_node(op, _resolved(op, target, at), args, kwargs, name)
+        called = _resolved(op, target, at)
+        if kwargs and getattr(called, "__module__", "") in ("builtins", "_operator", "math"):
+            raise wrong(at, kwargs, "no arguments by name")
+        made[name] = graph.create_node(op, called, args, kwargs, name)
     if [entry[0] for entry in found["nodes"]].count("output") != 1:
         raise wrong(f"the graph of {what}", len(made), "nodes with one output")
     graph.lint()

@@ -24,6 +24,11 @@ _TORCH = {
 """Of ``torch.utils._sympy.functions``, by their names, as they are slow to import."""
 
 
+_GROWING = {"LShift", "Pow", "PowByNatural"}
+_MOST = 16
+"""The largest exponent: sympy computes powers of numbers, however long that takes."""
+
+
 def write_contract(contract: ShapeContract) -> dict[str, Any]:
     """A contract as JSON.
 
@@ -95,7 +100,7 @@ def _read(data: Any, what: str) -> Any:
 
     if type(data) is bool:
         return sympy.true if data else sympy.false
-    if type(data) is int:
+    if type(data) is int and abs(data) < 1 << 64:
         return sympy.Integer(data)
     if isinstance(data, str) and data.isidentifier():
         return sympy.Symbol(data, integer=True)
@@ -116,8 +121,11 @@ def _read(data: Any, what: str) -> Any:
     if cls is None:
         special = {"ExprCondPair": sympy.functions.elementary.piecewise.ExprCondPair}
         cls = special.get(kind) or getattr(sympy, kind)
+    values = [_read(each, what) for each in args]
+    if kind in _GROWING and not (args and type(args[-1]) is int and abs(args[-1]) <= _MOST):
+        raise wrong(f"a condition of {what}", data, f"a number up to {_MOST} at the end of {kind}")
     try:
-        return cls(*(_read(each, what) for each in args))
+        return cls(*values)
     except InvalidConfig:
         raise
     except Exception as error:  # whatever sympy says of arguments that make no sense

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import sys
 from typing import Any
 
 import torch
@@ -51,13 +52,56 @@ def _read_tree(data: Any, what: str) -> Packed:
     if not isinstance(data, list) or len(data) != 3 or not isinstance(data[2], list):
         raise wrong(f"a nest of {what}", data, "a container, its keys and what is in it")
     kind = _CONTAINERS.get(data[0]) or class_at(data[0], f"a container of {what}")
+    children = [_read_tree(each, what) for each in data[2]]
+    if kind is collections.namedtuple:
+        return kind, _named_tuple(data[1], len(children), what), children
+    if kind is collections.defaultdict:
+        return kind, _defaults(data[1], what), children
     if kind not in pytree.SUPPORTED_NODES:
         raise InvalidConfig(
             f"a container of {what} is {data[0]}, which is not registered as a pytree here: import "
             "the library that registers it, then load again"
         )
-    context = decode(data[1], what, lambda path: class_at(path, f"a container of {what}"))
-    return kind, context, [_read_tree(each, what) for each in data[2]]
+    return kind, decode(data[1], what), children
+
+
+def _named_tuple(data: Any, size: int, what: str) -> type:
+    """The class of a named tuple; no other class may stand there, since it is called."""
+    path = data.get("node") if isinstance(data, dict) and set(data) == {"node"} else None
+    found = class_at(path, f"a named tuple of {what}")
+    fields = getattr(found, "_fields", ())
+    plain = issubclass(found, tuple) and found.__new__ is not tuple.__new__
+    if not plain or found.__bases__ != (tuple,) or len(fields) != size:
+        raise wrong(f"a named tuple of {what}", path, f"a class with {size} fields")
+    return found
+
+
+_FACTORIES: dict[str, Any] = {path_of(each): each for each in (dict, float, int, list, set, str)}
+
+
+def _defaults(data: Any, what: str) -> list[Any]:
+    """What makes the values that a dictionary lacks, and the keys that it has."""
+    if not isinstance(data, list) or len(data) != 2:
+        raise wrong(f"a dictionary of {what}", data, "what makes its values, and its keys")
+    factory = data[0]
+    if factory is not None:
+        name = factory.get("node") if isinstance(factory, dict) else None
+        if name not in _FACTORIES:
+            raise wrong(f"a dictionary of {what}", factory, "a plain type that makes its values")
+        factory = _FACTORIES[name]
+    return [factory, decode(data[1], what)]
+
+
+def _object_class(path: Any, what: str) -> type:
+    """The class of an object that is made anew without a call, which has to be a plain one."""
+    found = class_at(path, f"an output of {what}")
+    plain = (object.__new__, dict.__new__, list.__new__, collections.OrderedDict.__new__)
+    strange = found.__new__ not in plain or hasattr(found, "__del__")
+    if strange or found.__module__.partition(".")[0] in sys.stdlib_module_names:
+        raise InvalidConfig(
+            f"an output of {what} is of the class {path}, of which no saved model may make objects"
+        )
+    return found
 
 
 def write_kind(kind: Kind) -> dict[str, Any]:
@@ -153,7 +197,15 @@ def read_output(data: Any, what: str) -> Any:
     return _read_specs(entries(data, f"the outputs of {what}", "output")["output"], what)
 
 
-def _read_specs(data: Any, what: str) -> TreeOfSpecs:
+def _class_within(path: Any, package: str, what: str) -> type:
+    """A class that an object refers to: of the library that the object is of."""
+    found = class_at(path, f"an output of {what}")
+    if not package or found.__module__.partition(".")[0] != package:
+        raise wrong(f"an output of {what}", path, "a class of the library that its object is of")
+    return found
+
+
+def _read_specs(data: Any, what: str, package: str = "") -> TreeOfSpecs:
     found = entries(data, f"the outputs of {what}", "nest", "leaves", "reordered")
     tree = unpack_tree(_read_tree(found["nest"], what))
     if not isinstance(found["leaves"], list) or not isinstance(found["reordered"], list):
@@ -161,27 +213,29 @@ def _read_specs(data: Any, what: str) -> TreeOfSpecs:
     if len(found["leaves"]) != tree.num_leaves:
         raise wrong(f"the outputs of {what}", found["leaves"], f"{tree.num_leaves} leaves")
     reordered = tuple((decode(path, what), decode(keys, what)) for path, keys in found["reordered"])
-    return TreeOfSpecs(tree, tuple(_read_item(each, what) for each in found["leaves"]), reordered)
+    return TreeOfSpecs(
+        tree, tuple(_read_item(each, what, package) for each in found["leaves"]), reordered
+    )
 
 
-def _read_item(data: Any, what: str) -> Any:
+def _read_item(data: Any, what: str, package: str) -> Any:
     if data == LEAF:
         return LEAF
     if not isinstance(data, dict) or len(data) != 1:
         raise wrong(f"an output of {what}", data, "a leaf, a constant or an object")
     ((kind, inner),) = data.items()
     if kind == "constant":
-        return ConstantSpec(decode(inner, what, lambda path: class_at(path, what)))
+        return ConstantSpec(decode(inner, what, lambda path: _class_within(path, package, what)))
     if kind == "argument" and type(inner) in (int, str):
         return ArgumentSpec(inner)
     if kind == "object" and isinstance(inner, list) and len(inner) == 2:
         path, parts = inner
-        pairs, specs = [], []
+        cls, pairs, specs = _object_class(path, what), [], []
         for each in parts if isinstance(parts, list) else [None]:
             known = ("item", "append", "attribute")
             if not isinstance(each, list) or len(each) != 3 or each[0] not in known:
                 raise wrong(f"an output of {what}", each, "a part of an object")
             pairs.append((each[0], decode(each[1], what)))
-            specs.append(_read_specs(each[2], what))
-        return ObjectSpec(class_at(path, f"an output of {what}"), tuple(pairs), tuple(specs))
+            specs.append(_read_specs(each[2], what, cls.__module__.partition(".")[0]))
+        return ObjectSpec(cls, tuple(pairs), tuple(specs))
     raise wrong(f"an output of {what}", data, "a leaf, a constant or an object")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch._ops import HigherOrderOperator, OpOverload
 
 from torch_quant.errors import InvalidConfig
 from torch_quant.ops.functions import path_of
@@ -143,21 +144,22 @@ def _scalar(kind: str, inner: Any, what: str) -> Any:
     raise wrong(what, {kind: inner}, "a constant")
 
 
-_DENIED = {"aten.from_file"}
-"""Operators that do more than compute."""
-_OPERATOR = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*){2}|higher_order\.[a-z_]+")
+_NAMESPACES = {
+    "aten", "higher_order", "ipex", "mkldnn", "mkldnn_prepacked", "onednn", "prims", "quantized",
+    "quantized_decomposed", "torch_ipex", "torch_quant",
+}  # fmt: skip
+"""Where graphs of ours call operators. Those of other libraries must be of tensors alone."""
+_OPERATOR = re.compile(r"[A-Za-z]\w*\.[A-Za-z_]\w*\.[A-Za-z]\w*|higher_order\.[a-z_]+")
 
 
 def operator_at(name: Any, what: str) -> Any:
     """The operator of that name, ``aten.add.Tensor``.
 
     Raises:
-        InvalidConfig: there is none in this process.
+        InvalidConfig: there is none in this process, or it may do more than compute.
     """
-    if not isinstance(name, str) or not _OPERATOR.fullmatch(name):
+    if not isinstance(name, str) or not _OPERATOR.fullmatch(name) or "__" in name:
         raise wrong(what, name, "an operator")
-    if name.rpartition(".")[0] in _DENIED:
-        raise InvalidConfig(f"{what} is {name}, which no saved model may call")
     try:
         found = operator.attrgetter(name)(torch.ops)
     except (AttributeError, RuntimeError) as error:
@@ -165,7 +167,18 @@ def operator_at(name: Any, what: str) -> Any:
             f"{what} is {name}, which torch {torch.__version__} does not have: load the file with "
             "the version that wrote it, after importing the library that the operator is of"
         ) from error
+    if not isinstance(found, OpOverload | HigherOrderOperator) or not _computes(name, found):
+        raise InvalidConfig(f"{what} is {name}, which no saved model may call")
     return found
+
+
+def _computes(name: str, found: Any) -> bool:
+    """Whether an operator does nothing but compute tensors from tensors."""
+    namespace, packet, *_ = name.split(".")
+    if namespace in _NAMESPACES:
+        return packet != "from_file"
+    arguments = [str(each.type) for each in found._schema.arguments]
+    return "Tensor" in arguments and not any("str" in each for each in arguments)
 
 
 def class_at(path: Any, what: str) -> type:
