@@ -39,7 +39,7 @@ def test_a_proxy_says_what_to_save(way: str) -> None:
     quantizer = calibrated(model, [(x, {})], backend="reference")
     for proxy in (quantizer.calib(model), quantizer.amp(model)):
         proxy(*x)
-        with pytest.raises(InvalidConfig, match=r"float model.*quantizer\.state_dict\(\)"):
+        with pytest.raises(InvalidConfig, match=r"float model.*quantizer\.save\(folder\)"):
             COPIES[way](proxy)
         assert torch.equal(proxy(*x), model(*x))
 
