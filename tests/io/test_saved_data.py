@@ -391,3 +391,7 @@ def test_conditions_take_no_time(condition: Any) -> None:
     data = through(write_contract(contract)) | {"conditions": [condition]}
     with pytest.raises(InvalidConfig):
         read_contract(data, "model")
+
+
+def test_operators_that_are_called_as_in_python() -> None:
+    assert operator_at("aten.__and__.Tensor", "it") is torch.ops.aten.__and__.Tensor

@@ -52,10 +52,8 @@ def path_of(thing: Any) -> str:
 
 def _computes(name: str) -> bool:
     """Whether it is the name of an operator of ATen, or one that reads a size."""
-    if name in _DENIED or name.startswith("__"):
-        return False
     known = isinstance(getattr(torch.ops.aten, name, None), OpOverloadPacket)
-    return name in _READS or known
+    return name not in _DENIED and (name in _READS or known)
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -97,7 +95,7 @@ def function_at(path: str) -> Callable[..., Any] | None:
 def is_method(name: str) -> bool:
     """Whether a graph may call this method of a tensor.
 
-    >>> is_method("size"), is_method("share_memory_"), is_method("__getattribute__")
-    (True, False, False)
+    >>> is_method("size"), is_method("__and__"), is_method("__getattribute__")
+    (True, True, False)
     """
     return name.isidentifier() and hasattr(Tensor, name) and _computes(name)

@@ -54,6 +54,8 @@ def _refer(value: Any) -> Any:
 
 def _target(node: fx.Node) -> str:
     target: Any = node.target
+    if node.op == "call_method" and not is_method(str(target)):
+        raise InvalidConfig(f"the graph calls the method {target} of a tensor, which is not saved")
     if isinstance(target, str):
         return target
     if isinstance(target, HigherOrderOperator):

@@ -149,7 +149,7 @@ _NAMESPACES = {
     "quantized_decomposed", "torch_ipex", "torch_quant",
 }  # fmt: skip
 """Where graphs of ours call operators. Those of other libraries must be of tensors alone."""
-_OPERATOR = re.compile(r"[A-Za-z]\w*\.[A-Za-z_]\w*\.[A-Za-z]\w*|higher_order\.[a-z_]+")
+_OPERATOR = re.compile(r"\w+(\.\w+){2}|higher_order\.[a-z_]+")
 
 
 def operator_at(name: Any, what: str) -> Any:
@@ -158,7 +158,7 @@ def operator_at(name: Any, what: str) -> Any:
     Raises:
         InvalidConfig: there is none in this process, or it may do more than compute.
     """
-    if not isinstance(name, str) or not _OPERATOR.fullmatch(name) or "__" in name:
+    if not isinstance(name, str) or not _OPERATOR.fullmatch(name):
         raise wrong(what, name, "an operator")
     try:
         found = operator.attrgetter(name)(torch.ops)
