@@ -26,7 +26,7 @@ SAME := core sequences statistics tuning \
   fallback_selection.py fallback_state.py) backends/test_onnx.py io/test_files.py io/test_onnx_rewrites.py \
   io/test_saved_quantizers.py io/test_summary_mistakes.py test_architecture.py test_bad_input.py test_configuration.py \
   test_contributing.py test_coverage.py test_explain.py test_merging.py test_public.py test_recipes.py \
-  test_requirements.py test_saved_states.py
+  test_requirements.py test_saved_states.py test_typing.py
 
 .PHONY: help lock demo demo-tuning demo-cnn test test-core test-ipex test-latest test-zoo test-sequences check format bench bench-ipex clean
 
