@@ -23,10 +23,11 @@ PYTEST := -m pytest -n 2 --dist worksteal
 # do new files: captures, passes, kernels, exports and the zoo depend on it.
 SAME := core sequences statistics tuning \
   $(addprefix amp/test_,gram.py groups.py ranking.py selection.py sensitivity_report.py fallback_bad_input.py \
-  fallback_selection.py fallback_state.py) backends/test_onnx.py io/test_files.py io/test_onnx_rewrites.py \
-  io/test_saved_quantizers.py io/test_summary_mistakes.py test_architecture.py test_bad_input.py test_configuration.py \
-  test_contributing.py test_coverage.py test_explain.py test_merging.py test_public.py test_recipes.py \
-  test_requirements.py test_saved_states.py test_typing.py
+  fallback_selection.py fallback_state.py amp_changes.py amp_infinite_gradient.py amp_loss.py) \
+  $(addprefix backends/test_,onnx.py float_and_dynamic.py formats.py) graph/test_annotate.py graph/test_rules.py \
+  $(addprefix io/test_,files.py onnx_rewrites.py saved_quantizers.py summary_mistakes.py) test_architecture.py \
+  test_bad_input.py test_configuration.py test_contributing.py test_coverage.py test_explain.py test_merging.py \
+  test_public.py test_recipes.py test_requirements.py test_saved_states.py test_typing.py
 
 .PHONY: help lock demo demo-tuning demo-cnn test test-core test-ipex test-latest test-zoo test-sequences check format bench bench-ipex clean
 
