@@ -292,8 +292,8 @@ class Calibrated:
         self, site: str, weight: Tensor, spec: QuantSpec, axis: int
     ) -> tuple[Tensor, QParams]:
         """Of a site's weight; raises :class:`QuantError` if it cannot be quantized."""
-        method = self._plan[site].method or DEFAULT_METHOD
         entry = self._plan[site]
+        method = entry.method or DEFAULT_METHOD
         if entry.transforms and method.wants_statistics:
             raise InvalidConfig(
                 f"{site}: {method} asks for statistics of the layer's input, which "
@@ -309,18 +309,16 @@ class Calibrated:
 
     def _known(self, method: WeightMethod, name: str) -> dict[str, Statistic]:
         """What was recorded for a weight method, of all that the site reads in any graph."""
+        asked = [method.statistics(site) for site in self._sites[name]]
+        pairs = {(key, what) for each in asked for key, wanted in each.items() for what in wanted}
         found: dict[str, Statistic] = {}
-        seen: set[tuple[str, str]] = set()
-        for site in self._sites[name]:
-            for key, wanted in method.statistics(site).items():
-                for what in wanted.keys() - {w for k, w in seen if k == key}:
-                    seen.add((key, what))
-                    statistic = self.statistic(key, what)
-                    if what in found:
-                        found[what] = copy.deepcopy(found[what])
-                        found[what].merge(statistic)
-                    else:
-                        found[what] = statistic
+        for key, what in sorted(pairs):
+            statistic = self.statistic(key, what)
+            if what in found:
+                found[what] = copy.deepcopy(found[what])
+                found[what].merge(statistic)
+            else:
+                found[what] = statistic
         return found
 
     def statistic(self, key: str, what: str) -> Statistic:

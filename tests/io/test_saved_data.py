@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import operator
 import os
 import subprocess
 import sys
@@ -311,7 +310,7 @@ def test_floats_and_functions_in_conditions() -> None:
 
 
 def test_operators_are_the_ones_that_were_saved() -> None:
-    assert operator.attrgetter("aten.linear.default")(torch.ops) is torch.ops.aten.linear.default
+    assert operator_at("aten.linear.default", "it") is torch.ops.aten.linear.default
 
 
 def nest_of(kind: str, context: Any, count: int = 1) -> dict[str, Any]:

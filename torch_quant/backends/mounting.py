@@ -7,13 +7,13 @@ that need equal tensors share them.
 
 from __future__ import annotations
 
-import itertools
 import operator
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+
+from torch_quant.core.naming import numbered
 
 __all__ = ["linked", "links", "mount", "place_in_memory"]
 
@@ -74,7 +74,7 @@ def _module_at(root: nn.Module, path: str) -> tuple[str, nn.Module]:
     """The module under a dotted path, made where there is none, and its path in fact."""
     found: list[str] = []
     for part in path.split(".") if path else ():
-        for name in _numbered(part):
+        for name in numbered(part):
             child = root._modules.get(name)
             if child is None and name not in (*root._parameters, *root._buffers):
                 child = root._modules[name] = nn.Module()
@@ -85,13 +85,9 @@ def _module_at(root: nn.Module, path: str) -> tuple[str, nn.Module]:
     return ".".join(found), root
 
 
-def _numbered(name: str) -> Iterator[str]:
-    return itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1)))
-
-
 def _put(owner: nn.Module, name: str, value: Tensor, parameter: bool) -> str:
     """Have ``owner`` hold ``value``; under which name it does."""
-    for each in _numbered(name):
+    for each in numbered(name):
         held: Tensor | None = owner._parameters.get(each)
         held = owner._buffers.get(each) if held is None else held
         if held is None and owner._modules.get(each) is None:

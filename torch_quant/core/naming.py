@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import itertools
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
@@ -19,6 +20,7 @@ __all__ = [
     "did_you_mean",
     "is_pattern",
     "matches_name",
+    "numbered",
     "plain_depth",
 ]
 
@@ -31,6 +33,15 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """
     close = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=3, cutoff=0.4)
     return f"; did you mean {', '.join(close)}?" if close else ""
+
+
+def numbered(name: str) -> Iterator[str]:
+    """``name``, and then it with numbers: what to try where names may be taken.
+
+    >>> [each for each, _ in zip(numbered("weight"), range(3))]
+    ['weight', 'weight_1', 'weight_2']
+    """
+    return itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1)))
 
 
 def class_path(cls: type[nn.Module]) -> str:

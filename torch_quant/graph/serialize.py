@@ -10,11 +10,9 @@ import operator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
-from torch._ops import HigherOrderOperator
 
-from torch_quant.ops.decomposed import NAMESPACE, decomposed
+from torch_quant.ops.functions import find_operator, operator_name
 
 __all__ = ["pack", "unpack"]
 
@@ -33,15 +31,12 @@ class _Op:
     name: str
 
     def resolve(self) -> Any:
-        if self.name.startswith(f"{NAMESPACE}."):
-            decomposed()  # a new process may not have them yet
-        return operator.attrgetter(self.name)(torch.ops)
+        return find_operator(self.name)
 
 
 def _named(target: Any) -> Any:
-    if isinstance(target, HigherOrderOperator):
-        return _Op(f"higher_order.{target.name()}")
-    return _Op(str(target)) if hasattr(target, "_schema") else target
+    name = operator_name(target)
+    return target if name is None else _Op(name)
 
 
 def _refer(value: Any) -> Any:

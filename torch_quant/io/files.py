@@ -17,7 +17,7 @@ try:
 except ImportError:  # not on Windows, where nothing tells a writer that was killed from a slow one
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["checked_target", "staging", "write_atomically"]
+__all__ = ["alone", "checked_target", "staging", "write_atomically"]
 
 _MARK = "torch_quant-"
 
@@ -128,6 +128,20 @@ def _lock(folder: Path) -> int | None:
             raise
         return None
     return handle
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other processes and threads that ask for it too from replacing files of the folder."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _release(lock: int | None) -> None:

@@ -19,13 +19,8 @@ import torch
 from torch import Tensor
 
 from torch_quant.errors import InvalidConfig
-from torch_quant.io.files import staging
+from torch_quant.io.files import alone, staging
 from torch_quant.version import __version__
-
-try:
-    import fcntl
-except ImportError:  # not on Windows, where two that save at once may disturb each other
-    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["read_folder", "write_folder"]
 
@@ -68,7 +63,7 @@ def write_folder(
         whole["sha256"] = _checksum(whole)
         text = json.dumps(whole, indent=1, allow_nan=False)
         (stage / "json").write_text(text + "\n", encoding="utf-8")
-        with _alone(folder):
+        with alone(folder):
             os.replace(file, folder / named)
             os.replace(stage / "json", folder / f"{kind}.json")
             wanted = {_named(each) for each in folder.glob("*.json")}
@@ -100,20 +95,6 @@ def _made(path: str | os.PathLike[str]) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep other processes and threads from replacing files of the folder."""
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def _named(file: Path) -> str:

@@ -85,7 +85,7 @@ def _written(
             if x is not None:
                 tensors[f"{path}.{name}".strip(".")] = x
     return {
-        "class": path_of(class_of(module) if not isinstance(module, StandIn) else _class(module)),
+        "class": path_of(class_of(module)),
         **{what: {n: x is not None for n, x in each.items()} for what, each in held.items()},
         "transient": sorted(module._non_persistent_buffers_set),
         "values": _values(module, own, path),
@@ -120,10 +120,6 @@ def _values(module: nn.Module, own: Mapping[str, Any], path: str) -> dict[str, A
                 where = f"{path}.{name}".strip(".")
                 raise InvalidConfig(f"{where}, which the model keeps: {error}") from error
     return found
-
-
-def _class(module: StandIn) -> type:
-    return module._stands_for.cls
 
 
 def _running(module: QuantizedModule, path: str) -> dict[str, Any]:

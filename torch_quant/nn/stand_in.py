@@ -39,10 +39,14 @@ _MOST = 1024
 def class_of(module: nn.Module) -> type[nn.Module]:
     """The class that a stand-in for ``module`` is of; ``nn.Module`` for a scripted module.
 
+    Of what stands in for another already, it is that of the other.
+
     A class of ours that takes the place of another in a twin has that as ``stands_for``.
     """
     if isinstance(module, torch.jit.ScriptModule):
         return nn.Module
+    if isinstance(module, StandIn):
+        return module._stands_for.cls
     found: type[nn.Module] = vars(type(module)).get("stands_for", type(module))
     return found
 

@@ -10,10 +10,21 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverloadPacket
+from torch._ops import HigherOrderOperator, OpOverloadPacket
 from torch.nn import functional
 
-__all__ = ["FUNCTIONS", "function_at", "graph_function", "is_method", "path_of"]
+from torch_quant.ops.decomposed import NAMESPACE, decomposed
+
+__all__ = [
+    "DENIED",
+    "FUNCTIONS",
+    "find_operator",
+    "function_at",
+    "graph_function",
+    "is_method",
+    "operator_name",
+    "path_of",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -35,8 +46,26 @@ _BY_NAME = {
 }
 """Where an operator of ATen may be called by its Python name."""
 _READS = ("size", "numel", "interpolate", "getitem")
-_DENIED = ("from_file",)
+DENIED = ("from_file",)
 """Operators that do more than compute."""
+
+
+def operator_name(target: Any) -> str | None:
+    """The name of an operator overload, None for anything else; see :func:`find_operator`.
+
+    >>> operator_name(torch.ops.aten.add.Tensor)
+    'aten.add.Tensor'
+    """
+    if isinstance(target, HigherOrderOperator):
+        return f"higher_order.{target.name()}"
+    return str(target) if hasattr(target, "_schema") else None
+
+
+def find_operator(name: str) -> Any:
+    """What has that name in ``torch.ops``; raises AttributeError where there is none."""
+    if name.startswith(f"{NAMESPACE}."):
+        decomposed()  # a new process may not have them yet
+    return operator.attrgetter(name)(torch.ops)
 
 
 def path_of(thing: Any) -> str:
@@ -53,7 +82,7 @@ def path_of(thing: Any) -> str:
 def _computes(name: str) -> bool:
     """Whether it is the name of an operator of ATen, or one that reads a size."""
     known = isinstance(getattr(torch.ops.aten, name, None), OpOverloadPacket)
-    return name not in _DENIED and (name in _READS or known)
+    return name not in DENIED and (name in _READS or known)
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from torch_quant.core.naming import numbered
 from torch_quant.graph.sites import source
 
 __all__ = [
@@ -124,7 +124,7 @@ def place(root: nn.Module, path: str, values: Mapping[str, Any]) -> str:
     *parts, last = [part for part in path.split(".") if part]
     owner, found = root, []
     for part in parts:
-        found.append(_numbered(part, lambda name: _leads_on(owner, name)))  # noqa: B023
+        found.append(next(name for name in numbered(part) if _leads_on(owner, name)))
         if not hasattr(owner, found[-1]):
             owner.add_module(found[-1], nn.Module())
         owner = owner.get_submodule(found[-1])
@@ -134,7 +134,7 @@ def place(root: nn.Module, path: str, values: Mapping[str, Any]) -> str:
         held = {ending: getattr(owner, f"{name}{ending}", missing) for ending in values}
         return all(x is missing or x is values[ending] for ending, x in held.items())
 
-    found.append(_numbered(last, fits))
+    found.append(next(filter(fits, numbered(last))))
     for ending, value in values.items():
         name = f"{found[-1]}{ending}"
         if not isinstance(value, Tensor):
@@ -147,11 +147,6 @@ def place(root: nn.Module, path: str, values: Mapping[str, Any]) -> str:
 def _leads_on(owner: nn.Module, name: str) -> bool:
     """Whether ``name`` is a module inside ``owner``, or may become one."""
     return name in owner._modules or not hasattr(owner, name)
-
-
-def _numbered(name: str, fits: Callable[[str], bool]) -> str:
-    numbered = (f"{name}_{i}" for i in itertools.count(1))
-    return next(each for each in itertools.chain([name], numbered) if fits(each))
 
 
 def settle_names(gm: fx.GraphModule) -> fx.GraphModule:

@@ -8,12 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, fx
-from torch._ops import HigherOrderOperator
 
 from torch_quant.errors import InvalidConfig
 from torch_quant.io.data.values import decode, encode, entries, operator_at, wrong
-from torch_quant.ops.decomposed import NAMESPACE, decomposed
-from torch_quant.ops.functions import function_at, is_method, path_of
+from torch_quant.ops.functions import function_at, is_method, operator_name, path_of
 
 __all__ = ["read_graph", "write_graph"]
 
@@ -58,10 +56,8 @@ def _target(node: fx.Node) -> str:
         raise InvalidConfig(f"the graph calls the method {target} of a tensor, which is not saved")
     if isinstance(target, str):
         return target
-    if isinstance(target, HigherOrderOperator):
-        return f"higher_order.{target.name()}"
-    if hasattr(target, "_schema"):
-        return str(target)
+    if (known := operator_name(target)) is not None:
+        return known
     name = path_of(target)
     if function_at(name) is not target:
         raise InvalidConfig(
@@ -141,6 +137,4 @@ def _resolved(op: str, target: Any, at: str) -> Any:
         if function is None:
             raise wrong(at, target, "a function that computes, of a module that is imported")
         return function
-    if name.startswith(f"{NAMESPACE}."):
-        decomposed()  # a new process may not have them yet
     return operator_at(target, at)

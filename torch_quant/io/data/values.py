@@ -15,7 +15,7 @@ import torch
 from torch._ops import HigherOrderOperator, OpOverload
 
 from torch_quant.errors import InvalidConfig
-from torch_quant.ops.functions import path_of
+from torch_quant.ops.functions import DENIED, find_operator, path_of
 
 __all__ = [
     "class_at",
@@ -161,7 +161,7 @@ def operator_at(name: Any, what: str) -> Any:
     if not isinstance(name, str) or not _OPERATOR.fullmatch(name):
         raise wrong(what, name, "an operator")
     try:
-        found = operator.attrgetter(name)(torch.ops)
+        found = find_operator(name)
     except (AttributeError, RuntimeError) as error:
         raise InvalidConfig(
             f"{what} is {name}, which torch {torch.__version__} does not have: load the file with "
@@ -176,7 +176,7 @@ def _computes(name: str, found: Any) -> bool:
     """Whether an operator does nothing but compute tensors from tensors."""
     namespace, packet, *_ = name.split(".")
     if namespace in _NAMESPACES:
-        return packet != "from_file"
+        return packet not in DENIED
     arguments = [str(each.type) for each in found._schema.arguments]
     return "Tensor" in arguments and not any("str" in each for each in arguments)
 
