@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ import torch
 from flows import BACKENDS, assert_unchanged, calibrated, equal, snapshot
 from models import normal, seeded, tokens
 from test_decoding import HEADS, VOCABULARY, _causal
-from test_generate import generated, taught
+from test_generate import MODELS, generated, taught
 from torch import Tensor, nn
 
-from torch_quant import CaptureFailed, InvalidConfig, Quantizer, sqnr
+from torch_quant import CaptureFailed, InvalidConfig, QConfig, Quantizer, recipes, sqnr
+from torch_quant.config import RECIPES
 
 DEEP = {"num_hidden_layers": 24, **HEADS, "use_cache": False}
 
@@ -188,12 +190,59 @@ def test_a_deep_decoder_takes_a_fraction_of_the_time() -> None:
 
 
 def test_wrong_choices() -> None:
-    for wrong in ("module", [], [""], 3, None):
+    for wrong in ("module", [], [""], 3, False):
         with pytest.raises(InvalidConfig, match='expected "whole", "modules", or a list of names'):
             Quantizer("reference", capture=wrong)  # type: ignore[arg-type]
     model = seeded(Net).eval()
     with pytest.raises(InvalidConfig, match=r"capture= 'block' matches nothing.*blocks"):
         Quantizer("reference", capture=["block"]).calib(model)
+
+
+@torch.no_grad()
+def test_what_needs_no_ranges_is_captured_by_modules() -> None:
+    """Unless the user says otherwise; coverage counts what is then in float, as of one graph."""
+    build, ids = MODELS["llama"], tokens(2, 7, VOCABULARY)
+    recipe = recipes.int4_weight_only(group_size=32)
+    reports = {}
+    for choice in (None, "modules", "whole"):
+        model = build()
+        quantizer = Quantizer(recipe, backend="reference", capture=choice)
+        quant_model = quantizer.quantize(model, example_inputs={"input_ids": ids})
+        assert sqnr(model(ids).logits, quant_model(ids).logits) > 8.0
+        reports[choice] = quantizer.coverage(model)
+    assert dict(reports[None].plan) == dict(reports["modules"].plan)
+    assert "capture='modules' is the default where activations need no ranges" in str(reports[None])
+    assert not reports["whole"].glue
+    assert reports[None].plan.macs == reports["whole"].plan.macs
+    assert reports[None].share == reports["whole"].share < 1.0  # attention's products
+    static = Quantizer("reference")
+    calib_model: Any = static.calib(build())
+    calib_model(ids)
+    assert len(calib_model.captured.root.graphs) == 1
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_the_default_follows_the_formats(name: str) -> None:
+    static = name in ("int8_static", "float8")
+    quantizer = Quantizer(RECIPES[name](), backend="reference", overrides={"0": QConfig()})
+    assert ("capture='modules'" in repr(quantizer)) == (not static)
+    assert "capture" not in quantizer.to_config()
+    model = seeded(Parts).eval()
+    calib_model = Quantizer(RECIPES[name](), backend="reference").calib(model, normal(2, 8))
+    assert bool(calib_model.captured.root.graphs) == static
+
+
+def test_an_explicit_choice_is_kept(tmp_path: Path) -> None:
+    model, x = seeded(Parts).eval(), normal(2, 8)
+    quantizer = Quantizer(recipes.int8_dynamic(), backend="reference", capture="whole")
+    for each in (quantizer, Quantizer.from_config(quantizer.to_config())):
+        assert "capture='whole'" in repr(each)
+        quant_model = each.quantize(model, example_inputs=x)
+        assert len(quant_model.graphs) == 1
+        each.save(tmp_path / "ranges")
+    again = Quantizer.load(tmp_path / "ranges")
+    assert again.to_config() == quantizer.to_config()
+    assert torch.equal(again.quantize(model, example_inputs=x)(x), quant_model(x))
 
 
 def test_is_data_and_shown() -> None:

@@ -12,7 +12,7 @@ from models import MODELS, example
 from torch import nn
 
 import torch_quant
-from torch_quant import FLOAT, InvalidConfig, QConfig, Quantizer, recipes, sqnr
+from torch_quant import FLOAT, Backend, InvalidConfig, QConfig, Quantizer, recipes, sqnr
 from torch_quant.config import RECIPES
 
 LEAST = {
@@ -45,7 +45,7 @@ def test_a_recipe_through_the_workflow(name: str, tmp_path: Path) -> None:
     assert sqnr(model(x), quant_model(x)) > LEAST[name]
     assert quantizer.coverage(model).share == 1.0
     torch_quant.save(quant_model, tmp_path / "model")
-    assert torch.equal(torch_quant.load(tmp_path / "model")(x), quant_model(x))
+    assert torch.equal(torch_quant.load(tmp_path / "model", model=wide())(x), quant_model(x))
     quantizer.save(tmp_path / "ranges")
     again = Quantizer.load(tmp_path / "ranges")
     assert again.qconfig == config
@@ -57,6 +57,24 @@ def test_these_need_no_data(name: str) -> None:
     model, x = wide(), inputs()
     quantizer = Quantizer("reference", qconfig=RECIPES[name]())
     assert sqnr(model(x), quantizer.quantize(model, example_inputs=x)(x)) > LEAST[name]
+
+
+def test_a_recipe_may_come_first() -> None:
+    config = recipes.int8_dynamic()
+    for quantizer in (
+        Quantizer(config, backend="reference"),
+        Quantizer("reference", qconfig=config),
+        Quantizer(Backend.REFERENCE, qconfig=config),
+        Quantizer(backend="reference", qconfig=config),
+    ):
+        assert (quantizer.qconfig, quantizer.backend) == (config, Backend.REFERENCE)
+    assert Quantizer(config).qconfig == config
+    with pytest.raises(InvalidConfig, match=r"Quantizer\(QConfig\(.*gives qconfig twice"):
+        Quantizer(config, qconfig=config)
+    with pytest.raises(InvalidConfig, match=r"'onednn', backend='reference'\) gives backend twice"):
+        Quantizer("onednn", backend="reference")
+    with pytest.raises(InvalidConfig, match="backend"):
+        Quantizer(recipes)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", LEAST)

@@ -107,6 +107,15 @@ class QConfig:
         if self.observer is not None:
             check_observer(self.observer)
 
+    @property
+    def needs_ranges(self) -> bool:
+        """Whether calibration gives the scales of activations, as for static formats.
+
+        >>> QConfig().needs_ranges, QConfig(FLOAT).needs_ranges
+        (True, False)
+        """
+        return not (isinstance(self.input, FloatFormat) or (self.input and self.input.dynamic))
+
     def to_dict(self) -> dict[str, Any]:
         """What is not the default, ready for JSON and YAML; :meth:`from_dict` reads it back.
 

@@ -151,7 +151,7 @@ def configuration(
     settings: Settings,
     unseen_calls: str,
     dynamic: Mapping[str, frozenset[int]],
-    capture: CapturePolicy,
+    capture: CapturePolicy | None,
 ) -> dict[str, Any]:
     """The data from which :func:`read_configuration` makes the same quantizer.
 
@@ -160,7 +160,7 @@ def configuration(
         settings: formats, overrides and filter.
         unseen_calls: as :class:`Quantizer` has it.
         dynamic: the same.
-        capture: the same.
+        capture: the same; None where it is left to the formats.
 
     Raises:
         InvalidConfig: something is an object of Python alone: says what, and what to do.
@@ -182,7 +182,7 @@ def configuration(
     data |= {name: part for name, part in parts.items() if part}
     if unseen_calls != "capture":
         data["unseen_calls"] = unseen_calls
-    return data if capture.whole else {**data, "capture": capture.data()}
+    return data if capture is None else {**data, "capture": capture.data()}
 
 
 def _overrides_data(overrides: Overrides) -> dict[str, Any]:

@@ -31,6 +31,8 @@ class Quantizer(QuantizerFiles):
     """Makes proxies of a float model and keeps what they learn. The model is never changed.
 
     Args:
+        choice: a backend or a QConfig, the same as ``backend=`` or ``qconfig=``:
+            ``Quantizer("onednn")``, ``Quantizer(recipes.int8_dynamic())``.
         backend: where the quantized model will run, ``Backend.ONEDNN`` or its name; None for the
             fastest that this machine has.
         qconfig: formats and observers where the backend's own should not be used.
@@ -44,10 +46,12 @@ class Quantizer(QuantizerFiles):
             in pieces, take any size.
         capture: ``"whole"``, the model as one graph if it exports; ``"modules"``, each layer with a
             weight as a graph, which takes seconds for a language model; or names and globs of
-            modules that are a graph each. What is no graph stays your own Python, in float.
+            modules that are a graph each. What is no graph stays your own Python, in float. None
+            for ``"modules"`` where ``qconfig`` asks for no ranges of activations (weights alone,
+            dynamic formats), else ``"whole"``.
 
     Raises:
-        InvalidConfig: an unknown backend, or settings that contradict each other.
+        InvalidConfig: an unknown backend, settings that contradict each other, or one given twice.
         BackendUnavailable: the backend does not run on this machine.
 
     >>> import torch

@@ -20,7 +20,7 @@ from torch_quant.configuration import configuration, write_configuration
 from torch_quant.core.plan import FALLEN_BACK, PRECISIONS, QuantPlan
 from torch_quant.errors import InvalidConfig, NotCalibrated, UnsupportedOp
 from torch_quant.graph.dynamic import Dynamic, checked_dynamic
-from torch_quant.graph.policy import Capture, checked_capture
+from torch_quant.graph.policy import Capture, CapturePolicy, checked_capture, default_capture
 from torch_quant.io.summary import Summary
 from torch_quant.model import CapturedModel, call_example, check_model, check_same, run_example
 from torch_quant.module_filter import ModuleFilter
@@ -42,16 +42,19 @@ class QuantizerBase(Tied):
 
     def __init__(
         self,
-        backend: Backend | str | None = None,
+        choice: Backend | str | QConfig | None = None,
+        /,
         *,
+        backend: Backend | str | None = None,
         qconfig: QConfig | None = None,
         overrides: Overrides | None = None,
         module_filter: ModuleFilter | None = None,
         unseen_calls: str = "capture",
         dynamic: Dynamic | None = None,
-        capture: Capture = "whole",
+        capture: Capture | None = None,
     ) -> None:
-        self._capture = checked_capture(capture)
+        backend, qconfig = _told(choice, backend, qconfig)
+        self._capture = None if capture is None else checked_capture(capture)
         self.unseen_calls = checked_choice(unseen_calls)
         self._asked, self.backend, self._forced = _chosen(backend)
         self._taken = self.backend
@@ -72,10 +75,22 @@ class QuantizerBase(Tied):
         note = "" if forced is None else f" by {VARIABLE}"
         if forced is not None and self._asked is not None:
             note += f" in the place of {self._asked!r}"
-        note += "" if self._capture.whole else f", capture={self._capture.data()!r}"
+        if self._capture is not None or not self._policy.whole:
+            note += f", capture={self._policy.data()!r}"
         return (
             f"Quantizer({self.backend!r}{note}, {self.state.batches} batches seen, {self.plan!r})"
         )
+
+    @property
+    def _policy(self) -> CapturePolicy:
+        """What is captured as a graph, of models that were not captured yet."""
+        return self._capture or self._summary.capture or default_capture(self.qconfig)
+
+    @property
+    def _captured_by(self) -> CapturePolicy:
+        """What was captured as a graph of the models that this quantizer has seen."""
+        used = {session.captured.root.policy for session in self._sessions.values()}
+        return used.pop() if len(used) == 1 else self._policy
 
     @property
     def settings(self) -> Settings:
@@ -91,7 +106,7 @@ class QuantizerBase(Tied):
             check_same(self.state.fingerprint, model)
         session = self._sessions.get(model)
         if session is None:
-            captured = CapturedModel(model, self._dynamic, self._capture)
+            captured = CapturedModel(model, self._dynamic, self._policy)
             session = self._sessions[model] = Session(self, captured, model)
         session.refresh()
         return session
@@ -205,6 +220,24 @@ class QuantizerBase(Tied):
 
 def _needs_ranges(plan: QuantPlan) -> bool:
     return any(site.quantized and site.needs_ranges for site in plan.values())
+
+
+def _told(
+    choice: Backend | str | QConfig | None,
+    backend: Backend | str | None,
+    qconfig: QConfig | None,
+) -> tuple[Backend | str | None, QConfig | None]:
+    """The backend and the QConfig of which one may have been given by position."""
+    given: list[tuple[str, object]] = [("backend", backend), ("qconfig", qconfig)]
+    is_config = isinstance(choice, QConfig)
+    name, other = given[is_config]
+    if choice is not None and other is not None:
+        raise InvalidConfig(
+            f"Quantizer({choice!r}, {name}={other!r}) gives {name} twice: leave one of them out"
+        )
+    if isinstance(choice, QConfig):
+        return backend, choice
+    return choice if backend is None else backend, qconfig
 
 
 def _chosen(backend: Backend | str | None) -> tuple[Backend | None, Backend, Backend | None]:

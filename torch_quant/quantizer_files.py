@@ -200,12 +200,13 @@ class QuantizerFiles(QuantizerBase):
         """
         if not self.plan:
             raise NotCalibrated("there is no plan yet: quantizer.quantize(model) first")
-        save_summary(path, self.plan, self.state)
+        save_summary(path, self.plan, self.state, self._captured_by)
 
     def load_summary(self, path: str | os.PathLike[str]) -> None:
         """Take formats, ranges and what stays in float from a summary, edited or not.
 
-        It goes before the configuration given to the constructor, site by site.
+        It goes before the configuration given to the constructor, site by site. A model that was
+        not captured yet is captured in the parts that the summary has, unless ``capture=`` says it.
 
         Raises:
             InvalidConfig: the file holds a mistake; or, when used, what the model does not have.

@@ -1,7 +1,7 @@
 """Named configurations: what to quantize to, in a word.
 
 A recipe gives a :class:`QConfig`, which says no more than the function's name and arguments do:
-``Quantizer(qconfig=recipes.int4_weight_only(group_size=64))``. In a configuration file it stands by
+``Quantizer(recipes.int4_weight_only(group_size=64))``. In a configuration file it stands by
 its name: ``qconfig: {recipe: int4_weight_only, group_size: 64}``.
 """
 

@@ -183,8 +183,7 @@ class Session:
         if edit is not None and edit.quantized:
             return edit.needs_ranges
         config = self._config(site)
-        asked = None if config is None else config.input
-        return asked is None or (isinstance(asked, QuantSpec) and not asked.dynamic)
+        return config is None or config.needs_ranges
 
     def _users(self, keys: frozenset[str] | None = None) -> dict[str, list[Site]]:
         """Tensor key -> the sites that read or make it; of all or of these keys at least."""

@@ -110,7 +110,12 @@ def test_a_tensor_is_recorded_if_one_site_wants_its_range() -> None:
     """The head's input, which the layer before it only makes."""
     model, x = mlp(), normal(8, 64)
     quantizer = calibrated(
-        model, [((x,), {})], backend="reference", qconfig=QConfig(FLOAT), overrides={"3": QConfig()}
+        model,
+        [((x,), {})],
+        backend="reference",
+        qconfig=QConfig(FLOAT),
+        overrides={"3": QConfig()},
+        capture="whole",
     )
     assert {key for key, kept in quantizer.state.statistics.items() if kept} == {"2", "3"}
     assert quantizer.quantize(model).plan["3"].activation == QuantSpec()
@@ -213,7 +218,7 @@ class Branches(nn.Module):
 def test_scales_are_chosen_once_for_all_that_read_a_tensor_alike() -> None:
     spec = QuantSpec.of(granularity=PerToken(), dynamic=True)
     model, x = seeded(Branches).eval(), normal(2, 8, 8)
-    quantizer = Quantizer("reference", qconfig=QConfig(spec))
+    quantizer = Quantizer(QConfig(spec), backend="reference", capture="whole")
     quantized = quantizer.quantize(model, example_inputs=x)
     targets = [node.target for node in quantized.graphs[0].body.graph.nodes]
     assert targets.count(CHOOSE_QPARAMS) == 2  # rows, and columns as rows
@@ -226,7 +231,7 @@ def test_scales_are_chosen_once_for_all_that_read_a_tensor_alike() -> None:
 @pytest.mark.parametrize("config", ["int8 weights", "dynamic", "tokens"])
 def test_every_operator_of_a_model(name: str, config: str) -> None:
     model, x = MODELS[name](), example(name, 4)
-    quantizer = Quantizer("reference", qconfig=NO_DATA[config][0])
+    quantizer = Quantizer(NO_DATA[config][0], backend="reference", capture="whole")
     quantized = quantizer.quantize(model, example_inputs=x)
     assert sqnr(model(*x), quantized(*x)) > 25.0
     reasons = set(quantizer.coverage(model).reasons.values())
@@ -267,11 +272,9 @@ def test_smoothing_before_dynamic_scales_needs_the_channels_alone() -> None:
 
 
 def test_calls_that_were_not_seen_need_no_ranges() -> None:
-    model = mlp()
-    quantized = Quantizer("reference", qconfig=NO_DATA["tokens"][0]).quantize(
-        model, example_inputs=normal(4, 64)
-    )
-    x = normal(2, 3, 64)
+    model, x = mlp(), normal(2, 3, 64)
+    quantizer = Quantizer("reference", qconfig=NO_DATA["tokens"][0])  # captures what is new
+    quantized = quantizer.quantize(model, example_inputs=normal(4, 64))
     assert sqnr(model(x), quantized(x)) > 35.0
     assert not [site.reason for site in quantized.plan.values() if site.reason]
 

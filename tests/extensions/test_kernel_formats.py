@@ -91,8 +91,9 @@ def test_a_kernel_of_another_format(name: str, tmp_path: Path) -> None:
     assert without.share == 0.0
     register_kernel("onednn", kernel)
     _, quantized = check_workflow(
-        model, ((x,), {}), "0", tmp_path, least=15.0, backend="onednn", qconfig=config
-    )
+        model, ((x,), {}), "0", tmp_path, least=15.0, backend="onednn", qconfig=config,
+        capture="whole",
+    )  # fmt: skip
     targets = [node.target for node in graph_of(quantized)]
     assert targets.count(called) == 2
     assert CHOOSE_QPARAMS not in targets

@@ -12,7 +12,15 @@ import torch
 from flows import calibrated
 from models import MODELS, example
 
-from torch_quant import InvalidConfig, NotCalibrated, QConfig, Quantizer, QuantSpec, SmoothQuant
+from torch_quant import (
+    InvalidConfig,
+    NotCalibrated,
+    QConfig,
+    Quantizer,
+    QuantSpec,
+    SmoothQuant,
+    recipes,
+)
 from torch_quant.backends import available_backends
 from torch_quant.statistics import OBSERVERS
 
@@ -62,6 +70,7 @@ def test_edits_are_taken(tmp_path: Path) -> None:
 def of_version_1(data: dict[str, Any]) -> dict[str, Any]:
     """A summary as version 0.1 wrote it: integers per tensor and per channel, by their dtype."""
     old = copy.deepcopy(data) | {"version": 1}
+    del old["capture"]
     for site in old["sites"]:
         for spec in filter(None, (site["activation"], site["weight"])):
             spec["dtype"] = "int8" if spec.pop("element").startswith("int") else "uint8"
@@ -80,6 +89,7 @@ def test_version_2_is_read(tmp_path: Path) -> None:
     expected = quantizer.quantize(model)(*x)
     quantizer.save_summary(path)
     data = edit(path) | {"version": 2}
+    del data["capture"]
     for site in data["sites"]:
         del site["method"]
         site["smooth"] = next((each["alpha"] for each in site.pop("transforms")), None)
@@ -105,6 +115,22 @@ def test_version_1_is_read(tmp_path: Path) -> None:
     assert dict(other.plan) == dict(quantizer.plan)
 
 
+def test_a_summary_says_what_was_one_graph(tmp_path: Path) -> None:
+    """It decides the names of tensors, so a quantizer of other settings has to know it."""
+    model, x, path = MODELS["tiny_transformer"](), example("tiny_transformer", 8), tmp_path / "s"
+    quantizer = Quantizer(recipes.int8_weight_only(), backend="reference")
+    expected = quantizer.quantize(model, example_inputs=x)(*x)
+    quantizer.qconfig = QConfig()  # what it has captured stays as it is
+    quantizer.save_summary(path)
+    assert edit(path)["capture"] == "modules"
+    other = Quantizer("reference")
+    other.load_summary(path)
+    assert torch.equal(other.quantize(model, example_inputs=x)(*x), expected)
+    path.write_text(json.dumps(edit(path) | {"capture": []}), encoding="utf-8")
+    with pytest.raises(InvalidConfig, match=r"line 1: capture=\[\]; expected \"whole\""):
+        other.load_summary(path)
+
+
 def test_a_summary_of_another_model(tmp_path: Path) -> None:
     model, path = MODELS["mlp"](), tmp_path / "summary.json"
     quantizer = calibrated(model, [(example("mlp", 16), {})], backend="reference")
@@ -122,7 +148,7 @@ def test_a_summary_of_another_model(tmp_path: Path) -> None:
     [
         ("{", "cannot read the summary"),
         ("{}", "no summary of torch_quant"),
-        ('{"format": "torch_quant summary", "version": 9}', "version 9; expected 1 to 3"),
+        ('{"format": "torch_quant summary", "version": 9}', "version 9; expected 1 to 4"),
         ('{"format": "torch_quant summary", "version": 1}', "lacks 'sites'"),
         (
             '{"format": "torch_quant summary", "version": 2, "sites": [], "ranges": {"a": [2, 1]}}',

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from torch_quant.config import QConfig
 from torch_quant.core.naming import check_names, matches_name
 from torch_quant.errors import InvalidConfig
 
-__all__ = ["Capture", "CapturePolicy", "checked_capture", "is_container"]
+__all__ = ["Capture", "CapturePolicy", "checked_capture", "default_capture", "is_container"]
 
 Capture = str | Iterable[str]
 """Whole, by modules, or names of modules."""
@@ -34,9 +35,11 @@ class CapturePolicy:
 
     Args:
         choice: ``"whole"``, ``"modules"``, or names, globs and ``re:`` expressions.
+        asked: whether the user chose it.
     """
 
     choice: str | tuple[str, ...] = _WHOLE
+    asked: bool = field(default=True, repr=False)
 
     @property
     def whole(self) -> bool:
@@ -46,7 +49,12 @@ class CapturePolicy:
     @property
     def reason(self) -> str:
         """Why the model runs as Python."""
-        return f"the quantizer was made with capture={self.data()!r}"
+        if self.asked:
+            return f"the quantizer was made with capture={self.data()!r}"
+        return (
+            f"capture={self.data()!r} is the default where activations need no ranges; "
+            "Quantizer(capture='whole') captures the model as one graph"
+        )
 
     def data(self) -> str | list[str]:
         """The choice as plain data."""
@@ -103,6 +111,15 @@ def computes_with_weights(module: nn.Module) -> bool:
     if not (leaf or isinstance(module, _AT_ONCE)):
         return False
     return any(x.dim() > 1 and x.is_floating_point() for x in module.parameters())
+
+
+def default_capture(qconfig: QConfig) -> CapturePolicy:
+    """What is captured where the user does not say: layer by layer if no range is needed.
+
+    >>> default_capture(QConfig()).choice
+    'whole'
+    """
+    return CapturePolicy(_WHOLE if qconfig.needs_ranges else _MODULES, asked=False)
 
 
 def checked_capture(choice: Capture) -> CapturePolicy:

@@ -20,6 +20,7 @@ from torch_quant.core.granularity import PerChannel
 from torch_quant.core.naming import check_names
 from torch_quant.core.plan import QuantPlan, SitePlan
 from torch_quant.errors import InvalidConfig
+from torch_quant.graph.policy import CapturePolicy, checked_capture
 from torch_quant.graph.sites import Site
 from torch_quant.io.files import write_atomically
 from torch_quant.io.summary_schema import FORMAT, VERSION, renewed, validate, written
@@ -45,12 +46,15 @@ class Summary:
         ranges: tensor key -> (minimum, maximum) that its grid covers.
         channels: tensor key -> minimum and maximum of each channel, shape ``[2, channels]``, of
             tensors that are transformed.
+        capture: what was captured as a graph, which decides the names of tensors; None where the
+            file does not say.
         lines: where the entries stand in the file.
     """
 
     plan: QuantPlan
     ranges: Mapping[str, tuple[float, float]]
     channels: Mapping[str, Tensor] = field(default_factory=dict)
+    capture: CapturePolicy | None = None
     lines: Lines = field(default_factory=Lines)
 
     def check(self, sites: Collection[Site]) -> None:
@@ -148,9 +152,11 @@ def _channels(plan: QuantPlan, state: QuantState) -> dict[str, list[list[float]]
     }
 
 
-def save_summary(path: str | os.PathLike[str], plan: QuantPlan, state: QuantState) -> None:
+def save_summary(
+    path: str | os.PathLike[str], plan: QuantPlan, state: QuantState, capture: CapturePolicy
+) -> None:
     """Write plan and ranges; raises :class:`InvalidConfig` if the path cannot be written."""
-    write_summary(path, plan, _ranges(plan, state), _channels(plan, state))
+    write_summary(path, plan, _ranges(plan, state), _channels(plan, state), capture)
 
 
 def write_summary(
@@ -158,9 +164,10 @@ def write_summary(
     plan: QuantPlan,
     ranges: Mapping[str, list[float]],
     channels: Mapping[str, list[list[float]]] | None = None,
+    capture: CapturePolicy | None = None,
 ) -> None:
     """Write a plan, and ranges by tensor key and by channel, in this file's format."""
-    data = _data(plan, ranges, channels)
+    data = _data(plan, ranges, channels, capture)
     text = json.dumps(data, indent=1) + "\n"
     write_atomically(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
 
@@ -169,10 +176,12 @@ def _data(
     plan: QuantPlan,
     ranges: Mapping[str, Sequence[float]],
     channels: Mapping[str, list[list[float]]] | None,
+    capture: CapturePolicy | None,
 ) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,
+        **({} if capture is None else {"capture": capture.data()}),
         "sites": [written(site) for site in plan.to_dict()["sites"]],
         "ranges": {key: list(ends) for key, ends in ranges.items()},
         "channels": dict(channels or {}),
@@ -182,7 +191,7 @@ def _data(
 def summary_data(summary: Summary) -> dict[str, Any]:
     """A summary that was read, as the data that :func:`read_summary` takes."""
     channels = {key: extremes.tolist() for key, extremes in summary.channels.items()}
-    return _data(summary.plan, summary.ranges, channels)
+    return _data(summary.plan, summary.ranges, channels, summary.capture)
 
 
 def load_summary(path: str | os.PathLike[str]) -> Summary:
@@ -209,4 +218,6 @@ def read_summary(data: Any, lines: Lines) -> Summary:
         for key, pair in data.get("channels", {}).items()
     }
     plan = QuantPlan.from_dict({"sites": [renewed(site) for site in data["sites"]]})
-    return Summary(plan, ranges, channels, lines)
+    capture = data.get("capture")
+    policy = None if capture is None else checked_capture(capture)
+    return Summary(plan, ranges, channels, policy, lines)

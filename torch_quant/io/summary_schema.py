@@ -13,14 +13,15 @@ from torch_quant.core.methods import read_transform, read_weight_method
 from torch_quant.core.plan import PRECISIONS, is_share
 from torch_quant.core.spec import FLOAT, ScaleType
 from torch_quant.errors import InvalidConfig
+from torch_quant.graph.policy import checked_capture
 from torch_quant.ops.table import OPERATORS
 
 __all__ = ["FORMAT", "VERSION", "renewed", "validate", "written"]
 
 FORMAT = "torch_quant summary"
-VERSION = 3
-"""Version 1, which knew integers per tensor and per channel only, is read too, and version 2, which
-knew of transforms SmoothQuant's alpha only, ``smooth``."""
+VERSION = 4
+"""Older ones are read too. Version 1 knew integers per tensor and per channel only, version 2 knew
+of transforms SmoothQuant's alpha only, ``smooth``, version 3 did not say what was one graph."""
 
 _LARGEST = 3.4e38
 """Beyond, a number is no float32."""
@@ -45,8 +46,14 @@ def validate(data: Any, lines: Lines) -> None:
     version: Any = data.get("version")
     if not _integer(version) or not 1 <= version <= VERSION:
         raise lines.error(("version",), f"this has version {version!r}; expected 1 to {VERSION}")
-    check_keys(data, (), ("format", "version", "sites", "ranges", "channels"), "the file", lines,
-          optional=("channels",))  # fmt: skip
+    optional = ("channels", "capture") if version > 3 else ("channels",)
+    known = ("format", "version", "sites", "ranges", *optional)
+    check_keys(data, (), known, "the file", lines, optional=optional)
+    if data.get("capture") is not None:
+        try:
+            checked_capture(data["capture"])
+        except InvalidConfig as error:
+            raise lines.error(("capture",), str(error)) from error
     sites = check_kind(data["sites"], list, ("sites",), "'sites'", lines)
     names: set[str] = set()
     for i, site in enumerate(sites):
