@@ -19,7 +19,7 @@ LAYERS = (
     "version", "errors", "core", "ops", "statistics", "config", "module_filter", "nn", "graph",
     "passes", "state", "model",
     "backends", "algorithms", "recipes", "io", "report", "settings", "session",
-    "explain", "unseen", "configuration", "proxies",
+    "rounding", "explain", "unseen", "configuration", "proxies",
     "amp", "quantizer_base", "quantizer_files", "quantizer",
     "tuning", "cli",
 )  # fmt: skip

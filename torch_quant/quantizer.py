@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch_quant.explain import Explanation, explain
 from torch_quant.proxies.calib import CalibModel
 from torch_quant.quantizer_files import QuantizerFiles
 from torch_quant.report.coverage import Coverage
+from torch_quant.rounding import Rounding
 
 __all__ = ["Quantizer"]
 
@@ -242,6 +244,48 @@ class Quantizer(QuantizerFiles):
         """
         self.fallen_back.clear()
         self.plan = QuantPlan()
+
+    def round_weights(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        *,
+        folder: str | os.PathLike[str] | None = None,
+        progress: bool = True,
+    ) -> Rounding:
+        """Round the weights of linear layers with data, a block of the model at a time.
+
+        Each block gets its inputs from the rounded blocks before it, so that later weights make up
+        for what earlier ones lost. What a weight method has to know is recorded of one block:
+        memory beside the model is that of one block, and of what ``batches`` are between two.
+        Blocks are modules of one class that feed each other, as decoder layers do; a model without
+        any is one block. :meth:`quantize` uses the result.
+
+        Args:
+            model: a float32 model; it is not changed.
+            batches: some hundred samples in a list or a generator, each as for ``example_inputs``
+                of :meth:`calib`: token ids of shape ``[batch, length]``, say.
+            folder: keep finished blocks there; a later call with the same model, settings and
+                batches goes on from them.
+            progress: show a bar on stderr where it takes more than two seconds.
+
+        Returns:
+            What was done to each block; ``print`` shows a table.
+
+        Raises:
+            InvalidConfig: there are no batches, or nothing to round; ``folder`` is of other
+                settings, data or weights.
+            QuantError: a weight cannot be rounded; names the block.
+
+        >>> from torch_quant import recipes
+        >>> model, x = nn.Sequential(nn.Linear(32, 8)), torch.ones(4, 32)
+        >>> quantizer = Quantizer("reference", qconfig=recipes.int4_weight_only(group_size=32))
+        >>> quantizer.round_weights(model, [x]).sites
+        ('0',)
+        >>> quantizer.quantize(model)(x).shape
+        torch.Size([4, 8])
+        """
+        return self._round(model, batches, folder, progress)
 
     def quantize(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import weakref
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch_quant.module_filter import ModuleFilter
 from torch_quant.proxies.base import Proxy, Tied
 from torch_quant.proxies.calib import CalibModel
 from torch_quant.report.tuning import Tuning
+from torch_quant.rounding import Rounding, round_weights
 from torch_quant.session import Session
 from torch_quant.settings import Settings
 from torch_quant.state import QuantState
@@ -144,6 +146,11 @@ class QuantizerBase(Tied):
 
     def _amp(self, model: nn.Module, options: AmpOptions, example_inputs: Any) -> AmpModel:
         session = self._session(model)
+        if self.state.rounded.scaled:
+            raise InvalidConfig(
+                "amp() measures the float model, whose weights round_weights() has scaled: call "
+                "amp and fallback first, round_weights afterwards"
+            )
         if example_inputs is not None:
             run_example(session.captured, example_inputs)
         plan = session.plan()
@@ -154,6 +161,27 @@ class QuantizerBase(Tied):
             )
         self.state.compare_weights(model)
         return AmpModel(session, options)
+
+    def _round(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        folder: str | os.PathLike[str] | None,
+        show_progress: bool,
+    ) -> Rounding:
+        session, kept = self._session(model), list(batches)
+        self.settings.check_names(model)
+        if kept and not session.captured.root.called:
+            run_example(session.captured, kept[0])
+        sites = [site for site, _ in session.captured.sites()]
+        made, report = round_weights(
+            model, sites, session.plan(), kept, folder=folder, show_progress=show_progress
+        )
+        self.state.rounded = made
+        self.state.fingerprint = session.captured.fingerprint
+        self.state.version += 1
+        self.plan = QuantPlan()
+        return report
 
     def _set(self, pattern: OverrideKey, config: QConfig | None) -> None:
         overrides = {key: value for key, value in self.overrides.items() if key != pattern}

@@ -12,7 +12,7 @@ from torch_quant.configuration import read_configuration
 from torch_quant.core.documents import Lines
 from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import InvalidConfig, NotCalibrated
-from torch_quant.io.data.values import decode, encode
+from torch_quant.io.data.parted import joined, parted
 from torch_quant.io.folder import read_folder, write_folder
 from torch_quant.io.summary import load_summary, read_summary, save_summary, summary_data
 from torch_quant.model import check_fingerprint
@@ -116,7 +116,7 @@ class QuantizerFiles(QuantizerBase):
         data = {
             "settings": self._to_config(None),
             "summary": summary_data(self._summary),
-            "state": _parted(self.state_dict(), (), tensors),
+            "state": parted(self.state_dict(), tensors),
         }
         write_folder(folder, "quantizer", data, tensors)
 
@@ -136,7 +136,7 @@ class QuantizerFiles(QuantizerBase):
         """
         data, tensors = read_folder(folder, "quantizer")
         quantizer = cls(**read_configuration(data["settings"]))
-        quantizer.load_state_dict(_joined(data["state"], tensors))
+        quantizer.load_state_dict(joined(data["state"], tensors))
         quantizer._summary = read_summary(data["summary"], Lines(f"{folder}"))
         return quantizer
 
@@ -220,27 +220,3 @@ class QuantizerFiles(QuantizerBase):
         summary = load_summary(path)
         summary.apply_to(self.state)
         self._summary = summary
-
-
-def _parted(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
-    """``value`` as JSON; its tensors go into ``tensors``, by where they stand."""
-    if isinstance(value, Mapping):
-        return {
-            "entries": {
-                key: _parted(each, (*path, str(key)), tensors) for key, each in value.items()
-            }
-        }
-    if isinstance(value, Tensor):
-        tensors["/".join(path)] = value
-        return {"tensor": "/".join(path)}
-    return {"value": encode(value)}
-
-
-def _joined(data: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Undo :func:`_parted`."""
-    ((kind, inner),) = data.items()
-    if kind == "tensor":
-        return tensors[inner]
-    if kind == "value":
-        return decode(inner, "the state")
-    return {key: _joined(each, tensors) for key, each in inner.items()}

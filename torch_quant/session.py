@@ -20,6 +20,7 @@ from torch_quant.core.granularity import PerTensor
 from torch_quant.core.methods import Method, WeightMethod
 from torch_quant.core.plan import PRECISIONS, QuantPlan
 from torch_quant.core.qparams import QParams
+from torch_quant.core.rounded import RoundedWeight, checksum
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig, NotCalibrated, QuantError
 from torch_quant.graph.annotate import annotate
@@ -155,7 +156,8 @@ class Session:
     ) -> Lowering:
         """How the model is put on a backend, with the ranges as they are now; as :meth:`plan`."""
         plan = self.plan(backend, fallen)
-        return Lowering(self.captured, plan, backend or self.owner.backend, Calibrated(self, plan))
+        backend, params = backend or self.owner.backend, Calibrated(self, plan)
+        return Lowering(self.captured, plan, backend, params, self.state.rounded.scaled)
 
     # What calibration records
 
@@ -293,18 +295,47 @@ class Calibrated:
         """Of a site's weight; raises :class:`QuantError` if it cannot be quantized."""
         entry = self._plan[site]
         method = entry.method or DEFAULT_METHOD
+        spec = replace(spec, granularity=spec.granularity.on(axis))
+        rounded = self._rounded(site, weight, spec, method)
+        if rounded is not None:
+            return rounded.codes, rounded.qparams
+        blocks = [each for each in (*entry.transforms, method) if each.wants_blocks]
+        if blocks and self._session.state.rounded:  # round_weights has said that it left it out
+            method = DEFAULT_METHOD
+        elif blocks:
+            raise NotCalibrated(
+                f"{site}: {blocks[0]} works on blocks of the model: run "
+                "quantizer.round_weights(model, batches) before quantizer.quantize(model)"
+            )
         if entry.transforms and method.wants_statistics:
             raise InvalidConfig(
                 f"{site}: {method} asks for statistics of the layer's input, which "
                 f"{entry.transforms[0]} changes; use one of them there"
             )
-        spec = replace(spec, granularity=spec.granularity.on(axis))
         try:
             return method.quantize(weight, spec, self._known(method, site))
         except NotCalibrated:
             raise
         except QuantError as error:
             raise QuantError(f"the weight of {site}: {error}; mend the model's weights") from error
+
+    def _rounded(
+        self, site: str, weight: Tensor, spec: QuantSpec, method: WeightMethod
+    ) -> RoundedWeight | None:
+        """What :meth:`Quantizer.round_weights` made of a weight; its later calls share it."""
+        made = self._session.state.rounded
+        rounded = made.sites.get(site) or made.sites.get(site.partition("@")[0])
+        if rounded is None or rounded.shape != tuple(weight.shape):
+            return None
+        again = "run quantizer.round_weights(model, batches) again"
+        if (rounded.qparams.spec, rounded.method) != (spec, method):
+            raise InvalidConfig(
+                f"{site} was rounded to {rounded.qparams.spec} by {rounded.method}, and is to be "
+                f"{spec} by {method} now: {again}"
+            )
+        if rounded.checksum != checksum(weight):
+            raise InvalidConfig(f"the weight of {site} has changed since it was rounded: {again}")
+        return rounded
 
     def _known(self, method: WeightMethod, name: str) -> dict[str, Statistic]:
         """What was recorded for a weight method, of all that the site reads in any graph."""

@@ -6,16 +6,15 @@ import contextlib
 import copy
 import logging
 import threading
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from torch_quant.core.granularity import PerChannel
 from torch_quant.core.plan import PRECISIONS
 from torch_quant.core.qparams import QParams
+from torch_quant.core.rounded import RoundedWeights, checksum
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig, NotCalibrated, QuantError
 from torch_quant.statistics import CHANNELS, RANGE, STATISTICS, Observer, Statistic, statistic_class
@@ -49,12 +48,7 @@ def weight_checksums(model: nn.Module) -> dict[str, int]:
             for kind in ("running_mean", "running_var"):
                 if (buffer := getattr(module, kind)) is not None:
                     weights[f"{name}.{kind}".strip(".")] = buffer
-    return {name: _checksum(x) for name, x in weights.items() if x.device.type != "meta"}
-
-
-def _checksum(x: Tensor) -> int:
-    values: Any = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return zlib.crc32(values)
+    return {name: checksum(x) for name, x in weights.items() if x.device.type != "meta"}
 
 
 class QuantState:
@@ -70,6 +64,8 @@ class QuantState:
         """Checksums of the weights that the ranges were observed with."""
         self.fingerprint: dict[str, str] = {}
         """Facts of the model that the ranges are of, see ``model.fingerprint``."""
+        self.rounded = RoundedWeights()
+        """Codes of weights that were rounded a block at a time."""
         self.version = 0
         """Grows with every change of the ranges."""
         self._marks: Any = None
@@ -166,6 +162,7 @@ class QuantState:
         """Have what ``other`` has."""
         self.statistics, self.batches = other.statistics, other.batches
         self.weights, self._marks = other.weights, None
+        self.rounded = other.rounded.copied()
         self.version += 1
 
     def merge(self, other: QuantState) -> None:
@@ -191,6 +188,7 @@ class QuantState:
             )
         self.statistics, self.batches = merged, self.batches + other.batches
         self.weights = self.weights or dict(other.weights)
+        self.rounded.update(other.rounded)
         self.version += 1
 
     def qparams(self, key: str, spec: QuantSpec) -> QParams:
@@ -225,6 +223,7 @@ class QuantState:
                 if kept
             },
             "weights": dict(self.weights),
+            **({"rounded": self.rounded.state_dict()} if self.rounded else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -234,18 +233,23 @@ class QuantState:
             InvalidConfig: it is something else; says which entry is wrong.
         """
         try:
-            _check_entries(state, {"batches"}, {"version", "statistics", "observers", "weights"})
+            _check_entries(
+                state, {"batches"}, {"version", "statistics", "observers", "weights", "rounded"}
+            )
             version = count_of(state, "version") if {"version", "statistics"} & set(state) else 1
             if not 1 <= version <= VERSION:
                 raise InvalidConfig(f"'version' is {version}; expected 1 to {VERSION}")
             tensors = "statistics" if version == VERSION else "observers"
-            _check_entries(state, {"batches", tensors}, {"weights", "version"})
+            _check_entries(state, {"batches", tensors}, {"weights", "version", "rounded"})
             batches = count_of(state)
             saved = _by_name(state, tensors, Mapping)
             statistics = _statistics(saved if version == VERSION else _renewed(saved, version))
             weights = _by_name(state, "weights", int) if "weights" in state else {}
             for name in weights:
                 count_of(weights, name)
+            rounded = RoundedWeights()
+            if "rounded" in state:
+                rounded = RoundedWeights.from_state(state["rounded"])
             seen = (each.batches for kept in statistics.values() for each in kept.values())
             if not batches and any(seen):
                 raise InvalidConfig("'batches' is 0, but statistics have seen data")
@@ -253,6 +257,7 @@ class QuantState:
             raise InvalidConfig(f"not a calibration state: {error}") from error
         loaded = QuantState()
         loaded.statistics, loaded.batches, loaded.weights = statistics, batches, weights
+        loaded.rounded = rounded
         self.take(loaded)
 
 

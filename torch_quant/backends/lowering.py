@@ -22,6 +22,7 @@ from torch_quant.backends.quantized import (
 )
 from torch_quant.backends.quantized_graph import QuantizedGraph
 from torch_quant.core.plan import QuantPlan
+from torch_quant.core.rounded import Scaling
 from torch_quant.graph.binding import signature_of
 from torch_quant.graph.capture import CapturedModule, callable_children
 from torch_quant.graph.executor import glue
@@ -52,6 +53,8 @@ class Lowering:
     plan: QuantPlan
     backend: Backend
     params: Params
+    scaled: Mapping[str, Scaling] = field(default_factory=dict)
+    """Parameters of the model that are other ones in the quantized model."""
     declined: dict[str, str] = field(default_factory=dict)
     """Site -> why it runs in float in every graph that was lowered and has it."""
     kept: set[str] = field(default_factory=set)
@@ -65,12 +68,19 @@ class Lowering:
         """
         self.captured.tell_unreached()
         shared = SharedWeights() if share else None
-        quantized = _Build(self, Owner(self._theirs(), shared)).run()
+        quantized = _Build(self, self._owner(shared)).run()
         how = quantized.quantization
         how.shared = shared
         self.captured.declined[self.backend.name] = dict(self.declined)
         how.plan = self.captured.as_lowered(self.plan, self.backend.name)
         return quantized
+
+    def _owner(self, shared: SharedWeights | None) -> Owner:
+        owner = Owner(self._theirs(), shared)
+        parameters = dict(self.captured.root.module.named_parameters()) if self.scaled else {}
+        for name, how in self.scaled.items():
+            owner.put(parameters[name], how.apply(parameters[name].detach()))
+        return owner
 
     def _theirs(self) -> dict[str, Tensor]:
         """The tensors of the float model, and those that capturing found in its code."""
@@ -107,7 +117,7 @@ class Lowering:
             owner: of the whole quantized model.
         """
         made = self._graph(submodule, kind, graph)
-        (owner or Owner(self._theirs(), None)).take(made.modules())
+        (owner or self._owner(None)).take(made.modules())
         return made
 
     def computes_as_float(self, submodule: CapturedModule) -> bool:

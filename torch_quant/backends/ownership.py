@@ -74,6 +74,10 @@ class Owner:
         self.made: dict[tuple[Any, ...], Tensor] = {}
         self.constants: dict[tuple[Any, ...], Tensor] = {}
 
+    def put(self, x: Tensor, new: Tensor) -> None:
+        """Have ``new`` in the place of a tensor of the float model."""
+        self.made[place_in_memory(x)] = new
+
     def tensor(self, x: Tensor) -> Tensor:
         """``x``, or what the quantized model has in its place; tied tensors stay tied."""
         if x.layout != torch.strided:

@@ -6,7 +6,7 @@ A member is a frozen dataclass with a name: its options are its fields, and it i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -18,6 +18,7 @@ from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
 
 if TYPE_CHECKING:
+    from torch_quant.algorithms.blocks import Block, Layer
     from torch_quant.graph.sites import Site
     from torch_quant.passes.base import PassContext
     from torch_quant.statistics import Statistic
@@ -44,6 +45,10 @@ class Method(ABC):
     """What both seams have in common; a subclass is a frozen dataclass too, with a ``name``."""
 
     name: ClassVar[str]
+    wants_blocks: ClassVar[bool] = False
+    """Whether it only works on whole blocks: ``quantizer.round_weights(model, batches)``."""
+    wants_targets: ClassVar[bool] = False
+    """Whether it has to know what the float model's blocks give; two streams of data are kept."""
 
     def refusal(self, site: Site) -> str:
         """Why it does not serve ``site``, empty if it does. It is left out there then.
@@ -54,7 +59,8 @@ class Method(ABC):
         >>> RoundToNearest().refusal(head)
         ''
         """
-        return ""
+        blocks = self.wants_blocks and site.op != "linear"
+        return "it works on the linear layers of a block" if blocks else ""
 
     def statistics(self, site: Site) -> Wanted:
         """What calibration has to record for it of the tensors of ``site``, beside ranges.
@@ -123,6 +129,37 @@ class WeightMethod(Method):
             QuantError: the weight cannot be quantized; says why.
         """
 
+    def round_block(self, block: Block, layers: Sequence[Layer]) -> None:
+        """Round the weights of a block; by default each by :meth:`quantize`, in their order.
+
+        A method with an option ``sequential`` that is true has the inputs of later layers recorded
+        once those before them are rounded.
+
+        Args:
+            block: holds the data, and other layers.
+            layers: those of the block that this method rounds: it calls ``layer.round_to`` of each.
+
+        Raises:
+            QuantError: a weight cannot be quantized; says why.
+
+        >>> from torch import nn, ones
+        >>> from torch_quant import Quantizer, recipes
+        >>> model = nn.Sequential(nn.Linear(32, 8))
+        >>> quantizer = Quantizer("reference", qconfig=recipes.int8_weight_only())
+        >>> print(quantizer.round_weights(model, [ones(4, 32)]).blocks[0].methods)
+        ('rtn',)
+        """
+        groups: list[Sequence[Layer]] = [layers]
+        if getattr(self, "sequential", False):
+            groups = [reading.layers for reading in block.reading(layers)]
+            reached = {layer for group in groups for layer in group}
+            groups.append([layer for layer in layers if layer not in reached])
+        for group in groups:
+            statistics = block.observe(group, self) if self.wants_statistics else {}
+            for layer in group:
+                known = statistics.get(layer.site, {})
+                layer.round_to(*self.quantize(layer.weight.contiguous(), layer.spec, known))
+
 
 class Transform(Method):
     """A rewrite of the float graph behind which it is easier to quantize.
@@ -146,6 +183,20 @@ class Transform(Method):
 
         Raises:
             NotCalibrated: a statistic is missing; from ``context.statistic``.
+        """
+
+    def scale_block(self, block: Block, layers: Sequence[Layer]) -> None:
+        """Scale a block before its weights are rounded; nothing by default.
+
+        Args:
+            block: ``block.reading(layers)`` has the tensors that may be scaled, ``block.scale``
+                does it.
+            layers: those that have this transform.
+
+        >>> from torch import nn
+        >>> from torch_quant import SmoothQuant
+        >>> from torch_quant.algorithms.blocks import Block
+        >>> SmoothQuant().scale_block(Block("", nn.Identity(), (), []), ())  # it works on graphs
         """
 
 

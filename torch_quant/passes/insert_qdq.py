@@ -166,8 +166,10 @@ class _Inserter:
         old = node.args[pattern.weight]
         assert isinstance(old, fx.Node)
         gm, axis = self.context.gm, pattern.weight_axis
-        alone = site.name if site.method is not None and site.method.wants_statistics else ""
-        memo = (expression(gm, old), site.weight, axis, site.method, alone)
+        method = site.method
+        data = method is not None and (method.wants_statistics or method.wants_blocks)
+        alone = site.name if data or site.transforms else ""
+        memo = (expression(gm, old), site.weight, axis, method, alone)
         if memo not in self.weights:
             value = evaluate(gm, old).detach()
             codes, qparams = self.context.params.weight(site.name, value, site.weight, axis)

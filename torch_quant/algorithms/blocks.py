@@ -1,0 +1,286 @@
+"""A block of a model, as what rounds its weights with data sees it: one decoder layer, say.
+
+The block stands in a twin of the model, so whatever is done to it is not done to the user's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from torch_quant.core.functional import dequantize
+from torch_quant.core.methods import Transform, WeightMethod
+from torch_quant.core.qparams import QParams
+from torch_quant.core.rounded import Scaling
+from torch_quant.core.spec import QuantSpec
+from torch_quant.errors import QuantError
+from torch_quant.graph.sites import Site
+from torch_quant.statistics import Statistic
+
+__all__ = ["Block", "Layer", "Reading", "Sample"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call of a block.
+
+    Args:
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        place: where the tensor stands that the block before makes: a number or a keyword.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    place: int | str
+
+    @property
+    def hidden(self) -> Tensor:
+        """The tensor that the block before makes."""
+        found = self.args[self.place] if isinstance(self.place, int) else self.kwargs[self.place]
+        assert isinstance(found, Tensor)
+        return found
+
+    def with_hidden(self, x: Tensor) -> Sample:
+        """The same call with another such tensor."""
+        if isinstance(self.place, int):
+            args = (*self.args[: self.place], x, *self.args[self.place + 1 :])
+            return Sample(args, self.kwargs, self.place)
+        return Sample(self.args, {**self.kwargs, self.place: x}, self.place)
+
+
+@dataclass(eq=False)
+class Layer:
+    """One linear layer of a block, whose weight is to be rounded.
+
+    Args:
+        site: its name in the plan.
+        path: inside of the block, ``"self_attn.q_proj"``.
+        module: holds ``weight`` and perhaps ``bias``.
+        spec: the format, its granularity bound to the axis of the output channels.
+        method: what rounds it.
+        transforms: what scales it before.
+        described: the site itself, whose keys statistics are asked for by.
+        transposed: whether the module holds the weight as ``[in, out]``.
+    """
+
+    site: str
+    path: str
+    module: nn.Module
+    spec: QuantSpec
+    method: WeightMethod
+    transforms: tuple[Transform, ...]
+    described: Site
+    transposed: bool = False
+    rounded: tuple[Tensor, QParams] | None = None
+    """Codes and what they stand for, once :meth:`round_to` was called."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as it is now, ``[out, in]``: scaled, or rounded."""
+        weight = self.module._parameters["weight"]
+        assert weight is not None
+        return weight.detach().T if self.transposed else weight.detach()
+
+    def set_weight(self, weight: Tensor) -> None:
+        """Have the twin compute with another weight, ``[out, in]``; the model keeps its own."""
+        value = weight.T if self.transposed else weight
+        self.module._parameters["weight"] = nn.Parameter(value, requires_grad=False)
+
+    def round_to(self, codes: Tensor, qparams: QParams) -> None:
+        """The result of a method: the twin computes with what the codes stand for from now on."""
+        self.rounded = codes, qparams
+        self.set_weight(dequantize(codes, qparams))
+
+
+@dataclass(eq=False)
+class Reading:
+    """Layers that read one tensor: query, key and value.
+
+    Args:
+        layers: they.
+        producer: the module that makes the tensor, where its output channels can be scaled without
+            changing anything else; a norm, or a linear layer. None where there is none.
+        producer_path: its path inside of the block.
+    """
+
+    layers: tuple[Layer, ...]
+    producer: nn.Module | None = None
+    producer_path: str = ""
+
+
+@dataclass(eq=False)
+class Block:
+    """One block of a model.
+
+    Args:
+        path: in the model, ``"model.layers.3"``; empty for the model itself.
+        module: its twin, in eval mode.
+        layers: those to round, in the order in which they run.
+        samples: the calls of it, as the rounded blocks before make them.
+        targets: for each, what the float block gives for what float blocks before make, where a
+            method ``wants_targets``. Other inputs, the result of an encoder say, are those of the
+            rounded model.
+        producers: path of a layer -> path of the module that may be scaled before it.
+        caller: what calls the module with the arguments of a sample, where they are others.
+    """
+
+    path: str
+    module: nn.Module
+    layers: tuple[Layer, ...]
+    samples: list[Sample]
+    targets: list[Tensor] | None = None
+    producers: Mapping[str, str] = field(default_factory=dict)
+    caller: Callable[..., Any] | None = None
+    scaled: dict[str, Scaling] = field(default_factory=dict)
+    """Name of a parameter inside of the block -> what it was multiplied by."""
+
+    def run(self, sample: Sample) -> Tensor:
+        """The block's first result for one call, with the weights as they are now."""
+        return first_float(self.call(sample))
+
+    def call(self, sample: Sample) -> Any:
+        """All that the block gives for one call; what it writes to is a copy."""
+        args, kwargs = fresh((sample.args, dict(sample.kwargs)))
+        return (self.caller or self.module)(*args, **kwargs)
+
+    def outputs(self) -> Iterator[Tensor]:
+        """Its result for each sample."""
+        with torch.no_grad():
+            for sample in self.samples:
+                yield self.run(sample)
+
+    def reading(self, layers: Iterable[Layer] | None = None) -> list[Reading]:
+        """The layers by the tensor that they read, in the order in which they run."""
+        chosen = set(self.layers if layers is None else layers)
+        seen: dict[int, list[Layer]] = {}
+        held: list[Tensor] = []  # so that no id is given twice
+
+        def note(layer: Layer, x: Tensor) -> None:
+            held.append(x)
+            if layer in chosen and layer not in seen.setdefault(id(x), []):
+                seen[id(x)].append(layer)
+
+        with torch.no_grad(), self.watched(note):
+            self.call(self.samples[0])
+        modules = dict(self.module.named_modules())
+        found = []
+        for group in seen.values():
+            paths = {self.producers.get(layer.path, "") for layer in group}
+            path = paths.pop() if len(paths) == 1 else ""
+            if group:
+                found.append(Reading(tuple(group), modules.get(path) if path else None, path))
+        return found
+
+    @contextmanager
+    def watched(self, note: Callable[[Layer, Tensor], None]) -> Iterator[None]:
+        """Have ``note`` told of what each layer reads."""
+        with ExitStack() as stack:
+            for layer in self.layers:
+
+                def hook(_: nn.Module, args: tuple[Any, ...], layer: Layer = layer) -> None:
+                    note(layer, args[0])
+
+                handle = layer.module.register_forward_pre_hook(hook)
+                stack.callback(handle.remove)
+            yield
+
+    def observe(
+        self, layers: Sequence[Layer], method: WeightMethod
+    ) -> dict[str, dict[str, Statistic]]:
+        """What ``method`` wants to know of the inputs of ``layers``, over all samples.
+
+        Layers that read one tensor share a statistic of it.
+
+        Returns:
+            Site -> what for -> statistic, as :meth:`WeightMethod.quantize` takes it.
+        """
+        found: dict[str, dict[str, Statistic]] = {}
+        first: dict[Layer, Layer] = {}
+        groups = [reading.layers for reading in self.reading(layers)]
+        reached = {layer for group in groups for layer in group}
+        for group in (*groups, *((layer,) for layer in layers if layer not in reached)):
+            for layer in group:
+                wanted = wanted_of(method, layer)
+                same = wanted.keys() == wanted_of(method, group[0]).keys()
+                first[layer] = group[0] if same else layer
+                if first[layer] is layer:
+                    found[layer.site] = {what: make() for what, make in wanted.items()}
+
+        def note(layer: Layer, x: Tensor) -> None:
+            if first.get(layer) is layer and x.numel():
+                for each in found[layer.site].values():
+                    each.observe(x.detach())
+
+        if any(found.values()):
+            with torch.no_grad(), self.watched(note):
+                for sample in self.samples:
+                    self.call(sample)
+        for layer, lead in first.items():
+            found[layer.site] = found[lead.site]
+        return {layer.site: found[layer.site] for layer in layers}
+
+    def scale(self, reading: Reading, factor: Tensor) -> None:
+        """Divide a tensor's channels by ``factor`` where it is made; multiply where it is read.
+
+        Args:
+            reading: has a ``producer``.
+            factor: positive, ``[channels]``.
+        """
+        if reading.producer is None:
+            raise QuantError(f"{self.path}: nothing can be scaled before {reading.layers[0].path}")
+        inverse = 1 / factor
+        made_by = [layer for layer in self.layers if layer.module is reading.producer]
+        turned = bool(made_by) and made_by[0].transposed
+        for name, value in list(reading.producer._parameters.items()):
+            if value is not None:
+                matrix = turned and name == "weight"
+                how = Scaling(columns=inverse) if matrix else Scaling(rows=inverse)
+                self.rescale(f"{reading.producer_path}.{name}", how)
+        for layer in reading.layers:
+            how = Scaling(rows=factor) if layer.transposed else Scaling(columns=factor)
+            self.rescale(f"{layer.path}.weight", how)
+
+    def rescale(self, path: str, how: Scaling) -> None:
+        """Scale one parameter, by its name inside of the block, and note it."""
+        owner, _, name = path.rpartition(".")
+        module = self.module.get_submodule(owner)
+        value = module._parameters[name]
+        assert value is not None
+        module._parameters[name] = nn.Parameter(how.apply(value.detach()), requires_grad=False)
+        self.scaled[path] = self.scaled.get(path, Scaling()).then(how.rows, how.columns)
+
+
+def wanted_of(method: WeightMethod, layer: Layer) -> Mapping[str, Callable[[], Statistic]]:
+    """What a method wants to know of the input of one layer."""
+    site = layer.described
+    return method.statistics(site).get(site.inputs[0], {})
+
+
+def first_float(value: Any) -> Tensor:
+    """The tensor that a block hands on: its result, or the first float tensor in it."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            return leaf
+    raise QuantError(f"it gives a {type(value).__name__} without a float tensor")
+
+
+_AS_IT_IS = (Tensor, int, float, str, bool, type(None), torch.dtype, torch.device)
+
+
+def fresh(value: Any) -> Any:
+    """``value`` with copies of the objects in it that a call may write to, a cache say."""
+    if isinstance(value, _AS_IT_IS):
+        return value
+    if type(value) in (tuple, list):
+        return type(value)(fresh(each) for each in value)
+    if type(value) is dict:
+        return {key: fresh(each) for key, each in value.items()}
+    return copy.deepcopy(value)

@@ -1,0 +1,197 @@
+"""Weights that were rounded with data, a block of the model at a time, and how they were scaled."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_quant.core.methods import WeightMethod, read_weight_method
+from torch_quant.core.packing import pack_codes, unpack_codes
+from torch_quant.core.qparams import QParams
+from torch_quant.core.spec import QuantSpec
+from torch_quant.errors import InvalidConfig
+
+__all__ = ["RoundedWeight", "RoundedWeights", "Scaling", "checksum"]
+
+
+def checksum(x: Tensor) -> int:
+    """A number for the values of a tensor.
+
+    >>> checksum(torch.zeros(2)) == checksum(torch.ones(2))
+    False
+    """
+    values: Any = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return zlib.crc32(values)
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What a parameter is multiplied by, so that the tensor between two layers is easier to round.
+
+    Args:
+        rows: shape ``[out]``, of the first dimension; None for ones.
+        columns: shape ``[in]``, of the last dimension of a matrix; None for ones.
+    """
+
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+
+    def apply(self, x: Tensor) -> Tensor:
+        """A scaled copy of the parameter ``x``, ``[out, in]`` or ``[out]``.
+
+        >>> Scaling(rows=torch.tensor([2.0])).apply(torch.ones(1, 2))
+        tensor([[2., 2.]])
+        """
+        if self.rows is not None:
+            x = x * self.rows.reshape(-1, *([1] * (x.dim() - 1)))
+        return x if self.columns is None else x * self.columns
+
+    def then(self, rows: Tensor | None, columns: Tensor | None) -> Scaling:
+        """This one, followed by another.
+
+        >>> Scaling(rows=torch.tensor([2.0])).then(torch.tensor([3.0]), None).rows
+        tensor([6.])
+        """
+        return Scaling(_product(self.rows, rows), _product(self.columns, columns))
+
+
+def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a * b
+
+
+@dataclass(frozen=True)
+class RoundedWeight:
+    """The codes of one site's weight.
+
+    Args:
+        packed: codes as :func:`pack_codes` lays them out.
+        qparams: what they stand for.
+        shape: of the weight, ``(out, in)``.
+        method: what rounded it.
+        checksum: of the float weight that it was rounded from.
+    """
+
+    packed: Tensor
+    qparams: QParams
+    shape: tuple[int, ...]
+    method: WeightMethod
+    checksum: int
+
+    @classmethod
+    def of(
+        cls, codes: Tensor, qparams: QParams, method: WeightMethod, checksum: int
+    ) -> RoundedWeight:
+        """Of codes in ``qparams.spec.dtype``, one an element."""
+        packed = pack_codes(codes, qparams.spec)
+        return cls(packed, qparams, tuple(codes.shape), method, checksum)
+
+    @property
+    def codes(self) -> Tensor:
+        """One code an element, in ``qparams.spec.dtype``."""
+        return unpack_codes(self.packed, self.shape, self.qparams.spec)
+
+
+@dataclass
+class RoundedWeights:
+    """All of them, of one model.
+
+    Args:
+        sites: by site.
+        scaled: by the name of a parameter: what it is multiplied by in the quantized model.
+    """
+
+    sites: dict[str, RoundedWeight] = field(default_factory=dict)
+    scaled: dict[str, Scaling] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.sites)
+
+    def copied(self) -> RoundedWeights:
+        """A copy that later changes do not reach; tensors are shared."""
+        return RoundedWeights(dict(self.sites), dict(self.scaled))
+
+    def update(self, other: RoundedWeights) -> None:
+        """Take in what another has; where both have a site, the other's holds."""
+        self.sites |= other.sites
+        self.scaled |= other.scaled
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors.
+
+        >>> RoundedWeights().state_dict()
+        {'sites': {}, 'scaled': {}}
+        """
+        return {
+            "sites": {
+                name: {
+                    "codes": each.packed,
+                    "scale": each.qparams.scale,
+                    "zero_point": each.qparams.zero_point,
+                    "spec": each.qparams.spec.to_dict(),
+                    "shape": list(each.shape),
+                    "method": each.method.to_dict(),
+                    "checksum": each.checksum,
+                }
+                for name, each in self.sites.items()
+            },
+            "scaled": {
+                name: {
+                    key: value
+                    for key, value in (("rows", each.rows), ("columns", each.columns))
+                    if value is not None
+                }
+                for name, each in self.scaled.items()
+            },
+        }
+
+    @classmethod
+    def from_state(cls, state: Any) -> RoundedWeights:
+        """Read :meth:`state_dict`; raises :class:`InvalidConfig` that names what is wrong."""
+        if not isinstance(state, Mapping) or set(state) != {"sites", "scaled"}:
+            raise InvalidConfig("'rounded' is no mapping with 'sites' and 'scaled'")
+        sites = {name: _read(name, each) for name, each in _items(state, "sites")}
+        scaled = {}
+        for name, each in _items(state, "scaled"):
+            if set(each) - {"rows", "columns"} or not all(
+                isinstance(x, Tensor) and x.dim() == 1 for x in each.values()
+            ):
+                raise InvalidConfig(f"'scaled' has {list(each)} for {name!r}; expected vectors")
+            scaled[name] = Scaling(**each)
+        return cls(sites, scaled)
+
+
+_ENTRIES = {"codes", "scale", "zero_point", "spec", "shape", "method", "checksum"}
+
+
+def _items(state: Mapping[str, Any], key: str) -> list[tuple[str, Mapping[str, Any]]]:
+    found = state[key]
+    if not isinstance(found, Mapping) or not all(
+        isinstance(name, str) and isinstance(each, Mapping) for name, each in found.items()
+    ):
+        raise InvalidConfig(f"{key!r} of 'rounded' is no mapping of names to entries")
+    return list(found.items())
+
+
+def _read(name: str, data: Mapping[str, Any]) -> RoundedWeight:
+    if set(data) != _ENTRIES:
+        wrong = ", ".join(sorted(set(data) ^ _ENTRIES))
+        raise InvalidConfig(f"the rounded weight of {name!r}: wrong or missing {wrong}")
+    tensors = [data[key] for key in ("codes", "scale", "zero_point")]
+    if not all(isinstance(x, Tensor) for x in tensors):
+        raise InvalidConfig(f"the rounded weight of {name!r}: codes and scales are no tensors")
+    try:
+        spec = QuantSpec.from_dict(data["spec"])
+        shape = tuple(int(size) for size in data["shape"])
+        qparams = QParams(spec, tensors[1], tensors[2])
+        unpack_codes(tensors[0], shape, spec)
+        method = read_weight_method(data["method"])
+        return RoundedWeight(tensors[0], qparams, shape, method, int(data["checksum"]))
+    except (InvalidConfig, TypeError, ValueError, RuntimeError) as error:
+        raise InvalidConfig(f"the rounded weight of {name!r}: {error}") from error

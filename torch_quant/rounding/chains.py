@@ -1,0 +1,194 @@
+"""Chains: blocks of one kind that hand a tensor from one to the next, as decoder layers do."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_quant.algorithms.blocks import Sample, fresh
+from torch_quant.errors import InvalidConfig
+from torch_quant.graph.binding import signature_of
+from torch_quant.model import example_call
+
+__all__ = ["Chain", "Recorder", "Replay", "Turn", "call", "find_chains", "replaced"]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Blocks of one kind, each fed by the one before.
+
+    Args:
+        paths: of the blocks in the model, in the order in which they run.
+    """
+
+    paths: tuple[str, ...]
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """Call ``model`` with a batch; a decoder makes no cache, which every block would copy."""
+    args, kwargs = example_call(batch)
+    if "use_cache" in signature_of(model.forward).parameters:
+        kwargs = {"use_cache": False, **kwargs}
+    return model(*args, **kwargs)
+
+
+def find_chains(model: nn.Module, batch: Any) -> list[Chain]:
+    """The chains of a model, in the order in which they run.
+
+    Args:
+        model: a twin in eval mode; hooks stand on it for one call.
+        batch: as ``example_inputs`` of :meth:`Quantizer.calib`.
+    """
+    candidates = [
+        tuple(f"{path}.{name}".strip(".") for name in module._modules)
+        for path, module in model.named_modules()
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and _alike(module)
+    ]
+    named = dict(model.named_modules())
+    seen: dict[str, list[tuple[Tensor | None, Any]]] = {}
+    handles = []
+    for path in {path for chain in candidates for path in chain}:
+
+        def hook(module: nn.Module, args: Any, kwargs: Any, out: Any, path: str = path) -> None:
+            place = place_of(args, kwargs)
+            given = None if place is None else Sample(args, kwargs, place).hidden
+            seen.setdefault(path, []).append((given, out))
+
+        handles.append(named[path].register_forward_hook(hook, with_kwargs=True))
+    try:
+        with torch.no_grad():
+            call(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = [Chain(paths) for paths in candidates if _is_chain([seen.get(p, []) for p in paths])]
+    outer = [
+        chain
+        for chain in found
+        if not any(_inside(chain.paths[0], other.paths) for other in found if other is not chain)
+    ]
+    order = {path: i for i, path in enumerate(seen)}
+    return sorted(outer, key=lambda chain: order[chain.paths[0]])
+
+
+def _alike(module: nn.Module) -> bool:
+    children = list(module._modules.values())
+    kinds = {type(child) for child in children}
+    first = next(iter(kinds), None)
+    deep = first is not None and any(child is not None and child._modules for child in children)
+    return len(children) > 1 and len(kinds) == 1 and deep
+
+
+def _is_chain(calls: list[list[tuple[Tensor | None, Any]]]) -> bool:
+    """Whether each was called once, with the very tensor that the one before gave."""
+    if any(len(each) != 1 or each[0][0] is None for each in calls):
+        return False
+    for (before,), (after,) in itertools.pairwise(calls):
+        made = before[1][0] if isinstance(before[1], (tuple, list)) and before[1] else before[1]
+        if made is not after[0]:
+            return False
+    return True
+
+
+def _inside(path: str, others: Iterable[str]) -> bool:
+    return any(path.startswith(f"{other}.") for other in others)
+
+
+def place_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str | None:
+    """Where the first float tensor of a call stands."""
+    for i, value in enumerate(args):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return i
+    for name, value in kwargs.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return name
+    return None
+
+
+class Recorder(nn.Module):
+    """Stands for a block: notes its calls and passes them on.
+
+    Args:
+        block: the block.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self.calls: list[Sample] = []
+        self.first = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the block gives."""
+        place = place_of(args, kwargs)
+        if place is None:
+            raise InvalidConfig("a block was called without a float tensor in a later batch")
+        kept = fresh((args, kwargs))
+        sample = Sample(kept[0], kept[1], place)  # only of the first block is its input kept
+        self.calls.append(sample if self.first else sample.with_hidden(torch.empty(0)))
+        return self.block(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # code around it reads attributes of the block
+            return getattr(super().__getattr__("block"), name)
+
+
+@dataclass
+class Turn:
+    """Which batch a model runs.
+
+    Args:
+        batch: its number.
+    """
+
+    batch: int = 0
+
+
+class Replay(nn.Module):
+    """Stands for a block whose results are known: the last of its chain gives them.
+
+    Args:
+        block: the block, for its attributes.
+        results: one for each batch, of the chain; empty where this is not the last of it.
+        form: a result of the block, whose further parts are given along.
+        turn: says which batch is run.
+    """
+
+    def __init__(self, block: nn.Module, results: Sequence[Tensor], form: Any, turn: Turn) -> None:
+        super().__init__()
+        self.__dict__.update(stands_for=block, results=results, form=form, turn=turn)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Its first float tensor, or the result for this batch."""
+        if self.results:
+            return _as(self.results[self.turn.batch], self.form)
+        place = place_of(args, kwargs)
+        assert place is not None
+        return _as(Sample(args, kwargs, place).hidden, self.form)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["stands_for"], name)
+
+
+def _as(x: Tensor, form: Any) -> Any:
+    return type(form)((x, *form[1:])) if isinstance(form, (tuple, list)) else x
+
+
+def replaced(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
+    """Put ``module`` under ``path``; returns what was there."""
+    parent, _, name = path.rpartition(".")
+    owner = root.get_submodule(parent)
+    old = owner._modules[name]
+    assert old is not None
+    owner._modules[name] = module
+    return old

@@ -1,0 +1,345 @@
+"""Round the weights of a model a block at a time, each block on what the rounded ones before give.
+
+What a method needs is recorded of one block, so memory beside the model is that of one block and of
+the samples' tensors between two blocks.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torch_quant.algorithms import DEFAULT_METHOD
+from torch_quant.algorithms.blocks import Block, Layer, Sample, first_float
+from torch_quant.core.functional import dequantize
+from torch_quant.core.metrics import sqnr
+from torch_quant.core.plan import QuantPlan
+from torch_quant.core.rounded import RoundedWeight, RoundedWeights, checksum
+from torch_quant.errors import InvalidConfig, QuantError
+from torch_quant.graph.sites import Site
+from torch_quant.graph.twin import twin_of
+from torch_quant.rounding.chains import Chain, Recorder, Replay, Turn, call, find_chains, replaced
+from torch_quant.rounding.files import Folder
+from torch_quant.rounding.producers import find_producers
+from torch_quant.rounding.report import BlockError, Rounding
+
+__all__ = ["round_weights"]
+
+logger = logging.getLogger("torch_quant")
+
+
+def round_weights(
+    model: nn.Module,
+    sites: Iterable[Site],
+    plan: QuantPlan,
+    batches: Iterable[Any],
+    *,
+    folder: str | os.PathLike[str] | None = None,
+    show_progress: bool = True,
+) -> tuple[RoundedWeights, Rounding]:
+    """The codes of every weight that the plan quantizes, and a report.
+
+    Args:
+        model: the float model; it is not touched.
+        sites: of it.
+        plan: how they are quantized.
+        batches: inputs, each as ``example_inputs`` of :meth:`Quantizer.calib`.
+        folder: what is done is kept there, and found there by a later call with the same settings.
+        show_progress: show a bar on stderr.
+
+    Raises:
+        InvalidConfig: there are no batches, or nothing to round; ``folder`` is of other settings.
+        QuantError: a weight cannot be rounded; names the layer.
+    """
+    kept = list(batches)
+    if not kept:
+        raise InvalidConfig("round_weights got no batches; give an iterable of inputs of the model")
+    twin, sites = twin_of(model), list(sites)
+    wanted = _weighted(sites, plan, "linear")
+    if not wanted:
+        raise InvalidConfig(
+            "there is no weight of a linear layer to be rounded: print(quantizer.coverage(model)) "
+            "says why each site stays in float"
+        )
+    run = _Run(twin, plan, kept, Folder(folder, plan, kept) if folder is not None else None)
+    with torch.no_grad():
+        run.embeddings = _embeddings(twin, _weighted(sites, plan, "embedding"), plan)
+        layers = run.layers(wanted)
+        return run.all(layers, show_progress)
+
+
+def _weighted(sites: Iterable[Site], plan: QuantPlan, op: str) -> list[Site]:
+    """The sites of one operator whose weight is quantized."""
+    return [
+        site
+        for site in sites
+        if site.op == op and (entry := plan.get(site.name)) and entry.quantized and entry.weight
+    ]
+
+
+def _embeddings(
+    twin: nn.Module, sites: Iterable[Site], plan: QuantPlan
+) -> dict[nn.Module, tuple[nn.Parameter, nn.Parameter]]:
+    """Module -> its weight, and that with the error of its format."""
+    found = {}
+    modules = dict(twin.named_modules())
+    for site in sites:
+        module, entry = modules.get(site.module), plan[site.name]
+        weight = None if module is None else module._parameters.get("weight")
+        if module is None or weight is None or weight.shape != site.weight_shape:
+            continue
+        assert entry.weight is not None
+        spec = replace(entry.weight, granularity=entry.weight.granularity.on(0))
+        method = entry.method or DEFAULT_METHOD
+        rounded = dequantize(*method.quantize(weight.detach(), spec, {}))
+        found[module] = weight, nn.Parameter(rounded, requires_grad=False)
+    return found
+
+
+class _Run:
+    """One pass through a model.
+
+    Args:
+        twin: of the model, in eval mode; its modules and parameters are replaced on the way.
+        plan: how sites are quantized.
+        batches: the data.
+        folder: where finished blocks are kept.
+    """
+
+    def __init__(
+        self, twin: nn.Module, plan: QuantPlan, batches: list[Any], folder: Folder | None
+    ) -> None:
+        self.twin, self.plan, self.batches, self.folder = twin, plan, batches, folder
+        self.made, self.turn = RoundedWeights(), Turn()
+        held = Counter(id(x) for m in twin.modules() for x in m._parameters.values())
+        self.tied = frozenset(key for key, count in held.items() if count > 1)
+        """Parameters that several modules have: a scale of one would be that of the other."""
+        self.embeddings: dict[nn.Module, tuple[nn.Parameter, nn.Parameter]] = {}
+        self.errors: list[BlockError] = []
+
+    def layers(self, sites: Sequence[Site]) -> dict[str, Layer]:
+        """Path in the model -> layer; of sites that one module computes, the first."""
+        found: dict[str, Layer] = {}
+        modules = dict(self.twin.named_modules())
+        for site in sites:
+            module, entry = modules.get(site.module), self.plan[site.name]
+            weight = None if module is None else module._parameters.get("weight")
+            if module is None or weight is None or site.module in found or weight.dim() != 2:
+                continue  # it is rounded without data, when the model is quantized
+            transposed = not _computes_linear(module, weight)
+            shape = tuple(weight.T.shape if transposed else weight.shape)
+            if shape != site.weight_shape or entry.weight is None:
+                continue
+            granularity = entry.weight.granularity.on(0)
+            spec = replace(entry.weight, granularity=granularity)
+            method = entry.method or DEFAULT_METHOD
+            found[site.module] = Layer(
+                site.name, site.module, module, spec, method, entry.transforms, site, transposed
+            )
+            if entry.needs_ranges and any(each.wants_blocks for each in entry.transforms):
+                raise InvalidConfig(
+                    f"{site.name}: {entry.transforms[0]} scales activations, whose calibrated "
+                    "ranges would be wrong then; it serves float and dynamic activations only"
+                )
+        if missed := [site.name for site in sites if site.module not in found]:
+            logger.warning(
+                "%d weights are no parameter of a module that only multiplies by them; they are "
+                "rounded to nearest: %s%s",
+                len(missed), ", ".join(missed[:3]), ", ..." if len(missed) > 3 else "",
+            )  # fmt: skip
+        return found
+
+    def all(self, layers: dict[str, Layer], show_progress: bool) -> tuple[RoundedWeights, Rounding]:
+        """Every chain, block by block, then what lies outside."""
+        from tqdm import tqdm
+
+        chains = find_chains(self.twin, self.batches[0])
+        inside = {path for chain in chains for path in chain.paths}
+        rest = {
+            path: layer
+            for path, layer in layers.items()
+            if not any(path.startswith(f"{block}.") for block in inside)
+        }
+        targets = any(_wants_targets(layer) for layer in layers.values())
+        total = sum(len(chain.paths) for chain in chains) + bool(rest)
+        with tqdm(total=total, desc="rounding weights", unit="block", disable=not show_progress,
+                  delay=2.0, leave=False) as bar:  # fmt: skip
+            for chain in chains:
+                self.chain(chain, layers, targets, bar)
+            if rest:
+                self.outside(rest, targets, bar)
+        return self.made, Rounding(tuple(self.errors))
+
+    def embed(self, rounded: bool) -> None:
+        """Look tokens up in rounded embeddings, or in the model's own."""
+        for module, weights in self.embeddings.items():
+            module._parameters["weight"] = weights[rounded]
+
+    def record(self, chain: Chain) -> list[Recorder]:
+        """The calls of the blocks of a chain, with the model's embeddings as they are now."""
+        recorders = [Recorder(self.twin.get_submodule(path)) for path in chain.paths]
+        for i, (path, recorder) in enumerate(zip(chain.paths, recorders, strict=True)):
+            recorder.first = i == 0
+            replaced(self.twin, path, recorder)
+        for i, batch in enumerate(self.batches):
+            self.turn.batch = i
+            call(self.twin, batch)
+            if any(len(each.calls) != i + 1 for each in recorders):
+                raise InvalidConfig(
+                    f"batch {i} runs the blocks of {chain.paths[0]} another number of times than "
+                    "batch 0; leave it out"
+                )
+        for path, recorder in zip(chain.paths, recorders, strict=True):
+            replaced(self.twin, path, recorder.block)
+        return recorders
+
+    def chain(self, chain: Chain, layers: dict[str, Layer], targets: bool, bar: Any) -> None:
+        """The blocks of one chain; afterwards their results stand in their places."""
+        floats: list[Tensor] | None = None
+        if targets:
+            self.embed(False)
+            floats = [sample.hidden for sample in self.record(chain)[0].calls]
+        self.embed(True)
+        recorders = self.record(chain)
+        stream = [sample.hidden for sample in recorders[0].calls]
+        form = None
+        producers: dict[str, str] | None = None
+        for path, recorder in zip(chain.paths, recorders, strict=True):
+            samples = [
+                sample.with_hidden(x) for sample, x in zip(recorder.calls, stream, strict=True)
+            ]
+            mine = _inside(path, layers)
+            made = Block(path, recorder.block, tuple(mine.values()), samples)
+            if floats is not None:
+                made.targets = [
+                    made.run(sample.with_hidden(x))
+                    for sample, x in zip(samples, floats, strict=True)
+                ]
+            if any(layer.transforms for layer in mine.values()):
+                producers = made.producers = find_producers(made, self.tied, producers)
+            form = made.call(samples[0]) if form is None else form
+            with _as_it_was(recorder.block):
+                self.block(made, bar)
+                stream = list(made.outputs())
+            floats = made.targets
+        for path in chain.paths:
+            known = stream if path == chain.paths[-1] else ()
+            replaced(self.twin, path, Replay(self.twin.get_submodule(path), known, form, self.turn))
+
+    def outside(self, layers: dict[str, Layer], targets: bool, bar: Any) -> None:
+        """What lies outside of all chains: the head of a language model, or a whole small model."""
+        samples = [Sample((i, batch), {}, 1) for i, batch in enumerate(self.batches)]
+        block = Block("", self.twin, tuple(layers.values()), samples, caller=self._called)
+        if targets:
+            block.targets = list(block.outputs())
+        if any(layer.transforms for layer in layers.values()):
+            block.producers = find_producers(block, self.tied)
+        with _as_it_was(self.twin):
+            self.block(block, bar)
+
+    def _called(self, number: int, batch: Any) -> Tensor:
+        """The first float tensor of what the model gives for a batch."""
+        self.turn.batch = number
+        return first_float(call(self.twin, batch))
+
+    def block(self, block: Block, bar: Any) -> None:
+        """Scale and round one block, or take what a folder has of it."""
+        bar.set_postfix_str(block.path, refresh=False)
+        start = time.monotonic()
+        sums = {layer.site: checksum(layer.weight) for layer in block.layers}
+        sample = block.samples[0]
+        exact = block.run(sample) if block.layers else None
+        found = self.folder.read(block.path, sums) if self.folder is not None else None
+        if found is not None:
+            found.apply(block)
+        else:
+            _transform(block)
+            _round(block)
+        mine = RoundedWeights(scaled={_joined(block.path, p): x for p, x in block.scaled.items()})
+        for layer in block.layers:
+            assert layer.rounded is not None
+            mine.sites[layer.site] = RoundedWeight.of(
+                *layer.rounded, layer.method, sums[layer.site]
+            )
+            layer.rounded = None
+        if self.folder is not None and found is None:
+            self.folder.write(block.path, mine)
+        self.made.update(mine)
+        names = [each.name for layer in block.layers for each in (*layer.transforms, layer.method)]
+        error = math.nan if exact is None else sqnr(exact, block.run(sample))
+        seconds = time.monotonic() - start
+        sites = tuple(layer.site for layer in block.layers)
+        self.errors.append(
+            BlockError(block.path, sites, tuple(dict.fromkeys(names)), error, seconds)
+        )
+        bar.update(1)
+
+
+def _transform(block: Block) -> None:
+    every = dict.fromkeys(each for layer in block.layers for each in layer.transforms)
+    for transform in every:
+        transform.scale_block(block, [x for x in block.layers if transform in x.transforms])
+
+
+def _round(block: Block) -> None:
+    for method in dict.fromkeys(layer.method for layer in block.layers):
+        layers = [layer for layer in block.layers if layer.method == method]
+        try:
+            method.round_block(block, layers)
+        except QuantError as error:
+            where = block.path or "outside of blocks"
+            raise QuantError(f"{where}, by {method}: {error}") from error
+        if missed := [layer.site for layer in layers if layer.rounded is None]:
+            raise QuantError(f"{method} has not rounded {', '.join(missed)}")
+
+
+def _wants_targets(layer: Layer) -> bool:
+    return any(each.wants_targets for each in (*layer.transforms, layer.method))
+
+
+def _inside(path: str, layers: dict[str, Layer]) -> dict[str, Layer]:
+    """The layers of a block, with their paths inside of it."""
+    found = {}
+    for name, layer in layers.items():
+        if name.startswith(f"{path}."):
+            layer.path = name.removeprefix(f"{path}.")
+            found[name] = layer
+    return found
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}".strip(".")
+
+
+@contextmanager
+def _as_it_was(root: nn.Module) -> Iterator[None]:
+    """Give every module its own parameters back afterwards."""
+    before = {module: dict(module._parameters) for module in root.modules()}
+    try:
+        yield
+    finally:
+        for module, parameters in before.items():
+            module._parameters.update(parameters)
+
+
+def _computes_linear(module: nn.Module, weight: Tensor) -> bool:
+    """Whether the module multiplies by ``weight`` of shape ``[out, in]``, not ``[in, out]``."""
+    if isinstance(module, nn.Linear):
+        return True
+    x = torch.randn(2, weight.shape[1], dtype=weight.dtype)
+    bias = module._parameters.get("bias")
+    try:
+        return torch.allclose(module(x), F.linear(x, weight, bias), rtol=1e-3, atol=1e-3)
+    except (RuntimeError, TypeError):  # it takes [in, out], or other inputs
+        return False
