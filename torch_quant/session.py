@@ -265,7 +265,7 @@ class Session:
 
 def _deciding_on_ranges(key: str, using: list[Site]) -> list[Site]:
     """Of the sites that use a tensor, those that may quantize it; its maker if none does."""
-    keys = {site: (*site.inputs, *site.internals, site.stored) for site in using}
+    keys = {site: (*site.inputs, *site.internals, site.fused_output) for site in using}
     return [site for site in using if key in keys[site]] or using
 
 

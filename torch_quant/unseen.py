@@ -126,7 +126,8 @@ class UnseenCalls:
         for site, _ in prepared.sites:
             entry = plan[site.name]
             if entry.quantized and entry.needs_ranges:
-                keys = [*site.inputs, *site.internals, *([entry.stored] if entry.stored else [])]
+                result = [entry.quantized_output] if entry.quantized_output else []
+                keys = [*site.inputs, *site.internals, *result]
                 if any(self._learned.state.find(key) is None for key in keys):
                     found.append(site.name)
         return list(dict.fromkeys(found))

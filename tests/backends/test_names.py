@@ -240,7 +240,7 @@ def test_scales_are_called_after_the_first_site_that_reads_the_tensor() -> None:
     assert torch.equal(found["query.input_zero_point"], ranges.zero_point)
 
 
-def test_a_stored_result_that_no_site_reads_has_a_scale_of_its_own() -> None:
+def test_a_quantized_result_that_no_site_reads_has_a_scale_of_its_own() -> None:
     model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))).eval()
     backend = ReferenceBackend(Backend.get("onnx"))
     quantizer = calibrated(model, [((image(),), {})], backend=backend)

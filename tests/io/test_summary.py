@@ -67,10 +67,17 @@ def test_edits_are_taken(tmp_path: Path) -> None:
     assert float(quantizer.state.qparams(key, third.activation).scale) == pytest.approx(0.1)
 
 
+def of_version_3(data: dict[str, Any]) -> dict[str, Any]:
+    old = copy.deepcopy(data) | {"version": 3}
+    del old["capture"]
+    for site in old["sites"]:
+        site["stored"] = site.pop("quantized_output")
+    return old
+
+
 def of_version_1(data: dict[str, Any]) -> dict[str, Any]:
     """A summary as version 0.1 wrote it: integers per tensor and per channel, by their dtype."""
-    old = copy.deepcopy(data) | {"version": 1}
-    del old["capture"]
+    old = of_version_3(data) | {"version": 1}
     for site in old["sites"]:
         for spec in filter(None, (site["activation"], site["weight"])):
             spec["dtype"] = "int8" if spec.pop("element").startswith("int") else "uint8"
@@ -78,6 +85,25 @@ def of_version_1(data: dict[str, Any]) -> dict[str, Any]:
         del site["transforms"], site["method"]
         site["smooth"] = None
     return old
+
+
+def test_version_3_is_read(tmp_path: Path) -> None:
+    """The result of a convolution is quantized for ONNX; it had another name."""
+    model, path, x = MODELS["small_cnn"](), tmp_path / "summary.json", example("small_cnn", 4)
+    quantizer = calibrated(model, [(x, {})], backend="onnx")
+    quantizer.quantize(model)
+    quantizer.save_summary(path)
+    data = of_version_3(edit(path))
+    assert any(site["stored"] for site in data["sites"])
+    path.write_text(json.dumps(data), encoding="utf-8")
+    other = Quantizer("onnx")
+    other.load_summary(path)
+    other.quantize(model, example_inputs=x)
+    assert dict(other.plan) == dict(quantizer.plan)
+    data["sites"][0]["stored"] = 3
+    path.write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(InvalidConfig, match="'stored' is 3; expected a string"):
+        other.load_summary(path)
 
 
 def test_version_2_is_read(tmp_path: Path) -> None:
@@ -88,8 +114,7 @@ def test_version_2_is_read(tmp_path: Path) -> None:
     quantizer = calibrated(model, [(x, {})], backend="reference", qconfig=smooth)
     expected = quantizer.quantize(model)(*x)
     quantizer.save_summary(path)
-    data = edit(path) | {"version": 2}
-    del data["capture"]
+    data = of_version_3(edit(path)) | {"version": 2}
     for site in data["sites"]:
         del site["method"]
         site["smooth"] = next((each["alpha"] for each in site.pop("transforms")), None)

@@ -94,7 +94,7 @@ def smoothed_by(alpha: Any) -> Edit:
 
 
 ENTRIES = ("op", "inputs", "activation", "weight", "quantized", "reason", "macs", "precision",
-           "stored", "transforms", "method")  # fmt: skip
+           "quantized_output", "transforms", "method")  # fmt: skip
 SPEC = ("element", "symmetric", "granularity", "quant_min", "quant_max", "scale_type", "dynamic")
 
 FLOAT8 = {
@@ -130,7 +130,7 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "macs of an embedding": (setting("embed", macs=64), "'macs'"),
     "macs of a product": (setting("matmul", macs=0), "'macs'"),
     **{
-        f"stored {value!r}": (setting("conv", stored=value), "'stored'")
+        f"output {value!r}": (setting("conv", quantized_output=value), "'quantized_output'")
         for value in (None, 1, "linear", ["conv"])
     },
     **{

@@ -51,12 +51,14 @@ class Shortcut(Convs):
 def quantized(
     model: nn.Module, x: Tensor, rewrite: Pass
 ) -> tuple[fx.GraphModule, fx.GraphModule, int]:
-    """The graph with stored results, before and after the pass, and its number of changes."""
+    """The graph with quantized results, before and after the pass, and its number of changes."""
 
     def insert() -> fx.GraphModule:
         gm = canonical(model, x)
-        stored = {site.name: site.stored for _, _, site in find_sites(gm.graph)}
-        plan = QuantPlan(replace(s, stored=stored[s.name]) for s in plan_for(gm).values())
+        outputs = {site.name: site.fused_output for _, _, site in find_sites(gm.graph)}
+        plan = QuantPlan(
+            replace(s, quantized_output=outputs[s.name]) for s in plan_for(gm).values()
+        )
         apply(insert_qdq, gm, plan)
         return gm
 

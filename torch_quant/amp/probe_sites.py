@@ -49,21 +49,21 @@ class LocalSite:
 
 
 def cut_sites(
-    prepared: Prepared, names: Collection[str], stored: Mapping[str, str] | None = None
+    prepared: Prepared, names: Collection[str], outputs: Mapping[str, str] | None = None
 ) -> list[LocalSite]:
     """Every site of ``names`` that a prepared graph has, in order; once for each of its results.
 
     Args:
         prepared: the graph.
         names: of sites.
-        stored: site -> the key of its result, for those whose results are quantized as well; the
+        outputs: site -> the key of its result, for those whose results are quantized as well; the
             rectifier in between belongs to the site then.
     """
     found = []
     for node, pattern, site in find_sites(prepared.canonical.graph):
         if site.name not in names:
             continue
-        key = (stored or {}).get(site.name)
+        key = (outputs or {}).get(site.name)
         for result in results(node):
             last = next(iter(result.users)) if key and key != key_of(result) else result
             graph, inputs = _cut(node, last)

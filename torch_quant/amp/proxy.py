@@ -302,8 +302,8 @@ class AmpModel(Proxy):
         prepared = self.captured.prepared(submodule, graph)
         lowering = self.session.lowering(fallen={})
         plan = lowering.plan
-        stored = {name: plan[name].stored for name in plan.quantized}
-        sites = cut_sites(prepared, set(plan.quantized), stored)
+        outputs = {name: plan[name].quantized_output for name in plan.quantized}
+        sites = cut_sites(prepared, set(plan.quantized), outputs)
 
         def probe(local: LocalSite) -> SiteProbe:
             name = local.site.name

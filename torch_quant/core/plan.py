@@ -50,7 +50,8 @@ class SitePlan:
         reason: why it stays in float, empty if quantized.
         macs: multiply-accumulates on the captured example.
         precision: ``"float32"`` or ``"bfloat16"``, the arithmetic of a site that stays in float.
-        stored: key of its result, or of that behind a rectifier, where it is quantized as well.
+        quantized_output: key of its result, or of that behind a rectifier, where it is quantized as
+            well; else empty.
         transforms: what is done to the graph before, to make it easier to quantize.
         method: how the weight is rounded, None for the default.
 
@@ -67,7 +68,7 @@ class SitePlan:
     reason: str = ""
     macs: int = 0
     precision: str = "float32"
-    stored: str = ""
+    quantized_output: str = ""
     transforms: tuple[Transform, ...] = ()
     method: WeightMethod | None = None
 

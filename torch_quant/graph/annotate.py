@@ -67,7 +67,7 @@ def annotate(
                 quantized=not reason,
                 reason=reason,
                 macs=site.macs,
-                stored=site.stored if _stores(kernel, activation) else "",
+                quantized_output=site.fused_output if _quantizes_output(kernel, activation) else "",
                 transforms=() if config is None else _serving(config.transforms, site),
                 method=None if config is None or weight is None else _method(config, site),
             )
@@ -107,7 +107,7 @@ def _format(asked: Format | None, accepts: Accepts | None) -> Format:
     return FLOAT if accepts is None else accepts.default
 
 
-def _stores(kernel: Kernel | None, activation: QuantSpec | None) -> bool:
+def _quantizes_output(kernel: Kernel | None, activation: QuantSpec | None) -> bool:
     """Whether the result of a site is quantized too."""
     found = kernel is not None and kernel.output is not None
     return found and activation is not None and not activation.dynamic

@@ -60,9 +60,9 @@ class Site:
         output: key of its result, the first that is read if it has several.
         macs: multiply-accumulates on the captured example.
         weight_shape: sizes of its weight, empty without one; of several, how many values they have.
-        stored: key of what a convolution leaves behind, its result or that of the rectifier which
-            alone uses it, or of the bags of embeddings: some kernels give nothing but integers
-            there. Empty for other operators.
+        fused_output: key of what a convolution leaves behind, its result or that of the rectifier
+            which alone uses it, or of the bags of embeddings: some kernels give nothing but
+            integers there. Empty for other operators.
         smoothable: whether the last dimension of its input's source is that of its weight, so that
             statistics of channels recorded there hold for the input.
     """
@@ -75,13 +75,14 @@ class Site:
     output: str
     macs: int
     weight_shape: tuple[int, ...]
-    stored: str = ""
+    fused_output: str = ""
     smoothable: bool = False
 
     @property
     def keys(self) -> tuple[str, ...]:
         """Keys of every tensor that a grid may be wanted for."""
-        return (*self.inputs, *self.internals, self.output, *([self.stored] if self.stored else []))
+        fused = [self.fused_output] if self.fused_output else []
+        return (*self.inputs, *self.internals, self.output, *fused)
 
 
 def module_path(node: fx.Node) -> str:
@@ -257,7 +258,9 @@ def find_sites(graph: fx.Graph) -> Iterator[tuple[fx.Node, OpPattern, Site]]:
             output=key_of(fused_output(found[0])),
             macs=pattern.macs(node.args, node),
             weight_shape=_weight_shape(matrices),
-            stored="" if pattern.output is None else key_of(fused_output(found[0], pattern.output)),
+            fused_output=(
+                "" if pattern.output is None else key_of(fused_output(found[0], pattern.output))
+            ),
             smoothable=pattern.smoothable and _keeps_channels(operands(node, pattern)[0]),
         )
         yield node, pattern, site

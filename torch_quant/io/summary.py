@@ -108,9 +108,12 @@ def _misfits(edit: SitePlan, sites: list[Site]) -> dict[str, str]:
         wrong["inputs"] = (
             f"'inputs' is {list(edit.inputs)}; in the model they are {list(inputs[0])}"
         )
-    stored = {each.stored for each in sites} | {""}
-    if edit.stored not in stored:
-        wrong["stored"] = f"'stored' is {edit.stored!r}; expected {' or '.join(map(repr, stored))}"
+    outputs = {each.fused_output for each in sites} | {""}
+    if edit.quantized_output not in outputs:
+        wrong["quantized_output"] = (
+            f"'quantized_output' is {edit.quantized_output!r}; expected "
+            + " or ".join(map(repr, outputs))
+        )
     unit = math.prod(site.weight_shape) if site.weight_shape and site.macs else 1
     if (edit.macs == 0) != (site.macs == 0) or edit.macs % unit:
         wrong["macs"] = f"'macs' is {edit.macs}; with the captured example it is {site.macs}" + (
@@ -118,7 +121,7 @@ def _misfits(edit: SitePlan, sites: list[Site]) -> dict[str, str]:
         )
     if not edit.quantized:
         return wrong
-    has = {"activation": bool(inputs[0] or site.stored), "weight": bool(site.weight_shape)}
+    has = {"activation": bool(inputs[0] or site.fused_output), "weight": bool(site.weight_shape)}
     for name in has:
         if getattr(edit, name) is not None and not has[name]:
             wrong[name] = f"{name!r} is a format; expected null: {site.op} quantizes none here"
@@ -132,7 +135,7 @@ def _misfits(edit: SitePlan, sites: list[Site]) -> dict[str, str]:
 def _ranges(plan: QuantPlan, state: QuantState) -> dict[str, list[float]]:
     ranges = {}
     for site in plan.values():
-        for key in (*site.inputs, *([site.stored] if site.stored else [])):
+        for key in (*site.inputs, *([site.quantized_output] if site.quantized_output else [])):
             observer = state.find(key)
             if site.activation is None or site.activation.dynamic:
                 continue

@@ -21,15 +21,19 @@ __all__ = ["FORMAT", "VERSION", "renewed", "validate", "written"]
 FORMAT = "torch_quant summary"
 VERSION = 4
 """Older ones are read too. Version 1 knew integers per tensor and per channel only, version 2 knew
-of transforms SmoothQuant's alpha only, ``smooth``, version 3 did not say what was one graph."""
+of transforms SmoothQuant's alpha only, ``smooth``, version 3 did not say what was one graph, and
+had ``stored`` for ``quantized_output``."""
 
 _LARGEST = 3.4e38
 """Beyond, a number is no float32."""
 _SITE = (
     "name", "op", "inputs", "activation", "weight", "quantized", "reason", "macs", "precision",
-    "stored", "transforms", "method",
+    "quantized_output", "transforms", "method",
 )  # fmt: skip
-_SITE_2 = (*_SITE[:-2], "smooth")
+_SITE_3 = tuple("stored" if field == "quantized_output" else field for field in _SITE)
+_SITE_2 = (*_SITE_3[:-2], "smooth")
+_SITES = {1: _SITE_2, 2: _SITE_2, 3: _SITE_3, 4: _SITE}
+"""Version -> the entries of a site."""
 _SPEC = ("element", "symmetric", "granularity", "scale_type", "dynamic")
 _SPEC_1 = ("dtype", "symmetric", "granularity")
 _DTYPES = ("uint8", "int8")
@@ -74,7 +78,7 @@ def _site(site: Any, place: Place, lines: Lines, version: int) -> str:
     name: str = check_kind(site.get("name"), str, (*place, "name"), f"the name of {number}", lines)
     if not name:
         raise lines.error((*place, "name"), f"the name of {number} is empty")
-    check_keys(site, place, _SITE if version > 2 else _SITE_2, name, lines)
+    check_keys(site, place, _SITES[version], name, lines)
 
     def wrong(field: str, expected: str) -> InvalidConfig:
         found = shown(site[field])
@@ -85,7 +89,7 @@ def _site(site: Any, place: Place, lines: Lines, version: int) -> str:
     inputs = site["inputs"]
     if not isinstance(inputs, list) or not all(isinstance(key, str) and key for key in inputs):
         raise wrong("inputs", "a list of names of tensors")
-    for field in ("reason", "stored"):
+    for field in {"reason", "stored", "quantized_output"} & set(site):
         if not isinstance(site[field], str):
             raise wrong(field, "a string")
     if not isinstance(site["quantized"], bool):
@@ -145,7 +149,10 @@ def written(site: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def renewed(site: Mapping[str, Any]) -> dict[str, Any]:
-    """A site's entries as a plan has them; what versions 1 and 2 called ``smooth`` included."""
+    """A site's entries as a plan has them; older versions included."""
+    if "stored" in site:
+        kept = {key: value for key, value in site.items() if key != "stored"}
+        site = kept | {"quantized_output": site["stored"]}
     floats = [field for field in ("activation", "weight") if site[field] == str(FLOAT)]
     site = {**site, **dict.fromkeys(floats)}
     if "smooth" not in site:

@@ -147,17 +147,18 @@ class _Inserter:
         return codes
 
     def result(self, node: fx.Node, entry: SitePlan) -> None:
-        """Let all that reads the site's stored result read it quantized."""
+        """Let all that reads the site's result read it quantized."""
         assert entry.activation is not None
-        stored = node if key_of(node) == entry.stored else next(iter(node.users))
+        key = entry.quantized_output
+        result = node if key_of(node) == key else next(iter(node.users))
         name = f"{local_name(node)}.output"
-        codes = self._codes(stored, entry.stored, entry.activation, name)
+        codes = self._codes(result, key, entry.activation, name)
         with node.graph.inserting_after(codes):
-            grid = self.grids[entry.stored, entry.activation]
+            grid = self.grids[key, entry.activation]
             args: Any = (codes, *grid, entry.activation.element.name)
             real = node.graph.call_function(DEQUANTIZE, args)
-        real.meta["val"] = stored.meta["val"]
-        stored.replace_all_uses_with(real, delete_user_cb=lambda user: user is not codes)
+        real.meta["val"] = result.meta["val"]
+        result.replace_all_uses_with(real, delete_user_cb=lambda user: user is not codes)
 
     def only_weight(self, node: fx.Node, pattern: OpPattern, site: SitePlan) -> None:
         """Replace the weight argument by integer codes and their dequantization."""
@@ -209,7 +210,7 @@ def insert_qdq(context: PassContext) -> int:
     """
     inserter = _Inserter(context)
     changed = 0
-    stored: list[tuple[fx.Node, SitePlan]] = []
+    outputs: list[tuple[fx.Node, SitePlan]] = []
     with torch.no_grad():
         for node, pattern, site in list(find_sites(context.graph)):
             entry = context.plan[site.name]
@@ -223,8 +224,8 @@ def insert_qdq(context: PassContext) -> int:
                 inserter.activations(node, operands(node, pattern), entry)
             if pattern.weight is not None and entry.weight is not None:
                 inserter.only_weight(node, pattern, entry)
-            if entry.stored:
-                stored.append((results(node)[0], entry))
-    for node, entry in stored:  # last: until here, sites find the source of what they read
+            if entry.quantized_output:
+                outputs.append((results(node)[0], entry))
+    for node, entry in outputs:  # last: until here, sites find the source of what they read
         inserter.result(node, entry)
     return changed
