@@ -21,7 +21,7 @@ LAYERS = (
     "backends", "algorithms", "recipes", "io", "report", "settings", "session",
     "rounding", "explain", "unseen", "configuration", "proxies",
     "amp", "quantizer_base", "quantizer_files", "quantizer",
-    "tuning", "cli",
+    "tuning", "checkpoints", "cli",
 )  # fmt: skip
 """Each is ``torch_quant/<name>.py`` or ``torch_quant/<name>/``, and may import from its left."""
 

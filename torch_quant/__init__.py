@@ -4,6 +4,7 @@ from torch_quant import recipes
 from torch_quant.algorithms import RoundToNearest, SmoothQuant
 from torch_quant.amp.ranking import Sensitivity
 from torch_quant.backends import Backend, available_backends
+from torch_quant.checkpoints import export_checkpoint, load_checkpoint
 from torch_quant.config import QConfig, SiteInfo, register_recipe
 from torch_quant.core.elements import ElementType, FloatType, IntegerType, register_element_type
 from torch_quant.core.granularity import (
@@ -73,9 +74,11 @@ __all__ = [
     "__version__",
     "available_backends",
     "cosine",
+    "export_checkpoint",
     "export_onnx",
     "export_torchscript",
     "load",
+    "load_checkpoint",
     "recipes",
     "register_element_type",
     "register_recipe",

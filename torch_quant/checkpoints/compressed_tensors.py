@@ -1,0 +1,201 @@
+"""compressed-tensors, as vLLM, transformers and OpenVINO read it: ``pack-quantized`` integers.
+
+A weight ``[out, in]`` is ``weight_packed``, int32 ``[out, in * bits / 32]``, of codes with half
+their range added so that none is negative, ``weight_scale``, ``[out, in / group]``, and
+``weight_shape``. What ``int-quantized`` wrote, int8 under the weight's own name, is read too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_quant.checkpoints.files import CheckpointFiles
+from torch_quant.checkpoints.layout import FLOATS, Stored, common_refusal, group_size, wrong_entry
+from torch_quant.checkpoints.packing import packed, unpacked
+from torch_quant.checkpoints.weights import QuantizedWeight
+from torch_quant.core.granularity import Granularity, PerChannel, PerGroup
+from torch_quant.core.qparams import QParams
+from torch_quant.core.spec import QuantSpec
+from torch_quant.errors import InvalidConfig
+
+__all__ = ["CompressedTensors"]
+
+_BITS = (2, 4, 8)
+"""Other widths are packed in two ways, by versions of the library before and since 0.20."""
+_PACKED, _PLAIN = "pack-quantized", "int-quantized"
+
+
+class CompressedTensors:
+    """See above."""
+
+    name = "compressed-tensors"
+
+    def refusal(self, weight: QuantizedWeight) -> str:
+        if weight.plan.activation is not None:
+            return f"it is written for float activations, not {weight.plan.activation}"
+        if reason := common_refusal(weight, _BITS):
+            return reason
+        if not (weight.spec.symmetric and weight.spec.signed) or bool(weight.zero_point.any()):
+            return f"it is written for signed codes with zero at 0, not {weight.spec}"
+        return ""
+
+    def config(
+        self, weights: Mapping[str, QuantizedWeight], in_float: Sequence[str]
+    ) -> dict[str, Any]:
+        kinds: dict[tuple[int, int | None], list[str]] = {}
+        for module, weight in weights.items():
+            kinds.setdefault((weight.spec.bits, group_size(weight)), []).append(module)
+        groups = {}
+        for i, ((bits, size), modules) in enumerate(kinds.items()):
+            groups[f"group_{i}"] = {
+                "targets": ["Linear"] if len(kinds) == 1 else modules,
+                "weights": {
+                    "num_bits": bits,
+                    "type": "int",
+                    "symmetric": True,
+                    "strategy": "channel" if size is None else "group",
+                    "group_size": size,
+                    "dynamic": False,
+                },
+                "input_activations": None,
+                "output_activations": None,
+                "format": _PACKED,
+            }
+        return {
+            "quant_method": self.name,
+            "format": _PACKED,
+            "quantization_status": "compressed",
+            "config_groups": groups,
+            "ignore": list(in_float),
+            "kv_cache_scheme": None,
+            "global_compression_ratio": None,
+        }
+
+    def tensors(self, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
+        bits = weight.spec.bits
+        return {
+            "weight_packed": packed(weight.codes.to(torch.int32) + 2 ** (bits - 1), bits),
+            "weight_scale": weight.scale.to(dtype),
+            "weight_shape": torch.tensor(weight.codes.shape),
+        }
+
+    def stored(self, files: CheckpointFiles, about: Mapping[str, Any]) -> dict[str, Stored]:
+        groups = about.get("config_groups")
+        if not isinstance(groups, dict) or not groups:
+            raise wrong_entry(files, "config_groups", groups, "schemes by name")
+        if about.get("kv_cache_scheme") is not None:
+            raise wrong_entry(files, "kv_cache_scheme", about["kv_cache_scheme"], "none")
+        found = {}
+        for name in files:
+            module, _, ending = name.rpartition(".")
+            whole = ending == "weight" and f"{module}.weight_scale" in files
+            if ending == "weight_packed" or whole:
+                found[module] = _stored(files, module, name, _scheme(files, groups, module))
+        return found
+
+    def read(self, files: CheckpointFiles, module: str, stored: Stored) -> tuple[Tensor, QParams]:
+        spec, (_, inputs) = stored.spec, stored.shape
+        grid = spec.granularity.on(0).grid(stored.shape)
+        scale = files.tensor(f"{module}.weight_scale").to(torch.float32)
+        if scale.shape != grid:  # one of all, or of a channel
+            scale = scale.reshape(-1, 1).expand(grid).contiguous()
+        half = 2 ** (spec.bits - 1)
+        if f"{module}.weight_packed" in stored.tensors:
+            codes = unpacked(files.tensor(f"{module}.weight_packed"), spec.bits, inputs)
+        else:
+            codes = (files.tensor(f"{module}.weight").to(torch.int16) + half).to(torch.uint8)
+        if spec.symmetric:
+            signed = (codes.to(torch.int16) - half).to(spec.dtype)
+            return signed, QParams(spec, scale, torch.zeros(grid, dtype=torch.int32))
+        zero_point = files.tensor(f"{module}.weight_zero_point")
+        if zero_point.dtype == torch.int32:  # packed along the channels, of which it was a column
+            zero_point = unpacked(zero_point.t().contiguous(), spec.bits, grid[0]).t()
+        else:
+            zero_point = zero_point.to(torch.int32) + half
+        return codes, QParams(spec, scale, zero_point.to(torch.int32).contiguous())
+
+
+def _scheme(files: CheckpointFiles, groups: Mapping[str, Any], module: str) -> Mapping[str, Any]:
+    """The scheme of a module: one that targets its name goes before one for all linear layers."""
+    by_class = None
+    for scheme in groups.values():
+        if not isinstance(scheme, dict) or not isinstance(scheme.get("targets"), list):
+            raise wrong_entry(files, "config_groups", groups, "schemes with targets and weights")
+        for target in map(str, scheme["targets"]):
+            pattern = target.removeprefix("re:")
+            if target == module or (pattern != target and re.match(pattern, module)):
+                return scheme
+            by_class = by_class or (scheme if target == "Linear" else None)
+    if by_class is None:
+        raise wrong_entry(files, "config_groups", groups, f"one that targets {module}")
+    return by_class
+
+
+def _stored(files: CheckpointFiles, module: str, name: str, scheme: Mapping[str, Any]) -> Stored:
+    weights = scheme.get("weights")
+    if not isinstance(weights, dict):
+        raise wrong_entry(files, f"for {module} the weights", weights, "what they are quantized to")
+    if scheme.get("input_activations") or scheme.get("output_activations"):
+        raise wrong_entry(files, f"for {module} quantized activations", scheme, "float activations")
+    about = scheme.get("format")
+    if about not in (None, _PACKED, _PLAIN):
+        raise wrong_entry(files, f"for {module} the format", about, f"{_PACKED} or {_PLAIN}")
+    spec = _spec(files, module, weights)
+    if f"{module}.weight_g_idx" in files:
+        raise InvalidConfig(
+            f"{files.file(f'{module}.weight_g_idx')}: the inputs of {module} are in groups by "
+            "activation order; such checkpoints are not read, quantize without actorder"
+        )
+    whole = name.endswith(".weight")
+    if whole:
+        shape = files.shape(name)
+    else:
+        files.check(f"{module}.weight_shape", (2,), "I64", "I32")
+        shape = tuple(files.tensor(f"{module}.weight_shape").tolist())
+    if len(shape) != 2:
+        raise InvalidConfig(f"{files.file(name)}: {name} is of shape {shape}; expected two sizes")
+    outputs, inputs = shape
+    try:
+        grid = spec.granularity.on(0).grid(shape)
+    except InvalidConfig as error:
+        raise InvalidConfig(f"{files.file(name)}: {name}: {error}") from error
+    if whole:
+        files.check(name, shape, "I8")
+    else:
+        files.check(name, (outputs, _words(inputs, spec.bits)), "I32")
+    scale = f"{module}.weight_scale"
+    flat = files.shape(scale) in ((outputs,), (1,)) and grid == (outputs, 1)
+    files.check(scale, files.shape(scale) if flat else grid, *FLOATS)
+    names = {name, scale, f"{module}.weight_shape"}
+    if not spec.symmetric:
+        names.add(f"{module}.weight_zero_point")
+        packed_rows = (_words(outputs, spec.bits), grid[1])
+        dtype = "I8" if whole else "I32"
+        files.check(f"{module}.weight_zero_point", grid if whole else packed_rows, dtype)
+    return Stored(spec, (outputs, inputs), frozenset(names & set(files)))
+
+
+def _words(codes: int, bits: int) -> int:
+    return -(-codes * bits // 32)
+
+
+def _spec(files: CheckpointFiles, module: str, weights: Mapping[str, Any]) -> QuantSpec:
+    bits, kind, strategy = (weights.get(key) for key in ("num_bits", "type", "strategy"))
+    if kind != "int" or bits not in _BITS:
+        expected = f"integers of {', '.join(map(str, _BITS))} bits"
+        raise wrong_entry(files, f"for {module}", f"{bits} bits of type {kind}", expected)
+    size = weights.get("group_size")
+    granularity: Granularity
+    if strategy == "group" and isinstance(size, int) and size > 0:
+        granularity = PerGroup(size)
+    elif strategy in ("channel", "tensor"):
+        granularity = PerChannel()
+    else:
+        raise wrong_entry(files, f"for {module} the strategy", strategy, "group or channel")
+    symmetric = weights.get("symmetric") is not False
+    return QuantSpec.of(bits=bits, signed=symmetric, symmetric=symmetric, granularity=granularity)

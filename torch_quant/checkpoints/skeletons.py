@@ -1,0 +1,103 @@
+"""Models of transformers without the work of giving them weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_quant.backends.onnx import missing_packages
+from torch_quant.checkpoints.files import CheckpointFiles
+from torch_quant.errors import BackendUnavailable, InvalidConfig
+
+__all__ = ["built", "placeholder", "tensors_of", "tied_names"]
+
+
+def built(files: CheckpointFiles) -> nn.Module:
+    """A model of the class and sizes that ``config.json`` names; its weights have no values yet.
+
+    Raises:
+        BackendUnavailable: transformers is not installed.
+        InvalidConfig: it names no architecture that transformers has.
+    """
+    if missing := missing_packages("transformers"):
+        raise BackendUnavailable(
+            f"load_checkpoint without model=: {missing}, or give a model of the checkpoint's class"
+        )
+    import transformers
+
+    data = {k: v for k, v in files.config.items() if k != "quantization_config"}
+    where = files.folder / "config.json"
+    try:
+        kind = str(data["model_type"])
+        config = transformers.AutoConfig.for_model(**data)
+    except (KeyError, ValueError, TypeError) as error:
+        raise InvalidConfig(f"{where}: its model cannot be built: {error}") from error
+    names = data.get("architectures") or ()
+    cls = getattr(transformers, str(names[0]), None) if names else None
+    if cls is None:
+        raise InvalidConfig(
+            f"{where}: transformers {transformers.__version__} has no architecture {names!r} of "
+            f"model type {kind!r}; give a model of that class, load_checkpoint(folder, model=...)"
+        )
+    with _without_initializing():
+        model: nn.Module = cls._from_config(config, dtype=torch.float32)
+    model.tie_weights()  # type: ignore[operator]
+    generation = files.folder / "generation_config.json"
+    if generation.is_file() and hasattr(model, "generation_config"):
+        read: Any = transformers.GenerationConfig.from_pretrained(str(files.folder))
+        model.generation_config = read
+    return model.eval()
+
+
+@contextlib.contextmanager
+def _without_initializing() -> Iterator[None]:
+    """Memory that nobody writes to costs nothing; buffers that are computed get their values."""
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        yield
+
+
+def placeholder(shape: tuple[int, ...]) -> nn.Parameter:
+    """A weight of zeros that takes four bytes, whatever its shape."""
+    return nn.Parameter(torch.zeros(()).expand(shape), requires_grad=False)
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Every tensor that a checkpoint holds, by each of its names: parameters and buffers.
+
+    Buffers that are computed from the configuration are none of them.
+    """
+    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, x in module._buffers.items():
+            if x is not None and name not in module._non_persistent_buffers_set:
+                found[f"{path}.{name}".strip(".")] = x
+    return found
+
+
+def tied_names(tensors: dict[str, Tensor]) -> dict[str, tuple[str, ...]]:
+    """Name -> all names of the same tensor."""
+    names: dict[int, list[str]] = {}
+    for name, x in tensors.items():
+        names.setdefault(id(x), []).append(name)
+    return {name: tuple(names[id(x)]) for name, x in tensors.items()}
+
+
+def config_of(model: nn.Module) -> Any:
+    """The configuration of a model of transformers.
+
+    Raises:
+        InvalidConfig: it has none.
+    """
+    config: Any = getattr(model, "config", None)
+    if config is None or not callable(getattr(config, "to_json_string", None)):
+        raise InvalidConfig(
+            f"the model has no configuration of transformers (model.config is {config!r}), which "
+            "a checkpoint needs; torch_quant.save(model, folder) saves any quantized model"
+        )
+    return config
