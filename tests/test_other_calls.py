@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from models import normal
 from torch import Tensor, nn
 
-from torch_quant import CaptureFailed, Quantizer, sqnr
+from torch_quant import CaptureFailed, Quantizer, load, save, sqnr
 
 X = normal(4, 8)
 
@@ -67,3 +70,41 @@ def test_of_several_graphs_the_nearest_is_named() -> None:
     with pytest.raises(CaptureFailed, match="it was captured without both"):
         quant_model(x=X, both=True)
     assert sqnr(model(x=X), quant_model(x=X, both=False)) > 25
+
+
+def _renaming(inner: Any) -> Any:
+    """A decorator that shows the names of what it takes the place of."""
+
+    @functools.wraps(inner)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return _other_names(self, *args, **kwargs)
+
+    return forward
+
+
+def _other_names(self: Any, hidden: Tensor, factor: Tensor | None = None) -> Tensor:
+    y: Tensor = self.fc(hidden)
+    return y if factor is None else y * factor
+
+
+class Renamed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    @_renaming
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        raise NotImplementedError
+
+
+def test_names_that_a_decorator_hides_go_by_position(tmp_path: Path) -> None:
+    model, x = Renamed().eval(), torch.randn(4, 8)
+    quantizer = Quantizer("reference")
+    calib_model = quantizer.calib(model)
+    for args in ((x,), (x, x[:, :1])):
+        assert torch.equal(calib_model(*args), model(*args))
+    quant_model = quantizer.quantize(model)
+    save(quant_model, tmp_path / "model")
+    for each in (quant_model, load(tmp_path / "model", model=Renamed())):
+        assert sqnr(model(x, x[:, :1]), each(x, x[:, :1])) > 30  # 8 bits
+        assert sqnr(model(x), each(x)) > 30

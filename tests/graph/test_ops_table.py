@@ -37,6 +37,18 @@ class PlainBag(nn.EmbeddingBag):
         return torch.ops.aten.embedding_bag.default(self.weight, ids, offsets)[0]
 
 
+class Experts(nn.Module):
+    """Two matrices of one tensor, and rows that are sorted by which they want."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(normal(2 * 8, 16))
+        self.out_features = 2 * 8
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        return torch.ops.torch_quant.grouped_linear.default(x, self.weight, ends)
+
+
 def convolved(kind: Callable[..., nn.Module], *shape: int, **options: Any) -> Case:
     """A convolution 4 to 6 over 2 inputs; macs are counted below, by hand."""
     macs = options.pop("macs")
@@ -48,6 +60,9 @@ CASES: dict[str, list[Case]] = {
         (nn.Linear(16, 8), (normal(3, 16),), 3 * 16 * 8),
         (nn.Linear(16, 8, bias=False), (normal(3, 5, 16),), 3 * 5 * 16 * 8),
         (nn.Linear(16, 8), (normal(16),), 16 * 8),
+    ],
+    "torch_quant.grouped_linear.default": [
+        (Experts(), (normal(5, 16), torch.tensor([2, 5])), 5 * 8 * 16)
     ],
     "aten.conv1d.default": [
         convolved(nn.Conv1d, 10, macs=2 * 6 * 8 * 4 * 3),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable
 from functools import cached_property, lru_cache
 from types import FunctionType, MethodType
@@ -25,12 +26,20 @@ class CallSignature(inspect.Signature):
     Args:
         decorated: another function stands before the one that has these defaults, and may do
             something else with an argument that is given than with one that is not.
+        by_position: what stands behind the decorator has other names, so that arguments go by
+            position.
     """
 
     decorated = False
+    by_position = False
 
     def __reduce__(self) -> Any:
-        return _made, (list(self.parameters.values()), self.return_annotation, self.decorated)
+        parameters = list(self.parameters.values())
+        return _made, (parameters, self.return_annotation, self.decorated, self.by_position)
+
+    def with_positions(self) -> CallSignature:
+        """The same for a function that takes other names than it shows."""
+        return _made(list(self.parameters.values()), self.return_annotation, self.decorated, True)
 
     @cached_property
     def names(self) -> tuple[str, ...] | None:
@@ -81,9 +90,11 @@ def _signature_of(forward: Callable[..., Any]) -> CallSignature:
     return _made(list(given.parameters.values()), given.return_annotation, decorated)
 
 
-def _made(parameters: list[inspect.Parameter], result: Any, decorated: bool) -> CallSignature:
+def _made(
+    parameters: list[inspect.Parameter], result: Any, decorated: bool, by_position: bool = False
+) -> CallSignature:
     made = CallSignature(parameters, return_annotation=result)
-    made.decorated = decorated
+    made.decorated, made.by_position = decorated, by_position
     return made
 
 
@@ -117,7 +128,16 @@ def bind(
     for name, default in signature.defaults.items():
         if name in named and _same(named[name], default):
             del named[name]
-    return (), named
+    return _by_position(signature, named) if signature.by_position else ((), named)
+
+
+def _by_position(
+    signature: CallSignature, named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The first arguments by position, as far as they are given without a gap."""
+    names = list(signature.parameters)[: signature.positional]
+    leading = list(itertools.takewhile(named.__contains__, names))
+    return tuple(named.pop(name) for name in leading), named
 
 
 def _bind_slowly(

@@ -113,8 +113,10 @@ class CapturedModule:
             if found is None and not self.failure:
                 found = self._capture(call)
             return found
-        except ModelRefuses:
+        except ModelRefuses as error:
             self.called = before
+            if self._takes_other_names(error, kwargs):
+                return self.resolve((), kwargs)
             raise
         except CaptureFailed as error:
             self.written.update(error.leaves_behind)
@@ -122,6 +124,15 @@ class CapturedModule:
                 self.state = error.names
             self.split(str(error))
             return None
+
+    def _takes_other_names(self, error: ModelRefuses, named: dict[str, Any]) -> bool:
+        """Whether a decorator hides the names of the arguments; they go by position from now on."""
+        signature = self.signature
+        renamed = isinstance(error.__cause__, TypeError) and "argument" in str(error.__cause__)
+        if signature.by_position or not (signature.decorated and named and renamed):
+            return False
+        self.signature = signature.with_positions()
+        return not self.graphs
 
     def bound(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]

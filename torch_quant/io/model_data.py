@@ -155,11 +155,19 @@ def _graph(graph: QuantizedGraph, path: str) -> dict[str, Any]:
     }
 
 
+_BY_POSITION = "by position"
+"""Of a signature whose decorator hides other names."""
+
+
 def _signature(signature: inspect.Signature) -> Any:
     """Names, kinds and defaults of parameters; None where a default is no data."""
     try:
         return {
-            "decorated": bool(getattr(signature, "decorated", False)),
+            "decorated": (
+                _BY_POSITION
+                if getattr(signature, "by_position", False)
+                else bool(getattr(signature, "decorated", False))
+            ),
             "parameters": [
                 [each.name, each.kind.name, each.default is not each.empty,
                  None if each.default is each.empty else encode(each.default)]
@@ -328,8 +336,10 @@ class _Reader:
 
     @staticmethod
     def _signature(where: str, theirs: nn.Module | None, data: Any) -> inspect.Signature:
+        hidden = isinstance(data, dict) and data.get("decorated") == _BY_POSITION
         if theirs is not None:
-            return signature_of(theirs.forward)
+            known = signature_of(theirs.forward)
+            return known.with_positions() if hidden else known
         if data is None:
             raise InvalidConfig(
                 f"{where} has defaults that are no data: torch_quant.load(folder, model=...)"
@@ -345,7 +355,8 @@ class _Reader:
                 )
             )
         signature = CallSignature(parameters)
-        signature.decorated = found["decorated"] is True
+        signature.decorated = hidden or found["decorated"] is True
+        signature.by_position = hidden
         return signature
 
     def mount(self) -> None:

@@ -10,6 +10,7 @@ from torch import fx
 
 from torch_quant.graph.sites import ORIGIN, name_tensors
 from torch_quant.passes.base import Pass, PassContext, copy_graph, run_passes
+from torch_quant.passes.expert_forms import normalize_experts
 from torch_quant.passes.fold_batch_norm import fold_batch_norm
 from torch_quant.passes.functionalize import functionalize
 from torch_quant.passes.identity import remove_identities, views_to_reshapes
@@ -22,6 +23,7 @@ CANONICAL_PASSES: tuple[Pass, ...] = (
     functionalize,
     views_to_reshapes,
     normalize_linear,
+    normalize_experts,
     fold_batch_norm,
 )
 

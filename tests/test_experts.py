@@ -1,0 +1,106 @@
+"""Mixtures of experts whose weights are one tensor: quantized as any linear layer is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from torch_quant import Quantizer, load, recipes, save
+from torch_quant.core.metrics import sqnr
+from torch_quant.ops.experts import GROUPED_LINEAR
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    "num_local_experts": 4, "num_experts_per_tok": 2,
+}  # fmt: skip
+
+
+def moe(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    if kind == "mixtral":
+        return MixtralForCausalLM(MixtralConfig(**SIZES)).eval()
+    if kind == "qwen3":
+        sizes = {k: v for k, v in SIZES.items() if k != "num_local_experts"}
+        config = Qwen3MoeConfig(num_experts=4, moe_intermediate_size=32, head_dim=8, **sizes)
+        return Qwen3MoeForCausalLM(config).eval()
+    return GptOssForCausalLM(GptOssConfig(head_dim=8, sliding_window=8, **SIZES)).eval()
+
+
+def tokens(*shape: int) -> Tensor:
+    return torch.randint(0, 64, shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("capture", ["modules", "whole"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3", "gpt-oss"])
+def test_experts_are_quantized(kind: str, capture: str) -> None:
+    model, x = moe(kind), tokens(2, 12)
+    quantizer = Quantizer(
+        "reference", qconfig=recipes.int8_weight_only(group_size=16), capture=capture
+    )
+    quant_model = quantizer.quantize(model, example_inputs={"input_ids": x})
+    plan = quant_model.quantization.plan
+    experts = [site for site in plan.values() if site.op == "grouped_linear"]
+    assert len(experts) == 4
+    assert all(site.quantized for site in experts)
+    assert plan.coverage > 0.9  # all but attention's products
+    for batch in (x, tokens(3, 7), tokens(1, 1)):
+        with torch.no_grad():
+            assert sqnr(model(batch).logits, quant_model(batch).logits) > 35  # 8 bits
+    held = quant_model.state_dict()["model.layers.1.mlp.experts.down_proj"]
+    assert held.dtype == torch.int8
+
+
+def test_the_operator_is_the_sum_over_each_expert() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(10, 6, generator=generator)
+    weight = torch.randn(3, 5, 6, generator=generator)
+    for ends in ([4, 4, 9], [0, 0, 10], [10, 10, 10], [0, 0, 0], [2, 5, 8]):
+        found = GROUPED_LINEAR(x, weight.reshape(15, 6), torch.tensor(ends, dtype=torch.int32))
+        starts = [0, *ends[:-1]]
+        rows = [x[a:b] @ w.T for a, b, w in zip(starts, ends, weight, strict=True)]
+        rows.append(torch.zeros(10 - ends[-1], 5))
+        torch.testing.assert_close(found, torch.cat(rows))
+    torch.library.opcheck(
+        GROUPED_LINEAR, (x, weight.reshape(15, 6), torch.tensor([4, 4, 9])), test_utils=_CHECKS
+    )
+
+
+_CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def test_a_backend_without_a_kernel_says_so_and_is_right() -> None:
+    model, x = moe("mixtral"), tokens(2, 12)
+    quantizer = Quantizer("onnx", capture="whole")
+    quantizer.calib(model)(x)
+    coverage = quantizer.coverage(model)
+    assert "grouped_linear" in str(coverage)
+    reason = coverage.reasons["model.layers.0.mlp.experts.grouped_linear"]
+    assert "no int8 kernel for grouped_linear" in reason
+    with torch.no_grad():
+        assert sqnr(model(x).logits, quantizer.quantize(model)(x).logits) > 15
+
+
+def test_saved_and_calibrated(tmp_path: Path) -> None:
+    """Static int8, a calib proxy that is bit-equal, and a folder."""
+    model, x = moe("mixtral"), tokens(2, 12)
+    quantizer = Quantizer("reference")
+    with torch.no_grad():
+        assert torch.equal(quantizer.calib(model)(x).logits, model(x).logits)
+        quant_model = quantizer.quantize(model)
+        expected = quant_model(x).logits
+        save(quant_model, tmp_path / "moe")
+        assert torch.equal(load(tmp_path / "moe", model=moe("mixtral"))(x).logits, expected)
+        assert sqnr(model(x).logits, expected) > 15
