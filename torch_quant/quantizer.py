@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from torch_quant.amp.allocation import Allocation
+from torch_quant.amp.candidates import checked_candidates
 from torch_quant.amp.fallback import precision_of
 from torch_quant.amp.options import AmpOptions, LossFn
 from torch_quant.amp.proxy import AmpModel, Latency
@@ -139,6 +141,7 @@ class Quantizer(QuantizerFiles):
         max_batches: int | None = None,
         example_inputs: Any = None,
         seed: int = 0,
+        candidates: Mapping[str, QConfig] | Iterable[QConfig] | None = None,
     ) -> AmpModel:
         """A proxy that returns what ``model`` returns, bit for bit, and records sensitivities.
 
@@ -154,17 +157,59 @@ class Quantizer(QuantizerFiles):
             max_batches: record this many batches and pass on what comes after; None for all.
             example_inputs: as for :meth:`calib`.
             seed: of the random directions.
+            candidates: other configurations that each site is tried in too, for :meth:`allocate`:
+                a dict of names of yours, or a list. Each costs one more run of the site.
 
         Raises:
             NotCalibrated: no data was seen, or the model has changed since.
-            InvalidConfig: an unknown metric.
+            InvalidConfig: an unknown metric, or candidates that are none.
 
         >>> model, x, quantizer = nn.Linear(4, 2), torch.ones(8, 4), Quantizer("reference")
         >>> _ = quantizer.calib(model)(x)
         >>> torch.equal(quantizer.amp(model)(x), model(x))
         True
         """
-        return self._amp(model, AmpOptions(metric, loss_fn, max_batches, seed), example_inputs)
+        others = checked_candidates(candidates)
+        options = AmpOptions(metric, loss_fn, max_batches, seed, others)
+        return self._amp(model, options, example_inputs)
+
+    def allocate(
+        self,
+        amp_model: AmpModel,
+        *,
+        bits_per_weight: float | None = None,
+        min_sqnr: float | None = None,
+    ) -> Allocation:
+        """Give each site the candidate that the model's outputs can best bear.
+
+        Give one of ``bits_per_weight`` and ``min_sqnr``. What is chosen becomes an override of the
+        site, so :meth:`quantize`, :meth:`round_weights` and :meth:`to_config` follow it.
+
+        Args:
+            amp_model: a proxy of :meth:`amp` with ``candidates`` that data was run through.
+            bits_per_weight: the mean that weights may take, scales included; the noise at the
+                outputs is then the least.
+            min_sqnr: output SQNR, dB, that the sum of the sites' noises must not fall below; the
+                bits are then the fewest. First-order: measure the result.
+
+        Returns:
+            What was chosen; ``print`` shows a table.
+
+        Raises:
+            NotCalibrated: no data was run through the proxy, or it knows no noise at the outputs.
+            InvalidConfig: it has no candidates; none or both goals; a goal out of reach.
+
+        >>> from torch_quant import recipes
+        >>> model, x = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 2)), torch.rand(8, 32)
+        >>> few, many = (recipes.weight_only(bits=bits, group_size=32) for bits in (3, 8))
+        >>> quantizer = Quantizer("reference", qconfig=many)
+        >>> amp_model = quantizer.amp(model, candidates={"3": few, "8": many})
+        >>> _ = amp_model(x)
+        >>> found = quantizer.allocate(amp_model, bits_per_weight=4.5)
+        >>> {site: choice.candidate for site, choice in found.chosen.items()}
+        {'0': '3', '1': '8'}
+        """
+        return self._allocate(amp_model, bits_per_weight, min_sqnr)
 
     def sensitivity(
         self, amp_model: AmpModel, *, measure: bool | Iterable[int] = False

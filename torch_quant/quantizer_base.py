@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from torch_quant.amp.allocation import Allocation, allocate
 from torch_quant.amp.fallback import Fallback
 from torch_quant.amp.options import AmpOptions
 from torch_quant.amp.proxy import AmpModel
@@ -114,6 +115,11 @@ class QuantizerBase(Tied):
         return session
 
     def _fallback(self, proxy: AmpModel, precision: str = PRECISIONS[0]) -> Fallback:
+        self._check_own(proxy)
+        proxy.check()
+        return Fallback(proxy, precision)
+
+    def _check_own(self, proxy: AmpModel) -> None:
         if not isinstance(proxy, AmpModel):
             quantized = isinstance(proxy, QuantizedModule)
             found = "a quantized model" if quantized else type(proxy).__name__
@@ -123,8 +129,6 @@ class QuantizerBase(Tied):
                 "the AMP proxy is of another model or another quantizer: use the quantizer that "
                 "made it, or quantizer.amp(model) and run data through it"
             )
-        proxy.check()
-        return Fallback(proxy, precision)
 
     def _ready(
         self, model: nn.Module, backend: Backend | str | None, example_inputs: Any, method: str
@@ -154,7 +158,8 @@ class QuantizerBase(Tied):
         if example_inputs is not None:
             run_example(session.captured, example_inputs)
         plan = session.plan()
-        if self.state.batches == 0 and (not plan or _needs_ranges(plan)):
+        wanting = _needs_ranges(plan) if plan else self.qconfig.needs_ranges
+        if self.state.batches == 0 and wanting:
             raise NotCalibrated(
                 "no calibration data was seen: run it through the proxy that "
                 "quantizer.calib(model) returns, then ask for sensitivity"
@@ -182,6 +187,18 @@ class QuantizerBase(Tied):
         self.state.version += 1
         self.plan = QuantPlan()
         return report
+
+    def _allocate(
+        self, amp_model: AmpModel, bits_per_weight: float | None, min_sqnr: float | None
+    ) -> Allocation:
+        self._check_own(amp_model)
+        found = allocate(amp_model, bits_per_weight, min_sqnr)
+        candidates = amp_model.candidates
+        self.overrides = dict(self.overrides)
+        for site, each in found.chosen.items():
+            self.overrides[site] = candidates[each.candidate]
+        self.plan = QuantPlan()
+        return found
 
     def _set(self, pattern: OverrideKey, config: QConfig | None) -> None:
         overrides = {key: value for key, value in self.overrides.items() if key != pattern}

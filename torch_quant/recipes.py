@@ -24,6 +24,7 @@ __all__ = [
     "mxfp6",
     "mxfp8",
     "mxint8",
+    "weight_only",
 ]
 
 _BLOCK = 32
@@ -101,6 +102,33 @@ def int4_weight_only(
     s4 symmetric per-group(32)
     """
     return QConfig(FLOAT, _int(4, group_size, symmetric), method=_method(method))
+
+
+@register_recipe
+def weight_only(
+    *,
+    bits: int = 4,
+    group_size: int | None = 64,
+    symmetric: bool = True,
+    method: WeightMethod | str | None = None,
+) -> QConfig:
+    """Weights of 2 to 8 bits, activations in float: no data unless the method wants some.
+
+    Args:
+        bits: of a weight.
+        group_size: inputs that share a scale; None for a scale for each output channel.
+        symmetric: whether codes are signed, with their zero at 0.
+        method: how weights are rounded.
+
+    Raises:
+        InvalidConfig: ``bits`` or ``group_size`` is out of range, or the method is unknown.
+
+    >>> print(weight_only(bits=3).weight)
+    s3 symmetric per-group(64)
+    """
+    if isinstance(bits, bool) or bits not in range(2, 9):
+        raise InvalidConfig(f"bits={bits!r}: expected 2 to 8")
+    return QConfig(FLOAT, _int(bits, group_size, symmetric), method=_method(method))
 
 
 @register_recipe

@@ -159,6 +159,19 @@ class Session:
         backend, params = backend or self.owner.backend, Calibrated(self, plan)
         return Lowering(self.captured, plan, backend, params, self.state.rounded.scaled)
 
+    def candidate(self, config: QConfig) -> Lowering:
+        """How the model would be quantized if every site were asked to be ``config``."""
+        settings = self.settings
+        plan = annotate(
+            self.captured.sites(),
+            self.model,
+            self.owner.backend.kernels(),
+            qconfig=config,
+            overrides={},
+            module_filter=settings.module_filter,
+        )
+        return Lowering(self.captured, plan, self.owner.backend, Calibrated(self, plan))
+
     # What calibration records
 
     def wanted(self, keys: Iterable[str]) -> dict[str, Makers]:

@@ -11,6 +11,7 @@ A sample whose gradient is infinite somewhere (that of a square root at 0) is no
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from torch_quant.amp.gram import NoiseGram
-from torch_quant.amp.records import Recorder
+from torch_quant.amp.records import CandidateStats, Recorder
 from torch_quant.nn.probe import SiteProbe, track
 
 __all__ = ["NoisePass", "culprit"]
@@ -38,6 +39,7 @@ class NoisePass:
         effects: site -> its noise along the direction of the gradient, for each sample.
         shares: site -> what of that is due to weight and activations: of some rows of a result,
             which sample each belongs to, and its squares, shape ``[2, rows]``.
+        costs: site and candidate -> what ``effects`` has of the site.
         done: whether gradients that still arrive are no news.
     """
 
@@ -46,6 +48,7 @@ class NoisePass:
     anchor: Tensor | None = None
     effects: dict[str, Tensor] = field(default_factory=dict)
     shares: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    costs: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     done: bool = False
 
     def visit(self, probe: SiteProbe, y: Tensor, args: tuple[Any, ...]) -> Tensor:
@@ -62,11 +65,26 @@ class NoisePass:
                 stats.from_activation += _dot(part, part)
                 rest = noise[: len(part)] - part
                 stats.from_weight += _dot(rest, rest)
+            others = self._candidates(probe, exact, inputs)
         if self.anchor is None:
             return y
         y = track(y, self.anchor)
-        y.register_hook(lambda grad: self._arrived(probe.name, grad, noise, part))
+        y.register_hook(lambda grad: self._arrived(probe.name, grad, noise, part, others))
         return y
+
+    def _candidates(
+        self, probe: SiteProbe, exact: Tensor, inputs: tuple[Any, ...]
+    ) -> dict[str, Tensor]:
+        """The noise of each candidate, in half the bytes: its energy is wanted to two digits."""
+        found = {}
+        for name, quantized in probe.candidates().items():
+            noise = exact - quantized(*inputs)
+            self.record.candidates.setdefault((probe.name, name), CandidateStats()).noise += _dot(
+                noise, noise
+            )
+            if self.anchor is not None:
+                found[name] = noise.to(torch.bfloat16)
+        return found
 
     def _activation_part(
         self, probe: SiteProbe, exact: Tensor, inputs: tuple[Any, ...]
@@ -84,17 +102,24 @@ class NoisePass:
         return exact - probe.half(*inputs)  # type: ignore[operator]
 
     @torch.no_grad()
-    def _arrived(self, name: str, grad: Tensor, noise: Tensor, part: Tensor | None) -> None:
+    def _arrived(
+        self,
+        name: str,
+        grad: Tensor,
+        noise: Tensor,
+        part: Tensor | None,
+        others: Mapping[str, Tensor],
+    ) -> None:
         """The gradient of a site's result."""
         if self.done:
             return
         stats = self.record.of(name)
         apart = grad.dim() > 0 and len(grad) % self.rows == 0
-        effect = _projected(noise, grad, self.rows if apart else 1)
-        known = self.effects.get(name)  # of another call of the site
-        if known is not None and len(known) != len(effect):
-            known, effect = known.sum()[None], effect.sum()[None]
-        self.effects[name] = effect if known is None else known + effect
+        groups = self.rows if apart else 1
+        self.effects[name] = _joined(self.effects.get(name), _projected(noise, grad, groups))
+        for other, theirs in others.items():
+            effect = _projected(theirs.to(grad.dtype), grad, groups)
+            self.costs[name, other] = _joined(self.costs.get((name, other)), effect)
         stats.reached = True
         if part is not None:
             count = len(part)
@@ -124,6 +149,9 @@ class NoisePass:
         if self.effects:
             effects = {name: p if whole else p[good] for name, p in self.effects.items()}
             self.record.gram = NoiseGram.of(effects, int(good.sum()))
+        for key, effect in self.costs.items():
+            kept = effect if whole else effect[good]
+            self.record.candidates[key].score = float(kept.square().sum())
         for name, stats in self.record.sites.items():
             stats.from_activation = stats.from_weight = 0.0
             for sample, squares in self.shares.get(name, []):
@@ -140,6 +168,15 @@ class NoisePass:
             x.dim() > 0 and len(x) % self.rows == 0 for x in outputs
         )
         return good if apart or good.all() else torch.zeros_like(good)
+
+
+def _joined(known: Tensor | None, effect: Tensor) -> Tensor:
+    """The effect of several calls of one site."""
+    if known is None:
+        return effect
+    if len(known) != len(effect):
+        known, effect = known.sum()[None], effect.sum()[None]
+    return known + effect
 
 
 @torch.no_grad()

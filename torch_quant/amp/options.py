@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from torch_quant.config import QConfig
 from torch_quant.errors import InvalidConfig
 
 __all__ = ["AmpOptions", "LossFn"]
@@ -26,6 +27,7 @@ class AmpOptions:
         loss_fn: takes the place of the projection of the outputs.
         max_batches: how many are recorded; None for all.
         seed: of the random signs.
+        candidates: name -> other configurations, each tried at every site.
 
     Raises:
         InvalidConfig: an unknown metric; a loss with ``"sqnr"``; no batches.
@@ -35,6 +37,7 @@ class AmpOptions:
     loss_fn: LossFn | None = None
     max_batches: int | None = None
     seed: int = 0
+    candidates: Mapping[str, QConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.metric not in ("output", "sqnr"):

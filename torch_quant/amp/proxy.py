@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from torch_quant.amp.candidates import candidate_lowerings
 from torch_quant.amp.noise import NoisePass, culprit
 from torch_quant.amp.options import AmpOptions
 from torch_quant.amp.probe_sites import LocalSite, cut_sites, insert_site_probes
 from torch_quant.amp.records import Recorder
 from torch_quant.backends import Backend
 from torch_quant.backends.lowering import Lowering
+from torch_quant.config import QConfig
 from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import InvalidConfig, NotCalibrated, QuantError
 from torch_quant.graph.calls import Call
@@ -258,13 +260,27 @@ class AmpModel(Proxy):
         bits = torch.randint(0, 2, x.shape, generator=self._signs, dtype=torch.int8)
         return (2 * bits - 1).to(x)
 
-    def check(self) -> None:
-        """Raise :class:`NotCalibrated` unless what was recorded holds as things are now."""
+    @property
+    def candidates(self) -> Mapping[str, QConfig]:
+        """What it was asked to try, by name."""
+        return self._options.candidates
+
+    def candidate_plans(self) -> dict[str, QuantPlan]:
+        """Candidate -> what would be done with every site."""
+        others = candidate_lowerings(self.session, self._options.candidates)
+        return {name: made.plan for name, made in others.items()}
+
+    def check(self, besides: Container[str] = ()) -> None:
+        """Raise :class:`NotCalibrated` unless what was recorded holds as things are now.
+
+        Args:
+            besides: what may have changed.
+        """
         if self.recorder.batches == 0:
             raise NotCalibrated(
                 "no data was run through the AMP proxy: for batch in loader: amp_model(batch)"
             )
-        if changed := self.changes():
+        if changed := [name for name in self.changes() if name not in besides]:
             raise NotCalibrated(
                 f"{', '.join(changed)} changed since the AMP proxy saw its data, so what it "
                 "recorded holds no longer: run data through it again, it then starts anew"
@@ -305,6 +321,8 @@ class AmpModel(Proxy):
         outputs = {name: plan[name].quantized_output for name in plan.quantized}
         sites = cut_sites(prepared, set(plan.quantized), outputs)
 
+        others = candidate_lowerings(self.session, self._options.candidates)
+
         def probe(local: LocalSite) -> SiteProbe:
             name = local.site.name
             return SiteProbe(
@@ -314,6 +332,11 @@ class AmpModel(Proxy):
                 _half(lowering, local),
                 local.operand,
                 lambda *each: self._visitor(*each),
+                {
+                    other: made.graph(local.gm)
+                    for other, made in others.items()
+                    if name in made.plan.quantized
+                },
             )
 
         with torch.no_grad():

@@ -10,7 +10,7 @@ from dataclasses import astuple, dataclass, field
 from torch_quant.amp.gram import NoiseGram
 from torch_quant.errors import QuantError
 
-__all__ = ["Recorder", "SiteStats"]
+__all__ = ["CandidateStats", "Recorder", "SiteStats"]
 
 
 @dataclass
@@ -44,6 +44,23 @@ class SiteStats:
 
 
 @dataclass
+class CandidateStats:
+    """Of one site in another format, summed over samples.
+
+    Args:
+        score: energy of its noise at the outputs.
+        noise: squared norm of its noise at the site's result.
+    """
+
+    score: float = 0.0
+    noise: float = 0.0
+
+    def add(self, other: CandidateStats) -> None:
+        self.score += other.score
+        self.noise += other.noise
+
+
+@dataclass
 class Recorder:
     """What a proxy has recorded; a batch counts whole or not at all.
 
@@ -55,6 +72,7 @@ class Recorder:
         left_out: samples that are not in ``gram`` and ``output_signal``, since a gradient of theirs
             is not finite.
         culprit: the operator that made the first of them; empty if not known.
+        candidates: site and candidate -> its noise at the outputs, and locally.
     """
 
     sites: dict[str, SiteStats] = field(default_factory=dict)
@@ -63,6 +81,7 @@ class Recorder:
     batches: int = 0
     left_out: int = 0
     culprit: str = ""
+    candidates: dict[tuple[str, str], CandidateStats] = field(default_factory=dict)
 
     @property
     def without_gradient(self) -> bool:
@@ -100,6 +119,14 @@ class Recorder:
             self.drop_shares()
         for name, stats in new.sites.items():
             self.sites.setdefault(name, SiteStats()).add(stats)
+        for key, cost in new.candidates.items():
+            if not math.isfinite(cost.score) or not math.isfinite(cost.noise):
+                raise QuantError(
+                    f"batch {self.batches}: the noise of {key[0]} as {key[1]} is not finite; "
+                    "nothing of this batch was recorded"
+                )
+        for key, cost in new.candidates.items():
+            self.candidates.setdefault(key, CandidateStats()).add(cost)
         self.gram.add(new.gram)
         self.output_signal += new.output_signal
         self.batches += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ class SiteProbe(nn.Module):
             have both.
         operand: which argument is the quantized activation, where there is one only.
         visit: takes the probe, the result and the arguments, and returns the result.
+        candidates: name -> the site quantized otherwise.
     """
 
     def __init__(
@@ -57,9 +58,11 @@ class SiteProbe(nn.Module):
         half: Callable[..., Tensor] | None,
         operand: int | None,
         visit: Callable[[SiteProbe, Tensor, tuple[Any, ...]], Tensor],
+        candidates: Mapping[str, Callable[..., Tensor]] | None = None,
     ) -> None:
         super().__init__()
         self.name, self.operand = name, operand
+        self.__dict__["_candidates"] = candidates or {}
         # No submodules: nothing may reach the model's parameters through the probe.
         self.__dict__.update(exact=exact, quantized=quantized, half=half, _visit=visit)
         self._faithful: bool | None = None
@@ -68,6 +71,10 @@ class SiteProbe(nn.Module):
         if not y.numel():  # no token of this batch went to that expert, say: there is no noise
             return y
         return self._visit(self, y, args)  # type: ignore[no-any-return, operator]
+
+    def candidates(self) -> Mapping[str, Callable[..., Tensor]]:
+        """The site in other formats, by name."""
+        return self.__dict__["_candidates"]  # type: ignore[no-any-return]
 
     def reference(self, y: Tensor, args: tuple[Any, ...]) -> Tensor:
         """What the quantized site is compared with: ``y``, if the float site gives that.
