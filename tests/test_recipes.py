@@ -17,7 +17,8 @@ from torch_quant.config import RECIPES
 
 LEAST = {
     "int8_static": 30.0, "int8_dynamic": 33.0, "int8_weight_only": 35.0, "int4_weight_only": 14.0,
-    "weight_only": 14.0, "float8": 24.0, "mxfp8": 24.0, "mxfp6": 24.0, "mxfp4": 11.0, "mxint8": 33.0,
+    "weight_only": 14.0, "float8": 24.0, "mxfp8": 24.0, "mxfp6": 24.0, "mxfp4": 11.0,
+    "mxint8": 33.0,
 }  # fmt: skip
 """Output SQNR on random weights, dB: what the bits of a recipe give, a few dB less."""
 
