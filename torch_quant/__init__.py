@@ -1,7 +1,7 @@
 """Quantize PyTorch models and run them on real int8 kernels."""
 
 from torch_quant import recipes
-from torch_quant.algorithms import RoundToNearest, SmoothQuant
+from torch_quant.algorithms import GPTQ, HQQ, RoundToNearest, SmoothQuant
 from torch_quant.amp.ranking import Sensitivity
 from torch_quant.backends import Backend, available_backends
 from torch_quant.checkpoints import export_checkpoint, load_checkpoint
@@ -42,6 +42,8 @@ from torch_quant.version import __version__
 
 __all__ = [
     "FLOAT",
+    "GPTQ",
+    "HQQ",
     "Backend",
     "BackendUnavailable",
     "CaptureFailed",

@@ -20,7 +20,9 @@ from torch_quant.backends.quantized import QuantizedModule, plan_of
 from torch_quant.config import OverrideKey, Overrides, QConfig
 from torch_quant.configuration import configuration, write_configuration
 from torch_quant.core.plan import FALLEN_BACK, PRECISIONS, QuantPlan
+from torch_quant.core.telling import told_together
 from torch_quant.errors import InvalidConfig, NotCalibrated, UnsupportedOp
+from torch_quant.graph.annotate import tell_misfits
 from torch_quant.graph.dynamic import Dynamic, checked_dynamic
 from torch_quant.graph.policy import Capture, CapturePolicy, checked_capture, default_capture
 from torch_quant.io.summary import Summary
@@ -179,9 +181,12 @@ class QuantizerBase(Tied):
         if kept and not session.captured.root.called:
             run_example(session.captured, kept[0])
         sites = [site for site, _ in session.captured.sites()]
-        made, report = round_weights(
-            model, sites, session.plan(), kept, folder=folder, show_progress=show_progress
-        )
+        plan = session.plan()
+        tell_misfits(session.captured.sites(), plan)
+        with told_together():
+            made, report = round_weights(
+                model, sites, plan, kept, folder=folder, show_progress=show_progress
+            )
         self.state.rounded = made
         self.state.fingerprint = session.captured.fingerprint
         self.state.version += 1
@@ -239,7 +244,9 @@ class QuantizerBase(Tied):
             raise NotCalibrated(
                 "no calibration data was seen: run it through the proxy of quantizer.calib(model)"
             )
-        quantized = lowering.run(share=share_float_weights)
+        tell_misfits(session.captured.sites(), plan)
+        with told_together():
+            quantized = lowering.run(share=share_float_weights)
         if self.unseen_calls == "capture":
             UnseenCalls(session, chosen).attend(quantized)
         if example_inputs is not None and chosen.compiles and not session.captured.keeps_state:

@@ -22,6 +22,7 @@ from torch_quant.core.plan import PRECISIONS, QuantPlan
 from torch_quant.core.qparams import QParams
 from torch_quant.core.rounded import RoundedWeight, checksum
 from torch_quant.core.spec import QuantSpec
+from torch_quant.core.telling import at_site
 from torch_quant.errors import InvalidConfig, NotCalibrated, QuantError
 from torch_quant.graph.annotate import annotate
 from torch_quant.graph.sites import Site
@@ -326,7 +327,8 @@ class Calibrated:
                 f"{entry.transforms[0]} changes; use one of them there"
             )
         try:
-            return method.quantize(weight, spec, self._known(method, site))
+            with at_site(site):
+                return method.quantize(weight, spec, self._known(method, site))
         except NotCalibrated:
             raise
         except QuantError as error:
@@ -352,11 +354,14 @@ class Calibrated:
 
     def _known(self, method: WeightMethod, name: str) -> dict[str, Statistic]:
         """What was recorded for a weight method, of all that the site reads in any graph."""
-        asked = [method.statistics(site) for site in self._sites[name]]
-        pairs = {(key, what) for each in asked for key, wanted in each.items() for what in wanted}
+        wanted: dict[tuple[str, str], Callable[[], Statistic]] = {}
+        for site in self._sites[name]:
+            for key, makers in method.statistics(site).items():
+                wanted |= {(key, what): make for what, make in makers.items()}
         found: dict[str, Statistic] = {}
-        for key, what in sorted(pairs):
-            statistic = self.statistic(key, what)
+        for (key, what), make in sorted(wanted.items(), key=lambda each: each[0]):
+            passed_by = method.serves_unreached and self._session.state.passed_by(key, what)
+            statistic = make() if passed_by else self.statistic(key, what)
             if what in found:
                 found[what] = copy.deepcopy(found[what])
                 found[what].merge(statistic)

@@ -122,6 +122,11 @@ class QuantState:
         found = self.statistics.get(key, {}).get(what)
         return found if found is not None and found.batches else None
 
+    def passed_by(self, key: str, what: str) -> bool:
+        """Whether no data reached a tensor, while such a statistic was recorded of others."""
+        known = any(each.batches for each in self.statistics.get(key, {}).values())
+        return not known and any(what in kept for kept in self.statistics.values())
+
     def put(self, key: str, what: str, statistic: Statistic) -> None:
         """Put a statistic in the place of the one that was recorded."""
         self.statistics.setdefault(key, {})[what] = statistic

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch_quant.core.naming import did_you_mean
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
+from torch_quant.core.telling import at_site
 from torch_quant.errors import InvalidConfig
 
 if TYPE_CHECKING:
@@ -110,6 +111,10 @@ class WeightMethod(Method):
     >>> del WEIGHT_METHODS["sparse"]
     """
 
+    serves_unreached: ClassVar[bool] = False
+    """Whether it has a rule for layers that no calibration data reached, as experts may be; their
+    statistics have ``batches == 0``. Others are refused there with :class:`NotCalibrated`."""
+
     @abstractmethod
     def quantize(
         self, weight: Tensor, spec: QuantSpec, statistics: Mapping[str, Statistic]
@@ -158,7 +163,8 @@ class WeightMethod(Method):
             statistics = block.observe(group, self) if self.wants_statistics else {}
             for layer in group:
                 known = statistics.get(layer.site, {})
-                layer.round_to(*self.quantize(layer.weight.contiguous(), layer.spec, known))
+                with at_site(layer.site):
+                    layer.round_to(*self.quantize(layer.weight.contiguous(), layer.spec, known))
 
 
 class Transform(Method):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch_quant.core.spec import QuantSpec, ScaleType
 from torch_quant.errors import InvalidConfig
 
-__all__ = ["MIN_SCALE", "QParams", "choose_qparams", "unchecked_qparams"]
+__all__ = ["MIN_SCALE", "QParams", "choose_qparams", "storable_scale", "unchecked_qparams"]
 
 MIN_SCALE = 2.0**-48
 """Floor of every scale: products of two scales stay normal float32 numbers."""
@@ -25,7 +25,8 @@ class QParams:
         spec: the format.
         scale: float32; ``[]`` per tensor, else as many dimensions as the tensor, how many blocks
             there are in each: ``[out, 1]`` per channel, ``[out, in / 64]`` per group of 64. A step
-            in the tensor's units, or what a float of value 1 stands for.
+            in the tensor's units, or what a float of value 1 stands for. Ranges give positive ones;
+            a weight method may give negative ones, which turn the values of the codes round.
         zero_point: int32, same shape; the code of real 0.
     """
 
@@ -103,7 +104,15 @@ def _exponent(value: float) -> int:
     return math.frexp(value)[1] - 1
 
 
+def storable_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
+    """``scale`` as near as the format's type of scales comes to it, with its sign, not 0.
+
+    >>> storable_scale(torch.tensor([3.0, -3.0]), QuantSpec.of("int4", scale_type="float16"))
+    tensor([ 3., -3.])
+    """
+    return spec.scale_type.round(scale.abs()).clamp(min=MIN_SCALE).copysign(scale)
+
+
 def _usable(scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
     """``scale`` as its type can hold it, and 1 where the range is ``zero``."""
-    rounded = spec.scale_type.round(scale).clamp(min=MIN_SCALE)
-    return torch.where(zero, torch.ones_like(scale), rounded)
+    return torch.where(zero, torch.ones_like(scale), storable_scale(scale, spec))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from torch import nn
@@ -19,7 +20,9 @@ from torch_quant.graph.sites import Site
 from torch_quant.module_filter import ModuleFilter
 from torch_quant.ops.table import OPERATORS
 
-__all__ = ["annotate", "method_refusal"]
+__all__ = ["annotate", "method_refusal", "tell_misfits"]
+
+logger = logging.getLogger("torch_quant")
 
 
 def annotate(
@@ -139,6 +142,25 @@ def _misfit(site: Site, activation: QuantSpec | None, weight: QuantSpec | None) 
     except InvalidConfig as error:
         return str(error)
     return ""
+
+
+def tell_misfits(sites: Sequence[tuple[Site, str]], plan: QuantPlan) -> None:
+    """Log a warning of sites that stay in float since their groups do not divide the tensor.
+
+    Args:
+        sites: as :func:`annotate` takes them.
+        plan: what it gave.
+    """
+    entries = {site.name: (site, plan[site.name]) for site, _ in sites if site.name in plan}
+    found = {
+        name: entry.reason
+        for name, (site, entry) in entries.items()
+        if entry.reason and entry.reason == _misfit(site, entry.activation, entry.weight)
+    }
+    if found:
+        (name, reason), *others = found.items()
+        rest = f", and {len(others)} more" if others else ""
+        logger.warning("stays in float: %s (%s)%s", name, reason, rest)
 
 
 def _check(

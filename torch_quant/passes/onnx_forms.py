@@ -291,8 +291,9 @@ def _bias(gm: fx.GraphModule, node: fx.Node, x: Any, weight: Any, bias: Any, axi
         needed = (value.abs() / (step * _BIAS_LIMIT)).clamp(min=MIN_SCALE)
         codes = gm.get_buffer(str(weight.args[0].target))
         empty = (codes == 0).flatten(1).all(1) if axis == 0 else torch.zeros_like(value).bool()
-        if bool(((needed > scale) | empty).any()):
-            wanted = torch.where(empty, needed, torch.maximum(scale, needed))
+        if bool(((needed > scale.abs()) | empty).any()):  # a full-range scale may be negative
+            size = torch.where(empty, needed, torch.maximum(scale.abs(), needed))
+            wanted = size.copysign(scale)
             scale = _widen(gm, node, weight, wanted, axis)
     grid = (torch.as_tensor(scale, dtype=torch.float32) * step).expand(value.shape).contiguous()
     codes = (value / grid).round().clamp(-_BIAS_LIMIT, _BIAS_LIMIT).to(torch.int32)

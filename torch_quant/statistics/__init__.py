@@ -16,11 +16,14 @@ from torch_quant.statistics.defaults import DEFAULT_OBSERVER
 from torch_quant.statistics.entropy import EntropyObserver
 from torch_quant.statistics.histogram import HistogramObserver
 from torch_quant.statistics.minmax import MinMaxObserver
+from torch_quant.statistics.moments import HESSIAN, MEAN_SQUARE, Hessian, MeanSquare
 from torch_quant.statistics.moving_average import MovingAverageObserver
 from torch_quant.statistics.percentile import PercentileObserver
 
 __all__ = [
     "CHANNELS",
+    "HESSIAN",
+    "MEAN_SQUARE",
     "RANGE",
     "OBSERVERS",
     "STATISTICS",
@@ -30,7 +33,9 @@ __all__ = [
     "register_statistic",
     "statistic_class",
     "EntropyObserver",
+    "Hessian",
     "HistogramObserver",
+    "MeanSquare",
     "MinMaxObserver",
     "MovingAverageObserver",
     "PercentileObserver",

@@ -1,0 +1,251 @@
+"""GPTQ: round a column after the other, and let the columns to come make up for the error.
+
+The output error of a weight row is ``e H e^T`` with the second moments ``H`` of the inputs. Frantar
+et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2022,
+equations 2 to 4: what column ``j`` is rounded by moves to the columns behind it. With
+``H = (I + U) D (I + U)^T``, ``U`` strictly upper triangular, that is
+
+    q_j = round(w_j + sum over i < j of (w_i - q_i) U_ij)
+
+(Chee et al., "QuIP: 2-Bit Quantization of Large Language Models With Guarantees", 2023, theorem 6),
+which takes one Cholesky factorization and no inverse. Columns go in blocks: inside one, each error
+is added to what follows at once; those of all blocks before come as one product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torch_quant.algorithms.clipping import searched_qparams
+from torch_quant.algorithms.rtn import RoundToNearest
+from torch_quant.core.functional import quantize
+from torch_quant.core.methods import Wanted, WeightMethod, register_weight_method
+from torch_quant.core.qparams import QParams
+from torch_quant.core.spec import QuantSpec
+from torch_quant.core.telling import tell
+from torch_quant.errors import InvalidConfig, NotCalibrated
+from torch_quant.graph.sites import Site
+from torch_quant.statistics import HESSIAN, Hessian, Statistic
+
+__all__ = ["GPTQ"]
+
+_DAMPINGS = 4
+"""How often the damping is raised, tenfold, until the factorization succeeds."""
+_UNREACHED = (
+    "no calibration data reached it, so that its weight is rounded to nearest; run inputs that do "
+    "through the proxy of quantizer.calib(model)"
+)
+_FEW = (
+    "fewer calibration vectors than input channels, so that damping decides on the directions that "
+    "none of them has; calibrate with more data"
+)
+_SINGULAR = (
+    "the Hessian of its input has no Cholesky factor, however damped, so that its weight is "
+    "rounded to nearest; give GPTQ a damping above 0, and look for huge activations"
+)
+
+
+@register_weight_method
+@dataclass(frozen=True)
+class GPTQ(WeightMethod):
+    """Error feedback along the columns of a linear layer's weight, by what calibration saw.
+
+    Columns that no data excited are rounded to nearest, and so is a layer that no token reached (an
+    expert, say), with a warning. Codes lie in the plain order of the columns whatever the options.
+
+    Args:
+        block_size: columns between two products with all errors so far; it changes the speed alone.
+        act_order: round the columns with the largest inputs first, when most columns can still make
+            up for them. Scales are then static.
+        damping: added to the diagonal of ``H``, as a share of its mean; "percdamp".
+        static_groups: choose all scales from the weight as it was. Else each group's scales come
+            from the weight as the columns before have left it.
+        clip_search: choose scales by least squared error, weighted by the inputs, in place of the
+            whole range.
+        sequential: with :meth:`Quantizer.round_weights`, record the inputs of the later layers of a
+            block once those before them are rounded; "true_sequential". It runs the block once for
+            each tensor that layers read.
+
+    Raises:
+        InvalidConfig: an option is of another type or range.
+
+    >>> GPTQ(block_size=0)
+    Traceback (most recent call last):
+    torch_quant.errors.InvalidConfig: GPTQ(block_size=0): expected an integer, 1 or more
+    """
+
+    name = "gptq"
+    serves_unreached = True
+
+    block_size: int = 128
+    act_order: bool = True
+    damping: float = 0.01
+    static_groups: bool = True
+    clip_search: bool = False
+    sequential: bool = False
+
+    def __post_init__(self) -> None:
+        size, damping = self.block_size, self.damping
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise InvalidConfig(f"GPTQ(block_size={size!r}): expected an integer, 1 or more")
+        number = isinstance(damping, (int, float)) and not isinstance(damping, bool)
+        if not number or not 0 <= damping <= 1:
+            raise InvalidConfig(f"GPTQ(damping={damping!r}): expected a number from 0 to 1")
+        for name in ("act_order", "static_groups", "clip_search", "sequential"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise InvalidConfig(f"GPTQ({name}={value!r}): expected True or False")
+
+    def refusal(self, site: Site) -> str:
+        if site.smoothable:
+            return ""
+        return (
+            "only linear layers whose input's last dimension is as it was computed have a Hessian"
+        )
+
+    def statistics(self, site: Site) -> Wanted:
+        return {site.inputs[0]: {HESSIAN: Hessian}}
+
+    def quantize(
+        self, weight: Tensor, spec: QuantSpec, statistics: Mapping[str, Statistic]
+    ) -> tuple[Tensor, QParams]:
+        """As the base class says; ``statistics`` has the Hessian of the input.
+
+        Raises:
+            InvalidConfig: the Hessian is that of another number of channels.
+            NotCalibrated: it is not there.
+        """
+        hessian = statistics.get(HESSIAN)
+        if hessian is None:
+            raise NotCalibrated("GPTQ needs the Hessian of the layer's input")
+        assert isinstance(hessian, Hessian)
+        if not hessian.rows:
+            tell(_UNREACHED)
+            return self._nearest.quantize(weight, spec, {})
+        moments, channels = hessian.mean.to(weight), weight.shape[-1]
+        if len(moments) != channels:
+            raise InvalidConfig(f"a Hessian of {len(moments)} channels, a weight of {channels}")
+        if hessian.rows < channels:
+            tell(_FEW)
+        order = moments.diagonal().argsort(descending=True, stable=True) if self.act_order else None
+        factor = self._factor(moments if order is None else moments[order][:, order])
+        if factor is None:
+            tell(_SINGULAR)
+            return self._nearest.quantize(weight, spec, {})
+        return _Rounding(self, weight, spec, moments.diagonal(), factor, order).run()
+
+    @property
+    def _nearest(self) -> RoundToNearest:
+        return RoundToNearest(clip_search=self.clip_search)
+
+    def _factor(self, moments: Tensor) -> Tensor | None:
+        """``U`` of ``H = (I + U) D (I + U)^T`` with a diagonal of ones; None if there is none."""
+        moments = moments.flip(0, 1)  # a copy; from the last column on, Cholesky's L is upper
+        diagonal = moments.diagonal()
+        dead = diagonal <= 0
+        diagonal[dead] = 1.0
+        level = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
+        added = 0.0
+        for turn in range(_DAMPINGS + 1):
+            damping = self.damping * 10.0**turn * level
+            diagonal += damping - added
+            added = damping
+            lower, failed = torch.linalg.cholesky_ex(moments)
+            if not int(failed) and bool(torch.isfinite(lower).all()):
+                unit: Tensor = lower / lower.diagonal()
+                return unit.flip(0, 1)
+        return None
+
+
+@dataclass
+class _Rounding:
+    """One weight, column by column.
+
+    Args:
+        method: the options.
+        weight: ``[out, in]``.
+        spec: the format.
+        squares: mean square of each input channel, ``[in]``.
+        factor: ``I + U`` for the columns in order.
+        order: which column comes when; None for from the first to the last.
+    """
+
+    method: GPTQ
+    weight: Tensor
+    spec: QuantSpec
+    squares: Tensor
+    factor: Tensor
+    order: Tensor | None
+
+    def run(self) -> tuple[Tensor, QParams]:
+        scale, zero_point = self._grids(self.weight, self.squares, self.spec)
+        channels, count = self.weight.shape[1], scale.shape[1]
+        width = channels // count  # columns that share a scale
+        static = self.method.act_order or self.method.static_groups or count == 1
+        block = self.method.block_size if static else -(-self.method.block_size // width) * width
+        columns = torch.arange(channels) if self.order is None else self.order
+        group = (columns // width).tolist()
+        scales, zeros = self._spread(scale), self._spread(zero_point)
+        real = self.weight.T[columns].contiguous()  # a column is a row, whose numbers lie together
+        errors = torch.empty_like(real)
+        for start in range(0, channels, block):
+            rest = real[start : start + block].clone()
+            end = start + len(rest)
+            if start:
+                rest.addmm_(self.factor[:start, start:end].T, errors[:start])
+            for at in range(start, end):
+                if not static and at % width == 0:
+                    ends = at - start, at - start + width
+                    found = self._group(rest[slice(*ends)], at)
+                    for whole, spread, new in zip(
+                        (scale, zero_point), (scales, zeros), found, strict=True
+                    ):
+                        whole[:, group[at]] = new
+                        spread[group[at]] = self._spread(new[:, None])[0]
+                column = rest[at - start]
+                rounded = self._rounded(column, scales[group[at]], zeros[group[at]])
+                torch.sub(real[at], rounded, out=errors[at])
+                real[at] = rounded
+                if at + 1 < end:
+                    rest[at - start + 1 :].addr_(self.factor[at, at + 1 : end], errors[at])
+        plain = torch.empty_like(real)
+        plain[columns] = real
+        return self._coded(plain, scale, zero_point)
+
+    def _spread(self, grid: Tensor) -> Tensor:
+        """``[rows of blocks, k]`` as ``[k, out]``."""
+        return grid.repeat_interleave(len(self.weight) // len(grid), 0).T.contiguous()
+
+    def _coded(self, real: Tensor, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, QParams]:
+        """The codes of real values that the format has, and what they stand for."""
+        grid = self.spec.granularity.grid(self.weight.shape)
+        qparams = QParams(self.spec, scale.reshape(grid), zero_point.reshape(grid).to(torch.int32))
+        return quantize(real.T.contiguous(), qparams), qparams
+
+    def _rounded(self, column: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """The values of the format nearest to a column, ``[out]``."""
+        values = column / scale
+        if self.spec.integer:
+            values = self.spec.round(values.round_().add_(zero_point)).sub_(zero_point)
+        else:
+            values = self.spec.round(values)
+        return values.mul_(scale)
+
+    def _grids(self, weight: Tensor, squares: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+        """Scales and zero points as floats, ``[rows of blocks, columns of blocks]``."""
+        if self.method.clip_search:
+            found = searched_qparams(weight, spec, importance=squares)
+        else:
+            found = RoundToNearest().quantize(weight, spec, {})[1]
+        shape = found.scale.shape if found.scale.dim() else (1, 1)
+        return found.scale.reshape(shape).clone(), found.zero_point.reshape(shape).float()
+
+    def _group(self, columns: Tensor, at: int) -> tuple[Tensor, Tensor]:
+        """Scales and zero points of the columns from ``at`` on, ``[rows of blocks]``."""
+        squares = self.squares[at : at + len(columns)]
+        scale, zero_point = self._grids(columns.T.contiguous(), squares, self.spec)
+        return scale[:, 0], zero_point[:, 0]

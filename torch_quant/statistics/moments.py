@@ -1,0 +1,140 @@
+"""Second moments of the vectors that a linear layer reads: which errors of its weight matter.
+
+The output error of a row ``e`` of weight errors is ``mean((e . x)^2) = e H e^T`` with the moments
+``H = mean(x x^T)``, half the Hessian of the squared error (Hassibi and Stork 1993, "Second Order
+Derivatives for Network Pruning: Optimal Brain Surgeon"). Its diagonal alone is the mean square of
+each channel.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_quant.errors import InvalidConfig, QuantError
+from torch_quant.statistics.base import (
+    Statistic,
+    check_observable,
+    count_of,
+    entry,
+    register_statistic,
+)
+
+__all__ = ["HESSIAN", "MEAN_SQUARE", "Hessian", "MeanSquare"]
+
+HESSIAN = "hessian"
+"""What a statistic is for: the second moments of the input's channels, which GPTQ wants."""
+MEAN_SQUARE = "mean_square"
+"""The mean square of each of the input's channels."""
+
+
+class _Moments(Statistic):
+    """Sums over all vectors along the last dimension, and how many vectors there were.
+
+    Sums are replaced and never written to, so that copies may share them: a state is copied before
+    each batch.
+    """
+
+    dimensions: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = 0
+        self.sums = torch.zeros([0] * self.dimensions)
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        check_observable(x)
+        rows = x.detach().reshape(-1, x.shape[-1] if x.dim() else 1).to(torch.float32)
+        if self.batches and rows.shape[1] != self.sums.shape[-1]:
+            raise QuantError(
+                f"vectors of {rows.shape[1]} channels after such of {self.sums.shape[-1]}"
+            )
+        sums = self._summed(self.sums.to(rows.device) if self.batches else None, rows)
+        if not bool(torch.isfinite(sums).all()):
+            what = "numbers whose squares are too large for float32"
+            if not bool(torch.isfinite(rows).all()):
+                what = "NaN" if bool(torch.isnan(rows).any()) else "Inf"
+            raise QuantError(f"the tensor holds {what}, shape {tuple(x.shape)}")
+        self.sums, self.rows, self.batches = sums, self.rows + len(rows), self.batches + 1
+
+    @abstractmethod
+    def _summed(self, sums: Tensor | None, rows: Tensor) -> Tensor:
+        """A new tensor: ``sums``, if there are any, and those of ``rows``, ``[n, channels]``."""
+
+    @property
+    def mean(self) -> Tensor:
+        """The sums over the number of vectors, float32; empty where there was none."""
+        return self.sums / max(self.rows, 1)
+
+    def __deepcopy__(self, memo: Any) -> _Moments:
+        copied = type(self)()
+        copied.batches, copied.rows, copied.sums = self.batches, self.rows, self.sums
+        return copied
+
+    def _merge(self, other: _Moments) -> None:
+        if self.sums.shape != other.sums.shape:
+            raise InvalidConfig(
+                f"{self.name} of {self.sums.shape[-1]} and {other.sums.shape[-1]} channels "
+                "cannot be merged"
+            )
+        self.sums, self.rows = self.sums + other.sums, self.rows + other.rows
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batches": self.batches, "rows": self.rows, "sums": self.sums}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        batches, rows, sums = count_of(state), count_of(state, "rows"), entry(state, "sums", Tensor)
+        square = len(set(sums.shape)) <= 1
+        if sums.dtype != torch.float32 or sums.dim() != self.dimensions or not square:
+            wanted = "[channels, channels]" if self.dimensions == 2 else "[channels]"
+            raise InvalidConfig(
+                f"'sums' is of shape {tuple(sums.shape)} and {sums.dtype}; expected {wanted} "
+                "and torch.float32"
+            )
+        if not bool(torch.isfinite(sums).all()):
+            raise InvalidConfig("'sums' is not finite")
+        if (batches > 0) != (rows > 0) or (rows > 0) != (sums.numel() > 0):
+            raise InvalidConfig(f"'rows' is {rows} and 'batches' {batches}")
+        self.batches, self.rows, self.sums = batches, rows, sums
+
+
+@register_statistic
+class Hessian(_Moments):
+    """``mean(x x^T)`` of the vectors along the last dimension: ``[channels, channels]``.
+
+    It takes ``4 channels^2`` bytes, however much data there is, and twice that during a batch.
+
+    >>> hessian = Hessian()
+    >>> hessian.observe(torch.tensor([[[1.0, 2.0]], [[3.0, 0.0]]]))
+    >>> hessian.mean.tolist(), hessian.rows
+    ([[5.0, 1.0], [1.0, 2.0]], 2)
+    """
+
+    name = HESSIAN
+    dimensions = 2
+
+    def _summed(self, sums: Tensor | None, rows: Tensor) -> Tensor:
+        return rows.T @ rows if sums is None else torch.addmm(sums, rows.T, rows)
+
+
+@register_statistic
+class MeanSquare(_Moments):
+    """``mean(x^2)`` of each index of the last dimension: ``[channels]``.
+
+    >>> squares = MeanSquare()
+    >>> squares.observe(torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
+    >>> squares.mean.tolist()
+    [5.0, 2.0]
+    """
+
+    name = MEAN_SQUARE
+    dimensions = 1
+
+    def _summed(self, sums: Tensor | None, rows: Tensor) -> Tensor:
+        found = rows.square().sum(0)
+        return found if sums is None else sums + found
