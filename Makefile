@@ -17,6 +17,8 @@ COMPILE := $(LOCK_VENV)/bin/uv pip compile --quiet --universal --python-version 
 CUDA := s/^(torch|triton|cuda-[^=]*|nvidia-[^=]*)==.*/--no-emit-package \1/p
 # Nothing but what the locks list, and no other build tools than theirs.
 INSTALL := -m pip install --quiet --no-deps
+# Installing builds them beside the package, for every environment.
+KERNELS := $(wildcard csrc/*)
 # Tests of one file stay together as far as possible, since they capture the same models.
 PYTEST := -m pytest -n 2 --dist worksteal
 # Arithmetic, bookkeeping and rules on the source, which are the same on every torch. All else runs on the oldest too, as
@@ -34,7 +36,7 @@ SAME := core sequences statistics tuning \
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort
 
-$(VENV)/ready: requirements/core.txt requirements/torch.txt
+$(VENV)/ready: requirements/core.txt requirements/torch.txt setup.py $(KERNELS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(INSTALL) --require-hashes -r requirements/core.txt
 	$(BIN)/python -m pip install --quiet -c requirements/torch.txt -r requirements/torch.in
@@ -42,7 +44,7 @@ $(VENV)/ready: requirements/core.txt requirements/torch.txt
 	$(BIN)/python -m pip check
 	touch $@
 
-$(IPEX_VENV)/ready: requirements/ipex.txt
+$(IPEX_VENV)/ready: requirements/ipex.txt setup.py $(KERNELS)
 	@test "$$(uname -s) $$(uname -m)" = "Linux x86_64" || { \
 	  echo "IPEX is for x86 Linux, this is $$(uname -sm): run 'make test' on such a machine," \
 	    "or 'make test-core' for all but IPEX"; exit 1; }

@@ -16,8 +16,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "torch_quant"
 
 LAYERS = (
-    "version", "errors", "core", "ops", "statistics", "config", "module_filter", "nn", "graph",
-    "passes", "state", "model",
+    "version", "errors", "core", "ops", "native", "statistics", "config", "module_filter", "nn",
+    "graph", "passes", "state", "model",
     "backends", "algorithms", "recipes", "io", "report", "settings", "session",
     "rounding", "explain", "unseen", "configuration", "proxies",
     "amp", "quantizer_base", "quantizer_files", "quantizer",

@@ -154,7 +154,7 @@ def test_which_model_is_meant() -> None:
 def test_the_repr_is_to_be_read() -> None:
     _, quantizer = ready(overrides={"head": QConfig(input=SIX)})
     lines = repr(quantizer.explain("head")).splitlines()
-    assert lines[0] == "head (linear) on Backend.REFERENCE: int8"
+    assert lines[0] == "head (linear) on Backend.REFERENCE: int8 weights, int6 activations"
     assert any(line.split() == ["input", "u6", "affine", "per-tensor", "override", "'head'"]
                for line in lines)  # fmt: skip
     assert all(len(line) <= 120 for line in lines)

@@ -54,11 +54,12 @@ class Explanation:
         site: the site, or an operator that is none.
         op: its op type.
         backend: for which backend.
-        quantized: whether it runs in int8.
+        quantized: whether it runs quantized.
         precision: the arithmetic it runs in otherwise.
         reason: why it stays in float, empty if quantized.
         decisions: who decided what.
         overrides: the overrides that cover it; the first holds.
+        format: what its numbers are if it is quantized.
     """
 
     site: str
@@ -69,6 +70,7 @@ class Explanation:
     reason: str
     decisions: tuple[Decision, ...]
     overrides: tuple[str, ...] = ()
+    format: str = "int8"
 
     def __getitem__(self, what: str) -> Decision:
         """The decision about ``what``; raises :class:`InvalidConfig` listing those there are."""
@@ -79,7 +81,7 @@ class Explanation:
         raise InvalidConfig(f"nothing was decided about {what!r} of {self.site}; only {known}")
 
     def __repr__(self) -> str:
-        state = "int8" if self.quantized else f"{self.precision}, {self.reason}"
+        state = self.format if self.quantized else f"{self.precision}, {self.reason}"
         lines = [f"{self.site} ({self.op}) on {self.backend}: {state}"]
         lines += [f"  {decision}" for decision in self.decisions]
         if self.overrides:
@@ -232,6 +234,7 @@ def explain(session: Session, backend: Backend, name: str) -> Explanation:
                 entry.reason,
                 facts.decisions(),
                 tuple(str(r)[9:] for r in rules_for(site, modules, session.settings.overrides)),
+                entry.format,
             )
     for op in plan.float_ops:
         if op.name == name:

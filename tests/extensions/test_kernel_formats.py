@@ -21,7 +21,7 @@ from torch_quant.ops.qdq import CHOOSE_QPARAMS
 from torch_quant.passes.base import PassContext, call_like
 
 INT4 = QuantSpec.of("int4", granularity=PerGroup(8))
-TOKENS = QuantSpec.of("int8", granularity=PerToken(), dynamic=True)
+TOKENS = QuantSpec.of("int8", granularity=PerToken(), scale_type="bfloat16", dynamic=True)
 
 needs_onednn = pytest.mark.skipif(
     Backend.ONEDNN.unavailable() is not None, reason="run on an x86 CPU"
@@ -38,7 +38,7 @@ def int4_product(
 
 def token_product(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """A linear layer of int8 weights that rounds its input itself, a token at a time."""
-    scale, zero_point = CHOOSE_QPARAMS(x, "int8", True, "per_token", "float32")
+    scale, zero_point = CHOOSE_QPARAMS(x, "int8", True, "per_token", "bfloat16")
     codes = (x / scale).round().clamp(-128, 127).long() + zero_point
     real = (codes @ weight.long().T).double() * scales.double() * scale
     return (real if bias is None else real + bias).float()

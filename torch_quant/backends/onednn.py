@@ -1,4 +1,4 @@
-"""PyTorch's own oneDNN int8 kernels: nothing to install, fast on every x86 CPU with VNNI.
+"""PyTorch's own oneDNN int8 kernels, and ours: nothing to install, fast on every x86 CPU with VNNI.
 
 A product becomes one kernel call with the activation function behind it fused in; if all that reads
 the result wants it quantized alike, the kernel gives integers right away.
@@ -15,6 +15,7 @@ from torch import fx
 
 from torch_quant.backends import onednn_ops
 from torch_quant.backends.base import Backend, register_backend
+from torch_quant.backends.onednn_native import native_kernels
 from torch_quant.backends.reference import symmetric_weight
 from torch_quant.core.kernels import Accepts, Kernel, KernelTable
 from torch_quant.core.spec import QuantSpec
@@ -83,6 +84,7 @@ class OneDNNBackend(Backend):
                 Kernel("conv3d", activation, weight, emit=_lower_conv),
                 Kernel("embedding", None, weight, emit=_lower_embedding),
                 Kernel("embedding_bag", None, weight, emit=_lower_embedding_bag),
+                *native_kernels(),
             ),
         )
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from torch_quant.core.elements import IntegerType
 from torch_quant.core.kernels import KernelTable
 from torch_quant.core.methods import (
     Transform,
@@ -86,6 +87,22 @@ class SitePlan:
         """
         return self.activation is not None and not self.activation.dynamic
 
+    @property
+    def format(self) -> str:
+        """What its numbers are if it is quantized, in words that reports use.
+
+        >>> SitePlan("head", "linear", ("x",), weight=QuantSpec.of("int4")).format
+        'int4 weights'
+        >>> SitePlan("head", "linear", ("x",), QuantSpec(), QuantSpec.of("int8")).format
+        'int8'
+        """
+        if self.activation is None:
+            word = "int8" if self.weight is None else _word(self.weight)
+            return f"{word} weights" if self.inputs else word
+        activation = _word(self.activation)
+        weight = activation if self.weight is None else _word(self.weight)
+        return weight if weight == activation else f"{weight} weights, {activation} activations"
+
     def to_dict(self) -> dict[str, Any]:
         """What :meth:`from_dict` reads, ready for JSON.
 
@@ -121,6 +138,17 @@ class SitePlan:
             return cls(**values)
         except TypeError as error:
             raise InvalidConfig(f"not a SitePlan: {dict(data)!r} ({error})") from error
+
+
+def _phrase(format_: str) -> str:
+    return f"{'with' if ' ' in format_ else 'in'} {format_}"
+
+
+def _word(spec: QuantSpec) -> str:
+    if not isinstance(spec.element, IntegerType):
+        return spec.element.name
+    # CPUs without VNNI run int8 kernels on codes of 7 bits.
+    return "int8" if spec.bits == 7 else f"int{spec.bits}"
 
 
 @dataclass(frozen=True)
@@ -163,7 +191,7 @@ class QuantPlan(Mapping[str, SitePlan]):
 
     @property
     def quantized(self) -> tuple[str, ...]:
-        """Names of the sites that run in int8."""
+        """Names of the sites that run quantized."""
         return tuple(name for name, site in self.items() if site.quantized)
 
     @property
@@ -173,17 +201,37 @@ class QuantPlan(Mapping[str, SitePlan]):
 
     @property
     def coverage(self) -> float:
-        """Share of all multiply-accumulates that run in int8, 0 to 1."""
+        """Share of all multiply-accumulates that run quantized, 0 to 1."""
+        return sum(self.formats.values())
+
+    @property
+    def formats(self) -> dict[str, float]:
+        """Format of sites, in words -> share of all multiply-accumulates, 0 to 1, largest first.
+
+        >>> weight = QuantSpec.of("int4")
+        >>> QuantPlan([SitePlan("head", "linear", ("x",), weight=weight, macs=8)]).formats
+        {'int4 weights': 1.0}
+        """
         total = self.macs
-        return sum(self[name].macs for name in self.quantized) / total if total else 0.0
+        found: dict[str, int] = {}
+        for site in (self[name] for name in self.quantized):
+            found[site.format] = found.get(site.format, 0) + site.macs
+        largest = sorted(found.items(), key=lambda each: -each[1])
+        return {name: macs / total if total else 0.0 for name, macs in largest}
 
     @property
     def summary(self) -> str:
         """The share and the counts, for headlines."""
         count = len(self.float_ops)
         rest = f", and {count} other product{'s' if count > 1 else ''} in float" if count else ""
+        formats = {name: share for name, share in self.formats.items() if share} or self.formats
+        if len(formats) > 1:
+            kinds = ", ".join(f"{share:.1%} {_phrase(name)}" for name, share in formats.items())
+            how = f"quantized ({kinds})"
+        else:
+            how = _phrase(next(iter(formats), "int8"))
         return (
-            f"{self.coverage:.1%} of the multiply-accumulates in int8, "
+            f"{self.coverage:.1%} of the multiply-accumulates {how}, "
             f"{len(self.quantized)} of {len(self)} sites{rest}"
         )
 

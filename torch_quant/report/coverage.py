@@ -1,4 +1,4 @@
-"""How much of a model runs in int8, and why the rest does not."""
+"""How much of a model runs quantized, in which formats, and why the rest does not."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Coverage:
 
     @property
     def share(self) -> float:
-        """Share of the multiply-accumulates that run in int8, 0 to 1."""
+        """Share of the multiply-accumulates that run quantized, 0 to 1."""
         return self.plan.coverage
 
     @property
@@ -50,22 +50,23 @@ class Coverage:
         return {left.name: left.reason for left in self._left()}
 
     def by_op(self) -> list[dict[str, object]]:
-        """A row for each op type: how often, how many in int8, share of multiply-accumulates."""
+        """A row for each op type: how often, how many quantized and as what, share of the work."""
         total = self.plan.macs or 1
         found: list[SitePlan | FloatOp] = [*self.plan.values(), *self.float_ops]
         rows = []
         for op in dict.fromkeys(each.op for each in found):
             sites = [site for site in self.plan.values() if site.op == op]
-            int8 = [site for site in sites if site.quantized]
+            quantized = [site for site in sites if site.quantized]
             macs = sum(each.macs for each in found if each.op == op)
             rows.append(
                 {
                     "op": op,
                     "sites": len(sites),
-                    "in int8": len(int8),
+                    "quantized": len(quantized),
                     "no sites": sum(each.op == op for each in self.float_ops),
                     "share of MACs": f"{macs / total:.1%}",
-                    "of them int8": f"{sum(s.macs for s in int8) / total:.1%}",
+                    "of them quantized": f"{sum(s.macs for s in quantized) / total:.1%}",
+                    "format": "; ".join(dict.fromkeys(site.format for site in quantized)),
                 }
             )
         if not self.float_ops:

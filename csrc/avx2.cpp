@@ -1,0 +1,45 @@
+// AVX2 without VNNI.
+#include "kernels.h"
+
+#if TORCH_QUANT_X86
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#elif defined(__GNUC__)
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+
+namespace torch_quant {
+namespace {
+
+// The sums of four neighbouring products. Pairs of them are added in 16 bits: codes of up to 4 bits
+// times -127 to 127 fit (2 * 15 * 127), those of 8 bits do not and are widened first.
+template <bool SMALL>
+inline __m256i dot_half(__m256i sum, __m256i u, __m256i s) {
+  if (SMALL) {
+    const __m256i pairs = _mm256_maddubs_epi16(u, s);
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+  const __m256i even = _mm256_madd_epi16(_mm256_and_si256(u, _mm256_set1_epi16(255)),
+                                         _mm256_srai_epi16(_mm256_slli_epi16(s, 8), 8));
+  const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(u, 8), _mm256_srai_epi16(s, 8));
+  return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
+}
+
+#include "avx2.h"
+#include "loops.h"
+
+}  // namespace
+
+const Kernels avx2_kernels = {"avx2", round, multiply, round_dynamic, multiply_dynamic};
+
+}  // namespace torch_quant
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#elif defined(__GNUC__)
+#pragma GCC pop_options
+#endif
+#endif

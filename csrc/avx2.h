@@ -1,0 +1,96 @@
+// Vectors of two registers of 32 bytes; whoever includes this says how bytes are multiplied.
+
+#if !defined(__clang__) && !defined(__GNUC__)
+#pragma warning(disable : 4068)
+#endif
+
+constexpr int MR = 2, NR = 2;
+struct U8 {
+  __m256i a, b;
+};
+using I32 = U8;
+struct F32 {
+  __m256 a, b;
+};
+
+inline U8 load(const void* p) {
+  const auto* at = static_cast<const __m256i*>(p);
+  return {_mm256_loadu_si256(at), _mm256_loadu_si256(at + 1)};
+}
+inline U8 load_some(const void* p, int64_t count) {
+  alignas(64) uint8_t x[64] = {};
+  if (count > 0) __builtin_memcpy(x, p, count < 64 ? count : 64);
+  return load(x);
+}
+inline U8 bytes(int value) {
+  const __m256i x = _mm256_set1_epi8(static_cast<char>(value));
+  return {x, x};
+}
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+inline I32 zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline F32 zeros() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline F32 all(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline I32 load_i32(const void* p) { return load(p); }
+inline F32 load_f32(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline void store(float* p, I32 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.a);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p) + 1, x.b);
+}
+inline void store(float* p, F32 x) {
+  _mm256_storeu_ps(p, x.a);
+  _mm256_storeu_ps(p + 8, x.b);
+}
+inline I32 add(I32 x, I32 y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+inline I32 times128(I32 x) { return {_mm256_slli_epi32(x.a, 7), _mm256_slli_epi32(x.b, 7)}; }
+inline I32 times(I32 x, int y) {
+  const __m256i by = _mm256_set1_epi32(y);
+  return {_mm256_mullo_epi32(x.a, by), _mm256_mullo_epi32(x.b, by)};
+}
+inline F32 to_float(I32 x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+inline F32 product(F32 x, F32 y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+inline F32 plus_product(F32 sum, F32 x, F32 y) {
+  return {_mm256_fmadd_ps(x.a, y.a, sum.a), _mm256_fmadd_ps(x.b, y.b, sum.b)};
+}
+inline F32 minus_product(F32 sum, F32 x, F32 y) {
+  return {_mm256_fnmadd_ps(x.a, y.a, sum.a), _mm256_fnmadd_ps(x.b, y.b, sum.b)};
+}
+
+// Codes of up to 4 bits where SMALL, else of 8.
+template <bool SMALL>
+inline I32 dot(I32 sum, U8 u, U8 s) {
+  return {dot_half<SMALL>(sum.a, u.a, s.a), dot_half<SMALL>(sum.b, u.b, s.b)};
+}
+
+inline __m256i plane_half(__m256i raw, int p, int planes) {
+  const __m256i mask = _mm256_set1_epi8(planes == 2 ? 15 : 3);
+  return _mm256_and_si256(p ? _mm256_srli_epi16(raw, p * 8 / planes) : raw, mask);
+}
+template <int PLANES>
+inline U8 plane(U8 raw, int p, U8 flip) {
+  if (PLANES == 1) return {_mm256_xor_si256(raw.a, flip.a), _mm256_xor_si256(raw.b, flip.b)};
+  return {plane_half(raw.a, p, PLANES), plane_half(raw.b, p, PLANES)};
+}
+
+// x[index] of each lane.
+inline F32 spread(const float* x, int64_t, const int32_t* index) {
+  const U8 at = load(index);
+  return {_mm256_i32gather_ps(x, at.a, 4), _mm256_i32gather_ps(x, at.b, 4)};
+}
+inline F32 spread_bytes(const uint8_t* x, int64_t, const int32_t* index) {
+  alignas(64) float y[LANES];
+  for (int l = 0; l < LANES; l++) y[l] = x[index[l]];
+  return load_f32(y);
+}
+
+inline float total(F32 x) {
+  const __m256 half = _mm256_add_ps(x.a, x.b);
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+inline int32_t total(I32 x) {
+  const __m256i half = _mm256_add_epi32(x.a, x.b);
+  __m128i four = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+}

@@ -1,0 +1,36 @@
+// AVX2 with the VNNI of CPUs that have no AVX512.
+#include "kernels.h"
+
+#if TORCH_QUANT_X86
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,avxvnni"))), apply_to = function)
+#elif defined(__GNUC__)
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avxvnni")
+#endif
+
+namespace torch_quant {
+namespace {
+
+template <bool SMALL>
+inline __m256i dot_half(__m256i sum, __m256i u, __m256i s) {
+  return _mm256_dpbusd_avx_epi32(sum, u, s);
+}
+
+#include "avx2.h"
+#include "loops.h"
+
+}  // namespace
+
+const Kernels avxvnni_kernels = {"avxvnni", round, multiply, round_dynamic, multiply_dynamic};
+
+}  // namespace torch_quant
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#elif defined(__GNUC__)
+#pragma GCC pop_options
+#endif
+#endif

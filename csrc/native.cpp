@@ -1,0 +1,250 @@
+// The C interface: which kernels run, and how their work is cut up for threads.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <thread>
+#include <vector>
+
+#include "kernels.h"
+
+#if defined(_MSC_VER)
+#include <intrin.h>
+#include <malloc.h>
+#define EXPORT extern "C" __declspec(dllexport)
+#else
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+namespace torch_quant {
+namespace {
+
+// What the CPU can, and the operating system saves.
+
+#if TORCH_QUANT_X86
+void cpuid(uint32_t leaf, uint32_t sub, uint32_t* r) {
+#if defined(_MSC_VER)
+  int found[4];
+  __cpuidex(found, leaf, sub);
+  for (int i = 0; i < 4; i++) r[i] = found[i];
+#else
+  __asm__ volatile("cpuid" : "=a"(r[0]), "=b"(r[1]), "=c"(r[2]), "=d"(r[3]) : "a"(leaf), "c"(sub));
+#endif
+}
+
+uint64_t saved_registers() {
+#if defined(_MSC_VER)
+  return _xgetbv(0);
+#else
+  uint32_t low, high;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (static_cast<uint64_t>(high) << 32) | low;
+#endif
+}
+
+bool bit(uint32_t word, int place) { return (word >> place) & 1; }
+
+void find(std::vector<const Kernels*>& found) {
+  uint32_t r[4], seven[4] = {}, one[4] = {};
+  cpuid(0, 0, r);
+  if (r[0] < 7) return;
+  cpuid(1, 0, r);
+  if (!bit(r[2], 27)) return;  // the system does not use xsave
+  const uint64_t saved = saved_registers();
+  const bool fma = bit(r[2], 12);
+  cpuid(7, 0, seven);
+  if (seven[0] >= 1) cpuid(7, 1, one);
+  if ((saved & 6) != 6 || !fma || !bit(seven[1], 5)) return;
+  found.push_back(&avx2_kernels);
+  if (bit(one[0], 4)) found.push_back(&avxvnni_kernels);
+  const bool avx512 = bit(seven[1], 16) && bit(seven[1], 17) && bit(seven[1], 30) && bit(seven[1], 31);
+  if ((saved & 0xe6) == 0xe6 && avx512 && bit(seven[2], 11)) found.push_back(&avx512vnni_kernels);
+}
+#else
+void find(std::vector<const Kernels*>&) {}
+#endif
+
+// Those that run here, the fastest last.
+const std::vector<const Kernels*>& usable() {
+  static const std::vector<const Kernels*> found = [] {
+    std::vector<const Kernels*> all{&plain_kernels};
+    find(all);
+    return all;
+  }();
+  return found;
+}
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+const Kernels& kernels() {
+  const Kernels* now = chosen.load(std::memory_order_relaxed);
+  return now ? *now : *usable().back();
+}
+
+// Threads: those of the OpenMP library that PyTorch has loaded, so that there are no others.
+
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+std::atomic<Parallel> parallel{nullptr};
+
+void in_parallel(int threads, void (*work)(void*), void* data) {
+  if (threads <= 1) return work(data);
+  if (Parallel run = parallel.load(std::memory_order_relaxed))
+    return run(work, data, static_cast<unsigned>(threads), 0);
+  std::vector<std::thread> others;
+  for (int i = 1; i < threads; i++) others.emplace_back(work, data);
+  work(data);
+  for (auto& each : others) each.join();
+}
+
+// Runs `each(job, i)` for i below `count`; whoever is free takes the next.
+template <typename Job>
+struct Loop {
+  const Job* job;
+  int64_t count;
+  void (*each)(const Job&, int64_t);
+  std::atomic<int64_t> next{0};
+
+  static void work(void* data) {
+    auto* loop = static_cast<Loop*>(data);
+    for (int64_t i; (i = loop->next.fetch_add(1, std::memory_order_relaxed)) < loop->count;)
+      loop->each(*loop->job, i);
+  }
+};
+
+template <typename Job>
+void for_each(int threads, const Job& job, int64_t count, void (*each)(const Job&, int64_t)) {
+  Loop<Job> loop{&job, count, each};
+  in_parallel(threads < count ? threads : static_cast<int>(count), Loop<Job>::work, &loop);
+}
+
+constexpr int64_t SLAB_BYTES = 8 << 20;   // of rounded activations
+constexpr int64_t BLOCK_BYTES = 128 << 10;  // of weights that meet all rows of a slab while in cache
+constexpr int64_t THREAD_BYTES = 64 << 10;  // of weights and activations for which a thread pays
+
+int64_t least(int64_t x, int64_t y) { return x < y ? x : y; }
+int64_t most(int64_t x, int64_t y) { return x > y ? x : y; }
+
+// 64-byte aligned memory, null where there is none.
+struct Memory {
+  void* start;
+  explicit Memory(int64_t size) : start(std::malloc(size + 64)) {}
+  ~Memory() { std::free(start); }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  uint8_t* get() const {
+    auto place = reinterpret_cast<uintptr_t>(start);
+    return start ? reinterpret_cast<uint8_t*>((place + 63) / 64 * 64) : nullptr;
+  }
+};
+
+// One slab of rows: all are rounded, then blocks of outputs multiplied.
+template <typename Job>
+struct Slab {
+  const Job* job;
+  void (*round)(const Job&, int64_t, int64_t);
+  void (*multiply)(const Job&, int64_t, int64_t, int64_t, int64_t);
+  int64_t row, rows, outs;
+};
+
+template <typename Job>
+void run_slabs(Slab<Job> slab, int64_t rows, int64_t out, int64_t row_bytes,
+               int64_t most_rows, int threads) {
+  const int64_t work = out * row_bytes * (1 + rows / 4);
+  threads = static_cast<int>(most(1, least(threads, work / THREAD_BYTES)));
+  // A multiple of the outputs of a tile; every thread gets some blocks.
+  slab.outs = most(8, least(most(BLOCK_BYTES / most(row_bytes, 1), 8), out / (threads * 4)) / 8 * 8);
+  for (slab.row = 0; slab.row < rows; slab.row += most_rows) {
+    slab.rows = least(most_rows, rows - slab.row);
+    const int64_t roundings = (slab.rows + 3) / 4;
+    for_each<Slab<Job>>(roundings > 2 ? threads : 1, slab, roundings, [](const Slab<Job>& s, int64_t i) {
+      for (int64_t m = i * 4; m < least(i * 4 + 4, s.rows); m++) s.round(*s.job, s.row + m, m);
+    });
+    const int64_t blocks = (out + slab.outs - 1) / slab.outs;
+    for_each<Slab<Job>>(threads, slab, blocks, [](const Slab<Job>& s, int64_t i) {
+      const int64_t n = i * s.outs;
+      s.multiply(*s.job, s.row, s.rows, n, least(s.outs, s.job->out - n));
+    });
+  }
+}
+
+}  // namespace
+}  // namespace torch_quant
+
+using namespace torch_quant;
+
+// The version of this interface.
+EXPORT int torch_quant_version() { return 1; }
+
+// How many sets of kernels run here; the last is the fastest.
+EXPORT int torch_quant_paths() { return static_cast<int>(usable().size()); }
+
+EXPORT const char* torch_quant_path(int i) { return usable()[i]->name; }
+
+EXPORT const char* torch_quant_used() { return kernels().name; }
+
+// Use one of them from now on, a negative number for the fastest.
+EXPORT void torch_quant_use(int i) { chosen.store(i < 0 ? nullptr : usable()[i]); }
+
+EXPORT void torch_quant_parallel(void* function) {
+  parallel.store(reinterpret_cast<Parallel>(function));
+}
+
+// y = x @ weight.T + bias of weights with 2, 4 or 8 bits; 0, or 1 where memory is short.
+EXPORT int torch_quant_linear(int threads, const float* x, const void* weight, const float* scale,
+                              const uint8_t* zero_points, const float* bias, float* y, int64_t rows,
+                              int64_t in, int64_t out, int64_t row_bytes, int64_t groups, int bits,
+                              int is_signed, int zero) {
+  if (!rows || !out) return 0;
+  Linear j = {};
+  j.x = x, j.weight = static_cast<const uint8_t*>(weight), j.scale = scale;
+  j.zero_points = zero_points, j.bias = bias, j.y = y;
+  j.rows = rows, j.in = in, j.out = out, j.row_bytes = row_bytes, j.groups = groups;
+  j.group = most(in / groups, 1);
+  j.layout = bits == 2   ? BITS2
+             : bits == 4 ? BITS4
+             : groups == 1 || j.group % 128 == 0 ? BITS8 : BITS8_FINE;
+  j.flip = is_signed ? 128 : 0;
+  j.zero = zero;
+  const Shape shape = shape_of(j.layout);
+  j.chunk = shape.chunk(), j.record = shape.record();
+  j.chunks = (in + j.chunk - 1) / j.chunk;
+  const int64_t row = j.chunks * j.record;
+  const int64_t slab_rows = most(4, least(rows, SLAB_BYTES / most(row, 1) / 4 * 4));
+  const Memory memory(slab_rows * row), tables(j.chunks * (LANES + 1) * 4 + 64);
+  if (!memory.start || !tables.start) return 1;
+  j.activations = memory.get();
+  auto* offset = reinterpret_cast<int32_t*>(tables.get());
+  auto* first = offset + j.chunks * LANES;
+  const int64_t lane = j.chunk / LANES;
+  for (int64_t c = 0; c < j.chunks; c++) {
+    first[c] = static_cast<int32_t>(groups == 1 ? 0 : c * j.chunk / j.group);
+    for (int l = 0; l < LANES; l++)
+      offset[c * LANES + l] = static_cast<int32_t>(
+          groups == 1 ? 0 : least((c * j.chunk + l * lane) / j.group, groups - 1) - first[c]);
+  }
+  j.first = first, j.offset = offset;
+  const Kernels& use = kernels();
+  run_slabs<Linear>({&j, use.round, use.multiply, 0, 0, 0}, rows, out, row_bytes, slab_rows, threads);
+  return 0;
+}
+
+// y = x @ weight.T + bias, x rounded to 8 bits for each row and the weight int8 for each output.
+EXPORT int torch_quant_dynamic(int threads, const float* x, const int8_t* weight, const float* scale,
+                               const float* bias, float* y, int64_t rows, int64_t in, int64_t out,
+                               int is_signed) {
+  if (!rows || !out) return 0;
+  Dynamic j = {};
+  j.x = x, j.weight = weight, j.scale = scale, j.bias = bias, j.y = y;
+  j.rows = rows, j.in = in, j.out = out, j.is_signed = is_signed;
+  j.padded = (in + 63) / 64 * 64;
+  const int64_t slab_rows = most(4, least(rows, SLAB_BYTES / most(j.padded, 1) / 4 * 4));
+  const Memory codes(slab_rows * j.padded), numbers(slab_rows * 8);
+  if (!codes.start || !numbers.start) return 1;
+  j.codes = codes.get();
+  j.scales = reinterpret_cast<float*>(numbers.get());
+  j.zeros = reinterpret_cast<int32_t*>(numbers.get()) + slab_rows;
+  const Kernels& use = kernels();
+  run_slabs<Dynamic>({&j, use.round_dynamic, use.multiply_dynamic, 0, 0, 0}, rows, out, in, slab_rows,
+                     threads);
+  return 0;
+}

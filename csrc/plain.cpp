@@ -1,0 +1,124 @@
+// No instructions but those of any CPU: a vector is an array.
+#include "kernels.h"
+
+namespace torch_quant {
+namespace {
+
+constexpr int MR = 1, NR = 1;
+struct U8 {
+  uint8_t at[64];
+};
+struct I32 {
+  int32_t at[LANES];
+};
+struct F32 {
+  float at[LANES];
+};
+
+inline U8 load(const void* p) {
+  U8 x;
+  __builtin_memcpy(&x, p, 64);
+  return x;
+}
+inline U8 load_some(const void* p, int64_t count) {
+  U8 x = {};
+  if (count > 0) __builtin_memcpy(&x, p, count < 64 ? count : 64);
+  return x;
+}
+inline U8 bytes(int value) {
+  U8 x;
+  for (int i = 0; i < 64; i++) x.at[i] = static_cast<uint8_t>(value);
+  return x;
+}
+inline void prefetch(const void*) {}
+inline I32 zero() { return {}; }
+inline F32 zeros() { return {}; }
+inline F32 all(float value) {
+  F32 x;
+  for (int l = 0; l < LANES; l++) x.at[l] = value;
+  return x;
+}
+inline I32 load_i32(const void* p) {
+  I32 x;
+  __builtin_memcpy(&x, p, 64);
+  return x;
+}
+inline F32 load_f32(const float* p) {
+  F32 x;
+  __builtin_memcpy(&x, p, 64);
+  return x;
+}
+inline void store(float* p, I32 x) { __builtin_memcpy(p, &x, 64); }
+inline void store(float* p, F32 x) { __builtin_memcpy(p, &x, 64); }
+inline I32 add(I32 x, I32 y) {
+  for (int l = 0; l < LANES; l++) x.at[l] += y.at[l];
+  return x;
+}
+inline I32 times(I32 x, int y) {
+  for (int l = 0; l < LANES; l++) x.at[l] *= y;
+  return x;
+}
+inline I32 times128(I32 x) { return times(x, 128); }
+inline F32 to_float(I32 x) {
+  F32 y;
+  for (int l = 0; l < LANES; l++) y.at[l] = static_cast<float>(x.at[l]);
+  return y;
+}
+inline F32 product(F32 x, F32 y) {
+  for (int l = 0; l < LANES; l++) x.at[l] *= y.at[l];
+  return x;
+}
+inline F32 plus_product(F32 sum, F32 x, F32 y) {
+  for (int l = 0; l < LANES; l++) sum.at[l] += x.at[l] * y.at[l];
+  return sum;
+}
+inline F32 minus_product(F32 sum, F32 x, F32 y) {
+  for (int l = 0; l < LANES; l++) sum.at[l] -= x.at[l] * y.at[l];
+  return sum;
+}
+
+template <bool SMALL>
+inline I32 dot(I32 sum, const U8& u, const U8& s) {
+  for (int l = 0; l < LANES; l++)
+    for (int i = 4 * l; i < 4 * l + 4; i++)
+      sum.at[l] += static_cast<int32_t>(u.at[i]) * static_cast<int8_t>(s.at[i]);
+  return sum;
+}
+
+template <int PLANES>
+inline U8 plane(U8 raw, int p, const U8& flip) {
+  for (int i = 0; i < 64; i++)
+    raw.at[i] = PLANES == 1 ? raw.at[i] ^ flip.at[i]
+                            : (raw.at[i] >> (p * 8 / PLANES)) & (PLANES == 2 ? 15 : 3);
+  return raw;
+}
+
+inline F32 spread(const float* x, int64_t, const int32_t* index) {
+  F32 y;
+  for (int l = 0; l < LANES; l++) y.at[l] = x[index[l]];
+  return y;
+}
+inline F32 spread_bytes(const uint8_t* x, int64_t, const int32_t* index) {
+  F32 y;
+  for (int l = 0; l < LANES; l++) y.at[l] = x[index[l]];
+  return y;
+}
+
+inline float total(F32 x) {
+  for (int half = LANES / 2; half; half /= 2)
+    for (int l = 0; l < half; l++) x.at[l] += x.at[l + half];
+  return x.at[0];
+}
+inline int32_t total(I32 x) {
+  int32_t sum = 0;
+  for (int l = 0; l < LANES; l++) sum += x.at[l];
+  return sum;
+}
+
+#include "loops.h"
+
+}  // namespace
+
+const Kernels plain_kernels = {"plain", round, multiply, round_dynamic, multiply_dynamic};
+
+}  // namespace torch_quant

@@ -1,0 +1,171 @@
+"""Rows for language models: kernels of this package, where PyTorch has none that is fast.
+
+They take weights of up to 8 bits and float activations, or such that are rounded per token at each
+call. What they compute stands in ``csrc/kernels.h``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from torch_quant.core.granularity import PerGroup, PerToken
+from torch_quant.core.kernels import Accepts, Kernel
+from torch_quant.core.spec import QuantSpec, ScaleType
+from torch_quant.graph.sites import key_of
+from torch_quant.native import ops
+from torch_quant.native.packing import bits_of_storage, pack
+from torch_quant.ops.qdq import DEQUANTIZE, DEQUANTIZE_PER_CHANNEL, QUANTIZE
+from torch_quant.passes.base import PassContext, call_like
+from torch_quant.passes.constants import name_of, new_constants
+
+__all__ = ["native_kernels"]
+
+_STEP = 32
+"""A group of inputs with one scale is a multiple of this."""
+_WEIGHT = QuantSpec.of(bits=4, signed=True, symmetric=True, granularity=PerGroup(128))
+_INT8 = QuantSpec.of(bits=8, signed=True, symmetric=True, per_channel=True)
+_TOKENS = QuantSpec.of("uint8", granularity=PerToken(), dynamic=True)
+
+_NOTE = (
+    "activations are rounded inside: to 8 bits for each token and 32 inputs with weights of up to "
+    "4 bits, to 15 bits for each token and 32 or 128 inputs with others. The error lies 18 dB or "
+    "more below that of the weight"
+)
+
+
+def native_kernels() -> tuple[Kernel, ...]:
+    """What this package's kernels run."""
+    weight = Accepts(
+        _WEIGHT,
+        _is_packed,
+        f"weights are integers of up to 8 bits, with a scale per output channel or per group of "
+        f"a multiple of {_STEP} inputs",
+        any_format=True,
+    )
+    floats = Accepts(
+        QuantSpec(),
+        lambda spec: False,
+        "weights of this format go with float activations, QConfig(FLOAT, weight)",
+        any_format=True,
+        floats=True,
+        dynamic=True,
+    )
+    tokens = Accepts(
+        _TOKENS,
+        _is_token,
+        "dynamic activations are uint8, or symmetric int8, with a scale per token",
+        any_format=True,
+        dynamic=True,
+    )
+    channels = Accepts(
+        _INT8,
+        lambda spec: spec.signed and spec.symmetric and spec.per_channel,
+        "dynamic activations want a signed symmetric per-channel weight",
+    )
+    return (
+        Kernel("linear", floats, weight, emit=_lower_weight_only, note=_NOTE),
+        Kernel("linear", tokens, channels, emit=_lower_dynamic),
+        Kernel("embedding", None, weight, emit=_lower_embedding),
+    )
+
+
+def _is_packed(spec: QuantSpec) -> bool:
+    grouped = isinstance(spec.granularity, PerGroup) and spec.granularity.size % _STEP == 0
+    return spec.integer and spec.bits <= 8 and not spec.dynamic and (spec.per_channel or grouped)
+
+
+def _is_token(spec: QuantSpec) -> bool:
+    whole = spec.full_range and spec.bits == 8 and (spec.symmetric or not spec.signed)
+    tokens = spec.dynamic and isinstance(spec.granularity, PerToken)
+    return whole and tokens and spec.scale_type is ScaleType.FLOAT32
+
+
+def _lower_weight_only(context: PassContext, node: fx.Node) -> None:
+    packed = _packed(context, node, 1)
+    if packed is not None:
+        *tensors, bits, zero = packed
+        _put(node, ops.WEIGHT_ONLY_LINEAR, (node.args[0], *tensors, _bias(node), bits, zero))
+
+
+def _lower_embedding(context: PassContext, node: fx.Node) -> None:
+    features = _shape(node.args[0])
+    packed = _packed(context, node, 0)
+    if packed is not None:
+        *tensors, bits, zero = packed
+        args = (*tensors, node.args[1], bits, zero, features[1])
+        _put(node, ops.PACKED_EMBEDDING, args)
+
+
+def _lower_dynamic(context: PassContext, node: fx.Node) -> None:
+    weight, real = node.args[1], node.args[0]
+    if not _reads(weight, DEQUANTIZE_PER_CHANNEL) or not _reads(real, DEQUANTIZE):
+        return
+    codes: Any = real.args[0]  # type: ignore[union-attr]
+    assert codes.target is QUANTIZE
+    if _shape(weight)[1] > ops.MOST_INPUTS:
+        inputs = f"{ops.MOST_INPUTS} inputs"
+        context.decline(key_of(node), f"sums of more than {inputs} do not fit in 32 bits")
+        return
+    spec = context.plan[key_of(node)].activation
+    assert spec is not None
+    args = (codes.args[0], *weight.args[:2], _bias(node), spec.symmetric)  # type: ignore[union-attr]
+    _put(node, ops.DYNAMIC_LINEAR, args)
+
+
+def _reads(value: Any, target: Any) -> bool:
+    return isinstance(value, fx.Node) and value.target is target
+
+
+def _shape(weight: Any) -> tuple[int, ...]:
+    """Sizes of a weight that is dequantized."""
+    return tuple(_buffer(weight.args[0]).shape) if isinstance(weight, fx.Node) else ()
+
+
+def _bias(node: fx.Node) -> Any:
+    return node.args[2] if len(node.args) > 2 else None
+
+
+def _buffer(node: Any) -> Tensor:
+    return node.graph.owning_module.get_buffer(str(node.target))  # type: ignore[no-any-return]
+
+
+def _put(node: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
+    node.replace_all_uses_with(call_like(node, target, args))
+    node.graph.erase_node(node)
+
+
+def _packed(context: PassContext, node: fx.Node, position: int) -> tuple[Any, ...] | None:
+    """Nodes of a weight as kernels read it: codes, scale, zero point; its bits, and its zero."""
+    weight: Any = node.args[position]
+    if not (_reads(weight, DEQUANTIZE) or _reads(weight, DEQUANTIZE_PER_CHANNEL)):
+        return None
+    spec = context.plan[key_of(node)].weight
+    assert spec is not None
+    codes, scale, zero_point = map(_buffer, weight.args[:3])
+    made = context.gm.meta.setdefault("torch_quant_packed", {})
+    if id(codes) not in made:
+        made[id(codes)] = codes, _values(codes, scale, zero_point, spec)
+    values = made[id(codes)][1]
+    nodes = new_constants(context.gm, name_of(weight.args[0], "weight"), values, node)
+    middle = 0 if spec.signed else int(spec.quant_min + spec.quant_max + 1) // 2
+    bits = bits_of_storage(spec.bits)
+    if len(nodes) < 3:
+        nodes.append(None)  # type: ignore[arg-type]
+    return (*nodes, bits, middle + _above(spec))
+
+
+def _above(spec: QuantSpec) -> int:
+    """What is added to a code so that none is negative."""
+    return int(2 ** (bits_of_storage(spec.bits) - 1)) if spec.signed else 0
+
+
+def _values(codes: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
+    bits, above = bits_of_storage(spec.bits), _above(spec)
+    packed = codes.contiguous() if bits == 8 else pack(codes.to(torch.int16) + above, bits)
+    values = {"": packed, "_scale": scale.contiguous()}
+    if not spec.symmetric:
+        values["_zero_point"] = (zero_point.to(torch.int16) + above).to(torch.uint8)
+    return values

@@ -1,0 +1,204 @@
+"""Operators over this package's own kernels, which can be traced, copied, exported and saved.
+
+They take weights as these are saved; nothing is packed for a machine and nothing is kept. Where the
+library of kernels is missing, they compute the same with dequantized weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_quant.errors import InvalidConfig
+from torch_quant.native import library as native
+from torch_quant.native.packing import row_bytes, unpack
+from torch_quant.ops.qdq import CHOOSE_QPARAMS, QUANTIZE, library
+
+__all__ = ["DYNAMIC_LINEAR", "MOST_INPUTS", "PACKED_EMBEDDING", "WEIGHT_ONLY_LINEAR"]
+
+library.define(
+    "weight_only_linear(Tensor x, Tensor weight, Tensor scale, Tensor? zero_point, Tensor? bias, "
+    "int bits, int zero) -> Tensor"
+)
+library.define(
+    "dynamic_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, bool signed) -> Tensor"
+)
+library.define(
+    "packed_embedding(Tensor weight, Tensor scale, Tensor? zero_point, Tensor indices, int bits, "
+    "int zero, int features) -> Tensor"
+)
+
+MOST_INPUTS = 65536
+"""Of a dynamic linear layer: sums of so many products of 8 bits fit in 32."""
+
+
+def _check(fits: bool, operator: str, what: str, got: object) -> None:
+    if not fits:
+        raise InvalidConfig(f"torch_quant::{operator}: expected {what}, got {got}")
+
+
+def _plain(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.detach().to(dtype).contiguous()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``x`` as a contiguous float32 matrix."""
+    return _plain(x, torch.float32).view(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _check_linear(name: str, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    floats = x.is_floating_point() and x.dim() > 0
+    _check(floats, name, "a floating-point x with a dimension of inputs", (x.dtype, x.shape))
+    _check(weight.dim() == 2, name, "a weight of two dimensions", tuple(weight.shape))
+    outputs = weight.shape[0]
+    whole = scale.numel() and scale.numel() % max(outputs, 1) == 0
+    _check(bool(whole) or not outputs, name, f"scales for {outputs} outputs", tuple(scale.shape))
+    fits = bias is None or bias.shape == (outputs,)
+    _check(fits, name, f"a bias of {outputs}", None if bias is None else tuple(bias.shape))
+
+
+def _weight_only_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    zero: int,
+) -> Tensor:
+    name, inputs = "weight_only_linear", x.shape[-1] if x.dim() else 0
+    _check_linear(name, x, weight, scale, bias)
+    _check(bits in (2, 4, 8), name, "bits=2, 4 or 8", bits)
+    outputs, width = weight.shape
+    bytes_ = (torch.uint8, torch.int8) if bits == 8 else (torch.uint8,)
+    _check(weight.dtype in bytes_, name, f"a weight of {bytes_}", weight.dtype)
+    _check(width == row_bytes(inputs, bits), name, f"rows of {inputs} codes", f"{width} bytes")
+    groups = scale.numel() // max(outputs, 1)
+    fine = groups == 1 or (inputs % groups == 0 and inputs // groups % 32 == 0)
+    _check(fine, name, "groups of a multiple of 32 inputs", f"{groups} groups of {inputs} inputs")
+    if zero_point is not None:
+        _check(zero_point.numel() == scale.numel(), name, "a zero point for each scale",
+               tuple(zero_point.shape))  # fmt: skip
+    kernels = native.kernels()
+    if kernels is None:
+        real = _dequantized(_codes(weight, bits, inputs), scale, zero_point, zero)
+        return torch.nn.functional.linear(x, real.to(x.dtype), bias)
+    rows, weight = _rows(x), weight.contiguous()
+    scale = _plain(scale, torch.float32)
+    zero_point = None if zero_point is None else _plain(zero_point, torch.uint8)
+    bias = None if bias is None else _plain(bias, torch.float32)
+    y = rows.new_empty((rows.shape[0], outputs))
+    failed = kernels.torch_quant_linear(
+        torch.get_num_threads(), rows.data_ptr(), weight.data_ptr(), scale.data_ptr(),
+        _address(zero_point), _address(bias), y.data_ptr(), rows.shape[0], inputs, outputs, width,
+        groups, bits, weight.dtype is torch.int8, zero,
+    )  # fmt: skip
+    if failed:
+        raise MemoryError(f"torch_quant::{name}: no memory for {rows.numel()} activations")
+    return y.view(*x.shape[:-1], outputs).to(x.dtype)
+
+
+def _dynamic_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, signed: bool
+) -> Tensor:
+    name, inputs = "dynamic_linear", x.shape[-1] if x.dim() else 0
+    _check_linear(name, x, weight, scale, bias)
+    outputs = weight.shape[0]
+    _check(weight.dtype is torch.int8, name, "an int8 weight", weight.dtype)
+    _check(weight.shape[1] == inputs, name, f"a weight of {inputs} inputs", tuple(weight.shape))
+    _check(scale.numel() == outputs, name, "one scale for each output", tuple(scale.shape))
+    _check(inputs <= MOST_INPUTS, name, f"at most {MOST_INPUTS} inputs", inputs)
+    kernels = native.kernels()
+    if kernels is None:
+        return _dynamic_in_float(x, weight, scale, bias, signed)
+    rows, weight = _rows(x), weight.contiguous()
+    scale = _plain(scale, torch.float32)
+    bias = None if bias is None else _plain(bias, torch.float32)
+    y = rows.new_empty((rows.shape[0], outputs))
+    failed = kernels.torch_quant_dynamic(
+        torch.get_num_threads(), rows.data_ptr(), weight.data_ptr(), scale.data_ptr(),
+        _address(bias), y.data_ptr(), rows.shape[0], inputs, outputs, signed,
+    )  # fmt: skip
+    if failed:
+        raise MemoryError(f"torch_quant::{name}: no memory for {rows.numel()} activations")
+    return y.view(*x.shape[:-1], outputs).to(x.dtype)
+
+
+def _packed_embedding(
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    indices: Tensor,
+    bits: int,
+    zero: int,
+    features: int,
+) -> Tensor:
+    def read(table: Tensor) -> Tensor:
+        return torch.nn.functional.embedding(indices, table.reshape(weight.shape[0], -1))
+
+    codes = _codes(read(weight), bits, features)
+    return _dequantized(codes, read(scale), None if zero_point is None else read(zero_point), zero)
+
+
+def _codes(weight: Tensor, bits: int, count: int) -> Tensor:
+    """Codes counted from 0."""
+    if bits < 8:
+        return unpack(weight, bits, count)
+    if weight.dtype is torch.uint8:
+        return weight
+    return torch.bitwise_xor(weight.view(torch.uint8), 128)
+
+
+def _dequantized(codes: Tensor, scale: Tensor, zero_point: Tensor | None, zero: int) -> Tensor:
+    """Real values; the last dimension of ``codes`` is cut into as many groups as have a scale."""
+    shape = (*codes.shape[:-1], -1, 1)
+    scale = scale.reshape(shape) if codes.numel() else scale.new_ones((1,) * len(shape))
+    groups = codes.reshape(*codes.shape[:-1], scale.shape[-2], -1).to(torch.float32)
+    middle: Tensor | int = zero
+    if zero_point is not None:
+        middle = zero_point.reshape(scale.shape).to(torch.float32)
+    return ((groups - middle) * scale).reshape(codes.shape)
+
+
+def _dynamic_in_float(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, signed: bool
+) -> Tensor:
+    element = "int8" if signed else "uint8"
+    x_scale, x_zero = CHOOSE_QPARAMS(x, element, signed, "per_token", "float32")
+    codes = QUANTIZE(x, x_scale, x_zero, element)
+    centred = (codes.to(torch.int32) - x_zero).to(torch.float32)
+    centred = torch.where(x_scale.isfinite(), centred, x_scale)  # NaN and infinity show
+    sums = torch.nn.functional.linear(centred, weight.to(torch.float32))
+    y: Tensor = sums * (x_scale * scale.flatten())
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def _fake_linear(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _fake_embedding(weight: Tensor, scale: Tensor, zero_point: Any, *args: Any) -> Tensor:
+    indices, features = args[0], args[3]
+    shape: Sequence[Any] = (*indices.shape, features)
+    return scale.new_empty(shape)
+
+
+for _name, _impl, _fake in (
+    ("weight_only_linear", _weight_only_linear, _fake_linear),
+    ("dynamic_linear", _dynamic_linear, _fake_linear),
+    ("packed_embedding", _packed_embedding, _fake_embedding),
+):
+    library.impl(_name, _impl, "CPU")
+    torch.library.register_fake(f"torch_quant::{_name}", _fake, lib=library)
+
+WEIGHT_ONLY_LINEAR = torch.ops.torch_quant.weight_only_linear.default
+DYNAMIC_LINEAR = torch.ops.torch_quant.dynamic_linear.default
+PACKED_EMBEDDING = torch.ops.torch_quant.packed_embedding.default
