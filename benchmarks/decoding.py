@@ -63,6 +63,12 @@ class Decoding:
         return took
 
 
+def cache_name(model: nn.Module) -> str:
+    """Of the argument and of the output; it changed in transformers 5.24."""
+    takes = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in takes else "past_key_values"
+
+
 def measure(models: dict[str, Any], cached: str, tokens: int) -> dict[str, float]:
     """Median milliseconds a token of each model, taken in turns."""
     prompt = torch.arange(1, 33).reshape(1, -1)
@@ -92,8 +98,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*quantize_per_tensor")
     torch.set_num_threads(1)
     model = smollm(options.layers)
-    takes = inspect.signature(model.forward).parameters
-    cached = "cache" if "cache" in takes else "past_key_values"
+    cached = cache_name(model)
     models = {"float32": model, "int8, in pieces": quantized(model, cached, options.backend)}
     register_cache(model)
     models["int8, whole"] = quantized(model, cached, options.backend)

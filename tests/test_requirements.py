@@ -52,7 +52,7 @@ def test_lock_holds_what_setup_asks_for(names: tuple[str, ...], extras: tuple[st
         )
 
 
-@pytest.mark.parametrize("name", LOCKS)
+@pytest.mark.parametrize("name", [*LOCKS, "llm.txt"])
 def test_each_file_is_known_by_its_hash(name: str) -> None:
     assert [package for package, (_, hashed) in _locked(name).items() if not hashed] == []
 
@@ -65,7 +65,15 @@ def test_locks_agree_on_what_torch_needs() -> None:
     assert not any(name.startswith(("nvidia", "cuda", "triton")) for name in core)
 
 
-@pytest.mark.parametrize("name", [*LOCKS, "torch.txt"])
+def test_the_language_models_lock_holds_nothing_that_the_others_hold() -> None:
+    others = _locked("core.txt") | _locked("torch.txt")
+    asked = (ROOT / "requirements" / "llm.in").read_text().splitlines()
+    names = {Requirement(line).name for line in asked if not line.startswith("#")}
+    assert _locked("llm.txt").keys() == names
+    assert not names & others.keys()
+
+
+@pytest.mark.parametrize("name", [*LOCKS, "llm.txt", "torch.txt"])
 def test_lock_names_no_host(name: str) -> None:
     text = (ROOT / "requirements" / name).read_text()
     assert "://" not in text

@@ -1,0 +1,263 @@
+"""Language models with rounded weights: what each format and weight method costs and gives.
+
+accuracy: perplexity, bytes, seconds and memory of quantizing, for each format and method, and what
+the model says then. Each row is a process of its own, so that its memory is its own.
+speed: milliseconds a decoded token and for a prompt of 512, beside float32 and bfloat16.
+
+The model is SmolLM2-135M-Instruct or, with --model small, that of benchmarks/small_decoder.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from decoding import cache_name, measure
+from harness import RESULTS, interleaved_latency, report
+from llm_data import Text, load_text, perplexity, sample, smollm2
+from small_decoder import small_decoder
+from torch import nn
+from tqdm import tqdm
+
+import torch_quant
+from torch_quant import FLOAT, PerGroup, QConfig, Quantizer, QuantSpec, recipes
+from torch_quant.backends.quantized import QuantizedModule
+from torch_quant.core.methods import TRANSFORMS, WEIGHT_METHODS, read_transform, read_weight_method
+from torch_quant.errors import QuantError
+
+OUTER = ("model.embed_tokens", "lm_head")
+"""Embedding and head: tied in both models, and where 4 bits cost the most."""
+BLOCKS = {"smollm2": 512, "small": 256}
+
+
+def three_bits(group: int) -> QConfig:
+    spec = QuantSpec.of(bits=3, signed=True, symmetric=True, granularity=PerGroup(group))
+    return QConfig(FLOAT, spec)
+
+
+FORMATS: dict[str, Callable[[], QConfig]] = {
+    "int8_weight_only": recipes.int8_weight_only,
+    "int8_dynamic": recipes.int8_dynamic,
+    "int4 g32": lambda: recipes.int4_weight_only(group_size=32),
+    "int4 g64": lambda: recipes.int4_weight_only(group_size=64),
+    "int4 g128": lambda: recipes.int4_weight_only(group_size=128),
+    "int3 g64": lambda: three_bits(64),
+}
+METHODS = [name for name in (*WEIGHT_METHODS, *TRANSFORMS) if name != "smoothquant"]
+"""All that are registered but for SmoothQuant, which is for quantized activations."""
+
+
+def needs_data(method: str) -> bool:
+    made = TRANSFORMS.get(method) or WEIGHT_METHODS[method]
+    return method in TRANSFORMS or made.wants_blocks or made().wants_statistics
+
+
+def loaded(model: str) -> tuple[nn.Module, Any, Text]:
+    """(model, tokenizer, text)"""
+    if model == "small":
+        return small_decoder()
+    made, tokenizer = smollm2()
+    return made, tokenizer, load_text(tokenizer)
+
+
+def quantizer_of(wanted: str, method: str, backend: str | None, head: str) -> Quantizer:
+    """A quantizer to one of FORMATS; ``head`` says what embedding and head are."""
+    qconfig = FORMATS[wanted]()
+    if method in TRANSFORMS:
+        qconfig = replace(qconfig, transforms=(read_transform(method),))
+    else:
+        qconfig = replace(qconfig, method=read_weight_method(method))
+    outer = {"int8": recipes.int8_weight_only(), "float": None}
+    overrides = dict.fromkeys(OUTER, outer[head]) if head != "same" and "int8" not in wanted else {}
+    return Quantizer(backend, qconfig=qconfig, overrides=overrides, capture="modules")
+
+
+def saved_size(model: nn.Module) -> int:
+    """Bytes of the folder that the model is saved in."""
+    with tempfile.TemporaryDirectory() as parent:
+        if isinstance(model, QuantizedModule):
+            torch_quant.save(model, f"{parent}/model")
+        else:
+            model.save_pretrained(f"{parent}/model")  # type: ignore[operator]
+        return sum(path.stat().st_size for path in Path(parent).rglob("*") if path.is_file())
+
+
+@contextmanager
+def peak_memory() -> Iterator[Callable[[], float]]:
+    """A function that says how many MB the process has grown at most since; Linux alone."""
+
+    def status(key: str) -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(key))
+
+    if not Path("/proc/self/clear_refs").exists():
+        yield lambda: float("nan")
+        return
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is that from now on
+    before = status("VmRSS")
+    yield lambda: status("VmHWM") - before
+
+
+def accuracy_row(options: argparse.Namespace) -> dict[str, Any]:
+    """One row, in this process."""
+    model, tokenizer, text = loaded(options.model)
+    length = BLOCKS[options.model]
+    evaluation = text.evaluation[: options.tokens // length]
+    (wanted,), (method,) = options.formats, options.methods
+    row: dict[str, Any] = {"format": wanted, "method": method, "tokens": evaluation.numel()}
+    candidate: Any = model
+    if wanted != "float32":
+        calibration = text.calibration[: options.calibration // length]
+        quantizer = quantizer_of(wanted, method, options.backend, options.head)
+        with peak_memory() as peak:
+            start = time.perf_counter()
+            if needs_data(method):
+                quantizer.round_weights(model, [block[None] for block in calibration])
+            candidate = quantizer.quantize(model, example_inputs={"input_ids": evaluation[:1, :16]})
+            row["quantize s"] = time.perf_counter() - start
+            row["peak MB"] = peak()
+        row["backend"] = quantizer.backend.name
+    row["perplexity"] = perplexity(candidate, evaluation, title=f"{wanted} {method}")
+    row["MB"] = saved_size(candidate) / 1e6
+    prompt = "def read(self, path):\n" if options.model == "small" else options.prompt
+    row["text"] = sample(candidate, tokenizer, prompt)
+    return row
+
+
+def accuracy(options: argparse.Namespace) -> None:
+    """Every asked-for row in a process of its own; rows of earlier runs are kept."""
+    name = "llm" if options.model == "smollm2" else "llm_small"
+    wanted = [("float32", "")]
+    for each in options.formats:
+        methods = [m for m in options.methods if m == "rtn" or "int8" not in each]
+        wanted += [(each, method) for method in methods]
+    known = known_rows(name, options)
+    for each, method in tqdm([w for w in wanted if w not in known or options.again], unit="row"):
+        command = [sys.executable, __file__, "accuracy", "--one", "--formats", each]
+        command += ["--methods", method, "--model", options.model, "--head", options.head]
+        command += ["--tokens", str(options.tokens), "--calibration", str(options.calibration)]
+        command += ["--backend", options.backend, "--prompt", options.prompt]
+        command += ["--threads", str(options.threads)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{each} {method}: the process failed, see above")
+        known[each, method] = json.loads(done.stdout.splitlines()[-1])
+    exact = known["float32", ""]
+    for row in known.values():
+        row["ratio"] = row["perplexity"] / exact["perplexity"]
+        row["share"] = row["MB"] / exact["MB"]
+    text = {f"{row['format']} {row['method']}".strip(): row.get("text") for row in known.values()}
+    columns = ("format", "method", "perplexity", "ratio", "MB", "share", "quantize s", "peak MB")
+    columns = (*columns, "backend")
+    rows = [{key: row.get(key) for key in columns} for row in known.values()]
+    report(name, rows, **settings(options), text=text)
+
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    keys = ("model", "tokens", "calibration", "head")
+    return {key: getattr(options, key) for key in keys}
+
+
+def known_rows(name: str, options: argparse.Namespace) -> dict[tuple[str, str], dict[str, Any]]:
+    """(format, method) -> row of an earlier run with the same settings."""
+    path = RESULTS / f"{name}.json"
+    if not path.is_file():
+        return {}
+    found = json.loads(path.read_text())
+    if any(found["conditions"].get(key) != value for key, value in settings(options).items()):
+        return {}
+    text = found["conditions"]["text"]
+    rows = {(row["format"], row["method"] or ""): row for row in found["rows"]}
+    return {key: row | {"text": text.get(" ".join(key).strip())} for key, row in rows.items()}
+
+
+@torch.no_grad()
+def speed(options: argparse.Namespace) -> None:
+    """Decoding with a cache and reading a prompt, each format in turns with both floats."""
+    model, _, text = loaded(options.model)
+    prompt = text.evaluation[:1]
+    half = type(model)(model.config).bfloat16().eval()
+    half.load_state_dict(model.state_dict())
+    rows = []
+    for wanted in tqdm(options.formats, unit="format"):
+        quantizer = quantizer_of(wanted, "rtn", options.backend, options.head)
+        try:
+            quant_model = quantizer.quantize(model, example_inputs={"input_ids": prompt[:, :16]})
+        except QuantError as error:
+            rows.append({"format": wanted, "runs on": f"no kernel: {str(error).splitlines()[0]}"})
+            continue
+        models = {"float32": model, "bfloat16": half, "quantized": quant_model}
+        decode = measure(models, cache_name(model), options.decode)
+        calls = {
+            name: lambda each=each: each(input_ids=prompt, use_cache=False)
+            for name, each in models.items()
+        }
+        prefill = interleaved_latency(calls, warm_up=1, rounds=3)
+        share = quantizer.coverage(model).share
+        simulated = (
+            "float arithmetic on rounded weights"
+            if "reference" in repr(quantizer.backend).lower()
+            else "kernels"
+        )
+        row: dict[str, Any] = {"format": wanted, "runs on": f"{quantizer.backend!r}, {simulated}"}
+        row["quantized MACs"] = f"{share:.1%}"
+        for what, times in (("token", decode), (f"{prompt.numel()} tokens", prefill)):
+            row |= {f"{what}, {name} ms": each for name, each in times.items()}
+            row[f"{what}, speed-up"] = times["float32"] / times["quantized"]
+        rows.append(row)
+    name = "llm_speed" if options.model == "smollm2" else "llm_small_speed"
+    report(name, rows, model=options.model, head=options.head, decoded=options.decode)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("accuracy", "speed"))
+    parser.add_argument("--model", choices=tuple(BLOCKS), default="smollm2")
+    parser.add_argument(
+        "--formats", nargs="+", default=list(FORMATS), choices=(*FORMATS, "float32"),
+        metavar="FORMAT", help=f"of {', '.join(FORMATS)}; default: all",
+    )  # fmt: skip
+    parser.add_argument(
+        "--methods", nargs="+", default=METHODS, choices=(*METHODS, ""),
+        metavar="METHOD", help=f"of {', '.join(METHODS)}; default: all",
+    )  # fmt: skip
+    parser.add_argument(
+        "--head", choices=("int8", "same", "float"), default="int8",
+        help="embedding and head of formats below int8; default: int8",
+    )  # fmt: skip
+    parser.add_argument("--backend", help="accuracy: reference; speed: the best of this machine")
+    parser.add_argument("--tokens", type=int, default=20480, help="evaluated (default 20480)")
+    parser.add_argument(
+        "--calibration", type=int, default=32768, help="tokens to calibrate on (default 32768)"
+    )
+    parser.add_argument("--decode", type=int, default=40, help="tokens decoded with each model")
+    parser.add_argument("--prompt", default="What does an operating system do?")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--again", action="store_true", help="measure rows that are known too")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.what == "speed":
+        speed(options)
+        return
+    options.backend = options.backend or "reference"
+    if options.one:
+        print(json.dumps(accuracy_row(options)))
+    else:
+        accuracy(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""A small language model of free weights: a decoder trained on the standard library's own source.
+
+Five minutes of two threads, once; the result is kept. Its weights have never been rounded, which
+those of many a pretrained file have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+from llm_data import CACHE, Text, kept, perplexity, python_sources, sample
+
+__all__ = ["small_decoder"]
+
+LENGTH = 256
+BATCH = 8
+STEPS = 1000
+VOCABULARY = 4096
+
+
+def small_decoder() -> tuple[nn.Module, Any, Text]:
+    """(A Llama of 5.7 M parameters in float32 and eval mode, its tokenizer, text in blocks of 256).
+
+    Of every 20 source files, one is for evaluation only; calibration is on what it was trained on.
+    """
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    folder = kept(CACHE / "small-decoder", _train)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    training, held_out = _sources()
+    text = Text(
+        _blocks(tokenizer, training)[:256],
+        _blocks(tokenizer, held_out)[:80],
+        f"source of {len(training)} and {len(held_out)} other files of the standard library",
+    )
+    return model.eval().requires_grad_(False), tokenizer, text
+
+
+def _sources() -> tuple[list[str], list[str]]:
+    """Source files to train on, and others."""
+    texts = [path.read_text(encoding="utf-8", errors="ignore") for path in python_sources()]
+    random.Random(0).shuffle(texts)
+    others = len(texts) // 20
+    return texts[others:], texts[:others]
+
+
+def _blocks(tokenizer: Any, texts: list[str]) -> Tensor:
+    """All whole blocks of the texts, ``[blocks, LENGTH]``, in an order that is fixed."""
+    rows = [torch.tensor(ids) for ids in tokenizer(texts).input_ids if len(ids) >= LENGTH]
+    blocks = torch.cat([ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH) for ids in rows])
+    return blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))]
+
+
+def _train(folder: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    training, _ = _sources()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=_byte_pairs(training),
+        eos_token="<end>",
+        clean_up_tokenization_spaces=False,
+    )
+    blocks = _blocks(tokenizer, training)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=256,
+            intermediate_size=768,
+            num_hidden_layers=6,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            max_position_embeddings=2 * LENGTH,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, STEPS, pct_start=0.05)
+    progress = tqdm(range(STEPS), desc="training a small decoder", unit="step")
+    order = torch.randint(len(blocks), (STEPS, BATCH))
+    for step in progress:
+        batch = blocks[order[step]]
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=batch, use_cache=False).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        progress.set_postfix_str(f"loss {float(loss):.2f}")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _byte_pairs(texts: list[str]) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<end>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
+    torch.set_num_threads(parser.parse_args().threads)
+    model, tokenizer, text = small_decoder()
+    size = sum(each.numel() for each in model.parameters())
+    found = perplexity(model, text.evaluation)
+    print(f"{size / 1e6:.1f} M parameters, {text.sources}: perplexity {found:.2f}")
+    print(sample(model, tokenizer, "def read(self, path):\n"))
+
+
+if __name__ == "__main__":
+    main()
