@@ -67,6 +67,7 @@ def native_kernels() -> tuple[Kernel, ...]:
     )
     return (
         Kernel("linear", floats, weight, emit=_lower_weight_only, note=_NOTE),
+        Kernel("grouped_linear", floats, weight, emit=_lower_experts, note=_NOTE),
         Kernel("linear", tokens, channels, emit=_lower_dynamic),
         Kernel("embedding", None, weight, emit=_lower_embedding),
     )
@@ -88,6 +89,14 @@ def _lower_weight_only(context: PassContext, node: fx.Node) -> None:
     if packed is not None:
         *tensors, bits, zero = packed
         _put(node, ops.WEIGHT_ONLY_LINEAR, (node.args[0], *tensors, _bias(node), bits, zero))
+
+
+def _lower_experts(context: PassContext, node: fx.Node) -> None:
+    packed = _packed(context, node, 1)
+    if packed is not None:
+        *tensors, bits, zero = packed
+        args = (node.args[0], *tensors, node.args[2], bits, zero)
+        _put(node, ops.WEIGHT_ONLY_EXPERTS, args)
 
 
 def _lower_embedding(context: PassContext, node: fx.Node) -> None:

@@ -18,7 +18,10 @@ from torch_quant.native import library as native
 from torch_quant.native.packing import row_bytes, unpack
 from torch_quant.ops.qdq import CHOOSE_QPARAMS, QUANTIZE, library
 
-__all__ = ["DYNAMIC_LINEAR", "MOST_INPUTS", "PACKED_EMBEDDING", "WEIGHT_ONLY_LINEAR"]
+__all__ = [
+    "DYNAMIC_LINEAR", "MOST_INPUTS", "PACKED_EMBEDDING", "WEIGHT_ONLY_EXPERTS",
+    "WEIGHT_ONLY_LINEAR",
+]  # fmt: skip
 
 library.define(
     "weight_only_linear(Tensor x, Tensor weight, Tensor scale, Tensor? zero_point, Tensor? bias, "
@@ -26,6 +29,10 @@ library.define(
 )
 library.define(
     "dynamic_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, bool signed) -> Tensor"
+)
+library.define(
+    "weight_only_experts(Tensor x, Tensor weight, Tensor scale, Tensor? zero_point, Tensor ends, "
+    "int bits, int zero) -> Tensor"
 )
 library.define(
     "packed_embedding(Tensor weight, Tensor scale, Tensor? zero_point, Tensor indices, int bits, "
@@ -132,6 +139,33 @@ def _dynamic_linear(
     return y.view(*x.shape[:-1], outputs).to(x.dtype)
 
 
+def _weight_only_experts(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    ends: Tensor,
+    bits: int,
+    zero: int,
+) -> Tensor:
+    """``grouped_linear`` with codes: each expert's rows by a kernel call of its own."""
+    experts = ends.shape[0]
+    _check(weight.shape[0] % experts == 0, "weight_only_experts", f"rows of {experts} experts",
+           weight.shape[0])  # fmt: skip
+    out = weight.shape[0] // experts
+    scales = scale.reshape(experts, out, -1)
+    zeros = None if zero_point is None else zero_point.reshape(experts, out, -1)
+    result, start = x.new_zeros(x.shape[0], out), 0
+    for i, end in enumerate(ends.tolist()):
+        if end > start:
+            mine = weight[i * out : (i + 1) * out]
+            result[start:end] = _weight_only_linear(
+                x[start:end], mine, scales[i], None if zeros is None else zeros[i], None, bits, zero
+            )
+        start = end
+    return result
+
+
 def _packed_embedding(
     weight: Tensor,
     scale: Tensor,
@@ -185,6 +219,10 @@ def _fake_linear(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+def _fake_experts(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0] // args[2].shape[0]))
+
+
 def _fake_embedding(weight: Tensor, scale: Tensor, zero_point: Any, *args: Any) -> Tensor:
     indices, features = args[0], args[3]
     shape: Sequence[Any] = (*indices.shape, features)
@@ -194,6 +232,7 @@ def _fake_embedding(weight: Tensor, scale: Tensor, zero_point: Any, *args: Any) 
 for _name, _impl, _fake in (
     ("weight_only_linear", _weight_only_linear, _fake_linear),
     ("dynamic_linear", _dynamic_linear, _fake_linear),
+    ("weight_only_experts", _weight_only_experts, _fake_experts),
     ("packed_embedding", _packed_embedding, _fake_embedding),
 ):
     library.impl(_name, _impl, "CPU")
@@ -201,4 +240,5 @@ for _name, _impl, _fake in (
 
 WEIGHT_ONLY_LINEAR = torch.ops.torch_quant.weight_only_linear.default
 DYNAMIC_LINEAR = torch.ops.torch_quant.dynamic_linear.default
+WEIGHT_ONLY_EXPERTS = torch.ops.torch_quant.weight_only_experts.default
 PACKED_EMBEDDING = torch.ops.torch_quant.packed_embedding.default
