@@ -188,6 +188,12 @@ def run(module: QuantizedModule, *args: Any, **kwargs: Any) -> Any:
     how = module.quantization
     if how.shared and not torch.compiler.is_compiling():
         how.shared.check()
+    if len(args) == 1 and not kwargs and how.glue is None and not _recording():
+        for graph in how.graphs:
+            way = graph.direct(how.signature)
+            if way is not None and way.takes(args[0]):
+                (result,) = way.function(args[0])
+                return result
     args, kwargs = bind(how.signature, args, kwargs)
     if how.glue is not None and not how.graphs:
         return _run_glue(how.glue, args, kwargs)
@@ -203,6 +209,10 @@ def run(module: QuantizedModule, *args: Any, **kwargs: Any) -> Any:
         return _run_glue(how.glue, args, kwargs)
     graph, accepted = found or _capture(module, call)
     return graph(*accepted.tensors, source=accepted.source)
+
+
+def _recording() -> bool:
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 def _graph_for(how: Quantization, call: Call) -> tuple[QuantizedGraph, Call] | None:
@@ -221,8 +231,7 @@ def _run_glue(glue: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def _capture(module: QuantizedModule, call: Call) -> tuple[QuantizedGraph, Call]:
     """A new graph for ``call``; raises :class:`CaptureFailed` where there can be none."""
-    recorded = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-    how = module.quantization
+    recorded, how = _recording(), module.quantization
     if how.unseen is None:
         reason = ""
     elif recorded:

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from torch_quant.backends.base import Backend
+from torch_quant.backends.direct import Direct, direct
 from torch_quant.backends.mounting import linked, links
 from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import InvalidConfig
@@ -78,9 +79,11 @@ class QuantizedGraph(NeverLoads):
         self.plan = QuantPlan()
         """Its sites, if it was captured after the model was quantized."""
         self.kind, self.contract, self.out_spec = kind, contract, out_spec
+        self._direct: tuple[Any, Direct | None] | None = None
+        """For which body and signature, and the shortest way to it."""
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__ | {"compiled": None, "variants": {}}
+        state = self.__dict__ | {"compiled": None, "variants": {}, "_direct": None}
         modules = dict(self._modules)
         del modules["body"]
         state["packed"], state["_modules"] = pack(self.body), modules
@@ -91,6 +94,22 @@ class QuantizedGraph(NeverLoads):
         body = linked(unpack(state.pop("packed")), state.pop("links"))
         super().__setstate__(state)
         self.body = body
+
+    def direct(self, signature: Any) -> Direct | None:
+        """The shortest way for calls with one tensor, None if there is none.
+
+        Args:
+            signature: of the module.
+        """
+        body = self._modules["body"]
+        known = self._direct
+        if known is None or known[0] is not body:
+            made = None
+            if self.compiler is None and isinstance(body, fx.GraphModule):
+                forward = body.forward
+                made = direct(forward, self.kind, self.contract, self.out_spec, signature)
+            known = self._direct = (body, made)
+        return known[1]
 
     def accept(self, call: Call) -> Call | None:
         """``call`` as the graph takes it, or None if it does not serve it."""

@@ -1,0 +1,94 @@
+"""Layers that take one tensor are called without matching the call."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from torch_quant import CaptureFailed, Quantizer, recipes
+from torch_quant.backends import direct as module
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.b(torch.relu(self.a(x)))
+        return y
+
+
+def quantized(**settings: Any) -> tuple[Any, Tensor]:
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
+    recipe = recipes.int4_weight_only(group_size=32)
+    quantizer = Quantizer(recipe, backend="reference", **settings)
+    return quantizer.quantize(Layers().eval(), example_inputs=x), x
+
+
+def test_it_is_taken_and_gives_what_the_long_way_gives() -> None:
+    model, x = quantized()
+    (graph,) = model.a.quantization.graphs
+    way = graph.direct(model.a.quantization.signature)
+    assert way is not None
+    assert way.takes(x)
+    long = model.a(input=x)  # by name: the call is matched
+    assert torch.equal(model.a(x), long)
+    torch.testing.assert_close(model.a(x[:1, :3]), long[:1, :3])
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other.a(x), long)
+
+
+def test_what_it_does_not_take_goes_the_long_way() -> None:
+    model, x = quantized()
+    (graph,) = model.a.quantization.graphs
+    way = graph.direct(model.a.quantization.signature)
+    for wrong in (x.double(), x[..., :16], x[0], nn.Parameter(x), "x"):
+        assert not way.takes(wrong)
+    with pytest.raises(CaptureFailed, match=r"input\.shape\[2\] is 16"):
+        model.a(x[..., :16])
+    with pytest.raises(CaptureFailed, match="input has 2 dimensions; it was captured for 3"):
+        model.a(x[0])
+    assert torch.equal(model.a(nn.Parameter(x)), model.a(x))
+
+
+def test_hooks_moves_and_tracing() -> None:
+    model, x = quantized()
+    expected, seen = model(x), []
+    handle = model.a.register_forward_hook(lambda *each: seen.append(each[2]))
+    assert torch.equal(model(x), expected)
+    assert len(seen) == 1
+    handle.remove()
+    traced = torch.jit.trace(model.a, (x,))
+    assert torch.equal(traced(x[:1]), model.a(x[:1]))
+    exported = torch.export.export(model.a, (x,)).module()
+    assert torch.equal(exported(x), model.a(x))
+    with torch.no_grad():
+        assert torch.equal(torch.compile(model.a, backend="eager")(x), model.a(x))
+
+
+def test_sizes_that_depend_on_each_other_have_no_short_way() -> None:
+    class Square(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.fc(x @ x.transpose(0, 1) @ x) if x.shape[0] > 3 else self.fc(x)
+            return y
+
+    x = torch.randn(5, 8)
+    quantizer = Quantizer("reference", unseen_calls="error")
+    model = Square().eval()
+    quantizer.calib(model)(x)
+    quant_model = quantizer.quantize(model)
+    assert quant_model.graphs[0].direct(quant_model.signature) is None
+    with pytest.raises(CaptureFailed):
+        quant_model(x[:2])
+    assert module.__all__ == ["Direct", "direct"]
