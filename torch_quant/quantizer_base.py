@@ -89,7 +89,11 @@ class QuantizerBase(Tied):
     @property
     def _policy(self) -> CapturePolicy:
         """What is captured as a graph, of models that were not captured yet."""
-        return self._capture or self._summary.capture or default_capture(self.qconfig)
+        return (
+            self._capture
+            or self._summary.capture
+            or default_capture(self.qconfig, self.backend.one_graph)
+        )
 
     @property
     def _captured_by(self) -> CapturePolicy:

@@ -89,6 +89,8 @@ class Backend(ABC, metaclass=_ByName):
     priority: ClassVar[int] = 0
     """Of the backends that are available, the one of highest priority is the default."""
     devices: ClassVar[frozenset[str]] = frozenset({"cpu"})
+    one_graph: ClassVar[bool] = False
+    """Whether a model is captured as one graph unless the user says otherwise."""
     compiles: ClassVar[bool] = False
     """Whether its kernels come from :meth:`compile`, at the first call of each graph."""
 

@@ -115,13 +115,18 @@ def computes_with_weights(module: nn.Module) -> bool:
     return any(x.dim() > 1 and x.is_floating_point() for x in module.parameters())
 
 
-def default_capture(qconfig: QConfig) -> CapturePolicy:
+def default_capture(qconfig: QConfig, one_graph: bool = False) -> CapturePolicy:
     """What is captured where the user does not say: layer by layer if no range is needed.
+
+    Args:
+        qconfig: how layers are quantized.
+        one_graph: whether the backend wants the whole model as one graph.
 
     >>> default_capture(QConfig()).choice
     'whole'
     """
-    return CapturePolicy(_WHOLE if qconfig.needs_ranges else _MODULES, asked=False)
+    whole = one_graph or qconfig.needs_ranges
+    return CapturePolicy(_WHOLE if whole else _MODULES, asked=False)
 
 
 def checked_capture(choice: Capture) -> CapturePolicy:

@@ -28,6 +28,7 @@ from torch_quant.io.onnx_names import describe, rename
 from torch_quant.io.onnx_ops import own_forms
 from torch_quant.io.onnx_recurrent import recurrent_layers, unrolled
 from torch_quant.io.onnx_rewrites import rewrite
+from torch_quant.io.onnx_weights import needed_opset, write_blocked
 from torch_quant.model import example_call
 from torch_quant.passes.base import PassContext, copy_graph, run_passes
 
@@ -49,6 +50,7 @@ def export_onnx(
     dynamic: bool = True,
     opset: int | None = None,
     pieces: bool = False,
+    matmul_nbits: bool = False,
     progress: bool = True,
 ) -> list[Path]:
     """Write a quantized model as an ONNX file that onnxruntime and OpenVINO run on int8 kernels.
@@ -63,9 +65,13 @@ def export_onnx(
             input.
         path: where to write.
         dynamic: keep batch, length and image sizes free, as far as the model itself does.
-        opset: the ONNX operator set, 18 or more; None for the exporter's own choice.
+        opset: the ONNX operator set, 18 or more, 21 for weights in blocks; None for the exporter's
+            own choice.
         pieces: write a model that was captured in pieces as one file for each graph that the
             example takes: ``model.onnx`` gives ``model.encoder.layer.0.onnx`` and so on.
+        matmul_nbits: write linear layers with quantized weights and float activations as
+            onnxruntime's own operator, not as ONNX's ``DequantizeLinear`` in blocks, of which
+            onnxruntime makes the same, and which others read too.
         progress: whether to show a progress bar.
 
     Returns:
@@ -119,7 +125,9 @@ def export_onnx(
             exported = _captured(graph, tensors, dynamic=dynamic)
             bar.update()
             bar.set_description(f"{file.name}: translating")
-            program = _translated(exported, graph, opset)
+            chosen = needed_opset(graph.body, opset, matmul_nbits)
+            program = _translated(exported, graph, chosen)
+            write_blocked(program.model, graph.body, matmul_nbits)
             bar.update()
             bar.set_description(f"{file.name}: writing")
             rename(program, graph, tensors, paths[graph])

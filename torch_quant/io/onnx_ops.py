@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from torch_quant.io.onnx_recurrent import recurrent_forms
+from torch_quant.io.onnx_weights import blocked_forms
 from torch_quant.ops.experts import GROUPED_LINEAR
 
 __all__ = ["own_forms"]
@@ -18,7 +19,7 @@ def own_forms() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     It is what ``torch.onnx.export(custom_translation_table=...)`` takes.
     """
-    found = recurrent_forms()
+    found = recurrent_forms() | blocked_forms()
     found[GROUPED_LINEAR] = _grouped_linear
     if hasattr(torch.ops.transformers, "grouped_mm_fallback"):
         found[torch.ops.transformers.grouped_mm_fallback.default] = _grouped_product

@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch_quant.backends.base import Backend, register_backend
 from torch_quant.backends.onednn import has_vnni
 from torch_quant.backends.reference import symmetric_weight
+from torch_quant.core.granularity import PerChannel, PerGroup
 from torch_quant.core.kernels import Accepts, Kernel, KernelTable
 from torch_quant.core.plan import QuantPlan
 from torch_quant.core.spec import QuantSpec
@@ -32,6 +33,7 @@ from torch_quant.passes.onnx_forms import (
     move_codes,
     padding_before_pools,
 )
+from torch_quant.passes.onnx_weights import blocked_weights
 from torch_quant.passes.share_grids import keep_grids, read_codes
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ __all__ = ["OnnxBackend", "missing_packages"]
 
 _CONVS = ("conv1d", "conv2d", "conv3d")
 _PASSES = (
+    blocked_weights,
     fold_scales,
     attention_forms,
     move_codes,
@@ -49,6 +52,18 @@ _PASSES = (
     linear_forms_2d,
     padding_before_pools,
 )
+
+
+_WANTED = (
+    "beside float activations, onnxruntime's kernels want signed weights of 4 or 8 bits with zero "
+    "at 0, and a scale for each output channel or group of inputs"
+)
+
+
+def _in_blocks(spec: QuantSpec) -> bool:
+    """Whether a format of weights has a kernel that takes float activations."""
+    integers = spec.integer and spec.bits in (4, 8) and spec.signed and spec.symmetric
+    return integers and isinstance(spec.granularity, (PerChannel, PerGroup))
 
 
 def missing_packages(*names: str) -> str | None:
@@ -70,6 +85,7 @@ class OnnxBackend(Backend):
 
     name = "onnx"
     priority = -10  # a file format: for running in PyTorch, others are faster
+    one_graph = True
 
     def unavailable(self) -> str | None:
         return missing_packages("onnx", "onnxscript")
@@ -87,6 +103,7 @@ class OnnxBackend(Backend):
             (
                 *(Kernel(conv, activation, weight, activation) for conv in _CONVS),
                 Kernel("linear", activation, weight),
+                Kernel("linear", None, Accepts(symmetric_weight(), _in_blocks, _WANTED, True)),
                 Kernel("matmul", activation),
                 Kernel("scaled_dot_product_attention", activation),
                 Kernel("embedding", None, Accepts(default)),

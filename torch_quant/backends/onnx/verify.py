@@ -26,11 +26,11 @@ logger = logging.getLogger("torch_quant")
 
 _FUSED = frozenset({
     "QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger",
-    "ConvInteger", "DynamicQuantizeMatMul",
+    "ConvInteger", "DynamicQuantizeMatMul", "MatMulNBits",
 })  # fmt: skip
 _PRODUCTS = frozenset({
     "Conv", "ConvTranspose", "Gemm", "MatMul", "FusedConv", "FusedGemm", "FusedMatMul",
-    "TransposeMatMul", "NhwcFusedConv",
+    "TransposeMatMul", "NhwcFusedConv", "MatMulNBits",
 })  # fmt: skip
 _MOVES = frozenset({
     "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Flatten", "Identity",
@@ -204,19 +204,28 @@ class _View:
             found = self.made.get(found.input[0])
         return found
 
-    def is_quantized(self, node: Any) -> bool:
-        """Whether both operands are dequantized right before the product."""
-        sides = [self.before(node, i) for i in (0, 1)]
+    def is_quantized(self, node: Any, entry: SitePlan | None) -> bool:
+        """Whether what is to be quantized is dequantized right before the product."""
+        if node.op_type == "MatMulNBits":
+            return True
+        weight_alone = entry is not None and entry.quantized and entry.activation is None
+        sides = [self.before(node, i) for i in ((1,) if weight_alone else (0, 1))]
         return all(side is not None and side.op_type == "DequantizeLinear" for side in sides)
+
+    def block_size(self, node: Any) -> int:
+        """Inputs that share a scale of its weight, 0 if that is not in blocks."""
+        found = self.before(node, 1)
+        attributes = () if found is None else found.attribute
+        return next((each.i for each in attributes if each.name == "block_size"), 0)
 
 
 def _sites(file: _View, optimized: _View, plan: QuantPlan) -> list[OnnxSite]:
     kernels = {node.name: node for node in optimized.nodes}
     found = []
     for node in file.nodes:
-        if node.op_type not in _PRODUCTS or not file.is_quantized(node):
-            continue
         entry = _entry(node.name, plan)
+        if node.op_type not in _PRODUCTS or not file.is_quantized(node, entry):
+            continue
         site = entry.name if entry else node.name
         kernel = kernels.get(node.name)
         if kernel is None:
@@ -258,6 +267,10 @@ def _reason(node: Any, file: _View, optimized: _View, kernel: Any) -> str:
         bias = file.made.get(node.input[2])
         if bias is None or bias.op_type != "DequantizeLinear":
             return "its bias is float; the kernel wants int32 through DequantizeLinear"
+    if (size := file.block_size(node)) and (size < 16 or size & (size - 1)):
+        return f"its weight has a scale for each {size} inputs; MatMulNBits wants 16, 32, 64 ..."
+    if size and len(file.read[file.before(node, 1).input[0]]) + len(file.read[node.input[1]]) > 2:
+        return "its weight serves several products; export_onnx(matmul_nbits=True) has a kernel"
     kinds = [file.types.get(each.input[2]) for each in _dequantizers(node, file)]
     return (
         f"onnxruntime left it as {kernel.op_type}, between "
