@@ -25,6 +25,7 @@ from torch_quant import (
     QConfig,
     Quantizer,
     RoundToNearest,
+    SmoothQuant,
     load,
     recipes,
     register_transform,
@@ -300,6 +301,9 @@ def test_mistakes(registered: Any) -> None:
     static = QConfig(transforms=(Doubled(),))
     with pytest.raises(InvalidConfig, match="serves float and dynamic activations only"):
         quantizer_of(qconfig=static).round_weights(model, data)
+    smooth = replace(INT4, transforms=(SmoothQuant(0.5),))
+    with pytest.raises(InvalidConfig, match=r"smoothquant.* changes the weight when the model is"):
+        quantizer_of(qconfig=smooth).round_weights(model, data)
     state = quantizer_of()
     state.round_weights(model, data, progress=False)
     saved = state.state_dict()

@@ -147,6 +147,11 @@ class _Run:
             found[site.module] = Layer(
                 site.name, site.module, module, spec, method, entry.transforms, site, transposed
             )
+            if late := [each for each in entry.transforms if not each.wants_blocks]:
+                raise InvalidConfig(
+                    f"{site.name}: {late[0]} changes the weight when the model is quantized, after "
+                    "round_weights; leave it out, or take a transform that scales blocks, as AWQ"
+                )
             if entry.needs_ranges and any(each.wants_blocks for each in entry.transforms):
                 raise InvalidConfig(
                     f"{site.name}: {entry.transforms[0]} scales activations, whose calibrated "
