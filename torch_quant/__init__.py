@@ -1,7 +1,7 @@
 """Quantize PyTorch models and run them on real int8 kernels."""
 
 from torch_quant import recipes
-from torch_quant.algorithms import GPTQ, HQQ, RoundToNearest, SmoothQuant
+from torch_quant.algorithms import AWQ, GPTQ, HQQ, TEQ, AutoRound, RoundToNearest, SmoothQuant
 from torch_quant.amp.ranking import Sensitivity
 from torch_quant.backends import Backend, available_backends
 from torch_quant.checkpoints import export_checkpoint, load_checkpoint
@@ -41,9 +41,12 @@ from torch_quant.tuning import tune
 from torch_quant.version import __version__
 
 __all__ = [
+    "AWQ",
     "FLOAT",
     "GPTQ",
     "HQQ",
+    "TEQ",
+    "AutoRound",
     "Backend",
     "BackendUnavailable",
     "CaptureFailed",

@@ -248,7 +248,8 @@ class QuantizerBase(Tied):
             raise NotCalibrated(
                 "no calibration data was seen: run it through the proxy of quantizer.calib(model)"
             )
-        tell_misfits(session.captured.sites(), plan)
+        if not self.state.rounded:  # it was told then
+            tell_misfits(session.captured.sites(), plan)
         with told_together():
             quantized = lowering.run(share=share_float_weights)
         if self.unseen_calls == "capture":

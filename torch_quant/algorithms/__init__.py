@@ -1,8 +1,20 @@
 """Weight methods and transforms, one a file. Importing this package registers them."""
 
+from torch_quant.algorithms.autoround import AutoRound
+from torch_quant.algorithms.awq import AWQ
 from torch_quant.algorithms.gptq import GPTQ
 from torch_quant.algorithms.hqq import HQQ
 from torch_quant.algorithms.rtn import DEFAULT_METHOD, RoundToNearest
 from torch_quant.algorithms.smoothquant import SmoothQuant
+from torch_quant.algorithms.teq import TEQ
 
-__all__ = ["DEFAULT_METHOD", "GPTQ", "HQQ", "RoundToNearest", "SmoothQuant"]
+__all__ = [
+    "AWQ",
+    "DEFAULT_METHOD",
+    "GPTQ",
+    "HQQ",
+    "TEQ",
+    "AutoRound",
+    "RoundToNearest",
+    "SmoothQuant",
+]

@@ -1,0 +1,208 @@
+"""AutoRound: learn which way each weight of a block is rounded, and how far its range reaches.
+
+    W' = s (clip(round(W / s + V) + z) - z),   range [beta min W, alpha max W] of each block of W
+
+``V``, ``alpha`` and ``beta`` follow the signs of the gradient of the block's squared error against
+the float block. They lie in ``[-1/2, 1/2]`` and ``[0, 1]``, all of which steps that shrink from
+``1 / iterations`` to 0 can reach. Cheng et al., "Optimize Weight Rounding via Signed Gradient
+Descent for the Quantization of LLMs", 2023, equations 2 to 6 and algorithm 1. ``V`` is in steps of
+the format: with floats, in the distance of the two values that a weight lies between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from torch_quant.algorithms.block_training import Rounder, block_error, error_and_gradients
+from torch_quant.algorithms.blocks import Block, Layer
+from torch_quant.algorithms.rtn import RoundToNearest
+from torch_quant.core.methods import WeightMethod, register_weight_method
+from torch_quant.core.qparams import QParams
+from torch_quant.core.spec import QuantSpec
+from torch_quant.core.telling import at_site, tell
+from torch_quant.errors import InvalidConfig
+from torch_quant.statistics import Statistic
+
+__all__ = ["AutoRound"]
+
+_UNREACHED = (
+    "no calibration data reached it, so that its weight is rounded to nearest; give "
+    "quantizer.round_weights inputs that do"
+)
+
+
+@register_weight_method
+@dataclass(frozen=True)
+class AutoRound(WeightMethod):
+    """Signed gradient descent on roundings and ranges, a block at a time.
+
+    :meth:`Quantizer.round_weights` runs it. Of the state with the least error on its batch, the
+    last one, and that of round to nearest, the one with the least error on all samples is taken:
+    on them, no block comes out worse than rounded to nearest. A layer that no sample reaches is
+    rounded to nearest, with a warning.
+
+    Args:
+        iterations: steps.
+        batch_size: samples of each step, that is batches of ``round_weights``.
+        learning_rate: of the first step; None for ``1 / iterations``.
+        range_learning_rate: the same for the ends of ranges; None for ``learning_rate``.
+        ranges: learn ranges too.
+        seed: of the choice of samples.
+
+    Raises:
+        InvalidConfig: an option is of another type or range.
+
+    >>> from torch import nn, randn
+    >>> from torch_quant import Quantizer, recipes
+    >>> config = recipes.int4_weight_only(group_size=16, method=AutoRound(iterations=10))
+    >>> model, quantizer = nn.Sequential(nn.Linear(32, 8)), Quantizer("reference", qconfig=config)
+    >>> quantizer.round_weights(model, [randn(8, 32)]).sites
+    ('0',)
+    """
+
+    name = "autoround"
+    wants_blocks: ClassVar[bool] = True
+    wants_targets: ClassVar[bool] = True
+
+    iterations: int = 200
+    batch_size: int = 8
+    learning_rate: float | None = None
+    range_learning_rate: float | None = None
+    ranges: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "batch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InvalidConfig(f"AutoRound({name}={value!r}): expected an integer, 1 or more")
+        for name in ("learning_rate", "range_learning_rate"):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is not None and not (number and 0 < value <= 1):
+                raise InvalidConfig(
+                    f"AutoRound({name}={value!r}): expected a number above 0, at most 1, or None"
+                )
+        if not isinstance(self.ranges, bool):
+            raise InvalidConfig(f"AutoRound(ranges={self.ranges!r}): expected True or False")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise InvalidConfig(f"AutoRound(seed={self.seed!r}): expected an integer")
+
+    def quantize(
+        self, weight: Tensor, spec: QuantSpec, statistics: Mapping[str, Statistic]
+    ) -> tuple[Tensor, QParams]:
+        """Where it starts: rounded to nearest."""
+        return RoundToNearest().quantize(weight, spec, {})
+
+    def round_block(self, block: Block, layers: Sequence[Layer]) -> None:
+        """Learn, and round ``layers``; those of the block that others round stay as they are."""
+        learned = [_Learned.of(layer, self.ranges) for layer in layers]
+        generator = torch.Generator().manual_seed(self.seed)
+        count, size = len(block.samples), min(self.batch_size, len(block.samples))
+        rate = self.learning_rate or 1.0 / self.iterations
+        range_rate = self.range_learning_rate or rate
+        reached: set[Layer] = set()
+        states, least = [[each.state() for each in learned]], float("inf")
+        for turn in range(self.iterations):
+            chosen = torch.randperm(count, generator=generator)[:size].tolist()
+            with torch.enable_grad():
+                weights = {each.layer: each.rounded() for each in learned}
+            error, gradients = error_and_gradients(block, weights, chosen)
+            if error < least:
+                least, best = error, [each.state() for each in learned]
+            left = 1.0 - turn / self.iterations
+            for each in learned:
+                gradient = gradients[each.layer]
+                if gradient is not None and bool(gradient.any()):
+                    reached.add(each.layer)
+                    each.step(weights[each.layer], gradient, rate * left, range_rate * left)
+        states += [best, [each.state() for each in learned]]
+        errors = []
+        for state in states:
+            _restore(learned, state)
+            errors.append(block_error(block, {x.layer: x.rounded().detach() for x in learned}))
+        _restore(learned, states[errors.index(min(errors))])
+        for each in learned:
+            if each.layer not in reached:
+                with at_site(each.layer.site):
+                    tell(_UNREACHED)
+            each.layer.round_to(*each.result())
+
+
+State = tuple[Tensor, ...]
+
+
+def _restore(learned: Sequence[_Learned], states: Sequence[State]) -> None:
+    for each, state in zip(learned, states, strict=True):
+        each.load(state)
+
+
+@dataclass
+class _Learned:
+    """One weight and what is learned of it.
+
+    Args:
+        layer: the layer.
+        weight: as it was, ``[out, in]``.
+        rounder: of its format.
+        offset: ``V`` of each weight, in steps of the format.
+        ends: ``beta`` and ``alpha`` of each block; None if they stay 1.
+        steps: of the format around each weight; None for 1.
+    """
+
+    layer: Layer
+    weight: Tensor
+    rounder: Rounder
+    offset: Tensor
+    ends: tuple[Tensor, Tensor] | None
+    steps: Tensor | None
+
+    @classmethod
+    def of(cls, layer: Layer, ranges: bool) -> _Learned:
+        weight = layer.weight.contiguous().clone()
+        rounder = Rounder.of(weight, layer.spec)
+        ends = None
+        if ranges:
+            ends = torch.ones_like(rounder.low), torch.ones_like(rounder.low)
+            for end in ends:
+                end.requires_grad_()
+        offset = torch.zeros_like(weight).requires_grad_()
+        return cls(layer, weight, rounder, offset, ends, rounder.steps(weight))
+
+    def _offset(self) -> Tensor:
+        return self.offset if self.steps is None else self.offset * self.steps
+
+    def rounded(self) -> Tensor:
+        """The weight that the layer would have now."""
+        scale, zero, _ = self.rounder.grid(*(self.ends or ()))
+        return self.rounder.rounded(self.weight, scale, zero, self._offset())
+
+    def result(self) -> tuple[Tensor, QParams]:
+        """Codes and what they stand for."""
+        qparams = self.rounder.grid(*(self.ends or ()))[2]
+        return self.rounder.codes(self.weight, qparams, self._offset()), qparams
+
+    @property
+    def learnable(self) -> list[Tensor]:
+        return [self.offset, *(self.ends or ())]
+
+    def step(self, rounded: Tensor, gradient: Tensor, rate: float, range_rate: float) -> None:
+        """Go one step against the signs of the gradient."""
+        parts = torch.autograd.grad(rounded, self.learnable, gradient)
+        with torch.no_grad():
+            self.offset.sub_(parts[0].sign_(), alpha=rate).clamp_(-0.5, 0.5)
+            for end, part in zip(self.ends or (), parts[1:], strict=True):
+                end.sub_(part.sign_(), alpha=range_rate).clamp_(0.0, 1.0)
+
+    def state(self) -> State:
+        return tuple(x.detach().clone() for x in self.learnable)
+
+    def load(self, state: State) -> None:
+        with torch.no_grad():
+            for x, value in zip(self.learnable, state, strict=True):
+                x.copy_(value)

@@ -1,0 +1,165 @@
+"""What methods that train a block share: rounding with a gradient, and the block's error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torch_quant.algorithms.blocks import Block, Layer
+from torch_quant.core.granularity import split_blocks
+from torch_quant.core.qparams import QParams, choose_qparams
+from torch_quant.core.spec import QuantSpec
+
+__all__ = ["Rounder", "block_error", "error_and_gradients", "replaced_weights"]
+
+
+@contextmanager
+def replaced_weights(weights: Mapping[Layer, Tensor]) -> Iterator[None]:
+    """Have layers compute with these tensors, ``[out, in]``, and their gradients."""
+    try:
+        for layer, weight in weights.items():
+            # What stands in the module's own dictionary goes before its parameters.
+            layer.module.__dict__["weight"] = weight.T if layer.transposed else weight
+        yield
+    finally:
+        for layer in weights:
+            layer.module.__dict__.pop("weight", None)
+
+
+def error_and_gradients(
+    block: Block, weights: Mapping[Layer, Tensor], chosen: Sequence[int]
+) -> tuple[float, dict[Layer, Tensor | None]]:
+    """The mean squared error of a block on some samples, and its gradient at the weights.
+
+    Args:
+        block: has targets.
+        weights: what layers compute with, ``[out, in]``; the others keep theirs.
+        chosen: numbers of samples.
+
+    Returns:
+        The error, and for each layer its gradient; None where no sample reached it.
+    """
+    assert block.targets is not None
+    leaves = {layer: w.detach().requires_grad_() for layer, w in weights.items()}
+    total, found = 0.0, dict.fromkeys(leaves, None)
+    with torch.enable_grad(), replaced_weights(leaves):
+        for i in chosen:
+            error = (block.run(block.samples[i]) - block.targets[i]).float().square().mean()
+            total += float(error.detach()) / len(chosen)
+            parts = torch.autograd.grad(error, list(leaves.values()), allow_unused=True)
+            for layer, part in zip(leaves, parts, strict=True):
+                if part is not None:
+                    before = found[layer]
+                    found[layer] = part if before is None else before + part
+    return total, found
+
+
+def block_error(block: Block, weights: Mapping[Layer, Tensor]) -> float:
+    """The mean squared error over all samples."""
+    assert block.targets is not None
+    with torch.no_grad(), replaced_weights(weights):
+        errors = [
+            float((block.run(sample) - target).float().square().mean())
+            for sample, target in zip(block.samples, block.targets, strict=True)
+        ]
+    return sum(errors) / len(errors)
+
+
+@dataclass
+class Rounder:
+    """Round to nearest with a gradient: rounding counts as the identity inside of the range.
+
+    Args:
+        spec: the format, its granularity bound to an axis.
+        low: smallest value of each block of the weight, in the shape of the blocks' grid.
+        high: largest value.
+    """
+
+    spec: QuantSpec
+    low: Tensor
+    high: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, spec: QuantSpec) -> Rounder:
+        """For the range of a weight."""
+        grid = spec.granularity.grid(weight.shape)
+        split, shape = split_blocks(weight, grid)
+        inside = [i for i in range(split.dim()) if not shape or shape[i] != split.shape[i]]
+        low, high = (split.amin(inside), split.amax(inside)) if inside else (split, split)
+        return cls(spec, low.reshape(grid), high.reshape(grid))
+
+    def grid(
+        self, low: Tensor | float = 1.0, high: Tensor | float = 1.0
+    ) -> tuple[Tensor, Tensor, QParams]:
+        """Scales and zero points of ranges, with a gradient.
+
+        Args:
+            low: what the lower end is multiplied by, in the shape of the blocks' grid.
+            high: the same for the upper end.
+
+        Returns:
+            Scale, zero point as floats, and both as they are stored.
+        """
+        bottom, top = self.low.clamp(max=0.0) * low, self.high.clamp(min=0.0) * high
+        exact = choose_qparams(bottom.detach(), top.detach(), self.spec)
+        zero = exact.zero_point.to(torch.float32)
+        if self.spec.symmetric:
+            middle = 0 if self.spec.signed else float(zero.flatten()[0])
+            steps = min(middle - self.spec.quant_min, self.spec.quant_max - middle)
+            smooth = torch.maximum(-bottom, top) / steps
+        else:
+            smooth = (top - bottom) / (self.spec.quant_max - self.spec.quant_min)
+        return smooth + (exact.scale - smooth).detach(), zero, exact
+
+    def spread(self, grid: Tensor, weight: Tensor) -> Tensor:
+        """A tensor in the shape of the blocks' grid, as one that multiplies ``weight``."""
+        split, shape = split_blocks(weight, grid.shape)
+        return grid.reshape(shape).expand_as(split).reshape(weight.shape)
+
+    def steps(self, weight: Tensor) -> Tensor | None:
+        """Distance to the next value around each weight, in units of the scale; None if all 1."""
+        if self.spec.integer:
+            return None
+        scale = self.spread(self.grid()[0].detach(), weight)
+        values = self.spec.values
+        place = torch.bucketize(weight.detach() / scale, values).clamp(1, len(values) - 1)
+        return values.diff()[place - 1]
+
+    def rounded(self, weight: Tensor, scale: Tensor, zero: Tensor, offset: Tensor | None) -> Tensor:
+        """The values that weights are rounded to, with a gradient.
+
+        Args:
+            weight: any shape.
+            scale: of :meth:`grid`.
+            zero: likewise.
+            offset: added before rounding, in units of the scale.
+        """
+        split, shape = split_blocks(weight, scale.shape)
+        scale, zero = scale.reshape(shape), zero.reshape(shape)
+        x = split / scale
+        if offset is not None:
+            x = x + offset.reshape(split.shape)
+        x = x + zero if self.spec.integer else x
+        inside = x.clamp(self.spec.quant_min, self.spec.quant_max)
+        values = inside + (self.spec.round(x.detach()) - inside).detach()
+        values = values - zero if self.spec.integer else values
+        return (values * scale).reshape(weight.shape)
+
+    def plain(self, weight: Tensor) -> Tensor:
+        """Rounded to nearest in the whole range."""
+        scale, zero, _ = self.grid()
+        return self.rounded(weight, scale, zero, None)
+
+    def codes(self, weight: Tensor, qparams: QParams, offset: Tensor | None) -> Tensor:
+        """The codes of :meth:`rounded`."""
+        split, shape = split_blocks(weight.detach(), qparams.scale.shape)
+        x = split / qparams.scale.reshape(shape)
+        if offset is not None:
+            x = x + offset.detach().reshape(split.shape)
+        if self.spec.integer:
+            x = x + qparams.zero_point.reshape(shape)
+        return self.spec.encode(x).reshape(weight.shape)
