@@ -92,3 +92,32 @@ def test_sizes_that_depend_on_each_other_have_no_short_way() -> None:
     with pytest.raises(CaptureFailed):
         quant_model(x[:2])
     assert module.__all__ == ["Direct", "direct"]
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.fc(x), x
+
+
+class Wrapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"y": self.fc(x)}
+
+
+@pytest.mark.parametrize("kind", [Pair, Wrapped])
+def test_results_that_nest_go_the_long_way(kind: Any) -> None:
+    model, x = kind().eval(), torch.randn(4, 32)
+    recipe = recipes.int8_weight_only()
+    quantizer = Quantizer(recipe, backend="reference", capture="whole")
+    quant_model = quantizer.quantize(model, example_inputs=x)
+    found = quant_model(x)
+    assert quant_model.graphs[0].direct(quant_model.signature) is None
+    assert type(found) is type(model(x))

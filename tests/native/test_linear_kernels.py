@@ -367,3 +367,33 @@ assert "computes with dequantized weights" in warning and "forbids them" in warn
 def test_without_the_library_results_are_right_and_a_warning_says_so() -> None:
     environment = os.environ | {native.VARIABLE: "none"}
     subprocess.run([sys.executable, "-c", WITHOUT], check=True, env=environment)
+
+
+def test_what_is_remembered_of_a_weight_is_not_taken_for_another() -> None:
+    """Weights that die, move, change in place, or get other scales."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 64, generator=generator)
+
+    def check(codes: Tensor, scale: Tensor) -> None:
+        found = WEIGHT_ONLY_LINEAR(x, codes, scale, None, None, 8, 128)
+        real = (codes.to(torch.float32)) * scale.to(torch.float32)
+        torch.testing.assert_close(found, x @ real.T, rtol=1e-3, atol=1e-3 * float(real.norm()))
+
+    for turn in range(50):  # memory is used again
+        codes = torch.randint(-127, 128, (16, 64), dtype=torch.int8, generator=generator)
+        scale = torch.rand(16, 1, generator=generator) + 0.1
+        check(codes, scale)
+        check(codes, scale * 2)
+        codes.mul_(-1)
+        check(codes, scale)
+        scale.mul_(3)
+        check(codes, scale)
+        codes.data = torch.randint(-127, 128, (8 + turn, 64), dtype=torch.int8)
+        check(codes, torch.rand(8 + turn, 1) + 0.1)
+        check(codes.T.contiguous().T, torch.rand(8 + turn, 1) + 0.1)
+        half = (torch.rand(8 + turn, 1) + 0.1).half()
+        check(codes, half)
+        half.mul_(2)
+        check(codes, half)
+    with pytest.raises(InvalidConfig, match="rows of 32 codes"):
+        WEIGHT_ONLY_LINEAR(x[:, :32].contiguous(), codes, half, None, None, 8, 128)

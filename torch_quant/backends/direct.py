@@ -16,7 +16,7 @@ from torch import Tensor
 from torch_quant.graph.binding import CallSignature, bind
 from torch_quant.graph.calls import flatten_call
 from torch_quant.graph.kinds import Kind
-from torch_quant.graph.outputs import WrittenSpec, unflatten_output
+from torch_quant.graph.outputs import flatten_output
 from torch_quant.graph.shapes import ShapeContract
 
 __all__ = ["Direct", "direct"]
@@ -74,7 +74,7 @@ def direct(
     x = torch.empty([size if isinstance(size, int) else 2 for size in sizes], dtype=dtype)
     if flatten_call(*bind(signature, (x,), {})).nesting != kind.nesting:
         return None
-    if isinstance(out_spec, WrittenSpec) or unflatten_output((x,), out_spec) is not x:
+    if out_spec != flatten_output(x)[1]:
         return None
     fixed = tuple((axis, size) for axis, size in enumerate(sizes) if isinstance(size, int))
     return Direct(function, dtype, rank, fixed)

@@ -7,7 +7,9 @@ library of kernels is missing, they compute the same with dequantized weights.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -62,14 +64,81 @@ def _address(x: Tensor | None) -> int | None:
 
 
 def _check_linear(name: str, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
-    floats = x.is_floating_point() and x.dim() > 0
-    _check(floats, name, "a floating-point x with a dimension of inputs", (x.dtype, x.shape))
-    _check(weight.dim() == 2, name, "a weight of two dimensions", tuple(weight.shape))
-    outputs = weight.shape[0]
-    whole = scale.numel() and scale.numel() % max(outputs, 1) == 0
-    _check(bool(whole) or not outputs, name, f"scales for {outputs} outputs", tuple(scale.shape))
-    fits = bias is None or bias.shape == (outputs,)
-    _check(fits, name, f"a bias of {outputs}", None if bias is None else tuple(bias.shape))
+    if not (x.is_floating_point() and x.dim()):
+        _check(False, name, "a floating-point x with a dimension of inputs", (x.dtype, x.shape))
+    if weight.dim() != 2:
+        _check(False, name, "a weight of two dimensions", tuple(weight.shape))
+    outputs, scales = weight.shape[0], scale.numel()
+    if outputs and (not scales or scales % outputs):
+        _check(False, name, f"scales for {outputs} outputs", tuple(scale.shape))
+    if bias is not None and bias.shape != (outputs,):
+        _check(False, name, f"a bias of {outputs}", tuple(bias.shape))
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What is known of a weight and its scales once they were checked.
+
+    Args:
+        weight: the tensor, as long as it lives.
+        given: where the tensors lay, and what they were checked for.
+        held: weight, scales and zero points as the kernel reads them, where they are copies.
+        pointers: of these three.
+        outputs: rows of the weight.
+        options: of the kernel, from the bytes of a row on.
+    """
+
+    weight: weakref.ref[Tensor]
+    given: tuple[Any, ...]
+    held: tuple[Tensor | None, ...]
+    pointers: tuple[int, int, int | None]
+    outputs: int
+    options: tuple[int, int, int, bool, int]
+
+
+_LAYOUTS: dict[int, _Layout] = {}
+"""By the identity of the weight. Checks at each call would take as long as a token's kernel."""
+
+
+def _layout(
+    weight: Tensor, scale: Tensor, zero_point: Tensor | None, inputs: int, bits: int, zero: int
+) -> _Layout:
+    """The layout of a weight; raises :class:`InvalidConfig` if the tensors do not fit."""
+    given = (weight.data_ptr(), scale.data_ptr(), _address(zero_point), inputs, bits, zero)
+    known = _LAYOUTS.get(id(weight))
+    if known is not None and known.given == given and known.weight() is weight:
+        return known
+    name = "weight_only_linear"
+    _check(bits in (2, 4, 8), name, "bits=2, 4 or 8", bits)
+    outputs, width = weight.shape
+    bytes_ = (torch.uint8, torch.int8) if bits == 8 else (torch.uint8,)
+    _check(weight.dtype in bytes_, name, f"a weight of {bytes_}", weight.dtype)
+    _check(width == row_bytes(inputs, bits), name, f"rows of {inputs} codes", f"{width} bytes")
+    groups = scale.numel() // max(outputs, 1)
+    fine = groups == 1 or (inputs % groups == 0 and inputs // groups % 32 == 0)
+    _check(fine, name, "groups of a multiple of 32 inputs", f"{groups} groups of {inputs} inputs")
+    if zero_point is not None:
+        _check(zero_point.numel() == scale.numel(), name, "a zero point for each scale",
+               tuple(zero_point.shape))  # fmt: skip
+    read = (
+        weight.contiguous(),
+        _plain(scale, torch.float32),
+        None if zero_point is None else _plain(zero_point, torch.uint8),
+    )
+    pointers = (read[0].data_ptr(), read[1].data_ptr(), _address(read[2]))
+    key = id(weight)
+    options = (width, groups, bits, weight.dtype is torch.int8, zero)
+    made = _Layout(
+        weakref.ref(weight, lambda _: _LAYOUTS.pop(key, None)),
+        given,
+        (scale, zero_point) if pointers == given[:3] else read,
+        pointers,
+        outputs,
+        options,
+    )
+    if pointers == given[:3]:  # no copies: what is written to the tensors later is read
+        _LAYOUTS[key] = made
+    return made
 
 
 def _weight_only_linear(
@@ -83,34 +152,24 @@ def _weight_only_linear(
 ) -> Tensor:
     name, inputs = "weight_only_linear", x.shape[-1] if x.dim() else 0
     _check_linear(name, x, weight, scale, bias)
-    _check(bits in (2, 4, 8), name, "bits=2, 4 or 8", bits)
-    outputs, width = weight.shape
-    bytes_ = (torch.uint8, torch.int8) if bits == 8 else (torch.uint8,)
-    _check(weight.dtype in bytes_, name, f"a weight of {bytes_}", weight.dtype)
-    _check(width == row_bytes(inputs, bits), name, f"rows of {inputs} codes", f"{width} bytes")
-    groups = scale.numel() // max(outputs, 1)
-    fine = groups == 1 or (inputs % groups == 0 and inputs // groups % 32 == 0)
-    _check(fine, name, "groups of a multiple of 32 inputs", f"{groups} groups of {inputs} inputs")
-    if zero_point is not None:
-        _check(zero_point.numel() == scale.numel(), name, "a zero point for each scale",
-               tuple(zero_point.shape))  # fmt: skip
+    layout = _layout(weight, scale, zero_point, inputs, bits, zero)
     kernels = native.kernels()
     if kernels is None:
         real = _dequantized(_codes(weight, bits, inputs), scale, zero_point, zero)
         return torch.nn.functional.linear(x, real.to(x.dtype), bias)
-    rows, weight = _rows(x), weight.contiguous()
-    scale = _plain(scale, torch.float32)
-    zero_point = None if zero_point is None else _plain(zero_point, torch.uint8)
-    bias = None if bias is None else _plain(bias, torch.float32)
-    y = rows.new_empty((rows.shape[0], outputs))
+    ready = x.dtype is torch.float32 and x.is_contiguous() and not x.is_neg()
+    rows = x if ready else _rows(x)
+    if bias is not None:
+        bias = _plain(bias, torch.float32)
+    y = rows.new_empty((*x.shape[:-1], layout.outputs))
+    count = x.numel() // inputs if inputs else math.prod(x.shape[:-1])
     failed = kernels.torch_quant_linear(
-        torch.get_num_threads(), rows.data_ptr(), weight.data_ptr(), scale.data_ptr(),
-        _address(zero_point), _address(bias), y.data_ptr(), rows.shape[0], inputs, outputs, width,
-        groups, bits, weight.dtype is torch.int8, zero,
+        torch.get_num_threads(), rows.data_ptr(), *layout.pointers, _address(bias), y.data_ptr(),
+        count, inputs, layout.outputs, *layout.options,
     )  # fmt: skip
     if failed:
         raise MemoryError(f"torch_quant::{name}: no memory for {rows.numel()} activations")
-    return y.view(*x.shape[:-1], outputs).to(x.dtype)
+    return y if x.dtype is torch.float32 else y.to(x.dtype)
 
 
 def _dynamic_linear(
