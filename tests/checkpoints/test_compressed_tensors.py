@@ -212,6 +212,26 @@ def test_a_layer_that_the_backend_has_no_kernel_for_is_dequantized(
     assert torch.equal(again(**loud), quant_model(**loud))
 
 
+@pytest.mark.parametrize(
+    "qconfig",
+    [recipes.int4_weight_only(group_size=32), recipes.int4_weight_only(group_size=None),
+     recipes.int8_weight_only(), recipes.int8_weight_only(group_size=32)],
+    ids=["int4", "int4-channel", "int8-channel", "int8"],
+)  # fmt: skip
+def test_models_on_kernels_are_written_and_read(qconfig: QConfig, tmp_path: Path) -> None:
+    model = DECODERS["qwen2"]()
+    reference = quantized(model, qconfig, overrides={})
+    quantizer = torch_quant.Quantizer(qconfig, backend="onednn")
+    quant_model = quantizer.quantize(model, example_inputs=ids())
+    assert same_integers(quant_model, reference)
+    again = load_checkpoint(export_checkpoint(quant_model, tmp_path / "model"), backend="onednn")
+    assert again.quantization.backend == "onednn"
+    linear = integers(again)
+    assert linear.keys() == integers(reference).keys() - {"model.embed_tokens"}
+    assert all(torch.equal(codes, integers(reference)[n][0]) for n, (codes, *_) in linear.items())
+    assert torch.equal(again(**ids()).logits, quant_model(**ids()).logits)
+
+
 # Others
 
 

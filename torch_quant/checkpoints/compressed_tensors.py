@@ -23,14 +23,14 @@ from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
 
-__all__ = ["CompressedTensors"]
+__all__ = ["CompressedTensorsLayout"]
 
 _BITS = (2, 4, 8)
 """Other widths are packed in two ways, by versions of the library before and since 0.20."""
 _PACKED, _PLAIN = "pack-quantized", "int-quantized"
 
 
-class CompressedTensors:
+class CompressedTensorsLayout:
     """See above."""
 
     name = "compressed-tensors"

@@ -43,8 +43,8 @@ def load_checkpoint(
     no kernel for it. All else is computed in float32.
 
     Args:
-        folder: has ``config.json`` and safetensors, compressed-tensors (``pack-quantized`` or
-            ``int-quantized``, float activations).
+        folder: has ``config.json`` and safetensors: compressed-tensors (``pack-quantized`` or
+            ``int-quantized``, float activations) or GPTQ (version 1 or 2, groups in order).
         model: one of the checkpoint's class, whose weights are not read; the meta device will do.
             By default, transformers builds the architecture that ``config.json`` names.
         backend: where it will run; the best of this machine by default.

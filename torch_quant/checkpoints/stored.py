@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from torch_quant.checkpoints.compressed_tensors import CompressedTensors
+from torch_quant.checkpoints.compressed_tensors import CompressedTensorsLayout
 from torch_quant.checkpoints.files import CONFIG, CheckpointFiles
+from torch_quant.checkpoints.gptq import GPTQLayout
 from torch_quant.checkpoints.layout import Layout, Stored, wrong_entry
 from torch_quant.core.methods import WeightMethod, register_weight_method
 from torch_quant.core.qparams import QParams
@@ -22,7 +23,7 @@ from torch_quant.statistics import Statistic
 
 __all__ = ["LAYOUTS", "Checkpoint", "StoredWeight", "opened"]
 
-LAYOUTS: dict[str, Layout] = {each.name: each for each in (CompressedTensors(),)}
+LAYOUTS: dict[str, Layout] = {each.name: each for each in (CompressedTensorsLayout(), GPTQLayout())}
 """By what ``quant_method`` calls them."""
 
 

@@ -11,13 +11,18 @@ import torch
 from torch import Tensor, fx, nn
 
 from torch_quant.backends.quantized import QuantizedModule, plan_of, quantized_graphs
-from torch_quant.backends.quantized_graph import QuantizedGraph
 from torch_quant.core.functional import dequantize_blocks
+from torch_quant.core.granularity import PerGroup
 from torch_quant.core.plan import SitePlan
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.sites import KEY
-from torch_quant.ops.table import pattern_of
+from torch_quant.native.ops import (
+    PACKED_EMBEDDING,
+    WEIGHT_ONLY_EXPERTS,
+    WEIGHT_ONLY_LINEAR,
+)
+from torch_quant.native.packing import unpack
 
 __all__ = ["QuantizedWeight", "quantized_weights"]
 
@@ -86,9 +91,10 @@ def quantized_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
     found: dict[str, QuantizedWeight] = {}
     for module, graph in quantized_graphs(model):
         path = module.quantization.path
-        for node, site in _sites(graph, path, wanted):
-            each = _weight(graph.body, node, site, path)
-            found.setdefault(each.module, each)
+        for codes, grid in _codes_of(graph.body):
+            for site in _readers(codes, path, wanted):
+                each = _weight(graph.body, codes, grid, site, path)
+                found.setdefault(each.module, each)
     missing = wanted.keys() - {each.site for each in found.values()} - found.keys()
     missing = {name for name in missing if name.partition("@")[0] not in found}
     if missing:
@@ -99,66 +105,76 @@ def quantized_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
     return found
 
 
-def _sites(
-    graph: QuantizedGraph, path: str, wanted: Mapping[str, SitePlan]
-) -> Iterator[tuple[fx.Node, SitePlan]]:
-    """The products with quantized weights, with what the plan says of them.
+def _codes_of(body: fx.GraphModule) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
+    """The buffers of codes that a graph reads, each with its grid, which is called like it."""
+    known = {str(node.target): node for node in body.graph.find_nodes(op="get_attr")}
+    for name, node in known.items():
+        names = [f"{name}{ending}" for ending in ("_scale", "_zero_point")]
+        grid = [known[each] for each in names if each in known]
+        if grid and _tensor(body, node).dtype != torch.float32:
+            yield node, grid
 
-    Saved graphs have no notes: there a product belongs to the module of its weight.
+
+def _tensor(body: fx.GraphModule, node: fx.Node) -> Tensor:
+    found: Tensor = operator.attrgetter(str(node.target))(body)
+    return found
+
+
+def _readers(codes: fx.Node, path: str, wanted: Mapping[str, SitePlan]) -> Iterator[SitePlan]:
+    """The sites that compute with codes.
+
+    Saved graphs have no notes: there, codes belong to the site of their module.
     """
-    for node in graph.body.graph.nodes:
-        if node.op != "call_function" or weight_place(node) is None:
-            continue
-        if KEY in node.meta:
-            name = str(node.meta[KEY])
-        elif (codes := _codes_node(node)) is not None and _is_integer(graph.body, codes):
-            name = f"{path}.{str(codes.target).rpartition('.')[0]}".strip(".")
-        else:
-            continue
-        if name in wanted:
-            yield node, wanted[name]
+    noted, nodes = False, [codes]
+    while nodes:
+        for user in nodes.pop().users:
+            if KEY in user.meta:
+                noted = True
+                if (name := str(user.meta[KEY])) in wanted:
+                    yield wanted[name]
+            else:
+                nodes.append(user)
+    owner = f"{path}.{str(codes.target).rpartition('.')[0]}".strip(".")
+    if not noted and owner in wanted:
+        yield wanted[owner]
 
 
-def _is_integer(body: fx.GraphModule, node: fx.Node) -> bool:
-    value = operator.attrgetter(str(node.target))(body)
-    return isinstance(value, Tensor) and not value.is_floating_point()
+_PACKED: dict[Any, int] = {WEIGHT_ONLY_LINEAR: 5, WEIGHT_ONLY_EXPERTS: 5, PACKED_EMBEDDING: 4}
+"""Operators that read several codes in a byte -> which argument says how many bits one has."""
 
 
-def weight_place(node: fx.Node) -> int | None:
-    """Which argument of a product is its weight; None if it has none."""
-    pattern = pattern_of(node)
-    return None if pattern is None else pattern.weight
-
-
-def _codes_node(node: fx.Node) -> fx.Node | None:
-    """The buffer of integers that a product's weight is computed from."""
-    place = weight_place(node)
-    assert place is not None
-    found: Any = node.args[place]
-    while isinstance(found, fx.Node) and found.op == "call_function":
-        found = found.args[0] if found.args else None
-    return found if isinstance(found, fx.Node) and found.op == "get_attr" else None
-
-
-def _weight(body: fx.GraphModule, node: fx.Node, site: SitePlan, path: str) -> QuantizedWeight:
-    codes = _codes_node(node)
-    if codes is None:
-        raise InvalidConfig(f"{site.name}: its weight is none that the model holds as integers")
-    found: dict[str, Tensor] = {}
-    for ending in ("", "_scale", "_zero_point"):
-        name = f"{codes.target}{ending}"
-        try:
-            found[name] = operator.attrgetter(name)(body)
-        except AttributeError as error:
-            if ending == "_zero_point":  # floats have none
-                continue
-            raise InvalidConfig(
-                f"{site.name}: the integers {codes.target} have no scale"
-            ) from error
-    q, scale, *rest = found.values()
-    zero_point = rest[0] if rest else torch.zeros_like(scale)
+def _weight(
+    body: fx.GraphModule, node: fx.Node, grid: list[fx.Node], site: SitePlan, path: str
+) -> QuantizedWeight:
+    codes, (scale, *rest) = _tensor(body, node), (_tensor(body, each) for each in grid)
+    zero_point = rest[0] if rest else torch.zeros_like(scale, dtype=torch.int32)
+    reader = next(iter(node.users))
+    if reader.target in _PACKED and site.weight is not None:
+        codes, zero_point = _unpacked(codes, scale, rest, reader, site.weight)
     if scale.dim() == 1:  # as int8 kernels take channels
-        shape = [-1, *(1 for _ in q.shape[1:])]
+        shape = [-1, *(1 for _ in codes.shape[1:])]
         scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
-    names = frozenset(f"{path}.{name}".strip(".") for name in found)
-    return QuantizedWeight(site.name, site, q, scale, zero_point.to(torch.int32), names)
+    names = frozenset(f"{path}.{each.target}".strip(".") for each in (node, *grid))
+    return QuantizedWeight(site.name, site, codes, scale, zero_point.to(torch.int32), names)
+
+
+def _unpacked(
+    packed: Tensor, scale: Tensor, zero_point: list[Tensor], reader: fx.Node, spec: QuantSpec
+) -> tuple[Tensor, Tensor]:
+    """Codes and zero points of the format, of a weight as this package's kernels read it."""
+    arguments: list[Any] = list(reader.args)
+    bits, zero = arguments[_PACKED[reader.target] :][:2]
+    above = 2 ** (bits - 1) if spec.signed else 0
+    codes = packed
+    if bits < 8:
+        inputs = packed.shape[-1] * 8 // bits
+        if isinstance(spec.granularity, PerGroup):
+            inputs = scale.shape[-1] * spec.granularity.size
+        elif reader.target is PACKED_EMBEDDING:
+            inputs = arguments[6]
+        elif "val" in arguments[0].meta:
+            inputs = int(arguments[0].meta["val"].shape[-1])
+        codes = (unpack(packed, bits, inputs).to(torch.int16) - above).to(spec.dtype)
+    if zero_point:
+        return codes, zero_point[0].to(torch.int32) - above
+    return codes, torch.full_like(scale, zero - above, dtype=torch.int32)

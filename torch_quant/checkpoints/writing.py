@@ -55,8 +55,8 @@ def export_checkpoint(
         quant_model: what ``quantizer.quantize(model)`` returned for a model of transformers, linear
             layers quantized by weights alone: ``recipes.int4_weight_only()``.
         folder: a new one, or an empty one; it is written whole or not at all.
-        format: ``"compressed-tensors"`` (vLLM, transformers, OpenVINO), signed codes of 2, 4 or 8
-            bits.
+        format: ``"compressed-tensors"`` (vLLM, transformers, OpenVINO): symmetric weights of 2, 4
+            or 8 bits. ``"gptq"`` (vLLM, SGLang, gptqmodel): of 2, 3, 4 or 8, with zero points too.
         dtype: of all that is not integers, scales included: float32, float16 or bfloat16.
         tokenizer: saved into the folder too, by its ``save_pretrained``.
 
