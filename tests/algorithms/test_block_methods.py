@@ -78,7 +78,7 @@ def test_autoround_pays(spec: QuantSpec) -> None:
 
 def test_more_steps_and_ranges_pay() -> None:
     few, fixed, all_of_it = (
-        quality(AutoRound(iterations=n, ranges=ranges))
+        quality(AutoRound(iterations=n, ranges=ranges, clip_search=False))
         for n, ranges in ((5, True), (100, False), (100, True))
     )
     assert all_of_it > few + 0.5
@@ -134,6 +134,15 @@ def test_what_rounds_comes_after_what_scales(method: WeightMethod) -> None:
     both = quality(method, (AWQ(clip=False),), model=loud())
     assert both > alone - 0.5
     assert both > quality(transforms=(AWQ(clip=False),), model=loud()) + 1.0
+
+
+def test_a_searched_start_and_the_full_range_pay() -> None:
+    paper, searched, full = (
+        quality(AutoRound(iterations=100, clip_search=search, full_range=full))
+        for search, full in ((False, False), (True, False), (True, True))
+    )
+    assert searched > paper + 0.3
+    assert full > searched + 0.5
 
 
 def test_the_same_seed_gives_the_same_codes() -> None:
@@ -198,6 +207,8 @@ def test_transforms_need_blocks(transform: Transform) -> None:
         (AutoRound, {"learning_rate": 0}, "learning_rate=0.*above 0, at most 1, or None"),
         (AutoRound, {"range_learning_rate": 2}, "range_learning_rate=2"),
         (AutoRound, {"ranges": 1}, "ranges=1.*True or False"),
+        (AutoRound, {"clip_search": 1}, "clip_search=1"),
+        (AutoRound, {"clip_search": False, "full_range": True}, "give clip_search=True"),
         (AutoRound, {"seed": None}, "seed=None.*integer"),
         (AWQ, {"grid": 1}, "grid=1.*integer, 2 or more"),
         (AWQ, {"clip": "no"}, "clip='no'.*True or False"),

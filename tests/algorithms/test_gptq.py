@@ -99,6 +99,10 @@ def test_correlated_inputs_pay(spec: QuantSpec) -> None:
     assert output_error(GPTQ(act_order=False, static_groups=False), spec) < 0.5
 
 
+def test_full_range_pays_here_too() -> None:
+    assert output_error(GPTQ(full_range=True), GROUPED) < 0.9 * output_error(GPTQ(), GROUPED)
+
+
 def test_rounding_large_channels_first_pays() -> None:
     """The largest channel is last: nothing is left to make up for what it is rounded by."""
     columns = heavy(), inputs()
@@ -233,6 +237,8 @@ def test_a_convolution_is_rounded_to_nearest() -> None:
         ({"act_order": 1}, "act_order=1.*True or False"),
         ({"static_groups": None}, "static_groups=None"),
         ({"clip_search": 0}, "clip_search=0"),
+        ({"full_range": 2}, "full_range=2"),
+        ({"sequential": ""}, "sequential=''"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], message: str) -> None:

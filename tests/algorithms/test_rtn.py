@@ -11,6 +11,7 @@ from torch import nn
 from weights import SPECS, heavy, inputs, output_error, seen, weight_error
 
 from torch_quant import (
+    FLOAT,
     InvalidConfig,
     PerChannel,
     PerGroup,
@@ -18,9 +19,11 @@ from torch_quant import (
     Quantizer,
     QuantSpec,
     RoundToNearest,
+    UnsupportedOp,
     sqnr,
 )
 from torch_quant.core.functional import dequantize
+from torch_quant.statistics import MeanSquare
 
 SEARCH = RoundToNearest(clip_search=True)
 GROUPED = QuantSpec.of("int4", granularity=PerGroup(16, 1))
@@ -58,6 +61,13 @@ def test_weighted_by_the_inputs_the_output_is_nearer() -> None:
     weighted = RoundToNearest(clip_search=True, weighted=True)
     plain, found = output_error(SEARCH, GROUPED), output_error(weighted, GROUPED)
     assert found < 0.95 * plain
+
+
+def test_what_is_weighted_is_not_searched_without_weights() -> None:
+    weighted = RoundToNearest(clip_search=True, weighted=True)
+    for statistics in ({}, {"mean_square": MeanSquare()}):
+        ours = weighted.quantize(heavy(), GROUPED, statistics)
+        assert torch.equal(ours[0], RoundToNearest().quantize(heavy(), GROUPED, {})[0])
 
 
 def test_full_range_uses_the_longer_side() -> None:
@@ -105,6 +115,24 @@ def test_kernels_take_negative_scales(backend: str) -> None:
     reference = quantizer.quantize(model, backend="reference")(x)
     assert sqnr(model(x), reference) > 30
     assert sqnr(reference, quant_model(x)) > 50  # a few codes one step off where sums round
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_kernels_for_weights_alone_take_negative_scales(backend: str, bits: int) -> None:
+    model = nn.Sequential(nn.Linear(64, 32)).requires_grad_(False)
+    model[0].weight.copy_(heavy())
+    spec = QuantSpec.of(bits=bits, signed=True, symmetric=True, granularity=PerGroup(32))
+    config = QConfig(FLOAT, spec, method=RoundToNearest(full_range=True))
+    x = inputs(1)
+    reference = Quantizer("reference", qconfig=config).quantize(model, example_inputs=x)(x)
+    quantizer = Quantizer(backend, qconfig=config)
+    try:
+        quant_model = quantizer.quantize(model, example_inputs=x)
+    except UnsupportedOp:
+        pytest.skip(f"{backend} has no such kernel: tests/backends says which it has")
+    assert sqnr(model(x), reference) > 15
+    assert sqnr(reference, quant_model(x)) > 30  # kernels may round activations to 8 bits
 
 
 @pytest.mark.parametrize(

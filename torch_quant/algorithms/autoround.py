@@ -1,12 +1,15 @@
 """AutoRound: learn which way each weight of a block is rounded, and how far its range reaches.
 
-    W' = s (clip(round(W / s + V) + z) - z),   range [beta min W, alpha max W] of each block of W
+    W' = s (clip(round(W / s + V) + z) - z),   range [beta low, alpha high] of each block of W
 
 ``V``, ``alpha`` and ``beta`` follow the signs of the gradient of the block's squared error against
-the float block. They lie in ``[-1/2, 1/2]`` and ``[0, 1]``, all of which steps that shrink from
-``1 / iterations`` to 0 can reach. Cheng et al., "Optimize Weight Rounding via Signed Gradient
-Descent for the Quantization of LLMs", 2023, equations 2 to 6 and algorithm 1. ``V`` is in steps of
-the format: with floats, in the distance of the two values that a weight lies between.
+the float block. ``V`` lies in ``[-1/2, 1/2]``, all of which steps that shrink from
+``1 / iterations`` to 0 can reach; ``alpha`` and ``beta`` start from 1. Cheng et al., "Optimize
+Weight Rounding via Signed Gradient Descent for the Quantization of LLMs", 2023, equations 2 to 6
+and algorithm 1. ``V`` is in steps of the format: with floats, in the distance of the two values
+that a weight lies between. In the paper
+a range begins with the extremes of the block and can shrink. Here it begins, unless that is turned
+off, where the search of :mod:`torch_quant.algorithms.clipping` ends, and can go both ways.
 """
 
 from __future__ import annotations
@@ -21,11 +24,12 @@ from torch import Tensor
 from torch_quant.algorithms.block_training import Rounder, block_error, error_and_gradients
 from torch_quant.algorithms.blocks import Block, Layer
 from torch_quant.algorithms.rtn import RoundToNearest
-from torch_quant.core.methods import WeightMethod, register_weight_method
+from torch_quant.core.methods import Wanted, WeightMethod, register_weight_method
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.core.telling import at_site, tell
 from torch_quant.errors import InvalidConfig
+from torch_quant.graph.sites import Site
 from torch_quant.statistics import Statistic
 
 __all__ = ["AutoRound"]
@@ -52,6 +56,9 @@ class AutoRound(WeightMethod):
         learning_rate: of the first step; None for ``1 / iterations``.
         range_learning_rate: the same for the ends of ranges; None for ``learning_rate``.
         ranges: learn ranges too.
+        clip_search: begin with the ranges of least squared error, weighted by the inputs.
+        full_range: let symmetric scales be negative, as :class:`RoundToNearest` does; it goes with
+            ``clip_search``.
         seed: of the choice of samples.
 
     Raises:
@@ -74,6 +81,8 @@ class AutoRound(WeightMethod):
     learning_rate: float | None = None
     range_learning_rate: float | None = None
     ranges: bool = True
+    clip_search: bool = True
+    full_range: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -88,8 +97,12 @@ class AutoRound(WeightMethod):
                 raise InvalidConfig(
                     f"AutoRound({name}={value!r}): expected a number above 0, at most 1, or None"
                 )
-        if not isinstance(self.ranges, bool):
-            raise InvalidConfig(f"AutoRound(ranges={self.ranges!r}): expected True or False")
+        for name in ("ranges", "clip_search", "full_range"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise InvalidConfig(f"AutoRound({name}={value!r}): expected True or False")
+        if self.full_range and not self.clip_search:
+            raise InvalidConfig("AutoRound(full_range=True): give clip_search=True with it")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise InvalidConfig(f"AutoRound(seed={self.seed!r}): expected an integer")
 
@@ -97,11 +110,31 @@ class AutoRound(WeightMethod):
         self, weight: Tensor, spec: QuantSpec, statistics: Mapping[str, Statistic]
     ) -> tuple[Tensor, QParams]:
         """Where it starts: rounded to nearest."""
-        return RoundToNearest().quantize(weight, spec, {})
+        return self._first.quantize(weight, spec, statistics)
+
+    def statistics(self, site: Site) -> Wanted:
+        return self._first.statistics(site)
+
+    @property
+    def wants_statistics(self) -> bool:
+        return self.clip_search
+
+    @property
+    def _first(self) -> RoundToNearest:
+        return RoundToNearest(
+            clip_search=self.clip_search, full_range=self.full_range, weighted=self.clip_search
+        )
 
     def round_block(self, block: Block, layers: Sequence[Layer]) -> None:
         """Learn, and round ``layers``; those of the block that others round stay as they are."""
-        learned = [_Learned.of(layer, self.ranges) for layer in layers]
+        known = block.observe(layers, self) if self.clip_search else {}
+        learned = []
+        for layer in layers:
+            weight = layer.weight.contiguous().clone()
+            first = self.quantize(weight, layer.spec, known.get(layer.site, {}))[1]
+            searched = Rounder.around(first)
+            rounder = searched if self.clip_search else Rounder.of(weight, layer.spec)
+            learned.append(_Learned.of(layer, weight, rounder, self.ranges, self.clip_search))
         generator = torch.Generator().manual_seed(self.seed)
         count, size = len(block.samples), min(self.batch_size, len(block.samples))
         rate = self.learning_rate or 1.0 / self.iterations
@@ -152,6 +185,7 @@ class _Learned:
         rounder: of its format.
         offset: ``V`` of each weight, in steps of the format.
         ends: ``beta`` and ``alpha`` of each block; None if they stay 1.
+        widest: what these are at most.
         steps: of the format around each weight; None for 1.
     """
 
@@ -160,19 +194,21 @@ class _Learned:
     rounder: Rounder
     offset: Tensor
     ends: tuple[Tensor, Tensor] | None
+    widest: float
     steps: Tensor | None
 
     @classmethod
-    def of(cls, layer: Layer, ranges: bool) -> _Learned:
-        weight = layer.weight.contiguous().clone()
-        rounder = Rounder.of(weight, layer.spec)
+    def of(
+        cls, layer: Layer, weight: Tensor, rounder: Rounder, ranges: bool, wider: bool
+    ) -> _Learned:
         ends = None
         if ranges:
             ends = torch.ones_like(rounder.low), torch.ones_like(rounder.low)
             for end in ends:
                 end.requires_grad_()
         offset = torch.zeros_like(weight).requires_grad_()
-        return cls(layer, weight, rounder, offset, ends, rounder.steps(weight))
+        widest = 2.0 if wider else 1.0
+        return cls(layer, weight, rounder, offset, ends, widest, rounder.steps(weight))
 
     def _offset(self) -> Tensor:
         return self.offset if self.steps is None else self.offset * self.steps
@@ -197,7 +233,7 @@ class _Learned:
         with torch.no_grad():
             self.offset.sub_(parts[0].sign_(), alpha=rate).clamp_(-0.5, 0.5)
             for end, part in zip(self.ends or (), parts[1:], strict=True):
-                end.sub_(part.sign_(), alpha=range_rate).clamp_(0.0, 1.0)
+                end.sub_(part.sign_(), alpha=range_rate).clamp_(0.0, self.widest)
 
     def state(self) -> State:
         return tuple(x.detach().clone() for x in self.learnable)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -75,13 +75,15 @@ class Rounder:
 
     Args:
         spec: the format, its granularity bound to an axis.
-        low: smallest value of each block of the weight, in the shape of the blocks' grid.
-        high: largest value.
+        low: lower end of the range of each block of the weight, in the shape of the blocks' grid.
+        high: upper end.
+        sign: of the scales, 1 or -1, same shape; None for all positive.
     """
 
     spec: QuantSpec
     low: Tensor
     high: Tensor
+    sign: Tensor | None = None
 
     @classmethod
     def of(cls, weight: Tensor, spec: QuantSpec) -> Rounder:
@@ -91,6 +93,16 @@ class Rounder:
         inside = [i for i in range(split.dim()) if not shape or shape[i] != split.shape[i]]
         low, high = (split.amin(inside), split.amax(inside)) if inside else (split, split)
         return cls(spec, low.reshape(grid), high.reshape(grid))
+
+    @classmethod
+    def around(cls, qparams: QParams) -> Rounder:
+        """For the range that scales and zero points represent, with values on both sides of it."""
+        spec, scale, zero = qparams.spec, qparams.scale, qparams.zero_point
+        size, sign = scale.abs(), torch.where(scale < 0, -1.0, 1.0)
+        below, above = zero - spec.quant_min, spec.quant_max - zero
+        if spec.symmetric:
+            below = above = torch.minimum(below, above)
+        return cls(spec, -below * size, above * size, sign if bool((scale < 0).any()) else None)
 
     def grid(
         self, low: Tensor | float = 1.0, high: Tensor | float = 1.0
@@ -113,7 +125,10 @@ class Rounder:
             smooth = torch.maximum(-bottom, top) / steps
         else:
             smooth = (top - bottom) / (self.spec.quant_max - self.spec.quant_min)
-        return smooth + (exact.scale - smooth).detach(), zero, exact
+        scale = smooth + (exact.scale - smooth).detach()
+        if self.sign is not None:
+            scale, exact = scale * self.sign, replace(exact, scale=exact.scale * self.sign)
+        return scale, zero, exact
 
     def spread(self, grid: Tensor, weight: Tensor) -> Tensor:
         """A tensor in the shape of the blocks' grid, as one that multiplies ``weight``."""

@@ -65,7 +65,8 @@ class GPTQ(WeightMethod):
         static_groups: choose all scales from the weight as it was. Else each group's scales come
             from the weight as the columns before have left it.
         clip_search: choose scales by least squared error, weighted by the inputs, in place of the
-            whole range.
+            whole range. Few bits want that.
+        full_range: let symmetric scales be negative, as :class:`RoundToNearest` does.
         sequential: with :meth:`Quantizer.round_weights`, record the inputs of the later layers of a
             block once those before them are rounded; "true_sequential". It runs the block once for
             each tensor that layers read.
@@ -85,7 +86,8 @@ class GPTQ(WeightMethod):
     act_order: bool = True
     damping: float = 0.01
     static_groups: bool = True
-    clip_search: bool = False
+    clip_search: bool = True
+    full_range: bool = False
     sequential: bool = False
 
     def __post_init__(self) -> None:
@@ -95,7 +97,7 @@ class GPTQ(WeightMethod):
         number = isinstance(damping, (int, float)) and not isinstance(damping, bool)
         if not number or not 0 <= damping <= 1:
             raise InvalidConfig(f"GPTQ(damping={damping!r}): expected a number from 0 to 1")
-        for name in ("act_order", "static_groups", "clip_search", "sequential"):
+        for name in ("act_order", "static_groups", "clip_search", "full_range", "sequential"):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise InvalidConfig(f"GPTQ({name}={value!r}): expected True or False")
@@ -140,7 +142,7 @@ class GPTQ(WeightMethod):
 
     @property
     def _nearest(self) -> RoundToNearest:
-        return RoundToNearest(clip_search=self.clip_search)
+        return RoundToNearest(full_range=self.full_range)
 
     def _factor(self, moments: Tensor) -> Tensor | None:
         """``U`` of ``H = (I + U) D (I + U)^T`` with a diagonal of ones; None if there is none."""
@@ -237,10 +239,11 @@ class _Rounding:
 
     def _grids(self, weight: Tensor, squares: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         """Scales and zero points as floats, ``[rows of blocks, columns of blocks]``."""
+        full_range = self.method.full_range
         if self.method.clip_search:
-            found = searched_qparams(weight, spec, importance=squares)
+            found = searched_qparams(weight, spec, importance=squares, full_range=full_range)
         else:
-            found = RoundToNearest().quantize(weight, spec, {})[1]
+            found = RoundToNearest(full_range=full_range).quantize(weight, spec, {})[1]
         shape = found.scale.shape if found.scale.dim() else (1, 1)
         return found.scale.reshape(shape).clone(), found.zero_point.reshape(shape).float()
 

@@ -36,7 +36,9 @@ class RoundToNearest(WeightMethod):
         full_range: let symmetric scales be negative, so that the largest value of a block uses the
             longer side of the integers, -8 of -8 to 7.
         weighted: in the search, let the error of an input channel count as much as its mean square
-            in calibration, where channels are as they were computed (linear layers).
+            in calibration. Where that is not known (in other than linear layers, and in those that
+            no data reached) nothing is searched. Language models want it: their few large weights
+            often belong to loud channels, and a search that does not know that clips them.
 
     Raises:
         InvalidConfig: an unknown observer name; one beside ``clip_search`` or ``full_range``, which
@@ -96,10 +98,10 @@ class RoundToNearest(WeightMethod):
     def _qparams(
         self, weight: Tensor, spec: QuantSpec, statistics: Mapping[str, Statistic]
     ) -> QParams:
-        if self.clip_search:
-            squares = statistics.get(MEAN_SQUARE) if self.weighted else None
-            assert squares is None or isinstance(squares, MeanSquare)
-            importance = squares.mean if squares is not None and squares.batches else None
+        squares = statistics.get(MEAN_SQUARE) if self.weighted else None
+        assert squares is None or isinstance(squares, MeanSquare)
+        importance = squares.mean if squares is not None and squares.batches else None
+        if self.clip_search and self.weighted == (importance is not None):
             return searched_qparams(weight, spec, importance=importance, full_range=self.full_range)
         if self.full_range:
             return full_range_qparams(weight, spec)
