@@ -4,7 +4,7 @@
 #pragma warning(disable : 4068)
 #endif
 
-constexpr int MR = 2, NR = 2;
+constexpr int MR = 4, NR = 1;
 struct U8 {
   __m256i a, b;
 };
@@ -71,15 +71,27 @@ inline U8 plane(U8 raw, int p, U8 flip) {
   return {plane_half(raw.a, p, PLANES), plane_half(raw.b, p, PLANES)};
 }
 
-// x[index] of each lane.
-inline F32 spread(const float* x, int64_t, const int32_t* index) {
-  const U8 at = load(index);
-  return {_mm256_i32gather_ps(x, at.a, 4), _mm256_i32gather_ps(x, at.b, 4)};
+// Which number of several, 8 at most, each lane takes, and how many there are.
+struct Spread {
+  U8 index;
+  __m256i known;
+  int64_t count;
+};
+inline Spread spread_of(const int32_t* index, int64_t known) {
+  const __m256i places = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const int count = static_cast<int>(known < 8 ? known : 8);
+  return {load(index), _mm256_cmpgt_epi32(_mm256_set1_epi32(count), places), count};
 }
-inline F32 spread_bytes(const uint8_t* x, int64_t, const int32_t* index) {
-  alignas(64) float y[LANES];
-  for (int l = 0; l < LANES; l++) y[l] = x[index[l]];
-  return load_f32(y);
+inline F32 spread(const float* x, Spread by) {
+  const __m256 all = _mm256_maskload_ps(x, by.known);
+  return {_mm256_permutevar8x32_ps(all, by.index.a), _mm256_permutevar8x32_ps(all, by.index.b)};
+}
+inline F32 spread(const uint8_t* x, Spread by) {
+  uint8_t near[8] = {};
+  for (int64_t i = 0; i < by.count; i++) near[i] = x[i];
+  const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(near));
+  const __m256 all = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(eight));
+  return {_mm256_permutevar8x32_ps(all, by.index.a), _mm256_permutevar8x32_ps(all, by.index.b)};
 }
 
 inline float total(F32 x) {
@@ -87,6 +99,10 @@ inline float total(F32 x) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+template <typename Vector, typename T>
+inline void four_totals(Vector a, Vector b, Vector c, Vector d, T* y) {
+  y[0] = total(a), y[1] = total(b), y[2] = total(c), y[3] = total(d);
 }
 inline int32_t total(I32 x) {
   const __m256i half = _mm256_add_epi32(x.a, x.b);

@@ -43,7 +43,13 @@ inline F32 minus_product(F32 sum, F32 x, F32 y) { return _mm512_fnmadd_ps(x, y, 
 
 template <bool SMALL>
 inline I32 dot(I32 sum, U8 u, U8 s) {
+#if defined(__GNUC__) && !defined(__clang__)
+  // As gcc 12 writes it, sums are moved to other registers and back.
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "vm"(s));
+  return sum;
+#else
   return _mm512_dpbusd_epi32(sum, u, s);
+#endif
 }
 
 // Code number `p` of each byte.
@@ -54,24 +60,48 @@ inline U8 plane(U8 raw, int p, U8 flip) {
   return _mm512_and_si512(p ? _mm512_srli_epi16(raw, p * 8 / PLANES) : raw, mask);
 }
 
-// x[index] of each lane; there are `known` of x.
-inline F32 spread(const float* x, int64_t known, const int32_t* index) {
-  const __mmask16 there = known >= 16 ? 0xffff : (1u << known) - 1;
-  return _mm512_permutexvar_ps(_mm512_loadu_si512(index), _mm512_maskz_loadu_ps(there, x));
+// Which number of several each lane takes, and how many there are.
+struct Spread {
+  __m512i index;
+  __mmask16 known;
+};
+inline Spread spread_of(const int32_t* index, int64_t known) {
+  return {_mm512_loadu_si512(index), static_cast<__mmask16>(known >= 16 ? -1 : (1 << known) - 1)};
 }
-inline F32 spread_bytes(const uint8_t* x, int64_t known, const int32_t* index) {
-  const __mmask16 there = known >= 16 ? 0xffff : (1u << known) - 1;
-  const __m512i wide = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, x));
-  return _mm512_cvtepi32_ps(_mm512_permutexvar_epi32(_mm512_loadu_si512(index), wide));
+inline F32 spread(const float* x, Spread by) {
+  return _mm512_permutexvar_ps(by.index, _mm512_maskz_loadu_ps(by.known, x));
+}
+inline F32 spread(const uint8_t* x, Spread by) {
+  const __m512i wide = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(by.known, x));
+  return _mm512_cvtepi32_ps(_mm512_permutexvar_epi32(by.index, wide));
 }
 
-inline float total(F32 x) {
+// The sum of all lanes is that of both halves, and so on: the same floats in every kernel.
+inline __m128 quarter(F32 x) {
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
-  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+inline float total(F32 x) {
+  const __m128 four = quarter(x), two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
+inline void four_totals(F32 a, F32 b, F32 c, F32 d, float* y) {
+  const __m128 p = quarter(a), q = quarter(b), r = quarter(c), s = quarter(d);
+  const __m128 first = _mm_add_ps(_mm_movelh_ps(p, q), _mm_movehl_ps(q, p));
+  const __m128 last = _mm_add_ps(_mm_movelh_ps(r, s), _mm_movehl_ps(s, r));
+  _mm_storeu_ps(y, _mm_add_ps(_mm_shuffle_ps(first, last, 0x88), _mm_shuffle_ps(first, last, 0xdd)));
+}
+
+inline __m128i quarter(I32 x) {
+  const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti32x8_epi32(x, 1));
+  return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
 inline int32_t total(I32 x) { return _mm512_reduce_add_epi32(x); }
+inline void four_totals(I32 a, I32 b, I32 c, I32 d, int32_t* y) {
+  const __m128i first = _mm_hadd_epi32(quarter(a), quarter(b));
+  const __m128i last = _mm_hadd_epi32(quarter(c), quarter(d));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(y), _mm_hadd_epi32(first, last));
+}
 
 #include "loops.h"
 

@@ -43,6 +43,7 @@ struct Linear {
   int64_t chunks, chunk, record;  // chunks of so many inputs, bytes of one chunk of activations
   const int32_t* first;           // [chunks]: the group of a chunk's first input
   const int32_t* offset;          // [chunks, LANES]: how many groups later a lane's inputs are
+  int even;                       // groups in a chunk, if chunks are made of whole ones, else 0
   uint8_t* activations;           // [slab, chunks, record]
 };
 

@@ -4,9 +4,27 @@
 
 #if defined(__GNUC__)
 #define UNROLL _Pragma("GCC unroll 8")
+#define RESTRICT __restrict__
 #else
 #define UNROLL
+#define RESTRICT __restrict
 #endif
+
+// Has the compiler read again what lies there, which takes no register.
+template <typename T>
+inline void in_memory(T*& place) {
+#if defined(__GNUC__)
+  __asm__ volatile("" : "+r"(place) : : "memory");
+#endif
+}
+
+// The totals of N vectors.
+template <int N, typename Vector, typename T>
+inline void totals(const Vector (&x)[N], T* y) {
+  if (N == 4) return four_totals(x[0], x[1 % N], x[2 % N], x[3 % N], y);
+  UNROLL
+  for (int n = 0; n < N; n++) y[n] = total(x[n]);
+}
 
 constexpr float NOT_A_NUMBER = __builtin_nanf("");
 
@@ -110,72 +128,96 @@ void round(const Linear& j, int64_t row, int64_t slot) {
   }
 }
 
-// A tile of rows m and outputs n: chunks `c` to `end`, the last of which may be cut off.
-template <int LAYOUT, bool GROUPED, bool AFFINE, int M, int N>
-inline void tile(const Linear& j, const uint8_t* activations, int64_t n0, float* y, bool ahead) {
+// What a tile of rows m and outputs n reads.
+struct Tile {
+  const uint8_t* activations;
+  const uint8_t* weight;
+  const float* scale;
+  const uint8_t* zero_points;
+  int64_t stride;               // bytes from one row of activations to the next
+  int64_t distance, scales_on;  // how far ahead a later tile reads; 0 if that is in cache already
+};
+
+// Adds one chunk to the sums; TAIL if the weights end inside of it.
+template <int LAYOUT, bool GROUPED, bool AFFINE, bool TAIL, int M, int N>
+inline void add_chunk(const Linear& j, const Tile& t, int64_t c, Spread lanes, F32 (&sums)[M][N]) {
   constexpr Shape S = shape_of(LAYOUT);
   constexpr int V = S.vectors();
   constexpr bool SMALL = S.planes > 1;
+  const int64_t at = c * S.loads * 64, group = j.first[c];
+  const U8 flip = bytes(j.flip);
+  if (GROUPED && (TAIL || !j.even)) lanes = spread_of(j.offset + c * LANES, j.groups - group);
+  U8 u[N][V];
+  F32 by[N], z[N];
+  UNROLL
+  for (int n = 0; n < N; n++) {
+    const uint8_t* w = t.weight + n * j.row_bytes + at;
+    UNROLL
+    for (int i = 0; i < S.loads; i++) {
+      const U8 raw = TAIL ? load_some(w + i * 64, j.row_bytes - at - i * 64) : load(w + i * 64);
+      if (t.distance) prefetch(w + i * 64 + t.distance);
+      UNROLL
+      for (int p = 0; p < S.planes; p++) u[n][i * S.planes + p] = plane<S.planes>(raw, p, flip);
+    }
+    const float* scale = t.scale + n * j.groups + group;
+    const uint8_t* zero_points = t.zero_points + n * j.groups + group;
+    if (t.distance && (GROUPED || c % 8 == 0)) prefetch(scale + t.scales_on);
+    by[n] = GROUPED ? spread(scale, lanes) : all(*scale);
+    if (AFFINE) z[n] = GROUPED ? spread(zero_points, lanes) : all(static_cast<float>(*zero_points));
+  }
+  const F32* near = by;
+  if (M > 1) in_memory(near);
+  const uint8_t* a = t.activations + c * S.record();
+  UNROLL
+  for (int m = 0; m < M; m++) {
+    const float* scales = reinterpret_cast<const float*>(a + S.terms * V * 64);
+    UNROLL
+    for (int n = 0; n < N; n++) {
+      I32 sum = AFFINE ? zero() : load_i32(scales + LANES);
+      UNROLL
+      for (int v = 0; v < V; v++) sum = dot<SMALL>(sum, u[n][v], load(a + v * 64));
+      if (S.terms == 2) {
+        I32 high = zero();
+        UNROLL
+        for (int v = 0; v < V; v++) high = dot<SMALL>(high, u[n][v], load(a + (V + v) * 64));
+        sum = add(sum, times128(high));
+      }
+      F32 real = to_float(sum);
+      if (AFFINE) real = minus_product(real, z[n], load_f32(scales + LANES));
+      sums[m][n] = plus_product(sums[m][n], real, product(load_f32(scales), near[n]));
+    }
+    a += t.stride;
+    if (M > 1) in_memory(near);
+  }
+}
+
+template <int LAYOUT, bool GROUPED, bool AFFINE, int M, int N>
+inline void tile(const Linear& j, const uint8_t* activations, int64_t n0, float* y, bool ahead) {
   F32 sums[M][N];
   UNROLL
   for (int m = 0; m < M; m++)
     UNROLL
     for (int n = 0; n < N; n++) sums[m][n] = zeros();
-  const uint8_t* weight = j.weight + n0 * j.row_bytes;
-  const float* scale = j.scale + n0 * j.groups;
-  const int64_t stride = j.chunks * j.record;
-  const U8 flip = bytes(j.flip);
-  // The lines that later tiles read: at least 4 kB from here.
-  const int64_t tile_bytes = N * j.row_bytes;
-  const int64_t distance = ahead ? (4096 / tile_bytes + 1) * tile_bytes : 0;
-  for (int64_t c = 0; c < j.chunks; c++) {
-    const uint8_t* record = activations + c * j.record;
-    const int64_t at = c * S.loads * 64, left = j.row_bytes - at, group = j.first[c];
-    UNROLL
-    for (int n = 0; n < N; n++) {
-      const uint8_t* w = weight + n * j.row_bytes + at;
-      U8 u[V];
-      UNROLL
-      for (int i = 0; i < S.loads; i++) {
-        const U8 raw = left >= 64 * (i + 1) ? load(w + i * 64) : load_some(w + i * 64, left - i * 64);
-        if (distance) prefetch(w + i * 64 + distance);
-        UNROLL
-        for (int p = 0; p < S.planes; p++) u[i * S.planes + p] = plane<S.planes>(raw, p, flip);
-      }
-      F32 by, z;
-      if (GROUPED) {
-        const int64_t known = j.groups - group;
-        by = spread(scale + n * j.groups + group, known, j.offset + c * LANES);
-        if (AFFINE)
-          z = spread_bytes(j.zero_points + (n0 + n) * j.groups + group, known, j.offset + c * LANES);
-      } else {
-        by = all(scale[n * j.groups + group]);
-        if (AFFINE) z = all(static_cast<float>(j.zero_points[(n0 + n) * j.groups + group]));
-      }
-      UNROLL
-      for (int m = 0; m < M; m++) {
-        const uint8_t* a = record + m * stride;
-        const float* scales = reinterpret_cast<const float*>(a + S.terms * V * 64);
-        I32 sum = AFFINE ? zero() : load_i32(scales + LANES);
-        UNROLL
-        for (int v = 0; v < V; v++) sum = dot<SMALL>(sum, u[v], load(a + v * 64));
-        if (S.terms == 2) {
-          I32 high = zero();
-          UNROLL
-          for (int v = 0; v < V; v++) high = dot<SMALL>(high, u[v], load(a + (V + v) * 64));
-          sum = add(sum, times128(high));
-        }
-        F32 real = to_float(sum);
-        if (AFFINE) real = minus_product(real, z, load_f32(scales + LANES));
-        sums[m][n] = plus_product(sums[m][n], real, product(load_f32(scales), by));
-      }
-    }
-  }
+  // At least 4 kB from here.
+  const int64_t tile_bytes = N * j.row_bytes, later = 4096 / tile_bytes + 1;
+  const Tile t = {activations,
+                  j.weight + n0 * j.row_bytes,
+                  j.scale + n0 * j.groups,
+                  AFFINE ? j.zero_points + n0 * j.groups : nullptr,
+                  j.chunks * j.record,
+                  ahead ? later * tile_bytes : 0,
+                  later * N * j.groups};
+  const int64_t whole = j.row_bytes / (shape_of(LAYOUT).loads * 64);
+  const Spread lanes = spread_of(j.offset, j.even);
+  for (int64_t c = 0; c < whole; c++)
+    add_chunk<LAYOUT, GROUPED, AFFINE, false, M, N>(j, t, c, lanes, sums);
+  if (whole < j.chunks) add_chunk<LAYOUT, GROUPED, AFFINE, true, M, N>(j, t, whole, lanes, sums);
   UNROLL
-  for (int m = 0; m < M; m++)
-    UNROLL
-    for (int n = 0; n < N; n++)
-      y[m * j.out + n] = total(sums[m][n]) + (j.bias ? j.bias[n0 + n] : 0.0f);
+  for (int m = 0; m < M; m++) {
+    totals<N>(sums[m], y + m * j.out);
+    if (j.bias)
+      for (int n = 0; n < N; n++) y[m * j.out + n] += j.bias[n0 + n];
+  }
 }
 
 template <int LAYOUT, bool GROUPED, bool AFFINE, int M>
@@ -222,11 +264,12 @@ void multiply(const Linear& j, int64_t row, int64_t rows, int64_t out, int64_t o
 // Dynamic int8: the integers of `choose_qparams` and `quantize` in torch_quant/ops/qdq.py.
 
 void round_dynamic(const Dynamic& j, int64_t row, int64_t slot) {
-  const float* x = j.x + row * j.in;
-  uint8_t* codes = j.codes + slot * j.padded;
+  const float* RESTRICT x = j.x + row * j.in;
+  uint8_t* RESTRICT codes = j.codes + slot * j.padded;
+  const int64_t in = j.in, padded = j.padded;
   // The order of floats is that of their bits, negative ones turned around.
   int32_t low = 0, high = 0, most = 0;
-  for (int64_t k = 0; k < j.in; k++) {
+  for (int64_t k = 0; k < in; k++) {
     int32_t bits;
     __builtin_memcpy(&bits, x + k, 4);
     const int32_t size = bits & 0x7fffffff;
@@ -252,19 +295,35 @@ void round_dynamic(const Dynamic& j, int64_t row, int64_t slot) {
   j.zeros[slot] = zero_point;
   j.scales[slot] = most < 0x7f800000 ? scale : NOT_A_NUMBER;
   if (most >= 0x7f800000) {
-    __builtin_memset(codes, 0, j.padded);
+    __builtin_memset(codes, 0, padded);
     return;
   }
-  for (int64_t k = 0; k < j.in; k++) {
+  for (int64_t k = 0; k < in; k++) {
     const int32_t q = nearest(x[k] / scale) + zero_point;
     codes[k] = static_cast<uint8_t>(q < 0 ? 0 : q > 255 ? 255 : q);
   }
-  __builtin_memset(codes + j.in, 0, j.padded - j.in);
+  __builtin_memset(codes + in, 0, padded - in);
 }
 
-template <int M, int N>
-inline void dynamic_tile(const Dynamic& j, int64_t slot, int64_t n0, int32_t* totals, bool first,
-                         float* y) {
+// Adds 64 inputs to the sums; those of the weights themselves are made with the FIRST rows.
+template <bool FIRST, bool TAIL, int M, int N>
+inline void add_inputs(const Dynamic& j, const uint8_t* codes, const int8_t* weight, int64_t k,
+                       int64_t distance, I32 (&sums)[M][N], I32 (&ones)[N]) {
+  UNROLL
+  for (int n = 0; n < N; n++) {
+    const int8_t* at = weight + n * j.in + k;
+    const U8 w = TAIL ? load_some(at, j.in - k) : load(at);
+    if (FIRST) {
+      prefetch(at + distance);
+      ones[n] = dot<false>(ones[n], bytes(1), w);
+    }
+    UNROLL
+    for (int m = 0; m < M; m++) sums[m][n] = dot<false>(sums[m][n], load(codes + m * j.padded + k), w);
+  }
+}
+
+template <bool FIRST, int M, int N>
+inline void dynamic_tile(const Dynamic& j, int64_t slot, int64_t n0, int32_t* of_weights, float* y) {
   I32 sums[M][N], ones[N];
   UNROLL
   for (int n = 0; n < N; n++) {
@@ -274,53 +333,54 @@ inline void dynamic_tile(const Dynamic& j, int64_t slot, int64_t n0, int32_t* to
   }
   const uint8_t* codes = j.codes + slot * j.padded;
   const int8_t* weight = j.weight + n0 * j.in;
-  const int64_t tile_bytes = N * j.in;
-  const int64_t distance = first ? (4096 / tile_bytes + 1) * tile_bytes : 0;
-  for (int64_t k = 0; k < j.padded; k += 64) {
-    UNROLL
-    for (int n = 0; n < N; n++) {
-      const int8_t* at = weight + n * j.in + k;
-      const U8 w = k + 64 <= j.in ? load(at) : load_some(at, j.in - k);
-      if (distance) {
-        prefetch(at + distance);
-        ones[n] = dot<false>(ones[n], bytes(1), w);
-      }
-      UNROLL
-      for (int m = 0; m < M; m++)
-        sums[m][n] = dot<false>(sums[m][n], load(codes + m * j.padded + k), w);
-    }
-  }
+  const int64_t tile_bytes = N * j.in, distance = (4096 / tile_bytes + 1) * tile_bytes;
+  int64_t k = 0;
+  for (; k + 64 <= j.in; k += 64)
+    add_inputs<FIRST, false, M, N>(j, codes, weight, k, distance, sums, ones);
+  if (k < j.in) add_inputs<FIRST, true, M, N>(j, codes, weight, k, distance, sums, ones);
+  if (FIRST) totals<N>(ones, of_weights);
   UNROLL
-  for (int n = 0; n < N; n++) {
-    if (first) totals[n] = total(ones[n]);
+  for (int m = 0; m < M; m++) {
+    int32_t found[N];
+    totals<N>(sums[m], found);
+    const int32_t zero_point = j.zeros[slot + m];
+    const float scale = j.scales[slot + m];
     UNROLL
-    for (int m = 0; m < M; m++) {
-      const int32_t sum = total(sums[m][n]) - j.zeros[slot + m] * totals[n];
-      const float scale = j.scales[slot + m] * j.scale[n0 + n];
-      y[m * j.out + n] = static_cast<float>(sum) * scale + (j.bias ? j.bias[n0 + n] : 0.0f);
-    }
+    for (int n = 0; n < N; n++)
+      y[m * j.out + n] =
+          static_cast<float>(found[n] - zero_point * of_weights[n]) * (scale * j.scale[n0 + n]);
+    if (j.bias)
+      for (int n = 0; n < N; n++) y[m * j.out + n] += j.bias[n0 + n];
   }
 }
 
-template <int M>
+template <bool FIRST, int M>
 inline void dynamic_tiles(const Dynamic& j, int64_t slot, int64_t row, int64_t n, int64_t end,
-                          int32_t* totals) {
+                          int32_t* of_weights) {
   float* y = j.y + row * j.out;
-  const int64_t begin = n;
-  for (; n + NR <= end; n += NR)
-    dynamic_tile<M, NR>(j, slot, n, totals + (n - begin), !slot, y + n);
-  for (; n < end; n++) dynamic_tile<M, 1>(j, slot, n, totals + (n - begin), !slot, y + n);
+  for (; n + NR <= end; n += NR, of_weights += NR)
+    dynamic_tile<FIRST, M, NR>(j, slot, n, of_weights, y + n);
+  for (; n < end; n++, of_weights++) dynamic_tile<FIRST, M, 1>(j, slot, n, of_weights, y + n);
+}
+
+template <int M>
+inline int64_t dynamic_rows(const Dynamic& j, int64_t m, int64_t row, int64_t rows, int64_t n,
+                            int64_t end, int32_t* of_weights) {
+  if (!m && M <= rows) {
+    dynamic_tiles<true, M>(j, m, row, n, end, of_weights);
+    m = M;
+  }
+  for (; m + M <= rows; m += M) dynamic_tiles<false, M>(j, m, row + m, n, end, of_weights);
+  return m;
 }
 
 void multiply_dynamic(const Dynamic& j, int64_t row, int64_t rows, int64_t out, int64_t outs) {
   constexpr int MOST = 128;  // outputs at a time
-  int32_t totals[MOST];
+  int32_t of_weights[MOST];
   for (int64_t n = out; n < out + outs; n += MOST) {
     const int64_t end = n + MOST < out + outs ? n + MOST : out + outs;
-    int64_t m = 0;
-    for (; m + MR <= rows; m += MR) dynamic_tiles<MR>(j, m, row + m, n, end, totals);
-    if (MR > 2)
-      for (; m + 2 <= rows; m += 2) dynamic_tiles<2>(j, m, row + m, n, end, totals);
-    for (; m < rows; m++) dynamic_tiles<1>(j, m, row + m, n, end, totals);
+    int64_t m = dynamic_rows<MR>(j, 0, row, rows, n, end, of_weights);
+    if (MR > 2) m = dynamic_rows<2>(j, m, row, rows, n, end, of_weights);
+    dynamic_rows<1>(j, m, row, rows, n, end, of_weights);
   }
 }

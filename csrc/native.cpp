@@ -223,6 +223,7 @@ EXPORT int torch_quant_linear(int threads, const float* x, const void* weight, c
           groups == 1 ? 0 : least((c * j.chunk + l * lane) / j.group, groups - 1) - first[c]);
   }
   j.first = first, j.offset = offset;
+  j.even = j.chunk % j.group ? 0 : static_cast<int>(j.chunk / j.group);
   const Kernels& use = kernels();
   run_slabs<Linear>({&j, use.round, use.multiply, 0, 0, 0}, rows, out, row_bytes, slab_rows, threads);
   return 0;

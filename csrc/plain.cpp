@@ -93,14 +93,14 @@ inline U8 plane(U8 raw, int p, const U8& flip) {
   return raw;
 }
 
-inline F32 spread(const float* x, int64_t, const int32_t* index) {
+struct Spread {
+  const int32_t* index;
+};
+inline Spread spread_of(const int32_t* index, int64_t) { return {index}; }
+template <typename T>
+inline F32 spread(const T* x, Spread by) {
   F32 y;
-  for (int l = 0; l < LANES; l++) y.at[l] = x[index[l]];
-  return y;
-}
-inline F32 spread_bytes(const uint8_t* x, int64_t, const int32_t* index) {
-  F32 y;
-  for (int l = 0; l < LANES; l++) y.at[l] = x[index[l]];
+  for (int l = 0; l < LANES; l++) y.at[l] = x[by.index[l]];
   return y;
 }
 
@@ -108,6 +108,10 @@ inline float total(F32 x) {
   for (int half = LANES / 2; half; half /= 2)
     for (int l = 0; l < half; l++) x.at[l] += x.at[l + half];
   return x.at[0];
+}
+template <typename Vector, typename T>
+inline void four_totals(Vector a, Vector b, Vector c, Vector d, T* y) {
+  y[0] = total(a), y[1] = total(b), y[2] = total(c), y[3] = total(d);
 }
 inline int32_t total(I32 x) {
   int32_t sum = 0;

@@ -51,12 +51,8 @@ def _check(fits: bool, operator: str, what: str, got: object) -> None:
 
 
 def _plain(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.detach().to(dtype).contiguous()
-
-
-def _rows(x: Tensor) -> Tensor:
-    """``x`` as a contiguous float32 matrix."""
-    return _plain(x, torch.float32).view(math.prod(x.shape[:-1]), x.shape[-1])
+    ready = x.dtype is dtype and x.is_contiguous() and not x.is_neg()
+    return x if ready else x.detach().to(dtype).resolve_neg().contiguous()
 
 
 def _address(x: Tensor | None) -> int | None:
@@ -157,8 +153,7 @@ def _weight_only_linear(
     if kernels is None:
         real = _dequantized(_codes(weight, bits, inputs), scale, zero_point, zero)
         return torch.nn.functional.linear(x, real.to(x.dtype), bias)
-    ready = x.dtype is torch.float32 and x.is_contiguous() and not x.is_neg()
-    rows = x if ready else _rows(x)
+    rows = _plain(x, torch.float32)
     if bias is not None:
         bias = _plain(bias, torch.float32)
     y = rows.new_empty((*x.shape[:-1], layout.outputs))
@@ -177,25 +172,31 @@ def _dynamic_linear(
 ) -> Tensor:
     name, inputs = "dynamic_linear", x.shape[-1] if x.dim() else 0
     _check_linear(name, x, weight, scale, bias)
-    outputs = weight.shape[0]
-    _check(weight.dtype is torch.int8, name, "an int8 weight", weight.dtype)
-    _check(weight.shape[1] == inputs, name, f"a weight of {inputs} inputs", tuple(weight.shape))
-    _check(scale.numel() == outputs, name, "one scale for each output", tuple(scale.shape))
-    _check(inputs <= MOST_INPUTS, name, f"at most {MOST_INPUTS} inputs", inputs)
+    outputs, width = weight.shape
+    if not (weight.dtype is torch.int8 and width == inputs <= MOST_INPUTS) or (
+        scale.numel() != outputs
+    ):
+        _check(weight.dtype is torch.int8, name, "an int8 weight", weight.dtype)
+        _check(width == inputs, name, f"a weight of {inputs} inputs", tuple(weight.shape))
+        _check(inputs <= MOST_INPUTS, name, f"at most {MOST_INPUTS} inputs", inputs)
+        _check(False, name, "one scale for each output", tuple(scale.shape))
     kernels = native.kernels()
     if kernels is None:
         return _dynamic_in_float(x, weight, scale, bias, signed)
-    rows, weight = _rows(x), weight.contiguous()
+    rows = _plain(x, torch.float32)
+    if not weight.is_contiguous():
+        weight = weight.contiguous()
     scale = _plain(scale, torch.float32)
     bias = None if bias is None else _plain(bias, torch.float32)
-    y = rows.new_empty((rows.shape[0], outputs))
+    y = rows.new_empty((*x.shape[:-1], outputs))
+    count = x.numel() // inputs if inputs else math.prod(x.shape[:-1])
     failed = kernels.torch_quant_dynamic(
         torch.get_num_threads(), rows.data_ptr(), weight.data_ptr(), scale.data_ptr(),
-        _address(bias), y.data_ptr(), rows.shape[0], inputs, outputs, signed,
+        _address(bias), y.data_ptr(), count, inputs, outputs, signed,
     )  # fmt: skip
     if failed:
         raise MemoryError(f"torch_quant::{name}: no memory for {rows.numel()} activations")
-    return y.view(*x.shape[:-1], outputs).to(x.dtype)
+    return y if x.dtype is torch.float32 else y.to(x.dtype)
 
 
 def _weight_only_experts(
