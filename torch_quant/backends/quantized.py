@@ -34,6 +34,8 @@ __all__ = [
     "run",
 ]
 
+_WITH_FAST_PATH = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+"""Modules that compute by one opaque operator unless that is switched off."""
 _FACTS = ("graphs", "glue", "path", "signature", "backend", "description", "calibration")
 
 
@@ -72,6 +74,8 @@ class Quantization:
     calibration: dict[str, Any] = field(default_factory=dict)
     state: tuple[str, ...] = ()
     """Attributes that its Python code keeps from one call to the next."""
+    traceable: bool = True
+    """Whether ``torch.compile`` can follow the Python code: nothing in it has a fast path."""
 
 
 def quantized_graphs(model: nn.Module) -> Iterator[tuple[QuantizedModule, QuantizedGraph]]:
@@ -154,6 +158,7 @@ def quantized_module(twin: nn.Module, how: Quantization) -> QuantizedModule:
     """
     if how.glue is not None:  # its own Python asks the twin
         vars(twin)["parameters"] = _AtLeastOne(twin)
+        how.traceable = not any(isinstance(each, _WITH_FAST_PATH) for each in twin.modules())
     new = made(QuantizedModule, twin, runs=how.glue is not None)
     new.__dict__["quantization"] = how
     _begin(new)
@@ -196,17 +201,20 @@ def run(module: QuantizedModule, *args: Any, **kwargs: Any) -> Any:
                 return result
     args, kwargs = bind(how.signature, args, kwargs)
     if how.glue is not None and not how.graphs:
-        return _run_glue(how.glue, args, kwargs)
+        return _run_glue(how, args, kwargs)
+    if torch.compiler.is_dynamo_compiling():
+        for graph in how.graphs:
+            if (tensors := graph.kind.tensors(args, kwargs)) is not None:
+                return graph(*tensors, source=(args, kwargs))
     try:
         call = flatten_call(args, kwargs)
     except CaptureFailed:
         if how.glue is None:
             raise
-        return _run_glue(how.glue, args, kwargs)
+        return _run_glue(how, args, kwargs)
     found = _graph_for(how, call)
     if found is None and how.in_pieces:
-        assert how.glue is not None
-        return _run_glue(how.glue, args, kwargs)
+        return _run_glue(how, args, kwargs)
     graph, accepted = found or _capture(module, call)
     return graph(*accepted.tensors, source=accepted.source)
 
@@ -224,9 +232,12 @@ def _graph_for(how: Quantization, call: Call) -> tuple[QuantizedGraph, Call] | N
     return None
 
 
-def _run_glue(glue: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _run_glue(how: Quantization, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    assert how.glue is not None
+    if torch.compiler.is_dynamo_compiling() and how.traceable:
+        return how.glue(*args, **kwargs)
     with no_fastpath():
-        return glue(*args, **kwargs)
+        return how.glue(*args, **kwargs)
 
 
 def _capture(module: QuantizedModule, call: Call) -> tuple[QuantizedGraph, Call]:

@@ -113,7 +113,7 @@ def bind(
     names = signature.names
     if names is None or len(args) > signature.positional:
         return _bind_slowly(signature, args, kwargs)
-    named = dict(zip(names, args, strict=False))
+    named = dict(zip(names[: len(args)], args, strict=True))
     taken = 0
     for name in names[len(args) :]:
         if name in kwargs:

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from torch_quant.graph.trees import pack_tree, unpack_tree
@@ -71,6 +72,24 @@ class Kind:
     @cached_property
     def _positions_of_numbers(self) -> frozenset[int]:
         return frozenset(i for i, first, _ in self._others if first is Number)
+
+    def tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor] | None:
+        """The tensors of a call, None if it is of another kind or has a number for the graph.
+
+        Says the same as :meth:`accept`, in steps that ``torch.compile`` can follow.
+        """
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if spec != self.spec or len(leaves) != len(self.leaves):
+            return None
+        found = []
+        for leaf, (first, second) in zip(leaves, self.leaves, strict=True):
+            if isinstance(leaf, Tensor):
+                if leaf.dtype != first or leaf.dim() != second:
+                    return None
+                found.append(leaf)
+            elif first is Number or not fits(leaf, first, second):
+                return None
+        return found
 
     def accept(self, call: Call) -> Call | None:
         """``call`` as a graph of this kind takes it, or None if it is of another kind."""
