@@ -1,5 +1,8 @@
 """Quantize PyTorch models and run them on real int8 kernels."""
 
+import importlib
+import sys
+
 from torch_quant import recipes
 from torch_quant.algorithms import AWQ, GPTQ, HQQ, TEQ, AutoRound, RoundToNearest, SmoothQuant
 from torch_quant.amp.ranking import Sensitivity
@@ -93,3 +96,6 @@ __all__ = [
     "sqnr",
     "tune",
 ]
+
+if "transformers.quantizers.auto" in sys.modules:  # else, whoever wants it imports it
+    importlib.import_module("torch_quant.integrations.transformers")

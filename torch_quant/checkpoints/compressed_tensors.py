@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,41 +24,49 @@ from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
 
-__all__ = ["CompressedTensorsLayout"]
+__all__ = ["COMPRESSED_TENSORS", "OWN", "PackedLayout"]
 
-_BITS = (2, 4, 8)
-"""Other widths are packed in two ways, by versions of the library before and since 0.20."""
 _PACKED, _PLAIN = "pack-quantized", "int-quantized"
 
 
-class CompressedTensorsLayout:
-    """See above."""
+@dataclass(frozen=True)
+class PackedLayout:
+    """See above.
 
-    name = "compressed-tensors"
+    Args:
+        name: what ``quant_method`` says.
+        bits: of the weights that it holds.
+        affine: whether weights with zero points are written, too; they are always read.
+    """
+
+    name: str
+    bits: tuple[int, ...]
+    affine: bool
 
     def refusal(self, weight: QuantizedWeight) -> str:
         if weight.plan.activation is not None:
             return f"it is written for float activations, not {weight.plan.activation}"
-        if reason := common_refusal(weight, _BITS):
+        if reason := common_refusal(weight, self.bits):
             return reason
-        if not (weight.spec.symmetric and weight.spec.signed) or bool(weight.zero_point.any()):
+        if not self.affine and not _is_symmetric(weight):
             return f"it is written for signed codes with zero at 0, not {weight.spec}"
         return ""
 
     def config(
         self, weights: Mapping[str, QuantizedWeight], in_float: Sequence[str]
     ) -> dict[str, Any]:
-        kinds: dict[tuple[int, int | None], list[str]] = {}
+        kinds: dict[tuple[int, int | None, bool], list[str]] = {}
         for module, weight in weights.items():
-            kinds.setdefault((weight.spec.bits, group_size(weight)), []).append(module)
+            kind = (weight.spec.bits, group_size(weight), _is_symmetric(weight))
+            kinds.setdefault(kind, []).append(module)
         groups = {}
-        for i, ((bits, size), modules) in enumerate(kinds.items()):
+        for i, ((bits, size, symmetric), modules) in enumerate(kinds.items()):
             groups[f"group_{i}"] = {
                 "targets": ["Linear"] if len(kinds) == 1 else modules,
                 "weights": {
                     "num_bits": bits,
                     "type": "int",
-                    "symmetric": True,
+                    "symmetric": symmetric,
                     "strategy": "channel" if size is None else "group",
                     "group_size": size,
                     "dynamic": False,
@@ -78,11 +87,16 @@ class CompressedTensorsLayout:
 
     def tensors(self, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
         bits = weight.spec.bits
-        return {
-            "weight_packed": packed(weight.codes.to(torch.int32) + 2 ** (bits - 1), bits),
+        above = 2 ** (bits - 1) if weight.spec.signed else 0
+        found = {
+            "weight_packed": packed(weight.codes.to(torch.int32) + above, bits),
             "weight_scale": weight.scale.to(dtype),
             "weight_shape": torch.tensor(weight.codes.shape),
         }
+        if not _is_symmetric(weight):
+            zero_point = packed((weight.zero_point + above).t(), bits).t()
+            found["weight_zero_point"] = zero_point.contiguous()
+        return found
 
     def stored(self, files: CheckpointFiles, about: Mapping[str, Any]) -> dict[str, Stored]:
         groups = about.get("config_groups")
@@ -95,7 +109,8 @@ class CompressedTensorsLayout:
             module, _, ending = name.rpartition(".")
             whole = ending == "weight" and f"{module}.weight_scale" in files
             if ending == "weight_packed" or whole:
-                found[module] = _stored(files, module, name, _scheme(files, groups, module))
+                scheme = _scheme(files, groups, module)
+                found[module] = _stored(files, module, name, scheme, self.bits)
         return found
 
     def read(self, files: CheckpointFiles, module: str, stored: Stored) -> tuple[Tensor, QParams]:
@@ -120,6 +135,16 @@ class CompressedTensorsLayout:
         return codes, QParams(spec, scale, zero_point.to(torch.int32).contiguous())
 
 
+COMPRESSED_TENSORS = PackedLayout("compressed-tensors", (2, 4, 8), affine=False)
+"""Other widths are packed in two ways, by versions of the library before and since 0.20."""
+OWN = PackedLayout("torch_quant", tuple(range(1, 9)), affine=True)
+"""The same for whoever has this package: all that its formats have."""
+
+
+def _is_symmetric(weight: QuantizedWeight) -> bool:
+    return weight.spec.signed and weight.spec.symmetric and not bool(weight.zero_point.any())
+
+
 def _scheme(files: CheckpointFiles, groups: Mapping[str, Any], module: str) -> Mapping[str, Any]:
     """The scheme of a module: one that targets its name goes before one for all linear layers."""
     by_class = None
@@ -136,7 +161,13 @@ def _scheme(files: CheckpointFiles, groups: Mapping[str, Any], module: str) -> M
     return by_class
 
 
-def _stored(files: CheckpointFiles, module: str, name: str, scheme: Mapping[str, Any]) -> Stored:
+def _stored(
+    files: CheckpointFiles,
+    module: str,
+    name: str,
+    scheme: Mapping[str, Any],
+    allowed: tuple[int, ...],
+) -> Stored:
     weights = scheme.get("weights")
     if not isinstance(weights, dict):
         raise wrong_entry(files, f"for {module} the weights", weights, "what they are quantized to")
@@ -145,7 +176,7 @@ def _stored(files: CheckpointFiles, module: str, name: str, scheme: Mapping[str,
     about = scheme.get("format")
     if about not in (None, _PACKED, _PLAIN):
         raise wrong_entry(files, f"for {module} the format", about, f"{_PACKED} or {_PLAIN}")
-    spec = _spec(files, module, weights)
+    spec = _spec(files, module, weights, allowed)
     if f"{module}.weight_g_idx" in files:
         raise InvalidConfig(
             f"{files.file(f'{module}.weight_g_idx')}: the inputs of {module} are in groups by "
@@ -184,10 +215,12 @@ def _words(codes: int, bits: int) -> int:
     return -(-codes * bits // 32)
 
 
-def _spec(files: CheckpointFiles, module: str, weights: Mapping[str, Any]) -> QuantSpec:
+def _spec(
+    files: CheckpointFiles, module: str, weights: Mapping[str, Any], allowed: tuple[int, ...]
+) -> QuantSpec:
     bits, kind, strategy = (weights.get(key) for key in ("num_bits", "type", "strategy"))
-    if kind != "int" or bits not in _BITS:
-        expected = f"integers of {', '.join(map(str, _BITS))} bits"
+    if kind != "int" or bits not in allowed:
+        expected = f"integers of {', '.join(map(str, allowed))} bits"
         raise wrong_entry(files, f"for {module}", f"{bits} bits of type {kind}", expected)
     size = weights.get("group_size")
     granularity: Granularity

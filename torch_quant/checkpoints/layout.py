@@ -38,9 +38,11 @@ class Stored:
 
 
 class Layout(Protocol):
-    """One layout; its name is what ``quant_method`` of ``config.json`` says."""
+    """One layout."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What ``quant_method`` says."""
 
     def refusal(self, weight: QuantizedWeight) -> str:
         """Why it cannot hold a weight, with what it can; empty if it can."""

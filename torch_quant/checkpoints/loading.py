@@ -23,7 +23,7 @@ from torch_quant.graph.twin import twin_of
 from torch_quant.quantizer import Quantizer
 from torch_quant.unseen import UnseenCalls
 
-__all__ = ["load_checkpoint"]
+__all__ = ["example_of", "load_checkpoint", "quantized_from"]
 
 logger = logging.getLogger("torch_quant")
 
@@ -71,10 +71,29 @@ def load_checkpoint(
         raise InvalidConfig(f"expected a float nn.Module, got {type(model).__name__}")
     skeleton = built(checkpoint.files) if model is None else twin_of(model)
     _fill(skeleton, checkpoint)
+    example = example_of(skeleton) if example_inputs is None else example_inputs
+    return quantized_from(checkpoint, skeleton, backend, example, capture)
+
+
+def quantized_from(
+    checkpoint: Checkpoint,
+    skeleton: nn.Module,
+    backend: Backend | str | None,
+    example: Any,
+    capture: Capture = "modules",
+) -> QuantizedModule:
+    """A quantized model with the codes of a checkpoint.
+
+    Args:
+        checkpoint: has them.
+        skeleton: has the float tensors, and placeholders for the rest; it stays alive.
+        backend: where it will run.
+        example: inputs to capture it with.
+        capture: as for :class:`Quantizer`.
+    """
     quantizer = Quantizer(
         backend, overrides=_overrides(checkpoint), capture=capture, qconfig=QConfig(FLOAT)
     )
-    example = _example(skeleton) if example_inputs is None else example_inputs
     quantized = _quantized(quantizer, skeleton, example)
     if left := _in_float(quantized, checkpoint.stored):
         logger.warning(
@@ -98,7 +117,14 @@ def _overrides(checkpoint: Checkpoint) -> dict[OverrideKey, QConfig | None]:
     return found
 
 
-def _example(model: nn.Module) -> Any:
+def example_of(model: nn.Module) -> Any:
+    """Inputs that a model of transformers takes.
+
+    Raises:
+        InvalidConfig: it is none of them.
+    """
+    if isinstance(found := getattr(model, "dummy_inputs", None), dict):
+        return found
     if not hasattr(model, "config"):
         raise InvalidConfig(
             "how the model is called is not known: load_checkpoint(folder, model, "

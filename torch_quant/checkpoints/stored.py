@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from torch_quant.checkpoints.compressed_tensors import CompressedTensorsLayout
+from torch_quant.checkpoints.compressed_tensors import COMPRESSED_TENSORS, OWN
 from torch_quant.checkpoints.files import CONFIG, CheckpointFiles
 from torch_quant.checkpoints.gptq import GPTQLayout
 from torch_quant.checkpoints.layout import Layout, Stored, wrong_entry
@@ -23,7 +23,7 @@ from torch_quant.statistics import Statistic
 
 __all__ = ["LAYOUTS", "Checkpoint", "StoredWeight", "opened"]
 
-LAYOUTS: dict[str, Layout] = {each.name: each for each in (CompressedTensorsLayout(), GPTQLayout())}
+LAYOUTS: dict[str, Layout] = {each.name: each for each in (COMPRESSED_TENSORS, GPTQLayout(), OWN)}
 """By what ``quant_method`` calls them."""
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch_quant.backends.quantized import QuantizedModule, plan_of, quantized_graphs
 from torch_quant.core.functional import dequantize_blocks
 from torch_quant.core.granularity import PerGroup
-from torch_quant.core.plan import SitePlan
+from torch_quant.core.plan import QuantPlan, SitePlan
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.sites import KEY
@@ -24,7 +24,7 @@ from torch_quant.native.ops import (
 )
 from torch_quant.native.packing import unpack
 
-__all__ = ["QuantizedWeight", "quantized_weights"]
+__all__ = ["QuantizedWeight", "quantized_weights", "weights_of"]
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,13 @@ def quantized_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
         raise InvalidConfig(
             f"expected the model that quantizer.quantize(model) returns, got {type(model).__name__}"
         )
+    return weights_of(model, plan_of(model))
+
+
+def weights_of(model: nn.Module, plan: QuantPlan) -> dict[str, QuantizedWeight]:
+    """The same of any module with quantized ones inside; ``plan`` is theirs."""
     wanted = {
-        name: site
-        for name, site in plan_of(model).items()
-        if site.quantized and site.weight is not None
+        name: site for name, site in plan.items() if site.quantized and site.weight is not None
     }
     found: dict[str, QuantizedWeight] = {}
     for module, graph in quantized_graphs(model):
