@@ -65,6 +65,14 @@ def test_hooks_moves_and_tracing() -> None:
     assert torch.equal(model(x), expected)
     assert len(seen) == 1
     handle.remove()
+    twice = copy.deepcopy(model)
+    for name in ("weight", "bias"):
+        assert getattr(twice.a, name) is not getattr(model.a, name)
+    with torch.no_grad():
+        twice.a.bias.add_(1.0)  # what is moved or changed is what runs
+        twice.a._buffers["weight_scale"] = twice.a.weight_scale * 2
+    assert torch.equal(twice.a(x), twice.a(input=x))
+    assert not torch.equal(twice.a(x), model.a(x))
     traced = torch.jit.trace(model.a, (x,))
     assert torch.equal(traced(x[:1]), model.a(x[:1]))
     exported = torch.export.export(model.a, (x,)).module()

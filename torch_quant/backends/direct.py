@@ -6,12 +6,12 @@ any kind would cost as much as their kernels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from torch_quant.graph.binding import CallSignature, bind
 from torch_quant.graph.calls import flatten_call
@@ -46,8 +46,55 @@ class Direct:
         return len(shape) == self.rank and all(shape[axis] == size for axis, size in self.fixed)
 
 
+def _in_one_call(body: fx.GraphModule) -> Callable[[Tensor], Any] | None:
+    """The graph as a plain function, if it is one operator on its input, constants and tensors.
+
+    It reads the tensors from the dictionaries that hold them, so that moving the model reaches it.
+    """
+    graph = body.graph
+    calls = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
+    if len(calls) != 1 or calls[0].op != "call_function" or calls[0].kwargs:
+        return None
+    (call,) = calls
+    if list(graph.output_node().args[0]) != [call]:  # type: ignore[arg-type]
+        return None
+    arguments: list[Any] = list(call.args)
+    places: list[int] = []
+    held: list[tuple[int, dict[str, Any], str]] = []
+    for i, each in enumerate(arguments):
+        if not isinstance(each, fx.Node):
+            if any(True for _ in _nodes(each)):
+                return None
+        elif each.op == "placeholder":
+            places.append(i)
+        else:
+            path, _, name = str(each.target).rpartition(".")
+            owner = body.get_submodule(path)
+            entries = next((d for d in (owner._buffers, owner._parameters) if name in d), None)
+            if entries is None:
+                return None
+            held.append((i, entries, name))
+    target: Any = call.target
+
+    def function(x: Tensor) -> tuple[Any]:
+        given = arguments.copy()
+        for i in places:
+            given[i] = x
+        for i, entries, name in held:
+            given[i] = entries[name]
+        return (target(*given),)
+
+    return function
+
+
+def _nodes(value: Any) -> Iterator[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_arg(value, found.append)
+    return iter(found)
+
+
 def direct(
-    function: Callable[[Tensor], Any],
+    body: fx.GraphModule,
     kind: Kind,
     contract: ShapeContract,
     out_spec: Any,
@@ -56,7 +103,7 @@ def direct(
     """The direct way to a graph, None if its calls are no single tensor, or sizes are conditional.
 
     Args:
-        function: the graph, which gives a tuple of leaves.
+        body: the graph, which gives a tuple of leaves.
         kind: of the calls that it serves.
         contract: the sizes that it serves.
         out_spec: how its outputs nest.
@@ -77,4 +124,4 @@ def direct(
     if out_spec != flatten_output(x)[1]:
         return None
     fixed = tuple((axis, size) for axis, size in enumerate(sizes) if isinstance(size, int))
-    return Direct(function, dtype, rank, fixed)
+    return Direct(_in_one_call(body) or body.forward, dtype, rank, fixed)

@@ -106,8 +106,7 @@ class QuantizedGraph(NeverLoads):
         if known is None or known[0] is not body:
             made = None
             if self.compiler is None and isinstance(body, fx.GraphModule):
-                forward = body.forward
-                made = direct(forward, self.kind, self.contract, self.out_spec, signature)
+                made = direct(body, self.kind, self.contract, self.out_spec, signature)
             known = self._direct = (body, made)
         return known[1]
 
