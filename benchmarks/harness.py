@@ -23,6 +23,7 @@ from minilm_data import model_folder
 __all__ = [
     "conditions",
     "interleaved_latency",
+    "keep",
     "minilm",
     "minilm_inputs",
     "onnxruntime_session",
@@ -54,14 +55,20 @@ def conditions() -> dict[str, Any]:
 
 def report(name: str, rows: list[dict[str, Any]], **notes: Any) -> None:
     """Print the conditions and the rows, and keep both in ``results/<name>.json``."""
-    facts = conditions()
-    print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in (facts | notes).items()))
+    facts = keep(name, rows, **notes)
+    print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in facts.items()))
     print(tabulate(rows, headers="keys", floatfmt=".4g"))
+
+
+def keep(name: str, rows: list[dict[str, Any]], **notes: Any) -> dict[str, Any]:
+    """Write ``results/<name>.json``; returns the conditions, ``notes`` among them."""
+    facts = conditions() | notes
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps({"conditions": facts | notes, "rows": rows}, indent=1) + "\n")
+    partial.write_text(json.dumps({"conditions": facts, "rows": rows}, indent=1) + "\n")
     partial.replace(path)
+    return facts
 
 
 def minilm() -> torch.nn.Module:

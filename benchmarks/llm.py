@@ -23,9 +23,10 @@ from typing import Any
 
 import torch
 from decoding import cache_name, measure
-from harness import RESULTS, interleaved_latency, report
+from harness import RESULTS, interleaved_latency, keep, report
 from llm_data import Text, load_text, perplexity, sample, smollm2
 from small_decoder import small_decoder
+from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
 
@@ -152,15 +153,20 @@ def accuracy(options: argparse.Namespace) -> None:
         if done.returncode:
             raise SystemExit(f"{each} {method}: the process failed, see above")
         known[each, method] = json.loads(done.stdout.splitlines()[-1])
+        keep(name, list(known.values()), **settings(options))
     exact = known["float32", ""]
+    columns = ("format", "method", "perplexity", "MB", "quantize s", "peak MB", "backend")
+    rows = []
     for row in known.values():
-        row["ratio"] = row["perplexity"] / exact["perplexity"]
-        row["share"] = row["MB"] / exact["MB"]
-    text = {f"{row['format']} {row['method']}".strip(): row.get("text") for row in known.values()}
-    columns = ("format", "method", "perplexity", "ratio", "MB", "share", "quantize s", "peak MB")
-    columns = (*columns, "backend")
-    rows = [{key: row.get(key) for key in columns} for row in known.values()]
-    report(name, rows, **settings(options), text=text)
+        ratios = {
+            "ratio": row["perplexity"] / exact["perplexity"],
+            "share": row["MB"] / exact["MB"],
+        }
+        rows.append({key: row.get(key) for key in columns} | ratios | {"text": row.get("text")})
+    keep(name, rows, **settings(options))
+    print(tabulate([{**row, "text": None} for row in rows], headers="keys", floatfmt=".4g"))
+    for row in rows:
+        print(f"\n{row['format']} {row['method']}: {row['text']}")
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -176,9 +182,7 @@ def known_rows(name: str, options: argparse.Namespace) -> dict[tuple[str, str], 
     found = json.loads(path.read_text())
     if any(found["conditions"].get(key) != value for key, value in settings(options).items()):
         return {}
-    text = found["conditions"]["text"]
-    rows = {(row["format"], row["method"] or ""): row for row in found["rows"]}
-    return {key: row | {"text": text.get(" ".join(key).strip())} for key, row in rows.items()}
+    return {(row["format"], row["method"] or ""): row for row in found["rows"]}
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from decoding import cache_name, measure
-from harness import RESULTS, report
+from harness import RESULTS, keep, report
 from llm import BLOCKS, loaded, needs_data, peak_memory, quantizer_of
 from llm_data import perplexity
 from torch import Tensor, nn
@@ -230,6 +230,7 @@ def main() -> None:
         command += ["--tokens", str(options.tokens), "--calibration", str(options.calibration)]
         command += ["--decode", str(options.decode)]
         rows[name] = {"row": name, "what": known[name].what, **outcome(command, options.minutes)}
+        keep(path.stem, list(rows.values()), **settings)
     report(path.stem, list(rows.values()), **settings)
 
 
