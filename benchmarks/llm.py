@@ -35,6 +35,7 @@ from torch_quant import FLOAT, PerGroup, QConfig, Quantizer, QuantSpec, recipes
 from torch_quant.backends.quantized import QuantizedModule
 from torch_quant.core.methods import TRANSFORMS, WEIGHT_METHODS, read_transform, read_weight_method
 from torch_quant.errors import QuantError
+from torch_quant.native.library import instruction_sets
 
 OUTER = ("model.embed_tokens", "lm_head")
 """Embedding and head: tied in both models, and where 4 bits cost the most."""
@@ -127,7 +128,7 @@ def accuracy_row(options: argparse.Namespace) -> dict[str, Any]:
             candidate = quantizer.quantize(model, example_inputs={"input_ids": evaluation[:1, :16]})
             row["quantize s"] = time.perf_counter() - start
             row["peak MB"] = peak()
-        row["backend"] = quantizer.backend.name
+        row["runs on"] = runs_on(quantizer, model)
     row["perplexity"] = perplexity(candidate, evaluation, title=f"{wanted} {method}")
     row["MB"] = saved_size(candidate) / 1e6
     prompt = "def read(self, path):\n" if options.model == "small" else options.prompt
@@ -147,7 +148,8 @@ def accuracy(options: argparse.Namespace) -> None:
         command = [sys.executable, __file__, "accuracy", "--one", "--formats", each]
         command += ["--methods", method, "--model", options.model, "--head", options.head]
         command += ["--tokens", str(options.tokens), "--calibration", str(options.calibration)]
-        command += ["--backend", options.backend, "--prompt", options.prompt]
+        command += ["--backend", options.backend] if options.backend else []
+        command += ["--prompt", options.prompt]
         command += ["--threads", str(options.threads)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:
@@ -155,7 +157,7 @@ def accuracy(options: argparse.Namespace) -> None:
         known[each, method] = json.loads(done.stdout.splitlines()[-1])
         keep(name, list(known.values()), **settings(options))
     exact = known["float32", ""]
-    columns = ("format", "method", "perplexity", "MB", "quantize s", "peak MB", "backend")
+    columns = ("format", "method", "perplexity", "MB", "quantize s", "peak MB", "runs on")
     rows = []
     for row in known.values():
         ratios = {
@@ -170,7 +172,7 @@ def accuracy(options: argparse.Namespace) -> None:
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
-    keys = ("model", "tokens", "calibration", "head")
+    keys = ("model", "tokens", "calibration", "head", "backend")
     return {key: getattr(options, key) for key in keys}
 
 
@@ -183,6 +185,17 @@ def known_rows(name: str, options: argparse.Namespace) -> dict[tuple[str, str], 
     if any(found["conditions"].get(key) != value for key, value in settings(options).items()):
         return {}
     return {(row["format"], row["method"] or ""): row for row in found["rows"]}
+
+
+def runs_on(quantizer: Quantizer, model: nn.Module) -> str:
+    """The backend, and the share of multiply-accumulates that it runs in the format."""
+    share = f"{quantizer.coverage(model).share:.1%}"
+    if quantizer.backend.name == "reference":
+        return f"reference, {share} simulated in float"
+    instructions = instruction_sets()
+    return (
+        f"{quantizer.backend.name}, {share}, {instructions[-1] if instructions else 'no'} kernels"
+    )
 
 
 @torch.no_grad()
@@ -207,14 +220,7 @@ def speed(options: argparse.Namespace) -> None:
             for name, each in models.items()
         }
         prefill = interleaved_latency(calls, warm_up=1, rounds=3)
-        share = quantizer.coverage(model).share
-        simulated = (
-            "float arithmetic on rounded weights"
-            if "reference" in repr(quantizer.backend).lower()
-            else "kernels"
-        )
-        row: dict[str, Any] = {"format": wanted, "runs on": f"{quantizer.backend!r}, {simulated}"}
-        row["quantized MACs"] = f"{share:.1%}"
+        row: dict[str, Any] = {"format": wanted, "runs on": runs_on(quantizer, model)}
         for what, times in (("token", decode), (f"{prompt.numel()} tokens", prefill)):
             row |= {f"{what}, {name} ms": each for name, each in times.items()}
             row[f"{what}, speed-up"] = times["float32"] / times["quantized"]
@@ -241,7 +247,7 @@ def main() -> None:
         "--head", choices=("int8", "same", "float"), default="int8",
         help="embedding and head of formats below int8; default: int8",
     )  # fmt: skip
-    parser.add_argument("--backend", help="accuracy: reference; speed: the best of this machine")
+    parser.add_argument("--backend", help="default: the best of this machine")
     parser.add_argument("--tokens", type=int, default=20480, help="evaluated (default 20480)")
     parser.add_argument(
         "--calibration", type=int, default=32768, help="tokens to calibrate on (default 32768)"
@@ -256,7 +262,6 @@ def main() -> None:
     if options.what == "speed":
         speed(options)
         return
-    options.backend = options.backend or "reference"
     if options.one:
         print(json.dumps(accuracy_row(options)))
     else:

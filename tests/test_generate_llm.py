@@ -21,7 +21,7 @@ import torch_quant
 from torch_quant import QConfig, Quantizer, recipes
 
 NAMES = ("llama", "qwen2", "gpt2")
-GROUP = 16
+GROUP = 32
 WEIGHT_ONLY = {
     "int8_weight_only": recipes.int8_weight_only(),
     "int4_weight_only": recipes.int4_weight_only(group_size=GROUP),
