@@ -24,6 +24,7 @@ __all__ = [
     "conditions",
     "interleaved_latency",
     "keep",
+    "kept_rows",
     "minilm",
     "minilm_inputs",
     "onnxruntime_session",
@@ -69,6 +70,16 @@ def keep(name: str, rows: list[dict[str, Any]], **notes: Any) -> dict[str, Any]:
     partial.write_text(json.dumps({"conditions": facts, "rows": rows}, indent=1) + "\n")
     partial.replace(path)
     return facts
+
+
+def kept_rows(name: str, notes: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of ``results/<name>.json``, if they were made with these notes."""
+    path = RESULTS / f"{name}.json"
+    if not path.is_file():
+        return []
+    found = json.loads(path.read_text())
+    same = all(found["conditions"].get(key) == value for key, value in notes.items())
+    return list(found["rows"]) if same else []
 
 
 def minilm() -> torch.nn.Module:

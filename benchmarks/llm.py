@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from decoding import cache_name, measure
-from harness import RESULTS, interleaved_latency, keep, report
+from harness import interleaved_latency, keep, kept_rows, report
 from llm_data import Text, load_text, perplexity, sample, smollm2
 from small_decoder import small_decoder
 from tabulate import tabulate
@@ -178,13 +178,8 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
 
 def known_rows(name: str, options: argparse.Namespace) -> dict[tuple[str, str], dict[str, Any]]:
     """(format, method) -> row of an earlier run with the same settings."""
-    path = RESULTS / f"{name}.json"
-    if not path.is_file():
-        return {}
-    found = json.loads(path.read_text())
-    if any(found["conditions"].get(key) != value for key, value in settings(options).items()):
-        return {}
-    return {(row["format"], row["method"] or ""): row for row in found["rows"]}
+    found = kept_rows(name, settings(options))
+    return {(row["format"], row["method"] or ""): row for row in found}
 
 
 def runs_on(quantizer: Quantizer, model: nn.Module) -> str:
@@ -205,28 +200,33 @@ def speed(options: argparse.Namespace) -> None:
     prompt = text.evaluation[:1]
     half = type(model)(model.config).bfloat16().eval()
     half.load_state_dict(model.state_dict())
-    rows = []
-    for wanted in tqdm(options.formats, unit="format"):
+    name = "llm_speed" if options.model == "smollm2" else "llm_small_speed"
+    asked = {key: getattr(options, key) for key in ("model", "head", "backend", "decode")}
+    found = kept_rows(name, asked)
+    rows = {row["format"]: row for row in found}
+    new = [each for each in options.formats if each not in rows or options.again]
+    for wanted in tqdm(new, unit="format"):
         quantizer = quantizer_of(wanted, "rtn", options.backend, options.head)
+        row: dict[str, Any] = {"format": wanted}
+        rows[wanted] = row
         try:
             quant_model = quantizer.quantize(model, example_inputs={"input_ids": prompt[:, :16]})
         except QuantError as error:
-            rows.append({"format": wanted, "runs on": f"no kernel: {str(error).splitlines()[0]}"})
+            row["runs on"] = f"no kernel: {str(error).splitlines()[0]}"
             continue
+        row["runs on"] = runs_on(quantizer, model)
         models = {"float32": model, "bfloat16": half, "quantized": quant_model}
         decode = measure(models, cache_name(model), options.decode)
         calls = {
-            name: lambda each=each: each(input_ids=prompt, use_cache=False)
-            for name, each in models.items()
+            key: lambda each=each: each(input_ids=prompt, use_cache=False)
+            for key, each in models.items()
         }
-        prefill = interleaved_latency(calls, warm_up=1, rounds=3)
-        row: dict[str, Any] = {"format": wanted, "runs on": runs_on(quantizer, model)}
+        prefill = interleaved_latency(calls, warm_up=0, rounds=3)
         for what, times in (("token", decode), (f"{prompt.numel()} tokens", prefill)):
-            row |= {f"{what}, {name} ms": each for name, each in times.items()}
+            row |= {f"{what}, {key} ms": each for key, each in times.items()}
             row[f"{what}, speed-up"] = times["float32"] / times["quantized"]
-        rows.append(row)
-    name = "llm_speed" if options.model == "smollm2" else "llm_small_speed"
-    report(name, rows, model=options.model, head=options.head, decoded=options.decode)
+        keep(name, list(rows.values()), **asked)
+    report(name, list(rows.values()), **asked)
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from decoding import cache_name, measure
-from harness import RESULTS, keep, report
+from harness import keep, kept_rows, report
 from llm import BLOCKS, loaded, needs_data, peak_memory, quantizer_of
 from llm_data import perplexity
 from torch import Tensor, nn
@@ -217,21 +217,17 @@ def main() -> None:
     if options.one:
         print(json.dumps(one(options)))
         return
-    path = RESULTS / ("llm_peers.json" if options.model == "smollm2" else "llm_small_peers.json")
+    table = "llm_peers" if options.model == "smollm2" else "llm_small_peers"
     settings = {key: getattr(options, key) for key in ("model", "tokens", "calibration")}
-    rows: dict[str, dict[str, Any]] = {}
-    if path.is_file():
-        found = json.loads(path.read_text())
-        if all(found["conditions"].get(key) == value for key, value in settings.items()):
-            rows = {row["row"]: row for row in found["rows"]}
+    rows = {row["row"]: row for row in kept_rows(table, settings)}
     installed = [name for name in options.peers if importlib.util.find_spec(known[name].module)]
     for name in tqdm(installed, unit="row"):
         command = [sys.executable, __file__, "--one", "--peers", name, "--model", options.model]
         command += ["--tokens", str(options.tokens), "--calibration", str(options.calibration)]
         command += ["--decode", str(options.decode)]
         rows[name] = {"row": name, "what": known[name].what, **outcome(command, options.minutes)}
-        keep(path.stem, list(rows.values()), **settings)
-    report(path.stem, list(rows.values()), **settings)
+        keep(table, list(rows.values()), **settings)
+    report(table, list(rows.values()), **settings)
 
 
 def outcome(command: list[str], minutes: float) -> dict[str, Any]:
