@@ -10,6 +10,7 @@ The model is SmolLM2-135M-Instruct or, with --model small, that of benchmarks/sm
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,15 @@ from tqdm import tqdm
 import torch_quant
 from torch_quant import FLOAT, PerGroup, QConfig, Quantizer, QuantSpec, recipes
 from torch_quant.backends.quantized import QuantizedModule
-from torch_quant.core.methods import TRANSFORMS, WEIGHT_METHODS, read_transform, read_weight_method
+from torch_quant.core.methods import (
+    TRANSFORMS,
+    WEIGHT_METHODS,
+    Method,
+    Transform,
+    WeightMethod,
+    read_transform,
+    read_weight_method,
+)
 from torch_quant.errors import QuantError
 from torch_quant.native.library import instruction_sets
 
@@ -55,13 +64,51 @@ FORMATS: dict[str, Callable[[], QConfig]] = {
     "int4 g128": lambda: recipes.int4_weight_only(group_size=128),
     "int3 g64": lambda: three_bits(64),
 }
-METHODS = [name for name in (*WEIGHT_METHODS, *TRANSFORMS) if name != "smoothquant"]
-"""All that are registered but for SmoothQuant, which is for quantized activations."""
+
+
+def _is_plain(member: type[Method]) -> bool:
+    """Whether it works without options, on floats: SmoothQuant is for quantized activations."""
+    required = [x for x in fields(member) if x.default is MISSING and x.default_factory is MISSING]
+    return not required and member.name != "smoothquant"
+
+
+METHODS = [
+    *(
+        member.name
+        for member in (*WEIGHT_METHODS.values(), *TRANSFORMS.values())
+        if _is_plain(member)
+    ),
+    "rtn(full_range=True)",
+    "awq(clip=False)+gptq",
+]
+"""All that are registered, and a few more.
+
+A transform and a weight method may be joined, and each may have options.
+"""
+
+
+def read_method(text: str) -> tuple[WeightMethod | None, tuple[Transform, ...]]:
+    """What a member of METHODS says.
+
+    >>> read_method("awq(clip=False)+gptq(damping=0.1)")[0].damping
+    0.1
+    """
+    method, transforms = None, []
+    for part in text.split("+"):
+        call = ast.parse(part, mode="eval").body
+        given = call.keywords if isinstance(call, ast.Call) else []
+        data = {str(each.arg): ast.literal_eval(each.value) for each in given}
+        data["name"] = part.partition("(")[0]
+        if data["name"] in TRANSFORMS:
+            transforms.append(read_transform(data))
+        else:
+            method = read_weight_method(data)
+    return method, tuple(transforms)
 
 
 def needs_data(method: str) -> bool:
-    made = TRANSFORMS.get(method) or WEIGHT_METHODS[method]
-    return method in TRANSFORMS or made.wants_blocks or made().wants_statistics
+    made, transforms = read_method(method)
+    return bool(transforms) or (made is not None and (made.wants_blocks or made.wants_statistics))
 
 
 def loaded(model: str) -> tuple[nn.Module, Any, Text]:
@@ -75,10 +122,8 @@ def loaded(model: str) -> tuple[nn.Module, Any, Text]:
 def quantizer_of(wanted: str, method: str, backend: str | None, head: str) -> Quantizer:
     """A quantizer to one of FORMATS; ``head`` says what embedding and head are."""
     qconfig = FORMATS[wanted]()
-    if method in TRANSFORMS:
-        qconfig = replace(qconfig, transforms=(read_transform(method),))
-    else:
-        qconfig = replace(qconfig, method=read_weight_method(method))
+    made, transforms = read_method(method)
+    qconfig = replace(qconfig, method=made, transforms=transforms)
     outer = {"int8": recipes.int8_weight_only(), "float": None}
     overrides = dict.fromkeys(OUTER, outer[head]) if head != "same" and "int8" not in wanted else {}
     return Quantizer(backend, qconfig=qconfig, overrides=overrides, capture="modules")
@@ -240,8 +285,8 @@ def main() -> None:
         metavar="FORMAT", help=f"of {', '.join(FORMATS)}; default: all",
     )  # fmt: skip
     parser.add_argument(
-        "--methods", nargs="+", default=METHODS, choices=(*METHODS, ""),
-        metavar="METHOD", help=f"of {', '.join(METHODS)}; default: all",
+        "--methods", nargs="+", default=METHODS,
+        metavar="METHOD", help=f"such as {', '.join(METHODS)}; default: these",
     )  # fmt: skip
     parser.add_argument(
         "--head", choices=("int8", "same", "float"), default="int8",

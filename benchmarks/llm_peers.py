@@ -22,12 +22,10 @@ from typing import Any
 import torch
 from decoding import cache_name, measure
 from harness import keep, kept_rows, report
-from llm import BLOCKS, loaded, needs_data, peak_memory, quantizer_of
+from llm import BLOCKS, METHODS, loaded, needs_data, peak_memory, quantizer_of
 from llm_data import perplexity
 from torch import Tensor, nn
 from tqdm import tqdm
-
-from torch_quant.core.methods import WEIGHT_METHODS
 
 GROUP = 64
 Make = Callable[[Any, Any, Tensor], Any]
@@ -157,7 +155,7 @@ def peers() -> dict[str, Peer]:
         ),
     }  # fmt: skip
     for wanted in ("int8_weight_only", "int8_dynamic", "int4 g64"):
-        methods = ["rtn"] if "int8" in wanted else sorted(WEIGHT_METHODS)
+        methods = ["rtn"] if "int8" in wanted else METHODS
         for method in methods:
             name = f"torch_quant {wanted} {method}"
             made[name] = Peer(

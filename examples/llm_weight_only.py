@@ -23,10 +23,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 from common import print_table
 from llm_data import CACHE, PROMPT, load_text, perplexity, sample, smollm2
-from torch import Tensor, nn
+from torch import Tensor
 
 import torch_quant
-from torch_quant import QConfig, Quantizer, recipes
+from torch_quant import Quantizer, recipes
 
 OUTER = ("model.embed_tokens", "lm_head")
 """Embedding and head, which are tied. They keep 8 bits, as 4 cost the most there."""
@@ -34,9 +34,7 @@ OUTER = ("model.embed_tokens", "lm_head")
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--backend", help="default: the best of this machine, or a simulation if it has no kernel"
-    )
+    parser.add_argument("--backend", help="default: the best of this machine")
     parser.add_argument(
         "--group-size", type=int, default=64, help="weights that share a scale in int4 (default 64)"
     )
@@ -52,17 +50,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--verbose", action="store_true", help="show the log of torch_quant")
     return parser.parse_args()
-
-
-def quantizer_for(
-    model: nn.Module, example: dict[str, Tensor], qconfig: QConfig, backend: str | None
-) -> Quantizer:
-    """On the best backend, or on REFERENCE if that has kernels for less than half of the work."""
-    overrides = dict.fromkeys(OUTER, recipes.int8_weight_only())
-    quantizer = Quantizer(backend, qconfig=qconfig, overrides=overrides, capture="modules")
-    if backend is None and quantizer.coverage(model, example).share < 0.5:
-        return Quantizer("reference", qconfig=qconfig, overrides=overrides, capture="modules")
-    return quantizer
 
 
 def folder_size(folder: Path) -> int:
@@ -97,11 +84,12 @@ def main() -> None:
     example = {"input_ids": text.evaluation[:1, :16]}
 
     int4 = recipes.int4_weight_only(group_size=options.group_size, method=options.method)
+    overrides = dict.fromkeys(OUTER, recipes.int8_weight_only())
     models: dict[str, Any] = {"float32": model}
     sizes = {"float32": sum(each.nbytes for each in model.parameters())}
     runs_on = {"float32": "PyTorch"}
     for name, qconfig in (("int8", recipes.int8_weight_only()), ("int4", int4)):
-        quantizer = quantizer_for(model, example, qconfig, options.backend)
+        quantizer = Quantizer(options.backend, qconfig=qconfig, overrides=overrides)
         if options.method != "rtn" and name == "int4":
             batches = [block[None] for block in text.calibration[: options.calibration]]
             quantizer.round_weights(model, batches)
