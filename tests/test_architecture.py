@@ -20,7 +20,7 @@ LAYERS = (
     "graph", "passes", "state", "model",
     "backends", "algorithms", "recipes", "io", "report", "settings", "session",
     "rounding", "explain", "unseen", "configuration", "proxies",
-    "amp", "quantizer_base", "quantizer_files", "quantizer",
+    "amp", "qat", "quantizer_base", "quantizer_files", "quantizer_training", "quantizer",
     "tuning", "checkpoints", "integrations", "cli",
 )  # fmt: skip
 """Each is ``torch_quant/<name>.py`` or ``torch_quant/<name>/``, and may import from its left."""

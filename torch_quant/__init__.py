@@ -39,6 +39,7 @@ from torch_quant.io.onnx import export_onnx
 from torch_quant.io.saving import load, save
 from torch_quant.io.torchscript import export_torchscript
 from torch_quant.module_filter import ModuleFilter
+from torch_quant.qat.methods import QatMethod, register_qat_method
 from torch_quant.quantizer import Quantizer
 from torch_quant.tuning import tune
 from torch_quant.version import __version__
@@ -66,6 +67,7 @@ __all__ = [
     "PerTensor",
     "PerToken",
     "QConfig",
+    "QatMethod",
     "QuantError",
     "QuantPlan",
     "QuantSpec",
@@ -89,6 +91,7 @@ __all__ = [
     "load_checkpoint",
     "recipes",
     "register_element_type",
+    "register_qat_method",
     "register_recipe",
     "register_transform",
     "register_weight_method",

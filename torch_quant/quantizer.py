@@ -22,7 +22,7 @@ from torch_quant.config import OverrideKey, QConfig
 from torch_quant.core.plan import QuantPlan
 from torch_quant.explain import Explanation, explain
 from torch_quant.proxies.calib import CalibModel
-from torch_quant.quantizer_files import QuantizerFiles
+from torch_quant.quantizer_training import QuantizerTraining
 from torch_quant.report.coverage import Coverage
 from torch_quant.rounding import Rounding
 
@@ -31,7 +31,7 @@ __all__ = ["Quantizer"]
 logger = logging.getLogger("torch_quant")
 
 
-class Quantizer(QuantizerFiles):
+class Quantizer(QuantizerTraining):
     """Makes proxies of a float model and keeps what they learn. The model is never changed.
 
     Args:
@@ -345,7 +345,7 @@ class Quantizer(QuantizerFiles):
         It is a snapshot: what is done to ``model`` later does not reach it.
 
         Args:
-            model: the model that was calibrated; its current weights are used.
+            model: the model that was calibrated, with its current weights; or what ``qat`` made.
             backend: another backend than the quantizer's; needs no second calibration.
             example_inputs: as for :meth:`calib`, for a quantizer whose ranges were loaded, or to
                 have a backend that compiles do so now, not at the first call.

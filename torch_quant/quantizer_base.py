@@ -16,6 +16,7 @@ from torch_quant.amp.fallback import Fallback
 from torch_quant.amp.options import AmpOptions
 from torch_quant.amp.proxy import AmpModel
 from torch_quant.backends import VARIABLE, Backend, backend_of_environment, usable_backend
+from torch_quant.backends.lowering import Lowering
 from torch_quant.backends.quantized import QuantizedModule, plan_of
 from torch_quant.config import OverrideKey, Overrides, QConfig
 from torch_quant.configuration import configuration, write_configuration
@@ -236,6 +237,15 @@ class QuantizerBase(Tied):
         self.state.compare_weights(model)
         session.tell_observers()
         lowering = session.lowering(chosen)
+        quantized = self._lowered(session, lowering, share_float_weights)
+        if self.unseen_calls == "capture":
+            UnseenCalls(session, chosen).attend(quantized)
+        if example_inputs is not None and chosen.compiles and not session.captured.keeps_state:
+            call_example(quantized, example_inputs)
+        return self._described(quantized, chosen)
+
+    def _lowered(self, session: Session, lowering: Lowering, share: bool) -> QuantizedModule:
+        """What ``lowering`` makes of a model; raises as :meth:`Quantizer.quantize` does."""
         plan = lowering.plan
         if not plan.quantized and all(site.reason != FALLEN_BACK for site in plan.values()):
             reasons = {site.reason for site in plan.values()}
@@ -251,13 +261,12 @@ class QuantizerBase(Tied):
         if not self.state.rounded:  # it was told then
             tell_misfits(session.captured.sites(), plan)
         with told_together():
-            quantized = lowering.run(share=share_float_weights)
-        if self.unseen_calls == "capture":
-            UnseenCalls(session, chosen).attend(quantized)
-        if example_inputs is not None and chosen.compiles and not session.captured.keeps_state:
-            call_example(quantized, example_inputs)
+            return lowering.run(share=share)
+
+    def _described(self, quantized: QuantizedModule, backend: Backend) -> QuantizedModule:
+        """A new quantized model with what is known of it, and its plan as the last one."""
         how, self.plan = quantized.quantization, plan_of(quantized)
-        how.description = f"{chosen!r}: {self.plan.summary}"
+        how.description = f"{backend!r}: {self.plan.summary}"
         how.calibration = self.state.describe()
         logger.info("quantized: %s", how.description)
         return quantized

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from torch_quant.backends import Backend
+from torch_quant.backends.lowering import Lowering
 from torch_quant.backends.quantized import QuantizedModule
 from torch_quant.backends.quantized_graph import QuantizedGraph
 from torch_quant.core.plan import QuantPlan
@@ -57,7 +58,7 @@ class UnseenCalls:
         self._learned = Snapshot.of(session.owner, backend)
         self._facts = self._present(model)
 
-    def __deepcopy__(self, memo: Any) -> UnseenCalls:
+    def __deepcopy__(self, memo: Any) -> Any:
         return self
 
     def __reduce__(self) -> Any:
@@ -68,6 +69,10 @@ class UnseenCalls:
         for submodule in quantized.modules():
             if isinstance(submodule, QuantizedModule):
                 submodule.quantization.unseen = self
+
+    def _lowering(self, session: Session) -> Lowering:
+        """How the new graph is lowered, by the quantizer as it was."""
+        return session.lowering()
 
     @staticmethod
     def _present(model: nn.Module) -> tuple[Any, ...]:
@@ -98,7 +103,7 @@ class UnseenCalls:
             if submodule is None:
                 raise CaptureFailed("the float model was captured anew since")
             kind, graph = submodule.add(call, served)
-            lowering = Session(self._learned, twin, model).lowering()
+            lowering = self._lowering(Session(self._learned, twin, model))
             missing = self._missing(lowering.plan, twin.prepared(submodule, graph))
             lowering = replace(lowering, plan=lowering.plan.without(missing, NO_RANGES))
             made = lowering.quantized_graph(submodule, kind, graph)

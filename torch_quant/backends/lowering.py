@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MethodType, ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -55,6 +55,8 @@ class Lowering:
     params: Params
     scaled: Mapping[str, Scaling] = field(default_factory=dict)
     """Parameters of the model that are other ones in the quantized model."""
+    live: ClassVar[bool] = False
+    """Whether graphs read the float model's parameters, which are then kept."""
     declined: dict[str, str] = field(default_factory=dict)
     """Site -> why it runs in float in every graph that was lowered and has it."""
     kept: set[str] = field(default_factory=set)
@@ -74,6 +76,10 @@ class Lowering:
         self.captured.declined[self.backend.name] = dict(self.declined)
         how.plan = self.captured.as_lowered(self.plan, self.backend.name)
         return quantized
+
+    def module(self, twin: nn.Module, how: Quantization) -> QuantizedModule:
+        """One module of the quantized model; see :func:`quantized_module`."""
+        return quantized_module(twin, how, QuantizedModule)
 
     def _owner(self, shared: SharedWeights | None) -> Owner:
         owner = Owner(self._theirs(), shared)
@@ -150,7 +156,7 @@ class Lowering:
 
     def _lowered(self, canonical: fx.GraphModule) -> tuple[fx.GraphModule, Mapping[str, str]]:
         """The lowered graph, and the sites of it that run in float after all, with the reason."""
-        context = PassContext(copy_graph(canonical), self.plan, self.params)
+        context = PassContext(copy_graph(canonical), self.plan, self.params, self.live)
         run_passes(context, (*QUANTIZE, *self.backend.kernels().passes))
         lowered = self.backend.lower(context)
         run_passes(PassContext(lowered), [dynamic_sizes])
@@ -204,7 +210,7 @@ class _Build:
         how = Quantization(submodule.path, submodule.signature, self.lowering.backend.name)
         how.glue, how.in_pieces = twin if free or pieces else None, free or pieces
         how.state = submodule.state
-        quantized = quantized_module(twin, how)
+        quantized = self.lowering.module(twin, how)
         give_hooks(quantized, submodule.hooks)
         for kind, graph in submodule.graphs:
             made = self.lowering.quantized_graph(submodule, kind, graph, self.owner)
@@ -233,11 +239,13 @@ class _Build:
             twin = nn.Module() if scripted else self.whole(module, path)
             self.strip(twin, path)
             how = Quantization(path, signature_of(module.forward), self.lowering.backend.name)
-            self.parts[id(module)] = quantized_module(twin, how)
+            self.parts[id(module)] = self.lowering.module(twin, how)
         return self.parts[id(module)]
 
     def strip(self, twin: nn.Module, path: str) -> None:
         """Let go of what a graph has in its place: tensors of ``twin`` and its containers."""
+        if self.lowering.live:
+            return
         mine = set(map(id, _own_modules(twin)))
         for name, child in twin._modules.items():
             if child is not None and id(child) in mine:

@@ -86,19 +86,25 @@ def _module_at(root: nn.Module, path: str) -> tuple[str, nn.Module]:
 
 
 def _put(owner: nn.Module, name: str, value: Tensor, parameter: bool) -> str:
-    """Have ``owner`` hold ``value``; under which name it does."""
+    """Have ``owner`` hold ``value``; under which name it does.
+
+    Two parameters that are trained will not stay equal.
+    """
+    trained = isinstance(value, nn.Parameter)
     for each in numbered(name):
         held: Tensor | None = owner._parameters.get(each)
         held = owner._buffers.get(each) if held is None else held
         if held is None and owner._modules.get(each) is None:
             for entries in (owner._parameters, owner._buffers, owner._modules):
                 entries.pop(each, None)
-            if parameter:
+            if trained:
+                owner._parameters[each] = value  # type: ignore[assignment]
+            elif parameter:
                 owner._parameters[each] = nn.Parameter(value, requires_grad=False)
             else:
                 owner._buffers[each] = value
             return each
-        if held is not None and _equal(held, value):
+        if held is not None and (held is value if trained else _equal(held, value)):
             return each
     raise AssertionError("numbers do not end")
 

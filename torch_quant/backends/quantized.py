@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import MethodType
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from torch_quant.backends.mounting import mount
 from torch_quant.backends.ownership import SharedWeights
 from torch_quant.backends.quantized_graph import NeverLoads, QuantizedGraph
 from torch_quant.core.plan import QuantPlan
-from torch_quant.errors import CaptureFailed
+from torch_quant.errors import CaptureFailed, InvalidConfig
 from torch_quant.graph.binding import bind
 from torch_quant.graph.calls import Call, flatten_call
 from torch_quant.graph.kinds import Kind
@@ -28,6 +28,7 @@ __all__ = [
     "QuantizedModule",
     "Unseen",
     "add_graph",
+    "check_finished",
     "plan_of",
     "quantized_graphs",
     "quantized_module",
@@ -98,6 +99,8 @@ class QuantizedModule(StandIn, NeverLoads):
     quantization: Quantization
     plan: QuantPlan
     graphs: list[QuantizedGraph]
+    _unfinished: ClassVar[str] = ""
+    """Why it is not to be saved or exported, and what to do."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -132,6 +135,12 @@ class QuantizedModule(StandIn, NeverLoads):
         return _AtLeastOne(self)(recurse)
 
 
+def check_finished(model: nn.Module) -> None:
+    """Raise :class:`InvalidConfig` if a quantized model is not to be saved or exported."""
+    if isinstance(model, QuantizedModule) and model._unfinished:
+        raise InvalidConfig(model._unfinished)
+
+
 @dataclass
 class _AtLeastOne:
     """The ``parameters`` of a module whose weights may all be integers.
@@ -149,17 +158,21 @@ class _AtLeastOne:
             yield nn.Parameter(torch.empty(0, device=device), requires_grad=False)
 
 
-def quantized_module(twin: nn.Module, how: Quantization) -> QuantizedModule:
+M = TypeVar("M", bound=QuantizedModule)
+
+
+def quantized_module(twin: nn.Module, how: Quantization, base: type[M]) -> M:
     """A module on its backend.
 
     Args:
         twin: a twin of the float module, whose children are quantized.
         how: it runs.
+        base: its class.
     """
     if how.glue is not None:  # its own Python asks the twin
         vars(twin)["parameters"] = _AtLeastOne(twin)
         how.traceable = not any(isinstance(each, _WITH_FAST_PATH) for each in twin.modules())
-    new = made(QuantizedModule, twin, runs=how.glue is not None)
+    new = made(base, twin, runs=how.glue is not None)
     new.__dict__["quantization"] = how
     _begin(new)
     return new

@@ -10,7 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from torch_quant.backends.quantized import QuantizedModule, plan_of, quantized_graphs
+from torch_quant.backends.quantized import (
+    QuantizedModule,
+    check_finished,
+    plan_of,
+    quantized_graphs,
+)
 from torch_quant.core.functional import dequantize_blocks
 from torch_quant.core.granularity import PerGroup
 from torch_quant.core.plan import QuantPlan, SitePlan
@@ -83,6 +88,7 @@ def quantized_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
         raise InvalidConfig(
             f"expected the model that quantizer.quantize(model) returns, got {type(model).__name__}"
         )
+    check_finished(model)
     return weights_of(model, plan_of(model))
 
 

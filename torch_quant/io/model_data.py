@@ -257,7 +257,7 @@ class _Reader:
             runs = entries(found["runs"], f"how {path or 'the model'} runs", *_RUNS)
             how = self._running(path, theirs, runs)
             how.glue = own if runs["runs_python"] else None
-            made = quantized_module(own, how)
+            made = quantized_module(own, how, QuantizedModule)
             give_hooks(made, hooks)
         self.made[path] = made
         if theirs is not None:

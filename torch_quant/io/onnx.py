@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from torch_quant.backends.onnx import missing_packages
-from torch_quant.backends.quantized import QuantizedModule, quantized_graphs
+from torch_quant.backends.quantized import QuantizedModule, check_finished, quantized_graphs
 from torch_quant.backends.quantized_graph import QuantizedGraph
 from torch_quant.errors import BackendUnavailable, InvalidConfig, UnsupportedOp
 from torch_quant.graph.binding import bind
@@ -99,6 +99,7 @@ def export_onnx(
             f"expected a quantized model, got {type(quant_model).__name__}: "
             "quantizer.quantize(model, backend=Backend.ONNX)"
         )
+    check_finished(quant_model)
     target = checked_target(path)
     backend = quant_model.quantization.backend
     if backend != "onnx":

@@ -7,7 +7,7 @@ import os
 import torch
 from torch import nn
 
-from torch_quant.backends.quantized import QuantizedModule
+from torch_quant.backends.quantized import QuantizedModule, check_finished
 from torch_quant.errors import InvalidConfig
 from torch_quant.io.folder import read_folder, write_folder
 from torch_quant.io.model_data import read_model, write_model
@@ -42,6 +42,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         raise InvalidConfig(
             f"expected the model that quantizer.quantize(model) returns, got {type(model).__name__}"
         )
+    check_finished(model)
     data, tensors = write_model(model)
     write_folder(folder, "model", data, tensors)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from torch_quant.backends.quantized import QuantizedModule, quantized_graphs
+from torch_quant.backends.quantized import QuantizedModule, check_finished, quantized_graphs
 from torch_quant.core.metrics import sqnr
 from torch_quant.errors import InvalidConfig, QuantError
 from torch_quant.graph.outputs import flatten_output
@@ -62,6 +62,7 @@ def export_torchscript(
     torch_quant.errors.InvalidConfig: expected a quantized model, got Linear: ...
     """
     _check_model(quant_model)
+    check_finished(quant_model)
     target = checked_target(path)
     args, kwargs = example_call(example_inputs)
     with torch.no_grad(), warnings.catch_warnings():

@@ -191,6 +191,7 @@ register_operator(
         internals={"hidden": hidden_states},
         obstacle=projected,
         quantize=_quantize,
+        untrainable="the quantized form of an LSTM has no gradient",
         any_format=False,  # what it multiplies by has to follow the rows of two matrices
     )
 )

@@ -73,6 +73,7 @@ class OpPattern:
         quantize: puts pairs around a call of it, where that is more than quantizing what it reads
             and its weight. It gets the call and what is done with the site.
         any_format: whether its weight may be cut into blocks of any shape.
+        untrainable: why no gradient passes its quantized form, empty if it does.
     """
 
     name: str
@@ -88,6 +89,7 @@ class OpPattern:
     obstacle: Callable[[fx.Node], str] = lambda node: ""
     quantize: Callable[[Inserter, fx.Node, SitePlan], None] | None = None
     any_format: bool = True
+    untrainable: str = ""
 
 
 class Inserter(Protocol):

@@ -74,11 +74,14 @@ class PassContext:
         gm: the graph, changed in place.
         plan: what is done with each site.
         params: scales and zero points.
+        live: weights stay expressions over the model's parameters, which are rounded at each call
+            and can be trained, in the place of integers.
     """
 
     gm: fx.GraphModule
     plan: QuantPlan = field(default_factory=QuantPlan)
     params: Params = field(default_factory=NoParams)
+    live: bool = False
     declined: dict[str, str] = field(default_factory=dict)
     """Site -> why it runs in float though the plan has it quantized."""
     derived: dict[str, Mapping[str, Statistic]] = field(default_factory=dict)

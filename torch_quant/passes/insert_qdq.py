@@ -10,6 +10,8 @@ Its scale and zero point are buffers called after the first site that reads it: 
 Dynamic ones are chosen from the tensor at each call, as the consumer reads it:
 
     source -> reshape -> choose_qparams, quantize -> dequantize -> product
+
+Where weights are ``live``, they are rounded in the graph: parameters -> fake_quantize -> product.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from torch_quant.graph.sites import (
     results,
     source,
 )
-from torch_quant.ops.qdq import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE
+from torch_quant.ops.qdq import CHOOSE_QPARAMS, DEQUANTIZE, FAKE_QUANTIZE, QUANTIZE
 from torch_quant.ops.table import OpPattern
 from torch_quant.passes.base import PassContext
 from torch_quant.passes.constants import evaluate, expression, name_of, new_constant, new_constants
@@ -161,7 +163,10 @@ class _Inserter:
         result.replace_all_uses_with(real, delete_user_cb=lambda user: user is not codes)
 
     def only_weight(self, node: fx.Node, pattern: OpPattern, site: SitePlan) -> None:
-        """Replace the weight argument by integer codes and their dequantization."""
+        """Replace the weight argument by integer codes and their dequantization.
+
+        A weight that is ``live`` is rounded in the graph, and its bias stays an expression.
+        """
         assert pattern.weight is not None
         assert site.weight is not None
         old = node.args[pattern.weight]
@@ -176,6 +181,8 @@ class _Inserter:
             codes, qparams = self.context.params.weight(site.name, value, site.weight, axis)
             self.weights[memo] = codes.contiguous(), qparams  # as kernels pack it
         node.update_arg(pattern.weight, self.weight(node, old, "weight", *self.weights[memo]))
+        if self.context.live:
+            return
         place = pattern.bias
         bias = None if place is None or len(node.args) <= place else node.args[place]
         if isinstance(bias, fx.Node) and bias.op != "get_attr" and is_constant(bias):
@@ -187,11 +194,14 @@ class _Inserter:
         self, user: fx.Node, old: fx.Node, role: str, codes: Tensor, qparams: QParams
     ) -> fx.Node:
         name = name_of(old, f"{local_name(user)}.{role}")
-        values = {"": codes, "_scale": qparams.scale, "_zero_point": qparams.zero_point}
+        grid = {"_scale": qparams.scale, "_zero_point": qparams.zero_point}
+        live, element = self.context.live, qparams.spec.element.name
+        values = grid if live else {"": codes, **grid}
         constants = new_constants(self.context.gm, name, values, user)
         with user.graph.inserting_before(user):
-            args: Any = (*constants, qparams.spec.element.name)
-            return user.graph.call_function(DEQUANTIZE, args)
+            if live:
+                return user.graph.call_function(FAKE_QUANTIZE, (old, *constants, element))
+            return user.graph.call_function(DEQUANTIZE, (*constants, element))
 
 
 def _behind_constants(node: fx.Node) -> fx.Node:

@@ -54,7 +54,7 @@ def _cast(
     context: PassContext, user: fx.Node, arg: fx.Node, dtype: torch.dtype, role: str
 ) -> fx.Node:
     """``arg`` in ``dtype``: a constant once and for all, another tensor at every call."""
-    if is_constant(arg):
+    if is_constant(arg) and not context.live:
         cast = evaluate(context.gm, arg).detach().to(dtype)
         name = name_of(arg, f"{local_name(user)}.{role}")
         new = new_constant(context.gm, name, cast, user)

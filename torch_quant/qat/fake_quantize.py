@@ -1,0 +1,152 @@
+"""The one function that rounds while training: forward as deployed, backward as a method says."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_quant.core import functional
+from torch_quant.core.elements import element_type
+from torch_quant.core.granularity import split_blocks
+from torch_quant.core.qparams import MIN_SCALE
+from torch_quant.core.spec import QuantSpec, ScaleType
+from torch_quant.ops.qdq import FAKE_QUANTIZE, library
+from torch_quant.qat.methods import INPUT, QAT_METHODS, WEIGHT, QatMethod, Rounding
+
+__all__ = ["TRAINED_FAKE_QUANTIZE", "label", "read_label", "stored_scale", "stored_zero_point"]
+
+
+def label(key: str, spec: QuantSpec) -> str:
+    """What a call in a graph rounds: the key of an activation or the name of a site, the format."""
+    return json.dumps({"key": key, "spec": spec.to_dict()}, sort_keys=True)
+
+
+def read_label(text: str) -> tuple[str, QuantSpec]:
+    """Undo :func:`label`.
+
+    >>> read_label(label("head", QuantSpec())) == ("head", QuantSpec())
+    True
+    """
+    data = json.loads(text)
+    return data["key"], QuantSpec.from_dict(data["spec"])
+
+
+def stored_scale(scale: Tensor, scale_type: ScaleType, role: str) -> Tensor:
+    """A learned scale as it is deployed: of its type, not 0, and positive for an activation.
+
+    >>> stored_scale(torch.tensor(-3.0), ScaleType.E8M0, WEIGHT)
+    tensor(-2.)
+    """
+    size = scale.clamp(min=MIN_SCALE) if role == INPUT else scale.abs().clamp(min=MIN_SCALE)
+    if scale_type is not ScaleType.FLOAT32:
+        size = scale_type.round(size).clamp(min=MIN_SCALE)
+    return size if role == INPUT else size.copysign(scale)
+
+
+def stored_zero_point(zero_point: Tensor, element: str) -> Tensor:
+    """A zero point as it is deployed, int32: a learned one is rounded, and stays among the codes.
+
+    >>> stored_zero_point(torch.tensor(-0.7), "int8")
+    tensor(-1, dtype=torch.int32)
+    """
+    if not zero_point.is_floating_point():
+        return zero_point
+    kind = element_type(element)
+    return zero_point.round().clamp(kind.quant_min, kind.quant_max).to(torch.int32)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        element: str,
+        scale_type: str,
+        role: str,
+        method: str,
+    ) -> Tensor:
+        used = stored_scale(scale, ScaleType(scale_type), role)
+        codes_of_zero = stored_zero_point(zero_point, element)
+        if role == WEIGHT:  # the definition, by which integers are made of weights
+            kind = element_type(element)
+            rounded = functional.fake_quantize_blocks(x, used, codes_of_zero, kind)
+        else:
+            rounded = FAKE_QUANTIZE(x, used, codes_of_zero, element)
+        ctx.save_for_backward(x, rounded, used, codes_of_zero)
+        ctx.how = element, role, method
+        return rounded
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, rounded, scale, zero_point = ctx.saved_tensors
+        element, role, name = ctx.how
+        wants_x, wants_scale, wants_zero_point = ctx.needs_input_grad[:3]
+        split, blocks = split_blocks(x, scale.shape)
+        method: QatMethod = QAT_METHODS[name]
+        samples = x.shape[0] if role == INPUT and x.dim() else 1
+        rounding = Rounding(
+            grad.reshape(split.shape),
+            split,
+            rounded.reshape(split.shape),
+            scale.reshape(blocks),
+            zero_point.reshape(blocks),
+            element_type(element),
+            role,
+            samples,
+        )
+        of_x = method.input_gradient(rounding).reshape(x.shape) if wants_x else None
+        of_scale = of_zero_point = None
+        factor = method.gradient_scale(rounding) if wants_scale or wants_zero_point else 1.0
+        if wants_scale:
+            slope = _summed(rounding.grad, method.scale_slope(rounding), rounding.scale)
+            of_scale = slope.reshape(scale.shape) * factor / scale
+        if wants_zero_point:
+            slope = _summed(rounding.grad, method.zero_point_slope(rounding), rounding.scale)
+            of_zero_point = slope.reshape(scale.shape) * factor
+        return of_x, of_scale, of_zero_point, None, None, None, None
+
+
+def _summed(grad: Tensor, slope: Tensor, scale: Tensor) -> Tensor:
+    """The products, summed over the elements of each block."""
+    if not scale.dim():
+        return torch.dot(grad.reshape(-1), slope.reshape(-1))
+    return (grad * slope).sum_to_size(scale.shape)
+
+
+def _forward(x: Tensor, scale: Tensor, zero_point: Tensor, *how: str) -> Tensor:
+    element, scale_type, role, method, _ = how
+    x = x.to(torch.float32)
+    rounded: Tensor = _FakeQuantize.apply(x, scale, zero_point, element, scale_type, role, method)
+    return rounded.contiguous() if role == WEIGHT else rounded
+
+
+library.define(
+    "trained_fake_quantize(Tensor x, Tensor scale, Tensor zero_point, str element, "
+    "str scale_type, str role, str method, str label) -> Tensor"
+)
+for _key in ("Autograd", "CompositeExplicitAutograd"):  # one: compilers see through the first
+    library.impl("trained_fake_quantize", _forward, _key)
+torch.library.register_fake(
+    "torch_quant::trained_fake_quantize",
+    lambda x, *args: torch.empty_like(x, dtype=torch.float32),
+    lib=library,
+)
+
+TRAINED_FAKE_QUANTIZE = torch.ops.torch_quant.trained_fake_quantize.default
+"""``x`` with the error of its format, float32, same shape; differentiable.
+
+Args:
+    x: a float tensor.
+    scale: float32, in the shape of the blocks' grid.
+    zero_point: same shape: int32, or float32 where it is learned.
+    element: the element type's name.
+    scale_type: the value of a :class:`ScaleType`.
+    role: ``"input"`` or ``"weight"``.
+    method: the name of a method, which gives the gradients.
+    label: for who reads the graph: what is rounded; see :func:`read_label`.
+"""

@@ -1,0 +1,206 @@
+"""From a captured model and a plan to a twin that trains.
+
+It is the lowering of REFERENCE with three differences: the float model's parameters are shared and
+not copied, weights are rounded in the graph at each call, and what rounds has a gradient.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from torch_quant.backends.base import Backend
+from torch_quant.backends.lowering import Lowering
+from torch_quant.backends.mounting import place_in_memory
+from torch_quant.backends.ownership import Owner, SharedWeights
+from torch_quant.backends.quantized import Quantization, QuantizedModule, quantized_module
+from torch_quant.backends.reference import ReferenceBackend
+from torch_quant.core.plan import QuantPlan
+from torch_quant.core.qparams import QParams
+from torch_quant.core.spec import QuantSpec
+from torch_quant.ops.qdq import CHOOSE_QPARAMS, DEQUANTIZE, FAKE_QUANTIZE, QUANTIZE
+from torch_quant.passes.base import Params, PassContext
+from torch_quant.qat.fake_quantize import TRAINED_FAKE_QUANTIZE, label
+from torch_quant.qat.methods import INPUT, WEIGHT, QatMethod
+from torch_quant.qat.model import QatModel, TrainedQuantization
+from torch_quant.statistics import Statistic
+
+__all__ = ["LearnedParams", "QatLowering", "TrainingBackend"]
+
+V = TypeVar("V")
+
+
+class LearnedParams:
+    """Scales that begin as another source has them, and are parameters where the method says so.
+
+    Args:
+        start: where they begin.
+        plan: what is done with each site.
+        method: says which are learned.
+        model: the float model, or a twin of it.
+    """
+
+    def __init__(self, start: Params, plan: QuantPlan, method: QatMethod, model: nn.Module) -> None:
+        self._start, self._plan, self._method = start, plan, method
+        self._weights = {x.untyped_storage()._cdata for x in model.parameters() if _plain(x)}
+        self._made: dict[Hashable, QParams] = {}
+        self._labels: dict[int, tuple[str, QuantSpec]] = {}
+        self.places: dict[tuple[Any, ...], nn.Parameter] = {}
+        """Where each parameter that was made lies in memory."""
+
+    def beside(self, start: Params, plan: QuantPlan) -> LearnedParams:
+        """The same scales, for graphs of another plan; new ones begin as ``start`` has them."""
+        new = copy.copy(self)  # what was made is shared
+        new._start, new._plan = start, plan
+        return new
+
+    def activation(self, key: str, spec: QuantSpec) -> QParams:
+        """Of the tensor ``key``; raises :class:`NotCalibrated`."""
+        name = key, spec
+        if name not in self._made:
+            self._learn(name, key, INPUT, self._start.activation(key, spec))
+        return self._made[name]
+
+    def weight(
+        self, site: str, weight: Tensor, spec: QuantSpec, axis: int
+    ) -> tuple[Tensor, QParams]:
+        """Of a site's weight, which is given back as it is. Sites with one weight share a scale."""
+        spec = replace(spec, granularity=spec.granularity.on(axis))
+        tied = weight.untyped_storage()._cdata in self._weights
+        which = place_in_memory(weight) if tied else site.partition("@")[0]
+        name = which, spec, self._plan[site].method
+        if name not in self._made:
+            self._learn(name, site, WEIGHT, self._start.weight(site, weight, spec, axis)[1])
+        return weight, self._made[name]
+
+    def _learn(self, name: Hashable, key: str, role: str, qparams: QParams) -> None:
+        spec, scale, zero_point = qparams.spec, qparams.scale.clone(), qparams.zero_point.clone()
+        if self._method.learns_scale(role, spec):
+            scale = nn.Parameter(scale)
+        if self._method.learns_zero_point(role, spec):
+            zero_point = nn.Parameter(zero_point.to(torch.float32))
+        for each in (scale, zero_point):
+            if isinstance(each, nn.Parameter):
+                self.places[place_in_memory(each)] = each
+        self._made[name] = QParams(spec, scale, zero_point)
+        self._labels[id(scale)] = label(key, spec), spec
+
+    def known(self, scale: Any) -> tuple[str, QuantSpec] | None:
+        """What the scale in a graph is for, as a label, and its format; None if not from here."""
+        return self._labels.get(id(scale))
+
+    def statistic(self, key: str, what: str) -> Statistic:
+        """What was recorded of the tensor ``key``; raises :class:`NotCalibrated`."""
+        return self._start.statistic(key, what)
+
+    def graphs(self) -> Iterable[fx.GraphModule]:
+        """The canonical graphs of the whole model."""
+        return self._start.graphs()
+
+    def shared(self, key: Hashable, make: Callable[[], V]) -> V:
+        """What ``make`` gave when ``key`` was first asked for."""
+        return self._start.shared(key, make)
+
+
+class TrainingBackend(ReferenceBackend):
+    """REFERENCE with gradients. It is none that users choose.
+
+    Args:
+        simulates: the backend that the trained model is for.
+        method: gives the gradients.
+    """
+
+    name = "qat"
+
+    def __init__(self, simulates: Backend, method: QatMethod) -> None:
+        super().__init__(simulates)
+        self.method = method
+
+    def lower(self, context: PassContext) -> fx.GraphModule:
+        params, graph = context.params, context.graph
+        assert isinstance(params, LearnedParams)
+        for node in list(graph.nodes):
+            if node.target in (QUANTIZE, FAKE_QUANTIZE):
+                self._round(node, INPUT if node.target is QUANTIZE else WEIGHT, params)
+            elif node.target is DEQUANTIZE:
+                node.replace_all_uses_with(node.args[0])  # float already
+                graph.erase_node(node)
+            elif node.target is CHOOSE_QPARAMS:  # no gradient passes the choice of a scale
+                with graph.inserting_before(node):
+                    constant = graph.call_function(torch.ops.aten.detach.default, (node.args[0],))
+                node.update_arg(0, constant)
+        return context.gm
+
+    def _round(self, node: fx.Node, role: str, params: LearnedParams) -> None:
+        x, scale, zero_point, element = node.args
+        assert isinstance(scale, fx.Node)
+        scale_type, text = "float32", ""
+        if scale.op == "get_attr":
+            known = params.known(_value(scale))
+            assert known is not None, f"{scale.target} was not made for training"
+            text, spec = known
+            scale_type = spec.scale_type.value
+        node.target = TRAINED_FAKE_QUANTIZE
+        node.args = (x, scale, zero_point, element, scale_type, role, self.method.name, text)
+
+
+def _value(node: fx.Node) -> Any:
+    path, _, name = str(node.target).rpartition(".")
+    owner = node.graph.owning_module.get_submodule(path)  # type: ignore[union-attr]
+    return getattr(owner, name)
+
+
+class _Sharing(Owner):
+    """Puts the float model's own parameters, and the scales that are learned, back into a twin.
+
+    Args:
+        model: the float model, or a twin of it.
+        params: has the scales.
+    """
+
+    def __init__(self, model: nn.Module, params: LearnedParams) -> None:
+        super().__init__({}, None)
+        self.params = params
+        self.theirs = {place_in_memory(x): x for x in model.parameters() if _plain(x)}
+
+    def tensor(self, x: Tensor) -> Tensor:
+        if not _plain(x):
+            return x
+        place = place_in_memory(x)
+        return self.params.places.get(place, self.theirs.get(place, x))
+
+    def take(self, modules: Iterable[nn.Module]) -> None:
+        """Have ``modules`` hold the parameters in the place of what shares memory with them."""
+        for module in list(modules):
+            if not isinstance(module, torch.jit.ScriptModule):
+                for name, value in module._buffers.items():
+                    if value is not None:
+                        module._buffers[name] = self.tensor(value)
+
+    def attributes(self, values: dict[str, Any]) -> None:
+        """Nothing: what is the float model's stays so."""
+
+
+def _plain(x: Tensor) -> bool:
+    return x.layout == torch.strided
+
+
+@dataclass(frozen=True)
+class QatLowering(Lowering):
+    """One ``qat``; ``backend`` is a :class:`TrainingBackend`, ``params`` are learned."""
+
+    live: ClassVar[bool] = True
+
+    def module(self, twin: nn.Module, how: Quantization) -> QuantizedModule:
+        assert isinstance(self.backend, TrainingBackend)
+        facts = vars(how) | {"method": self.backend.method.name}
+        return quantized_module(twin, TrainedQuantization(**facts), QatModel)
+
+    def _owner(self, shared: SharedWeights | None) -> Owner:
+        assert isinstance(self.params, LearnedParams)
+        return _Sharing(self.captured.root.module, self.params)

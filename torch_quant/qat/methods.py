@@ -1,0 +1,203 @@
+"""What a training method is: which scales it learns, and by what gradients.
+
+A method is one class under :func:`register_qat_method`. It says how a gradient passes the rounding;
+the forward pass is the same for all of them, since it has to be what is deployed.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from torch_quant.core.elements import ElementType
+from torch_quant.core.naming import did_you_mean
+from torch_quant.core.spec import QuantSpec
+from torch_quant.errors import InvalidConfig
+
+__all__ = [
+    "INPUT",
+    "QAT_METHODS",
+    "WEIGHT",
+    "QatMethod",
+    "Rounding",
+    "qat_method",
+    "register_qat_method",
+]
+
+INPUT, WEIGHT = "input", "weight"
+"""What is rounded: an activation, or a weight."""
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """One tensor and what it was rounded to, for a backward pass. All float32.
+
+    Tensors are cut into the blocks that share a scale: ``scale`` and ``zero_point`` broadcast
+    against the others.
+
+    Args:
+        grad: of the loss, with respect to ``rounded``.
+        x: what was rounded.
+        rounded: the result, real values.
+        scale: the steps.
+        zero_point: the codes of 0.
+        element: the values that a code can have.
+        role: ``"input"`` or ``"weight"``.
+        samples: the size of the first dimension of an input; 1 for a weight.
+    """
+
+    grad: Tensor
+    x: Tensor
+    rounded: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    element: ElementType
+    role: str
+    samples: int
+
+    @classmethod
+    def of(cls, x: Tensor, scale: Tensor, element: ElementType, role: str = INPUT) -> Rounding:
+        """A tensor with one scale, zero point 0 and a gradient of ones: to try a method on.
+
+        >>> int4 = QuantSpec.of("int4").element
+        >>> Rounding.of(torch.tensor([0.4, 9.0]), torch.tensor(1.0), int4).rounded
+        tensor([0., 7.])
+        """
+        zero_point = torch.zeros_like(scale, dtype=torch.int32)
+        rounded = element.round(x / scale) * scale
+        return cls(torch.ones_like(x), x, rounded, scale, zero_point, element, role, 1)
+
+    @functools.cached_property
+    def inside(self) -> Tensor:
+        """Which elements lie in the range that the codes reach, ends included; bool."""
+        low, high = (
+            (end - self.zero_point) * self.scale
+            for end in (self.element.quant_min, self.element.quant_max)
+        )
+        if self.element.quant_min < 0 or self.role == WEIGHT:  # a scale may be negative
+            low, high = torch.minimum(low, high), torch.maximum(low, high)
+        return torch.clamp(self.x, low, high) == self.x
+
+    @property
+    def elements(self) -> int:
+        """How many elements of one sample share a scale."""
+        return max(self.x.numel() // max(self.scale.numel() * self.samples, 1), 1)
+
+
+class QatMethod:
+    """Base of the methods; this one is straight-through with nothing learned.
+
+    Every gradient below is exact for the rounded function where its rounding to the grid is taken
+    for the identity, the straight-through estimator of Bengio et al. 2013, "Estimating or
+    Propagating Gradients Through Stochastic Neurons for Conditional Computation".
+    """
+
+    name: ClassVar[str]
+    """What users call it."""
+
+    def learns_scale(self, role: str, spec: QuantSpec) -> bool:
+        """Whether the scales of an ``"input"`` or a ``"weight"`` are parameters.
+
+        >>> qat_method("pact").learns_scale("weight", QuantSpec())
+        False
+        """
+        return False
+
+    def learns_zero_point(self, role: str, spec: QuantSpec) -> bool:
+        """Whether its zero points are; they are rounded to integers in the forward pass.
+
+        >>> qat_method("lsq_plus").learns_zero_point("input", QuantSpec())
+        True
+        """
+        return False
+
+    def input_gradient(self, rounding: Rounding) -> Tensor:
+        """Of the loss with respect to ``x``: passed on inside of the range, 0 outside.
+
+        >>> x, scale = torch.tensor([0.4, 9.0]), torch.tensor(1.0)
+        >>> int4 = QuantSpec.of("int4").element
+        >>> qat_method("lsq").input_gradient(Rounding.of(x, scale, int4))
+        tensor([1., 0.])
+        """
+        return rounding.grad * rounding.inside
+
+    def scale_slope(self, rounding: Rounding) -> Tensor:
+        """``scale * d rounded / d scale``, elementwise.
+
+        Inside of the range, ``scale * round(x / scale)`` gives ``rounded - x``, and outside
+        ``rounded``, which is an end of the range.
+
+        >>> x, scale = torch.tensor([0.25, 9.0]), torch.tensor(1.0)
+        >>> int4 = QuantSpec.of("int4").element
+        >>> qat_method("lsq").scale_slope(Rounding.of(x, scale, int4))
+        tensor([-0.2500,  7.0000])
+        """
+        inside = rounding.inside.to(torch.float32)
+        return torch.addcmul(rounding.rounded, rounding.x, inside, value=-1.0)
+
+    def zero_point_slope(self, rounding: Rounding) -> Tensor:
+        """``d rounded / d zero_point``, elementwise: the ends move with it, what is inside not.
+
+        >>> x, scale = torch.tensor([0.25, 9.0]), torch.tensor(1.0)
+        >>> int4 = QuantSpec.of("int4").element
+        >>> qat_method("lsq_plus").zero_point_slope(Rounding.of(x, scale, int4))
+        tensor([ 0., -1.])
+        """
+        return torch.where(rounding.inside, 0.0, -rounding.scale)
+
+    def gradient_scale(self, rounding: Rounding) -> float:
+        """By what the gradients of scales and zero points are multiplied.
+
+        >>> int4 = QuantSpec.of("int4").element
+        >>> rounding = Rounding.of(torch.ones(7), torch.tensor(1.0), int4)
+        >>> round(qat_method("lsq").gradient_scale(rounding), 3)  # 1 / sqrt(7 * 7)
+        0.143
+        """
+        return 1.0
+
+
+QAT_METHODS: dict[str, QatMethod] = {}
+"""Every method by its name; filled at import by :func:`register_qat_method`."""
+
+M = TypeVar("M", bound=type[QatMethod])
+
+
+def register_qat_method(cls: M) -> M:
+    """Class decorator: make a method known, as ``quantizer.qat(model, method="name")``.
+
+    Raises:
+        InvalidConfig: it has no name, or another class has that name.
+
+    >>> @register_qat_method
+    ... class StraightThrough(QatMethod):
+    ...     name = "straight_through"
+    >>> qat_method("straight_through").learns_scale("weight", QuantSpec())
+    False
+    """
+    if not getattr(cls, "name", ""):
+        raise InvalidConfig(f"{cls.__qualname__} has no name: give it name = '...'")
+    known = QAT_METHODS.get(cls.name)
+    if known is not None and type(known).__qualname__ != cls.__qualname__:
+        raise InvalidConfig(
+            f"{cls.__qualname__}: {cls.name!r} is taken by {type(known).__qualname__}"
+        )
+    QAT_METHODS[cls.name] = cls()
+    return cls
+
+
+def qat_method(name: str) -> QatMethod:
+    """The method of that name; raises :class:`InvalidConfig` listing all there are.
+
+    >>> qat_method("lsk")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    torch_quant.errors.InvalidConfig: unknown QAT method 'lsk'; expected fixed, lsq, ...
+    """
+    if name not in QAT_METHODS:
+        known = ", ".join(sorted(QAT_METHODS))
+        hint = did_you_mean(str(name), QAT_METHODS)
+        raise InvalidConfig(f"unknown QAT method {name!r}; expected {known}{hint}")
+    return QAT_METHODS[name]

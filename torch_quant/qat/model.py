@@ -1,0 +1,176 @@
+"""What ``qat`` returns: a twin of the user's module that trains its parameters through the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from torch_quant.backends.quantized import Quantization, QuantizedModule, quantized_graphs
+from torch_quant.core.qparams import QParams
+from torch_quant.core.spec import QuantSpec
+from torch_quant.errors import InvalidConfig
+from torch_quant.qat.fake_quantize import (
+    TRAINED_FAKE_QUANTIZE,
+    read_label,
+    stored_scale,
+    stored_zero_point,
+)
+
+if TYPE_CHECKING:
+    from torch_quant.session import Session
+
+__all__ = [
+    "Bond",
+    "Learned",
+    "QatModel",
+    "TrainedQuantization",
+    "bond_of",
+    "learned_qparams",
+    "scale_names",
+]
+
+Learned = Mapping[tuple[str, str, QuantSpec], QParams]
+"""Role, key of the activation or name of the site, and format -> scales and zero points."""
+
+
+class Bond:
+    """The quantizer and float model of a QAT model. Copies share it, a pickle has None instead.
+
+    Args:
+        session: both.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def __deepcopy__(self, memo: Any) -> Bond:
+        return self
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
+@dataclass
+class TrainedQuantization(Quantization):
+    """How one module of a QAT model runs.
+
+    Args:
+        method: gives the gradients.
+        bond: who made it, of the whole model.
+        left: site -> why it trains in float though the backend would quantize it.
+    """
+
+    method: str = ""
+    bond: Bond | None = None
+    left: Mapping[str, str] = field(default_factory=dict)
+
+
+class QatModel(QuantizedModule):
+    """A module that computes what ``quantize`` will deploy, and trains the float model.
+
+    It is of the float model's class. Its parameters are those of the float model itself, under
+    the same names; beside them, ``fc.input_scale`` and ``fc.weight_scale`` are parameters where the
+    method learns them. A copy (``copy.deepcopy``, an average of weights) has parameters of its own.
+
+    What differs from the float model in train mode:
+
+    - The statistics of batch norms are those of the float model, and stay. Where a norm stands
+      behind a convolution or linear layer, it is folded into its weight, and the gradient reaches
+      the weight, gamma and beta.
+    - Dropout does nothing where a module was captured as a graph.
+    """
+
+    quantization: TrainedQuantization
+    _unfinished: ClassVar[str] = (
+        "a QAT model is for training: quantizer.quantize(qat_model) gives the model to save or "
+        "export; torch.save(qat_model.state_dict(), path) keeps a checkpoint"
+    )
+
+    def train(self, mode: bool = True) -> QatModel:
+        """Set the mode; batch norms that run as Python keep their statistics in any mode."""
+        nn.Module.train(self, mode)
+        glue = self.quantization.glue
+        for module in (*self.modules(), *(() if glue is None else (glue,))):
+            normalizes = isinstance(module, nn.modules.batchnorm._BatchNorm)
+            if normalizes or module is glue:
+                module.training = mode and not normalizes
+        return self
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Those of the float model, and the scales that are learned."""
+        return nn.Module.parameters(self, recurse)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As of any module: weights, statistics and scales are copied in place."""
+        return nn.Module.load_state_dict(self, state_dict, *args, **kwargs)
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        nn.Module._load_from_state_dict(self, state_dict, prefix, *args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QatModel:
+        """What ``to`` and its kin do: buffers stay the float model's own, as parameters do."""
+        with torch.no_grad():
+            for buffer in self.buffers(recurse):
+                buffer.data = fn(buffer)
+        nn.Module._apply(self, fn, recurse)
+        return self
+
+
+def bond_of(model: QatModel) -> Bond:
+    """The quantizer and float model; raises :class:`InvalidConfig` where they are not known."""
+    bond = model.quantization.bond
+    if bond is None:
+        raise InvalidConfig(
+            "this QAT model was unpickled, or is a part of one: quantizer.qat(model), then "
+            "load_state_dict, keep it tied to its quantizer"
+        )
+    return bond
+
+
+def _calls(model: QatModel) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Each module, its path, and the calls that round in its graphs."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    for module, graph in quantized_graphs(model):
+        path = paths[id(module)]
+        found = graph.body.graph.find_nodes(op="call_function", target=TRAINED_FAKE_QUANTIZE)
+        yield from ((graph.body, path, node) for node in found)
+
+
+@torch.no_grad()
+def learned_qparams(model: QatModel) -> Learned:
+    """The scales of a QAT model as they are now and as they are deployed: copies."""
+    found: dict[tuple[str, str, QuantSpec], QParams] = {}
+    for body, _, node in _calls(model):
+        _, scale, zero_point, element, _, role, _, text = node.args
+        key, spec = read_label(text)
+        if spec.dynamic or (role, key, spec) in found:
+            continue
+        step, code = (_read(body, each) for each in (scale, zero_point))
+        used = stored_scale(step, spec.scale_type, role).clone()
+        found[role, key, spec] = QParams(spec, used, stored_zero_point(code, element).clone())
+    return found
+
+
+def _read(body: nn.Module, node: Any) -> Tensor:
+    path, _, name = str(node.target).rpartition(".")
+    owner = body.get_submodule(path)
+    found = owner._parameters.get(name)
+    value = owner._buffers[name] if found is None else found
+    assert value is not None
+    return value.detach()
+
+
+def scale_names(model: QatModel) -> list[str]:
+    """The names of the parameters of a QAT model that are scales or zero points."""
+    names: dict[str, None] = {}
+    for _, path, node in _calls(model):
+        for each in node.args[1:3]:
+            names[f"{path}.{each.target}".strip(".")] = None
+    known = dict(model.named_parameters(remove_duplicate=False))
+    return [name for name in names if name in known]

@@ -1,0 +1,35 @@
+"""Learned clipping of activations: Choi et al. 2018, "PACT: Parameterized Clipping Activation for
+Quantized Neural Networks".
+
+    y = clip(x, 0, alpha),   dy/dalpha = 1 where x >= alpha, else 0      (equations 1 and 3)
+
+The clipping level is the upper end of the range, ``alpha = scale * (quant_max - zero_point)``, so
+the scale is what is learned: only what is clipped has a say. The paper adds an L2 penalty on
+``alpha``; add it to the loss, over ``quantizer.parameter_groups(...)[1]["params"]``. The ranges of
+weights stay.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torch_quant.core.spec import QuantSpec
+from torch_quant.qat.methods import INPUT, QatMethod, Rounding, register_qat_method
+
+__all__ = ["LearnedClipping"]
+
+
+@register_qat_method
+class LearnedClipping(QatMethod):
+    """``quantizer.qat(model, method="pact")``."""
+
+    name = "pact"
+
+    def learns_scale(self, role: str, spec: QuantSpec) -> bool:
+        """Those of activations."""
+        return role == INPUT and not spec.dynamic
+
+    def scale_slope(self, rounding: Rounding) -> Tensor:
+        """``scale * d rounded / d scale``: an end of the range outside, 0 inside."""
+        return torch.where(rounding.inside, 0.0, rounding.rounded)

@@ -1,0 +1,124 @@
+"""What a quantizer does to train a model: the QAT model, its optimizer's groups, deployment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from torch_quant.backends import Backend, usable_backend
+from torch_quant.backends.quantized import QuantizedModule
+from torch_quant.errors import InvalidConfig
+from torch_quant.qat.making import Deployed, qat_lowering, qat_plan, start_training, their_tensors
+from torch_quant.qat.methods import qat_method
+from torch_quant.qat.model import QatModel, bond_of, scale_names
+from torch_quant.quantizer_files import QuantizerFiles
+
+__all__ = ["QuantizerTraining"]
+
+
+class QuantizerTraining(QuantizerFiles):
+    """The public methods of a :class:`Quantizer` that train."""
+
+    def qat(self, model: nn.Module, method: str = "lsq", *, example_inputs: Any = None) -> QatModel:
+        """A twin that computes what :meth:`quantize` would deploy, and trains ``model`` through it.
+
+        Train it as any module, then give it to :meth:`quantize`. Its parameters are ``model``'s own
+        and, where the method learns them, the scales, which begin as calibrated. Statistics of
+        batch norms stay as they are; see :class:`QatModel` for what else differs in train mode.
+
+        Args:
+            model: the model that was calibrated; its parameters are what is trained.
+            method: ``"lsq"`` learns the scales of weights and activations, ``"lsq_plus"`` zero
+                points of activations too, ``"pact"`` where activations are clipped, ``"fixed"``
+                none; or the name of a registered one.
+            example_inputs: as for :meth:`calib`, for a quantizer whose ranges were loaded.
+
+        Raises:
+            NotCalibrated: ranges are needed, and no data was seen; or the model has changed since.
+            InvalidConfig: an unknown method; every parameter is frozen; the QConfig has transforms,
+                or the weights were rounded by :meth:`round_weights`.
+            UnsupportedOp: nothing in the model can be quantized.
+
+        >>> import torch
+        >>> from torch_quant import Quantizer
+        >>> model, x, quantizer = nn.Linear(4, 2), torch.ones(8, 4), Quantizer("reference")
+        >>> _ = quantizer.calib(model)(x)
+        >>> qat_model = quantizer.qat(model)
+        >>> sorted(name for name, _ in qat_model.named_parameters())
+        ['bias', 'linear.input_scale', 'weight', 'weight_scale']
+        >>> qat_model(x).sum().backward()
+        >>> torch.equal(quantizer.quantize(qat_model)(x), qat_model(x))
+        True
+        """
+        chosen = qat_method(method)
+        backend, session = self._ready(model, None, example_inputs, "qat")
+        session.tell_observers()
+        lowering = qat_lowering(session, backend, qat_plan(session.plan(backend)), chosen)
+        made = self._lowered(session, lowering, False)
+        assert isinstance(made, QatModel)
+        start_training(session, lowering, made, backend, self.unseen_calls == "capture")
+        return made
+
+    def parameter_groups(
+        self, qat_model: QatModel, *, lr: float, scale_lr: float
+    ) -> list[dict[str, Any]]:
+        """Groups for an optimizer: the model's own parameters, and the scales without weight decay.
+
+        Args:
+            qat_model: what :meth:`qat` made.
+            lr: learning rate of weights and biases.
+            scale_lr: that of scales and zero points, whose units are those of the tensors.
+
+        Raises:
+            InvalidConfig: it is no QAT model, or every parameter of it is frozen.
+
+        >>> import torch
+        >>> from torch_quant import Quantizer
+        >>> model, x, quantizer = nn.Linear(4, 2), torch.ones(8, 4), Quantizer("reference")
+        >>> _ = quantizer.calib(model)(x)
+        >>> groups = quantizer.parameter_groups(quantizer.qat(model), lr=1e-2, scale_lr=1e-4)
+        >>> [len(group["params"]) for group in groups]
+        [2, 2]
+        >>> optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
+        """
+        if not isinstance(qat_model, QatModel):
+            raise InvalidConfig(
+                f"expected what quantizer.qat(model) makes, got {type(qat_model).__name__}"
+            )
+        scales = set(scale_names(qat_model))
+        found: tuple[list[nn.Parameter], list[nn.Parameter]] = [], []
+        for name, parameter in qat_model.named_parameters():
+            if parameter.requires_grad:
+                found[name in scales].append(parameter)
+        if not any(found):
+            raise InvalidConfig("every parameter of the QAT model is frozen: nothing to train")
+        groups: list[dict[str, Any]] = [{"params": found[0], "lr": lr}]
+        if found[1]:
+            groups.append({"params": found[1], "lr": scale_lr, "weight_decay": 0.0})
+        return [group for group in groups if group["params"]]
+
+    def _quantized(
+        self,
+        model: nn.Module,
+        backend: Backend | str | None,
+        example_inputs: Any,
+        share_float_weights: bool,
+    ) -> QuantizedModule:
+        if not isinstance(model, QatModel):
+            return super()._quantized(model, backend, example_inputs, share_float_weights)
+        if share_float_weights:
+            raise InvalidConfig("a trained model is deployed with weights of its own")
+        session = bond_of(model).session
+        if self._sessions.get(session.model) is not session:
+            raise InvalidConfig(
+                "the QAT model is of another quantizer, or its float model has changed: use the "
+                "quantizer that made it"
+            )
+        chosen = self.backend if backend is None else usable_backend(backend)
+        deployed = Deployed.of(model)
+        with their_tensors(session.model, model):
+            quantized = self._lowered(session, deployed.lowering(session, chosen), False)
+        if self.unseen_calls == "capture":
+            deployed.attend(session, chosen, quantized)
+        return self._described(quantized, chosen)
