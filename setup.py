@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = ["native", "plain", "avx2", "avxvnni", "avx512vnni"]
@@ -48,6 +49,13 @@ class BuildKernels(build_ext):
                 _put(built, Path(self.get_ext_filename(ext.name)))
 
 
+class AnyPython(bdist_wheel):
+    """One wheel for every Python of a platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 def _put(built: Path, place: Path) -> None:
     """Copy in one step: whoever loads the library meets the old one or the new one."""
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +64,7 @@ def _put(built: Path, place: Path) -> None:
 
 
 setup(
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": AnyPython},
     ext_modules=[
         Extension(
             "torch_quant.native.kernels",

@@ -1,9 +1,5 @@
 // Vectors of two registers of 32 bytes; whoever includes this says how bytes are multiplied.
 
-#if !defined(__clang__) && !defined(__GNUC__)
-#pragma warning(disable : 4068)
-#endif
-
 constexpr int MR = 4, NR = 1;
 struct U8 {
   __m256i a, b;
@@ -19,7 +15,7 @@ inline U8 load(const void* p) {
 }
 inline U8 load_some(const void* p, int64_t count) {
   alignas(64) uint8_t x[64] = {};
-  if (count > 0) __builtin_memcpy(x, p, count < 64 ? count : 64);
+  if (count > 0) memcpy(x, p, count < 64 ? count : 64);
   return load(x);
 }
 inline U8 bytes(int value) {

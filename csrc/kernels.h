@@ -13,7 +13,10 @@
 // with the weight's codes u >= 0, their zero points z and the activations' signed codes q.
 #pragma once
 
+// Before any line that asks for instructions of a newer CPU: nothing of these may use them.
 #include <cstdint>
+#include <cstring>
+#include <limits>
 
 namespace torch_quant {
 

@@ -26,19 +26,19 @@ inline void totals(const Vector (&x)[N], T* y) {
   for (int n = 0; n < N; n++) y[n] = total(x[n]);
 }
 
-constexpr float NOT_A_NUMBER = __builtin_nanf("");
+constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
 
 // The nearest integer, halves to even, of |x| < 2^22: addition rounds to the last bit of 1.5 * 2^23.
 inline int32_t nearest(float x) {
   const float moved = x + 12582912.0f;
   int32_t bits;
-  __builtin_memcpy(&bits, &moved, 4);
+  memcpy(&bits, &moved, 4);
   return bits - 0x4B400000;
 }
 
 inline int32_t magnitude(float x) {
   int32_t bits;
-  __builtin_memcpy(&bits, &x, 4);
+  memcpy(&bits, &x, 4);
   return bits & 0x7fffffff;
 }
 
@@ -62,7 +62,7 @@ inline void round_chunk(const float* x, int64_t given, uint8_t* record, const Li
       most = size > most ? size : most;
     }
     float largest, scale = 0.0f, inverse = 0.0f;
-    __builtin_memcpy(&largest, &most, 4);
+    memcpy(&largest, &most, 4);
     if (most >= 0x7f800000) {
       scale = NOT_A_NUMBER;  // the whole row becomes that
     } else if (largest > 0x1p-100f) {
@@ -271,7 +271,7 @@ void round_dynamic(const Dynamic& j, int64_t row, int64_t slot) {
   int32_t low = 0, high = 0, most = 0;
   for (int64_t k = 0; k < in; k++) {
     int32_t bits;
-    __builtin_memcpy(&bits, x + k, 4);
+    memcpy(&bits, x + k, 4);
     const int32_t size = bits & 0x7fffffff;
     const int32_t negative = bits < 0 ? size : 0, positive = bits < 0 ? 0 : size;
     low = negative > low ? negative : low;
@@ -279,9 +279,9 @@ void round_dynamic(const Dynamic& j, int64_t row, int64_t slot) {
     most = size > most ? size : most;
   }
   float lowest, highest, largest;
-  __builtin_memcpy(&lowest, &low, 4);
-  __builtin_memcpy(&highest, &high, 4);
-  __builtin_memcpy(&largest, &most, 4);
+  memcpy(&lowest, &low, 4);
+  memcpy(&highest, &high, 4);
+  memcpy(&largest, &most, 4);
   float scale = j.is_signed ? largest / 127.0f : highest / 255.0f + lowest / 255.0f;
   if (largest == 0.0f || scale == 0.0f)
     scale = 1.0f;
@@ -295,14 +295,14 @@ void round_dynamic(const Dynamic& j, int64_t row, int64_t slot) {
   j.zeros[slot] = zero_point;
   j.scales[slot] = most < 0x7f800000 ? scale : NOT_A_NUMBER;
   if (most >= 0x7f800000) {
-    __builtin_memset(codes, 0, padded);
+    memset(codes, 0, padded);
     return;
   }
   for (int64_t k = 0; k < in; k++) {
     const int32_t q = nearest(x[k] / scale) + zero_point;
     codes[k] = static_cast<uint8_t>(q < 0 ? 0 : q > 255 ? 255 : q);
   }
-  __builtin_memset(codes + in, 0, padded - in);
+  memset(codes + in, 0, padded - in);
 }
 
 // Adds 64 inputs to the sums; those of the weights themselves are made with the FIRST rows.

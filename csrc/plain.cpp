@@ -17,12 +17,12 @@ struct F32 {
 
 inline U8 load(const void* p) {
   U8 x;
-  __builtin_memcpy(&x, p, 64);
+  memcpy(&x, p, 64);
   return x;
 }
 inline U8 load_some(const void* p, int64_t count) {
   U8 x = {};
-  if (count > 0) __builtin_memcpy(&x, p, count < 64 ? count : 64);
+  if (count > 0) memcpy(&x, p, count < 64 ? count : 64);
   return x;
 }
 inline U8 bytes(int value) {
@@ -40,16 +40,16 @@ inline F32 all(float value) {
 }
 inline I32 load_i32(const void* p) {
   I32 x;
-  __builtin_memcpy(&x, p, 64);
+  memcpy(&x, p, 64);
   return x;
 }
 inline F32 load_f32(const float* p) {
   F32 x;
-  __builtin_memcpy(&x, p, 64);
+  memcpy(&x, p, 64);
   return x;
 }
-inline void store(float* p, I32 x) { __builtin_memcpy(p, &x, 64); }
-inline void store(float* p, F32 x) { __builtin_memcpy(p, &x, 64); }
+inline void store(float* p, I32 x) { memcpy(p, &x, 64); }
+inline void store(float* p, F32 x) { memcpy(p, &x, 64); }
 inline I32 add(I32 x, I32 y) {
   for (int l = 0; l < LANES; l++) x.at[l] += y.at[l];
   return x;

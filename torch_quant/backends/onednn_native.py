@@ -30,10 +30,12 @@ _INT8 = QuantSpec.of(bits=8, signed=True, symmetric=True, per_channel=True)
 _TOKENS = QuantSpec.of("uint8", granularity=PerToken(), dynamic=True)
 
 _NOTE = (
-    "activations are rounded inside: to 8 bits for each token and 32 inputs with weights of up to "
-    "4 bits, to 15 bits for each token and 32 or 128 inputs with others. The error lies 18 dB or "
-    "more below that of the weight"
+    "activations are rounded inside, for each token and 32 inputs: to 8 bits with weights of up to "
+    "4 bits, which leaves 38 dB and more, to 15 bits with others (32 or 128 inputs), which leaves "
+    "74. What the rounding of the weights leaves lies 17 dB and more below that"
 )
+"""Measured with heavy-tailed activations of which every 97th channel is 1 to 3000 times as large:
+int4 weights alone leave 9 to 21 dB, int8 weights 34 to 43."""
 
 
 def native_kernels() -> tuple[Kernel, ...]:
