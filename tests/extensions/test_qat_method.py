@@ -23,7 +23,7 @@ class Scaled(QatMethod):
     def input_gradient(self, rounding: Rounding) -> Tensor:
         missed = (rounding.x - rounding.rounded) / rounding.scale
         factor = 1.0 + 0.2 * rounding.grad.sign() * missed
-        return rounding.grad * factor * rounding.inside
+        return rounding.grad_inside * factor
 
 
 def test_a_method_is_one_class() -> None:

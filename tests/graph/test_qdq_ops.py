@@ -74,3 +74,17 @@ def test_they_can_be_traced_with_fake_tensors() -> None:
 
     program = torch.export.export(Module(), (normal(2, 3),))
     assert torch.equal(program.module()(normal(2, 3)), run(normal(2, 3)))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8, 16])
+def test_fake_quantize_is_what_pytorch_computes(bits: int) -> None:
+    """To the bit, on values of every size, ends and borders among them."""
+    spec = QuantSpec.of(bits=bits)
+    x = torch.cat([torch.randn(4096) * size for size in (0.01, 1.0, 100.0)])
+    for scale in (0.0173, 0.25, 3.1):
+        step = torch.tensor(scale)
+        x = torch.cat([x, (torch.arange(-300, 300) + 0.5) * step])
+        zero_point = torch.tensor(2 ** (bits - 1) - 1, dtype=torch.int32)
+        ends = (int(spec.quant_min), int(spec.quant_max))
+        expected = torch.fake_quantize_per_tensor_affine(x, step, zero_point, *ends)
+        assert torch.equal(FAKE_QUANTIZE(x, step, zero_point, spec.element.name), expected)

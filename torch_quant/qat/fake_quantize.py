@@ -103,19 +103,10 @@ class _FakeQuantize(torch.autograd.Function):
         of_scale = of_zero_point = None
         factor = method.gradient_scale(rounding) if wants_scale or wants_zero_point else 1.0
         if wants_scale:
-            slope = _summed(rounding.grad, method.scale_slope(rounding), rounding.scale)
-            of_scale = slope.reshape(scale.shape) * factor / scale
+            of_scale = method.scale_gradient(rounding).reshape(scale.shape) * factor
         if wants_zero_point:
-            slope = _summed(rounding.grad, method.zero_point_slope(rounding), rounding.scale)
-            of_zero_point = slope.reshape(scale.shape) * factor
+            of_zero_point = method.zero_point_gradient(rounding).reshape(scale.shape) * factor
         return of_x, of_scale, of_zero_point, None, None, None, None
-
-
-def _summed(grad: Tensor, slope: Tensor, scale: Tensor) -> Tensor:
-    """The products, summed over the elements of each block."""
-    if not scale.dim():
-        return torch.dot(grad.reshape(-1), slope.reshape(-1))
-    return (grad * slope).sum_to_size(scale.shape)
 
 
 def _forward(x: Tensor, scale: Tensor, zero_point: Tensor, *how: str) -> Tensor:

@@ -11,7 +11,6 @@ weights stay.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from torch_quant.core.spec import QuantSpec
@@ -30,6 +29,6 @@ class LearnedClipping(QatMethod):
         """Those of activations."""
         return role == INPUT and not spec.dynamic
 
-    def scale_slope(self, rounding: Rounding) -> Tensor:
-        """``scale * d rounded / d scale``: an end of the range outside, 0 inside."""
-        return torch.where(rounding.inside, 0.0, rounding.rounded)
+    def scale_gradient(self, rounding: Rounding) -> Tensor:
+        """An end of the range in units of the scale outside, 0 inside."""
+        return rounding.summed(rounding.grad_outside, rounding.rounded) / rounding.scale
