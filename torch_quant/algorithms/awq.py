@@ -149,7 +149,7 @@ def _inputs(block: Block, reading: Reading) -> tuple[Tensor, Tensor]:
     lead = reading.layers[0]
     kept: list[Tensor] = []
     share = -(-_ROWS // len(block.samples))
-    sums, count = torch.zeros(lead.weight.shape[1]), 0
+    sums, count = torch.zeros_like(lead.weight[0]), 0
 
     def note(layer: Layer, x: Tensor) -> None:
         nonlocal sums, count

@@ -140,7 +140,7 @@ class Rounder:
         if self.spec.integer:
             return None
         scale = self.spread(self.grid()[0].detach(), weight)
-        values = self.spec.values
+        values = self.spec.values.to(scale.device)
         place = torch.bucketize(weight.detach() / scale, values).clamp(1, len(values) - 1)
         return values.diff()[place - 1]
 

@@ -48,6 +48,10 @@ class HQQ(WeightMethod):
     worse by that measure than round to nearest does. Scales that are powers of two hardly
     leave anything to solve.
 
+    What counts little here can count much for the output: the large weights of language models
+    often belong to loud channels. There, ``RoundToNearest(full_range=True)`` is the better choice
+    without data, and a search that is weighted with data.
+
     Args:
         p: the norm, above 0 and at most 1.
         beta: what counts as an outlier's error: in steps, those above ``beta ** (1 / (p - 2))``, a

@@ -86,7 +86,7 @@ class TEQ(Transform):
             for layer in layers
             if layer not in scaled
         }
-        logs = [torch.zeros(each.layers[0].weight.shape[1]).requires_grad_() for each in readings]
+        logs = [torch.zeros_like(each.layers[0].weight[0]).requires_grad_() for each in readings]
         optimizer = torch.optim.Adam(logs, lr=self.learning_rate)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, self.iterations)
         generator = torch.Generator().manual_seed(self.seed)
