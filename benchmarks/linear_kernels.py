@@ -1,8 +1,9 @@
 """Linear layers with integer weights: this package's kernels beside those of PyTorch and others.
 
 One thread, each layer cold (as many copies as do not fit in the caches, one after the other) and
-hot (one copy). All are timed in turns in one run; microseconds are medians. In decoding a layer is
-cold, as a model does not fit in a cache. Asserts nothing.
+hot (one copy). All are timed in turns in one run; microseconds are medians of the thread's own
+time, so that other work on the machine costs little. In decoding a layer is cold, as a model does
+not fit in a cache. Asserts nothing.
 
     taskset -c 0 env OMP_NUM_THREADS=1 python benchmarks/linear_kernels.py
 """
@@ -131,9 +132,9 @@ def measured(
     while time.perf_counter() < end or min(map(len, times.values())) < 3:
         for name, copies in turns.items():
             product = next(copies)
-            begin = time.perf_counter()
+            begin = time.thread_time_ns()
             product(x)
-            times[name].append((time.perf_counter() - begin) * 1e6)
+            times[name].append((time.thread_time_ns() - begin) / 1e3)
     return times
 
 
