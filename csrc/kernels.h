@@ -44,9 +44,11 @@ struct Linear {
   int zero;
   // Made once for each call.
   int64_t chunks, chunk, record;  // chunks of so many inputs, bytes of one chunk of activations
+  int grouped;                    // whether a chunk may have several groups
   const int32_t* first;           // [chunks]: the group of a chunk's first input
   const int32_t* offset;          // [chunks, LANES]: how many groups later a lane's inputs are
-  int even;                       // groups in a chunk, if chunks are made of whole ones, else 0
+  int even;                       // groups in a chunk, if chunks are made of whole ones, else 0:
+                                  // then all rows of `offset` are the first, and only that is there
   uint8_t* activations;           // [slab, chunks, record]
 };
 

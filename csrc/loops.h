@@ -88,7 +88,7 @@ inline void round_chunk(const float* x, int64_t given, uint8_t* record, const Li
         for (int i = 0; i < 64; i++) {
           const int32_t h = (in[i * S.planes] + 64) >> 7;
           high[i] = static_cast<int8_t>(h);
-          out[i] = static_cast<int8_t>(in[i * S.planes] - (h << 7));
+          out[i] = static_cast<int8_t>(in[i * S.planes] - h * 128);
         }
       }
     }
@@ -146,7 +146,8 @@ inline void add_chunk(const Linear& j, const Tile& t, int64_t c, Spread lanes, F
   constexpr bool SMALL = S.planes > 1;
   const int64_t at = c * S.loads * 64, group = j.first[c];
   const U8 flip = bytes(j.flip);
-  if (GROUPED && (TAIL || !j.even)) lanes = spread_of(j.offset + c * LANES, j.groups - group);
+  if (GROUPED && !j.even) lanes = spread_of(j.offset + c * LANES, j.groups - group);
+  if (GROUPED && TAIL && j.even) lanes = spread_of(j.offset, j.groups - group);
   U8 u[N][V];
   F32 by[N], z[N];
   UNROLL
@@ -248,13 +249,12 @@ void multiply_in(const Linear& j, int64_t row, int64_t rows, int64_t out, int64_
 
 // Rows from `row` on, whose activations begin at slot 0, times outputs from `out` on.
 void multiply(const Linear& j, int64_t row, int64_t rows, int64_t out, int64_t outs) {
-  const bool grouped = j.groups > 1 && j.group % j.chunk;
   if (j.layout == BITS2) {
-    if (grouped) return multiply_in<BITS2, true>(j, row, rows, out, outs);
+    if (j.grouped) return multiply_in<BITS2, true>(j, row, rows, out, outs);
     return multiply_in<BITS2, false>(j, row, rows, out, outs);
   }
   if (j.layout == BITS4) {
-    if (grouped) return multiply_in<BITS4, true>(j, row, rows, out, outs);
+    if (j.grouped) return multiply_in<BITS4, true>(j, row, rows, out, outs);
     return multiply_in<BITS4, false>(j, row, rows, out, outs);
   }
   if (j.layout == BITS8) return multiply_in<BITS8, false>(j, row, rows, out, outs);

@@ -215,15 +215,15 @@ EXPORT int torch_quant_linear(int threads, const float* x, const void* weight, c
   j.activations = memory.get();
   auto* offset = reinterpret_cast<int32_t*>(tables.get());
   auto* first = offset + j.chunks * LANES;
+  j.even = j.chunk % j.group ? 0 : static_cast<int>(j.chunk / j.group);
+  j.grouped = j.layout == BITS8_FINE || (groups > 1 && j.group % j.chunk);
   const int64_t lane = j.chunk / LANES;
   for (int64_t c = 0; c < j.chunks; c++) {
     first[c] = static_cast<int32_t>(groups == 1 ? 0 : c * j.chunk / j.group);
-    for (int l = 0; l < LANES; l++)
-      offset[c * LANES + l] = static_cast<int32_t>(
-          groups == 1 ? 0 : least((c * j.chunk + l * lane) / j.group, groups - 1) - first[c]);
+    for (int l = 0; l < LANES && j.grouped && (!c || !j.even); l++)
+      offset[c * LANES + l] = static_cast<int32_t>((c * j.chunk + l * lane) / j.group - first[c]);
   }
   j.first = first, j.offset = offset;
-  j.even = j.chunk % j.group ? 0 : static_cast<int>(j.chunk / j.group);
   const Kernels& use = kernels();
   run_slabs<Linear>({&j, use.round, use.multiply, 0, 0, 0}, rows, out, row_bytes, slab_rows, threads);
   return 0;

@@ -95,12 +95,13 @@ inline U8 plane(U8 raw, int p, const U8& flip) {
 
 struct Spread {
   const int32_t* index;
+  int64_t known;
 };
-inline Spread spread_of(const int32_t* index, int64_t) { return {index}; }
+inline Spread spread_of(const int32_t* index, int64_t known) { return {index, known}; }
 template <typename T>
 inline F32 spread(const T* x, Spread by) {
   F32 y;
-  for (int l = 0; l < LANES; l++) y.at[l] = x[by.index[l]];
+  for (int l = 0; l < LANES; l++) y.at[l] = by.index[l] < by.known ? x[by.index[l]] : 0;
   return y;
 }
 

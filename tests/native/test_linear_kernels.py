@@ -30,6 +30,7 @@ SIZES = {
     "groups of 64": (5, 13, 1024, 64),
     "groups of 128": (9, 4, 512, 128),
     "groups of 160": (2, 6, 640, 160),
+    "groups of 192": (2, 5, 576, 192),
     "groups of 256, tile rests": (6, 33, 512, 256),
     "per channel, odd inputs": (4, 7, 77, None),
     "per channel, longer": (13, 17, 301, None),
