@@ -79,11 +79,13 @@ class QuantizedGraph(NeverLoads):
         self.plan = QuantPlan()
         """Its sites, if it was captured after the model was quantized."""
         self.kind, self.contract, self.out_spec = kind, contract, out_spec
+        self.modes: dict[bool, fx.GraphModule] = {}
+        """Of a graph that trains: the bodies of train and of eval mode, where they differ."""
         self._direct: tuple[Any, Direct | None] | None = None
         """For which body and signature, and the shortest way to it."""
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__ | {"compiled": None, "variants": {}, "_direct": None}
+        state = self.__dict__ | {"compiled": None, "variants": {}, "_direct": None, "modes": {}}
         modules = dict(self._modules)
         del modules["body"]
         state["packed"], state["_modules"] = pack(self.body), modules

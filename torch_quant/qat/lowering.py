@@ -7,6 +7,7 @@ not copied, weights are rounded in the graph at each call, and what rounds has a
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
@@ -19,18 +20,25 @@ from torch_quant.backends.lowering import Lowering
 from torch_quant.backends.mounting import place_in_memory
 from torch_quant.backends.ownership import Owner, SharedWeights
 from torch_quant.backends.quantized import Quantization, QuantizedModule, quantized_module
+from torch_quant.backends.quantized_graph import QuantizedGraph
 from torch_quant.backends.reference import ReferenceBackend
 from torch_quant.core.plan import QuantPlan
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
+from torch_quant.graph.capture import CapturedModule
+from torch_quant.graph.export import CapturedGraph
+from torch_quant.graph.kinds import Kind
 from torch_quant.ops.qdq import CHOOSE_QPARAMS, DEQUANTIZE, FAKE_QUANTIZE, QUANTIZE
 from torch_quant.passes.base import Params, PassContext
+from torch_quant.qat.dropout import put_back_dropout
 from torch_quant.qat.fake_quantize import TRAINED_FAKE_QUANTIZE, label
 from torch_quant.qat.methods import INPUT, WEIGHT, QatMethod
 from torch_quant.qat.model import QatModel, TrainedQuantization
 from torch_quant.statistics import Statistic
 
 __all__ = ["LearnedParams", "QatLowering", "TrainingBackend"]
+
+logger = logging.getLogger("torch_quant")
 
 V = TypeVar("V")
 
@@ -200,6 +208,17 @@ class QatLowering(Lowering):
         assert isinstance(self.backend, TrainingBackend)
         facts = vars(how) | {"method": self.backend.method.name}
         return quantized_module(twin, TrainedQuantization(**facts), QatModel)
+
+    def _graph(self, submodule: CapturedModule, kind: Kind, graph: CapturedGraph) -> QuantizedGraph:
+        made = super()._graph(submodule, kind, graph)
+        left_out = put_back_dropout(made.body, self.captured.prepared(submodule, graph).captured)
+        if left_out:
+            logger.warning(
+                "dropout stays off while training in %s: what it drops was folded into other "
+                "operators, or is read by others too",
+                ", ".join(dict.fromkeys(left_out)),
+            )
+        return made
 
     def _owner(self, shared: SharedWeights | None) -> Owner:
         assert isinstance(self.params, LearnedParams)

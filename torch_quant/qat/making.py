@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,13 +14,17 @@ from torch import Tensor, nn
 from torch_quant.backends import Backend
 from torch_quant.backends.lowering import Lowering
 from torch_quant.backends.quantized import plan_of
+from torch_quant.backends.quantized_graph import QuantizedGraph
 from torch_quant.core.functional import quantize
 from torch_quant.core.plan import QuantPlan
 from torch_quant.core.qparams import QParams, choose_qparams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
+from torch_quant.graph.calls import Call
 from torch_quant.graph.effects import attributes
+from torch_quant.graph.kinds import Kind
 from torch_quant.ops.table import OPERATORS
+from torch_quant.qat.dropout import set_dropout
 from torch_quant.qat.lowering import LearnedParams, QatLowering, TrainingBackend
 from torch_quant.qat.methods import INPUT, WEIGHT, QatMethod
 from torch_quant.qat.model import (
@@ -81,7 +86,7 @@ def start_training(
     how = model.quantization
     how.bond = Bond(session)
     if unseen:
-        _UnseenTraining(session, backend, lowering).attend(model)
+        _UnseenTraining(session, backend, lowering, model).attend(model)
     how.plan = plan_of(model)
     how.left = {name: site.reason for name, site in lowering.plan.items() if not site.quantized}
     how.description = f"QAT by {how.method!r} for {backend!r}: {how.plan.summary}"
@@ -95,9 +100,12 @@ class _UnseenTraining(UnseenCalls):
     new graphs would not read, so it makes none.
     """
 
-    def __init__(self, session: Session, backend: Backend, lowering: QatLowering) -> None:
+    def __init__(
+        self, session: Session, backend: Backend, lowering: QatLowering, model: QatModel
+    ) -> None:
         super().__init__(session, backend)
         self._training = lowering
+        self._root = weakref.ref(model)
 
     def __deepcopy__(self, memo: Any) -> Any:
         return None
@@ -105,6 +113,16 @@ class _UnseenTraining(UnseenCalls):
     @staticmethod
     def _present(model: nn.Module) -> tuple[Any, ...]:
         return (attributes(model),)
+
+    def graph(
+        self, path: str, call: Call, served: Sequence[Kind]
+    ) -> tuple[QuantizedGraph, nn.Module]:
+        """As of any quantized model; its dropout is in the mode of the QAT model."""
+        made, model = super().graph(path, call, served)
+        root = self._root()
+        if root is not None:
+            set_dropout(made, root.training)
+        return made, model
 
     def _lowering(self, session: Session) -> Lowering:
         plan, params = qat_plan(session.plan()), self._training.params

@@ -13,6 +13,7 @@ from torch_quant.backends.quantized import Quantization, QuantizedModule, quanti
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
+from torch_quant.qat.dropout import set_dropout
 from torch_quant.qat.fake_quantize import (
     TRAINED_FAKE_QUANTIZE,
     read_label,
@@ -81,7 +82,10 @@ class QatModel(QuantizedModule):
     - The statistics of batch norms are those of the float model, and stay. Where a norm stands
       behind a convolution or linear layer, it is folded into its weight, and the gradient reaches
       the weight, gamma and beta.
-    - Dropout does nothing where a module was captured as a graph.
+    - Dropout drops where the model calls it as such, a module or ``F.dropout``. What code leaves
+      out in eval mode is not in a graph that was captured so: the dropout inside of
+      ``F.scaled_dot_product_attention``, stochastic depth written as ``if self.training``.
+    - An LSTM trains in float, and is deployed in float.
     """
 
     quantization: TrainedQuantization
@@ -98,6 +102,8 @@ class QatModel(QuantizedModule):
             normalizes = isinstance(module, nn.modules.batchnorm._BatchNorm)
             if normalizes or module is glue:
                 module.training = mode and not normalizes
+        for graph in self.quantization.graphs:
+            set_dropout(graph, mode)
         return self
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
