@@ -232,6 +232,23 @@ def test_models_on_kernels_are_written_and_read(qconfig: QConfig, tmp_path: Path
     assert torch.equal(again(**ids()).logits, quant_model(**ids()).logits)
 
 
+@pytest.mark.parametrize("transform", ["awq", "teq"])
+def test_factors_that_went_into_other_weights(transform: str, tmp_path: Path) -> None:
+    """Of norms and of the layers before: then the layer itself is a plain one."""
+    asked = recipes.int4_weight_only(group_size=32).to_dict() | {"transforms": [transform]}
+    model = DECODERS["qwen2"]()
+    quantizer = torch_quant.Quantizer(
+        QConfig.from_dict(asked), backend="reference", overrides=IN_FLOAT
+    )
+    quantizer.round_weights(model, [ids(4, 16)], progress=False)
+    quant_model = quantizer.quantize(model, example_inputs=ids())
+    norm = "model.layers.0.input_layernorm.weight"
+    assert not torch.equal(quant_model.state_dict()[norm], model.state_dict()[norm])
+    again = loaded(export_checkpoint(quant_model, tmp_path / "model"))
+    assert same_integers(again, quant_model)
+    assert torch.equal(again(**ids()).logits, quant_model(**ids()).logits)
+
+
 # Others
 
 

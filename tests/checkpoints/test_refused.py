@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_models import DECODERS, ids, quantized
+from checkpoint_models import DECODERS, IN_FLOAT, ids, quantized
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -116,6 +116,15 @@ def test_a_layer_of_another_class(tmp_path: Path) -> None:
     model = quantized(transformers.GPT2LMHeadModel(config).eval())
     with pytest.raises(InvalidConfig, match=r"weights of nn\.Linear, and this is Conv1D"):
         export_checkpoint(model, tmp_path / "model")
+
+
+def test_a_layer_that_computes_with_more(tmp_path: Path) -> None:
+    asked = recipes.int4_weight_only(group_size=32).to_dict() | {"transforms": ["smoothquant"]}
+    model = DECODERS["llama"]()
+    quantizer = Quantizer(QConfig.from_dict(asked), backend="reference", overrides=IN_FLOAT)
+    quantizer.calib(model)(**ids())
+    with pytest.raises(InvalidConfig, match=r"q_proj\.smooth_inverse, which smoothquant\(alpha"):
+        export_checkpoint(quantizer.quantize(model), tmp_path / "model")
 
 
 def test_nothing_quantized(tmp_path: Path) -> None:

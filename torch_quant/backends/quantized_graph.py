@@ -98,11 +98,13 @@ class QuantizedGraph(NeverLoads):
         self.body = body
 
     def direct(self, signature: Any) -> Direct | None:
-        """The shortest way for calls with one tensor, None if there is none.
+        """The shortest way for calls with one tensor, None if there is none, or hooks are to run.
 
         Args:
             signature: of the module.
         """
+        if self._forward_pre_hooks or self._forward_hooks:
+            return None
         body = self._modules["body"]
         known = self._direct
         if known is None or known[0] is not body:

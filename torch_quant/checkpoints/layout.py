@@ -91,8 +91,6 @@ def common_refusal(weight: QuantizedWeight, bits: Sequence[int]) -> str:
     spec, plan = weight.spec, weight.plan
     if plan.op != "linear" or weight.codes.dim() != 2:
         return f"it holds linear layers, and this is {plan.op}"
-    if plan.transforms:
-        return f"the graph has what {plan.transforms[0]} adds, which is no part of the checkpoint"
     if not spec.integer or spec.bits not in bits:
         allowed = ", ".join(map(str, bits))
         return f"it holds integers of {allowed} bits, not {spec}"

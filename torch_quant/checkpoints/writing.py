@@ -166,6 +166,7 @@ def _tensors(
         expected = tensors_of(cls._from_config(config))
     found: dict[str, Tensor] = {}
     tied = True
+    _check_nothing_else(layout, held, expected, linear)
     for names in dict.fromkeys(tied_names(expected).values()):
         floats: dict[str, Tensor] = {}
         for name in names:
@@ -183,6 +184,23 @@ def _tensors(
             x = floats[name]
             found[name] = (x.to(dtype) if x.is_floating_point() else x).contiguous()
     return found, tied
+
+
+def _check_nothing_else(
+    layout: Layout,
+    held: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    linear: Mapping[str, QuantizedWeight],
+) -> None:
+    """Raise where a layer computes with more than a linear layer has."""
+    for name in held:
+        module = name.rpartition(".")[0]
+        if module in linear and name not in expected:
+            transforms = ", ".join(map(str, linear[module].plan.transforms))
+            raise InvalidConfig(
+                f"{module} cannot be written as {layout.name}: it also computes with {name}, which "
+                f"{transforms or 'the graph'} adds and a checkpoint does not hold"
+            )
 
 
 def _held(held: Mapping[str, Tensor], name: str, names: tuple[str, ...], cls: type) -> Tensor:
