@@ -9,8 +9,12 @@ import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # setuptools before 70.1
+    from wheel.bdist_wheel import bdist_wheel
 
 SOURCES = ["native", "plain", "avx2", "avxvnni", "avx512vnni"]
 # No warnings: gcc 12 takes what its own AVX512 headers do for mistakes, thousands of times.

@@ -140,7 +140,7 @@ class _Facts:
         edit = self.session.settings.summary.plan.get(site.name)
         if entry.quantized:
             rule = f"module_filter, {verdict[1]}" if verdict[1] else self.name
-            return Decision("quantized", True, rule, f"{self.name} has a kernel for {site.op}")
+            return Decision("quantized", True, rule, self._kernel())
         rule = self.name
         if edit is not None and not edit.quantized:
             rule = "the summary"
@@ -153,6 +153,14 @@ class _Facts:
         elif entry.reason == FALLEN_BACK and site.name in self.session.owner.fallen_back:
             rule = "quantizer.fallback()"
         return Decision("quantized", False, rule, entry.reason)
+
+    def _kernel(self) -> str:
+        """What runs the site, and what is to be known of it."""
+        activation = self.entry.activation or (FLOAT if self.site.inputs else None)
+        weight = self.entry.weight or (FLOAT if self.site.weight_shape else None)
+        kernel, _ = self.backend.kernels().choose(self.site.op, activation, weight)
+        note = f"; {kernel.note}" if kernel is not None and kernel.note else ""
+        return f"{self.name} has a kernel for {self.site.op}{note}"
 
     def _value(self, what: str) -> QuantSpec | str | None:
         """The format of a tensor, None where the site has none."""

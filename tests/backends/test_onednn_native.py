@@ -90,7 +90,9 @@ def test_formats_agree_with_the_reference(name: str) -> None:
     preposition = "in" if words == "int8" else "with"
     text = f"100.0% of the multiply-accumulates {preposition} {words}, 2 of 2 sites"
     assert text in str(quantizer.coverage(model))
-    assert str(quantizer.explain("0")).startswith(f"0 (linear) on Backend.ONEDNN: {words}\n")
+    explained = quantizer.explain("0")
+    assert str(explained).startswith(f"0 (linear) on Backend.ONEDNN: {words}\n")
+    assert ("activations are rounded inside" in explained["quantized"].why) == (words != "int8")
 
 
 @pytest.mark.parametrize("name", ["int4 affine", "int8 per channel", "dynamic"])
