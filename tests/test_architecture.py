@@ -18,7 +18,7 @@ PACKAGE = ROOT / "torch_quant"
 LAYERS = (
     "version", "errors", "core", "ops", "native", "statistics", "config", "module_filter", "nn",
     "graph", "passes", "state", "model",
-    "backends", "algorithms", "recipes", "io", "report", "settings", "session",
+    "backends", "algorithms", "recipes", "io", "report", "settings", "calibrated", "session",
     "rounding", "explain", "unseen", "configuration", "proxies",
     "amp", "qat", "quantizer_base", "quantizer_files", "quantizer_training", "quantizer",
     "tuning", "checkpoints", "integrations", "cli",
@@ -32,7 +32,7 @@ OPTIONAL = {
 AO = {"statistics/ao_adapter.py", "ops/decomposed.py"}
 ADAPTERS = {"integrations/transformers.py"}
 """Files for those who have an optional package; nothing here imports them unless it is loaded."""
-SEAMS = {"core/methods.py"}
+SEAMS = {"core/methods.py", "calibrated.py"}
 """Files whose types name what stands to their right: what those are given who extend them."""
 MOST_LINES = 400
 

@@ -22,7 +22,7 @@ from torch_quant.graph.executor import Executor, owner_of
 from torch_quant.graph.export import CapturedGraph
 from torch_quant.graph.macs import GLUE
 from torch_quant.graph.policy import CapturePolicy
-from torch_quant.graph.sites import Site
+from torch_quant.graph.sites import Site, find_sites, source, weights
 from torch_quant.graph.twin import twin_of
 from torch_quant.passes.functionalize import writes_attributes
 from torch_quant.passes.prepare import Prepared, prepare
@@ -285,6 +285,20 @@ class CapturedModel:
                 where = f"{submodule.path}.{name}".strip(".")
                 found.setdefault(where, FloatOp(where, name, macs, GLUE))
         return list(found.values())
+
+    def plain_weights(self) -> set[str]:
+        """The sites whose weight is a parameter as it is, transposed or not."""
+        found = set()
+        own = {id(x) for x in self.root.module.parameters()}
+        for prepared in self.graphs():
+            gm = prepared.canonical
+            for node, pattern, site in find_sites(gm.graph):
+                if site.op == "linear":
+                    origin = source(weights(node, pattern)[0])
+                    held = origin.op == "get_attr"
+                    if held and id(operator.attrgetter(str(origin.target))(gm)) in own:
+                        found.add(site.name)
+        return found
 
     def sites(self) -> list[tuple[Site, str]]:
         """Every site once, with the reason why its graph does not allow int8, or an empty one."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from torch_quant.amp.allocation import Allocation, allocate
+from torch_quant.amp.allocation import Allocation, allocate, exactly
 from torch_quant.amp.fallback import Fallback
 from torch_quant.amp.options import AmpOptions
 from torch_quant.amp.proxy import AmpModel
@@ -157,11 +158,6 @@ class QuantizerBase(Tied):
 
     def _amp(self, model: nn.Module, options: AmpOptions, example_inputs: Any) -> AmpModel:
         session = self._session(model)
-        if self.state.rounded.scaled:
-            raise InvalidConfig(
-                "amp() measures the float model, whose weights round_weights() has scaled: call "
-                "amp and fallback first, round_weights afterwards"
-            )
         if example_inputs is not None:
             run_example(session.captured, example_inputs)
         plan = session.plan()
@@ -181,6 +177,11 @@ class QuantizerBase(Tied):
         folder: str | os.PathLike[str] | None,
         show_progress: bool,
     ) -> Rounding:
+        if not isinstance(batches, Iterable) or isinstance(batches, (Tensor, Mapping, str)):
+            raise InvalidConfig(
+                f"round_weights: batches is a {type(batches).__name__}; expected a list or a "
+                "generator of inputs of the model: [ids]"
+            )
         session, kept = self._session(model), list(batches)
         self.settings.check_names(model)
         if kept and not session.captured.root.called:
@@ -188,9 +189,10 @@ class QuantizerBase(Tied):
         sites = [site for site, _ in session.captured.sites()]
         plan = session.plan()
         tell_misfits(session.captured.sites(), plan)
-        with told_together():
+        plain = session.captured.plain_weights()
+        with told_together(), torch.inference_mode(False):
             made, report = round_weights(
-                model, sites, plan, kept, folder=folder, show_progress=show_progress
+                model, sites, plan, plain, kept, folder=folder, show_progress=show_progress
             )
         self.state.rounded = made
         self.state.fingerprint = session.captured.fingerprint
@@ -206,7 +208,7 @@ class QuantizerBase(Tied):
         candidates = amp_model.candidates
         self.overrides = dict(self.overrides)
         for site, each in found.chosen.items():
-            self.overrides[site] = candidates[each.candidate]
+            self.overrides[exactly(site)] = candidates[each.candidate]
         self.plan = QuantPlan()
         return found
 

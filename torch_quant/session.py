@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-from torch import Tensor, fx, nn
+from torch import nn
 
-from torch_quant.algorithms import DEFAULT_METHOD
 from torch_quant.backends import Backend
 from torch_quant.backends.lowering import Lowering
+from torch_quant.calibrated import Calibrated
 from torch_quant.config import QConfig, made_observer
 from torch_quant.core.granularity import PerTensor
-from torch_quant.core.methods import Method, WeightMethod
+from torch_quant.core.methods import Method
 from torch_quant.core.plan import PRECISIONS, QuantPlan
-from torch_quant.core.qparams import QParams
-from torch_quant.core.rounded import RoundedWeight, checksum
-from torch_quant.core.spec import QuantSpec
-from torch_quant.core.telling import at_site
-from torch_quant.errors import InvalidConfig, NotCalibrated, QuantError
+from torch_quant.core.rounded import Scaling
+from torch_quant.errors import InvalidConfig
 from torch_quant.graph.annotate import annotate
 from torch_quant.graph.sites import Site
 from torch_quant.model import CapturedModel
@@ -31,7 +27,7 @@ from torch_quant.settings import Settings, observer_name
 from torch_quant.state import Makers, QuantState
 from torch_quant.statistics import DEFAULT_OBSERVER, RANGE, Observer, Statistic
 
-__all__ = ["Calibrated", "Owner", "Session", "Snapshot"]
+__all__ = ["Owner", "Session", "Snapshot"]
 
 V = TypeVar("V")
 
@@ -158,7 +154,23 @@ class Session:
         """How the model is put on a backend, with the ranges as they are now; as :meth:`plan`."""
         plan = self.plan(backend, fallen)
         backend, params = backend or self.owner.backend, Calibrated(self, plan)
-        return Lowering(self.captured, plan, backend, params, self.state.rounded.scaled)
+        return Lowering(self.captured, plan, backend, params, self._scaled(plan))
+
+    def _scaled(self, plan: QuantPlan) -> dict[str, Scaling]:
+        """What is scaled of the parameters that stay in float."""
+        made = self.state.rounded
+        codes = {
+            f"{site.module}.weight"
+            for site, _ in (self.captured.sites() if made.scaled else ())
+            if site.name in made.sites and site.name in plan and plan[site.name].quantized
+        }
+        return {name: how for name, how in made.scaled.items() if name not in codes}
+
+    def probing(self) -> Lowering:
+        """How an AMP proxy quantizes a site by itself: as planned, with weights not rounded yet."""
+        plan = self.plan(fallen={})
+        params = Calibrated(self, plan, rounded=False)
+        return Lowering(self.captured, plan, self.owner.backend, params)
 
     def candidate(self, config: QConfig) -> Lowering:
         """How the model would be quantized if every site were asked to be ``config``."""
@@ -171,7 +183,8 @@ class Session:
             overrides={},
             module_filter=settings.module_filter,
         )
-        return Lowering(self.captured, plan, self.owner.backend, Calibrated(self, plan))
+        params = Calibrated(self, plan, rounded=False)
+        return Lowering(self.captured, plan, self.owner.backend, params)
 
     # What calibration records
 
@@ -281,117 +294,3 @@ def _deciding_on_ranges(key: str, using: list[Site]) -> list[Site]:
     """Of the sites that use a tensor, those that may quantize it; its maker if none does."""
     keys = {site: (*site.inputs, *site.internals, site.fused_output) for site in using}
     return [site for site in using if key in keys[site]] or using
-
-
-class Calibrated:
-    """Scales and zero points from calibration, and from the weights as they are.
-
-    Args:
-        session: has the ranges.
-        plan: says how weights are rounded.
-    """
-
-    def __init__(self, session: Session, plan: QuantPlan) -> None:
-        self._session, self._plan = session, plan
-        self._sites: dict[str, list[Site]] = {}
-        for prepared in session.captured.graphs():
-            for site, _ in prepared.sites:
-                self._sites.setdefault(site.name, []).append(site)
-        self._shared: dict[Hashable, Any] = {}
-
-    def activation(self, key: str, spec: QuantSpec) -> QParams:
-        """Of the tensor ``key``; raises :class:`NotCalibrated` where no data passed it."""
-        return self._session.state.qparams(key, spec)
-
-    def weight(
-        self, site: str, weight: Tensor, spec: QuantSpec, axis: int
-    ) -> tuple[Tensor, QParams]:
-        """Of a site's weight; raises :class:`QuantError` if it cannot be quantized."""
-        entry = self._plan[site]
-        method = entry.method or DEFAULT_METHOD
-        spec = replace(spec, granularity=spec.granularity.on(axis))
-        rounded = self._rounded(site, weight, spec, method)
-        if rounded is not None:
-            return rounded.codes, rounded.qparams
-        blocks = [each for each in (*entry.transforms, method) if each.wants_blocks]
-        if blocks and self._session.state.rounded:  # round_weights has said that it left it out
-            method = DEFAULT_METHOD
-        elif blocks:
-            raise NotCalibrated(
-                f"{site}: {blocks[0]} works on blocks of the model: run "
-                "quantizer.round_weights(model, batches) before quantizer.quantize(model)"
-            )
-        if entry.transforms and method.wants_statistics:
-            raise InvalidConfig(
-                f"{site}: {method} asks for statistics of the layer's input, which "
-                f"{entry.transforms[0]} changes; use one of them there"
-            )
-        try:
-            with at_site(site):
-                return method.quantize(weight, spec, self._known(method, site))
-        except NotCalibrated:
-            raise
-        except QuantError as error:
-            raise QuantError(f"the weight of {site}: {error}; mend the model's weights") from error
-
-    def _rounded(
-        self, site: str, weight: Tensor, spec: QuantSpec, method: WeightMethod
-    ) -> RoundedWeight | None:
-        """What :meth:`Quantizer.round_weights` made of a weight; its later calls share it."""
-        made = self._session.state.rounded
-        rounded = made.sites.get(site) or made.sites.get(site.partition("@")[0])
-        if rounded is None or rounded.shape != tuple(weight.shape):
-            return None
-        again = "run quantizer.round_weights(model, batches) again"
-        if (rounded.qparams.spec, rounded.method) != (spec, method):
-            raise InvalidConfig(
-                f"{site} was rounded to {rounded.qparams.spec} by {rounded.method}, and is to be "
-                f"{spec} by {method} now: {again}"
-            )
-        if rounded.checksum != checksum(weight):
-            raise InvalidConfig(f"the weight of {site} has changed since it was rounded: {again}")
-        return rounded
-
-    def _known(self, method: WeightMethod, name: str) -> dict[str, Statistic]:
-        """What was recorded for a weight method, of all that the site reads in any graph."""
-        wanted: dict[tuple[str, str], Callable[[], Statistic]] = {}
-        for site in self._sites[name]:
-            for key, makers in method.statistics(site).items():
-                wanted |= {(key, what): make for what, make in makers.items()}
-        found: dict[str, Statistic] = {}
-        for (key, what), make in sorted(wanted.items(), key=lambda each: each[0]):
-            passed_by = method.serves_unreached and self._session.state.passed_by(key, what)
-            statistic = make() if passed_by else self.statistic(key, what)
-            if what in found:
-                found[what] = copy.deepcopy(found[what])
-                found[what].merge(statistic)
-            else:
-                found[what] = statistic
-        return found
-
-    def statistic(self, key: str, what: str) -> Statistic:
-        """What was recorded of a tensor; raises :class:`NotCalibrated` unless in all batches."""
-        found, whole = (self._session.state.find(key, each) for each in (what, RANGE))
-        if found is None:
-            raise NotCalibrated(
-                f"the {what} of {key} were not recorded: give QConfig(transforms=..., method=...) "
-                "to the quantizer before running quantizer.calib(model)"
-            )
-        given = key in self._session.settings.summary.ranges
-        if whole is not None and found.batches != whole.batches and not given:
-            raise NotCalibrated(
-                f"the {what} of {key} were recorded in {found.batches} of {whole.batches} batches "
-                "only: the transform or method came after calibration had begun; calibrate anew"
-            )
-        return found
-
-    def graphs(self) -> Iterator[fx.GraphModule]:
-        """The canonical graphs of the whole model."""
-        return (prepared.canonical for prepared in self._session.captured.graphs())
-
-    def shared(self, key: Hashable, make: Callable[[], V]) -> V:
-        """What ``make`` gave when ``key`` was first asked for."""
-        if key not in self._shared:
-            self._shared[key] = make()
-        found: V = self._shared[key]
-        return found

@@ -176,6 +176,12 @@ class QuantState:
         Raises:
             InvalidConfig: a tensor was recorded by other statistics there; names it.
         """
+        rounded = self.rounded.copied() if self.rounded else other.rounded.copied()
+        if self.rounded and other.rounded and self.rounded is not other.rounded:
+            raise InvalidConfig(
+                "both have weights that round_weights() has rounded, which cannot be joined: run "
+                "it once, after merging"
+            )
         merged = copy.deepcopy(self.statistics)
         for key, theirs in other.statistics.items():
             ours = merged.setdefault(key, {})
@@ -193,7 +199,7 @@ class QuantState:
             )
         self.statistics, self.batches = merged, self.batches + other.batches
         self.weights = self.weights or dict(other.weights)
-        self.rounded.update(other.rounded)
+        self.rounded = rounded
         self.version += 1
 
     def qparams(self, key: str, spec: QuantSpec) -> QParams:

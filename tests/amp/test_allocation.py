@@ -167,3 +167,47 @@ def test_mistakes() -> None:
         model.strong.weight.mul_(2)
     with pytest.raises(NotCalibrated, match="weights changed since"):
         quantizer.allocate(amp_model, bits_per_weight=6.0)
+
+
+def test_names_that_look_like_patterns() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.linear = nn.Linear(32, 32)
+            self.parts = nn.ModuleDict({"[x]": nn.Linear(32, 32)})
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.parts["[x]"](torch.relu(self.linear(x)))
+            return y
+
+    model, x = Odd().eval(), inputs()
+    quantizer, amp_model = probed(model, x)
+    found = quantizer.allocate(amp_model, bits_per_weight=6.0)
+    plan = quantizer.quantize(model).quantization.plan
+    for site, choice in found.chosen.items():
+        config = CANDIDATES[choice.candidate]
+        assert config.weight is not None
+        assert plan[site].weight is not None
+        assert plan[site].weight.bits == config.weight.bits
+
+
+def test_after_and_before_rounding() -> None:
+    """Methods and scales of blocks do not keep an AMP proxy from measuring, nor does rounding."""
+    from dataclasses import replace
+
+    from torch_quant import AWQ, AutoRound
+
+    model, x = Uneven().eval(), inputs()
+    config = replace(CANDIDATES["4"], method=AutoRound(iterations=2), transforms=(AWQ(),))
+    quantizer = Quantizer(config, backend="reference")
+    for _ in range(2):
+        amp_model = quantizer.amp(model, candidates=CANDIDATES)
+        assert torch.equal(amp_model(x), model(x))
+        assert len(quantizer.sensitivity(amp_model)) == 4
+        quantizer.round_weights(model, [x], progress=False)
+        quantizer.quantize(model)
+    with pytest.raises(InvalidConfig, match="expected a dict or a list of QConfigs"):
+        quantizer.amp(model, candidates=config)  # type: ignore[arg-type]
+    with pytest.raises(InvalidConfig, match="expected a number, got 'x'"):
+        quantizer.allocate(amp_model, bits_per_weight="x")  # type: ignore[arg-type]

@@ -168,12 +168,11 @@ def test_blocks_get_what_the_rounded_ones_before_give(kind: str, registered: Any
         )
     for batch in data:
         quant_model(**batch)
-        floats = model(**batch)
+        model(**batch)
     for path, _, hidden, targets in blocks:
         assert [sqnr(a, b) > 80 for a, b in zip(hidden, inputs[path], strict=True)] == [True] * 3
         if not path.startswith("decoder"):  # that reads what the rounded encoder gives
             assert all(torch.equal(a, b) for a, b in zip(targets, made[path], strict=True))
-    assert floats is not None
 
 
 @pytest.mark.parametrize("capture", ["modules", "whole"])
@@ -275,8 +274,9 @@ def test_what_changed_since_is_told(registered: Any) -> None:
     model, data = tiny("llama"), batches("llama")
     quantizer = quantizer_of(qconfig=replace(INT4, transforms=(Doubled(),)))
     quantizer.round_weights(model, data, progress=False)
-    with pytest.raises(InvalidConfig, match=r"amp\(\) measures the float model"):
-        quantizer.amp(model)
+    amp_model = quantizer.amp(model)  # it measures weights that are rounded to nearest
+    amp_model(**data[0], use_cache=False)
+    assert len(quantizer.sensitivity(amp_model)) > 10
     quantizer.set("model.layers.0.mlp.up_proj", recipes.int8_weight_only())
     with pytest.raises(InvalidConfig, match=r"was rounded to s4 .* run quantizer\.round_weights"):
         quantizer.quantize(model)

@@ -116,6 +116,14 @@ class Reading:
     producer_path: str = ""
 
 
+@dataclass(frozen=True)
+class _Group:
+    """Layers that read the same tensors, and whether each runs once in every sample."""
+
+    layers: tuple[Layer, ...]
+    once: bool
+
+
 @dataclass(eq=False)
 class Block:
     """One block of a model.
@@ -141,6 +149,7 @@ class Block:
     caller: Callable[..., Any] | None = None
     scaled: dict[str, Scaling] = field(default_factory=dict)
     """Name of a parameter inside of the block -> what it was multiplied by."""
+    _known: list[_Group] | None = field(default=None, repr=False)
 
     def run(self, sample: Sample) -> Tensor:
         """The block's first result for one call, with the weights as they are now."""
@@ -158,26 +167,45 @@ class Block:
                 yield self.run(sample)
 
     def reading(self, layers: Iterable[Layer] | None = None) -> list[Reading]:
-        """The layers by the tensor that they read, in the order in which they run."""
+        """The layers by the tensors that they read, in the order in which they run.
+
+        Of one reading are layers that read the same tensors in every sample. A producer is named
+        where each of them runs once in every sample. Layers that no sample reaches are in none.
+        """
         chosen = set(self.layers if layers is None else layers)
-        seen: dict[int, list[Layer]] = {}
-        held: list[Tensor] = []  # so that no id is given twice
-
-        def note(layer: Layer, x: Tensor) -> None:
-            held.append(x)
-            if layer in chosen and layer not in seen.setdefault(id(x), []):
-                seen[id(x)].append(layer)
-
-        with torch.no_grad(), self.watched(note):
-            self.call(self.samples[0])
         modules = dict(self.module.named_modules())
         found = []
-        for group in seen.values():
-            paths = {self.producers.get(layer.path, "") for layer in group}
-            path = paths.pop() if len(paths) == 1 else ""
-            if group:
-                found.append(Reading(tuple(group), modules.get(path) if path else None, path))
+        for group in self._groups():
+            mine = tuple(layer for layer in group.layers if layer in chosen)
+            paths = {self.producers.get(layer.path, "") for layer in mine}
+            path = paths.pop() if len(paths) == 1 and group.once else ""
+            if mine:
+                found.append(Reading(mine, modules.get(path) if path else None, path))
         return found
+
+    def _groups(self) -> list[_Group]:
+        """The groups of all layers, found by one run of every sample."""
+        if self._known is None:
+            read: dict[Layer, list[tuple[int, int, int]]] = {}
+            for number, sample in enumerate(self.samples):
+                held: list[Tensor] = []  # so that no id is given twice
+
+                def note(layer: Layer, x: Tensor, number: int = number, held: Any = held) -> None:
+                    held.append(x)
+                    version = -1 if x.is_inference() else x._version  # it may change in place
+                    read.setdefault(layer, []).append((number, id(x), version))
+
+                with torch.no_grad(), self.watched(note):
+                    self.call(sample)
+            groups: dict[tuple[tuple[int, int, int], ...], list[Layer]] = {}
+            for layer, keys in read.items():
+                groups.setdefault(tuple(keys), []).append(layer)
+            every = list(range(len(self.samples)))
+            self._known = [
+                _Group(tuple(same), [number for number, *_ in keys] == every)
+                for keys, same in groups.items()
+            ]
+        return self._known
 
     @contextmanager
     def watched(self, note: Callable[[Layer, Tensor], None]) -> Iterator[None]:
@@ -197,7 +225,7 @@ class Block:
     ) -> dict[str, dict[str, Statistic]]:
         """What ``method`` wants to know of the inputs of ``layers``, over all samples.
 
-        Layers that read one tensor share a statistic of it.
+        Layers that read the same tensors in every sample share statistics of them.
 
         Returns:
             Site -> what for -> statistic, as :meth:`WeightMethod.quantize` takes it.

@@ -12,6 +12,7 @@ or the bits, subject to the sum of the scores. It is solved by branch and bound 
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ from torch_quant.amp.groups import find_groups
 from torch_quant.amp.proxy import AmpModel
 from torch_quant.amp.ranking import decibels
 from torch_quant.errors import InvalidConfig, NotCalibrated
+from torch_quant.ops.table import OPERATORS
 
-__all__ = ["Allocation", "Choice", "allocate"]
+__all__ = ["Allocation", "Choice", "allocate", "exactly"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,16 @@ class Allocation:
         return f"{head}\n{tabulate(rows, headers)}"
 
 
+def exactly(site: str) -> str:
+    """A key of ``overrides`` that covers one site and nothing else.
+
+    >>> exactly("encoder.layer.0"), exactly("linear")
+    ('encoder.layer.0', 're:linear')
+    """
+    plain = site not in OPERATORS and not set(site) & set("*?[]") and ":" not in site
+    return site if plain else f"re:{re.escape(site)}"
+
+
 def allocate(
     amp_model: AmpModel, bits_per_weight: float | None, min_sqnr: float | None
 ) -> Allocation:
@@ -106,6 +118,9 @@ def allocate(
     """
     if (bits_per_weight is None) == (min_sqnr is None):
         raise InvalidConfig("allocate takes one of bits_per_weight= and min_sqnr=")
+    goal = min_sqnr if bits_per_weight is None else bits_per_weight
+    if isinstance(goal, bool) or not isinstance(goal, (int, float)) or not math.isfinite(goal):
+        raise InvalidConfig(f"allocate: expected a number, got {goal!r}")
     amp_model.check(besides={"overrides"})  # candidates are scored whatever these are
     if amp_model.metric != "output":
         raise NotCalibrated(

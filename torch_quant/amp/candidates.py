@@ -27,6 +27,8 @@ def checked_candidates(
     """
     if candidates is None:
         return {}
+    if not isinstance(candidates, Iterable):
+        raise InvalidConfig(f"candidates={candidates!r}; expected a dict or a list of QConfigs")
     if isinstance(candidates, Mapping):
         found = dict(candidates)
     else:

@@ -316,7 +316,7 @@ class AmpModel(Proxy):
 
     def _instrument(self, submodule: CapturedModule, graph: CapturedGraph) -> torch.fx.GraphModule:
         prepared = self.captured.prepared(submodule, graph)
-        lowering = self.session.lowering(fallen={})
+        lowering = self.session.probing()
         plan = lowering.plan
         outputs = {name: plan[name].quantized_output for name in plan.quantized}
         sites = cut_sites(prepared, set(plan.quantized), outputs)

@@ -162,6 +162,8 @@ class WeightMethod(Method):
         for group in groups:
             statistics = block.observe(group, self) if self.wants_statistics else {}
             for layer in group:
+                if layer.rounded is not None:
+                    continue
                 known = statistics.get(layer.site, {})
                 with at_site(layer.site):
                     layer.round_to(*self.quantize(layer.weight.contiguous(), layer.spec, known))

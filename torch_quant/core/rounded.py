@@ -105,17 +105,19 @@ class RoundedWeights:
     Args:
         sites: by site.
         scaled: by the name of a parameter: what it is multiplied by in the quantized model.
+        left_out: sites that are rounded to nearest, as their weight is no parameter by itself.
     """
 
     sites: dict[str, RoundedWeight] = field(default_factory=dict)
     scaled: dict[str, Scaling] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.sites)
 
     def copied(self) -> RoundedWeights:
         """A copy that later changes do not reach; tensors are shared."""
-        return RoundedWeights(dict(self.sites), dict(self.scaled))
+        return RoundedWeights(dict(self.sites), dict(self.scaled), self.left_out)
 
     def update(self, other: RoundedWeights) -> None:
         """Take in what another has; where both have a site, the other's holds."""
@@ -126,9 +128,10 @@ class RoundedWeights:
         """Plain values and tensors.
 
         >>> RoundedWeights().state_dict()
-        {'sites': {}, 'scaled': {}}
+        {'left_out': [], 'sites': {}, 'scaled': {}}
         """
         return {
+            "left_out": list(self.left_out),
             "sites": {
                 name: {
                     "codes": each.packed,
@@ -154,8 +157,11 @@ class RoundedWeights:
     @classmethod
     def from_state(cls, state: Any) -> RoundedWeights:
         """Read :meth:`state_dict`; raises :class:`InvalidConfig` that names what is wrong."""
-        if not isinstance(state, Mapping) or set(state) != {"sites", "scaled"}:
-            raise InvalidConfig("'rounded' is no mapping with 'sites' and 'scaled'")
+        if not isinstance(state, Mapping) or set(state) != {"sites", "scaled", "left_out"}:
+            raise InvalidConfig("'rounded' is no mapping with 'sites', 'scaled' and 'left_out'")
+        left_out = state["left_out"]
+        if not isinstance(left_out, list) or not all(isinstance(x, str) for x in left_out):
+            raise InvalidConfig("'left_out' of 'rounded' is no list of names")
         sites = {name: _read(name, each) for name, each in _items(state, "sites")}
         scaled = {}
         for name, each in _items(state, "scaled"):
@@ -164,7 +170,7 @@ class RoundedWeights:
             ):
                 raise InvalidConfig(f"'scaled' has {list(each)} for {name!r}; expected vectors")
             scaled[name] = Scaling(**each)
-        return cls(sites, scaled)
+        return cls(sites, scaled, tuple(left_out))
 
 
 _ENTRIES = {"codes", "scale", "zero_point", "spec", "shape", "method", "checksum"}
@@ -190,6 +196,11 @@ def _read(name: str, data: Mapping[str, Any]) -> RoundedWeight:
         spec = QuantSpec.from_dict(data["spec"])
         shape = tuple(int(size) for size in data["shape"])
         qparams = QParams(spec, tensors[1], tensors[2])
+        if tuple(tensors[1].shape) != spec.granularity.grid(shape):
+            raise InvalidConfig(
+                f"scales of shape {list(tensors[1].shape)} for a weight of shape {list(shape)}; "
+                f"expected {list(spec.granularity.grid(shape))}"
+            )
         unpack_codes(tensors[0], shape, spec)
         method = read_weight_method(data["method"])
         return RoundedWeight(tensors[0], qparams, shape, method, int(data["checksum"]))

@@ -107,7 +107,8 @@ def computes_with_weights(module: nn.Module) -> bool:
     """Whether a module is a leaf that holds a weight, as a linear layer or one of yours."""
     if isinstance(module, (*_IN_FLOAT, torch.jit.ScriptModule)):
         return False
-    if any(x is not None and x.dim() > 2 for x in module._parameters.values()):
+    large = any(x is not None and x.dim() > 2 for x in module._parameters.values())
+    if large and not any(computes_with_weights(child) for child in module.children()):
         return True  # a convolution, or the experts of a mixture, with a function as a child
     leaf = not any(True for _ in module.children()) or is_parametrized(module)
     if not (leaf or isinstance(module, _AT_ONCE)):

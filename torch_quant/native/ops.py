@@ -100,7 +100,10 @@ def _layout(
     weight: Tensor, scale: Tensor, zero_point: Tensor | None, inputs: int, bits: int, zero: int
 ) -> _Layout:
     """The layout of a weight; raises :class:`InvalidConfig` if the tensors do not fit."""
-    given = (weight.data_ptr(), scale.data_ptr(), _address(zero_point), inputs, bits, zero)
+    given = (
+        weight.data_ptr(), scale.data_ptr(), _address(zero_point), inputs, bits, zero,
+        weight.shape, weight.dtype, scale.shape, scale.dtype, scale.stride(),
+    )  # fmt: skip
     known = _LAYOUTS.get(id(weight))
     if known is not None and known.given == given and known.weight() is weight:
         return known

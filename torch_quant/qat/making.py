@@ -15,6 +15,7 @@ from torch_quant.backends import Backend
 from torch_quant.backends.lowering import Lowering
 from torch_quant.backends.quantized import plan_of
 from torch_quant.backends.quantized_graph import QuantizedGraph
+from torch_quant.calibrated import Calibrated
 from torch_quant.core.functional import quantize
 from torch_quant.core.plan import QuantPlan
 from torch_quant.core.qparams import QParams, choose_qparams
@@ -33,7 +34,7 @@ from torch_quant.qat.model import (
     QatModel,
     learned_qparams,
 )
-from torch_quant.session import Calibrated, Session
+from torch_quant.session import Session
 from torch_quant.unseen import UnseenCalls
 
 __all__ = ["Deployed", "qat_lowering", "qat_plan", "start_training", "their_tensors"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch_quant.errors import InvalidConfig
 from torch_quant.graph.binding import signature_of
 from torch_quant.model import example_call
 
-__all__ = ["Chain", "Recorder", "Replay", "Turn", "call", "find_chains", "replaced"]
+__all__ = ["Chain", "Recorder", "Rounded", "call", "find_chains", "replaced"]
 
 
 @dataclass(frozen=True)
@@ -140,48 +141,31 @@ class Recorder(nn.Module):
             return getattr(super().__getattr__("block"), name)
 
 
-@dataclass
-class Turn:
-    """Which batch a model runs.
+class Rounded(nn.Module):
+    """Stands for a block whose weights are rounded: it computes with them for the time of a call.
 
     Args:
-        batch: its number.
+        block: the block, which holds the float model's weights.
+        rounded: gives it the rounded ones, and takes them away.
     """
 
-    batch: int = 0
-
-
-class Replay(nn.Module):
-    """Stands for a block whose results are known: the last of its chain gives them.
-
-    Args:
-        block: the block, for its attributes.
-        results: one for each batch, of the chain; empty where this is not the last of it.
-        form: a result of the block, whose further parts are given along.
-        turn: says which batch is run.
-    """
-
-    def __init__(self, block: nn.Module, results: Sequence[Tensor], form: Any, turn: Turn) -> None:
+    def __init__(
+        self, block: nn.Module, rounded: Callable[[], AbstractContextManager[None]]
+    ) -> None:
         super().__init__()
-        self.__dict__.update(stands_for=block, results=results, form=form, turn=turn)
+        self.block = block
+        self.__dict__["rounded"] = rounded
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Its first float tensor, or the result for this batch."""
-        if self.results:
-            return _as(self.results[self.turn.batch], self.form)
-        place = place_of(args, kwargs)
-        assert place is not None
-        return _as(Sample(args, kwargs, place).hidden, self.form)
+        """What the block gives."""
+        with self.rounded():
+            return self.block(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["stands_for"], name)
-
-
-def _as(x: Tensor, form: Any) -> Any:
-    return type(form)((x, *form[1:])) if isinstance(form, (tuple, list)) else x
+        except AttributeError:  # code around it reads attributes of the block
+            return getattr(super().__getattr__("block"), name)
 
 
 def replaced(root: nn.Module, path: str, module: nn.Module) -> nn.Module:

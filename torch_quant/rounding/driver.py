@@ -11,9 +11,10 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ from torch_quant.core.rounded import RoundedWeight, RoundedWeights, checksum
 from torch_quant.errors import InvalidConfig, QuantError
 from torch_quant.graph.sites import Site
 from torch_quant.graph.twin import twin_of
-from torch_quant.rounding.chains import Chain, Recorder, Replay, Turn, call, find_chains, replaced
+from torch_quant.rounding.chains import Chain, Recorder, Rounded, call, find_chains, replaced
+from torch_quant.rounding.exactness import as_it_was, check_scales, scale_exactly, set_scaled
 from torch_quant.rounding.files import Folder
 from torch_quant.rounding.producers import find_producers
 from torch_quant.rounding.report import BlockError, Rounding
@@ -43,6 +45,7 @@ def round_weights(
     model: nn.Module,
     sites: Iterable[Site],
     plan: QuantPlan,
+    plain: Container[str],
     batches: Iterable[Any],
     *,
     folder: str | os.PathLike[str] | None = None,
@@ -54,6 +57,7 @@ def round_weights(
         model: the float model; it is not touched.
         sites: of it.
         plan: how they are quantized.
+        plain: those whose weight is a parameter of the model as it is, not folded with others.
         batches: inputs, each as ``example_inputs`` of :meth:`Quantizer.calib`.
         folder: what is done is kept there, and found there by a later call with the same settings.
         show_progress: show a bar on stderr.
@@ -72,11 +76,13 @@ def round_weights(
             "there is no weight of a linear layer to be rounded: print(quantizer.coverage(model)) "
             "says why each site stays in float"
         )
-    run = _Run(twin, plan, kept, Folder(folder, plan, kept) if folder is not None else None)
+    keeper = None if folder is None else Folder(folder, plan, kept, model)
+    run = _Run(twin, plan, plain, kept, keeper)
     with torch.no_grad():
         run.embeddings = _embeddings(twin, _weighted(sites, plan, "embedding"), plan)
-        layers = run.layers(wanted)
-        return run.all(layers, show_progress)
+        found = run.all(run.layers(wanted), show_progress)
+        check_scales(model, found[0].scaled, kept)
+        return found
 
 
 def _weighted(sites: Iterable[Site], plan: QuantPlan, op: str) -> list[Site]:
@@ -113,16 +119,25 @@ class _Run:
     Args:
         twin: of the model, in eval mode; its modules and parameters are replaced on the way.
         plan: how sites are quantized.
+        plain: sites whose weight is a parameter as it is.
         batches: the data.
         folder: where finished blocks are kept.
     """
 
     def __init__(
-        self, twin: nn.Module, plan: QuantPlan, batches: list[Any], folder: Folder | None
+        self,
+        twin: nn.Module,
+        plan: QuantPlan,
+        plain: Container[str],
+        batches: list[Any],
+        folder: Folder | None,
     ) -> None:
-        self.twin, self.plan, self.batches, self.folder = twin, plan, batches, folder
-        self.made, self.turn = RoundedWeights(), Turn()
-        held = Counter(id(x) for m in twin.modules() for x in m._parameters.values())
+        self.twin, self.plan, self.plain = twin, plan, plain
+        self.batches, self.folder = batches, folder
+        _own_buffers(twin)
+        self.made = RoundedWeights()
+        every = [m for _, m in twin.named_modules(remove_duplicate=False)]
+        held = Counter(id(x) for m in every for x in m._parameters.values())
         self.tied = frozenset(key for key, count in held.items() if count > 1)
         """Parameters that several modules have: a scale of one would be that of the other."""
         self.embeddings: dict[nn.Module, tuple[nn.Parameter, nn.Parameter]] = {}
@@ -135,7 +150,8 @@ class _Run:
         for site in sites:
             module, entry = modules.get(site.module), self.plan[site.name]
             weight = None if module is None else module._parameters.get("weight")
-            if module is None or weight is None or site.module in found or weight.dim() != 2:
+            plain = site.name in self.plain and weight is not None and weight.dim() == 2
+            if module is None or weight is None or site.module in found or not plain:
                 continue  # it is rounded without data, when the model is quantized
             transposed = not _computes_linear(module, weight)
             shape = tuple(weight.T.shape if transposed else weight.shape)
@@ -157,7 +173,9 @@ class _Run:
                     f"{site.name}: {entry.transforms[0]} scales activations, whose calibrated "
                     "ranges would be wrong then; it serves float and dynamic activations only"
                 )
-        if missed := [site.name for site in sites if site.module not in found]:
+        missed = [site.name for site in sites if site.module not in found]
+        self.made.left_out = tuple(missed)
+        if missed:
             logger.warning(
                 "%d weights are no parameter of a module that only multiplies by them; they are "
                 "rounded to nearest: %s%s",
@@ -198,7 +216,6 @@ class _Run:
             recorder.first = i == 0
             replaced(self.twin, path, recorder)
         for i, batch in enumerate(self.batches):
-            self.turn.batch = i
             call(self.twin, batch)
             if any(len(each.calls) != i + 1 for each in recorders):
                 raise InvalidConfig(
@@ -218,7 +235,6 @@ class _Run:
         self.embed(True)
         recorders = self.record(chain)
         stream = [sample.hidden for sample in recorders[0].calls]
-        form = None
         producers: dict[str, str] | None = None
         for path, recorder in zip(chain.paths, recorders, strict=True):
             samples = [
@@ -233,29 +249,40 @@ class _Run:
                 ]
             if any(layer.transforms for layer in mine.values()):
                 producers = made.producers = find_producers(made, self.tied, producers)
-            form = made.call(samples[0]) if form is None else form
-            with _as_it_was(recorder.block):
+            with as_it_was(recorder.block):
                 self.block(made, bar)
                 stream = list(made.outputs())
             floats = made.targets
-        for path in chain.paths:
-            known = stream if path == chain.paths[-1] else ()
-            replaced(self.twin, path, Replay(self.twin.get_submodule(path), known, form, self.turn))
+        for path, recorder in zip(chain.paths, recorders, strict=True):
+            mine = _inside(path, layers)
+            block = recorder.block
+            replaced(self.twin, path, Rounded(block, partial(self.rounded, path, block, mine)))
+
+    @contextmanager
+    def rounded(self, path: str, block: nn.Module, layers: Mapping[str, Layer]) -> Iterator[None]:
+        """Have a block of the twin compute with what was made of its weights."""
+        with as_it_was(block):
+            for name, how in self.made.scaled.items():
+                if name.startswith(f"{path}."):
+                    set_scaled(block, name.removeprefix(f"{path}."), how)
+            for layer in layers.values():
+                known = self.made.sites[layer.site]
+                layer.set_weight(dequantize(known.codes, known.qparams))
+            yield
 
     def outside(self, layers: dict[str, Layer], targets: bool, bar: Any) -> None:
         """What lies outside of all chains: the head of a language model, or a whole small model."""
-        samples = [Sample((i, batch), {}, 1) for i, batch in enumerate(self.batches)]
+        samples = [Sample((batch,), {}, 0) for batch in self.batches]
         block = Block("", self.twin, tuple(layers.values()), samples, caller=self._called)
         if targets:
             block.targets = list(block.outputs())
         if any(layer.transforms for layer in layers.values()):
             block.producers = find_producers(block, self.tied)
-        with _as_it_was(self.twin):
+        with as_it_was(self.twin):
             self.block(block, bar)
 
-    def _called(self, number: int, batch: Any) -> Tensor:
+    def _called(self, batch: Any) -> Tensor:
         """The first float tensor of what the model gives for a batch."""
-        self.turn.batch = number
         return first_float(call(self.twin, batch))
 
     def block(self, block: Block, bar: Any) -> None:
@@ -269,7 +296,7 @@ class _Run:
         if found is not None:
             found.apply(block)
         else:
-            _transform(block)
+            scale_exactly(block)
             _round(block)
         mine = RoundedWeights(scaled={_joined(block.path, p): x for p, x in block.scaled.items()})
         for layer in block.layers:
@@ -289,12 +316,6 @@ class _Run:
             BlockError(block.path, sites, tuple(dict.fromkeys(names)), error, seconds)
         )
         bar.update(1)
-
-
-def _transform(block: Block) -> None:
-    every = dict.fromkeys(each for layer in block.layers for each in layer.transforms)
-    for transform in every:
-        transform.scale_block(block, [x for x in block.layers if transform in x.transforms])
 
 
 def _round(block: Block) -> None:
@@ -327,22 +348,21 @@ def _joined(path: str, name: str) -> str:
     return f"{path}.{name}".strip(".")
 
 
-@contextmanager
-def _as_it_was(root: nn.Module) -> Iterator[None]:
-    """Give every module its own parameters back afterwards."""
-    before = {module: dict(module._parameters) for module in root.modules()}
-    try:
-        yield
-    finally:
-        for module, parameters in before.items():
-            module._parameters.update(parameters)
+def _own_buffers(twin: nn.Module) -> None:
+    """Copies of the model's buffers, which a forward may write to."""
+    copies: dict[int, Tensor] = {}
+    for module in twin.modules():
+        for name, value in module._buffers.items():
+            if value is not None:
+                module._buffers[name] = copies.setdefault(id(value), value.clone())
 
 
 def _computes_linear(module: nn.Module, weight: Tensor) -> bool:
     """Whether the module multiplies by ``weight`` of shape ``[out, in]``, not ``[in, out]``."""
     if isinstance(module, nn.Linear):
         return True
-    x = torch.randn(2, weight.shape[1], dtype=weight.dtype)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, weight.shape[1], dtype=weight.dtype, generator=generator)
     bias = module._parameters.get("bias")
     try:
         return torch.allclose(module(x), F.linear(x, weight, bias), rtol=1e-3, atol=1e-3)

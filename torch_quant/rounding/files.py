@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from torch_quant.algorithms.blocks import Block
@@ -40,6 +40,14 @@ class Found:
             layer.round_to(rounded.codes, rounded.qparams)
 
 
+def _joint(sums: Iterable[int]) -> int:
+    """One number for several."""
+    found = 0
+    for each in sums:
+        found = zlib.crc32(each.to_bytes(4, "little"), found)
+    return found
+
+
 class Folder:
     """Where finished blocks are kept, each in a folder of its own.
 
@@ -47,25 +55,33 @@ class Folder:
         path: made if need be.
         plan: what each site is rounded to, and how.
         batches: the data; other data are refused.
+        model: the model; other weights are refused.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], plan: QuantPlan, batches: Iterable[Any]
+        self,
+        path: str | os.PathLike[str],
+        plan: QuantPlan,
+        batches: Iterable[Any],
+        model: nn.Module,
     ) -> None:
+        if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+            raise InvalidConfig(f"folder={path!r}; expected the path of a folder")
         self.path, self.plan = Path(path), plan
-        self.data = 0
-        for leaf in tree_leaves(list(batches)):
-            if isinstance(leaf, Tensor):
-                self.data = zlib.crc32(checksum(leaf).to_bytes(4, "little"), self.data)
+        self.model = _joint(checksum(x) for x in model.parameters())
+        leaves = tree_leaves(list(batches))
+        self.data = _joint(checksum(leaf) for leaf in leaves if isinstance(leaf, Tensor))
 
     def write(self, block: str, weights: RoundedWeights) -> None:
         """Keep a block, whole or not at all; raises :class:`InvalidConfig` if it cannot be."""
-        if not self.path.exists():
-            self.path.mkdir()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidConfig(f"folder={self.path}: {error.strerror}") from error
         tensors: dict[str, Tensor] = {}
         state = parted(weights.state_dict(), tensors)
         how = {site: self._how(site) for site in weights.sites}
-        data = {"data": self.data, "how": how, "weights": state}
+        data = {"data": self.data, "model": self.model, "how": how, "weights": state}
         write_folder(self._folder(block), _KIND, data, tensors)
 
     def read(self, block: str, sums: Mapping[str, int]) -> Found | None:
@@ -83,7 +99,9 @@ class Folder:
             return None
         data, tensors = read_folder(folder, _KIND)
         weights = RoundedWeights.from_state(joined(data["weights"], tensors))
-        same = {site: each.checksum for site, each in weights.sites.items()} == dict(sums)
+        same = data["model"] == self.model and {
+            site: each.checksum for site, each in weights.sites.items()
+        } == dict(sums)
         settings = data["how"] == {site: self._how(site) for site in sums}
         if not (same and settings and data["data"] == self.data):
             what = "weights" if not same else "settings" if not settings else "batches"

@@ -1,0 +1,152 @@
+"""Scales, zero points and codes of a quantized model: from calibration, and from its weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import Tensor, fx
+
+from torch_quant.algorithms import DEFAULT_METHOD
+from torch_quant.core.methods import WeightMethod
+from torch_quant.core.plan import QuantPlan
+from torch_quant.core.qparams import QParams
+from torch_quant.core.rounded import RoundedWeight, RoundedWeights, checksum
+from torch_quant.core.spec import QuantSpec
+from torch_quant.core.telling import at_site
+from torch_quant.errors import InvalidConfig, NotCalibrated, QuantError
+from torch_quant.graph.sites import Site
+from torch_quant.statistics import RANGE, Statistic
+
+if TYPE_CHECKING:
+    from torch_quant.session import Session
+
+__all__ = ["Calibrated"]
+
+V = TypeVar("V")
+
+
+class Calibrated:
+    """Scales and zero points from calibration, and from the weights as they are.
+
+    Args:
+        session: has the ranges.
+        plan: says how weights are rounded.
+        rounded: take what :meth:`Quantizer.round_weights` made; else, methods that work on blocks
+            are replaced by rounding to nearest.
+    """
+
+    def __init__(self, session: Session, plan: QuantPlan, *, rounded: bool = True) -> None:
+        self._session, self._plan = session, plan
+        self._made = session.state.rounded if rounded else RoundedWeights()
+        self._blocks = rounded
+        self._sites: dict[str, list[Site]] = {}
+        for prepared in session.captured.graphs():
+            for site, _ in prepared.sites:
+                self._sites.setdefault(site.name, []).append(site)
+        self._shared: dict[Hashable, Any] = {}
+
+    def activation(self, key: str, spec: QuantSpec) -> QParams:
+        """Of the tensor ``key``; raises :class:`NotCalibrated` where no data passed it."""
+        return self._session.state.qparams(key, spec)
+
+    def weight(
+        self, site: str, weight: Tensor, spec: QuantSpec, axis: int
+    ) -> tuple[Tensor, QParams]:
+        """Of a site's weight; raises :class:`QuantError` if it cannot be quantized."""
+        entry = self._plan[site]
+        method = entry.method or DEFAULT_METHOD
+        spec = replace(spec, granularity=spec.granularity.on(axis))
+        rounded = self._rounded(site, weight, spec, method)
+        if rounded is not None:
+            return rounded.codes, rounded.qparams
+        blocks = [each for each in (*entry.transforms, method) if each.wants_blocks]
+        if blocks and (not self._blocks or site in self._made.left_out):
+            method = DEFAULT_METHOD
+        elif blocks:
+            raise NotCalibrated(
+                f"{site}: {blocks[0]} works on blocks of the model: run "
+                "quantizer.round_weights(model, batches) before quantizer.quantize(model)"
+            )
+        if entry.transforms and method.wants_statistics:
+            raise InvalidConfig(
+                f"{site}: {method} asks for statistics of the layer's input, which "
+                f"{entry.transforms[0]} changes; use one of them there"
+            )
+        try:
+            with at_site(site):
+                return method.quantize(weight, spec, self._known(method, site))
+        except NotCalibrated:
+            raise
+        except QuantError as error:
+            raise QuantError(f"the weight of {site}: {error}; mend the model's weights") from error
+
+    def _rounded(
+        self, site: str, weight: Tensor, spec: QuantSpec, method: WeightMethod
+    ) -> RoundedWeight | None:
+        """What :meth:`Quantizer.round_weights` made of a weight; its later calls share it."""
+        made = self._made
+        rounded = made.sites.get(site) or made.sites.get(site.partition("@")[0])
+        again = "run quantizer.round_weights(model, batches) again"
+        if rounded is None:
+            paths = {f"{each.module}.weight" for each in self._sites[site]}
+            if paths & made.scaled.keys():
+                raise InvalidConfig(
+                    f"{site} was in float when the weights were rounded, and its weight was scaled "
+                    f"only: {again}"
+                )
+            return None
+        if (rounded.qparams.spec, rounded.method) != (spec, method):
+            raise InvalidConfig(
+                f"{site} was rounded to {rounded.qparams.spec} by {rounded.method}, and is to be "
+                f"{spec} by {method} now: {again}"
+            )
+        if rounded.checksum != checksum(weight):
+            raise InvalidConfig(f"the weight of {site} has changed since it was rounded: {again}")
+        return rounded
+
+    def _known(self, method: WeightMethod, name: str) -> dict[str, Statistic]:
+        """What was recorded for a weight method, of all that the site reads in any graph."""
+        wanted: dict[tuple[str, str], Callable[[], Statistic]] = {}
+        for site in self._sites[name]:
+            for key, makers in method.statistics(site).items():
+                wanted |= {(key, what): make for what, make in makers.items()}
+        found: dict[str, Statistic] = {}
+        for (key, what), make in sorted(wanted.items(), key=lambda each: each[0]):
+            passed_by = method.serves_unreached and self._session.state.passed_by(key, what)
+            statistic = make() if passed_by else self.statistic(key, what)
+            if what in found:
+                found[what] = copy.deepcopy(found[what])
+                found[what].merge(statistic)
+            else:
+                found[what] = statistic
+        return found
+
+    def statistic(self, key: str, what: str) -> Statistic:
+        """What was recorded of a tensor; raises :class:`NotCalibrated` unless in all batches."""
+        found, whole = (self._session.state.find(key, each) for each in (what, RANGE))
+        if found is None:
+            raise NotCalibrated(
+                f"the {what} of {key} were not recorded: give QConfig(transforms=..., method=...) "
+                "to the quantizer before running quantizer.calib(model)"
+            )
+        given = key in self._session.settings.summary.ranges
+        if whole is not None and found.batches != whole.batches and not given:
+            raise NotCalibrated(
+                f"the {what} of {key} were recorded in {found.batches} of {whole.batches} batches "
+                "only: the transform or method came after calibration had begun; calibrate anew"
+            )
+        return found
+
+    def graphs(self) -> Iterator[fx.GraphModule]:
+        """The canonical graphs of the whole model."""
+        return (prepared.canonical for prepared in self._session.captured.graphs())
+
+    def shared(self, key: Hashable, make: Callable[[], V]) -> V:
+        """What ``make`` gave when ``key`` was first asked for."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        found: V = self._shared[key]
+        return found
