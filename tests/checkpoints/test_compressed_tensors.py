@@ -68,6 +68,28 @@ def test_formats(qconfig: QConfig, tmp_path: Path) -> None:
     assert torch.equal(again(**ids()).logits, quant_model(**ids()).logits)
 
 
+@pytest.mark.parametrize("backend", ["reference", "onednn"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_dynamic_activations(symmetric: bool, backend: str, tmp_path: Path) -> None:
+    """``int-quantized``; other layers may be in float or have weights alone quantized."""
+    model, some = DECODERS["qwen2"](), {"lm_head": recipes.int4_weight_only(group_size=32)}
+    quantizer = torch_quant.Quantizer(
+        recipes.int8_dynamic(symmetric=symmetric), backend=backend, overrides=IN_FLOAT | some
+    )
+    quant_model = quantizer.quantize(model, example_inputs=ids())
+    folder = export_checkpoint(quant_model, tmp_path / "model")
+    config = about(folder)["quantization_config"]
+    assert config["format"] == "mixed-precision"
+    assert [each["format"] for each in config["config_groups"].values()] == [
+        "int-quantized", "pack-quantized",
+    ]  # fmt: skip
+    tensors = load_file(folder / "model.safetensors")
+    assert tensors["model.layers.0.mlp.up_proj.weight"].dtype == torch.int8
+    again = load_checkpoint(folder, backend=backend)
+    assert same_integers(again, quant_model)
+    assert torch.equal(again(**ids()).logits, quant_model(**ids()).logits)
+
+
 def test_several_formats_and_layers_in_float(tmp_path: Path) -> None:
     overrides = {
         **IN_FLOAT, "lm_head": None, "*.down_proj": recipes.int8_weight_only(),
@@ -263,6 +285,17 @@ def test_transformers_gives_the_same_logits(name: str, tmp_path: Path) -> None:
     expected = quant_model(**ids()).logits
     # Both multiply the same integers and scales in float32, and the same matrices by PyTorch.
     torch.testing.assert_close(theirs(**ids()).logits, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_transformers_rounds_activations_alike(tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors", reason=MISSING)
+    import transformers
+
+    quant_model = quantized(DECODERS["qwen2"](), recipes.int8_dynamic())
+    folder = export_checkpoint(quant_model, tmp_path / "model")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    # The same codes but for values at the border of two, which float rounding decides.
+    assert torch_quant.sqnr(quant_model(**ids()).logits, theirs(**ids()).logits) > 50
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -128,6 +128,23 @@ def test_version_2(tmp_path: Path) -> None:
     assert same_integers(again, quant_model)
 
 
+@pytest.mark.parametrize("zeros", [True, False])
+def test_what_other_tools_write_beside(zeros: bool, tmp_path: Path) -> None:
+    """Biases of layers without one, and buffers that are computed."""
+    quant_model = exported(tmp_path / "model")
+    file, name = tmp_path / "model" / "model.safetensors", "model.layers.0.mlp.down_proj.bias"
+    bias = torch.zeros(64) if zeros else torch.linspace(-1, 1, 64)
+    beside = {name: bias.to(torch.float16), "model.rotary_emb.inv_freq": torch.ones(8)}
+    save_file(load_file(file) | beside, file)
+    again = load_checkpoint(tmp_path / "model", backend="reference")
+    x = torch.randn(1, 3, 128)
+    first, second = (each.model.layers[0].mlp.down_proj(x) for each in (again, quant_model))
+    # The kernel adds the bias to its sums before it rounds them, once more than without.
+    torch.testing.assert_close(first, second + beside[name], rtol=1e-5, atol=1e-5)
+    if zeros:
+        assert torch.equal(again(**ids()).logits, quant_model(**ids()).logits)
+
+
 def test_formats_that_the_layout_cannot_hold(tmp_path: Path) -> None:
     model = quantized(DECODERS["qwen2"](), weights(6, 32))
     with pytest.raises(InvalidConfig, match=r"cannot be written as gptq.*2, 3, 4, 8 bits, not s6"):

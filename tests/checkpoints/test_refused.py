@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,10 @@ def refused(folder: Path, *parts: str, **options: Any) -> None:
         ),
         (QConfig(FLOAT, QuantSpec.of("int8", granularity=PerBlock((8, 8)))), "group of inputs"),
         (QConfig(FLOAT, QuantSpec.of("int8")), "output channel or group"),
-        (recipes.int8_dynamic(), "float activations"),
+        (
+            replace(recipes.int8_dynamic(), weight=QuantSpec.of("int4", per_channel=True)),
+            "float activations, or for dynamic ones of 8 bits per token",
+        ),
     ],
     ids=["affine", "float8", "three-bits", "blocks", "whole", "dynamic"],
 )
@@ -276,7 +280,7 @@ def test_quantized_activations_and_groups_out_of_order(folder: Path) -> None:
         about["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8}
 
     edited(folder, edit)
-    refused(folder, "quantized activations")
+    refused(folder, "input_activations {'num_bits': 8}; expected none, or dynamic ones of 8 bits")
 
 
 def test_a_float_checkpoint(folder: Path) -> None:

@@ -2,7 +2,8 @@
 
 A weight ``[out, in]`` is ``weight_packed``, int32 ``[out, in * bits / 32]``, of codes with half
 their range added so that none is negative, ``weight_scale``, ``[out, in / group]``, and
-``weight_shape``. What ``int-quantized`` wrote, int8 under the weight's own name, is read too.
+``weight_shape``. With dynamic activations of 8 bits per token it is ``int-quantized``: int8 under
+the weight's own name.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch_quant.checkpoints.files import CheckpointFiles
 from torch_quant.checkpoints.layout import FLOATS, Stored, common_refusal, group_size, wrong_entry
 from torch_quant.checkpoints.packing import packed, unpacked
 from torch_quant.checkpoints.weights import QuantizedWeight
-from torch_quant.core.granularity import Granularity, PerChannel, PerGroup
+from torch_quant.core.granularity import Granularity, PerChannel, PerGroup, PerToken
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
@@ -44,8 +45,12 @@ class PackedLayout:
     affine: bool
 
     def refusal(self, weight: QuantizedWeight) -> str:
-        if weight.plan.activation is not None:
-            return f"it is written for float activations, not {weight.plan.activation}"
+        activation, spec = weight.plan.activation, weight.spec
+        if activation is not None and not (_is_token(activation) and _is_int8(weight)):
+            return (
+                "it is written for float activations, or for dynamic ones of 8 bits per token with "
+                f"signed int8 weights per output channel, not {activation} with {spec}"
+            )
         if reason := common_refusal(weight, self.bits):
             return reason
         if not self.affine and not _is_symmetric(weight):
@@ -55,12 +60,12 @@ class PackedLayout:
     def config(
         self, weights: Mapping[str, QuantizedWeight], in_float: Sequence[str]
     ) -> dict[str, Any]:
-        kinds: dict[tuple[int, int | None, bool], list[str]] = {}
+        kinds: dict[tuple[int, int | None, bool, QuantSpec | None], list[str]] = {}
         for module, weight in weights.items():
-            kind = (weight.spec.bits, group_size(weight), _is_symmetric(weight))
-            kinds.setdefault(kind, []).append(module)
+            about = (weight.spec.bits, group_size(weight), _is_symmetric(weight))
+            kinds.setdefault((*about, weight.plan.activation), []).append(module)
         groups = {}
-        for i, ((bits, size, symmetric), modules) in enumerate(kinds.items()):
+        for i, ((bits, size, symmetric, activation), modules) in enumerate(kinds.items()):
             groups[f"group_{i}"] = {
                 "targets": ["Linear"] if len(kinds) == 1 else modules,
                 "weights": {
@@ -71,13 +76,14 @@ class PackedLayout:
                     "group_size": size,
                     "dynamic": False,
                 },
-                "input_activations": None,
+                "input_activations": None if activation is None else _tokens(activation),
                 "output_activations": None,
-                "format": _PACKED,
+                "format": _PACKED if activation is None else _PLAIN,
             }
+        formats = {str(each["format"]) for each in groups.values()}
         return {
             "quant_method": self.name,
-            "format": _PACKED,
+            "format": formats.pop() if len(formats) == 1 else "mixed-precision",
             "quantization_status": "compressed",
             "config_groups": groups,
             "ignore": list(in_float),
@@ -87,6 +93,9 @@ class PackedLayout:
 
     def tensors(self, weight: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
         bits = weight.spec.bits
+        if weight.plan.activation is not None:
+            scale = weight.scale.to(dtype)
+            return {"weight": weight.codes.to(torch.int8).contiguous(), "weight_scale": scale}
         above = 2 ** (bits - 1) if weight.spec.signed else 0
         found = {
             "weight_packed": packed(weight.codes.to(torch.int32) + above, bits),
@@ -141,6 +150,35 @@ OWN = PackedLayout("torch_quant", tuple(range(1, 9)), affine=True)
 """The same for whoever has this package: all that its formats have."""
 
 
+def _is_token(spec: QuantSpec) -> bool:
+    """Whether activations are int8, or uint8 with a zero point, with a scale for each token."""
+    eight = spec.full_range and spec.bits == 8 and spec.signed == spec.symmetric
+    return eight and spec.dynamic and isinstance(spec.granularity, PerToken)
+
+
+def _is_int8(weight: QuantizedWeight) -> bool:
+    return weight.spec.bits == 8 and weight.spec.per_channel and _is_symmetric(weight)
+
+
+def _tokens(spec: QuantSpec) -> dict[str, Any]:
+    return {
+        "num_bits": 8, "type": "int", "symmetric": spec.symmetric, "strategy": "token",
+        "dynamic": True, "group_size": None,
+    }  # fmt: skip
+
+
+def _activation(files: CheckpointFiles, module: str, about: Any) -> QuantSpec | None:
+    """The format of a layer's input that a scheme asks for."""
+    if about is None:
+        return None
+    wanted = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
+    if not isinstance(about, dict) or any(about.get(k) != v for k, v in wanted.items()):
+        expected = "none, or dynamic ones of 8 bits per token"
+        raise wrong_entry(files, f"for {module} the input_activations", about, expected)
+    element = "uint8" if about.get("symmetric") is False else "int8"
+    return QuantSpec.of(element, granularity=PerToken(), dynamic=True)
+
+
 def _is_symmetric(weight: QuantizedWeight) -> bool:
     return weight.spec.signed and weight.spec.symmetric and not bool(weight.zero_point.any())
 
@@ -171,8 +209,9 @@ def _stored(
     weights = scheme.get("weights")
     if not isinstance(weights, dict):
         raise wrong_entry(files, f"for {module} the weights", weights, "what they are quantized to")
-    if scheme.get("input_activations") or scheme.get("output_activations"):
-        raise wrong_entry(files, f"for {module} quantized activations", scheme, "float activations")
+    activation = _activation(files, module, scheme.get("input_activations"))
+    if scheme.get("output_activations") is not None:
+        raise wrong_entry(files, f"for {module} quantized results", scheme, "float ones")
     about = scheme.get("format")
     if about not in (None, _PACKED, _PLAIN):
         raise wrong_entry(files, f"for {module} the format", about, f"{_PACKED} or {_PLAIN}")
@@ -208,7 +247,7 @@ def _stored(
         packed_rows = (_words(outputs, spec.bits), grid[1])
         dtype = "I8" if whole else "I32"
         files.check(f"{module}.weight_zero_point", grid if whole else packed_rows, dtype)
-    return Stored(spec, (outputs, inputs), frozenset(names & set(files)))
+    return Stored(spec, (outputs, inputs), frozenset(names & set(files)), activation)
 
 
 def _words(codes: int, bits: int) -> int:

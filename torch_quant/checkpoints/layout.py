@@ -30,11 +30,13 @@ class Stored:
         spec: its format.
         shape: ``(out, in)``.
         tensors: the names of all that it consists of.
+        activation: the format of the layer's input, None where that stays in float.
     """
 
     spec: QuantSpec
     shape: tuple[int, int]
     tensors: frozenset[str]
+    activation: QuantSpec | None = None
 
 
 class Layout(Protocol):

@@ -44,7 +44,8 @@ def load_checkpoint(
 
     Args:
         folder: has ``config.json`` and safetensors: compressed-tensors (``pack-quantized`` or
-            ``int-quantized``, float activations) or GPTQ (version 1 or 2, groups in order).
+            ``int-quantized``, activations in float or dynamic per token) or GPTQ (version 1 or 2,
+            groups in order).
         model: one of the checkpoint's class, whose weights are not read; the meta device will do.
             By default, transformers builds the architecture that ``config.json`` names.
         backend: where it will run; the best of this machine by default.
@@ -113,7 +114,8 @@ def _overrides(checkpoint: Checkpoint) -> dict[OverrideKey, QConfig | None]:
     found: dict[OverrideKey, QConfig | None] = {"*": None}
     folder = str(checkpoint.files.folder)
     for module, stored in checkpoint.stored.items():
-        found[module] = QConfig(FLOAT, stored.spec, method=StoredWeight(folder, module))
+        asked = stored.activation or FLOAT
+        found[module] = QConfig(asked, stored.spec, method=StoredWeight(folder, module))
     return found
 
 
@@ -207,14 +209,17 @@ def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
             continue
         source = next((each for each in (name, *names[name]) if each in files), None)
         if source is None:
-            missing.append(name)
+            if isinstance(x, nn.Parameter) or x.device.type == "meta":
+                missing.append(name)
         elif source in values:
             values[name] = values[source]
         else:
             files.check(source, tuple(x.shape))
             values[source] = values[name] = _as_held(files.tensor(source), x)
-    known = {*wanted, *names}
-    extra = [name for name in checkpoint.floats if name not in known]
+    computed = {name for name, _ in model.named_buffers()}  # which older checkpoints hold, too
+    extra = [name for name in checkpoint.floats if name not in {*wanted, *computed}]
+    values |= (biases := _biases(checkpoint, extra))
+    extra = [name for name in extra if name not in biases]
     if missing or extra:
         raise InvalidConfig(
             f"{files.folder} is the checkpoint of another model: for a {type(model).__name__} it "
@@ -227,6 +232,18 @@ def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
                 f"the buffer {name} of the model is on the meta device and not in the checkpoint: "
                 "give a model that was made on the CPU"
             )
+
+
+def _biases(checkpoint: Checkpoint, names: list[str]) -> dict[str, nn.Parameter]:
+    """Biases of quantized layers whose class has none: some tools write them, mostly zeros."""
+    found = {}
+    for name in names:
+        module, _, last = name.rpartition(".")
+        if last == "bias" and module in checkpoint.stored:
+            checkpoint.files.check(name, checkpoint.stored[module].shape[:1])
+            bias = checkpoint.files.tensor(name).to(torch.float32)
+            found[name] = nn.Parameter(bias, requires_grad=False)
+    return found
 
 
 def _list(names: list[str], what: str) -> list[str]:

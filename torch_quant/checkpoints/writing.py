@@ -53,7 +53,8 @@ def export_checkpoint(
 
     Args:
         quant_model: what ``quantizer.quantize(model)`` returned for a model of transformers, linear
-            layers quantized by weights alone: ``recipes.int4_weight_only()``.
+            layers quantized by weights alone: ``recipes.int4_weight_only()``. compressed-tensors
+            holds ``recipes.int8_dynamic()``, too.
         folder: a new one, or an empty one; it is written whole or not at all.
         format: ``"compressed-tensors"`` (vLLM, transformers, OpenVINO): symmetric weights of 2, 4
             or 8 bits. ``"gptq"`` (vLLM, SGLang, gptqmodel): of 2, 3, 4 or 8, with zero points too.
