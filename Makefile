@@ -29,9 +29,13 @@ SAME := core sequences statistics tuning \
   $(addprefix amp/test_,gram.py groups.py ranking.py selection.py sensitivity_report.py fallback_bad_input.py \
   fallback_selection.py fallback_state.py amp_changes.py amp_infinite_gradient.py amp_loss.py) \
   $(addprefix backends/test_,onnx.py float_and_dynamic.py formats.py) graph/test_annotate.py graph/test_rules.py \
-  $(addprefix io/test_,files.py onnx_rewrites.py saved_quantizers.py summary_mistakes.py) test_architecture.py \
+  $(addprefix io/test_,files.py onnx_recurrent.py onnx_rewrites.py saved_quantizers.py summary.py \
+  summary_mistakes.py) test_architecture.py \
   test_bad_input.py test_configuration.py test_contributing.py test_coverage.py test_explain.py test_merging.py \
   test_public.py test_recipes.py test_requirements.py test_saved_states.py test_typing.py
+
+# The same, but for their tests on IPEX.
+ONLY_IPEX := $(addprefix tests/,amp/test_amp_outputs.py amp/test_fallback_execution.py test_example_inputs.py)
 
 .PHONY: help lock demo demo-tuning demo-cnn demo-llm test test-core test-ipex test-latest test-zoo test-sequences check format bench bench-ipex bench-llm clean
 
@@ -94,7 +98,7 @@ test-core: $(VENV)/ready  ## the whole suite on torch 2.13
 	$(BIN)/python $(PYTEST)
 
 test-ipex: $(IPEX_VENV)/ready  ## all that depends on torch, on torch 2.8 with IPEX 2.8
-	$(IPEX_VENV)/bin/python $(PYTEST) $(SAME:%=--ignore tests/%)
+	ONLY_IPEX='$(ONLY_IPEX)' $(IPEX_VENV)/bin/python $(PYTEST) $(SAME:%=--ignore tests/%)
 
 test-latest:  ## the whole suite on the newest of everything that setup.cfg allows
 	test -x $(LATEST_VENV)/bin/python || $(PYTHON) -m venv $(LATEST_VENV)

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+ONLY_IPEX = os.environ.get("ONLY_IPEX", "").split()
+"""Files of which the tests on IPEX are run and no others."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what another torch runs as well."""
+    left = [each for each in items if _elsewhere(each, config)]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [each for each in items if each not in left]
+
+
+def _elsewhere(item: pytest.Item, config: pytest.Config) -> bool:
+    file = item.path.relative_to(config.rootpath).as_posix()
+    return file in ONLY_IPEX and "ipex" not in item.name
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -13,6 +13,7 @@ from processor import COARSER
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from zoo import EVERYTHING, KINDS, ONE_SIZE, ZOO
+from zoo_operators import SHOWN, operators_of, same_torch
 
 from torch_quant import Backend, Quantizer, UnsupportedOp, sqnr
 
@@ -52,6 +53,7 @@ def leaves(outputs: Any) -> Any:
 
 def test_the_chosen_exist() -> None:
     assert not (KINDS | set(ONE_SIZE)) - set(ZOO)
+    assert set(SHOWN) <= KINDS
 
 
 TAKEN = () if torch.__version__.startswith("2.8.") else KINDS  # there test_ipex_zoo has some
@@ -98,6 +100,10 @@ def test_captured_calibrated_and_quantized(case: Case) -> None:
             )
             assert again >= 15.0  # the reference's own varies from 18 to 60 with the data
     check_amp(quantizer, model, case)
+    if case.name in ZOO and same_torch:
+        seen = operators_of(calib_model.captured.root)
+        assert SHOWN.get(case.name, frozenset()) <= seen
+        assert not seen - frozenset().union(*SHOWN.values())  # none that no run tries
     assert_unchanged(model, before)  # invariant 2
     if case.name not in EXCEPTIONS:
         floors = {

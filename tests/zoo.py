@@ -56,12 +56,13 @@ DIFFERENT = {
 """For what takes long in every run, as files and compilers do; ``make test-zoo`` takes all."""
 
 KINDS = DIFFERENT | {
-    "albert", "mobilebert", "squeezebert", "funnel", "convbert", "fnet", "gpt_neo", "gptj", "phi3",
-    "gemma2", "bloom", "falcon", "t5", "regnet", "mobilenet_v2", "bit", "convnextv2", "poolformer",
-    "focalnet", "beit", "vit_mae", "swin", "swinv2", "segformer", "mobilevit", "mobilevitv2",
-    "levit", "wav2vec2", "sew", "wav2vec2_conformer", "speech_to_text", "hifigan",
+    "albert", "squeezebert", "funnel", "convbert", "deberta_v2", "fnet", "gpt_neo", "gptj", "phi3",
+    "gemma2", "bloom", "falcon", "mpt", "t5", "regnet", "mobilenet_v1", "convnextv2", "poolformer",
+    "beit", "dinov2", "yolos", "vit_mae", "swinv2", "mobilevitv2", "levit", "wav2vec2", "sew",
+    "speech_to_text", "hifigan", "clip",
 }  # fmt: skip
-"""One of each kind, for every run of what is quicker; operators of the others are those of these.
+"""One of each kind, for every run of what is quicker; operators of the others are those of these,
+which ``zoo_operators`` proves.
 
 ``make test-zoo`` takes all.
 """
