@@ -97,6 +97,12 @@ def test_another_value_of_the_same_name_gets_its_own() -> None:
     assert new_constant(gm, "l0.weight", values[1], node).target == "l0.weight_2"
 
 
+def settled_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph that can be called."""
+    draft = settle_names(gm)
+    return fx.GraphModule(draft, draft.graph)
+
+
 def codes(step: float = 1.0) -> dict[str, Tensor]:
     return {"": torch.ones(16, 16, dtype=torch.int8), "_scale": torch.full((16,), step)}
 
@@ -108,7 +114,7 @@ def test_a_name_that_has_become_free_goes_to_the_new_constant() -> None:
     node.update_arg(1, node.graph.create_node("call_function", aten.mul.Tensor, (weight, scale)))
     node.prepend(node.args[1])
     gm.graph.eliminate_dead_code()
-    settled = settle_names(gm)
+    settled = settled_graph(gm)
     assert list(settled.l0.state_dict()) == ["bias", "weight", "weight_scale"]
     assert isinstance(settled(normal(2, 16))[0], Tensor)
 
@@ -118,7 +124,7 @@ def test_a_float_tensor_that_is_read_keeps_its_name() -> None:
     gm, node = graph_of_two()
     new_constants(gm, "l0.weight", codes(), node)
     float_weight = gm.l0.weight
-    settled = settle_names(gm)
+    settled = settled_graph(gm)
     assert settled.l0.weight.data_ptr() == float_weight.data_ptr()
     assert {"weight_1", "weight_1_scale"} < set(settled.l0.state_dict())
 
@@ -154,7 +160,7 @@ def test_paths_that_are_taken_or_are_no_identifiers(path: str, found: str) -> No
     assert made.target == found
     node.update_arg(2, made)
     gm.graph.eliminate_dead_code()
-    settled = settle_names(gm)
+    settled = settled_graph(gm)
     for each in (settled, unpack(pack(settled)), copy.deepcopy(settled)):
         assert torch.equal(each.get_buffer(found), value)
         assert not torch.equal(each(normal(2, 16))[0], expected)

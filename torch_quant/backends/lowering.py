@@ -32,7 +32,7 @@ from torch_quant.graph.kinds import Kind
 from torch_quant.graph.twin import twin_of
 from torch_quant.model import CapturedModel
 from torch_quant.nn.stand_in import StandIn
-from torch_quant.passes.base import Params, Pass, PassContext, copy_graph, run_passes
+from torch_quant.passes.base import Draft, Params, Pass, PassContext, copy_graph, run_passes
 from torch_quant.passes.constants import settle_names
 from torch_quant.passes.dynamic_sizes import dynamic_sizes
 from torch_quant.passes.insert_qdq import insert_qdq
@@ -152,11 +152,12 @@ class Lowering:
 
     def graph(self, canonical: fx.GraphModule) -> fx.GraphModule:
         """One canonical graph, or a part of one, on the backend's kernels."""
-        return self._lowered(canonical)[0]
+        lowered, _ = self._lowered(canonical)
+        return fx.GraphModule(lowered, lowered.graph)
 
-    def _lowered(self, canonical: fx.GraphModule) -> tuple[fx.GraphModule, Mapping[str, str]]:
-        """The lowered graph, and the sites of it that run in float after all, with the reason."""
-        context = PassContext(copy_graph(canonical), self.plan, self.params, self.live)
+    def _lowered(self, canonical: fx.GraphModule) -> tuple[Draft, Mapping[str, str]]:
+        """A draft of the lowered graph, and its sites that run in float after all: why."""
+        context = PassContext(copy_graph(canonical, Draft), self.plan, self.params, self.live)
         run_passes(context, (*QUANTIZE, *self.backend.kernels().passes))
         lowered = self.backend.lower(context)
         run_passes(PassContext(lowered), [dynamic_sizes])

@@ -198,6 +198,7 @@ def add_graph(module: QuantizedModule, graph: QuantizedGraph, model: nn.Module) 
         model: that.
     """
     graph.body = mount(graph.body, module, model)
+    graph.modes.clear()  # of what it was before
     module.quantization.graphs.append(graph)
 
 

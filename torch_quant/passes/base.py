@@ -14,7 +14,16 @@ from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import NotCalibrated
 from torch_quant.statistics import RANGE, Observer, Statistic
 
-__all__ = ["NoParams", "Params", "Pass", "PassContext", "call_like", "copy_graph", "run_passes"]
+__all__ = [
+    "Draft",
+    "NoParams",
+    "Params",
+    "Pass",
+    "PassContext",
+    "call_like",
+    "copy_graph",
+    "run_passes",
+]
 
 V = TypeVar("V")
 
@@ -118,12 +127,28 @@ Pass = Callable[[PassContext], int]
 """Rewrites the graph and returns how many changes it made."""
 
 
-def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
-    """A graph of its own over the same parameters and buffers, notes on nodes included."""
+class Draft(fx.GraphModule):
+    """A graph that is rewritten and never called: no code is made of it.
+
+    ``fx`` writes and compiles code whenever a module gets a graph, which takes as long as all
+    passes together. ``fx.GraphModule(draft, draft.graph)`` can be called.
+    """
+
+    def recompile(self) -> Any:
+        """Does nothing."""
+
+
+def copy_graph(gm: fx.GraphModule, kind: type[fx.GraphModule] = fx.GraphModule) -> fx.GraphModule:
+    """A graph of its own over the same parameters and buffers, notes on nodes included.
+
+    Args:
+        gm: the graph.
+        kind: :class:`Draft` for one that is not called.
+    """
     graph = fx.Graph()
     output = graph.graph_copy(gm.graph, {})
     graph.output(output)
-    return fx.GraphModule(gm, graph)
+    return kind(gm, graph)
 
 
 def run_passes(context: PassContext, passes: Sequence[Pass]) -> dict[str, int]:
@@ -131,8 +156,7 @@ def run_passes(context: PassContext, passes: Sequence[Pass]) -> dict[str, int]:
     counts = {}
     for rewrite in passes:
         counts[getattr(rewrite, "__name__", repr(rewrite))] = rewrite(context)
-        context.graph.lint()
-    context.graph.eliminate_dead_code()
+    context.graph.eliminate_dead_code()  # which checks the graph first
     context.gm.recompile()
     return counts
 

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from torch_quant.core.naming import numbered
 from torch_quant.graph.sites import source
+from torch_quant.passes.base import Draft
 
 __all__ = [
     "constant_beside", "evaluate", "expression", "name_of", "new_constant", "new_constants",
@@ -149,14 +150,14 @@ def _leads_on(owner: nn.Module, name: str) -> bool:
     return name in owner._modules or not hasattr(owner, name)
 
 
-def settle_names(gm: fx.GraphModule) -> fx.GraphModule:
-    """The graph of ``gm`` with the tensors that it reads alone, under the model's own names.
+def settle_names(gm: fx.GraphModule) -> Draft:
+    """A draft with the graph of ``gm`` and what that reads alone, under the model's own names.
 
     Float tensors that are still read keep theirs; new constants get those that have become free.
     Parameters become buffers over the same storage. One tensor under two names gets one, since no
     graph with both can be traced. The graph moves to what is returned.
     """
-    root = fx.GraphModule(nn.Module(), fx.Graph())  # it knows what the names mean that it has
+    root = Draft(nn.Module(), fx.Graph())  # it knows what the names mean that it has
     values = {
         node: operator.attrgetter(str(node.target))(gm)
         for node in gm.graph.find_nodes(op="get_attr")
@@ -173,7 +174,7 @@ def settle_names(gm: fx.GraphModule) -> fx.GraphModule:
             names |= {id(x): f"{placed}{ending}" for ending, x in new.items()}
     for node, value in values.items():
         node.target = names[id(value)]
-    return fx.GraphModule(root, gm.graph)
+    return Draft(root, gm.graph)
 
 
 def _buffer(value: Any) -> Any:
