@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch_quant import CaptureFailed, InvalidConfig, QConfig, Quantizer, recipes, sqnr
 from torch_quant.config import RECIPES
 
-DEEP = {"num_hidden_layers": 24, **HEADS, "use_cache": False}
+DEEP = {"num_hidden_layers": 12, **HEADS, "use_cache": False}
 
 
 class Bare(nn.Module):
@@ -184,8 +184,8 @@ def test_a_deep_decoder_takes_a_fraction_of_the_time() -> None:
         assert torch.equal(calib_model(input_ids=ids).logits, model(input_ids=ids).logits)
         taken[choice] = time.process_time() - start
         quantizer.quantize(model)
-        assert len([s for s in quantizer.plan.quantized if quantizer.plan[s].op == "linear"]) == 169
-    # 8 % on a quiet machine; what else runs there makes it waver.
+        assert len([s for s in quantizer.plan.quantized if quantizer.plan[s].op == "linear"]) == 85
+    # 9 % on a quiet machine; what else runs there makes it waver.
     assert taken["modules"] < 0.2 * taken["whole"]
 
 
