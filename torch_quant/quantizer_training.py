@@ -68,7 +68,8 @@ class QuantizerTraining(QuantizerFiles):
         Args:
             qat_model: what :meth:`qat` made.
             lr: learning rate of weights and biases.
-            scale_lr: that of scales and zero points, whose units are those of the tensors.
+            scale_lr: that of scales and zero points. Adam moves each by about this much in a step,
+                so it should be some hundredths of the scales, which are 1e-3 to 1e-1 at most sites.
 
         Raises:
             InvalidConfig: it is no QAT model, or every parameter of it is frozen.
@@ -110,11 +111,8 @@ class QuantizerTraining(QuantizerFiles):
         if share_float_weights:
             raise InvalidConfig("a trained model is deployed with weights of its own")
         session = bond_of(model).session
-        if self._sessions.get(session.model) is not session:
-            raise InvalidConfig(
-                "the QAT model is of another quantizer, or its float model has changed: use the "
-                "quantizer that made it"
-            )
+        if session.owner is not self:
+            raise InvalidConfig("the QAT model is of another quantizer: use the one that made it")
         chosen = self.backend if backend is None else usable_backend(backend)
         deployed = Deployed.of(model)
         with their_tensors(session.model, model):

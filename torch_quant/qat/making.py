@@ -22,7 +22,6 @@ from torch_quant.core.qparams import QParams, choose_qparams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.calls import Call
-from torch_quant.graph.effects import attributes
 from torch_quant.graph.kinds import Kind
 from torch_quant.ops.table import OPERATORS
 from torch_quant.qat.dropout import set_dropout
@@ -85,6 +84,7 @@ def start_training(
 ) -> None:
     """Tie a new QAT model to its quantizer; ``unseen``: have it capture new kinds of calls."""
     how = model.quantization
+    session = Session(session.owner, session.captured.copied(), session.model)
     how.bond = Bond(session)
     if unseen:
         _UnseenTraining(session, backend, lowering, model).attend(model)
@@ -97,7 +97,8 @@ def start_training(
 class _UnseenTraining(UnseenCalls):
     """Makes the graphs that a QAT model lacks; they read the same parameters and scales.
 
-    The weights may have changed, since they are trained. A copy has parameters of its own, which
+    The weights may have changed, since they are trained, and the configuration too, since trainers
+    write to it. A copy has parameters of its own, which
     new graphs would not read, so it makes none.
     """
 
@@ -113,7 +114,7 @@ class _UnseenTraining(UnseenCalls):
 
     @staticmethod
     def _present(model: nn.Module) -> tuple[Any, ...]:
-        return (attributes(model),)
+        return ()
 
     def graph(
         self, path: str, call: Call, served: Sequence[Kind]

@@ -42,11 +42,13 @@ class Bond:
     """The quantizer and float model of a QAT model. Copies share it, a pickle has None instead.
 
     Args:
-        session: both.
+        session: both, with the graphs that are trained. Trainers write to a model's configuration,
+            at which the quantizer's own session would capture anew.
     """
 
     def __init__(self, session: Session) -> None:
         self.session = session
+        self.model = session.model  # its parameters are trained, so it lives as long
 
     def __deepcopy__(self, memo: Any) -> Bond:
         return self

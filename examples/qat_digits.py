@@ -1,0 +1,193 @@
+"""Train a depthwise CNN on scikit-learn's digits, quantize it to 4 bits, and train through that.
+
+Depthwise convolutions at 4 bits lose too much when they are only calibrated. ``quantizer.qat``
+trains the same plan, and ``quantizer.quantize`` deploys what was trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from common import print_table
+from digits_data import Digits, load_digits_split, train
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from torch_quant import QConfig, Quantizer, QuantSpec
+
+
+class Separable(nn.Module):
+    """Depthwise 3x3 and pointwise convolution, each with batch norm; a sum where shapes allow."""
+
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(channels, channels, 3, stride, 1, groups=channels, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.pointwise = nn.Conv2d(channels, out, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out)
+        self.residual = stride == 1 and channels == out
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu6(self.bn1(self.depthwise(x)))
+        y = self.bn2(self.pointwise(y))
+        return x + y if self.residual else y
+
+
+class DepthwiseCNN(nn.Module):
+    """In the manner of MobileNet, for 8x8 images: ``(batch, 1, 8, 8) -> (batch, 10)``."""
+
+    def __init__(self, widths: tuple[int, ...] = (16, 24, 36), depth: int = 3) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, widths[0], 3, 1, 1, bias=False)
+        self.bn = nn.BatchNorm2d(widths[0])
+        blocks, channels = [], widths[0]
+        for stage, out in enumerate(widths):
+            for i in range(depth):
+                blocks.append(Separable(channels, out, 2 if stage and not i else 1))
+                channels = out
+        self.stages = nn.Sequential(*blocks)
+        self.drop = nn.Dropout(0.1)
+        self.head = nn.Linear(channels, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stages(F.relu6(self.bn(self.stem(x))))
+        return self.head(self.drop(F.relu(x).mean((2, 3))))
+
+
+@dataclass(frozen=True)
+class Result:
+    """Held-out accuracies, 0 to 1, and seconds.
+
+    Args:
+        float32: of the float model.
+        calibrated: quantized after training, 4 bits for weights and activations.
+        trained: quantized as trained with ``quantizer.qat``.
+        seconds: that training took.
+        equal: whether what was deployed gives the outputs of what was trained, to the bit.
+    """
+
+    float32: float
+    calibrated: float
+    trained: float
+    seconds: float
+    equal: bool
+
+
+def bits(weight: int, activation: int) -> QConfig:
+    """Weights per output channel and activations per tensor, integers of so many bits."""
+    return QConfig(
+        input=QuantSpec.of(bits=activation),
+        weight=QuantSpec.of(bits=weight, signed=True, symmetric=True, per_channel=True),
+    )
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: Digits) -> float:
+    return float((model(data.images).argmax(1) == data.labels).double().mean())
+
+
+def train_quantized(
+    quantizer: Quantizer,
+    model: nn.Module,
+    data: Digits,
+    *,
+    epochs: int,
+    method: str,
+    batch: int = 64,
+) -> nn.Module:
+    """Train ``model`` through its quantization; returns the QAT model in eval mode."""
+    batch, qat_model = 64, quantizer.qat(model, method)
+    groups = quantizer.parameter_groups(qat_model, lr=2e-3, scale_lr=1e-3)
+    optimizer = torch.optim.AdamW(groups)
+    steps = epochs * (len(data.labels) // batch)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [group["lr"] for group in groups], total_steps=steps
+    )
+    qat_model.train()
+    for _ in tqdm(range(epochs), desc=f"training through the plan, {method}", unit="epoch"):
+        for rows in torch.randperm(len(data.labels)).split(batch):
+            if len(rows) < batch:
+                continue
+            loss = F.cross_entropy(qat_model(data.images[rows]), data.labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return qat_model.eval()
+
+
+def run(
+    *, seed: int = 0, weight: int = 4, epochs: int = 15, qat_epochs: int = 30, method: str = "lsq"
+) -> Result:
+    """The whole comparison for one seed; activations have 4 bits."""
+    training, held_out = load_digits_split()
+    torch.manual_seed(seed)
+    model = train(DepthwiseCNN(), training, epochs=epochs)
+    quantizer = Quantizer("reference", qconfig=bits(weight, 4))
+    calib_model = quantizer.calib(model)
+    with torch.no_grad():
+        for images in training.images[:512].split(64):
+            calib_model(images)
+    reached, calibrated = accuracy(model, held_out), accuracy(quantizer.quantize(model), held_out)
+    start = time.perf_counter()
+    qat_model = train_quantized(quantizer, model, training, epochs=qat_epochs, method=method)
+    seconds = time.perf_counter() - start
+    deployed = quantizer.quantize(qat_model)
+    with torch.no_grad():
+        equal = torch.equal(deployed(held_out.images), qat_model(held_out.images))
+    return Result(reached, calibrated, accuracy(deployed, held_out), seconds, equal)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=1, help="how many; the table has the means")
+    parser.add_argument("--weight-bits", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--qat-epochs", type=int, default=30)
+    parser.add_argument("--method", default="lsq")
+    parser.add_argument("--json", type=Path, help="also write every seed's figures there")
+    options = parser.parse_args()
+    logging.getLogger("torch_quant").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    results = [
+        run(
+            seed=seed,
+            weight=options.weight_bits,
+            epochs=options.epochs,
+            qat_epochs=options.qat_epochs,
+            method=options.method,
+        )
+        for seed in range(options.seeds)
+    ]
+
+    def mean(name: str) -> float:
+        return sum(float(getattr(each, name)) for each in results) / len(results)
+
+    columns = ("float32", "calibrated", "trained")
+    print_table(
+        [
+            (
+                "held-out accuracy",
+                *(f"{mean(x):.1%}" for x in columns),
+            ),
+            ("seconds of training so", "", "", f"{mean('seconds'):.0f}"),
+        ],
+        "float32",
+        f"W{options.weight_bits}A4, calibrated",
+        f"W{options.weight_bits}A4, trained",
+    )
+    same = all(each.equal for each in results)
+    print(f"\ndeployed as trained, bit for bit: {'yes' if same else 'NO'}")
+    if options.json is not None:
+        options.json.write_text(json.dumps([asdict(each) for each in results], indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
