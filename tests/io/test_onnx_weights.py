@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_models import DECODERS, IN_FLOAT, ids
+from checkpoint_models import DECODERS, IN_FLOAT, ids, quantized
 from models import normal, seeded
 from onnx_files import check_free_sizes, needs
 from torch import Tensor, nn
@@ -20,7 +20,9 @@ from torch_quant import (
     QConfig,
     Quantizer,
     QuantSpec,
+    export_checkpoint,
     export_onnx,
+    load_checkpoint,
     recipes,
     sqnr,
 )
@@ -147,6 +149,18 @@ def test_decoders(name: str, tmp_path: Path) -> None:
     assert len(report.fused) == 15
     found = onnxruntime_gives(path, ids(3, 9), 0)
     close(found, [quant_model(**ids(3, 9), use_cache=False).logits])
+
+
+def test_a_checkpoint_becomes_a_file(tmp_path: Path) -> None:
+    """The integers go from the GPTQ layout into ONNX as they are."""
+    example = {**ids(), "use_cache": False}
+    original = quantized(DECODERS["qwen2"]())
+    folder = export_checkpoint(original, tmp_path / "gptq", format="gptq")
+    quant_model = load_checkpoint(folder, backend="onnx", example_inputs=example)
+    export_onnx(quant_model, example, tmp_path / "model.onnx", progress=False)
+    assert Backend.ONNX.verify(tmp_path / "model.onnx").complete
+    found = onnxruntime_gives(tmp_path / "model.onnx", ids(3, 9), 0)
+    close(found, [original(**ids(3, 9)).logits])
 
 
 def test_what_the_file_holds(tmp_path: Path) -> None:

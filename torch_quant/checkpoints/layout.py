@@ -16,7 +16,7 @@ from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
 
-__all__ = ["FLOATS", "Layout", "Stored", "common_refusal", "group_size"]
+__all__ = ["FLOATS", "Layout", "Stored", "common_refusal", "group_size", "wrong_entry"]
 
 FLOATS = ("F32", "F16", "BF16")
 """What scales may be, as safetensors names it."""

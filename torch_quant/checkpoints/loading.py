@@ -34,7 +34,7 @@ def load_checkpoint(
     *,
     backend: Backend | str | None = None,
     example_inputs: Any = None,
-    capture: Capture = "modules",
+    capture: Capture | None = None,
 ) -> QuantizedModule:
     """The quantized model that a checkpoint holds, of :func:`torch_quant.export_checkpoint` or of
     others.
@@ -51,7 +51,8 @@ def load_checkpoint(
         backend: where it will run; the best of this machine by default.
         example_inputs: a call of the model, as for :meth:`Quantizer.calib`; by default a few tokens
             as ``input_ids``.
-        capture: as for :class:`Quantizer`.
+        capture: as for :class:`Quantizer`: layer by layer by default, and whole for
+            ``Backend.ONNX``, whose result :func:`torch_quant.export_onnx` writes.
 
     Returns:
         A quantized model, of the class of the float one.
@@ -81,7 +82,7 @@ def quantized_from(
     skeleton: nn.Module,
     backend: Backend | str | None,
     example: Any,
-    capture: Capture = "modules",
+    capture: Capture | None = None,
 ) -> QuantizedModule:
     """A quantized model with the codes of a checkpoint.
 

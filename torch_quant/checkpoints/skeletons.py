@@ -13,7 +13,7 @@ from torch_quant.backends.onnx import missing_packages
 from torch_quant.checkpoints.files import CheckpointFiles
 from torch_quant.errors import BackendUnavailable, InvalidConfig
 
-__all__ = ["built", "placeholder", "tensors_of", "tied_names"]
+__all__ = ["built", "config_of", "placeholder", "tensors_of", "tied_names"]
 
 
 def built(files: CheckpointFiles) -> nn.Module:
