@@ -1,9 +1,9 @@
 """Linear layers with integer weights: this package's kernels beside those of PyTorch and others.
 
 One thread, each layer cold (as many copies as do not fit in the caches, one after the other) and
-hot (one copy). All are timed in turns in one run; microseconds are medians of the thread's own
-time, so that other work on the machine costs little. In decoding a layer is cold, as a model does
-not fit in a cache. Asserts nothing.
+hot (called right before). In decoding a layer is cold, as a model does not fit in a cache. All are
+timed in turns in one run; microseconds are medians of the thread's own time, so that other work on
+the machine costs little. Asserts nothing.
 
     taskset -c 0 env OMP_NUM_THREADS=1 python benchmarks/linear_kernels.py
 """
@@ -121,7 +121,7 @@ KINDS: dict[str, tuple[Callable[[int, int], Product], float]] = {
 
 
 def measured(
-    products: dict[str, list[Product]], x: Tensor, seconds: float
+    products: dict[str, list[Product]], x: Tensor, hot: bool, seconds: float
 ) -> dict[str, list[float]]:
     """Microseconds of single calls, all products in turns until the time is up."""
     turns = {name: itertools.cycle(copies) for name, copies in products.items()}
@@ -132,6 +132,8 @@ def measured(
     while time.perf_counter() < end or min(map(len, times.values())) < 3:
         for name, copies in turns.items():
             product = next(copies)
+            if hot:
+                product(x)
             begin = time.thread_time_ns()
             product(x)
             times[name].append((time.thread_time_ns() - begin) / 1e3)
@@ -146,8 +148,12 @@ def case(
         make, bytes_ = KINDS[name]
         copies = int(COLD / (bytes_ * outputs * inputs)) + 1 if cold else 1
         products[name] = [make(outputs, inputs) for _ in range(min(copies, 256))]
-    times = measured(products, torch.randn(rows, inputs), seconds)
-    sizes = {"rows": rows, "layer": f"{inputs} -> {outputs}", "cache": "cold" if cold else "hot"}
+    times = measured(products, torch.randn(rows, inputs), not cold and rows == 1, seconds)
+    sizes = {
+        "rows": rows,
+        "layer": f"{inputs} -> {outputs}",
+        "cache": "cold" if cold else "hot" if rows == 1 else "",
+    }
     return sizes | {name: round(statistics.median(found)) for name, found in times.items()}
 
 

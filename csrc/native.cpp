@@ -117,9 +117,10 @@ void for_each(int threads, const Job& job, int64_t count, void (*each)(const Job
   in_parallel(threads < count ? threads : static_cast<int>(count), Loop<Job>::work, &loop);
 }
 
-constexpr int64_t SLAB_BYTES = 8 << 20;   // of rounded activations
-constexpr int64_t BLOCK_BYTES = 128 << 10;  // of weights that meet all rows of a slab while in cache
-constexpr int64_t THREAD_BYTES = 64 << 10;  // of weights and activations for which a thread pays
+// Of rounded activations, and of weights that meet all of these while they are in a core's cache.
+constexpr int64_t SLAB_BYTES = 512 << 10, BLOCK_BYTES = 256 << 10;
+constexpr int64_t DYNAMIC_SLAB_BYTES = 1 << 20, DYNAMIC_BLOCK_BYTES = 128 << 10;
+constexpr int64_t THREAD_BYTES = 64 << 10;  // of weights, read once, for which a thread pays
 
 int64_t least(int64_t x, int64_t y) { return x < y ? x : y; }
 int64_t most(int64_t x, int64_t y) { return x > y ? x : y; }
@@ -148,11 +149,11 @@ struct Slab {
 
 template <typename Job>
 void run_slabs(Slab<Job> slab, int64_t rows, int64_t out, int64_t row_bytes,
-               int64_t most_rows, int threads) {
+               int64_t most_rows, int64_t block_bytes, int threads) {
   const int64_t work = out * row_bytes * (1 + rows / 4);
   threads = static_cast<int>(most(1, least(threads, work / THREAD_BYTES)));
   // A multiple of the outputs of a tile; every thread gets some blocks.
-  slab.outs = most(8, least(most(BLOCK_BYTES / most(row_bytes, 1), 8), out / (threads * 4)) / 8 * 8);
+  slab.outs = most(8, least(most(block_bytes / most(row_bytes, 1), 8), out / (threads * 4)) / 8 * 8);
   for (slab.row = 0; slab.row < rows; slab.row += most_rows) {
     slab.rows = least(most_rows, rows - slab.row);
     const int64_t roundings = (slab.rows + 3) / 4;
@@ -225,7 +226,8 @@ EXPORT int torch_quant_linear(int threads, const float* x, const void* weight, c
   }
   j.first = first, j.offset = offset;
   const Kernels& use = kernels();
-  run_slabs<Linear>({&j, use.round, use.multiply, 0, 0, 0}, rows, out, row_bytes, slab_rows, threads);
+  run_slabs<Linear>({&j, use.round, use.multiply, 0, 0, 0}, rows, out, row_bytes, slab_rows,
+                    BLOCK_BYTES, threads);
   return 0;
 }
 
@@ -238,7 +240,7 @@ EXPORT int torch_quant_dynamic(int threads, const float* x, const int8_t* weight
   j.x = x, j.weight = weight, j.scale = scale, j.bias = bias, j.y = y;
   j.rows = rows, j.in = in, j.out = out, j.is_signed = is_signed;
   j.padded = (in + 63) / 64 * 64;
-  const int64_t slab_rows = most(4, least(rows, SLAB_BYTES / most(j.padded, 1) / 4 * 4));
+  const int64_t slab_rows = most(4, least(rows, DYNAMIC_SLAB_BYTES / most(j.padded, 1) / 4 * 4));
   const Memory codes(slab_rows * j.padded), numbers(slab_rows * 8);
   if (!codes.start || !numbers.start) return 1;
   j.codes = codes.get();
@@ -246,6 +248,6 @@ EXPORT int torch_quant_dynamic(int threads, const float* x, const int8_t* weight
   j.zeros = reinterpret_cast<int32_t*>(numbers.get()) + slab_rows;
   const Kernels& use = kernels();
   run_slabs<Dynamic>({&j, use.round_dynamic, use.multiply_dynamic, 0, 0, 0}, rows, out, in, slab_rows,
-                     threads);
+                     DYNAMIC_BLOCK_BYTES, threads);
   return 0;
 }

@@ -81,6 +81,10 @@ class Weight:
         return WEIGHT_ONLY_LINEAR(*tensors, self.bits, self.zero)  # type: ignore[no-any-return]
 
 
+def dynamic(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    return DYNAMIC_LINEAR(x, weight, scale, None, False)  # type: ignore[no-any-return]
+
+
 def rounded(x: Tensor, weight: Weight) -> Tensor:
     """What the kernels make of activations, float64: 8 or 15 bits for each block of inputs."""
     inputs = x.shape[-1]
@@ -173,10 +177,14 @@ def test_a_row_is_the_same_alone_and_among_others(instructions: str, bits: int) 
 
 @needs_kernels
 def test_more_rows_than_are_rounded_at_once(instructions: str) -> None:
-    """8 MB of activations at a time: 1820 rows of so many inputs."""
-    x, weight = normal(4000, 256).repeat(1, 9), Weight(3, 2304, 4, 128)
-    y = weight.times(x)
-    assert torch.equal(y[3800:], weight.times(x[3800:]))
+    """Half a megabyte of activations at a time, one of dynamic ones: 113 and 455 rows here."""
+    x, weight = normal(1000, 256).repeat(1, 9), Weight(3, 2304, 4, 128)
+    int8, scale = torch.randint(-128, 128, (3, 2304), dtype=torch.int8), torch.rand(3)
+    for y, times in (
+        (weight.times(x), weight.times),
+        (dynamic(x, int8, scale), lambda rows: dynamic(rows, int8, scale)),
+    ):
+        assert torch.equal(y, torch.cat([times(rows) for rows in x.split(100)]))
 
 
 @needs_kernels
