@@ -195,7 +195,7 @@ EXPORT int torch_quant_linear(int threads, const float* x, const void* weight, c
                               const uint8_t* zero_points, const float* bias, float* y, int64_t rows,
                               int64_t in, int64_t out, int64_t row_bytes, int64_t groups, int bits,
                               int is_signed, int zero) {
-  if (!rows || !out) return 0;
+  if (!rows || !out || !in) return 0;  // without inputs the caller knows the sums
   Linear j = {};
   j.x = x, j.weight = static_cast<const uint8_t*>(weight), j.scale = scale;
   j.zero_points = zero_points, j.bias = bias, j.y = y;
@@ -235,7 +235,7 @@ EXPORT int torch_quant_linear(int threads, const float* x, const void* weight, c
 EXPORT int torch_quant_dynamic(int threads, const float* x, const int8_t* weight, const float* scale,
                                const float* bias, float* y, int64_t rows, int64_t in, int64_t out,
                                int is_signed) {
-  if (!rows || !out) return 0;
+  if (!rows || !out || !in) return 0;
   Dynamic j = {};
   j.x = x, j.weight = weight, j.scale = scale, j.bias = bias, j.y = y;
   j.rows = rows, j.in = in, j.out = out, j.is_signed = is_signed;

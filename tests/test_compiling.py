@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
@@ -83,3 +84,26 @@ def test_where_pytorch_has_a_fast_path_the_code_around_it_is_not_compiled() -> N
     )
     torch._dynamo.reset()
     assert torch.equal(torch.compile(quant_model, backend="aot_eager")(x), quant_model(x))
+
+
+class Sized(nn.Module):
+    """Which code runs is decided by a size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x) if x.shape[0] > 4 else self.head(x) * 100
+
+
+@pytest.mark.parametrize("dynamic", [None, False])
+def test_sizes_choose_the_graph(dynamic: bool | None) -> None:
+    model = seeded(Sized)
+    quant_model = calibrated(model, [((normal(8, 8),), {}), ((normal(2, 8),), {})]).quantize(model)
+    for each in (quant_model, pickle.loads(pickle.dumps(quant_model))):
+        torch._dynamo.reset()
+        model = torch.compile(each, backend="aot_eager", dynamic=dynamic)
+        for batch in (8, 2, 3, 6):
+            x = normal(batch, 8)
+            torch.testing.assert_close(model(x), quant_model(x))

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from torch_quant.amp.allocation import Allocation, allocate, exactly
 from torch_quant.amp.fallback import Fallback
@@ -32,6 +33,7 @@ from torch_quant.model import CapturedModel, call_example, check_model, check_sa
 from torch_quant.module_filter import ModuleFilter
 from torch_quant.proxies.base import Proxy, Tied
 from torch_quant.proxies.calib import CalibModel
+from torch_quant.proxies.values import plain
 from torch_quant.report.tuning import Tuning
 from torch_quant.rounding import Rounding, round_weights
 from torch_quant.session import Session
@@ -189,10 +191,11 @@ class QuantizerBase(Tied):
         sites = [site for site, _ in session.captured.sites()]
         plan = session.plan()
         tell_misfits(session.captured.sites(), plan)
-        plain = session.captured.plain_weights()
+        whole = session.captured.plain_weights()
         with told_together(), torch.inference_mode(False):
+            kept = pytree.tree_map_only(Tensor, plain, kept)
             made, report = round_weights(
-                model, sites, plan, plain, kept, folder=folder, show_progress=show_progress
+                model, sites, plan, whole, kept, folder=folder, show_progress=show_progress
             )
         self.state.rounded = made
         self.state.fingerprint = session.captured.fingerprint

@@ -406,3 +406,16 @@ def test_what_is_remembered_of_a_weight_is_not_taken_for_another() -> None:
         check(codes, half)
     with pytest.raises(InvalidConfig, match="rows of 32 codes"):
         WEIGHT_ONLY_LINEAR(x[:, :32].contiguous(), codes, half, None, None, 8, 128)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_layers_without_inputs(biased: bool) -> None:
+    bias = torch.arange(4.0) if biased else None
+    expected = torch.zeros(2, 4) if bias is None else bias.expand(2, 4)
+    codes, scale = torch.zeros(4, 0, dtype=torch.uint8), torch.ones(4, 1)
+    for path in native.instruction_sets():
+        with native.using(path):
+            found = WEIGHT_ONLY_LINEAR(torch.ones(2, 0), codes, scale, None, bias, 4, 8)
+            assert torch.equal(found, expected)
+            found = DYNAMIC_LINEAR(torch.ones(2, 0), codes.view(torch.int8), scale, bias, False)
+            assert torch.equal(found, expected)

@@ -10,7 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_quant import AWQ, GPTQ, InvalidConfig, Quantizer, recipes, sqnr
+from torch_quant import (
+    AWQ,
+    GPTQ,
+    TEQ,
+    AutoRound,
+    InvalidConfig,
+    QuantError,
+    Quantizer,
+    recipes,
+    sqnr,
+)
 from torch_quant.algorithms.blocks import Block
 
 EIGHT = recipes.weight_only(bits=8, group_size=32)
@@ -304,3 +314,31 @@ def test_inputs_of_another_kind() -> None:
             Quantizer(EIGHT, backend="reference").round_weights(model, wrong)  # type: ignore[arg-type]
     with pytest.raises(InvalidConfig, match="folder=5; expected the path of a folder"):
         Quantizer(EIGHT, backend="reference").round_weights(model, data(8), folder=5)  # type: ignore[arg-type]
+
+
+class Broken(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        y[0] = float("nan")
+        return y
+
+
+@pytest.mark.parametrize("method", ["autoround", "teq"])
+def test_training_on_what_is_not_finite_or_has_no_gradient(method: str) -> None:
+    four = recipes.weight_only(bits=4, group_size=32)
+    if method == "teq":
+        config = replace(four, transforms=(TEQ(iterations=3),))
+    else:
+        config = replace(four, method=AutoRound(iterations=3))
+    if method == "autoround":  # TEQ finds nothing to scale there
+        with pytest.raises(QuantError, match=r"the error of layers\.0 on sample 0 is not finite"):
+            quantized(Model(Broken).eval(), config, data(8))
+    model = Model(TwoWays).eval()
+    quantizer = Quantizer(config, backend="reference", overrides={"*.u": None, "*.d": None})
+    batches = data(8, 16)  # the first reaches no layer that is trained
+    quantizer.round_weights(model, batches, progress=False)
+    assert sqnr(model(batches[1]), quantizer.quantize(model)(batches[1])) > 10
+    with torch.inference_mode():
+        Quantizer(config, backend="reference").round_weights(
+            Model().eval(), data(8), progress=False
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from torch_quant.algorithms.blocks import Block, Layer
 from torch_quant.core.granularity import split_blocks
 from torch_quant.core.qparams import QParams, choose_qparams
 from torch_quant.core.spec import QuantSpec
+from torch_quant.errors import QuantError
 
 __all__ = ["Rounder", "block_error", "error_and_gradients", "replaced_weights"]
 
@@ -50,6 +52,13 @@ def error_and_gradients(
         for i in chosen:
             error = (block.run(block.samples[i]) - block.targets[i]).float().square().mean()
             total += float(error.detach()) / len(chosen)
+            if not math.isfinite(total):
+                where = block.path or "what lies outside of blocks"
+                raise QuantError(f"the error of {where} on sample {i} is not finite: {total}")
+            if (
+                not error.requires_grad
+            ):  # no layer that is trained was reached, or a no_grad forward
+                continue
             parts = torch.autograd.grad(error, list(leaves.values()), allow_unused=True)
             for layer, part in zip(leaves, parts, strict=True):
                 if part is not None:

@@ -64,6 +64,8 @@ def searched_qparams(
     rows = block_rows(weight, spec.granularity)
     counts = None
     if importance is not None:
+        # Other data may excite a channel that these do not: it counts as much as the mean.
+        importance = torch.where(importance > 0, importance, importance.mean())
         counts = block_rows(importance.to(weight).expand_as(weight), spec.granularity)
     flat = dataclasses.replace(spec, granularity=PerChannel(0))
     size = max(1, _ELEMENTS // max(1, rows.shape[1]))

@@ -98,6 +98,8 @@ class TEQ(Transform):
             _, gradients = error_and_gradients(block, {**fixed, **weights}, chosen)
             known = [(w, g) for layer, w in weights.items() if (g := gradients[layer]) is not None]
             optimizer.zero_grad()
+            if not known:
+                continue
             torch.autograd.backward([w for w, _ in known], [g for _, g in known], inputs=logs)
             optimizer.step()
             schedule.step()

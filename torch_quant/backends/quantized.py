@@ -218,7 +218,10 @@ def run(module: QuantizedModule, *args: Any, **kwargs: Any) -> Any:
         return _run_glue(how, args, kwargs)
     if torch.compiler.is_dynamo_compiling():
         for graph in how.graphs:
-            if (tensors := graph.kind.tensors(args, kwargs)) is not None:
+            tensors = graph.kind.tensors(args, kwargs)
+            if tensors is None:
+                continue
+            if graph.contract.admits([size for x in tensors for size in x.shape]):
                 return graph(*tensors, source=(args, kwargs))
     try:
         call = flatten_call(args, kwargs)

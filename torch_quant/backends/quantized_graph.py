@@ -79,6 +79,7 @@ class QuantizedGraph(NeverLoads):
         self.plan = QuantPlan()
         """Its sites, if it was captured after the model was quantized."""
         self.kind, self.contract, self.out_spec = kind, contract, out_spec
+        contract.prepare()
         self.modes: dict[bool, fx.GraphModule] = {}
         """Of a graph that trains: the bodies of train and of eval mode, where they differ."""
         self._direct: tuple[Any, Direct | None] | None = None
@@ -96,6 +97,7 @@ class QuantizedGraph(NeverLoads):
         body = linked(unpack(state.pop("packed")), state.pop("links"))
         super().__setstate__(state)
         self.body = body
+        self.contract.prepare()
 
     def direct(self, signature: Any) -> Direct | None:
         """The shortest way for calls with one tensor, None if there is none, or hooks are to run.

@@ -67,6 +67,16 @@ class ShapeContract:
         failure = checks.failure(sizes)
         return None if failure is None else self._reason(failure, sizes)
 
+    def prepare(self) -> None:
+        """Make the function that checks a call, which cannot be done while Dynamo records."""
+        if self._checks is None:
+            self._compiled()
+
+    def admits(self, sizes: list[int]) -> bool:
+        """Whether the graph serves tensors of these sizes, all one after the other."""
+        assert self._checks is not None
+        return self._checks.admits(sizes)
+
     def _compiled(self) -> SizeChecks:
         positions = {place: n for n, place in enumerate(self._places())}
         dimensions = [size for shape in self.shapes for size in shape]

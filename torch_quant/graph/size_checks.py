@@ -56,6 +56,13 @@ class SizeChecks:
         self._first = _function([*(arguments if dimensions else []), *lines, "return -1"])
         self._slowly = functools.lru_cache(1024)(self._by_sympy)
 
+    def admits(self, sizes: list[int]) -> bool:
+        """Whether they go against nothing, by comparisons alone: Dynamo reads them and guards.
+
+        False where a condition has no such form.
+        """
+        return not self._left and self._first(sizes) < 0
+
     def failure(self, sizes: list[int]) -> Failure | None:
         """What the sizes of a call go against, or None."""
         try:

@@ -6,7 +6,6 @@ library of kernels is missing, they compute the same with dequantized weights.
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -140,6 +139,12 @@ def _layout(
     return made
 
 
+def _sums_of_nothing(y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What a layer without inputs gives."""
+    y = y.zero_() if bias is None else y.copy_(bias.expand_as(y))
+    return y.to(dtype)
+
+
 def _weight_only_linear(
     x: Tensor,
     weight: Tensor,
@@ -160,7 +165,9 @@ def _weight_only_linear(
     if bias is not None:
         bias = _plain(bias, torch.float32)
     y = rows.new_empty((*x.shape[:-1], layout.outputs))
-    count = x.numel() // inputs if inputs else math.prod(x.shape[:-1])
+    if not inputs:
+        return _sums_of_nothing(y, bias, x.dtype)
+    count = x.numel() // inputs
     failed = kernels.torch_quant_linear(
         torch.get_num_threads(), rows.data_ptr(), *layout.pointers, _address(bias), y.data_ptr(),
         count, inputs, layout.outputs, *layout.options,
@@ -184,6 +191,8 @@ def _dynamic_linear(
         _check(inputs <= MOST_INPUTS, name, f"at most {MOST_INPUTS} inputs", inputs)
         _check(False, name, "one scale for each output", tuple(scale.shape))
     kernels = native.kernels()
+    if not inputs:
+        return _sums_of_nothing(x.new_empty((*x.shape[:-1], outputs)), bias, x.dtype)
     if kernels is None:
         return _dynamic_in_float(x, weight, scale, bias, signed)
     rows = _plain(x, torch.float32)
@@ -192,7 +201,7 @@ def _dynamic_linear(
     scale = _plain(scale, torch.float32)
     bias = None if bias is None else _plain(bias, torch.float32)
     y = rows.new_empty((*x.shape[:-1], outputs))
-    count = x.numel() // inputs if inputs else math.prod(x.shape[:-1])
+    count = x.numel() // inputs
     failed = kernels.torch_quant_dynamic(
         torch.get_num_threads(), rows.data_ptr(), weight.data_ptr(), scale.data_ptr(),
         _address(bias), y.data_ptr(), count, inputs, outputs, signed,
