@@ -25,7 +25,7 @@ __all__ = ["small_decoder"]
 
 LENGTH = 256
 BATCH = 8
-STEPS = 1000
+STEPS = 800
 VOCABULARY = 4096
 
 
