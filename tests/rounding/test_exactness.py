@@ -338,7 +338,7 @@ def test_training_on_what_is_not_finite_or_has_no_gradient(method: str) -> None:
     batches = data(8, 16)  # the first reaches no layer that is trained
     quantizer.round_weights(model, batches, progress=False)
     assert sqnr(model(batches[1]), quantizer.quantize(model)(batches[1])) > 10
+    model = Model().eval()
     with torch.inference_mode():
-        Quantizer(config, backend="reference").round_weights(
-            Model().eval(), data(8), progress=False
-        )
+        quantizer = Quantizer(config, backend="reference")
+        quantizer.round_weights(model, data(8), progress=False)
