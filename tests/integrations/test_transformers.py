@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_models import DECODERS, IN_FLOAT, ids, quantized
+from checkpoint_models import DECODERS, IN_FLOAT, SIZES, ids, quantized
 from safetensors.torch import load_file, save_file
 
 from torch_quant import (
@@ -66,6 +68,8 @@ def test_quantized_while_loading_saved_and_loaded(name: str, backend: str, tmp_p
     again.save_pretrained(tmp_path / "again")
     for file in ("config.json", "model.safetensors"):
         assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "int4" / file).read_bytes()
+    for copied in (copy.deepcopy(again), pickle.loads(pickle.dumps(again))):
+        assert torch.equal(logits(copied), expected)
     alone = load_checkpoint(tmp_path / "int4", backend=backend)
     assert torch.equal(logits(alone), expected)
 
@@ -138,6 +142,24 @@ def test_groups_that_the_backend_has_no_kernel_for(
 def test_recipes_that_do_not_do(recipe: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidConfig, match=message):
         TorchQuantConfig(recipe, **options)
+
+
+def test_experts_are_quantized_but_not_saved(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2}
+    transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes)).save_pretrained(
+        tmp_path / "float"
+    )
+    config = TorchQuantConfig(group_size=32, backend="reference")
+    quant_model = from_pretrained(tmp_path / "float", quantization_config=config)
+    with pytest.raises(InvalidConfig, match=r"cannot be saved.*modules_to_not_convert"):
+        quant_model.save_pretrained(tmp_path / "int4")
+    config = TorchQuantConfig(
+        group_size=32, backend="reference", modules_to_not_convert=["*.experts*", "*.gate"]
+    )
+    quant_model = from_pretrained(tmp_path / "float", quantization_config=config)
+    quant_model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(from_pretrained(tmp_path / "again")), logits(quant_model))
 
 
 def test_damaged_folders(tmp_path: Path) -> None:

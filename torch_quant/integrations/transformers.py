@@ -50,8 +50,8 @@ class TorchQuantConfig(QuantizationConfigMixin):
     Args:
         recipe: the name of one of ``torch_quant.recipes`` that quantizes weights alone.
         backend: where the model runs; the best of this machine by default.
-        modules_to_not_convert: names of modules that stay in float, as ``["lm_head"]``; embeddings
-            do.
+        modules_to_not_convert: names or patterns of what stays in float, as ``["lm_head",
+            "*.experts*"]``; embeddings do.
         options: of the recipe, as ``group_size=64``.
 
     Raises:
@@ -165,6 +165,7 @@ class TorchQuantHfQuantizer(HfQuantizer):
             for name in self._checkpoint.stored:  # the backend may have had some dequantized
                 module = model.get_submodule(name)
                 module._parameters["weight"] = skeleton.get_submodule(name)._parameters["weight"]
+            self._checkpoint = None  # open files, which a copy could not have
         else:
             made = _by_recipe(model, config)
         self.plan = made.quantization.plan
@@ -196,7 +197,10 @@ class TorchQuantHfQuantizer(HfQuantizer):
         weights = self._weights(model)
         for name, weight in weights.items():
             if reason := OWN.refusal(weight):
-                raise InvalidConfig(f"{name} cannot be saved: {reason}")
+                raise InvalidConfig(
+                    f"{name} cannot be saved: {reason}. Leave it in float: "
+                    f"TorchQuantConfig(..., modules_to_not_convert=[{weight.site!r}])"
+                )
         integers = {name for each in weights.values() for name in each.names}
         found = {name: x for name, x in model.state_dict().items() if name not in integers}
         for name, weight in weights.items():
