@@ -38,3 +38,10 @@ def no_grad() -> Iterator[None]:
     """Inference, unless a test says otherwise."""
     with torch.no_grad():
         yield
+
+
+@pytest.fixture
+def grad(no_grad: None) -> Iterator[None]:
+    """For modules of tests that train: against :func:`no_grad`."""
+    with torch.enable_grad():
+        yield

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from models import MODELS, example, normal
+from qat_training import FOUR_BITS, calibrated, quiet
 from torch import nn
-from training import FOUR_BITS, calibrated, quiet
 
 from torch_quant import (
     InvalidConfig,
@@ -21,6 +21,8 @@ from torch_quant import (
     recipes,
     save,
 )
+
+pytestmark = pytest.mark.usefixtures("grad")
 
 
 def test_before_calibration() -> None:

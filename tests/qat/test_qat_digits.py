@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("grad")
+
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from models import MODELS, normal, tokens
+from qat_training import FOUR_BITS, calibrated, loss_of, quiet, simulation
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from training import FOUR_BITS, calibrated, loss_of, quiet, simulation
 from zoo import samples, zoo_model
 
 from torch_quant import (
@@ -23,6 +23,8 @@ from torch_quant import (
     recipes,
 )
 from torch_quant.qat.model import QatModel
+
+pytestmark = pytest.mark.usefixtures("grad")
 
 SIMULATED = ("reference", "onednn")
 CHEAP = ("bert", "resnet", "gpt2", "convnext", "albert", "regnet", "bit", "t5")

@@ -10,12 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import MODELS, example, normal
+from qat_training import FOUR_BITS, calibrated, loss_of, quiet, steps, train
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
-from training import FOUR_BITS, calibrated, loss_of, quiet, steps, train
 
 from torch_quant import QConfig, Quantizer
+
+pytestmark = pytest.mark.usefixtures("grad")
 
 METHODS = ("fixed", "lsq", "lsq_plus", "pact")
 

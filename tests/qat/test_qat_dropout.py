@@ -9,12 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import normal
+from qat_training import calibrated, loss_of, quiet
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from training import calibrated, loss_of, quiet
 from zoo import ZOO, zoo_model
 
 from torch_quant import Quantizer
+
+pytestmark = pytest.mark.usefixtures("grad")
 
 
 class Dropping(nn.Module):

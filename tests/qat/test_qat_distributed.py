@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from models import MODELS, example
+from qat_training import FOUR_BITS
 from torch import multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
-from training import FOUR_BITS
 
 from torch_quant import Quantizer
+
+pytestmark = pytest.mark.usefixtures("grad")
 
 STEPS = 3
 

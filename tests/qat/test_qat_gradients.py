@@ -15,6 +15,8 @@ from torch_quant.core.spec import QuantSpec, ScaleType
 from torch_quant.qat.fake_quantize import TRAINED_FAKE_QUANTIZE, stored_scale
 from torch_quant.qat.methods import QAT_METHODS, qat_method
 
+pytestmark = pytest.mark.usefixtures("grad")
+
 SPECS = {
     "uint8": QuantSpec.of(bits=8),
     "uint4": QuantSpec.of(bits=4),

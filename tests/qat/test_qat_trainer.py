@@ -13,6 +13,8 @@ from zoo import zoo_model
 
 from torch_quant import Quantizer
 
+pytestmark = pytest.mark.usefixtures("grad")
+
 pytest.importorskip("accelerate")
 
 VOCABULARY = 128
