@@ -1,5 +1,6 @@
 """Quantize PyTorch models and run them on real int8 kernels."""
 
+import contextlib
 import importlib
 import sys
 
@@ -101,4 +102,5 @@ __all__ = [
 ]
 
 if "transformers.quantizers.auto" in sys.modules:  # else, whoever wants it imports it
-    importlib.import_module("torch_quant.integrations.transformers")
+    with contextlib.suppress(ImportError):  # a version without third parties
+        importlib.import_module("torch_quant.integrations.transformers")

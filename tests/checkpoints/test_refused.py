@@ -304,3 +304,22 @@ def test_the_checkpoint_is_gone_when_another_kind_of_call_comes(folder: Path) ->
     assert torch.equal(again(**ids()).logits, expected)
     with pytest.raises(QuantError, match=r"cannot read .*config\.json"):
         again.lm_head(torch.ones(64))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("architectures", ["Trainer"]), ("architectures", {"a": 1}), ("num_attention_heads", 0)],
+)
+def test_configurations_that_make_no_model(folder: Path, name: str, value: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, name: value}))
+    with pytest.raises(InvalidConfig, match=r"config\.json"):
+        load_checkpoint(folder, backend="reference")
+
+
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation"])
+def test_code_that_a_configuration_names_is_not_fetched(folder: Path, name: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, name: "somebody/kernel"}))
+    model = load_checkpoint(folder, backend="reference")
+    assert model.config._attn_implementation in ("sdpa", "eager")

@@ -111,8 +111,9 @@ class PackedLayout:
         groups = about.get("config_groups")
         if not isinstance(groups, dict) or not groups:
             raise wrong_entry(files, "config_groups", groups, "schemes by name")
-        if about.get("kv_cache_scheme") is not None:
-            raise wrong_entry(files, "kv_cache_scheme", about["kv_cache_scheme"], "none")
+        for name in ("kv_cache_scheme", "transform_config"):
+            if about.get(name):
+                raise wrong_entry(files, name, about[name], "none")
         found = {}
         for name in files:
             module, _, ending = name.rpartition(".")

@@ -16,6 +16,14 @@ from torch_quant.errors import BackendUnavailable, InvalidConfig
 __all__ = ["built", "config_of", "placeholder", "tensors_of", "tied_names"]
 
 
+_NOT_READ = (
+    "quantization_config", "attn_implementation", "_attn_implementation",
+    "_attn_implementation_internal", "experts_implementation", "_experts_implementation",
+    "_experts_implementation_internal", "auto_map",
+)  # fmt: skip
+"""Of config.json: what quantization adds, and what may name code of a repository to be fetched."""
+
+
 def built(files: CheckpointFiles) -> nn.Module:
     """A model of the class and sizes that ``config.json`` names; its weights have no values yet.
 
@@ -29,22 +37,26 @@ def built(files: CheckpointFiles) -> nn.Module:
         )
     import transformers
 
-    data = {k: v for k, v in files.config.items() if k != "quantization_config"}
+    data = {k: v for k, v in files.config.items() if k not in _NOT_READ}
     where = files.folder / "config.json"
     try:
         kind = str(data["model_type"])
         config = transformers.AutoConfig.for_model(**data)
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, ArithmeticError) as error:
         raise InvalidConfig(f"{where}: its model cannot be built: {error}") from error
     names = data.get("architectures") or ()
-    cls = getattr(transformers, str(names[0]), None) if names else None
-    if cls is None:
+    first = names[0] if isinstance(names, (list, tuple)) and names else ""
+    cls = getattr(transformers, str(first), None)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise InvalidConfig(
             f"{where}: transformers {transformers.__version__} has no architecture {names!r} of "
             f"model type {kind!r}; give a model of that class, load_checkpoint(folder, model=...)"
         )
-    with _without_initializing():
-        model: nn.Module = cls._from_config(config, dtype=torch.float32)
+    try:
+        with _without_initializing():
+            model: nn.Module = cls._from_config(config, dtype=torch.float32)
+    except (TypeError, ValueError, ZeroDivisionError, RuntimeError, AttributeError) as error:
+        raise InvalidConfig(f"{where}: its model cannot be built: {error}") from error
     model.tie_weights()  # type: ignore[operator]
     generation = files.folder / "generation_config.json"
     if generation.is_file() and hasattr(model, "generation_config"):
