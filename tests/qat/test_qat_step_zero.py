@@ -22,6 +22,7 @@ from torch_quant import (
     RoundToNearest,
     recipes,
 )
+from torch_quant.ops.experts import GROUPED_LINEAR
 from torch_quant.qat.model import QatModel
 
 pytestmark = pytest.mark.usefixtures("grad")
@@ -196,3 +197,29 @@ def test_what_has_no_gradient_quantized_trains_in_float() -> None:
     deployed = quantizer.quantize(qat_model)
     assert not deployed.plan["lstm"].quantized
     assert_same(quiet(deployed, inputs), quiet(qat_model, inputs))
+
+
+def test_experts_train() -> None:
+    """Their products are an operator of this package, whose gradient is its own."""
+    x, weight = normal(10, 4).requires_grad_(), normal(9, 4).requires_grad_()
+    ends = torch.tensor([3, 3, 8])
+    y = GROUPED_LINEAR(x, weight, ends)
+    y.square().sum().backward()
+    found = [x.grad.clone(), weight.grad.clone()]
+    x.grad = weight.grad = None
+    parts = [x[:3] @ weight[:3].T, x[3:8] @ weight[6:].T]
+    sum(part.square().sum() for part in parts).backward()
+    torch.testing.assert_close(found, [x.grad, weight.grad])
+
+    model, batches = zoo_model("mixtral"), samples("mixtral", 4)
+    quantizer = Quantizer("reference")
+    with torch.no_grad():
+        for batch in batches:
+            quantizer.calib(model)(**batch)
+    qat_model = quantizer.qat(model)
+    loss_of(qat_model(**batches[0]).logits).backward()
+    lacking = [name for name, p in model.named_parameters() if p.grad is None]
+    assert lacking == []
+    with torch.no_grad():
+        deployed = quantizer.quantize(qat_model)
+        assert_same(deployed(**batches[0]).logits, qat_model(**batches[0]).logits)

@@ -45,7 +45,28 @@ def _fake_grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0] // ends.shape[0])
 
 
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    """Of each expert's rows: ``grad W`` for the input, ``grad' x`` for the matrix."""
+    x, weight, ends = ctx.saved_tensors
+    out = weight.shape[0] // ends.shape[0]
+    of_x, of_weight, start = torch.zeros_like(x), torch.zeros_like(weight), 0
+    for i, end in enumerate(ends.tolist()):
+        if end > start:
+            matrix, rows = slice(i * out, (i + 1) * out), slice(start, end)
+            of_x[rows] = grad[rows] @ weight[matrix]
+            of_weight[matrix] = grad[rows].T @ x[rows]
+        start = end
+    return of_x, of_weight, None
+
+
 library.impl("grouped_linear", _grouped_linear, "CompositeExplicitAutograd")
+torch.library.register_autograd(
+    "torch_quant::grouped_linear", _backward, setup_context=_keep, lib=library
+)
 torch.library.register_fake("torch_quant::grouped_linear", _fake_grouped_linear, lib=library)
 
 GROUPED_LINEAR = torch.ops.torch_quant.grouped_linear.default
