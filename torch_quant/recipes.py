@@ -7,7 +7,7 @@ its name: ``qconfig: {recipe: int4_weight_only, group_size: 64}``.
 
 from __future__ import annotations
 
-from torch_quant.algorithms import SmoothQuant
+from torch_quant.algorithms import RoundToNearest, SmoothQuant
 from torch_quant.config import QConfig, register_recipe
 from torch_quant.core.granularity import PerChannel, PerGroup, PerToken
 from torch_quant.core.methods import Transform, WeightMethod, read_weight_method
@@ -93,7 +93,8 @@ def int4_weight_only(
     Args:
         group_size: inputs that share a scale; None for a scale for each output channel.
         symmetric: whether codes are signed, with their zero at 0.
-        method: how weights are rounded.
+        method: how weights are rounded; None for round to nearest, over the full range where codes
+            are signed.
 
     Raises:
         InvalidConfig: ``group_size`` is not positive, or the method is unknown.
@@ -101,7 +102,7 @@ def int4_weight_only(
     >>> print(int4_weight_only(group_size=32).weight)
     s4 symmetric per-group(32)
     """
-    return QConfig(FLOAT, _int(4, group_size, symmetric), method=_method(method))
+    return QConfig(FLOAT, _int(4, group_size, symmetric), method=_few_bits(4, symmetric, method))
 
 
 @register_recipe
@@ -118,7 +119,8 @@ def weight_only(
         bits: of a weight.
         group_size: inputs that share a scale; None for a scale for each output channel.
         symmetric: whether codes are signed, with their zero at 0.
-        method: how weights are rounded.
+        method: how weights are rounded; None for round to nearest, over the full range where codes
+            are signed and have up to 4 bits.
 
     Raises:
         InvalidConfig: ``bits`` or ``group_size`` is out of range, or the method is unknown.
@@ -128,7 +130,8 @@ def weight_only(
     """
     if isinstance(bits, bool) or bits not in range(2, 9):
         raise InvalidConfig(f"bits={bits!r}: expected 2 to 8")
-    return QConfig(FLOAT, _int(bits, group_size, symmetric), method=_method(method))
+    how = _few_bits(bits, symmetric, method)
+    return QConfig(FLOAT, _int(bits, group_size, symmetric), method=how)
 
 
 @register_recipe
@@ -214,6 +217,17 @@ def _mx(element: str, weight_only: bool) -> QConfig:
         element, symmetric=True, granularity=block, scale_type="e8m0", dynamic=True
     )
     return QConfig(dynamic, weight)
+
+
+def _few_bits(bits: int, symmetric: bool, method: WeightMethod | str | None) -> WeightMethod | None:
+    """Of up to 4 symmetric bits, round to nearest uses the full range unless told otherwise.
+
+    The largest weight of a group is then the code that has no positive counterpart, by the sign of
+    its scale: one level more of 15, or of 7.
+    """
+    if method is None and symmetric and bits <= 4:
+        return RoundToNearest(full_range=True)
+    return _method(method)
 
 
 def _method(method: WeightMethod | str | None) -> WeightMethod | None:
