@@ -129,6 +129,14 @@ SAMPLES: dict[str, Callable[[], dict[str, Sample]]] = {
     "quantize": lambda: formats("quantize") | layouts(),
     "dequantize": lambda: formats("dequantize"),
     "fake_quantize": lambda: formats("fake_quantize") | layouts(),
+    "trained_fake_quantize": lambda: {
+        f"{role} {name}": (*sample, "float32", role, "lsq", "")
+        for role in ("input", "weight")
+        for name, sample in (formats("fake_quantize") | layouts()).items()
+        if not name.startswith(
+            "float8"
+        )  # opcheck looks inside, and multiplies what is float8 there
+    },
     "decode": lambda: formats("decode"),
     "choose_qparams": lambda: {
         f"{kind} {name}": (x, "uint8", symmetric, kind, "float32")
@@ -141,6 +149,7 @@ SAMPLES: dict[str, Callable[[], dict[str, Sample]]] = {
     "dequantize_per_channel": lambda: {
         "": (TABLE[0], TABLE[1], torch.zeros(12, dtype=torch.int32), 0),
     },
+    "grouped_linear": lambda: {"": (floats(10, 4), floats(9, 4), torch.tensor([3, 3, 8]))},
     "lstm": lambda: {"": lstm(True, True, *TENSORS)},
     "whole_lstm": lambda: whole(4),
     "whole_gru": lambda: whole(3),
