@@ -150,6 +150,20 @@ SAMPLES: dict[str, Callable[[], dict[str, Sample]]] = {
         "": (TABLE[0], TABLE[1], torch.zeros(12, dtype=torch.int32), 0),
     },
     "grouped_linear": lambda: {"": (floats(10, 4), floats(9, 4), torch.tensor([3, 3, 8]))},
+    "onnx_weight": lambda: {
+        "": (codes(4, 8, dtype=torch.int8), floats(4, 2).abs(), torch.zeros(4, 2).int(), "int8")
+    },
+    "weight_only_linear": lambda: {
+        "int4": (floats(3, 64), codes(6, 32), floats(6, 2), None, floats(6), 4, 8),
+        "affine": (floats(3, 64), codes(6, 32), floats(6, 2), codes(6, 2) % 16, None, 4, 8),
+    },
+    "weight_only_experts": lambda: {
+        "": (floats(5, 64), codes(6, 32), floats(6, 2), None, torch.tensor([2, 5]), 4, 8)
+    },
+    "dynamic_linear": lambda: {"": (floats(3, 64), *weight(6, 64), floats(6), False)},
+    "packed_embedding": lambda: {
+        "": (codes(6, 32), floats(6, 2), None, torch.tensor([[1, 2]]), 4, 8, 64)
+    },
     "lstm": lambda: {"": lstm(True, True, *TENSORS)},
     "whole_lstm": lambda: whole(4),
     "whole_gru": lambda: whole(3),
