@@ -239,13 +239,14 @@ def known_rows(name: str, options: argparse.Namespace) -> dict[tuple[str, str], 
 
 
 def runs_on(quantizer: Quantizer, model: nn.Module) -> str:
-    """The backend, and the share of multiply-accumulates that it runs in the format."""
-    share = f"{quantizer.coverage(model).share:.1%}"
+    """The backend, how many sites it runs in the format, and by which instructions."""
+    plan = quantizer.coverage(model).plan
+    sites = f"{sum(site.quantized for site in plan.values())} of {len(plan)} sites"
     if quantizer.backend.name == "reference":
-        return f"reference, {share} simulated in float"
+        return f"reference, {sites} simulated in float"
     instructions = instruction_sets()
     return (
-        f"{quantizer.backend.name}, {share}, {instructions[-1] if instructions else 'no'} kernels"
+        f"{quantizer.backend.name}, {sites}, {instructions[-1] if instructions else 'no'} kernels"
     )
 
 
