@@ -156,7 +156,7 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "smoothing of a convolution": (setting("conv", transforms=["smoothquant"]), "only linear"),
     **{
         f"method {value!r}": (setting("linear", method=value), "the weight method")
-        for value in ("gptq", {}, {"name": "rtn", "bits": 4}, 4, ["rtn"])
+        for value in ("gptx", {}, {"name": "rtn", "bits": 4}, 4, ["rtn"])
     },
     "observer of a method": (
         setting("linear", method={"name": "rtn", "observer": "max"}), "unknown observer 'max'"

@@ -82,9 +82,9 @@ class Method(ABC):
     def to_dict(self) -> dict[str, Any]:
         """Its name and options, ready for JSON and YAML.
 
-        >>> from torch_quant import RoundToNearest
-        >>> RoundToNearest("histogram").to_dict()
-        {'name': 'rtn', 'observer': 'histogram'}
+        >>> from torch_quant import SmoothQuant
+        >>> SmoothQuant(0.5).to_dict()
+        {'name': 'smoothquant', 'alpha': 0.5}
         """
         return {"name": self.name} | {each.name: getattr(self, each.name) for each in fields(self)}
 

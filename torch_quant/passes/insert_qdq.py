@@ -174,7 +174,8 @@ class _Inserter:
         gm, axis = self.context.gm, pattern.weight_axis
         method = site.method
         data = method is not None and (method.wants_statistics or method.wants_blocks)
-        alone = site.name if data or site.transforms else ""
+        scaled = any(each.wants_blocks for each in site.transforms)
+        alone = site.name if data or scaled else ""
         memo = (expression(gm, old), site.weight, axis, method, alone)
         if memo not in self.weights:
             value = evaluate(gm, old).detach()
