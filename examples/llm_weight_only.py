@@ -39,7 +39,7 @@ def parse() -> argparse.Namespace:
         "--group-size", type=int, default=64, help="weights that share a scale in int4 (default 64)"
     )
     parser.add_argument(
-        "--method", default="rtn", help="how int4 weights are rounded (default rtn, to nearest)"
+        "--method", default="gptq", help="how int4 weights are rounded (default gptq)"
     )
     parser.add_argument(
         "--calibration", type=int, default=16, help="texts of 512 tokens for --method (default 16)"
@@ -101,7 +101,9 @@ def main() -> None:
         loaded = torch_quant.load(folder, model=empty)
         assert torch.equal(loaded(**example).logits, quant_model(**example).logits)
         models[name], sizes[name] = loaded, folder_size(folder)
-        runs_on[name] = f"{quantizer.backend!r}, {quantizer.coverage(model).share:.1%}"
+        sites = quantizer.coverage(model).plan.values()
+        quantized = sum(site.quantized for site in sites)
+        runs_on[name] = f"{quantizer.backend!r}, {quantized} of {len(sites)} sites"
 
     found = {
         name: perplexity(each, text.evaluation, title=f"{name}, perplexity")
@@ -115,7 +117,7 @@ def main() -> None:
         ("perplexity", *(f"{each:.2f} ({each / exact:.3f}x)" for each in found.values())),
         ("size", *(f"{each / 1e6:.0f} MB ({each / whole:.1%})" for each in sizes.values())),
         ("tokens a second", *(f"{1 / each:.1f}" for each in speed.values())),
-        ("runs on, share of MACs", *runs_on.values()),
+        ("runs on", *runs_on.values()),
     ]
     print(f"\nSmolLM2-135M-Instruct, {text.evaluation.numel()} tokens of {text.sources}, int4: ")
     print(
