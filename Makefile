@@ -29,7 +29,7 @@ SAME := core sequences statistics tuning \
   $(addprefix amp/test_,gram.py groups.py ranking.py selection.py sensitivity_report.py fallback_bad_input.py \
   fallback_selection.py fallback_state.py amp_changes.py amp_infinite_gradient.py amp_loss.py) \
   $(addprefix backends/test_,onnx.py float_and_dynamic.py formats.py) graph/test_annotate.py graph/test_rules.py \
-  $(addprefix io/test_,files.py onnx_recurrent.py onnx_rewrites.py saved_quantizers.py summary.py \
+  $(addprefix io/test_,files.py onnx_recurrent.py onnx_rewrites.py onnx_weights.py saved_quantizers.py summary.py \
   summary_mistakes.py) test_architecture.py \
   test_bad_input.py test_configuration.py test_contributing.py test_coverage.py test_explain.py test_merging.py \
   test_public.py test_recipes.py test_requirements.py test_saved_states.py test_typing.py

@@ -83,7 +83,8 @@ def test_where_pytorch_has_a_fast_path_the_code_around_it_is_not_compiled() -> N
         model
     )
     torch._dynamo.reset()
-    assert torch.equal(torch.compile(quant_model, backend="aot_eager")(x), quant_model(x))
+    compiled_model = torch.compile(quant_model, backend="aot_eager")
+    torch.testing.assert_close(compiled_model(x), quant_model(x))  # operators taken apart
 
 
 class Sized(nn.Module):
