@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, fx
@@ -58,7 +57,7 @@ class Calibrated:
         """Of a site's weight; raises :class:`QuantError` if it cannot be quantized."""
         entry = self._plan[site]
         method = entry.method or DEFAULT_METHOD
-        spec = replace(spec, granularity=spec.granularity.on(axis))
+        spec = spec.on(axis)
         rounded = self._rounded(site, weight, spec, method)
         if rounded is not None:
             return rounded.codes, rounded.qparams

@@ -278,12 +278,17 @@ class Block:
 
     def rescale(self, path: str, how: Scaling) -> None:
         """Scale one parameter, by its name inside of the block, and note it."""
-        owner, _, name = path.rpartition(".")
-        module = self.module.get_submodule(owner)
-        value = module._parameters[name]
-        assert value is not None
-        module._parameters[name] = nn.Parameter(how.apply(value.detach()), requires_grad=False)
+        set_scaled(self.module, path, how)
         self.scaled[path] = self.scaled.get(path, Scaling()).then(how.rows, how.columns)
+
+
+def set_scaled(root: nn.Module, path: str, how: Scaling) -> None:
+    """Put a scaled copy in the place of a parameter of a twin."""
+    owner, _, name = path.rpartition(".")
+    module = root.get_submodule(owner)
+    value = module._parameters[name]
+    assert value is not None
+    module._parameters[name] = nn.Parameter(how.apply(value.detach()), requires_grad=False)
 
 
 def wanted_of(method: WeightMethod, layer: Layer) -> Mapping[str, Callable[[], Statistic]]:

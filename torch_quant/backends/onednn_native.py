@@ -13,10 +13,10 @@ from torch import Tensor, fx
 
 from torch_quant.core.granularity import PerGroup, PerToken
 from torch_quant.core.kernels import Accepts, Kernel
+from torch_quant.core.packing import bits_of_storage, pack
 from torch_quant.core.spec import QuantSpec, ScaleType
 from torch_quant.graph.sites import key_of
 from torch_quant.native import ops
-from torch_quant.native.packing import bits_of_storage, pack
 from torch_quant.ops.qdq import DEQUANTIZE, DEQUANTIZE_PER_CHANNEL, QUANTIZE
 from torch_quant.passes.base import PassContext, call_like
 from torch_quant.passes.constants import name_of, new_constants

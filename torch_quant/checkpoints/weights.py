@@ -18,6 +18,7 @@ from torch_quant.backends.quantized import (
 )
 from torch_quant.core.functional import dequantize_blocks
 from torch_quant.core.granularity import PerGroup
+from torch_quant.core.packing import unpack
 from torch_quant.core.plan import QuantPlan, SitePlan
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
@@ -27,7 +28,6 @@ from torch_quant.native.ops import (
     WEIGHT_ONLY_EXPERTS,
     WEIGHT_ONLY_LINEAR,
 )
-from torch_quant.native.packing import unpack
 
 __all__ = ["QuantizedWeight", "quantized_weights", "weights_of"]
 

@@ -1,4 +1,8 @@
-"""Codes of up to 4 bits, two a byte."""
+"""Codes of fewer than 8 bits, several in a byte: how weights are saved, and how kernels read them.
+
+A row of a weight begins with a new byte. Its codes stand along the inputs, from the low bits of a
+byte to the high ones, and are counted from 0: a signed code has half of the range added.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,69 @@ from torch import Tensor
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
 
-__all__ = ["pack_codes", "unpack_codes"]
+__all__ = ["bits_of_storage", "pack", "pack_codes", "row_bytes", "unpack", "unpack_codes"]
+
+
+def bits_of_storage(bits: int) -> int:
+    """How many bits a code of ``bits`` takes: 2, 4 or 8.
+
+    >>> [bits_of_storage(bits) for bits in (2, 3, 4, 6)]
+    [2, 4, 4, 8]
+    """
+    return next(size for size in (2, 4, 8) if bits <= size)
+
+
+def row_bytes(codes: int, bits: int) -> int:
+    """Bytes of a row of so many codes.
+
+    >>> row_bytes(5, 4)
+    3
+    """
+    return -(-codes * bits // 8)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes as bytes.
+
+    Args:
+        codes: 0 to ``2**bits - 1``, shape ``[rows, n]``.
+        bits: 2 or 4.
+
+    Returns:
+        uint8, shape ``[rows, row_bytes(n, bits)]``; what is left of the last byte is 0.
+
+    >>> pack(torch.tensor([[1, 2, 3]]), 4).tolist()
+    [[33, 3]]
+    """
+    per_byte = 8 // bits
+    padded = torch.nn.functional.pad(codes.to(torch.uint8), (0, -codes.shape[1] % per_byte))
+    split = padded.reshape(codes.shape[0], -1, per_byte)
+    packed = split[..., 0].clone()
+    for i in range(1, per_byte):
+        packed |= split[..., i] << (bits * i)
+    return packed
+
+
+def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Undo :func:`pack`.
+
+    Args:
+        packed: uint8, shape ``[..., row_bytes(count, bits)]``.
+        bits: 2 or 4.
+        count: codes in a row.
+
+    Returns:
+        uint8, shape ``[..., count]``.
+
+    >>> unpack(pack(torch.tensor([[1, 2, 3]]), 2), 2, 3).tolist()
+    [[1, 2, 3]]
+    """
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+    codes: Tensor = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
+    return codes.flatten(-2)[..., :count]
+
+
+_NIBBLE = 4
 
 
 def pack_codes(codes: Tensor, spec: QuantSpec) -> Tensor:
@@ -30,11 +96,8 @@ def pack_codes(codes: Tensor, spec: QuantSpec) -> Tensor:
     """
     if not _packs(spec):
         return codes
-    low = int(spec.quant_min)
-    flat = (codes.reshape(-1).to(torch.int16) - low).to(torch.uint8)
-    if flat.numel() % 2:
-        flat = torch.cat([flat, flat.new_zeros(1)])
-    return flat[0::2] | (flat[1::2] << 4)
+    from_zero = codes.reshape(1, -1).to(torch.int16) - int(spec.quant_min)
+    return pack(from_zero, _NIBBLE)[0]
 
 
 def unpack_codes(packed: Tensor, shape: Sequence[int], spec: QuantSpec) -> Tensor:
@@ -49,15 +112,14 @@ def unpack_codes(packed: Tensor, shape: Sequence[int], spec: QuantSpec) -> Tenso
     True
     """
     count = math.prod(shape)
-    held = count if not _packs(spec) else (count + 1) // 2
+    held = row_bytes(count, _NIBBLE) if _packs(spec) else count
     if packed.numel() != held:
         raise InvalidConfig(f"{packed.numel()} values hold no {spec} codes of shape {list(shape)}")
     if not _packs(spec):
         return packed.reshape(tuple(shape))
-    low = int(spec.quant_min)
-    pairs = torch.stack([packed & 15, packed >> 4], -1).reshape(-1)[:count]
-    return (pairs.to(torch.int16) + low).to(spec.dtype).reshape(tuple(shape))
+    from_zero = unpack(packed, _NIBBLE, count).to(torch.int16)
+    return (from_zero + int(spec.quant_min)).to(spec.dtype).reshape(tuple(shape))
 
 
 def _packs(spec: QuantSpec) -> bool:
-    return spec.integer and spec.bits <= 4
+    return spec.integer and spec.bits <= _NIBBLE

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import torch
@@ -224,6 +224,14 @@ class QuantSpec:
             return False
         info = torch.iinfo(self.dtype)
         return (self.quant_min, self.quant_max) == (info.min, info.max)
+
+    def on(self, channel_axis: int) -> QuantSpec:
+        """The same for an operator's weight, whose output channels lie along ``channel_axis``.
+
+        >>> QuantSpec.of("int4", per_channel=True).on(0).granularity
+        PerChannel(axis=0)
+        """
+        return replace(self, granularity=self.granularity.on(channel_axis))
 
     def round(self, x: Tensor) -> Tensor:
         """The values nearest to ``x``, which is in units of the scale; float32, same shape.

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_quant.core.packing import row_bytes, unpack
 from torch_quant.errors import InvalidConfig
 from torch_quant.native import library as native
-from torch_quant.native.packing import row_bytes, unpack
 from torch_quant.ops.qdq import CHOOSE_QPARAMS, QUANTIZE, library
 
 __all__ = [

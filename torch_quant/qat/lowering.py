@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -78,7 +78,7 @@ class LearnedParams:
         self, site: str, weight: Tensor, spec: QuantSpec, axis: int
     ) -> tuple[Tensor, QParams]:
         """Of a site's weight, which is given back as it is. Sites with one weight share a scale."""
-        spec = replace(spec, granularity=spec.granularity.on(axis))
+        spec = spec.on(axis)
         tied = weight.untyped_storage()._cdata in self._weights
         which = place_in_memory(weight) if tied else site.partition("@")[0]
         name = which, spec, self._plan[site].method

@@ -157,7 +157,7 @@ class _Trained(Calibrated):
         self, site: str, weight: Tensor, spec: QuantSpec, axis: int
     ) -> tuple[Tensor, QParams]:
         """The current weight, rounded to nearest on the trained scale."""
-        spec = replace(spec, granularity=spec.granularity.on(axis))
+        spec = spec.on(axis)
         found = self._learned.get((WEIGHT, site, spec))
         if found is None:
             return super().weight(site, weight, spec, axis)

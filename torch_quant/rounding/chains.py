@@ -111,8 +111,8 @@ def place_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str | None:
     return None
 
 
-class Recorder(nn.Module):
-    """Stands for a block: notes its calls and passes them on.
+class _InPlaceOfBlock(nn.Module):
+    """Has the attributes of the block that it stands for, which code around it reads.
 
     Args:
         block: the block.
@@ -121,6 +121,23 @@ class Recorder(nn.Module):
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.block = block
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # code around it reads attributes of the block
+            return getattr(super().__getattr__("block"), name)
+
+
+class Recorder(_InPlaceOfBlock):
+    """Stands for a block: notes its calls and passes them on.
+
+    Args:
+        block: the block.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__(block)
         self.calls: list[Sample] = []
         self.first = True
 
@@ -134,14 +151,8 @@ class Recorder(nn.Module):
         self.calls.append(sample if self.first else sample.with_hidden(torch.empty(0)))
         return self.block(*args, **kwargs)
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:  # code around it reads attributes of the block
-            return getattr(super().__getattr__("block"), name)
 
-
-class Rounded(nn.Module):
+class Rounded(_InPlaceOfBlock):
     """Stands for a block whose weights are rounded: it computes with them for the time of a call.
 
     Args:
@@ -152,20 +163,13 @@ class Rounded(nn.Module):
     def __init__(
         self, block: nn.Module, rounded: Callable[[], AbstractContextManager[None]]
     ) -> None:
-        super().__init__()
-        self.block = block
+        super().__init__(block)
         self.__dict__["rounded"] = rounded
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the block gives."""
         with self.rounded():
             return self.block(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:  # code around it reads attributes of the block
-            return getattr(super().__getattr__("block"), name)
 
 
 def replaced(root: nn.Module, path: str, module: nn.Module) -> nn.Module:

@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torch_quant.algorithms import DEFAULT_METHOD
-from torch_quant.algorithms.blocks import Block, Layer, Sample, first_float
+from torch_quant.algorithms.blocks import Block, Layer, Sample, first_float, set_scaled
 from torch_quant.core.functional import dequantize
 from torch_quant.core.metrics import sqnr
 from torch_quant.core.plan import QuantPlan
@@ -31,7 +30,7 @@ from torch_quant.errors import InvalidConfig, QuantError
 from torch_quant.graph.sites import Site
 from torch_quant.graph.twin import twin_of
 from torch_quant.rounding.chains import Chain, Recorder, Rounded, call, find_chains, replaced
-from torch_quant.rounding.exactness import as_it_was, check_scales, scale_exactly, set_scaled
+from torch_quant.rounding.exactness import as_it_was, check_scales, scale_exactly
 from torch_quant.rounding.files import Folder
 from torch_quant.rounding.producers import find_producers
 from torch_quant.rounding.report import BlockError, Rounding
@@ -106,9 +105,8 @@ def _embeddings(
         if module is None or weight is None or weight.shape != site.weight_shape:
             continue
         assert entry.weight is not None
-        spec = replace(entry.weight, granularity=entry.weight.granularity.on(0))
         method = entry.method or DEFAULT_METHOD
-        rounded = dequantize(*method.quantize(weight.detach(), spec, {}))
+        rounded = dequantize(*method.quantize(weight.detach(), entry.weight.on(0), {}))
         found[module] = weight, nn.Parameter(rounded, requires_grad=False)
     return found
 
@@ -157,8 +155,7 @@ class _Run:
             shape = tuple(weight.T.shape if transposed else weight.shape)
             if shape != site.weight_shape or entry.weight is None:
                 continue
-            granularity = entry.weight.granularity.on(0)
-            spec = replace(entry.weight, granularity=granularity)
+            spec = entry.weight.on(0)
             method = entry.method or DEFAULT_METHOD
             found[site.module] = Layer(
                 site.name, site.module, module, spec, method, entry.transforms, site, transposed

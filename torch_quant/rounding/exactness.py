@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from torch_quant.algorithms.blocks import Block
+from torch_quant.algorithms.blocks import Block, set_scaled
 from torch_quant.core.metrics import sqnr
 from torch_quant.core.rounded import Scaling
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.twin import twin_of
 from torch_quant.rounding.chains import call
 
-__all__ = ["as_it_was", "check_scales", "scale_exactly", "set_scaled"]
+__all__ = ["as_it_was", "check_scales", "scale_exactly"]
 
 _EXACT = 70.0
 """dB. Scaling costs a rounding of float32 here and there: some 100 dB and more."""
@@ -34,15 +34,6 @@ def as_it_was(root: nn.Module) -> Iterator[None]:
     finally:
         for module, parameters in before.items():
             module._parameters.update(parameters)
-
-
-def set_scaled(root: nn.Module, path: str, how: Scaling) -> None:
-    """Put a scaled copy in the place of a parameter of a twin."""
-    owner, _, name = path.rpartition(".")
-    module = root.get_submodule(owner)
-    value = module._parameters[name]
-    assert value is not None
-    module._parameters[name] = nn.Parameter(how.apply(value.detach()), requires_grad=False)
 
 
 def scale_exactly(block: Block) -> None:
