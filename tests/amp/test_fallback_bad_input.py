@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 from collections.abc import Callable
@@ -52,6 +53,22 @@ def test_amp_options(options: dict[str, Any], message: str) -> None:
     quantizer = calibrated(model, [(example("mlp", 8), {})], backend="reference")
     with pytest.raises(InvalidConfig, match=message):
         quantizer.amp(model, **options)
+
+
+def test_a_model_made_under_inference_mode() -> None:
+    with torch.inference_mode():
+        model = MODELS["mlp"]()
+    inputs = [(example("mlp", 8), {})]
+    quantizer = calibrated(model, inputs, backend="reference")
+    with pytest.raises(InvalidConfig, match=r"'0\.weight' was made under torch\.inference_mode"):
+        quantizer.amp(model)
+    local = quantizer.amp(model, metric="sqnr")  # takes no gradient
+    local(*example("mlp", 8))
+    assert len(quantizer.sensitivity(local)) == 3
+    copied = copy.deepcopy(model)  # as the message says
+    other = calibrated(copied, inputs, backend="reference").amp(copied)
+    other(*example("mlp", 8))
+    assert other.metric == "output"
 
 
 def test_a_proxy_that_saw_no_data() -> None:
@@ -116,6 +133,9 @@ def test_a_proxy_of_a_model_that_was_deleted() -> None:
         ({"num": True}, "num=True; expected a count"),
         ({"min_sqnr": math.nan}, "min_sqnr=nan; expected decibels"),
         ({"min_sqnr": math.inf}, "min_sqnr=inf; expected decibels"),
+        ({"min_sqnr": "x"}, "min_sqnr='x'; expected decibels"),
+        ({"min_sqnr": True}, "min_sqnr=True; expected decibels"),
+        ({"max_slowdown": "0.1"}, r"max_slowdown='0\.1'; expected 0 or more"),
         ({"max_slowdown": -0.1}, r"max_slowdown=-0\.1; expected 0 or more"),
         ({"max_slowdown": math.nan}, "max_slowdown=nan; expected 0 or more"),
         ({"max_slowdown": 0.1, "latency": {"0": Latency()}}, "latency has no time for [24], [24]"),

@@ -51,6 +51,12 @@ def _count(value: object, name: str) -> int:
     return count
 
 
+def _number(value: object) -> float:
+    """NaN for what is none."""
+    real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if real else math.nan  # type: ignore[arg-type]
+
+
 class Fallback:
     """One decision.
 
@@ -173,7 +179,7 @@ class Fallback:
         return left[:count]
 
     def _reaching(self, target: float) -> list[tuple[str, ...]]:
-        if not math.isfinite(target):
+        if not math.isfinite(_number(target)):
             raise InvalidConfig(f"min_sqnr={target!r}; expected decibels")
         left = self.ranking.left
         gone = [[n for names in left[:k] for n in names] for k in range(len(left))]
@@ -196,7 +202,7 @@ class Fallback:
     def _within(
         self, slowdown: float, latency: Mapping[str, Latency] | None
     ) -> list[tuple[str, ...]]:
-        if not slowdown >= 0.0:
+        if not _number(slowdown) >= 0.0:
             raise InvalidConfig(f"max_slowdown={slowdown!r}; expected 0 or more, 0.05 for 5 %")
         times = self.amp_model.measure_latency() if latency is None else dict(latency)
         left = self.ranking.left

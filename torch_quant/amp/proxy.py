@@ -29,7 +29,7 @@ from torch_quant.graph.effects import assign
 from torch_quant.graph.export import CapturedGraph
 from torch_quant.graph.running import run_module
 from torch_quant.nn.probe import SiteProbe
-from torch_quant.proxies.base import Proxy, check_not_empty
+from torch_quant.proxies.base import Proxy, check_differentiable, check_not_empty
 from torch_quant.proxies.values import (
     batch_size,
     copied,
@@ -72,6 +72,8 @@ class AmpModel(Proxy):
     """
 
     def __init__(self, session: Session, options: AmpOptions) -> None:
+        if options.metric != "sqnr":
+            check_differentiable(session.captured.root.module, 'amp (but for metric="sqnr")')
         self._options = options
         self._grad_mode = True
         self._visitor: Callable[[SiteProbe, Tensor, tuple[Any, ...]], Tensor] = _pass_on

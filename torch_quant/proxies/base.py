@@ -171,6 +171,17 @@ class Proxy(Tied, nn.Module):
         """Run one captured graph, instrumented; returns the module's output."""
 
 
+def check_differentiable(module: nn.Module, what: str) -> None:
+    """Raise :class:`InvalidConfig` if autograd takes a parameter for a constant for good."""
+    for name, x in module.named_parameters():
+        if x.is_inference():
+            raise InvalidConfig(
+                f"{what} needs gradients, but {name!r} was made under torch.inference_mode(), "
+                "which rules them out: build or load the model outside of it, or take "
+                "copy.deepcopy(model), made outside of it"
+            )
+
+
 def check_not_empty(inputs: Any, batch: int) -> None:
     """Raise :class:`QuantError` if a tensor among ``inputs`` holds no sample."""
     for x in pytree.tree_leaves(inputs):
