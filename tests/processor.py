@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from torch_quant import QConfig, QuantSpec
-from torch_quant.backends.onednn import has_vnni
+from torch_quant.backends.int8 import has_vnni
 
 __all__ = ["COARSER", "WEIGHT_BITS", "exact_weights", "needs_bfloat16", "needs_vnni"]
 

@@ -22,7 +22,7 @@ from torch_quant import (
     SiteInfo,
     SmoothQuant,
 )
-from torch_quant.backends.reference import symmetric_weight
+from torch_quant.backends.int8 import symmetric_weight
 
 SIX = QuantSpec.of(bits=6)
 FOUR = QuantSpec.of(bits=4, signed=True, symmetric=True, per_channel=True)

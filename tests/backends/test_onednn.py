@@ -12,7 +12,8 @@ from models import exact_copy
 from torch import Tensor, nn
 
 from torch_quant import Backend, QConfig, QuantSpec, sqnr
-from torch_quant.backends import ReferenceBackend, onednn_ops
+from torch_quant.backends import ReferenceBackend
+from torch_quant.backends.onednn import ops as onednn_ops
 from torch_quant.backends.quantized import QuantizedModule
 from torch_quant.backends.quantized_graph import QuantizedGraph
 

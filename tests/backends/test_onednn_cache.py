@@ -13,8 +13,8 @@ from flows import calibrated
 from torch import Tensor, nn
 
 from torch_quant import Backend
-from torch_quant.backends.onednn_cache import PackedWeights
-from torch_quant.backends.onednn_ops import PACKED
+from torch_quant.backends.onednn.cache import PackedWeights
+from torch_quant.backends.onednn.ops import PACKED
 from torch_quant.backends.quantized import QuantizedModule
 
 pytestmark = pytest.mark.skipif(

@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 
 from torch_quant import InvalidConfig, QuantSpec, available_backends
 from torch_quant.backends import Backend, register_backend, register_kernel
-from torch_quant.backends.reference import ReferenceBackend, symmetric_weight
+from torch_quant.backends.int8 import symmetric_weight
+from torch_quant.backends.reference import ReferenceBackend
 from torch_quant.core.kernels import Accepts, Kernel, KernelTable
 from torch_quant.passes.base import PassContext, call_like
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from torch_quant import FLOAT, Backend, PerGroup, PerToken, QConfig, Quantizer, QuantSpec
 from torch_quant.backends import register_kernel
-from torch_quant.backends.reference import symmetric_weight
+from torch_quant.backends.int8 import symmetric_weight
 from torch_quant.core.elements import element_type
 from torch_quant.core.functional import dequantize_blocks
 from torch_quant.core.kernels import Accepts, Kernel

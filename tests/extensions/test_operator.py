@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from torch_quant import InvalidConfig, QuantSpec
 from torch_quant.backends import register_kernel
-from torch_quant.backends.reference import symmetric_weight
+from torch_quant.backends.int8 import symmetric_weight
 from torch_quant.core.kernels import Accepts, Kernel
 from torch_quant.ops.table import OpPattern, call_sizes, register_operator
 from torch_quant.passes.base import PassContext, call_like

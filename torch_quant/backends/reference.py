@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from torch_quant.backends.base import Backend, register_backend
+from torch_quant.backends.int8 import symmetric_weight
 from torch_quant.core.elements import element_type
 from torch_quant.core.granularity import split_blocks
 from torch_quant.core.kernels import Accepts, Kernel, KernelTable
@@ -16,14 +17,9 @@ from torch_quant.ops.qdq import DECODE, DEQUANTIZE, FAKE_QUANTIZE, QUANTIZE
 from torch_quant.ops.table import OPERATORS
 from torch_quant.passes.base import PassContext
 
-__all__ = ["ReferenceBackend", "symmetric_weight"]
+__all__ = ["ReferenceBackend"]
 
 aten = torch.ops.aten
-
-
-def symmetric_weight(bits: int = 8) -> QuantSpec:
-    """Signed, per-channel, zero point 0: the weight format of every int8 kernel."""
-    return QuantSpec.of(bits=bits, signed=True, symmetric=True, per_channel=True)
 
 
 @register_backend

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from torch_quant.backends.base import Backend, register_backend
+from torch_quant.backends.int8 import has_vnni, symmetric_weight
 from torch_quant.backends.ipex import ops
 from torch_quant.backends.ipex.bags import look_up_bags
 from torch_quant.backends.ipex.forms import graph_forms
@@ -36,8 +37,6 @@ from torch_quant.backends.ipex.trace import (
     writes_in_place,
 )
 from torch_quant.backends.ipex.verify import IPEXReport, verify
-from torch_quant.backends.onednn import has_vnni
-from torch_quant.backends.reference import symmetric_weight
 from torch_quant.core.kernels import Accepts, Kernel, KernelTable
 from torch_quant.core.plan import QuantPlan
 from torch_quant.core.spec import QuantSpec

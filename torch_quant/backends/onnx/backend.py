@@ -14,8 +14,7 @@ import torch
 from torch import fx, nn
 
 from torch_quant.backends.base import Backend, register_backend
-from torch_quant.backends.onednn import has_vnni
-from torch_quant.backends.reference import symmetric_weight
+from torch_quant.backends.int8 import has_vnni, symmetric_weight
 from torch_quant.core.granularity import PerChannel, PerGroup
 from torch_quant.core.kernels import Accepts, Kernel, KernelTable
 from torch_quant.core.plan import QuantPlan

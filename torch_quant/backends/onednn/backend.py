@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from torch_quant.backends import onednn_ops
 from torch_quant.backends.base import Backend, register_backend
-from torch_quant.backends.onednn_native import native_kernels
-from torch_quant.backends.reference import symmetric_weight
+from torch_quant.backends.int8 import has_vnni, symmetric_weight
+from torch_quant.backends.onednn import ops
+from torch_quant.backends.onednn.native import native_kernels
 from torch_quant.core.kernels import Accepts, Kernel, KernelTable
 from torch_quant.core.spec import QuantSpec
 from torch_quant.graph.sites import key_of, results
@@ -26,7 +26,7 @@ from torch_quant.ops.table import padding_sizes, size_hints, spread
 from torch_quant.passes.base import PassContext
 from torch_quant.passes.fold_scales import fold_scales
 
-__all__ = ["OneDNNBackend", "has_vnni"]
+__all__ = ["OneDNNBackend"]
 
 aten = torch.ops.aten
 
@@ -41,11 +41,6 @@ _CONV_POST_OPS: dict[int, set[str]] = {
     3: set(),
 }
 """What the kernels fuse, by the number of spatial dimensions."""
-
-
-def has_vnni() -> bool:
-    """Whether u8 x s8 products accumulate in 32 bits; else pairs saturate at 16."""
-    return bool(torch.cpu._is_vnni_supported())
 
 
 @register_backend
@@ -211,7 +206,7 @@ def _lower_linear(context: PassContext, node: fx.Node) -> None:
         return
     out = _output(node)
     ending = (out.scale, out.zero_point, out.dtype, out.post_op, list(out.post_args), out.algorithm)
-    _replace(node, out, onednn_ops.LINEAR, (*_operands(node), *ending))
+    _replace(node, out, ops.LINEAR, (*_operands(node), *ending))
 
 
 def _lower_conv(context: PassContext, node: fx.Node) -> None:
@@ -234,14 +229,14 @@ def _lower_conv(context: PassContext, node: fx.Node) -> None:
     out = _output(node, _CONV_POST_OPS[dims])
     ending = (out.scale, out.zero_point, out.dtype, out.post_op, list(out.post_args))
     args = (x, x_scale, x_zero_point, weight, *rest, *geometry, *ending)
-    _replace(node, out, onednn_ops.CONV, args)
+    _replace(node, out, ops.CONV, args)
 
 
 def _lower_embedding(context: PassContext, node: fx.Node) -> None:
     weight = _weight_of(node, 0)
     if weight is None:
         return
-    _replace(node, _Output(node), onednn_ops.EMBEDDING, (*weight, node.args[1]))
+    _replace(node, _Output(node), ops.EMBEDDING, (*weight, node.args[1]))
 
 
 def _lower_embedding_bag(context: PassContext, node: fx.Node) -> None:
@@ -250,7 +245,7 @@ def _lower_embedding_bag(context: PassContext, node: fx.Node) -> None:
         return
     args = (*weight, *bag_arguments(node))
     with node.graph.inserting_before(node):
-        new = node.graph.call_function(onednn_ops.EMBEDDING_BAG, args)
+        new = node.graph.call_function(ops.EMBEDDING_BAG, args)
     for bags in results(node):
         new.meta = dict(bags.meta)
         bags.replace_all_uses_with(new)
@@ -263,5 +258,5 @@ def _lower_quantize(node: fx.Node) -> None:
     info = torch.iinfo(dtype)  # type: ignore[arg-type]
     if (low, high) != (info.min, info.max):
         return  # fewer bits than the type: the plain operator clamps to them
-    node.target = onednn_ops.QUANTIZE_FAST
+    node.target = ops.QUANTIZE_FAST
     node.args = (x, scale, zero_point, dtype)

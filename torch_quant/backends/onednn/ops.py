@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from torch_quant.backends.onednn_cache import PackedWeights
+from torch_quant.backends.onednn.cache import PackedWeights
 from torch_quant.ops.embedding_bags import bags_of_rows
 from torch_quant.ops.qdq import library
 
