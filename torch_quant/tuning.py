@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from torch_quant.amp.fallback import precision_of
-from torch_quant.backends.quantized import QuantizedModule
+from torch_quant.convert.quantized import QuantizedModule
 from torch_quant.errors import InvalidConfig, NotCalibrated
 from torch_quant.quantizer import Quantizer
 from torch_quant.report.tuning import Trial, Tuning

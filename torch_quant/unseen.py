@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from torch_quant.backends import Backend
-from torch_quant.backends.lowering import Lowering
-from torch_quant.backends.quantized import QuantizedModule
-from torch_quant.backends.quantized_graph import QuantizedGraph
+from torch_quant.convert.lowering import Lowering
+from torch_quant.convert.quantized import QuantizedModule
+from torch_quant.convert.quantized_graph import QuantizedGraph
 from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import CaptureFailed, InvalidConfig
 from torch_quant.graph.calls import Call

@@ -20,7 +20,7 @@ from torch_quant.backends import (
 )
 from torch_quant.backends.ipex.verify import IPEXReport
 from torch_quant.backends.onnx.verify import OnnxReport
-from torch_quant.backends.quantized_graph import QuantizedGraph
+from torch_quant.convert.quantized_graph import QuantizedGraph
 from torch_quant.passes.base import PassContext
 
 

@@ -8,7 +8,7 @@ from models import normal
 from torch import Tensor, nn
 
 from torch_quant import sqnr
-from torch_quant.backends.quantized import quantized_graphs
+from torch_quant.convert.quantized import quantized_graphs
 
 
 class Tempered(nn.Module):

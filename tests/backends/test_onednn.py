@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch_quant import Backend, QConfig, QuantSpec, sqnr
 from torch_quant.backends import ReferenceBackend
 from torch_quant.backends.onednn import ops as onednn_ops
-from torch_quant.backends.quantized import QuantizedModule
-from torch_quant.backends.quantized_graph import QuantizedGraph
+from torch_quant.convert.quantized import QuantizedModule
+from torch_quant.convert.quantized_graph import QuantizedGraph
 
 pytestmark = pytest.mark.skipif(
     Backend.ONEDNN.unavailable() is not None,

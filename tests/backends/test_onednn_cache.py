@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch_quant import Backend
 from torch_quant.backends.onednn.cache import PackedWeights
 from torch_quant.backends.onednn.ops import PACKED
-from torch_quant.backends.quantized import QuantizedModule
+from torch_quant.convert.quantized import QuantizedModule
 
 pytestmark = pytest.mark.skipif(
     Backend.ONEDNN.unavailable() is not None,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from torch_quant.backends.lowering import Lowering
 from torch_quant.config import QConfig
+from torch_quant.convert.lowering import Lowering
 from torch_quant.errors import InvalidConfig
 from torch_quant.session import Session
 

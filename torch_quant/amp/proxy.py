@@ -19,8 +19,8 @@ from torch_quant.amp.options import AmpOptions
 from torch_quant.amp.probe_sites import LocalSite, cut_sites, insert_site_probes
 from torch_quant.amp.records import Recorder
 from torch_quant.backends import Backend
-from torch_quant.backends.lowering import Lowering
 from torch_quant.config import QConfig
+from torch_quant.convert.lowering import Lowering
 from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import InvalidConfig, NotCalibrated, QuantError
 from torch_quant.graph.calls import Call

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from torch_quant.backends import Backend
-from torch_quant.backends.quantized import QuantizedModule
 from torch_quant.checkpoints.skeletons import built, placeholder, tensors_of, tied_names
 from torch_quant.checkpoints.stored import Checkpoint, StoredWeight, opened
 from torch_quant.config import OverrideKey, QConfig
+from torch_quant.convert.quantized import QuantizedModule
 from torch_quant.core.functional import dequantize
 from torch_quant.core.spec import FLOAT
 from torch_quant.errors import InvalidConfig

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from torch_quant.backends.quantized import (
+from torch_quant.convert.quantized import (
     QuantizedModule,
     check_finished,
     plan_of,

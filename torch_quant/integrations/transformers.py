@@ -21,13 +21,13 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from torch_quant.backends.quantized import QuantizedModule
 from torch_quant.checkpoints.compressed_tensors import OWN
 from torch_quant.checkpoints.loading import example_of, quantized_from
 from torch_quant.checkpoints.skeletons import placeholder
 from torch_quant.checkpoints.stored import Checkpoint, opened
 from torch_quant.checkpoints.weights import QuantizedWeight, weights_of
 from torch_quant.config import OverrideKey, QConfig
+from torch_quant.convert.quantized import QuantizedModule
 from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.twin import twin_of

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from torch_quant.backends.quantized import QuantizedModule, plan_of
-from torch_quant.backends.quantized_graph import QuantizedGraph
+from torch_quant.convert.quantized import QuantizedModule, plan_of
+from torch_quant.convert.quantized_graph import QuantizedGraph
 from torch_quant.graph.outputs import leaf_names
 from torch_quant.graph.sites import KEY
 from torch_quant.version import __version__

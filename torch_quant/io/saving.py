@@ -7,7 +7,7 @@ import os
 import torch
 from torch import nn
 
-from torch_quant.backends.quantized import QuantizedModule, check_finished
+from torch_quant.convert.quantized import QuantizedModule, check_finished
 from torch_quant.errors import InvalidConfig
 from torch_quant.io.folder import read_folder, write_folder
 from torch_quant.io.model_data import read_model, write_model

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from torch_quant.backends.quantized import QuantizedModule, check_finished, quantized_graphs
+from torch_quant.convert.quantized import QuantizedModule, check_finished, quantized_graphs
 from torch_quant.core.metrics import sqnr
 from torch_quant.errors import InvalidConfig, QuantError
 from torch_quant.graph.outputs import flatten_output

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from torch_quant.backends.mounting import linked, links
-from torch_quant.backends.quantized_graph import QuantizedGraph
+from torch_quant.convert.mounting import linked, links
+from torch_quant.convert.quantized_graph import QuantizedGraph
 from torch_quant.graph.sites import ORIGIN, module_path
 from torch_quant.ops.table import IDENTITY
 from torch_quant.passes.base import copy_graph

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from torch_quant.backends.base import Backend
-from torch_quant.backends.lowering import Lowering
-from torch_quant.backends.mounting import place_in_memory
-from torch_quant.backends.ownership import Owner, SharedWeights
-from torch_quant.backends.quantized import Quantization, QuantizedModule, quantized_module
-from torch_quant.backends.quantized_graph import QuantizedGraph
 from torch_quant.backends.reference import ReferenceBackend
+from torch_quant.convert.lowering import Lowering
+from torch_quant.convert.mounting import place_in_memory
+from torch_quant.convert.ownership import Owner, SharedWeights
+from torch_quant.convert.quantized import Quantization, QuantizedModule, quantized_module
+from torch_quant.convert.quantized_graph import QuantizedGraph
 from torch_quant.core.plan import QuantPlan
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec

@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from torch_quant.backends import Backend
-from torch_quant.backends.lowering import Lowering
-from torch_quant.backends.quantized import plan_of
-from torch_quant.backends.quantized_graph import QuantizedGraph
 from torch_quant.calibrated import Calibrated
+from torch_quant.convert.lowering import Lowering
+from torch_quant.convert.quantized import plan_of
+from torch_quant.convert.quantized_graph import QuantizedGraph
 from torch_quant.core.functional import quantize
 from torch_quant.core.plan import QuantPlan
 from torch_quant.core.qparams import QParams, choose_qparams

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from torch_quant.backends.quantized import Quantization, QuantizedModule, quantized_graphs
+from torch_quant.convert.quantized import Quantization, QuantizedModule, quantized_graphs
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig

@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 
 from torch_quant.backends.ipex import bags, lstm, ops
 from torch_quant.backends.ipex.trace import WRITES, FusedGraph
-from torch_quant.backends.quantized import quantized_graphs
-from torch_quant.backends.quantized_graph import QuantizedGraph
+from torch_quant.convert.quantized import quantized_graphs
+from torch_quant.convert.quantized_graph import QuantizedGraph
 from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.sites import KEY

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from torch_quant import ModuleFilter, QuantError, Quantizer
-from torch_quant.backends.ownership import Owner
-from torch_quant.backends.quantized import QuantizedModule
+from torch_quant.convert.ownership import Owner
+from torch_quant.convert.quantized import QuantizedModule
 
 
 def other_values(model: nn.Module) -> dict[str, Tensor]:

@@ -11,9 +11,9 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import nn
 
-from torch_quant.backends.mounting import mount
-from torch_quant.backends.ownership import SharedWeights
-from torch_quant.backends.quantized_graph import NeverLoads, QuantizedGraph
+from torch_quant.convert.mounting import mount
+from torch_quant.convert.ownership import SharedWeights
+from torch_quant.convert.quantized_graph import NeverLoads, QuantizedGraph
 from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import CaptureFailed, InvalidConfig
 from torch_quant.graph.binding import bind

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_quant.backends.mounting import place_in_memory
+from torch_quant.convert.mounting import place_in_memory
 from torch_quant.errors import QuantError
 
 __all__ = ["Owner", "SharedWeights"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_quant import CaptureFailed, Quantizer, recipes
-from torch_quant.backends import direct as module
+from torch_quant.convert import direct as module
 
 
 class Layers(nn.Module):

@@ -9,9 +9,9 @@ from typing import Any, NoReturn
 import torch
 from torch import fx, nn
 
-from torch_quant.backends.base import Backend
-from torch_quant.backends.direct import Direct, direct
-from torch_quant.backends.mounting import linked, links
+from torch_quant.convert.direct import Direct, direct
+from torch_quant.convert.mounting import linked, links
+from torch_quant.convert.runtime import Runtime
 from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.calls import Call
@@ -68,7 +68,7 @@ class QuantizedGraph(NeverLoads):
         kind: Kind,
         contract: ShapeContract,
         out_spec: Any,
-        compiler: Backend | None = None,
+        compiler: Runtime | None = None,
     ) -> None:
         super().__init__()
         self.body: fx.GraphModule = body
@@ -153,7 +153,7 @@ class QuantizedGraph(NeverLoads):
             compiled = self.compiled = self._variant(self.compiler, tensors)
         return compiled(*tensors)
 
-    def _variant(self, compiler: Backend, tensors: tuple[torch.Tensor, ...]) -> Callable[..., Any]:
+    def _variant(self, compiler: Runtime, tensors: tuple[torch.Tensor, ...]) -> Callable[..., Any]:
         """What is compiled for the numbers among ``tensors``: a compiler takes them for fixed."""
         numbers = tuple(repr(tensors[place].item()) for place in self.kind.numbers)
         with _VARIANTS:

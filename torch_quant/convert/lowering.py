@@ -12,15 +12,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from torch_quant.backends.base import Backend
-from torch_quant.backends.ownership import Owner, SharedWeights
-from torch_quant.backends.quantized import (
+from torch_quant.convert.ownership import Owner, SharedWeights
+from torch_quant.convert.quantized import (
     Quantization,
     QuantizedModule,
     add_graph,
     quantized_module,
 )
-from torch_quant.backends.quantized_graph import QuantizedGraph
+from torch_quant.convert.quantized_graph import QuantizedGraph
+from torch_quant.convert.runtime import Runtime
 from torch_quant.core.plan import QuantPlan
 from torch_quant.core.rounded import Scaling
 from torch_quant.graph.binding import signature_of
@@ -51,7 +51,7 @@ class Lowering:
 
     captured: CapturedModel
     plan: QuantPlan
-    backend: Backend
+    backend: Runtime
     params: Params
     scaled: Mapping[str, Scaling] = field(default_factory=dict)
     """Parameters of the model that are other ones in the quantized model."""
