@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from torch import fx
 
+from torch_quant.backends.onnx.forms.blocked_weights import LEAST, ONNX_WEIGHT
 from torch_quant.core.elements import element_type
 from torch_quant.errors import InvalidConfig
-from torch_quant.passes.onnx_weights import LEAST, ONNX_WEIGHT
 
 __all__ = ["blocked_forms", "needed_opset", "write_blocked"]
 

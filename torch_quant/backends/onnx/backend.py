@@ -10,30 +10,17 @@ import importlib.util
 import os
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import fx, nn
 
 from torch_quant.backends.base import Backend, register_backend
 from torch_quant.backends.int8 import has_vnni, symmetric_weight
+from torch_quant.backends.onnx.forms import FORMS, GRIDS
 from torch_quant.core.granularity import PerChannel, PerGroup
 from torch_quant.core.kernels import Accepts, Kernel, KernelTable
 from torch_quant.core.plan import QuantPlan
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
-from torch_quant.ops.decomposed import decomposed
-from torch_quant.ops.qdq import DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
 from torch_quant.passes.base import PassContext, run_passes
-from torch_quant.passes.fold_scales import fold_scales
-from torch_quant.passes.onnx_forms import (
-    attention_forms,
-    embedding_forms,
-    integer_bias,
-    linear_forms_2d,
-    move_codes,
-    padding_before_pools,
-)
-from torch_quant.passes.onnx_weights import blocked_weights
-from torch_quant.passes.share_grids import keep_grids, read_codes
 
 if TYPE_CHECKING:
     from torch_quant.backends.onnx.verify import OnnxReport
@@ -41,18 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["OnnxBackend", "missing_packages"]
 
 _CONVS = ("conv1d", "conv2d", "conv3d")
-_PASSES = (
-    blocked_weights,
-    fold_scales,
-    attention_forms,
-    move_codes,
-    embedding_forms,
-    integer_bias,
-    linear_forms_2d,
-    padding_before_pools,
-)
-
-
 _WANTED = (
     "beside float activations, onnxruntime's kernels want signed weights of 4 or 8 bits with zero "
     "at 0, and a scale for each output channel or group of inputs"
@@ -107,13 +82,11 @@ class OnnxBackend(Backend):
                 Kernel("scaled_dot_product_attention", activation),
                 Kernel("embedding", None, Accepts(default)),
             ),
-            passes=(keep_grids, read_codes),
+            passes=GRIDS,
         )
 
     def lower(self, context: PassContext) -> fx.GraphModule:
-        run_passes(context, _PASSES)
-        to_decomposed(context)
-        context.graph.eliminate_dead_code()
+        run_passes(context, FORMS)
         return context.gm
 
     def verify(
@@ -145,45 +118,3 @@ class OnnxBackend(Backend):
         if example_inputs is not None or plan is not None:
             raise InvalidConfig("verify takes the file alone: it is not run, and holds its plan")
         return verify(subject)
-
-
-def to_decomposed(context: PassContext) -> int:
-    """Our quantize and dequantize as the operators that PyTorch's exporter knows."""
-    ops, graph, changed = decomposed(), context.graph, 0
-    for node in list(graph.nodes):
-        if node.target is QUANTIZE_PER_TENSOR:
-            _cut_range(node)
-            node.target = ops.quantize_per_tensor.default
-            info = torch.iinfo(node.args[5])
-            node.args = (*node.args[:3], info.min, info.max, node.args[5])
-        elif node.target is DEQUANTIZE_PER_TENSOR:
-            node.target = ops.dequantize_per_tensor.default
-            node.args = (*node.args, *_full_range(context.gm, node.args[0]))
-        elif node.target is DEQUANTIZE_PER_CHANNEL:
-            node.target = ops.dequantize_per_channel.default
-            node.args = (*node.args, *_full_range(context.gm, node.args[0]))
-        else:
-            continue
-        changed += 1
-    return changed
-
-
-def _cut_range(node: fx.Node) -> None:
-    """ONNX quantizes to all codes of the type: a narrower range is cut off before."""
-    x, scale, zero_point, low, high, dtype = node.args
-    info = torch.iinfo(dtype)  # type: ignore[arg-type]
-    if (low, high) != (info.min, info.max):
-        ends = [(end - zero_point) * scale for end in (low, high)]  # type: ignore[operator]
-        with node.graph.inserting_before(node):
-            cut = node.graph.call_function(torch.ops.aten.clamp.default, (x, *ends))
-        node.update_arg(0, cut)
-
-
-def _full_range(gm: fx.GraphModule, codes: Any) -> tuple[int, int, torch.dtype]:
-    """Limits and dtype of integers: a buffer's, or those of the quantizer behind their moves."""
-    quantize = decomposed().quantize_per_tensor.default
-    while codes.op == "call_function" and codes.target is not quantize:
-        codes = codes.args[0]
-    dtype = gm.get_buffer(str(codes.target)).dtype if codes.op == "get_attr" else codes.args[5]
-    info = torch.iinfo(dtype)
-    return info.min, info.max, dtype

@@ -10,12 +10,13 @@ from models import normal, seeded
 from rewriting import Compute, apply, canonical, plan_for
 from torch import Tensor, fx, nn
 
+from torch_quant.backends.onnx.forms.keep_grids import keep_grids
+from torch_quant.backends.onnx.forms.read_codes import read_codes
 from torch_quant.core.plan import QuantPlan
 from torch_quant.graph.sites import find_sites
 from torch_quant.ops.qdq import DEQUANTIZE, QUANTIZE
 from torch_quant.passes.base import Pass, PassContext
 from torch_quant.passes.insert_qdq import insert_qdq
-from torch_quant.passes.share_grids import keep_grids, read_codes
 
 
 class Convs(nn.Module):

@@ -12,23 +12,22 @@ from models import normal, seeded, tokens
 from rewriting import Compute, apply, canonical, grid_of, operators, plan_for
 from torch import Tensor, fx, nn
 
+from torch_quant.backends.onnx.forms.attention import attention_forms
+from torch_quant.backends.onnx.forms.biases import integer_bias
+from torch_quant.backends.onnx.forms.embeddings import embedding_forms
+from torch_quant.backends.onnx.forms.linears import linear_forms_2d
+from torch_quant.backends.onnx.forms.move_codes import move_codes
+from torch_quant.backends.onnx.forms.paddings import explicit_padding
+from torch_quant.backends.onnx.forms.pools import padding_before_pools
 from torch_quant.core.spec import QuantSpec
 from torch_quant.ops.qdq import DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
 from torch_quant.passes.base import Pass
 from torch_quant.passes.fold_scales import fold_scales
 from torch_quant.passes.insert_qdq import insert_qdq
-from torch_quant.passes.onnx_forms import (
-    attention_forms,
-    embedding_forms,
-    integer_bias,
-    linear_forms_2d,
-    move_codes,
-    padding_before_pools,
-)
 
 
-def both(model: nn.Module, x: Tensor, rewrite: Pass) -> tuple[fx.GraphModule, fx.GraphModule, int]:
-    """The graph with pairs, before and after the pass, and its number of changes."""
+def both(model: nn.Module, x: Tensor, *passes: Pass) -> tuple[fx.GraphModule, fx.GraphModule, int]:
+    """The graph with pairs, before and after the passes, and the number of changes of the last."""
 
     def insert() -> fx.GraphModule:
         gm = canonical(model, x)
@@ -38,7 +37,7 @@ def both(model: nn.Module, x: Tensor, rewrite: Pass) -> tuple[fx.GraphModule, fx
         return gm
 
     before, after = insert(), insert()
-    return before, after, apply(rewrite, after)
+    return before, after, [apply(rewrite, after) for rewrite in passes][-1]
 
 
 def convolution(gm: fx.GraphModule) -> fx.Node:
@@ -110,7 +109,7 @@ def test_a_linear_stays_2d_up_to_the_next_quantizer() -> None:
 def test_bias_and_padding_of_convolutions(padding: str | int) -> None:
     model = seeded(lambda: nn.Conv2d(4, 6, 3, padding=padding, dilation=2))
     x = normal(2, 4, 9, 9)
-    before, after, count = both(model, x, integer_bias)
+    before, after, count = both(model, x, explicit_padding, integer_bias)
     assert count == 1
     conv = convolution(after)
     assert conv.target is torch.ops.aten.conv2d.default
@@ -121,7 +120,8 @@ def test_bias_and_padding_of_convolutions(padding: str | int) -> None:
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_a_one_sided_padding_is_left_by_name() -> None:
     model = seeded(lambda: nn.Conv2d(4, 6, 2, padding="same"))
-    _, after, _ = both(model, normal(2, 4, 9, 9), integer_bias)
+    _, after, count = both(model, normal(2, 4, 9, 9), explicit_padding)
+    assert not count
     conv = convolution(after)
     assert conv.target is torch.ops.aten.conv2d.padding
 

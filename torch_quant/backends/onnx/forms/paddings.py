@@ -1,0 +1,45 @@
+"""A convolution's padding by name, as numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from torch_quant.backends.onnx.forms.matching import is_quantized_product
+from torch_quant.ops.table import padding_sizes, spread
+from torch_quant.passes.base import PassContext
+
+__all__ = ["explicit_padding"]
+
+aten = torch.ops.aten
+
+_NUMBERED: dict[Any, Any] = {
+    aten.conv1d.padding: aten.conv1d.default,
+    aten.conv2d.padding: aten.conv2d.default,
+    aten.conv3d.padding: aten.conv3d.default,
+}
+
+
+def explicit_padding(context: PassContext) -> int:
+    """``"valid"``, and ``"same"`` where both sides get as much, of quantized convolutions."""
+    changed = 0
+    for node in context.graph.nodes:
+        if node.target in _NUMBERED and is_quantized_product(node):
+            changed += _spell_out(context.gm, node)
+    return changed
+
+
+def _spell_out(gm: fx.GraphModule, node: fx.Node) -> bool:
+    defaults = (None, None, None, [1], "valid", [1], 1)
+    arguments: list[Any] = [*node.args, *defaults[len(node.args) :]]
+    x, weight, bias, stride, padding, dilation, groups = arguments
+    kernel = gm.get_buffer(str(weight.args[0].target)).shape[2:]
+    sides, far = padding_sizes(padding, kernel, dilation)
+    if far:
+        return False
+    node.target = _NUMBERED[node.target]
+    dims = len(kernel)
+    node.args = (x, weight, bias, spread(stride, dims), sides, spread(dilation, dims), groups)
+    return True
