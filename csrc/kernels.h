@@ -35,7 +35,8 @@ struct Linear {
   const float* x;             // [rows, in]
   const uint8_t* weight;      // [out, row_bytes]
   const float* scale;         // [out, groups]
-  const uint8_t* zero_points; // [out, groups], or null where all are `zero`
+  const uint8_t* zero_points; // [out, groups], or null where all are `zero` or floats
+  const float* zeros;         // [out, groups]: zero points that are floats, or null
   const float* bias;          // [out], or null
   float* y;                   // [rows, out]
   int64_t rows, in, out, row_bytes, groups, group;

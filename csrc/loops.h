@@ -102,7 +102,7 @@ inline void round_chunk(const float* x, int64_t given, uint8_t* record, const Li
       high = dot<true>(high, bytes(1), load(codes + (S.vectors() + v) * 64));
     sums = add(sums, times128(high));
   }
-  if (j.zero_points)
+  if (j.zero_points || j.zeros)
     store(scales + LANES, to_float(sums));
   else
     store(scales + LANES, times(sums, -j.zero));
@@ -128,18 +128,22 @@ void round(const Linear& j, int64_t row, int64_t slot) {
   }
 }
 
+// What zero points are: one for all, bytes, or floats.
+enum Zeros : int { SAME = 0, BYTES = 1, FLOATS = 2 };
+
 // What a tile of rows m and outputs n reads.
 struct Tile {
   const uint8_t* activations;
   const uint8_t* weight;
   const float* scale;
   const uint8_t* zero_points;
+  const float* zeros;
   int64_t stride;               // bytes from one row of activations to the next
   int64_t distance, scales_on;  // how far ahead a later tile reads; 0 if that is in cache already
 };
 
 // Adds one chunk to the sums; TAIL if the weights end inside of it.
-template <int LAYOUT, bool GROUPED, bool AFFINE, bool TAIL, int M, int N>
+template <int LAYOUT, bool GROUPED, int ZEROS, bool TAIL, int M, int N>
 inline void add_chunk(const Linear& j, const Tile& t, int64_t c, Spread lanes, F32 (&sums)[M][N]) {
   constexpr Shape S = shape_of(LAYOUT);
   constexpr int V = S.vectors();
@@ -161,10 +165,12 @@ inline void add_chunk(const Linear& j, const Tile& t, int64_t c, Spread lanes, F
       for (int p = 0; p < S.planes; p++) u[n][i * S.planes + p] = plane<S.planes>(raw, p, flip);
     }
     const float* scale = t.scale + n * j.groups + group;
-    const uint8_t* zero_points = t.zero_points + n * j.groups + group;
+    const int64_t place = n * j.groups + group;
     if (t.distance && (GROUPED || c % 8 == 0)) prefetch(scale + t.scales_on);
     by[n] = GROUPED ? spread(scale, lanes) : all(*scale);
-    if (AFFINE) z[n] = GROUPED ? spread(zero_points, lanes) : all(static_cast<float>(*zero_points));
+    if (ZEROS == BYTES)
+      z[n] = GROUPED ? spread(t.zero_points + place, lanes) : all(t.zero_points[place]);
+    if (ZEROS == FLOATS) z[n] = GROUPED ? spread(t.zeros + place, lanes) : all(t.zeros[place]);
   }
   const F32* near = by;
   if (M > 1) in_memory(near);
@@ -174,7 +180,7 @@ inline void add_chunk(const Linear& j, const Tile& t, int64_t c, Spread lanes, F
     const float* scales = reinterpret_cast<const float*>(a + S.terms * V * 64);
     UNROLL
     for (int n = 0; n < N; n++) {
-      I32 sum = AFFINE ? zero() : load_i32(scales + LANES);
+      I32 sum = ZEROS == SAME ? load_i32(scales + LANES) : zero();
       UNROLL
       for (int v = 0; v < V; v++) sum = dot<SMALL>(sum, u[n][v], load(a + v * 64));
       if (S.terms == 2) {
@@ -184,7 +190,7 @@ inline void add_chunk(const Linear& j, const Tile& t, int64_t c, Spread lanes, F
         sum = add(sum, times128(high));
       }
       F32 real = to_float(sum);
-      if (AFFINE) real = minus_product(real, z[n], load_f32(scales + LANES));
+      if (ZEROS != SAME) real = minus_product(real, z[n], load_f32(scales + LANES));
       sums[m][n] = plus_product(sums[m][n], real, product(load_f32(scales), near[n]));
     }
     a += t.stride;
@@ -192,7 +198,7 @@ inline void add_chunk(const Linear& j, const Tile& t, int64_t c, Spread lanes, F
   }
 }
 
-template <int LAYOUT, bool GROUPED, bool AFFINE, int M, int N>
+template <int LAYOUT, bool GROUPED, int ZEROS, int M, int N>
 inline void tile(const Linear& j, const uint8_t* activations, int64_t n0, float* y, bool ahead) {
   F32 sums[M][N];
   UNROLL
@@ -204,15 +210,16 @@ inline void tile(const Linear& j, const uint8_t* activations, int64_t n0, float*
   const Tile t = {activations,
                   j.weight + n0 * j.row_bytes,
                   j.scale + n0 * j.groups,
-                  AFFINE ? j.zero_points + n0 * j.groups : nullptr,
+                  ZEROS == BYTES ? j.zero_points + n0 * j.groups : nullptr,
+                  ZEROS == FLOATS ? j.zeros + n0 * j.groups : nullptr,
                   j.chunks * j.record,
                   ahead ? later * tile_bytes : 0,
                   later * N * j.groups};
   const int64_t whole = j.row_bytes / (shape_of(LAYOUT).loads * 64);
   const Spread lanes = spread_of(j.offset, j.even);
   for (int64_t c = 0; c < whole; c++)
-    add_chunk<LAYOUT, GROUPED, AFFINE, false, M, N>(j, t, c, lanes, sums);
-  if (whole < j.chunks) add_chunk<LAYOUT, GROUPED, AFFINE, true, M, N>(j, t, whole, lanes, sums);
+    add_chunk<LAYOUT, GROUPED, ZEROS, false, M, N>(j, t, c, lanes, sums);
+  if (whole < j.chunks) add_chunk<LAYOUT, GROUPED, ZEROS, true, M, N>(j, t, whole, lanes, sums);
   UNROLL
   for (int m = 0; m < M; m++) {
     totals<N>(sums[m], y + m * j.out);
@@ -221,30 +228,31 @@ inline void tile(const Linear& j, const uint8_t* activations, int64_t n0, float*
   }
 }
 
-template <int LAYOUT, bool GROUPED, bool AFFINE, int M>
+template <int LAYOUT, bool GROUPED, int ZEROS, int M>
 inline void tiles(const Linear& j, const uint8_t* a, int64_t row, int64_t n, int64_t end, bool first) {
   float* y = j.y + row * j.out;
-  for (; n + NR <= end; n += NR) tile<LAYOUT, GROUPED, AFFINE, M, NR>(j, a, n, y + n, first);
-  for (; n < end; n++) tile<LAYOUT, GROUPED, AFFINE, M, 1>(j, a, n, y + n, first);
+  for (; n + NR <= end; n += NR) tile<LAYOUT, GROUPED, ZEROS, M, NR>(j, a, n, y + n, first);
+  for (; n < end; n++) tile<LAYOUT, GROUPED, ZEROS, M, 1>(j, a, n, y + n, first);
 }
 
-template <int LAYOUT, bool GROUPED, bool AFFINE>
+template <int LAYOUT, bool GROUPED, int ZEROS>
 void multiply_as(const Linear& j, int64_t row, int64_t rows, int64_t out, int64_t outs) {
   const int64_t stride = j.chunks * j.record;
   int64_t m = 0;
   for (; m + MR <= rows; m += MR)
-    tiles<LAYOUT, GROUPED, AFFINE, MR>(j, j.activations + m * stride, row + m, out, out + outs, !m);
+    tiles<LAYOUT, GROUPED, ZEROS, MR>(j, j.activations + m * stride, row + m, out, out + outs, !m);
   if (MR > 2)
     for (; m + 2 <= rows; m += 2)
-      tiles<LAYOUT, GROUPED, AFFINE, 2>(j, j.activations + m * stride, row + m, out, out + outs, !m);
+      tiles<LAYOUT, GROUPED, ZEROS, 2>(j, j.activations + m * stride, row + m, out, out + outs, !m);
   for (; m < rows; m++)
-    tiles<LAYOUT, GROUPED, AFFINE, 1>(j, j.activations + m * stride, row + m, out, out + outs, !m);
+    tiles<LAYOUT, GROUPED, ZEROS, 1>(j, j.activations + m * stride, row + m, out, out + outs, !m);
 }
 
 template <int LAYOUT, bool GROUPED>
 void multiply_in(const Linear& j, int64_t row, int64_t rows, int64_t out, int64_t outs) {
-  if (j.zero_points) return multiply_as<LAYOUT, GROUPED, true>(j, row, rows, out, outs);
-  return multiply_as<LAYOUT, GROUPED, false>(j, row, rows, out, outs);
+  if (j.zeros) return multiply_as<LAYOUT, GROUPED, FLOATS>(j, row, rows, out, outs);
+  if (j.zero_points) return multiply_as<LAYOUT, GROUPED, BYTES>(j, row, rows, out, outs);
+  return multiply_as<LAYOUT, GROUPED, SAME>(j, row, rows, out, outs);
 }
 
 // Rows from `row` on, whose activations begin at slot 0, times outputs from `out` on.

@@ -174,7 +174,7 @@ void run_slabs(Slab<Job> slab, int64_t rows, int64_t out, int64_t row_bytes,
 using namespace torch_quant;
 
 // The version of this interface.
-EXPORT int torch_quant_version() { return 1; }
+EXPORT int torch_quant_version() { return 2; }
 
 // How many sets of kernels run here; the last is the fastest.
 EXPORT int torch_quant_paths() { return static_cast<int>(usable().size()); }
@@ -192,13 +192,13 @@ EXPORT void torch_quant_parallel(void* function) {
 
 // y = x @ weight.T + bias of weights with 2, 4 or 8 bits; 0, or 1 where memory is short.
 EXPORT int torch_quant_linear(int threads, const float* x, const void* weight, const float* scale,
-                              const uint8_t* zero_points, const float* bias, float* y, int64_t rows,
-                              int64_t in, int64_t out, int64_t row_bytes, int64_t groups, int bits,
-                              int is_signed, int zero) {
+                              const uint8_t* zero_points, const float* zeros, const float* bias,
+                              float* y, int64_t rows, int64_t in, int64_t out, int64_t row_bytes,
+                              int64_t groups, int bits, int is_signed, int zero) {
   if (!rows || !out || !in) return 0;  // without inputs the caller knows the sums
   Linear j = {};
   j.x = x, j.weight = static_cast<const uint8_t*>(weight), j.scale = scale;
-  j.zero_points = zero_points, j.bias = bias, j.y = y;
+  j.zero_points = zero_points, j.zeros = zeros, j.bias = bias, j.y = y;
   j.rows = rows, j.in = in, j.out = out, j.row_bytes = row_bytes, j.groups = groups;
   j.group = most(in / groups, 1);
   j.layout = bits == 2   ? BITS2

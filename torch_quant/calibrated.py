@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, fx
 
-from torch_quant.algorithms import DEFAULT_METHOD
+from torch_quant.algorithms import DEFAULT_METHOD, without_data
 from torch_quant.core.methods import WeightMethod
 from torch_quant.core.plan import QuantPlan
 from torch_quant.core.qparams import QParams
@@ -63,7 +63,7 @@ class Calibrated:
             return rounded.codes, rounded.qparams
         blocks = [each for each in (*entry.transforms, method) if each.wants_blocks]
         if blocks and (not self._blocks or site in self._made.left_out):
-            method = DEFAULT_METHOD
+            method = without_data(method)
         elif blocks:
             raise NotCalibrated(
                 f"{site}: {blocks[0]} works on blocks of the model: run "

@@ -104,6 +104,11 @@ class QConfig:
             raise InvalidConfig(
                 "QConfig(weight=...) is per token, which activations can be; use PerChannel()"
             )
+        if isinstance(self.input, QuantSpec) and self.input.float_zero_points:
+            raise InvalidConfig(
+                "QConfig(input=...) has float zero points, which weights alone can have; use "
+                "QuantSpec.of(..., float_zero_points=False)"
+            )
         if self.observer is not None:
             check_observer(self.observer)
 
@@ -197,6 +202,7 @@ def registered_name(observer: ObserverLike) -> str:
 _SHORT = {
     "element": str, "bits": int, "signed": bool, "symmetric": bool, "per_channel": bool,
     "granularity": str, "scale_type": str, "dynamic": bool,
+    "float_zero_points": bool,
 }  # fmt: skip
 """Arguments of :meth:`QuantSpec.of` as data."""
 _EXPECTED = {str: "a name", int: "an integer", bool: "true or false, without quotes"}

@@ -36,8 +36,8 @@ class QuantizerTraining(QuantizerFiles):
 
         Raises:
             NotCalibrated: ranges are needed, and no data was seen; or the model has changed since.
-            InvalidConfig: an unknown method; every parameter is frozen; the QConfig has transforms,
-                or the weights were rounded by :meth:`round_weights`.
+            InvalidConfig: an unknown method; every parameter is frozen; the QConfig has transforms
+                or float zero points, or the weights were rounded by :meth:`round_weights`.
             UnsupportedOp: nothing in the model can be quantized.
 
         >>> import torch
@@ -54,7 +54,14 @@ class QuantizerTraining(QuantizerFiles):
         chosen = qat_method(method)
         backend, session = self._ready(model, None, example_inputs, "qat")
         session.tell_observers()
-        lowering = qat_lowering(session, backend, qat_plan(session.plan(backend)), chosen)
+        plan = qat_plan(session.plan(backend))
+        for site in plan.values():
+            if site.quantized and site.weight is not None and site.weight.float_zero_points:
+                raise InvalidConfig(
+                    f"{site.name}: qat() trains zero points that are codes, not {site.weight}: use "
+                    "a QuantSpec with float_zero_points=False"
+                )
+        lowering = qat_lowering(session, backend, plan, chosen)
         made = self._lowered(session, lowering, False)
         assert isinstance(made, QatModel)
         start_training(session, lowering, made, backend, self.unseen_calls == "capture")

@@ -87,6 +87,7 @@ def int4_weight_only(
     group_size: int | None = 128,
     symmetric: bool = True,
     method: WeightMethod | str | None = None,
+    float_zero_points: bool = False,
 ) -> QConfig:
     """int4 weights, activations in float: no data unless the method wants some.
 
@@ -95,14 +96,17 @@ def int4_weight_only(
         symmetric: whether codes are signed, with their zero at 0.
         method: how weights are rounded; None for round to nearest, over the full range where codes
             are signed.
+        float_zero_points: with ``symmetric=False``, as HQQ has them.
 
     Raises:
-        InvalidConfig: ``group_size`` is not positive, or the method is unknown.
+        InvalidConfig: ``group_size`` is not positive, or the method is unknown; float zero points
+            in a symmetric format.
 
     >>> print(int4_weight_only(group_size=32).weight)
     s4 symmetric per-group(32)
     """
-    return QConfig(FLOAT, _int(4, group_size, symmetric), method=_few_bits(4, symmetric, method))
+    spec = _int(4, group_size, symmetric, float_zero_points)
+    return QConfig(FLOAT, spec, method=_few_bits(4, symmetric, method))
 
 
 @register_recipe
@@ -112,6 +116,7 @@ def weight_only(
     group_size: int | None = 64,
     symmetric: bool = True,
     method: WeightMethod | str | None = None,
+    float_zero_points: bool = False,
 ) -> QConfig:
     """Weights of 2 to 8 bits, activations in float: no data unless the method wants some.
 
@@ -121,9 +126,11 @@ def weight_only(
         symmetric: whether codes are signed, with their zero at 0.
         method: how weights are rounded; None for round to nearest, over the full range where codes
             are signed and have up to 4 bits.
+        float_zero_points: with ``symmetric=False``, as HQQ has them.
 
     Raises:
-        InvalidConfig: ``bits`` or ``group_size`` is out of range, or the method is unknown.
+        InvalidConfig: ``bits`` or ``group_size`` is out of range, or the method is unknown; float
+            zero points in a symmetric format.
 
     >>> print(weight_only(bits=3).weight)
     s3 symmetric per-group(64)
@@ -131,7 +138,7 @@ def weight_only(
     if isinstance(bits, bool) or bits not in range(2, 9):
         raise InvalidConfig(f"bits={bits!r}: expected 2 to 8")
     how = _few_bits(bits, symmetric, method)
-    return QConfig(FLOAT, _int(bits, group_size, symmetric), method=how)
+    return QConfig(FLOAT, _int(bits, group_size, symmetric, float_zero_points), method=how)
 
 
 @register_recipe
@@ -203,9 +210,17 @@ def _check(element: str, known: tuple[str, ...]) -> None:
         raise InvalidConfig(f"element={element!r}: expected {' or '.join(map(repr, known))}")
 
 
-def _int(bits: int, group_size: int | None, symmetric: bool = True) -> QuantSpec:
+def _int(
+    bits: int, group_size: int | None, symmetric: bool = True, float_zero_points: bool = False
+) -> QuantSpec:
     granularity = PerChannel() if group_size is None else PerGroup(group_size)
-    return QuantSpec.of(bits=bits, signed=symmetric, symmetric=symmetric, granularity=granularity)
+    return QuantSpec.of(
+        bits=bits,
+        signed=symmetric,
+        symmetric=symmetric,
+        granularity=granularity,
+        float_zero_points=float_zero_points,
+    )
 
 
 def _mx(element: str, weight_only: bool) -> QConfig:

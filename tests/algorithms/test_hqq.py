@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from weights import SPECS, heavy, weight_error
 
 from torch_quant import HQQ, InvalidConfig, PerGroup, QuantSpec, RoundToNearest, WeightMethod
@@ -30,6 +31,23 @@ def test_it_pays_for_few_bits(element: str, most: float) -> None:
     spec = QuantSpec.of(element, granularity=PerGroup(64, 1))
     assert lp_error(HQQ(), spec) < most * lp_error(RoundToNearest(), spec)
     assert weight_error(HQQ(), spec) < 1.0
+
+
+@pytest.mark.parametrize(("element", "most"), [("uint2", 0.96), ("uint3", 0.97), ("uint4", 0.98)])
+def test_zero_points_that_are_floats_are_solved_for(element: str, most: float) -> None:
+    """The published form: the scale is that of the range, and only the zero point moves.
+
+    It saves 5, 4 and 4 % here; a smaller scale, which 2 bits gain a fifth by, is not looked for.
+    """
+    spec = QuantSpec.of(element, granularity=PerGroup(64, 1), float_zero_points=True)
+    assert lp_error(HQQ(), spec) < most * lp_error(RoundToNearest(), spec)
+    (_, solved), (_, ranges) = (
+        each.quantize(heavy(), spec, {}) for each in (HQQ(), RoundToNearest())
+    )
+    assert torch.equal(solved.scale, ranges.scale)
+    assert bool((solved.zero_point != ranges.zero_point).any())
+    whole = QuantSpec.of(element, granularity=PerGroup(64, 1))
+    assert lp_error(HQQ(), spec) < lp_error(RoundToNearest(), whole)
 
 
 def test_more_rounds_are_never_worse() -> None:

@@ -42,6 +42,11 @@ def _specs() -> list[QuantSpec]:
         for each in ("float4_e2m1", "float6_e2m3", "float8_e4m3fn", "int8")
         for scale in ("e8m0", "float16", "bfloat16")
     ]
+    found += [
+        QuantSpec.of(each, granularity=granularity, float_zero_points=True)
+        for each in ("uint2", "uint3", "uint4", "int4", "uint8")
+        for granularity in (PerChannel(0), PerGroup(16, 1))
+    ]
     return found
 
 

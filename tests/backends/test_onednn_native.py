@@ -34,9 +34,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def weights(element: str, group: int | None = None, symmetric: bool | None = None) -> QConfig:
+def weights(
+    element: str, group: int | None = None, symmetric: bool | None = None, *, floats: bool = False
+) -> QConfig:
     granularity = PerChannel() if group is None else PerGroup(group)
-    return QConfig(FLOAT, QuantSpec.of(element, symmetric=symmetric, granularity=granularity))
+    spec = QuantSpec.of(
+        element, symmetric=symmetric, granularity=granularity, float_zero_points=floats
+    )
+    return QConfig(FLOAT, spec)
 
 
 FORMATS: dict[str, tuple[QConfig, str, float]] = {
@@ -46,6 +51,11 @@ FORMATS: dict[str, tuple[QConfig, str, float]] = {
     "int4 affine": (
         recipes.int4_weight_only(group_size=32, symmetric=False), "int4 weights", 34.0
     ),
+    "int4, float zero points": (
+        recipes.int4_weight_only(group_size=32, symmetric=False, float_zero_points=True),
+        "int4 weights", 34.0,
+    ),
+    "int8, float zero points": (weights("uint8", 64, floats=True), "int8 weights", 75.0),
     "int4 affine, signed": (weights("int4", 32, False), "int4 weights", 34.0),
     "uint4 symmetric": (weights("uint4", 64, True), "int4 weights", 34.0),
     "int4 of 15 values": (weights("int4[-7, 7]", 64), "int4 weights", 34.0),
@@ -95,14 +105,19 @@ def test_formats_agree_with_the_reference(name: str) -> None:
     assert ("activations are rounded inside" in explained["quantized"].why) == (words != "int8")
 
 
-@pytest.mark.parametrize("name", ["int4 affine", "int8 per channel", "dynamic"])
+@pytest.mark.parametrize(
+    "name", ["int4 affine", "int4, float zero points", "int8 per channel", "dynamic"]
+)
 def test_the_whole_workflow(name: str, tmp_path: Path) -> None:
     config, _, _ = FORMATS[name]
     options: dict[str, Any] = {"backend": "onednn", "qconfig": config, "capture": "whole"}
     check_workflow(net(), ((normal(32, 128),), {}), "0", tmp_path, least=15.0, **options)
 
 
-@pytest.mark.parametrize("name", ["int4, groups of 64", "int4 affine", "int8 affine", "dynamic"])
+@pytest.mark.parametrize(
+    "name",
+    ["int4, groups of 64", "int4 affine", "int4, float zero points", "int8 affine", "dynamic"],
+)
 def test_saved_traced_exported_and_copied(name: str, tmp_path: Path) -> None:
     config, _, _ = FORMATS[name]
     x, model = normal(8, 128), net()

@@ -131,7 +131,7 @@ def test_a_weight_with_zero_points_by_channel_stays_in_float() -> None:
         model, [((shifted(4, 16),), {})], backend="onnx", overrides={"0": QConfig(weight=weight)}
     )
     quantizer.quantize(model)
-    assert "one zero point for all channels" in quantizer.plan["0"].reason
+    assert "one integer zero point for all channels" in quantizer.plan["0"].reason
 
 
 def test_a_bias_that_dwarfs_its_weights_is_kept(tmp_path: Path) -> None:

@@ -323,3 +323,12 @@ def test_code_that_a_configuration_names_is_not_fetched(folder: Path, name: str)
     (folder / "config.json").write_text(json.dumps({**config, name: "somebody/kernel"}))
     model = load_checkpoint(folder, backend="reference")
     assert model.config._attn_implementation in ("sdpa", "eager")
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq"])
+def test_float_zero_points_are_not_written(format: str, tmp_path: Path) -> None:
+    config = recipes.int4_weight_only(group_size=32, symmetric=False, float_zero_points=True)
+    with torch.no_grad():
+        made = quantized(DECODERS["llama"](), config)
+    with pytest.raises(InvalidConfig, match="zero points that are codes, not u4 affine"):
+        export_checkpoint(made, tmp_path / "model", format=format)

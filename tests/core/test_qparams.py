@@ -4,7 +4,9 @@ import itertools
 
 import pytest
 import torch
+from torch import nn
 
+from torch_quant import FLOAT, PerChannel, PerGroup, QConfig, Quantizer, recipes
 from torch_quant.core.elements import IntegerType
 from torch_quant.core.functional import dequantize, fake_quantize, quantize
 from torch_quant.core.qparams import MIN_SCALE, QParams, choose_qparams
@@ -115,3 +117,54 @@ def test_qparams_validate_their_shapes() -> None:
         QParams(QuantSpec.of(per_channel=True), two, zero)
     with pytest.raises(InvalidConfig, match="as many dimensions as the tensor"):
         QParams(QuantSpec.of(per_channel=True), one, zero)
+
+
+def test_float_zero_points_cover_a_range_beside_zero_and_find_its_grid() -> None:
+    """4 bits with a minimum, as GGUF's Q4_1 has them: code for code, wherever 0 lies."""
+    spec = QuantSpec.of("uint4", granularity=PerChannel(0), float_zero_points=True)
+    codes = torch.arange(16).repeat(3, 1).to(torch.uint8)
+    minimum, scale = torch.tensor([[0.7], [-3.2], [-0.1]]), torch.tensor([[0.1], [0.02], [0.3]])
+    x = codes * scale + minimum
+    qparams = choose_qparams(x.amin(1, keepdim=True), x.amax(1, keepdim=True), spec)
+    assert torch.equal(quantize(x, qparams), codes)
+    torch.testing.assert_close(dequantize(codes, qparams), x, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(fake_quantize(x, qparams), x, rtol=1e-5, atol=1e-6)
+
+
+def test_float_zero_points_of_a_constant() -> None:
+    spec = QuantSpec.of("uint4", float_zero_points=True)
+    ends = torch.tensor(-12.75)
+    assert float(fake_quantize(ends, choose_qparams(ends, ends, spec))) == -12.75
+
+
+def test_zero_points_of_another_type() -> None:
+    one, spec = torch.tensor(1.0), QuantSpec.of("uint4", float_zero_points=True)
+    with pytest.raises(InvalidConfig, match=r"zero points of torch\.float32, got torch\.int32"):
+        QParams(spec, one, torch.tensor(1, dtype=torch.int32))
+    with pytest.raises(InvalidConfig, match=r"zero points of torch\.int32, got torch\.float32"):
+        QParams(QuantSpec.of("uint4"), one, one)
+
+
+@pytest.mark.parametrize("options", [{"symmetric": True}, {"dynamic": True}])
+def test_formats_without_float_zero_points(options: dict[str, bool]) -> None:
+    with pytest.raises(InvalidConfig, match="expected symmetric=False and dynamic=False"):
+        QuantSpec.of("uint4", float_zero_points=True, **options)
+    with pytest.raises(InvalidConfig, match="weights alone"):
+        QConfig(QuantSpec.of("uint8", float_zero_points=True))
+
+
+def test_qat_trains_no_float_zero_points() -> None:
+    config = recipes.int4_weight_only(group_size=4, symmetric=False, float_zero_points=True)
+    quantizer = Quantizer("reference", qconfig=config)
+    with pytest.raises(InvalidConfig, match="zero points that are codes, not u4 affine"):
+        quantizer.qat(nn.Linear(8, 2), example_inputs=torch.ones(1, 8))
+
+
+def test_float_zero_points_as_data() -> None:
+    spec = QuantSpec.of("uint4", granularity=PerGroup(32), float_zero_points=True)
+    assert QuantSpec.from_dict(spec.to_dict()) == spec
+    assert spec.bits_per_weight([8, 64]) == 4 + 64 / 32
+    assert str(spec) == "u4 affine per-group(32), float zero points"
+    config = QConfig(FLOAT, spec)
+    assert QConfig.from_dict(config.to_dict()) == config
+    assert "float_zero_points" not in QuantSpec.of("uint4").to_dict()  # files of before are read

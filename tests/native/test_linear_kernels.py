@@ -47,8 +47,9 @@ class Weight:
     """Random codes with their scales, as kernels take them, and the numbers that they stand for."""
 
     def __init__(
-        self, outputs: int, inputs: int, bits: int, group: int | None = None, affine: bool = False
-    ) -> None:
+        self, outputs: int, inputs: int, bits: int, group: int | None = None, affine: bool = False,
+        floats: bool = False,
+    ) -> None:  # fmt: skip
         generator = torch.Generator().manual_seed(outputs * inputs + bits)
 
         def integers(shape: tuple[int, ...]) -> Tensor:
@@ -59,13 +60,15 @@ class Weight:
         codes = integers((outputs, inputs))
         self.scale = torch.rand(grid, generator=generator) + 0.1
         self.zero_point = integers(grid).to(torch.uint8) if affine else None
+        if floats:  # up to a range beside the codes
+            self.zero_point = (torch.rand(grid, generator=generator) * 3 - 1) * 2**bits
         self.bits, self.zero = bits, 2 ** (bits - 1)
         middle = self.zero if self.zero_point is None else self.zero_point.double().unsqueeze(-1)
         blocks = codes.double().reshape(*grid, size) - middle
         self.real = (blocks * self.scale.double().unsqueeze(-1)).reshape(outputs, inputs)
         if bits < 8:
             self.codes = pack(codes, bits)
-        elif affine:
+        elif self.zero_point is not None:
             self.codes = codes.to(torch.uint8)
         else:
             self.codes = (codes - 128).to(torch.int8)
@@ -113,17 +116,19 @@ def assert_product(y: Tensor, x: Tensor, weight: Weight, bias: Tensor | None = N
 def unsigned_reach(weight: Weight) -> Tensor:
     """Bounds of what a kernel adds up for each weight: code and zero point are apart if affine."""
     size = weight.real.shape[1] // weight.scale.shape[1]
-    return weight.scale.double().repeat_interleave(size, 1) * 2.0 ** (weight.bits + 1)
+    # Float zero points lie up to two ranges away from a code.
+    return weight.scale.double().repeat_interleave(size, 1) * 2.0 ** (weight.bits + 2)
 
 
-@pytest.mark.parametrize("affine", [False, True], ids=["symmetric", "affine"])
+@pytest.mark.parametrize("zero_points", ["one", "integers", "floats"])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("size", SIZES)
-def test_weights_alone(instructions: str, size: str, bits: int, affine: bool) -> None:
+def test_weights_alone(instructions: str, size: str, bits: int, zero_points: str) -> None:
     rows, outputs, inputs, group = SIZES[size]
     x, bias = normal(rows, inputs), normal(outputs)
     x[:, :1] *= 20.0
-    weight = Weight(outputs, inputs, bits, group, affine)
+    of_zeros = {"affine": zero_points == "integers", "floats": zero_points == "floats"}
+    weight = Weight(outputs, inputs, bits, group, **of_zeros)
     assert_product(weight.times(x, bias), x, weight, bias)
 
 

@@ -4,7 +4,7 @@ from torch_quant.algorithms.autoround import AutoRound
 from torch_quant.algorithms.awq import AWQ
 from torch_quant.algorithms.gptq import GPTQ
 from torch_quant.algorithms.hqq import HQQ
-from torch_quant.algorithms.rtn import DEFAULT_METHOD, RoundToNearest
+from torch_quant.algorithms.rtn import DEFAULT_METHOD, RoundToNearest, without_data
 from torch_quant.algorithms.smoothquant import SmoothQuant
 from torch_quant.algorithms.teq import TEQ
 
@@ -17,4 +17,5 @@ __all__ = [
     "AutoRound",
     "RoundToNearest",
     "SmoothQuant",
+    "without_data",
 ]

@@ -125,7 +125,12 @@ class Rounder:
         Returns:
             Scale, zero point as floats, and both as they are stored.
         """
-        bottom, top = self.low.clamp(max=0.0) * low, self.high.clamp(min=0.0) * high
+        bottom, top = self.low, self.high
+        if not self.spec.float_zero_points:
+            bottom, top = bottom.clamp(max=0.0), top.clamp(min=0.0)
+        bottom, top = bottom * low, top * high
+        if self.spec.float_zero_points:  # where 0 is outside, ends that move may cross
+            bottom, top = torch.minimum(bottom, top), torch.maximum(bottom, top)
         exact = choose_qparams(bottom.detach(), top.detach(), self.spec)
         zero = exact.zero_point.to(torch.float32)
         if self.spec.symmetric:
@@ -135,6 +140,8 @@ class Rounder:
         else:
             smooth = (top - bottom) / (self.spec.quant_max - self.spec.quant_min)
         scale = smooth + (exact.scale - smooth).detach()
+        if self.spec.float_zero_points:
+            zero = self.spec.quant_min - bottom / scale
         if self.sign is not None:
             scale, exact = scale * self.sign, replace(exact, scale=exact.scale * self.sign)
         return scale, zero, exact

@@ -74,7 +74,7 @@ def searched_qparams(
         for i, part in zip(range(0, len(rows), size), rows.split(size), strict=True)
     ]
     scale, zero_point = (torch.cat([each[k] for each in found]) for k in (0, 1))
-    return QParams(spec, scale.reshape(grid), zero_point.reshape(grid).to(torch.int32))
+    return QParams(spec, scale.reshape(grid), zero_point.reshape(grid).to(spec.zero_point_dtype))
 
 
 def full_range_qparams(weight: Tensor, spec: QuantSpec) -> QParams:
@@ -94,7 +94,7 @@ def full_range_qparams(weight: Tensor, spec: QuantSpec) -> QParams:
     longer = _longer_side(rows, flat)
     scale = storable_scale(scale * longer, spec) if longer is not None else scale
     grid = spec.granularity.grid(weight.shape)
-    return QParams(spec, scale.reshape(grid), zero_point.reshape(grid).to(torch.int32))
+    return QParams(spec, scale.reshape(grid), zero_point.reshape(grid).to(spec.zero_point_dtype))
 
 
 def _longer_side(rows: Tensor, spec: QuantSpec) -> Tensor | None:
@@ -125,8 +125,13 @@ class _Search:
     counts: Tensor | None
 
     def start(self, factor: float = 1.0) -> tuple[Tensor, Tensor]:
-        """What the range times ``factor`` gives."""
+        """What the range times ``factor`` gives; with float zero points, around its middle."""
         low, high = self.rows.amin(1, keepdim=True), self.rows.amax(1, keepdim=True)
+        if self.spec.float_zero_points:
+            middle = low / 2 + high / 2
+            low, high = middle + (low - middle) * factor, middle + (high - middle) * factor
+            found = choose_qparams(low, high, self.spec)
+            return found.scale, found.zero_point
         found = choose_qparams(low.clamp(max=0) * factor, high.clamp(min=0) * factor, self.spec)
         return found.scale, found.zero_point.to(torch.float32)
 
@@ -135,7 +140,8 @@ class _Search:
         values = self.rows / scale
         if not self.spec.integer:
             return self.spec.round(values)
-        return self.spec.round(values.round_().add_(zero_point)).sub_(zero_point)
+        values = values if self.spec.float_zero_points else values.round_()
+        return self.spec.round(values.add_(zero_point)).sub_(zero_point)
 
     def run(self, full_range: bool) -> tuple[Tensor, Tensor]:
         powers = self.spec.scale_type is ScaleType.E8M0
@@ -177,7 +183,8 @@ class _Search:
             x, q = self._sum(self.rows.clone()) / total, self._sum(values.clone()) / total
             slope = self._sum((self.rows - x) * (values - q)) / self._sum((values - q).square())
             root = zero_point + q - x / slope
-            root = root.round().clamp(self.spec.quant_min, self.spec.quant_max)
+            if not self.spec.float_zero_points:
+                root = root.round().clamp(self.spec.quant_min, self.spec.quant_max)
             usable = torch.isfinite(root) & (slope > 0)
             moved = torch.where(usable, root, zero_point)
             values, zero_point = values + (zero_point - moved), moved

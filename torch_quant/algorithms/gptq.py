@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from torch_quant.algorithms.clipping import searched_qparams
-from torch_quant.algorithms.rtn import RoundToNearest
+from torch_quant.algorithms.rtn import without_data
 from torch_quant.core.functional import quantize
 from torch_quant.core.methods import Wanted, WeightMethod, register_weight_method
 from torch_quant.core.qparams import QParams
@@ -127,7 +127,7 @@ class GPTQ(WeightMethod):
         assert isinstance(hessian, Hessian)
         if not hessian.rows:
             tell(_UNREACHED)
-            return self._nearest.quantize(weight, spec, {})
+            return without_data(self).quantize(weight, spec, {})
         moments, channels = hessian.mean.to(weight), weight.shape[-1]
         if len(moments) != channels:
             raise InvalidConfig(f"a Hessian of {len(moments)} channels, a weight of {channels}")
@@ -137,12 +137,8 @@ class GPTQ(WeightMethod):
         factor = self._factor(moments if order is None else moments[order][:, order])
         if factor is None:
             tell(_SINGULAR)
-            return self._nearest.quantize(weight, spec, {})
+            return without_data(self).quantize(weight, spec, {})
         return _Rounding(self, weight, spec, moments.diagonal(), factor, order).run()
-
-    @property
-    def _nearest(self) -> RoundToNearest:
-        return RoundToNearest(full_range=self.full_range)
 
     def _factor(self, moments: Tensor) -> Tensor | None:
         """``U`` of ``H = (I + U) D (I + U)^T`` with a diagonal of ones; None if there is none."""
@@ -225,14 +221,16 @@ class _Rounding:
     def _coded(self, real: Tensor, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, QParams]:
         """The codes of real values that the format has, and what they stand for."""
         grid = self.spec.granularity.grid(self.weight.shape)
-        qparams = QParams(self.spec, scale.reshape(grid), zero_point.reshape(grid).to(torch.int32))
+        zero_point = zero_point.reshape(grid).to(self.spec.zero_point_dtype)
+        qparams = QParams(self.spec, scale.reshape(grid), zero_point)
         return quantize(real.T.contiguous(), qparams), qparams
 
     def _rounded(self, column: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         """The values of the format nearest to a column, ``[out]``."""
         values = column / scale
         if self.spec.integer:
-            values = self.spec.round(values.round_().add_(zero_point)).sub_(zero_point)
+            values = values if self.spec.float_zero_points else values.round_()
+            values = self.spec.round(values.add_(zero_point)).sub_(zero_point)
         else:
             values = self.spec.round(values)
         return values.mul_(scale)
@@ -243,7 +241,7 @@ class _Rounding:
         if self.method.clip_search:
             found = searched_qparams(weight, spec, importance=squares, full_range=full_range)
         else:
-            found = RoundToNearest(full_range=full_range).quantize(weight, spec, {})[1]
+            found = without_data(self.method).quantize(weight, spec, {})[1]
         shape = found.scale.shape if found.scale.dim() else (1, 1)
         return found.scale.reshape(shape).clone(), found.zero_point.reshape(shape).float()
 

@@ -1,19 +1,20 @@
-"""HQQ: scales that a heavy tail of the weight does not pull away.
+"""HQQ: grids that a heavy tail of the weight does not pull away.
 
 The few large errors of a weight, those of its outliers, count little under ``|e|^p``, ``p < 1``.
 The minimum of ``|W - s (Q - z)|^p`` is found by splitting off the outliers' part ``E`` of the
 error, and by solving two problems in turn:
 
     E = shrink(W - s (Q - z)),  shrink(x) = sign(x) max(0, |x| - |x|^(p - 1) / beta)
-    s = argmin |W - E - s (Q - z)|^2
+    z = mean(Q - (W - E) / s)                                     float zero points
+    s = argmin |W - E - s (Q - z)|^2                              others
 
 with errors in steps of the range's scale.
 
 Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023, equations 1
-to 6. There the scale stays what the range gives, and the zero point, a float, is solved for. Here
-zero points are integers, as kernels have them. Those of ranges are within half of the best already
-(in 15 distributions tried, none moved), so the scale is solved for. That serves formats without a
-zero point too. It looks at no data.
+to 6, where the scale stays what the range gives and the zero point, a float, is solved for: a
+format with ``float_zero_points``. Integer zero points of ranges are within half of the best already
+(in 15 distributions tried, none moved), so the scale is solved for there. That serves formats
+without a zero point too. It looks at no data.
 """
 
 from __future__ import annotations
@@ -44,13 +45,15 @@ _SMALLEST = 1e-12  # in steps: |e|^(p - 1) stays finite
 class HQQ(WeightMethod):
     """Half-quadratic quantization; it needs no data.
 
-    Of all rounds, each block keeps the scale with the least ``|error|^p``, so none comes out
-    worse by that measure than round to nearest does. Scales that are powers of two hardly
+    Its own format is affine with float zero points, ``recipes.int4_weight_only(method="hqq",
+    symmetric=False, float_zero_points=True)``. In formats without them it solves for the scale,
+    and what counts little then can count much for the output: the large weights of language models
+    often belong to loud channels. There, ``RoundToNearest(full_range=True)`` is the better choice
+    without data, and a search that is weighted with data. Scales that are powers of two hardly
     leave anything to solve.
 
-    What counts little here can count much for the output: the large weights of language models
-    often belong to loud channels. There, ``RoundToNearest(full_range=True)`` is the better choice
-    without data, and a search that is weighted with data.
+    Of all rounds, each block keeps the grid with the least ``|error|^p``, so none comes out worse
+    by that measure than round to nearest does.
 
     Args:
         p: the norm, above 0 and at most 1.
@@ -99,7 +102,8 @@ class HQQ(WeightMethod):
         size = max(1, _ELEMENTS // max(1, rows.shape[1]))
         found = [self._solved(part, flat) for part in rows.split(size)]
         scale, zero_point = (torch.cat([each[k] for each in found]) for k in (0, 1))
-        qparams = QParams(spec, scale.reshape(grid), zero_point.reshape(grid).to(torch.int32))
+        zero_point = zero_point.reshape(grid).to(spec.zero_point_dtype)
+        qparams = QParams(spec, scale.reshape(grid), zero_point)
         return quantize(weight, qparams), qparams
 
     def _solved(self, rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -108,13 +112,14 @@ class HQQ(WeightMethod):
         first = choose_qparams(low, high, spec)
         scale, zero_point = first.scale, first.zero_point.to(torch.float32)
         unit = first.scale
-        best = scale
+        best = scale, zero_point
         least = torch.full_like(scale, float("inf"))
         beta = self.beta
         for turn in range(self.iterations + 1):
             values = rows / scale
             if spec.integer:
-                values = spec.round(values.round_().add_(zero_point)).sub_(zero_point)
+                values = values if spec.float_zero_points else values.round_()
+                values = spec.round(values.add_(zero_point)).sub_(zero_point)
             else:
                 values = spec.round(values)
             error = torch.addcmul(rows, values, scale, value=-1).div_(unit)
@@ -123,13 +128,17 @@ class HQQ(WeightMethod):
             cost = (size * slope).sum(1, keepdim=True)
             wins = cost < least
             least = torch.where(wins, cost, least)
-            best = torch.where(wins, scale, best)
+            best = torch.where(wins, scale, best[0]), torch.where(wins, zero_point, best[1])
             if turn == self.iterations:
                 break
             outliers = size.sub_(slope.div_(beta)).clamp_(min=0).copysign_(error).mul_(unit)
+            beta *= self.kappa
+            if spec.float_zero_points:
+                moved = values - (rows - outliers) / scale
+                zero_point = zero_point + moved.mean(1, keepdim=True)
+                continue
             found = ((rows - outliers) * values).sum(1, keepdim=True)
             found = found / values.square().sum(1, keepdim=True)
             usable = torch.isfinite(found) & (found > 0)
             scale = storable_scale(torch.where(usable, found, scale), spec)
-            beta *= self.kappa
-        return best, zero_point
+        return best

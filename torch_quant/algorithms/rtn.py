@@ -18,7 +18,7 @@ from torch_quant.errors import InvalidConfig
 from torch_quant.graph.sites import Site
 from torch_quant.statistics import MEAN_SQUARE, MeanSquare, Statistic
 
-__all__ = ["DEFAULT_METHOD", "RoundToNearest"]
+__all__ = ["DEFAULT_METHOD", "RoundToNearest", "without_data"]
 
 _EVERYTHING = "minmax"
 
@@ -116,3 +116,19 @@ class RoundToNearest(WeightMethod):
 
 DEFAULT_METHOD = RoundToNearest()
 """How a weight is rounded where the user asks for nothing else."""
+
+
+def without_data(method: WeightMethod | None) -> WeightMethod:
+    """What rounds a weight in the place of ``method`` where there is no data for that.
+
+    Itself if it needs none, else round to nearest, over the full range if ``method`` uses that.
+
+    >>> from torch_quant import GPTQ
+    >>> without_data(GPTQ(full_range=True)) == RoundToNearest(full_range=True)
+    True
+    """
+    if method is None:
+        return DEFAULT_METHOD
+    if not (method.wants_statistics or method.wants_blocks):
+        return method
+    return RoundToNearest(full_range=bool(getattr(method, "full_range", False)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+from torch_quant.algorithms import without_data
 from torch_quant.config import QConfig
 from torch_quant.convert.lowering import Lowering
 from torch_quant.errors import InvalidConfig
@@ -50,11 +51,9 @@ def candidate_lowerings(session: Session, candidates: Mapping[str, QConfig]) -> 
     A weight method that works with data is replaced by rounding to nearest: a candidate is scored
     before any weight is rounded.
     """
-    return {name: session.candidate(_without_data(each)) for name, each in candidates.items()}
-
-
-def _without_data(config: QConfig) -> QConfig:
-    method = config.method
-    data = method is not None and (method.wants_statistics or method.wants_blocks)
-    transforms = tuple(each for each in config.transforms if not each.wants_blocks)
-    return replace(config, method=None if data else method, transforms=transforms)
+    found = {}
+    for name, each in candidates.items():
+        transforms = [x for x in each.transforms if not x.wants_blocks]
+        config = replace(each, method=without_data(each.method), transforms=transforms)
+        found[name] = session.candidate(config)
+    return found

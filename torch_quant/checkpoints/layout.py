@@ -96,6 +96,8 @@ def common_refusal(weight: QuantizedWeight, bits: Sequence[int]) -> str:
     if not spec.integer or spec.bits not in bits:
         allowed = ", ".join(map(str, bits))
         return f"it holds integers of {allowed} bits, not {spec}"
+    if spec.float_zero_points:
+        return f"it holds zero points that are codes, not {spec}"
     if not isinstance(spec.granularity, (PerChannel, PerGroup)):
         return f"it holds a scale for each output channel or group of inputs, not {spec}"
     if weight.scale.shape[0] != weight.codes.shape[0]:

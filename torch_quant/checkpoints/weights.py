@@ -41,7 +41,7 @@ class QuantizedWeight:
         plan: what is done with that.
         codes: integers, one an element, in the shape of the weight, ``[out, in]``.
         scale: float32, in the shape of the blocks' grid: ``[out, in / 128]``.
-        zero_point: int32, the same shape.
+        zero_point: int32, or float32 of a format with such zero points; the same shape.
         names: what the tensors are called in the ``state_dict``: codes and grid.
     """
 
@@ -164,7 +164,8 @@ def _weight(
         shape = [-1, *(1 for _ in codes.shape[1:])]
         scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
     names = frozenset(f"{path}.{each.target}".strip(".") for each in (node, *grid))
-    return QuantizedWeight(site.name, site, codes, scale, zero_point.to(torch.int32), names)
+    dtype = torch.int32 if site.weight is None else site.weight.zero_point_dtype
+    return QuantizedWeight(site.name, site, codes, scale, zero_point.to(dtype), names)
 
 
 def _unpacked(
@@ -185,5 +186,5 @@ def _unpacked(
             inputs = int(arguments[0].meta["val"].shape[-1])
         codes = (unpack(packed, bits, inputs).to(torch.int16) - above).to(spec.dtype)
     if zero_point:
-        return codes, zero_point[0].to(torch.int32) - above
+        return codes, zero_point[0].to(spec.zero_point_dtype) - above
     return codes, torch.full_like(scale, zero - above, dtype=torch.int32)

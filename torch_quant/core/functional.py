@@ -19,12 +19,22 @@ __all__ = [
 ]
 
 
+def _placed(values: Tensor, zero_point: Tensor) -> Tensor:
+    """``values`` among the codes, before they saturate; written over.
+
+    Integer zero points are added to what was rounded, so that halves go to even numbers of steps.
+    """
+    if zero_point.is_floating_point():
+        return values.add_(zero_point)
+    return values.round_().add_(zero_point)
+
+
 def quantize_blocks(x: Tensor, scale: Tensor, zero_point: Tensor, element: ElementType) -> Tensor:
     """Codes of ``x``; see :func:`quantize`."""
     split, shape = split_blocks(x, scale.shape)
     values = split.to(torch.float32) / scale.reshape(shape)  # a new tensor: the rest is in place
     if element.integer:
-        values.round_().add_(zero_point.reshape(shape))
+        values = _placed(values, zero_point.reshape(shape))
     return element.encode(values).reshape(x.shape)
 
 
@@ -48,7 +58,7 @@ def fake_quantize_blocks(
     scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
     values = split.to(torch.float32) / scale
     if element.integer:
-        values = element.round(values.round_().add_(zero_point)).sub_(zero_point)
+        values = element.round(_placed(values, zero_point)).sub_(zero_point)
     else:
         values = element.round(values)
     return values.mul_(scale).reshape(x.shape)
@@ -56,6 +66,8 @@ def fake_quantize_blocks(
 
 def quantize(x: Tensor, qparams: QParams) -> Tensor:
     """Codes of ``x``: those of ``round(x / scale) + zero_point``, saturating, halves to even.
+
+    Of ``round(x / scale + zero_point)`` where zero points are floats.
 
     Args:
         x: a float tensor of any shape that the blocks of ``qparams`` divide.

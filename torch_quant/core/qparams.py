@@ -27,7 +27,8 @@ class QParams:
             there are in each: ``[out, 1]`` per channel, ``[out, in / 64]`` per group of 64. A step
             in the tensor's units, or what a float of value 1 stands for. Ranges give positive ones;
             a weight method may give negative ones, which turn the values of the codes round.
-        zero_point: int32, same shape; the code of real 0.
+        zero_point: same shape; int32, the code of real 0, or float32 where the format has
+            ``float_zero_points``: the place of real 0 among the codes.
     """
 
     spec: QuantSpec
@@ -39,6 +40,11 @@ class QParams:
         if self.scale.shape != self.zero_point.shape:
             raise InvalidConfig(
                 f"QParams of a {self.spec}: expected scale and zero_point of one shape, {given}"
+            )
+        if self.zero_point.is_floating_point() != self.spec.float_zero_points:
+            raise InvalidConfig(
+                f"QParams of a {self.spec}: expected zero points of {self.spec.zero_point_dtype}, "
+                f"got {self.zero_point.dtype}"
             )
         if (self.scale.dim() == 0) != self.spec.per_tensor:
             wanted = "no dimension" if self.spec.per_tensor else "as many dimensions as the tensor"
@@ -57,6 +63,7 @@ def choose_qparams(min_val: Tensor, max_val: Tensor, spec: QuantSpec) -> QParams
     value. Scales that are powers of two: ``2^(floor(log2(max(|min|, |max|))) - emax)`` with the
     exponent ``emax`` of the largest value, so that ends may saturate ("OCP Microscaling Formats
     (MX) Specification", version 1.0, section 6.3). A range of only zeros gets scale 1.
+    With float zero points the range is not widened: ``zero_point = quant_min - min / scale``.
 
     Args:
         min_val: ``[]`` per tensor, else one for each block; in the tensor's units.
@@ -79,8 +86,12 @@ def choose_qparams(min_val: Tensor, max_val: Tensor, spec: QuantSpec) -> QParams
 
 def unchecked_qparams(min_val: Tensor, max_val: Tensor, spec: QuantSpec) -> QParams:
     """:func:`choose_qparams` for values met while serving: NaN gives NaN, and nothing is read."""
-    low = min_val.detach().to(torch.float32).clamp(max=0.0)
-    high = max_val.detach().to(torch.float32).clamp(min=0.0)
+    low, high = min_val.detach().to(torch.float32), max_val.detach().to(torch.float32)
+    if spec.float_zero_points:
+        scale = high / (spec.quant_max - spec.quant_min) - low / (spec.quant_max - spec.quant_min)
+        scale = _usable(scale, scale == 0, spec)
+        return QParams(spec, scale, spec.quant_min - low / scale)
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     if spec.symmetric:
         middle = 0 if spec.signed else (spec.quant_min + spec.quant_max + 1) // 2
         steps = min(middle - spec.quant_min, spec.quant_max - middle)

@@ -80,10 +80,13 @@ class QuantSpec:
         granularity: which elements share a scale (and a zero point).
         scale_type: the numbers that a scale can be.
         dynamic: scales are chosen anew at each call, from the values met there.
+        float_zero_points: zero points are float32, so that a block is covered from its smallest to
+            its largest value, whether or not 0 lies between; 0 itself need not be a code. Weights
+            alone can have them.
 
     Raises:
-        InvalidConfig: zero points with floats or with scales that are powers of two; something that
-            is none of these types.
+        InvalidConfig: zero points with floats or with scales that are powers of two; float zero
+            points in a format that is symmetric or dynamic; something that is none of these types.
 
     >>> QuantSpec.of(bits=4, signed=False, symmetric=False).quant_max
     15
@@ -96,6 +99,7 @@ class QuantSpec:
     granularity: Granularity = field(default_factory=PerTensor)
     scale_type: ScaleType = ScaleType.FLOAT32
     dynamic: bool = False
+    float_zero_points: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.element, ElementType):
@@ -117,6 +121,11 @@ class QuantSpec:
             raise InvalidConfig(f"{self.element} has no zero point; use symmetric=True")
         if not self.symmetric and self.scale_type is ScaleType.E8M0:
             raise InvalidConfig("scales of powers of two have no zero point; use symmetric=True")
+        if self.float_zero_points and (self.symmetric or self.dynamic):
+            raise InvalidConfig(
+                "float_zero_points=True: expected symmetric=False and dynamic=False, got "
+                f"symmetric={self.symmetric}, dynamic={self.dynamic}"
+            )
 
     @classmethod
     def of(
@@ -130,6 +139,7 @@ class QuantSpec:
         granularity: Granularity | None = None,
         scale_type: ScaleType | str = ScaleType.FLOAT32,
         dynamic: bool = False,
+        float_zero_points: bool = False,
     ) -> QuantSpec:
         """A format by the name of its element type, or the integers of ``bits`` (2 to 16) bits.
 
@@ -138,11 +148,13 @@ class QuantSpec:
                 ``torch_quant.core.elements.ELEMENT_TYPES``.
             bits: of an integer, where no ``element`` is given.
             signed: whether that integer has a sign.
-            symmetric: None: no for ``bits``; with ``element``, yes unless it is unsigned.
+            symmetric: None: no for ``bits``; with ``element``, yes unless it is unsigned or has
+                float zero points.
             per_channel: short for ``granularity=PerChannel()``.
             granularity: per tensor by default.
             scale_type: or its name.
             dynamic: scales are chosen at each call.
+            float_zero_points: zero points are float32, of weights.
 
         Raises:
             InvalidConfig: an unknown name, other numbers of bits, what contradicts itself.
@@ -156,14 +168,15 @@ class QuantSpec:
         else:
             chosen = element_type(element) if isinstance(element, str) else element
             if symmetric is None and isinstance(chosen, ElementType):
-                symmetric = not chosen.integer or chosen.quant_min < 0
+                signed = not chosen.integer or chosen.quant_min < 0
+                symmetric = signed and not float_zero_points
         if per_channel and granularity is not None:
             raise InvalidConfig("QuantSpec.of: give per_channel=True or granularity=..., not both")
         if granularity is None:
             granularity = PerChannel() if per_channel else PerTensor()
         if isinstance(scale_type, str):
             scale_type = _scale_type(scale_type)
-        return cls(chosen, bool(symmetric), granularity, scale_type, dynamic)
+        return cls(chosen, bool(symmetric), granularity, scale_type, dynamic, float_zero_points)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -208,6 +221,11 @@ class QuantSpec:
     def borders(self) -> Tensor:
         """Where rounding goes over from one value to the next, float32, ``[levels + 1]``."""
         return self.element.borders
+
+    @property
+    def zero_point_dtype(self) -> torch.dtype:
+        """The type that zero points are kept in, int32 or float32."""
+        return torch.float32 if self.float_zero_points else torch.int32
 
     @property
     def per_channel(self) -> bool:
@@ -266,7 +284,7 @@ class QuantSpec:
         4.25
         """
         blocks = math.prod(self.granularity.on(0).grid(shape))
-        zero_point = 0 if self.symmetric else self.bits
+        zero_point = 0 if self.symmetric else 32 if self.float_zero_points else self.bits
         return self.bits + blocks * (self.scale_type.bits + zero_point) / max(math.prod(shape), 1)
 
     def to_dict(self) -> dict[str, Any]:
@@ -284,6 +302,7 @@ class QuantSpec:
             "granularity": str(self.granularity),
             "scale_type": self.scale_type.value,
             "dynamic": self.dynamic,
+            **({"float_zero_points": True} if self.float_zero_points else {}),
         }
 
     @classmethod
@@ -309,6 +328,7 @@ class QuantSpec:
                 Granularity.parse(str(data["granularity"])),
                 ScaleType.FLOAT32 if old else _scale_type(data["scale_type"]),
                 False if old else bool(data["dynamic"]),
+                bool(data.get("float_zero_points", False)),
             )
         except (KeyError, ValueError, TypeError, InvalidConfig) as error:
             raise InvalidConfig(f"not a QuantSpec: {dict(data)!r} ({error})") from error
@@ -321,7 +341,8 @@ class QuantSpec:
             element = self.element.name
         scale = "" if self.scale_type is ScaleType.FLOAT32 else f", {self.scale_type.value} scales"
         granularity = str(self.granularity).replace("_", "-")
-        return f"{element} {granularity}{scale}{', dynamic' if self.dynamic else ''}"
+        zeros = ", float zero points" if self.float_zero_points else ""
+        return f"{element} {granularity}{scale}{zeros}{', dynamic' if self.dynamic else ''}"
 
 
 def _scale_type(name: Any) -> ScaleType:

@@ -172,7 +172,8 @@ def _spec(spec: Any, place: Place, what: str, lines: Lines, field: str, version:
 
     old = version == 1
     entry = "dtype" if old else "element"
-    check_keys(spec, place, (*(_SPEC_1 if old else _SPEC), *_LIMITS), what, lines, _LIMITS)
+    optional = _LIMITS if old else (*_LIMITS, "float_zero_points")
+    check_keys(spec, place, (*(_SPEC_1 if old else _SPEC), *optional), what, lines, optional)
     known = {name: each for name, each in ELEMENT_TYPES.items() if not old or name in _DTYPES}
     element = known.get(spec[entry]) if isinstance(spec[entry], str) else None
     if element is None:
@@ -188,6 +189,10 @@ def _spec(spec: Any, place: Place, what: str, lines: Lines, field: str, version:
         raise wrong("scale_type", f"one of {', '.join(types)}")
     if not isinstance(spec["dynamic"], bool):
         raise wrong("dynamic", "true or false, without quotes")
+    if (floats := spec.get("float_zero_points", False)) not in (False, True):
+        raise wrong("float_zero_points", "true or false, without quotes")
+    if floats and (spec["symmetric"] or spec["dynamic"]):
+        raise wrong("float_zero_points", "false in a format that is symmetric or dynamic")
     if not spec["symmetric"] and not element.integer:
         raise wrong("symmetric", f"true, since {element} has no zero point")
     if not spec["symmetric"] and spec["scale_type"] == ScaleType.E8M0.value:

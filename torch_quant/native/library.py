@@ -22,7 +22,7 @@ VARIABLE = "TORCH_QUANT_KERNELS"
 """The environment variable that chooses instructions: a name of :func:`instruction_sets`."""
 
 _NAME = "kernels.dll" if sys.platform == "win32" else "kernels.so"
-_VERSION = 1
+_VERSION = 2
 """Of the interface; a library that was built from other sources has another."""
 _BUILD = (
     "build them with a C++ compiler: pip install -e . in a checkout, or pip install torch_quant"
@@ -47,7 +47,7 @@ def _find(path: Path) -> tuple[ctypes.CDLL | None, str]:
         )
     library.torch_quant_path.restype = library.torch_quant_used.restype = ctypes.c_char_p
     library.torch_quant_parallel.argtypes = [_POINTER]
-    library.torch_quant_linear.argtypes = [_INT, *[_POINTER] * 6, *[_SIZE] * 5, *[_INT] * 3]
+    library.torch_quant_linear.argtypes = [_INT, *[_POINTER] * 7, *[_SIZE] * 5, *[_INT] * 3]
     library.torch_quant_dynamic.argtypes = [_INT, *[_POINTER] * 5, *[_SIZE] * 3, _INT]
     library.torch_quant_parallel(_openmp())
     return library, ""

@@ -78,7 +78,7 @@ class _Layout:
         weight: the tensor, as long as it lives.
         given: where the tensors lay, and what they were checked for.
         held: weight, scales and zero points as the kernel reads them, where they are copies.
-        pointers: of these three.
+        pointers: of weight, scales, zero points that are bytes, zero points that are floats.
         outputs: rows of the weight.
         options: of the kernel, from the bytes of a row on.
     """
@@ -86,7 +86,7 @@ class _Layout:
     weight: weakref.ref[Tensor]
     given: tuple[Any, ...]
     held: tuple[Tensor | None, ...]
-    pointers: tuple[int, int, int | None]
+    pointers: tuple[int, int, int | None, int | None]
     outputs: int
     options: tuple[int, int, int, bool, int]
 
@@ -102,6 +102,7 @@ def _layout(
     given = (
         weight.data_ptr(), scale.data_ptr(), _address(zero_point), inputs, bits, zero,
         weight.shape, weight.dtype, scale.shape, scale.dtype, scale.stride(),
+        None if zero_point is None else zero_point.dtype,
     )  # fmt: skip
     known = _LAYOUTS.get(id(weight))
     if known is not None and known.given == given and known.weight() is weight:
@@ -118,23 +119,27 @@ def _layout(
     if zero_point is not None:
         _check(zero_point.numel() == scale.numel(), name, "a zero point for each scale",
                tuple(zero_point.shape))  # fmt: skip
+    floats = zero_point is not None and zero_point.is_floating_point()
+    kind = torch.float32 if floats else torch.uint8
     read = (
         weight.contiguous(),
         _plain(scale, torch.float32),
-        None if zero_point is None else _plain(zero_point, torch.uint8),
+        None if zero_point is None else _plain(zero_point, kind),
     )
-    pointers = (read[0].data_ptr(), read[1].data_ptr(), _address(read[2]))
+    addresses = tuple(map(_address, read))
+    zeros = (None, addresses[2]) if floats else (addresses[2], None)
+    pointers = (read[0].data_ptr(), read[1].data_ptr(), *zeros)
     key = id(weight)
     options = (width, groups, bits, weight.dtype is torch.int8, zero)
     made = _Layout(
         weakref.ref(weight, lambda _: _LAYOUTS.pop(key, None)),
         given,
-        (scale, zero_point) if pointers == given[:3] else read,
+        (scale, zero_point) if addresses == given[:3] else read,
         pointers,
         outputs,
         options,
     )
-    if pointers == given[:3]:  # no copies: what is written to the tensors later is read
+    if addresses == given[:3]:  # no copies: what is written to the tensors later is read
         _LAYOUTS[key] = made
     return made
 

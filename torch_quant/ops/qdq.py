@@ -71,7 +71,7 @@ def _by_name(
 
 def _fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, element: str) -> Tensor:
     kind = element_type(element)
-    if kind.integer and not scale.dim():
+    if kind.integer and not scale.dim() and not zero_point.is_floating_point():
         # What torch.fake_quantize_per_tensor_affine computes, in a tenth of its time.
         codes = (x.to(torch.float32) * scale.reciprocal()).round_().add_(zero_point)
         return codes.clamp_(kind.quant_min, kind.quant_max).sub_(zero_point).mul_(scale)

@@ -39,6 +39,8 @@ def fold_scales(context: PassContext) -> int:
         if not element.integer or scale.op != "get_attr":
             continue
         value = gm.get_buffer(str(scale.target))
+        if not value.dim() and gm.get_buffer(str(zero_point.target)).is_floating_point():
+            continue
         if not value.dim():
             grid = (number(gm, scale), int(number(gm, zero_point)))
             if node.target is QUANTIZE:

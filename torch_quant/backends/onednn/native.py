@@ -178,5 +178,7 @@ def _values(codes: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -
     packed = codes.contiguous() if bits == 8 else pack(codes.to(torch.int16) + above, bits)
     values = {"": packed, "_scale": scale.contiguous()}
     if not spec.symmetric:
-        values["_zero_point"] = (zero_point.to(torch.int16) + above).to(torch.uint8)
+        floats = zero_point.is_floating_point()
+        moved = zero_point + above if floats else zero_point.to(torch.int16) + above
+        values["_zero_point"] = moved if floats else moved.to(torch.uint8)
     return values

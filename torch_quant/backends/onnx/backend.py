@@ -69,8 +69,8 @@ class OnnxBackend(Backend):
         default = symmetric_weight(bits=8 if has_vnni() else 7)
         weight = Accepts(
             default,
-            lambda spec: spec.symmetric or not spec.per_channel,
-            "onnxruntime's kernels want one zero point for all channels",
+            lambda spec: not spec.float_zero_points and (spec.symmetric or not spec.per_channel),
+            "onnxruntime's kernels want one integer zero point for all channels",
         )
         return KernelTable(
             self.name,
