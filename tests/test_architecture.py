@@ -36,6 +36,19 @@ SEAMS = {"core/methods.py", "calibrated.py"}
 """Files whose types name what stands to their right: what those are given who extend them."""
 MOST_LINES = 400
 
+BACKENDS = {
+    path.name: PACKAGE / "backends" / path.name
+    for path in (PACKAGE / "backends").iterdir()
+    if (path / "__init__.py").exists()
+}
+"""Name of a runtime that has a room of its own -> the room."""
+WORDS = {name: {name} for name in BACKENDS} | {"onnx": {"onnx", "openvino"}}
+"""Name of a runtime -> what its code calls it, and what reads its files."""
+REGISTRY = {"__init__.py", "backends/__init__.py", "backends/base.py"}
+"""Where backends are listed, with their types."""
+FORMATS = {"io/onnx": "onnx", "io/ipex": "ipex"}
+"""Files that write or read what belongs to one runtime: how their paths begin -> its name."""
+
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
 
@@ -172,6 +185,58 @@ def test_only_the_command_line_prints(file: str) -> None:
         and node.func.id == "print"
     ]
     assert not lines, "use logging.getLogger('torch_quant')"
+
+
+def words_of(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Every identifier and string in code, with its line; docstrings are no code."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            node.value.value = ""
+    fields = ("id", "attr", "name", "asname", "arg", "module", "names", "value")
+    for node in ast.walk(tree):
+        for found in (getattr(node, field, None) for field in fields):
+            for each in found if isinstance(found, list) else [found]:
+                if isinstance(each, str):
+                    yield getattr(node, "lineno", 0), each
+
+
+def rooms_of(file: str) -> set[str]:
+    """The runtimes that a file may name."""
+    rooms = {name for start, name in FORMATS.items() if file.startswith(start)}
+    room = file.split("/")[1] if file.startswith("backends/") and file.count("/") > 1 else ""
+    return rooms | ({room} & BACKENDS.keys())
+
+
+def backends_named(file: str, tree: ast.AST) -> list[str]:
+    """What code of ``file`` says of runtimes whose rooms it is not in."""
+    words = set().union(*(WORDS[name] for name in BACKENDS.keys() - rooms_of(file)))
+    return [
+        f"torch_quant/{file}:{line}: {text!r}"
+        for line, text in words_of(tree)
+        if any(word in text.lower() for word in words)
+    ]
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f not in REGISTRY])
+def test_code_names_no_backend_outside_of_its_room(file: str) -> None:
+    """What only one runtime wants stands in its room, or is a fact that each backend has."""
+    found = backends_named(file, ast.parse((PACKAGE / file).read_text()))
+    assert not found, "\n".join(found)
+
+
+def test_the_reader_of_backends_names_sees_all_kinds() -> None:
+    source = '"""of onnx"""\nimport a.ipex\n'
+    for line in ("from .onnx import f", "x = 'onnxruntime'", "f(ipex=1)", "y.ONEDNN", "global Onnx",
+                 "def g(ipex): 1", "class Openvino: 1"):  # fmt: skip
+        source += f"{line}\n"
+    tree = ast.parse(source)
+    assert [hit.split(":")[1] for hit in sorted(backends_named("graph/made_up.py", tree))] == [
+        *"23456789"
+    ]
+    assert not backends_named("io/onnx.py", ast.parse("onnx = 1"))
+    assert backends_named("io/onnx.py", ast.parse("ipex = 1"))
+    assert not backends_named("backends/ipex/made_up.py", ast.parse("ipex = 1"))
+    assert backends_named("backends/ipex/made_up.py", ast.parse("onednn = 1"))
 
 
 def test_the_reader_of_imports_sees_all_kinds() -> None:

@@ -93,6 +93,8 @@ class Backend(ABC, metaclass=_ByName):
     """Whether a model is captured as one graph unless the user says otherwise."""
     compiles: ClassVar[bool] = False
     """Whether its kernels come from :meth:`compile`, at the first call of each graph."""
+    not_in_torchscript: ClassVar[str] = ""
+    """Why its graphs cannot be loaded as TorchScript and what to do, if they cannot."""
 
     @abstractmethod
     def unavailable(self) -> str | None:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_quant.backends.onnx import missing_packages
 from torch_quant.checkpoints.files import CheckpointFiles
+from torch_quant.core.packages import missing_packages
 from torch_quant.errors import BackendUnavailable, InvalidConfig
 
 __all__ = ["built", "config_of", "placeholder", "tensors_of", "tied_names"]

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from torch_quant.backends.onnx import missing_packages
 from torch_quant.convert.quantized import QuantizedModule, check_finished, quantized_graphs
 from torch_quant.convert.quantized_graph import QuantizedGraph
+from torch_quant.core.packages import missing_packages
 from torch_quant.errors import BackendUnavailable, InvalidConfig, UnsupportedOp
 from torch_quant.graph.binding import bind
 from torch_quant.graph.calls import flatten_call

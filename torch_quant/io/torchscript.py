@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from torch_quant.backends import Backend
 from torch_quant.convert.quantized import QuantizedModule, check_finished, quantized_graphs
 from torch_quant.core.metrics import sqnr
 from torch_quant.errors import InvalidConfig, QuantError
@@ -92,12 +93,12 @@ def _check_model(model: Any) -> None:
             f"expected a quantized model, got {type(model).__name__}: "
             "export_torchscript(quantizer.quantize(model), example_inputs, path)"
         )
-    if any(submodule.quantization.backend == "onnx" for submodule in submodules):
-        raise InvalidConfig(
-            "the model was quantized for ONNX, whose operators a process that loads the file does "
-            "not know: export_onnx(...) writes it, or quantize for another backend, which needs "
-            "no new calibration"
-        )
+    for backend in {Backend.get(submodule.quantization.backend) for submodule in submodules}:
+        if backend.not_in_torchscript:
+            raise InvalidConfig(
+                f"the model was quantized for {backend!r}: {backend.not_in_torchscript}, or "
+                "quantize for another backend, which needs no new calibration"
+            )
 
 
 def _traced(

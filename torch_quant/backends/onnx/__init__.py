@@ -1,5 +1,5 @@
 """ONNX: the backend, and the check of its files."""
 
-from torch_quant.backends.onnx.backend import OnnxBackend, missing_packages
+from torch_quant.backends.onnx.backend import OnnxBackend
 
-__all__ = ["OnnxBackend", "missing_packages"]
+__all__ = ["OnnxBackend"]

@@ -6,7 +6,6 @@ In PyTorch the quantized model computes, in float arithmetic, the numbers that t
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from torch_quant.backends.int8 import has_vnni, symmetric_weight
 from torch_quant.backends.onnx.forms import FORMS, GRIDS
 from torch_quant.core.granularity import PerChannel, PerGroup
 from torch_quant.core.kernels import Accepts, Kernel, KernelTable
+from torch_quant.core.packages import missing_packages
 from torch_quant.core.plan import QuantPlan
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
@@ -25,7 +25,7 @@ from torch_quant.passes.base import PassContext, run_passes
 if TYPE_CHECKING:
     from torch_quant.backends.onnx.verify import OnnxReport
 
-__all__ = ["OnnxBackend", "missing_packages"]
+__all__ = ["OnnxBackend"]
 
 _CONVS = ("conv1d", "conv2d", "conv3d")
 _WANTED = (
@@ -40,14 +40,6 @@ def _in_blocks(spec: QuantSpec) -> bool:
     return integers and isinstance(spec.granularity, (PerChannel, PerGroup))
 
 
-def missing_packages(*names: str) -> str | None:
-    """How to get those of ``names`` that are not installed, or None."""
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    if not missing:
-        return None
-    return f"{' and '.join(missing)} missing: pip install {' '.join(missing)}"
-
-
 @register_backend
 class OnnxBackend(Backend):
     """Quantize/dequantize pairs where onnxruntime's CPU kernels want them.
@@ -60,6 +52,9 @@ class OnnxBackend(Backend):
     name = "onnx"
     priority = -10  # a file format: for running in PyTorch, others are faster
     one_graph = True
+    not_in_torchscript = (
+        "a process that loads the file does not know its operators: export_onnx(...) writes it"
+    )
 
     def unavailable(self) -> str | None:
         return missing_packages("onnx", "onnxscript")

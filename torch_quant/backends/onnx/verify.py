@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch_quant.backends.onnx.backend import missing_packages
+from torch_quant.core.packages import missing_packages
 from torch_quant.core.plan import QuantPlan, SitePlan
 from torch_quant.errors import BackendUnavailable, InvalidConfig
 

@@ -145,8 +145,8 @@ def _scalar(kind: str, inner: Any, what: str) -> Any:
 
 
 _NAMESPACES = {
-    "aten", "higher_order", "ipex", "mkldnn", "mkldnn_prepacked", "onednn", "prims", "quantized",
-    "quantized_decomposed", "torch_ipex", "torch_quant",
+    "aten", "higher_order", "mkldnn", "mkldnn_prepacked", "prims", "quantized",
+    "quantized_decomposed", "torch_quant",
 }  # fmt: skip
 """Where graphs of ours call operators. Those of other libraries must be of tensors alone."""
 _OPERATOR = re.compile(r"\w+(\.\w+){2}|higher_order\.[a-z_]+")
