@@ -56,10 +56,17 @@ def three_bits(group: int) -> QConfig:
     return QConfig(FLOAT, spec)
 
 
+def with_float_zeros(bits: int, group: int) -> QConfig:
+    return recipes.weight_only(bits=bits, group_size=group, symmetric=False, float_zero_points=True)
+
+
 FORMATS: dict[str, Callable[[], QConfig]] = {
     "int8_weight_only": recipes.int8_weight_only,
     "int8_dynamic": recipes.int8_dynamic,
     "uint4 g64": lambda: recipes.int4_weight_only(group_size=64, symmetric=False),
+    "uint4 g64, float zeros": lambda: with_float_zeros(4, 64),
+    "uint4 g32, float zeros": lambda: with_float_zeros(4, 32),
+    "uint3 g64, float zeros": lambda: with_float_zeros(3, 64),
     "int4 g32": lambda: recipes.int4_weight_only(group_size=32),
     "int4 g64": lambda: recipes.int4_weight_only(group_size=64),
     "int4 g128": lambda: recipes.int4_weight_only(group_size=128),
@@ -80,7 +87,11 @@ METHODS = [
         if _is_plain(member)
     ),
     "rtn(full_range=True)",
-    "awq(clip=False)+gptq",
+    "gptq(full_range=True)",
+    "awq+rtn(full_range=True)",
+    "awq+gptq(full_range=True)",
+    "teq+rtn(full_range=True)",
+    "autoround(full_range=True)",
 ]
 """All that are registered, and a few more.
 

@@ -7,7 +7,9 @@ its name: ``qconfig: {recipe: int4_weight_only, group_size: 64}``.
 
 from __future__ import annotations
 
-from torch_quant.algorithms import RoundToNearest, SmoothQuant
+from dataclasses import replace
+
+from torch_quant.algorithms import GPTQ, AutoRound, RoundToNearest, SmoothQuant
 from torch_quant.config import QConfig, register_recipe
 from torch_quant.core.granularity import PerChannel, PerGroup, PerToken
 from torch_quant.core.methods import Transform, WeightMethod, read_weight_method
@@ -94,8 +96,8 @@ def int4_weight_only(
     Args:
         group_size: inputs that share a scale; None for a scale for each output channel.
         symmetric: whether codes are signed, with their zero at 0.
-        method: how weights are rounded; None for round to nearest, over the full range where codes
-            are signed.
+        method: how weights are rounded; None for round to nearest. What is given by its name
+            uses the full range where codes are signed.
         float_zero_points: with ``symmetric=False``, as HQQ has them.
 
     Raises:
@@ -124,8 +126,8 @@ def weight_only(
         bits: of a weight.
         group_size: inputs that share a scale; None for a scale for each output channel.
         symmetric: whether codes are signed, with their zero at 0.
-        method: how weights are rounded; None for round to nearest, over the full range where codes
-            are signed and have up to 4 bits.
+        method: how weights are rounded; None for round to nearest. What is given by its name
+            uses the full range where codes are signed and have up to 4 bits.
         float_zero_points: with ``symmetric=False``, as HQQ has them.
 
     Raises:
@@ -235,14 +237,19 @@ def _mx(element: str, weight_only: bool) -> QConfig:
 
 
 def _few_bits(bits: int, symmetric: bool, method: WeightMethod | str | None) -> WeightMethod | None:
-    """Of up to 4 symmetric bits, round to nearest uses the full range unless told otherwise.
+    """Of up to 4 symmetric bits, methods by name use the full range, as round to nearest does.
 
     The largest weight of a group is then the code that has no positive counterpart, by the sign of
     its scale: one level more of 15, or of 7.
     """
-    if method is None and symmetric and bits <= 4:
+    if not symmetric or bits > 4:
+        return _method(method)
+    if method is None:
         return RoundToNearest(full_range=True)
-    return _method(method)
+    found = _method(method)
+    if isinstance(method, str) and isinstance(found, GPTQ | AutoRound | RoundToNearest):
+        return replace(found, full_range=True)
+    return found
 
 
 def _method(method: WeightMethod | str | None) -> WeightMethod | None:

@@ -81,18 +81,22 @@ class AWQ(Transform):
         return 0
 
     def scale_block(self, block: Block, layers: Sequence[Layer]) -> None:
-        """Scale, then clip; each tensor by what the block reads after the scales before it."""
-        for reading in block.reading(layers) if self.scale else ():
+        """Scale every tensor, then clip.
+
+        A scale changes no other tensor that layers read, so the block runs once for all of them.
+        """
+        seen = _inputs(block, block.reading(layers))
+        for reading, each in seen.items() if self.scale else ():
             if reading.producer is not None:
-                rows, reach = _inputs(block, reading)
-                factor = self._factor(reading, rows, reach)
+                factor = self._factor(reading, each.rows, each.reach)
                 if factor is not None:
                     block.scale(reading, factor)
-        plain = [layer for layer in layers if not getattr(layer.method, "clip_search", False)]
-        for reading in block.reading(plain) if self.clip else ():
-            rows, _ = _inputs(block, reading)
+                    each.rows = each.rows / factor
+        for reading, each in seen.items() if self.clip else ():
             for layer in reading.layers:
-                clipped = self._clipped(layer, rows)
+                if getattr(layer.method, "clip_search", False):
+                    continue
+                clipped = self._clipped(layer, each.rows)
                 if clipped is not None:
                     layer.set_weight(clipped)
 
@@ -146,22 +150,43 @@ def _errors(reading: Reading, rows: Tensor, factor: Tensor) -> float:
     return total
 
 
-def _inputs(block: Block, reading: Reading) -> tuple[Tensor, Tensor]:
-    """Some of the vectors that layers read, ``[rows, in]``, and ``mean|x|`` of all of them."""
-    lead = reading.layers[0]
-    kept: list[Tensor] = []
+@dataclass(eq=False)
+class _Inputs:
+    """What the layers of one reading were given.
+
+    Args:
+        rows: some of the vectors, ``[rows, in]``.
+        sums: of ``|x|`` over all of them, ``[in]``.
+        count: of all.
+    """
+
+    rows: Tensor
+    sums: Tensor
+    count: int = 0
+
+    @property
+    def reach(self) -> Tensor:
+        """``mean|x|``."""
+        return self.sums / max(self.count, 1)
+
+
+def _inputs(block: Block, readings: Sequence[Reading]) -> dict[Reading, _Inputs]:
+    """What all layers read, of one run of every sample."""
+    leads = {reading.layers[0]: reading for reading in readings}
+    found = {}
+    for lead, reading in leads.items():
+        none = torch.zeros_like(lead.weight[0])
+        found[reading] = _Inputs(none.new_empty(0, len(none)), none)
     share = -(-_ROWS // len(block.samples))
-    sums, count = torch.zeros_like(lead.weight[0]), 0
 
     def note(layer: Layer, x: Tensor) -> None:
-        nonlocal sums, count
-        if layer is lead:
-            rows = x.detach().reshape(-1, x.shape[-1]).float()
-            sums, count = sums + rows.abs().sum(0), count + len(rows)
+        if layer in leads:
+            mine, rows = found[leads[layer]], x.detach().reshape(-1, x.shape[-1]).float()
+            mine.sums, mine.count = mine.sums + rows.abs().sum(0), mine.count + len(rows)
             chosen = torch.linspace(0, len(rows) - 1, min(share, len(rows))).long()
-            kept.append(rows[chosen])
+            mine.rows = torch.cat([mine.rows, rows[chosen]])
 
     with torch.no_grad(), block.watched(note):
         for sample in block.samples:
             block.call(sample)
-    return torch.cat(kept), sums / max(count, 1)
+    return found

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torch_quant.algorithms.blocks import Block, Layer
+from torch_quant.algorithms.clipping import longer_side
 from torch_quant.core.granularity import split_blocks
 from torch_quant.core.qparams import QParams, choose_qparams
 from torch_quant.core.spec import QuantSpec
@@ -95,13 +96,17 @@ class Rounder:
     sign: Tensor | None = None
 
     @classmethod
-    def of(cls, weight: Tensor, spec: QuantSpec) -> Rounder:
-        """For the range of a weight."""
+    def of(cls, weight: Tensor, spec: QuantSpec, full_range: bool = False) -> Rounder:
+        """For the range of a weight; ``full_range`` as :class:`RoundToNearest` has it."""
         grid = spec.granularity.grid(weight.shape)
         split, shape = split_blocks(weight, grid)
         inside = [i for i in range(split.dim()) if not shape or shape[i] != split.shape[i]]
         low, high = (split.amin(inside), split.amax(inside)) if inside else (split, split)
-        return cls(spec, low.reshape(grid), high.reshape(grid))
+        low, high = low.reshape(grid), high.reshape(grid)
+        longer = longer_side(low.detach(), high.detach(), spec) if full_range else None
+        if longer is None:
+            return cls(spec, low, high)
+        return cls(spec, low * longer.abs(), high * longer.abs(), longer.sign())
 
     @classmethod
     def around(cls, qparams: QParams) -> Rounder:

@@ -19,7 +19,7 @@ from torch_quant.core.granularity import PerChannel, block_rows
 from torch_quant.core.qparams import QParams, choose_qparams, storable_scale
 from torch_quant.core.spec import QuantSpec, ScaleType
 
-__all__ = ["full_range_qparams", "searched_qparams"]
+__all__ = ["full_range_qparams", "longer_side", "searched_qparams"]
 
 _FACTORS = (1.0, *(1.0 - 0.05 * i for i in range(1, 11)), 0.4, 0.3, 0.2, 0.1)
 """Of the range of a block."""
@@ -91,21 +91,26 @@ def full_range_qparams(weight: Tensor, spec: QuantSpec) -> QParams:
     rows = block_rows(weight, spec.granularity)
     flat = dataclasses.replace(spec, granularity=PerChannel(0))
     scale, zero_point = _Search(rows, flat, None).start()
-    longer = _longer_side(rows, flat)
+    longer = longer_side(rows.amin(1, keepdim=True), rows.amax(1, keepdim=True), flat)
     scale = storable_scale(scale * longer, spec) if longer is not None else scale
     grid = spec.granularity.grid(weight.shape)
     return QParams(spec, scale.reshape(grid), zero_point.reshape(grid).to(spec.zero_point_dtype))
 
 
-def _longer_side(rows: Tensor, spec: QuantSpec) -> Tensor | None:
-    """By what a symmetric scale is multiplied for full range, ``[blocks, 1]``; None without any."""
+def longer_side(low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor | None:
+    """By what a symmetric scale is multiplied for full range; None where there is none.
+
+    Args:
+        low: the smallest value of each block, any shape.
+        high: the largest, same shape.
+        spec: the format.
+    """
     if not spec.symmetric or not spec.integer or spec.scale_type is ScaleType.E8M0:
         return None
     middle = 0 if spec.signed else (spec.quant_min + spec.quant_max + 1) // 2
     below, above = middle - spec.quant_min, spec.quant_max - middle
     if below <= above:
         return None
-    low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
     sign = torch.where(high > -low, -1.0, 1.0)
     return torch.where((low == 0) & (high == 0), 1.0, sign * above / below)
 
@@ -146,7 +151,8 @@ class _Search:
     def run(self, full_range: bool) -> tuple[Tensor, Tensor]:
         powers = self.spec.scale_type is ScaleType.E8M0
         candidates = [self.start(factor) for factor in (_POWERS if powers else _FACTORS)]
-        side = _longer_side(self.rows, self.spec) if full_range else None
+        ends = self.rows.amin(1, keepdim=True), self.rows.amax(1, keepdim=True)
+        side = longer_side(*ends, self.spec) if full_range else None
         if side is not None:
             plain, zero_point = candidates[0]
             signed = plain * side

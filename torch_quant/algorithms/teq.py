@@ -82,7 +82,7 @@ class TEQ(Transform):
             return
         scaled = {layer for reading in readings for layer in reading.layers}
         fixed = {
-            layer: Rounder.of(layer.weight, layer.spec).plain(layer.weight)
+            layer: _rounder(layer, layer.weight).plain(layer.weight)
             for layer in layers
             if layer not in scaled
         }
@@ -117,5 +117,9 @@ def _weights(readings: Sequence[Reading], logs: Sequence[Tensor]) -> dict[Layer,
         factor = log.exp()
         for layer in reading.layers:
             weight = layer.weight * factor
-            found[layer] = Rounder.of(weight, layer.spec).plain(weight) / factor
+            found[layer] = _rounder(layer, weight).plain(weight) / factor
     return found
+
+
+def _rounder(layer: Layer, weight: Tensor) -> Rounder:
+    return Rounder.of(weight, layer.spec, bool(getattr(layer.method, "full_range", False)))
