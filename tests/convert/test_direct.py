@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from torch_quant import CaptureFailed, Quantizer, recipes
+import torch_quant
+from torch_quant import Backend, CaptureFailed, QConfig, Quantizer, recipes
 from torch_quant.convert import direct as module
 
 
@@ -49,13 +51,69 @@ def test_what_it_does_not_take_goes_the_long_way() -> None:
     model, x = quantized()
     (graph,) = model.a.quantization.graphs
     way = graph.direct(model.a.quantization.signature)
-    for wrong in (x.double(), x[..., :16], x[0], nn.Parameter(x), "x"):
+    for wrong in (x.double(), x[..., :16], x[0, 0, 0], nn.Parameter(x), "x"):
         assert not way.takes(wrong)
     with pytest.raises(CaptureFailed, match=r"input\.shape\[2\] is 16"):
         model.a(x[..., :16])
     with pytest.raises(CaptureFailed, match="input has 2 dimensions; it was captured for 3"):
-        model.a(x[0])
+        model.a(x[0, :, :16])
     assert torch.equal(model.a(nn.Parameter(x)), model.a(x))
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        recipes.int4_weight_only(group_size=32),
+        recipes.int8_weight_only(),
+        recipes.int8_dynamic(),
+        recipes.int4_weight_only(group_size=32, symmetric=False, float_zero_points=True),
+    ],
+    ids=["int4", "int8", "dynamic", "float zeros"],
+)
+@pytest.mark.parametrize("backend", ["reference", "onednn"])
+def test_layers_take_tensors_of_any_rank(backend: str, recipe: QConfig, tmp_path: Path) -> None:
+    """No other graph is made, so a model that was loaded alone does too."""
+    if reason := Backend.get(backend).unavailable():
+        pytest.skip(reason)
+    model = nn.Sequential(nn.Embedding(16, 64), nn.Linear(64, 32)).eval()
+    skeleton = copy.deepcopy(model)
+    example = torch.arange(6).reshape(2, 3)
+    quantizer = Quantizer(recipe, backend=backend, capture="modules")
+    made = quantizer.quantize(model, example_inputs=example)
+    torch_quant.save(made, tmp_path / "model")
+    del model, quantizer
+    for quant_model in (made, torch_quant.load(tmp_path / "model", skeleton)):
+        table, layer = quant_model[0], quant_model[1]
+        rows = table(example)
+        expected = layer(rows)
+        for shape in ((6,), (1, 2, 3), (3, 1, 1, 2)):
+            assert torch.equal(table(example.reshape(shape)), rows.reshape(*shape, 64))
+            torch.testing.assert_close(  # REFERENCE multiplies by another kernel, whose sums round
+                layer(rows.reshape(*shape, 64)), expected.reshape(*shape, 32)
+            )
+            assert torch.equal(
+                layer(input=rows.reshape(*shape, 64)), layer(rows.reshape(*shape, 64))
+            )
+        torch.testing.assert_close(layer(rows[0, 0]), expected[0, 0])
+        assert torch.equal(table(example[0, 0]), rows[0, 0])
+        assert len(table.graphs) == len(layer.graphs) == 1
+        with pytest.raises(CaptureFailed):
+            layer(rows[0, 0, :16])
+
+
+def test_other_modules_keep_the_rank_that_they_were_captured_for() -> None:
+    """Their own Python may go by it, though the graph is that of a layer."""
+
+    class Squeezing(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x if x.dim() == 3 else -x)
+
+    model, x = Squeezing(32, 8).eval(), torch.ones(1, 2, 32)
+    recipe = recipes.int8_weight_only()
+    quantizer = Quantizer(recipe, backend="reference", unseen_calls="error")
+    quant_model = quantizer.quantize(model, example_inputs=x)
+    with pytest.raises(CaptureFailed, match=r"(input|x) has 2 dimensions"):
+        quant_model(x[0])
 
 
 def test_hooks_moves_and_tracing() -> None:
@@ -99,7 +157,7 @@ def test_sizes_that_depend_on_each_other_have_no_short_way() -> None:
     assert quant_model.graphs[0].direct(quant_model.signature) is None
     with pytest.raises(CaptureFailed):
         quant_model(x[:2])
-    assert module.__all__ == ["Direct", "direct"]
+    assert module.__all__ == ["Direct", "direct", "fixed_width"]
 
 
 class Pair(nn.Module):

@@ -72,6 +72,9 @@ def test_quantized_while_loading_saved_and_loaded(name: str, backend: str, tmp_p
         assert torch.equal(logits(copied), expected)
     alone = load_checkpoint(tmp_path / "int4", backend=backend)
     assert torch.equal(logits(alone), expected)
+    x = torch.randn(2, 3, SIZES["hidden_size"])
+    layer = quant_model.model.layers[0].mlp.up_proj  # of a rank that it was not captured for
+    torch.testing.assert_close(layer(x[0]), layer(x)[0])
 
 
 def test_a_smaller_file_that_says_how(tmp_path: Path) -> None:

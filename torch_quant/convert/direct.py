@@ -18,8 +18,9 @@ from torch_quant.graph.calls import flatten_call
 from torch_quant.graph.kinds import Kind
 from torch_quant.graph.outputs import flatten_output
 from torch_quant.graph.shapes import ShapeContract
+from torch_quant.ops.rows import computes_rows
 
-__all__ = ["Direct", "direct"]
+__all__ = ["Direct", "direct", "fixed_width"]
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,13 @@ class Direct:
     Args:
         function: computes it.
         dtype: of the tensor.
-        rank: of the tensor.
+        rank: of the tensor; None for any, of which at most the last size is fixed.
         fixed: axis and size of what is not free.
     """
 
     function: Callable[[Tensor], Any]
     dtype: torch.dtype
-    rank: int
+    rank: int | None
     fixed: tuple[tuple[int, int], ...]
 
     def takes(self, x: Any) -> bool:
@@ -43,7 +44,27 @@ class Direct:
         if type(x) is not Tensor or x.dtype is not self.dtype:
             return False
         shape = x.shape
+        if self.rank is None:
+            return all(shape[axis:] == (size,) for axis, size in self.fixed)
         return len(shape) == self.rank and all(shape[axis] == size for axis, size in self.fixed)
+
+
+def fixed_width(body: fx.GraphModule, kind: Kind, contract: ShapeContract) -> list[int] | None:
+    """The last size of the tensors that a layer's graph takes, of any rank; None if it cannot.
+
+    The list is empty where that size is free, as an embedding's is.
+    """
+    if len(kind.leaves) != 1 or not isinstance(kind.leaves[0][0], torch.dtype):
+        return None
+    if contract.conditions or contract.derived or not contract.shapes[0]:
+        return None
+    *leading, last = contract.shapes[0]
+    free = [size for size in (*leading, last) if not isinstance(size, int)]
+    if any(isinstance(size, int) for size in leading) or len(set(free)) < len(free):
+        return None
+    if not computes_rows(body):
+        return None
+    return [last] if isinstance(last, int) else []
 
 
 def _in_one_call(body: fx.GraphModule) -> Callable[[Tensor], Any] | None:
@@ -99,6 +120,8 @@ def direct(
     contract: ShapeContract,
     out_spec: Any,
     signature: Any,
+    *,
+    by_rows: bool = False,
 ) -> Direct | None:
     """The direct way to a graph, None if its calls are no single tensor, or sizes are conditional.
 
@@ -108,6 +131,7 @@ def direct(
         contract: the sizes that it serves.
         out_spec: how its outputs nest.
         signature: of the module.
+        by_rows: whether that computes the rows of a tensor of any rank.
     """
     if len(kind.leaves) != 1 or not isinstance(kind.leaves[0][0], torch.dtype):
         return None
@@ -123,5 +147,9 @@ def direct(
         return None
     if out_spec != flatten_output(x)[1]:
         return None
+    function = _in_one_call(body) or body.forward
+    width = fixed_width(body, kind, contract) if by_rows else None
+    if width is not None:
+        return Direct(function, dtype, None, tuple((-1, size) for size in width))
     fixed = tuple((axis, size) for axis, size in enumerate(sizes) if isinstance(size, int))
-    return Direct(_in_one_call(body) or body.forward, dtype, rank, fixed)
+    return Direct(function, dtype, rank, fixed)

@@ -19,9 +19,10 @@ from torch_quant.errors import CaptureFailed, InvalidConfig
 from torch_quant.graph.binding import bind
 from torch_quant.graph.calls import Call, flatten_call
 from torch_quant.graph.kinds import Kind
+from torch_quant.graph.leaves import LEAVES
 from torch_quant.graph.running import CAPTURING, no_fastpath
 from torch_quant.nn.forward import SignedForward
-from torch_quant.nn.stand_in import StandIn, made
+from torch_quant.nn.stand_in import StandIn, class_of, made
 
 __all__ = [
     "Quantization",
@@ -179,6 +180,8 @@ def quantized_module(twin: nn.Module, how: Quantization, base: type[M]) -> M:
 
 
 def _begin(module: QuantizedModule) -> None:
+    for graph in module.quantization.graphs:
+        graph.by_rows = class_of(module) in LEAVES
     module.__dict__["forward"] = SignedForward(
         MethodType(run, module), module.quantization.signature
     )
@@ -198,6 +201,7 @@ def add_graph(module: QuantizedModule, graph: QuantizedGraph, model: nn.Module) 
         model: that.
     """
     graph.body = mount(graph.body, module, model)
+    graph.by_rows = class_of(module) in LEAVES
     graph.modes.clear()  # of what it was before
     module.quantization.graphs.append(graph)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
 
-from torch_quant.convert.direct import Direct, direct
+from torch_quant.convert.direct import Direct, direct, fixed_width
 from torch_quant.convert.mounting import linked, links
 from torch_quant.convert.runtime import Runtime
 from torch_quant.core.plan import QuantPlan
@@ -82,6 +83,8 @@ class QuantizedGraph(NeverLoads):
         contract.prepare()
         self.modes: dict[bool, fx.GraphModule] = {}
         """Of a graph that trains: the bodies of train and of eval mode, where they differ."""
+        self.by_rows = False
+        """Whether it is of a layer that computes the rows of a tensor of any rank."""
         self._direct: tuple[Any, Direct | None] | None = None
         """For which body and signature, and the shortest way to it."""
 
@@ -112,14 +115,35 @@ class QuantizedGraph(NeverLoads):
         if known is None or known[0] is not body:
             made = None
             if self.compiler is None and isinstance(body, fx.GraphModule):
-                made = direct(body, self.kind, self.contract, self.out_spec, signature)
+                facts = self.kind, self.contract, self.out_spec, signature
+                made = direct(body, *facts, by_rows=self.by_rows)
             known = self._direct = (body, made)
         return known[1]
 
     def accept(self, call: Call) -> Call | None:
         """``call`` as the graph takes it, or None if it does not serve it."""
         accepted = self.kind.accept(call)
-        return accepted if accepted is not None and self._sizes(accepted) is None else None
+        if accepted is None:
+            return self._of_another_rank(call)
+        return accepted if self._sizes(accepted) is None else None
+
+    def _of_another_rank(self, call: Call) -> Call | None:
+        """``call`` if the graph computes each row by itself, so that its rank does not matter."""
+        if (
+            not self.by_rows
+            or len(call.positions) != 1
+            or len(self.kind.leaves) != 1
+            or self.compiler is not None
+        ):
+            return None
+        shape = call.tensors[0].shape
+        kind = replace(self.kind, leaves=((self.kind.leaves[0][0], len(shape)),))
+        accepted, body = kind.accept(call), self._modules["body"]
+        if accepted is None or not isinstance(body, fx.GraphModule):
+            return None
+        width = fixed_width(body, self.kind, self.contract)
+        fits = width is not None and all(shape[-1:] == (size,) for size in width)
+        return accepted if fits else None
 
     def mismatch(self, call: Call) -> str | None:
         """Why it does not serve ``call``, or None."""

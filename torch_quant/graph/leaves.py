@@ -14,7 +14,7 @@ from torch_quant.graph.outputs import flatten_output
 from torch_quant.graph.running import copied, frozen
 from torch_quant.graph.shapes import ShapeContract
 
-__all__ = ["layer_graph"]
+__all__ = ["LEAVES", "layer_graph"]
 
 aten = torch.ops.aten
 
@@ -66,6 +66,10 @@ _TARGETS: dict[type[nn.Module], Any] = {
     nn.Linear: aten.linear.default,
     nn.Embedding: aten.embedding.default,
 }
+
+
+LEAVES = frozenset(_TARGETS)
+"""Classes of layers that compute each row of their input by itself, whatever its rank."""
 
 
 def _operands(module: nn.Module) -> _Operands | None:

@@ -18,6 +18,7 @@ from torch_quant.core.packing import row_bytes, unpack
 from torch_quant.errors import InvalidConfig
 from torch_quant.native import library as native
 from torch_quant.ops.qdq import CHOOSE_QPARAMS, QUANTIZE, library
+from torch_quant.ops.rows import register_row_operator
 
 __all__ = [
     "DYNAMIC_LINEAR", "MOST_INPUTS", "PACKED_EMBEDDING", "WEIGHT_ONLY_EXPERTS",
@@ -319,3 +320,6 @@ WEIGHT_ONLY_LINEAR = torch.ops.torch_quant.weight_only_linear.default
 DYNAMIC_LINEAR = torch.ops.torch_quant.dynamic_linear.default
 WEIGHT_ONLY_EXPERTS = torch.ops.torch_quant.weight_only_experts.default
 PACKED_EMBEDDING = torch.ops.torch_quant.packed_embedding.default
+register_row_operator(WEIGHT_ONLY_LINEAR, 0)
+register_row_operator(DYNAMIC_LINEAR, 0)
+register_row_operator(PACKED_EMBEDDING, 3)

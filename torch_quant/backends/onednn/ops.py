@@ -17,6 +17,7 @@ from torch._prims_common import suggest_memory_format
 from torch_quant.backends.onednn.cache import PackedWeights
 from torch_quant.ops.embedding_bags import bags_of_rows
 from torch_quant.ops.qdq import library
+from torch_quant.ops.rows import register_row_operator
 
 __all__ = ["CONV", "EMBEDDING", "EMBEDDING_BAG", "LINEAR", "PACKED", "QUANTIZE_FAST"]
 
@@ -165,3 +166,4 @@ LINEAR = torch.ops.torch_quant.onednn_linear.default
 CONV = torch.ops.torch_quant.onednn_conv.default
 EMBEDDING = torch.ops.torch_quant.int8_embedding.default
 EMBEDDING_BAG = torch.ops.torch_quant.int8_embedding_bag.default
+register_row_operator(EMBEDDING, 2)
