@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -167,6 +168,33 @@ def peak_memory() -> Iterator[Callable[[], float]]:
     yield lambda: status("VmHWM") - before
 
 
+@contextmanager
+def spent(folder: Path | None, peak: Callable[[], float]) -> Iterator[Callable[[], list[float]]]:
+    """A function that says CPU seconds and MB so far, those of interrupted processes included.
+
+    Args:
+        folder: where they are kept, every few seconds; None to keep nothing.
+        peak: MB of this process.
+    """
+    file = None if folder is None else folder / "spent.json"
+    before = json.loads(file.read_text()) if file is not None and file.exists() else [0.0, 0.0]
+    start, done = time.process_time(), threading.Event()
+
+    def now() -> list[float]:
+        return [before[0] + time.process_time() - start, max(before[1], peak())]
+
+    def keep_on() -> None:
+        while file is not None and not done.wait(3.0):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(now()))
+
+    threading.Thread(target=keep_on, daemon=True).start()
+    try:
+        yield now
+    finally:
+        done.set()
+
+
 def accuracy_row(options: argparse.Namespace) -> dict[str, Any]:
     """One row, in this process."""
     model, tokenizer, text = loaded(options.model)
@@ -178,14 +206,14 @@ def accuracy_row(options: argparse.Namespace) -> dict[str, Any]:
     if wanted != "float32":
         calibration = text.calibration[: options.calibration // length]
         quantizer = quantizer_of(wanted, method, options.backend, options.head)
-        with peak_memory() as peak:
-            start = time.process_time()
+        folder = Path(options.folder) / f"{wanted} {method}" if options.folder else None
+        with peak_memory() as peak, spent(folder, peak) as so_far:
             if needs_data(method):
                 row["calibration"] = calibration.numel()
-                quantizer.round_weights(model, [block[None] for block in calibration])
+                batches = [block[None] for block in calibration]
+                quantizer.round_weights(model, batches, folder=folder)
             candidate = quantizer.quantize(model, example_inputs={"input_ids": evaluation[:1, :16]})
-            row["quantize s"] = time.process_time() - start
-            row["peak MB"] = peak()
+            row["quantize s"], row["peak MB"] = so_far()
         row["runs on"] = runs_on(quantizer, model)
     row["perplexity"] = perplexity(candidate, evaluation, title=f"{wanted} {method}")
     row["MB"] = saved_size(candidate) / 1e6
@@ -207,6 +235,7 @@ def accuracy(options: argparse.Namespace) -> None:
         command += ["--methods", method, "--model", options.model, "--head", options.head]
         command += ["--tokens", str(options.tokens), "--calibration", str(options.calibration)]
         command += ["--backend", options.backend] if options.backend else []
+        command += ["--folder", options.folder] if options.folder else []
         command += ["--prompt", options.prompt]
         command += ["--threads", str(options.threads)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
@@ -320,6 +349,7 @@ def main() -> None:
     parser.add_argument(
         "--calibration", type=int, default=8192, help="tokens to calibrate on (default 8192)"
     )
+    parser.add_argument("--folder", help="keep rounded blocks there: what is interrupted goes on")
     parser.add_argument("--decode", type=int, default=40, help="tokens decoded with each model")
     parser.add_argument("--prompt", default="What does an operating system do?")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
