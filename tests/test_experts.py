@@ -127,3 +127,75 @@ def test_saved_and_calibrated(tmp_path: Path) -> None:
         save(quant_model, tmp_path / "moe")
         assert torch.equal(load(tmp_path / "moe", model=moe("mixtral"))(x).logits, expected)
         assert sqnr(model(x).logits, expected) > 15
+
+
+def gates(plan: Any) -> list[Any]:
+    return [site for site in plan.values() if site.op == "linear" and "experts" in site.reason]
+
+
+@pytest.mark.parametrize("recipe", ["int4", "int8", "dynamic"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3", "gpt-oss"])
+def test_what_picks_experts_stays_in_float(kind: str, recipe: str) -> None:
+    config = {
+        "int4": recipes.int4_weight_only(group_size=32),
+        "int8": recipes.int8_weight_only(),
+        "dynamic": recipes.int8_dynamic(),
+    }[recipe]
+    model, x = moe(kind), tokens(2, 12)
+    quantizer = Quantizer(config, backend="reference")
+    quant_model = quantizer.quantize(model, example_inputs={"input_ids": x})
+    found = gates(quantizer.plan)
+    assert [site.quantized for site in found] == [False, False]
+    router = getattr(model.model.layers[0].mlp, "gate", None) or model.model.layers[0].mlp.router
+    name = found[0].name
+    assert model.get_submodule(name) is router
+    held = quant_model.state_dict()[f"{name}.weight"]
+    assert torch.equal(held, router.weight)
+    assert "it picks experts" in str(quantizer.coverage(model))
+
+
+@pytest.mark.parametrize("key", ["model.layers.0.mlp.gate", "*.gate", "op:linear"])
+def test_an_override_quantizes_what_picks_experts(key: str) -> None:
+    config = recipes.int8_weight_only()
+    quantizer = Quantizer(config, backend="reference", overrides={key: config})
+    quantizer.quantize(moe("mixtral"), example_inputs={"input_ids": tokens(2, 12)})
+    assert quantizer.plan["model.layers.0.mlp.gate"].quantized
+
+
+class Listed(nn.Module):
+    """Experts that are modules of a list, which Python code calls one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(16, 3, bias=False)
+        self.experts = nn.ModuleList([nn.Linear(16, 16) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.gate(x).softmax(-1).topk(2)
+        found = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            rows, place = (chosen == i).nonzero(as_tuple=True)
+            found[rows] += expert(x[rows]) * weights[rows, place, None]
+        return found
+
+
+def test_experts_in_a_list_and_heads_that_are_none() -> None:
+    """A head that has as many classes as the model has layers picks nothing."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.moe, self.layers = Listed(), nn.ModuleList([nn.Linear(16, 16) for _ in range(3)])
+            self.conv, self.head = nn.Conv1d(3, 16, 1), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.moe(x)
+            for layer in self.layers:
+                x = layer(x)
+            y: Tensor = self.head(x)
+            return y
+
+    torch.manual_seed(0)
+    quantizer = Quantizer(recipes.int8_weight_only(), backend="reference")
+    quantizer.quantize(Model().eval(), example_inputs=torch.randn(8, 16))
+    assert [site.name for site in quantizer.plan.values() if not site.quantized] == ["moe.gate"]

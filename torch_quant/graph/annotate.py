@@ -15,7 +15,8 @@ from torch_quant.core.naming import check_names
 from torch_quant.core.plan import QuantPlan, SitePlan
 from torch_quant.core.spec import FLOAT, QuantSpec
 from torch_quant.errors import InvalidConfig
-from torch_quant.graph.rules import modules_of, qconfig_of, rules_of
+from torch_quant.graph.routers import is_router
+from torch_quant.graph.rules import modules_of, rules_for, rules_of
 from torch_quant.graph.sites import Site
 from torch_quant.module_filter import ModuleFilter
 from torch_quant.ops.table import OPERATORS
@@ -23,6 +24,8 @@ from torch_quant.ops.table import OPERATORS
 __all__ = ["annotate", "method_refusal", "tell_misfits"]
 
 logger = logging.getLogger("torch_quant")
+
+_ROUTER = "it picks experts, and a small error may send a token to others; an override quantizes it"
 
 
 def annotate(
@@ -51,7 +54,8 @@ def annotate(
     plan = []
     for site, obstacle in sites:
         modules = modules_of(model, site)
-        config = qconfig_of(site, modules, qconfig, overrides)
+        rules = rules_for(site, modules, overrides)
+        config = rules[0].value if rules else qconfig
         activation = weight = kernel = None
         reason = obstacle or module_filter.refusal(site.name, site.op, modules) or ""
         if config is None:
@@ -60,6 +64,8 @@ def annotate(
             activation, weight, kernel, refusal = _fitting(site, config, kernels)
             reason = reason or refusal
             reason = reason or _misfit(site, activation, weight)
+            if not (reason or rules or config.needs_ranges) and is_router(site, modules):
+                reason = _ROUTER
         plan.append(
             SitePlan(
                 name=site.name,
