@@ -148,7 +148,7 @@ def flip(folder: Path) -> None:
         (cut("json", 0.0), "quantizer.json is truncated"),
         (cut("safetensors", 0.7), "safetensors is truncated or was changed"),
         (flip, "safetensors is truncated or was changed"),
-        (edit(lambda d: d.update(version=2)), "version 2, of torch_quant .*install the newer"),
+        (edit(lambda d: d.update(version=3)), "version 3, of torch_quant .*install the newer"),
         (edit(lambda d: d.update(version="1")), "version '1'"),
         (edit(lambda d: d.update(format="torch_quant model")), "its format is 'torch_quant model'"),
         (edit(lambda d: d.clear()), "its format is None"),

@@ -41,14 +41,16 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
     Args:
         codes: 0 to ``2**bits - 1``, shape ``[rows, n]``.
-        bits: 2 or 4.
+        bits: 1 to 8. A code of 3, 5, 6 or 7 bits may begin in one byte and end in the next.
 
     Returns:
         uint8, shape ``[rows, row_bytes(n, bits)]``; what is left of the last byte is 0.
 
-    >>> pack(torch.tensor([[1, 2, 3]]), 4).tolist()
-    [[33, 3]]
+    >>> pack(torch.tensor([[1, 2, 3]]), 4).tolist(), pack(torch.tensor([[1, 2, 7]]), 3).tolist()
+    ([[33, 3]], [[209, 1]])
     """
+    if 8 % bits:
+        return _packed_across(codes, bits)
     per_byte = 8 // bits
     padded = torch.nn.functional.pad(codes.to(torch.uint8), (0, -codes.shape[1] % per_byte))
     split = padded.reshape(codes.shape[0], -1, per_byte)
@@ -58,12 +60,29 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return packed
 
 
+def _packed_across(codes: Tensor, bits: int) -> Tensor:
+    """Eight codes are ``bits`` bytes."""
+    rows, count = codes.shape
+    split = torch.nn.functional.pad(codes.to(torch.uint8), (0, -count % 8)).reshape(rows, -1, 8)
+    found = split.new_zeros(rows, split.shape[1], bits)
+    for i, (byte, shift) in enumerate(_places(bits)):
+        found[..., byte] |= split[..., i] << shift
+        if shift + bits > 8:
+            found[..., byte + 1] |= split[..., i] >> (8 - shift)
+    return found.flatten(1)[:, : row_bytes(count, bits)].contiguous()
+
+
+def _places(bits: int) -> list[tuple[int, int]]:
+    """Of eight codes: the byte and the bit in which each begins."""
+    return [divmod(i * bits, 8) for i in range(8)]
+
+
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """Undo :func:`pack`.
 
     Args:
         packed: uint8, shape ``[..., row_bytes(count, bits)]``.
-        bits: 2 or 4.
+        bits: 1 to 8.
         count: codes in a row.
 
     Returns:
@@ -72,9 +91,24 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     >>> unpack(pack(torch.tensor([[1, 2, 3]]), 2), 2, 3).tolist()
     [[1, 2, 3]]
     """
+    if 8 % bits:
+        return _unpacked_across(packed, bits, count)
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
     codes: Tensor = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
     return codes.flatten(-2)[..., :count]
+
+
+def _unpacked_across(packed: Tensor, bits: int, count: int) -> Tensor:
+    words = -(-count // 8)
+    padded = torch.nn.functional.pad(packed, (0, words * bits - packed.shape[-1]))
+    split = padded.reshape(*packed.shape[:-1], words, bits)
+    found = split.new_empty(*split.shape[:-1], 8)
+    for i, (byte, shift) in enumerate(_places(bits)):
+        code = split[..., byte] >> shift
+        if shift + bits > 8:
+            code |= split[..., byte + 1] << (8 - shift)
+        found[..., i] = code & (2**bits - 1)
+    return found.flatten(-2)[..., :count]
 
 
 _NIBBLE = 4

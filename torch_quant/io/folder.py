@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from torch_quant.errors import InvalidConfig
+from torch_quant.io.data.narrow import narrowed, widened
 from torch_quant.io.files import alone, staging
 from torch_quant.version import __version__
 
 __all__ = ["read_folder", "write_folder"]
 
-VERSION = 1
-"""Of the layout of folders and of what is in them."""
+VERSION = 2
+"""Of the layout of folders and of what is in them; since 2, integers may be of few bits."""
 _TENSORS = "tensors-"
 _OURS = re.compile(rf"{_TENSORS}[0-9a-f]{{16}}\.safetensors")
 _CHUNK = 1 << 20
@@ -40,7 +41,8 @@ def write_folder(
         path: the folder; what else it holds stays.
         kind: what is saved, ``"quantizer"``: the name of its JSON file.
         data: ready for JSON.
-        tensors: by name. One tensor under several names is written once; strides are kept.
+        tensors: by name. One tensor under several names is written once; strides are kept. Integers
+            take the bits that they need.
 
     Raises:
         InvalidConfig: it cannot be written there, or a tensor is of a dtype without a form in the
@@ -131,6 +133,9 @@ def _stored(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
         if x.is_complex():
             layout.setdefault(name, {})["complex"] = True
             x = torch.view_as_real(x)
+        if (few := narrowed(x)) is not None:
+            x, how = few
+            layout.setdefault(name, {})["narrow"] = how
         stored[name] = x
     return stored, layout
 
@@ -182,7 +187,7 @@ def read_folder(
     if type(version) is not int or not 1 <= version <= VERSION:
         raise InvalidConfig(
             f"{file} has version {version!r}, of torch_quant {whole.get('torch_quant')}; this is "
-            f"torch_quant {__version__}, which reads version {VERSION}: install the newer one"
+            f"torch_quant {__version__}, which reads up to {VERSION}: install the newer one"
         )
     if whole.get("sha256") != _checksum(whole):
         raise InvalidConfig(f"{file} was changed after it was saved: its checksum is another")
@@ -224,6 +229,11 @@ def _tensors(file: Path, layout: Mapping[str, Any]) -> dict[str, Tensor]:
     except Exception as error:  # safetensors has several
         raise InvalidConfig(f"cannot read {file}: {error}") from error
     for name, each in layout.items():
+        if "narrow" in each:
+            try:
+                found[name] = widened(found[name], each["narrow"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise InvalidConfig(f"{file}: the tensor {name}: {error}") from error
         if each.get("complex"):
             found[name] = torch.view_as_complex(found[name])
         if "strides" in each:
