@@ -41,6 +41,7 @@ from torch_quant.io.saving import load, save
 from torch_quant.io.torchscript import export_torchscript
 from torch_quant.module_filter import ModuleFilter
 from torch_quant.qat.methods import QatMethod, register_qat_method
+from torch_quant.qat.schedule import QatSchedule, switch
 from torch_quant.quantizer import Quantizer
 from torch_quant.tuning import tune
 from torch_quant.version import __version__
@@ -69,6 +70,7 @@ __all__ = [
     "PerToken",
     "QConfig",
     "QatMethod",
+    "QatSchedule",
     "QuantError",
     "QuantPlan",
     "QuantSpec",
@@ -98,6 +100,7 @@ __all__ = [
     "register_weight_method",
     "save",
     "sqnr",
+    "switch",
     "tune",
 ]
 

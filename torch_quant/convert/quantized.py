@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -102,6 +102,11 @@ class QuantizedModule(StandIn, NeverLoads):
     graphs: list[QuantizedGraph]
     _unfinished: ClassVar[str] = ""
     """Why it is not to be saved or exported, and what to do."""
+    _runs: ClassVar[Callable[..., Any] | None] = None
+    """Called in the place of :func:`run`."""
+
+    def _graph_was_added(self) -> None:
+        """What a subclass does about a new graph."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -182,9 +187,8 @@ def quantized_module(twin: nn.Module, how: Quantization, base: type[M]) -> M:
 def _begin(module: QuantizedModule) -> None:
     for graph in module.quantization.graphs:
         graph.by_rows = class_of(module) in LEAVES
-    module.__dict__["forward"] = SignedForward(
-        MethodType(run, module), module.quantization.signature
-    )
+    called = MethodType(type(module)._runs or run, module)
+    module.__dict__["forward"] = SignedForward(called, module.quantization.signature)
 
 
 def plan_of(module: QuantizedModule) -> QuantPlan:
@@ -202,8 +206,8 @@ def add_graph(module: QuantizedModule, graph: QuantizedGraph, model: nn.Module) 
     """
     graph.body = mount(graph.body, module, model)
     graph.by_rows = class_of(module) in LEAVES
-    graph.modes.clear()  # of what it was before
     module.quantization.graphs.append(graph)
+    module._graph_was_added()
 
 
 def run(module: QuantizedModule, *args: Any, **kwargs: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -81,19 +81,28 @@ class QuantizedGraph(NeverLoads):
         """Its sites, if it was captured after the model was quantized."""
         self.kind, self.contract, self.out_spec = kind, contract, out_spec
         contract.prepare()
-        self.modes: dict[bool, fx.GraphModule] = {}
-        """Of a graph that trains: the bodies of train and of eval mode, where they differ."""
         self.by_rows = False
         """Whether it is of a layer that computes the rows of a tensor of any rank."""
+        self.mode: Hashable = None
+        """Of a graph that trains: how its body differs from the one that is deployed."""
+        self.modes: dict[Hashable, fx.GraphModule] = {}
+        """The bodies of modes that it had; None stands for what is deployed."""
         self._direct: tuple[Any, Direct | None] | None = None
         """For which body and signature, and the shortest way to it."""
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__ | {"compiled": None, "variants": {}, "_direct": None, "modes": {}}
-        modules = dict(self._modules)
+        fresh: dict[str, Any] = {
+            "compiled": None,
+            "variants": {},
+            "_direct": None,
+            "modes": {},
+            "mode": None,
+        }
+        state, modules = self.__dict__ | fresh, dict(self._modules)
         del modules["body"]
-        state["packed"], state["_modules"] = pack(self.body), modules
-        state["links"] = links(self.body)
+        body = self.modes.get(None, self.body)
+        state["packed"], state["_modules"] = pack(body), modules
+        state["links"] = links(body)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ section 3.2.)
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,9 +20,82 @@ from torch_quant.graph.sites import is_constant
 from torch_quant.ops.table import OpPattern, pattern_of, size_hints
 from torch_quant.passes.base import PassContext, call_like
 
-__all__ = ["fold_batch_norm"]
+__all__ = ["FoldedNorm", "fold_batch_norm", "folded_norms"]
 
 aten = torch.ops.aten
+
+_FOLDED = "torch_quant_folded_norm"
+"""Entry of ``node.meta``: of a product, eps and momentum of what was folded into it; of a weight,
+that it was multiplied by a factor."""
+
+
+@dataclass(frozen=True)
+class FoldedNorm:
+    """What became of a batch norm, by the names of nodes of one graph; None for what it lacks.
+
+    Args:
+        product: the convolution or linear layer.
+        weight: the weight of that, multiplied by ``f``.
+        gain: gamma.
+        beta: beta.
+        mean: the running mean.
+        var: the running variance.
+        bias: of the product, before.
+        eps: added to the variance.
+        momentum: weight of the newest batch in the running statistics.
+    """
+
+    product: str
+    weight: str
+    gain: str | None
+    beta: str | None
+    mean: str
+    var: str
+    bias: str | None
+    eps: float
+    momentum: float
+
+
+def folded_norms(graph: fx.Graph) -> list[FoldedNorm]:
+    """The batch norms that were folded into products of ``graph``, as far as they still stand so.
+
+    Args:
+        graph: canonical, or lowered from one with live weights.
+    """
+    found = (_folded_norm(node) for node in graph.nodes if _FOLDED in node.meta)
+    return [each for each in found if each is not None]
+
+
+def _folded_norm(product: fx.Node) -> FoldedNorm | None:
+    if product.meta[_FOLDED] is True:
+        return None  # a weight
+    weight: Any = product.args[1]
+    while isinstance(weight, fx.Node) and _FOLDED not in weight.meta:
+        weight = weight.args[0] if weight.args else None  # what rounds it
+    bias: Any = product.args[2] if len(product.args) > 2 else None
+    if not isinstance(weight, fx.Node) or not isinstance(bias, fx.Node):
+        return None
+    eps, momentum, with_beta = product.meta[_FOLDED]
+    bias, beta = bias.args if with_beta else (bias, None)
+    shift, factor = bias.args
+    gain, inverse = (None, factor) if factor.target is aten.rsqrt.default else factor.args
+    var = inverse.args[0].args[0]
+    old, mean = shift.args if shift.target is aten.sub.Tensor else (None, shift.args[0])
+
+    def name(node: Any) -> str | None:
+        return None if node is None else str(node.name)
+
+    return FoldedNorm(
+        product.name,
+        weight.name,
+        gain=name(gain),
+        beta=name(beta),
+        mean=mean.name,
+        var=var.name,
+        bias=name(old),
+        eps=eps,
+        momentum=momentum,
+    )
 
 
 def _product_before(norm: fx.Node) -> tuple[fx.Node, OpPattern] | None:
@@ -89,7 +163,7 @@ def _fold(graph: fx.Graph, norm: fx.Node, product: fx.Node, pattern: OpPattern) 
         shape = [1] * len(size_hints(old_weight))
         shape[pattern.weight_axis] = -1
         weight = call(aten.mul.Tensor, old_weight, call(aten.reshape.default, factor, shape))
-        weight.meta["val"] = old_weight.meta["val"]
+        weight.meta |= {"val": old_weight.meta["val"], _FOLDED: True}
         old_bias = product.args[2] if len(product.args) > 2 else None
         shift = (
             call(aten.neg.default, mean)
@@ -101,7 +175,10 @@ def _fold(graph: fx.Graph, norm: fx.Node, product: fx.Node, pattern: OpPattern) 
             bias = call(aten.add.Tensor, bias, beta)
     args = (product.args[0], weight, bias, *product.args[3:])
     folded = call_like(product, product.target, args, **product.kwargs)
-    folded.meta = norm.meta | {"nn_module_stack": product.meta.get("nn_module_stack")}
+    folded.meta = norm.meta | {
+        "nn_module_stack": product.meta.get("nn_module_stack"),
+        _FOLDED: (eps, norm.args[6], beta is not None),
+    }
     norm.replace_all_uses_with(folded)
     graph.erase_node(norm)
     graph.erase_node(product)

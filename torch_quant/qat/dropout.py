@@ -11,14 +11,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from torch_quant.convert.mounting import linked, links
-from torch_quant.convert.quantized_graph import QuantizedGraph
 from torch_quant.graph.sites import ORIGIN, module_path
 from torch_quant.ops.table import IDENTITY
-from torch_quant.passes.base import copy_graph
 from torch_quant.qat.fake_quantize import TRAINED_FAKE_QUANTIZE
 
-__all__ = ["put_back_dropout", "set_dropout"]
+__all__ = ["dropouts", "put_back_dropout", "turn_on"]
 
 aten = torch.ops.aten
 
@@ -101,23 +98,12 @@ def _behind_inputs(node: fx.Node) -> fx.Node:
     return after
 
 
-def set_dropout(graph: QuantizedGraph, train: bool) -> None:
-    """Turn the dropout of a graph on or off.
-
-    Each mode has a body, so that compilers which have seen both need not compile again.
-    """
-    calls = _dropouts(graph.body)
-    if not calls or calls[0].args[2] == train:
-        return
-    graph.modes[not train] = graph.body
-    if train not in graph.modes:
-        body = copy_graph(graph.body)
-        for call in _dropouts(body):
-            call.update_arg(2, train)
-        body.recompile()
-        graph.modes[train] = linked(body, links(graph.body))
-    graph.body = graph.modes[train]
+def turn_on(body: fx.GraphModule) -> None:
+    """Have every dropout of a body drop."""
+    for call in dropouts(body):
+        call.update_arg(2, True)
 
 
-def _dropouts(body: fx.GraphModule) -> list[fx.Node]:
+def dropouts(body: fx.GraphModule) -> list[fx.Node]:
+    """Every call of a dropout."""
     return [x for x in body.graph.nodes if x.op == "call_function" and x.target in IDENTITY]

@@ -46,13 +46,13 @@ def stored_scale(scale: Tensor, scale_type: ScaleType, role: str) -> Tensor:
     return size if role == INPUT else size.copysign(scale)
 
 
-def stored_zero_point(zero_point: Tensor, element: str) -> Tensor:
-    """A zero point as it is deployed, int32: a learned one is rounded, and stays among the codes.
+def stored_zero_point(zero_point: Tensor, element: str, role: str) -> Tensor:
+    """A zero point as it is deployed: that of an activation is rounded, and stays among the codes.
 
-    >>> stored_zero_point(torch.tensor(-0.7), "int8")
+    >>> stored_zero_point(torch.tensor(-0.7), "int8", INPUT)
     tensor(-1, dtype=torch.int32)
     """
-    if not zero_point.is_floating_point():
+    if role == WEIGHT or not zero_point.is_floating_point():
         return zero_point
     kind = element_type(element)
     return zero_point.round().clamp(kind.quant_min, kind.quant_max).to(torch.int32)
@@ -71,7 +71,7 @@ class _FakeQuantize(torch.autograd.Function):
         method: str,
     ) -> Tensor:
         used = stored_scale(scale, ScaleType(scale_type), role)
-        codes_of_zero = stored_zero_point(zero_point, element)
+        codes_of_zero = stored_zero_point(zero_point, element, role)
         if role == WEIGHT:  # the definition, by which integers are made of weights
             kind = element_type(element)
             rounded = functional.fake_quantize_blocks(x, used, codes_of_zero, kind)
@@ -109,8 +109,8 @@ class _FakeQuantize(torch.autograd.Function):
         return of_x, of_scale, of_zero_point, None, None, None, None
 
 
-def _forward(x: Tensor, scale: Tensor, zero_point: Tensor, *how: str) -> Tensor:
-    element, scale_type, role, method, _ = how
+def _forward(x: Tensor, scale: Tensor, zero_point: Tensor, *how: Any) -> Tensor:
+    element, scale_type, role, method, *_ = how
     x = x.to(torch.float32)
     rounded: Tensor = _FakeQuantize.apply(x, scale, zero_point, element, scale_type, role, method)
     return rounded.contiguous() if role == WEIGHT else rounded
@@ -118,7 +118,7 @@ def _forward(x: Tensor, scale: Tensor, zero_point: Tensor, *how: str) -> Tensor:
 
 library.define(
     "trained_fake_quantize(Tensor x, Tensor scale, Tensor zero_point, str element, "
-    "str scale_type, str role, str method, str label) -> Tensor"
+    "str scale_type, str role, str method, str label, Tensor? ends=None) -> Tensor"
 )
 for _key in ("Autograd", "CompositeExplicitAutograd"):  # one: compilers see through the first
     library.impl("trained_fake_quantize", _forward, _key)
@@ -140,4 +140,6 @@ Args:
     role: ``"input"`` or ``"weight"``.
     method: the name of a method, which gives the gradients.
     label: for who reads the graph: what is rounded; see :func:`read_label`.
+    ends: of an activation with a scale that is kept, the range observed, float32 of shape ``[2]``;
+        the scale is set by it while the model observes, and nothing here reads it.
 """

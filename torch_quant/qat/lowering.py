@@ -30,10 +30,14 @@ from torch_quant.graph.export import CapturedGraph
 from torch_quant.graph.kinds import Kind
 from torch_quant.ops.qdq import CHOOSE_QPARAMS, DEQUANTIZE, FAKE_QUANTIZE, QUANTIZE
 from torch_quant.passes.base import Params, PassContext
+from torch_quant.passes.constants import constant_beside
+from torch_quant.passes.fold_batch_norm import folded_norms
 from torch_quant.qat.dropout import put_back_dropout
 from torch_quant.qat.fake_quantize import TRAINED_FAKE_QUANTIZE, label
 from torch_quant.qat.methods import INPUT, WEIGHT, QatMethod
 from torch_quant.qat.model import QatModel, TrainedQuantization
+from torch_quant.qat.modes import TrainedGraph
+from torch_quant.qat.observing import range_of
 from torch_quant.statistics import Statistic
 
 __all__ = ["LearnedParams", "QatLowering", "TrainingBackend"]
@@ -41,6 +45,13 @@ __all__ = ["LearnedParams", "QatLowering", "TrainingBackend"]
 logger = logging.getLogger("torch_quant")
 
 V = TypeVar("V")
+
+
+class _LearnedGrid(QParams):
+    """Scales and zero points in training: where these are learned, they are float32."""
+
+    def __post_init__(self) -> None:
+        """Nothing is checked: it began as a grid that was."""
 
 
 class LearnedParams:
@@ -58,6 +69,7 @@ class LearnedParams:
         self._weights = {x.untyped_storage()._cdata for x in model.parameters() if _plain(x)}
         self._made: dict[Hashable, QParams] = {}
         self._labels: dict[int, tuple[str, QuantSpec]] = {}
+        self._ends: dict[int, Tensor] = {}
         self.places: dict[tuple[Any, ...], nn.Parameter] = {}
         """Where each parameter that was made lies in memory."""
 
@@ -95,12 +107,18 @@ class LearnedParams:
         for each in (scale, zero_point):
             if isinstance(each, nn.Parameter):
                 self.places[place_in_memory(each)] = each
-        self._made[name] = QParams(spec, scale, zero_point)
+        self._made[name] = _LearnedGrid(spec, scale, zero_point)
         self._labels[id(scale)] = label(key, spec), spec
+        if role == INPUT:
+            self._ends[id(scale)] = range_of(qparams)
 
     def known(self, scale: Any) -> tuple[str, QuantSpec] | None:
         """What the scale in a graph is for, as a label, and its format; None if not from here."""
         return self._labels.get(id(scale))
+
+    def ends(self, scale: Any) -> Tensor:
+        """The range that an activation's scale begins with, to be moved: one tensor for each."""
+        return self._ends[id(scale)]
 
     def statistic(self, key: str, what: str) -> Statistic:
         """What was recorded of the tensor ``key``; raises :class:`NotCalibrated`."""
@@ -134,7 +152,8 @@ class TrainingBackend(ReferenceBackend):
         assert isinstance(params, LearnedParams)
         for node in list(graph.nodes):
             if node.target in (QUANTIZE, FAKE_QUANTIZE):
-                self._round(node, INPUT if node.target is QUANTIZE else WEIGHT, params)
+                role = INPUT if node.target is QUANTIZE else WEIGHT
+                self._round(context.gm, node, role, params)
             elif node.target is DEQUANTIZE:
                 node.replace_all_uses_with(node.args[0])  # float already
                 graph.erase_node(node)
@@ -144,17 +163,21 @@ class TrainingBackend(ReferenceBackend):
                 node.update_arg(0, constant)
         return context.gm
 
-    def _round(self, node: fx.Node, role: str, params: LearnedParams) -> None:
+    def _round(self, gm: fx.GraphModule, node: fx.Node, role: str, params: LearnedParams) -> None:
         x, scale, zero_point, element = node.args
         assert isinstance(scale, fx.Node)
-        scale_type, text = "float32", ""
+        scale_type, text, ends = "float32", "", None
         if scale.op == "get_attr":
             known = params.known(_value(scale))
             assert known is not None, f"{scale.target} was not made for training"
             text, spec = known
             scale_type = spec.scale_type.value
+            if role == INPUT:
+                value = params.ends(_value(scale))
+                ends = constant_beside(gm, scale, "_range", value, node)
         node.target = TRAINED_FAKE_QUANTIZE
-        node.args = (x, scale, zero_point, element, scale_type, role, self.method.name, text)
+        how = element, scale_type, role, self.method.name, text
+        node.args = (x, scale, zero_point, *how, ends)
 
 
 def _value(node: fx.Node) -> Any:
@@ -210,7 +233,8 @@ class QatLowering(Lowering):
         return quantized_module(twin, TrainedQuantization(**facts), QatModel)
 
     def _graph(self, submodule: CapturedModule, kind: Kind, graph: CapturedGraph) -> QuantizedGraph:
-        made = super()._graph(submodule, kind, graph)
+        made = TrainedGraph.over(super()._graph(submodule, kind, graph))
+        made.folded = tuple(folded_norms(made.body.graph))
         left_out = put_back_dropout(made.body, self.captured.prepared(submodule, graph).captured)
         if left_out:
             logger.warning(

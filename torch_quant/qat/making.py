@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,16 +14,12 @@ from torch_quant.backends import Backend
 from torch_quant.calibrated import Calibrated
 from torch_quant.convert.lowering import Lowering
 from torch_quant.convert.quantized import plan_of
-from torch_quant.convert.quantized_graph import QuantizedGraph
 from torch_quant.core.functional import quantize
 from torch_quant.core.plan import QuantPlan
 from torch_quant.core.qparams import QParams, choose_qparams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
-from torch_quant.graph.calls import Call
-from torch_quant.graph.kinds import Kind
 from torch_quant.ops.table import OPERATORS
-from torch_quant.qat.dropout import set_dropout
 from torch_quant.qat.lowering import LearnedParams, QatLowering, TrainingBackend
 from torch_quant.qat.methods import INPUT, WEIGHT, QatMethod
 from torch_quant.qat.model import (
@@ -33,6 +28,7 @@ from torch_quant.qat.model import (
     QatModel,
     learned_qparams,
 )
+from torch_quant.qat.switches import add_switches
 from torch_quant.session import Session
 from torch_quant.unseen import UnseenCalls
 
@@ -85,9 +81,13 @@ def start_training(
     """Tie a new QAT model to its quantizer; ``unseen``: have it capture new kinds of calls."""
     how = model.quantization
     session = Session(session.owner, session.captured.copied(), session.model)
-    how.bond = Bond(session)
+    how.bond, how.root = Bond(session), True
+    switches = add_switches(model)
+    for module in model.modules():
+        if isinstance(module, QatModel):
+            module.quantization.switches = switches
     if unseen:
-        _UnseenTraining(session, backend, lowering, model).attend(model)
+        _UnseenTraining(session, backend, lowering).attend(model)
     how.plan = plan_of(model)
     how.left = {name: site.reason for name, site in lowering.plan.items() if not site.quantized}
     how.description = f"QAT by {how.method!r} for {backend!r}: {how.plan.summary}"
@@ -102,12 +102,9 @@ class _UnseenTraining(UnseenCalls):
     new graphs would not read, so it makes none.
     """
 
-    def __init__(
-        self, session: Session, backend: Backend, lowering: QatLowering, model: QatModel
-    ) -> None:
+    def __init__(self, session: Session, backend: Backend, lowering: QatLowering) -> None:
         super().__init__(session, backend)
         self._training = lowering
-        self._root = weakref.ref(model)
 
     def __deepcopy__(self, memo: Any) -> Any:
         return None
@@ -115,16 +112,6 @@ class _UnseenTraining(UnseenCalls):
     @staticmethod
     def _present(model: nn.Module) -> tuple[Any, ...]:
         return ()
-
-    def graph(
-        self, path: str, call: Call, served: Sequence[Kind]
-    ) -> tuple[QuantizedGraph, nn.Module]:
-        """As of any quantized model; its dropout is in the mode of the QAT model."""
-        made, model = super().graph(path, call, served)
-        root = self._root()
-        if root is not None:
-            set_dropout(made, root.training)
-        return made, model
 
     def _lowering(self, session: Session) -> Lowering:
         plan, params = qat_plan(session.plan()), self._training.params

@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from torch_quant.convert.quantized import Quantization, QuantizedModule, quantized_graphs
+from torch_quant.convert.quantized import Quantization, QuantizedModule, quantized_graphs, run
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
-from torch_quant.qat.dropout import set_dropout
 from torch_quant.qat.fake_quantize import (
     TRAINED_FAKE_QUANTIZE,
     read_label,
     stored_scale,
     stored_zero_point,
 )
+from torch_quant.qat.modes import Mode, TrainedGraph, set_mode
+from torch_quant.qat.switches import Switches
 
 if TYPE_CHECKING:
     from torch_quant.session import Session
@@ -32,6 +33,7 @@ __all__ = [
     "bond_of",
     "learned_qparams",
     "scale_names",
+    "switches_of",
 ]
 
 Learned = Mapping[tuple[str, str, QuantSpec], QParams]
@@ -65,10 +67,16 @@ class TrainedQuantization(Quantization):
         method: gives the gradients.
         bond: who made it, of the whole model.
         left: site -> why it trains in float though the backend would quantize it.
+        switches: of the whole model, once it is made.
+        root: whether it is the whole model.
+        frozen: whether norms that run as Python are frozen.
     """
 
     method: str = ""
     bond: Bond | None = None
+    switches: Switches | None = None
+    root: bool = False
+    frozen: bool = False
     left: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -81,9 +89,10 @@ class QatModel(QuantizedModule):
 
     What differs from the float model in train mode:
 
-    - The statistics of batch norms are those of the float model, and stay. Where a norm stands
-      behind a convolution or linear layer, it is folded into its weight, and the gradient reaches
-      the weight, gamma and beta.
+    - Batch norms normalize by the statistics of the batch, and move the running ones, as in the
+      float model. Where one stands behind a convolution or linear layer, these are the statistics
+      of what the rounded weight gives. Once they are frozen, by :class:`QatSchedule` or by
+      ``qat_model.bn.eval()``, it is folded into the weight, as it is in eval mode.
     - Dropout drops where the model calls it as such, a module or ``F.dropout``. What code leaves
       out in eval mode is not in a graph that was captured so: the dropout inside of
       ``F.scaled_dot_product_attention``, stochastic depth written as ``if self.training``.
@@ -97,16 +106,51 @@ class QatModel(QuantizedModule):
     )
 
     def train(self, mode: bool = True) -> QatModel:
-        """Set the mode; batch norms that run as Python keep their statistics in any mode."""
+        """Set the mode, of dropout and batch norms as in the float model."""
         nn.Module.train(self, mode)
-        glue = self.quantization.glue
-        for module in (*self.modules(), *(() if glue is None else (glue,))):
-            normalizes = isinstance(module, nn.modules.batchnorm._BatchNorm)
-            if normalizes or module is glue:
-                module.training = mode and not normalizes
-        for graph in self.quantization.graphs:
-            set_dropout(graph, mode)
+        if self.quantization.glue is not None:
+            self.quantization.glue.training = mode
+        self._follow_in_python()
+        self.follow_switches()
         return self
+
+    def _follow_in_python(self) -> None:
+        """Set the mode of the norms that run as Python."""
+        how = self.quantization
+        how.frozen = how.switches is not None and how.switches.read()[3]
+        found = [x for x in (*self.modules(), how.glue) if not isinstance(x, QatModel)]
+        for norm in found:
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                norm.training = self.training and not how.frozen
+
+    def follow_switches(self) -> None:
+        """Have each graph run the body for the mode of this module and the model's switches."""
+        how = self.quantization
+        if how.switches is None:
+            return
+        _, observes, rounds, frozen = how.switches.read()
+        if how.frozen != frozen:
+            self._follow_in_python()
+        for graph in how.graphs:
+            assert isinstance(graph, TrainedGraph)
+            norms = graph.norms if self.training and not frozen else {}
+            moving = (name for name, mean in norms.items() if self._owner_of(mean).training)
+            drops, observing = self.training and graph.drops, self.training and observes
+            rounding = rounds or not self.training
+            set_mode(graph, Mode(drops, frozenset(moving), observing, rounding), self._owner_of)
+
+    def _owner_of(self, target: str) -> nn.Module:
+        module: nn.Module = self
+        for part in target.split(".")[:-1]:
+            module = module._modules[part]  # type: ignore[assignment]
+        return module
+
+    def _graph_was_added(self) -> None:
+        self.follow_switches()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.follow_switches()
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """Those of the float model, and the scales that are learned."""
@@ -130,6 +174,29 @@ class QatModel(QuantizedModule):
         return self
 
 
+def _run(model: QatModel, *args: Any, **kwargs: Any) -> Any:
+    """Call it; compiled code runs the bodies that are there."""
+    if model.training and not torch.compiler.is_compiling():
+        model.follow_switches()  # a checkpoint, another process or a norm's eval() may set them
+    return run(model, *args, **kwargs)
+
+
+QatModel._runs = staticmethod(_run)
+
+
+def switches_of(model: nn.Module) -> Switches:
+    """The switches of a whole QAT model; raises :class:`InvalidConfig` for anything else."""
+    if not isinstance(model, QatModel):
+        raise InvalidConfig(
+            f"expected what quantizer.qat(model) makes, got {type(model).__name__}; of a wrapper "
+            "such as DistributedDataParallel, give the module inside"
+        )
+    switches = model.quantization.switches
+    if switches is None or not model.quantization.root:
+        raise InvalidConfig("this is a part of a QAT model: give the whole model")
+    return switches
+
+
 def bond_of(model: QatModel) -> Bond:
     """The quantizer and float model; raises :class:`InvalidConfig` where they are not known."""
     bond = model.quantization.bond
@@ -145,9 +212,10 @@ def _calls(model: QatModel) -> Iterator[tuple[nn.Module, str, Any]]:
     """Each module, its path, and the calls that round in its graphs."""
     paths = {id(module): path for path, module in model.named_modules()}
     for module, graph in quantized_graphs(model):
-        path = paths[id(module)]
-        found = graph.body.graph.find_nodes(op="call_function", target=TRAINED_FAKE_QUANTIZE)
-        yield from ((graph.body, path, node) for node in found)
+        assert isinstance(graph, TrainedGraph)
+        path, body = paths[id(module)], graph.deployed
+        found = body.graph.find_nodes(op="call_function", target=TRAINED_FAKE_QUANTIZE)
+        yield from ((body, path, node) for node in found)
 
 
 @torch.no_grad()
@@ -155,13 +223,14 @@ def learned_qparams(model: QatModel) -> Learned:
     """The scales of a QAT model as they are now and as they are deployed: copies."""
     found: dict[tuple[str, str, QuantSpec], QParams] = {}
     for body, _, node in _calls(model):
-        _, scale, zero_point, element, _, role, _, text = node.args
+        _, scale, zero_point, element, _, role, _, text, _ = node.args
         key, spec = read_label(text)
         if spec.dynamic or (role, key, spec) in found:
             continue
         step, code = (_read(body, each) for each in (scale, zero_point))
         used = stored_scale(step, spec.scale_type, role).clone()
-        found[role, key, spec] = QParams(spec, used, stored_zero_point(code, element).clone())
+        zero_point = stored_zero_point(code, element, role).clone()
+        found[role, key, spec] = QParams(spec, used, zero_point)
     return found
 
 

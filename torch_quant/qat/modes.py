@@ -1,0 +1,105 @@
+"""The bodies of a graph that trains: with dropout, with norms that move, observing, in float.
+
+What is deployed is the mode None. Each other mode has a body of its own, so that compilers which
+have seen both need not compile again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from torch_quant.convert.mounting import linked, links
+from torch_quant.convert.quantized_graph import QuantizedGraph
+from torch_quant.passes.base import copy_graph
+from torch_quant.passes.fold_batch_norm import FoldedNorm
+from torch_quant.qat.batch_norm import OwnerOf, let_move, norms_of
+from torch_quant.qat.dropout import dropouts, turn_on
+from torch_quant.qat.fake_quantize import TRAINED_FAKE_QUANTIZE
+from torch_quant.qat.observing import observe_ranges
+
+__all__ = ["Mode", "TrainedGraph", "set_mode"]
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How a body differs from the one that is deployed.
+
+    Args:
+        drops: whether dropout drops.
+        moving: the norms whose statistics move, named as by ``norms_of``.
+        observes: whether scales follow the data.
+        rounds: whether anything is rounded.
+    """
+
+    drops: bool = False
+    moving: frozenset[str] = frozenset()
+    observes: bool = False
+    rounds: bool = True
+
+
+class TrainedGraph(QuantizedGraph):
+    """A graph with a body for each mode."""
+
+    folded: tuple[FoldedNorm, ...] = ()
+    """The norms that were folded into products in it."""
+    _norms: dict[str, str] | None = None
+    _drops: bool | None = None
+
+    @classmethod
+    def over(cls, graph: QuantizedGraph) -> TrainedGraph:
+        """The same graph."""
+        return cls(graph.body, graph.kind, graph.contract, graph.out_spec)
+
+    @property
+    def deployed(self) -> fx.GraphModule:
+        """The body of mode None."""
+        return self.modes.get(None, self.body)
+
+    @property
+    def norms(self) -> dict[str, str]:
+        """Each norm whose statistics can move -> the name of its mean in the graph."""
+        if self._norms is None:
+            self._norms = norms_of(self.deployed, self.folded)
+        return self._norms
+
+    @property
+    def drops(self) -> bool:
+        """Whether it has a dropout."""
+        if self._drops is None:
+            self._drops = bool(dropouts(self.deployed))
+        return self._drops
+
+
+def set_mode(graph: TrainedGraph, mode: Mode, owner_of: OwnerOf) -> None:
+    """Have a graph run the body of ``mode``.
+
+    Args:
+        graph: the graph.
+        mode: what is not in the graph has no effect.
+        owner_of: the module that holds a tensor, by its name in the graph.
+    """
+    key = None if mode == Mode() else mode
+    if graph.mode == key:
+        return
+    graph.modes[graph.mode] = graph.body
+    if key not in graph.modes:
+        deployed = graph.modes[None]
+        body = linked(copy_graph(deployed), links(deployed))
+        if mode.drops:
+            turn_on(body)
+        let_move(body, graph.folded, mode.moving, owner_of)
+        if not mode.rounds:
+            _leave_unrounded(body)
+        elif mode.observes:
+            observe_ranges(body)
+        body.graph.eliminate_dead_code()
+        body.recompile()
+        graph.modes[key] = body
+    graph.body, graph.mode = graph.modes[key], key
+
+
+def _leave_unrounded(body: fx.GraphModule) -> None:
+    for node in body.graph.find_nodes(op="call_function", target=TRAINED_FAKE_QUANTIZE):
+        node.replace_all_uses_with(node.args[0])

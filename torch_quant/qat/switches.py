@@ -1,0 +1,65 @@
+"""What a QAT model does in train mode: observe, round, keep the statistics of batch norms.
+
+The switches are one buffer of the model, so checkpoints, copies and DistributedDataParallel carry
+them, and the count of steps with them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_quant.core.naming import numbered
+from torch_quant.errors import InvalidConfig
+
+__all__ = ["Switches", "add_switches"]
+
+_NAME = "qat_switches"
+STEPS, OBSERVE, FAKE_QUANTIZE, FREEZE_BN = range(4)
+
+
+@dataclass(frozen=True)
+class Switches:
+    """Reads and sets the switches of a model.
+
+    Args:
+        buffers: of the whole model.
+        name: of the buffer.
+    """
+
+    buffers: dict[str, Tensor | None]
+    name: str
+
+    @property
+    def tensor(self) -> Tensor:
+        """int64 of shape ``[4]``: steps, observe, fake-quantize, freeze batch norms."""
+        found = self.buffers[self.name]
+        assert found is not None
+        return found
+
+    def read(self) -> tuple[int, bool, bool, bool]:
+        """The same as Python values."""
+        steps, *switches = self.tensor.tolist()
+        observe, rounds, frozen = map(bool, switches)
+        return steps, observe, rounds, frozen
+
+    def write(self, place: int, value: int) -> None:
+        """Set one of them in place."""
+        self.tensor[place] = value
+
+
+def add_switches(model: nn.Module) -> Switches:
+    """Give a model the buffer: nothing is observed, all is rounded, no norm is frozen."""
+    name = next(x for x in numbered(_NAME) if x not in model._buffers and not hasattr(model, x))
+    model._buffers[name] = torch.tensor([0, 0, 1, 0])
+    return Switches(model._buffers, name)
+
+
+def checked_step(name: str, value: Any) -> int:
+    """``value`` as a number of steps; raises :class:`InvalidConfig` if it is none."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise InvalidConfig(f"{name}={value!r}; expected a number of steps, 0 or more")
+    return value
