@@ -30,6 +30,7 @@ __all__ = [
     "FixedParams",
     "Two",
     "apply",
+    "by_keywords",
     "canonical",
     "captured",
     "context_of",
@@ -56,6 +57,18 @@ def captured(model: nn.Module, *inputs: Any) -> fx.GraphModule:
 def canonical(model: nn.Module, *inputs: Any) -> fx.GraphModule:
     """The graph after the passes that every captured graph goes through."""
     return canonicalize(export_graph(twin_of(model), flatten_call(inputs, {})).gm)
+
+
+def by_keywords(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose calls of operators give every argument by its name."""
+    gm = copy_graph(gm)
+    for node in gm.graph.nodes:
+        if hasattr(node.target, "_schema"):
+            declared = node.target._schema.arguments
+            given = {each.name: x for each, x in zip(declared, node.args, strict=False)}
+            node.args, node.kwargs = (), {**given, **node.kwargs}
+    gm.recompile()
+    return gm
 
 
 def apply(rewrite: Pass, gm: fx.GraphModule, plan: QuantPlan | None = None) -> int:

@@ -13,6 +13,7 @@ from torch_quant.core.elements import element_type
 from torch_quant.core.granularity import split_blocks
 from torch_quant.core.kernels import Accepts, Kernel, KernelTable
 from torch_quant.core.spec import QuantSpec
+from torch_quant.ops.arguments import argument, arguments
 from torch_quant.ops.qdq import DECODE, DEQUANTIZE, FAKE_QUANTIZE, QUANTIZE
 from torch_quant.ops.table import OPERATORS
 from torch_quant.passes.base import PassContext
@@ -61,10 +62,10 @@ class ReferenceBackend(Backend):
         for node in list(graph.nodes):
             if node.target is QUANTIZE:
                 node.target = FAKE_QUANTIZE
-            elif node.target is DEQUANTIZE and node.args[0].op == "get_attr":
+            elif node.target is DEQUANTIZE and argument(node, "q").op == "get_attr":
                 _plain_dequantize(node)  # integers in a buffer
             elif node.target is DEQUANTIZE:
-                node.replace_all_uses_with(node.args[0])  # float already
+                node.replace_all_uses_with(argument(node, "q"))  # float already
                 graph.erase_node(node)
         return context.gm
 
@@ -97,7 +98,7 @@ def _activations(rows: bool) -> Accepts:
 def _plain_dequantize(node: fx.Node) -> None:
     """A weight's dequantization in standard operators, which any compiler can fold."""
     graph, call = node.graph, node.graph.call_function
-    codes, scale, zero_point, name = node.args
+    codes, scale, zero_point, name = arguments(node).values()
     element = element_type(str(name))
     whole = _buffer(codes).shape
     split, blocks = split_blocks(_buffer(codes), _buffer(scale).shape)

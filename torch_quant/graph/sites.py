@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import fx
 
+from torch_quant.ops.arguments import argument, part_of, positional
 from torch_quant.ops.table import (
     ACTIVATIONS,
     DATA_MOVEMENT,
@@ -174,9 +175,7 @@ def behind(node: fx.Node) -> list[fx.Node]:
     """``node``, and the nodes whose values it holds, through to their source."""
     chain = [node]
     while chain[-1].op == "call_function" and chain[-1].target in DATA_MOVEMENT:
-        origin = chain[-1].args[0]
-        assert isinstance(origin, fx.Node)
-        chain.append(origin)
+        chain.append(argument(chain[-1], 0))
     return chain
 
 
@@ -188,16 +187,16 @@ def is_float(node: fx.Node) -> bool:
 
 def operands(node: fx.Node, pattern: OpPattern) -> list[fx.Node]:
     """The activation arguments of a quantizable node."""
-    found = [node.args[i] for i in pattern.activations]
-    assert all(isinstance(arg, fx.Node) for arg in found)
-    return found  # type: ignore[return-value]
+    found = [argument(node, place) for place in pattern.activations]
+    assert all(isinstance(each, fx.Node) for each in found)
+    return found
 
 
 def weights(node: fx.Node, pattern: OpPattern) -> list[Any]:
     """What stands for the weight of a quantizable node: one argument, or each matrix of a list."""
     if pattern.weight is None:
         return []
-    found = node.args[pattern.weight]
+    found = argument(node, pattern.weight)
     if not isinstance(found, (list, tuple)):
         return [found]
     return [each for each in found if len(size_hints(each)) == 2]
@@ -213,7 +212,7 @@ def results(node: fx.Node) -> list[fx.Node]:
     if not isinstance(node.meta.get("val"), (tuple, list)):
         return [node]
     parts = [user for user in node.users if user.target is operator.getitem]
-    return sorted(parts, key=lambda part: part.args[1])  # type: ignore[arg-type, return-value]
+    return sorted(parts, key=lambda part: part_of(part)[1])
 
 
 def fused_output(node: fx.Node, functions: Container[Any] = ACTIVATIONS) -> fx.Node:
@@ -256,7 +255,7 @@ def find_sites(graph: fx.Graph) -> Iterator[tuple[fx.Node, OpPattern, Site]]:
             inputs=tuple(key_of(source(arg)) for arg in operands(node, pattern)),
             internals=tuple(f"{key}.{name}" for name in pattern.internals),
             output=key_of(fused_output(found[0])),
-            macs=pattern.macs(node.args, node),
+            macs=pattern.macs(positional(node), node),
             weight_shape=_weight_shape(matrices),
             fused_output=(
                 "" if pattern.output is None else key_of(fused_output(found[0], pattern.output))

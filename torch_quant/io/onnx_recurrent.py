@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from torch_quant.ops.arguments import arguments, part_of
 from torch_quant.ops.lstm import cells_of
 from torch_quant.ops.qdq import library
 from torch_quant.passes.base import PassContext
@@ -49,7 +50,7 @@ def recurrent_layers(context: PassContext) -> int:
         kind = _KINDS.get(node.target)
         if kind is None:
             continue
-        x, hx, params, has_biases, layers, _, train, both, batch_first = node.args
+        x, hx, params, has_biases, layers, _, train, both, batch_first = arguments(node).values()
         count = layers * (2 if both else 1) * (4 if has_biases else 2)
         if train or len(params) != count or any(each.op != "get_attr" for each in params):
             continue
@@ -59,7 +60,7 @@ def recurrent_layers(context: PassContext) -> int:
                 x, states, cells_of(params, has_biases), layers, both, batch_first
             )
         for user in list(node.users):
-            user.replace_all_uses_with(parts[user.args[1]])
+            user.replace_all_uses_with(parts[part_of(user)[1]])
             context.graph.erase_node(user)
         context.graph.erase_node(node)
         changed += 1

@@ -18,6 +18,7 @@ from torch import fx
 from torch_quant.backends.onnx.forms.blocked_weights import LEAST, ONNX_WEIGHT
 from torch_quant.core.elements import element_type
 from torch_quant.errors import InvalidConfig
+from torch_quant.ops.arguments import argument
 
 __all__ = ["blocked_forms", "needed_opset", "write_blocked"]
 
@@ -67,7 +68,7 @@ def write_blocked(model: Any, body: fx.GraphModule, matmul_nbits: bool) -> None:
         matmul_nbits: whether to write onnxruntime's own operator.
     """
     bits = {
-        f"{_BODY}{node.args[0].target}": element_type(str(node.args[3])).bits
+        f"{_BODY}{argument(node, 'q').target}": element_type(argument(node, "element")).bits
         for node in body.graph.nodes
         if node.target is ONNX_WEIGHT
     }

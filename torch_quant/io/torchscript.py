@@ -20,6 +20,7 @@ from torch_quant.graph.outputs import flatten_output
 from torch_quant.io.files import checked_target, staging
 from torch_quant.io.tracing import TensorReads
 from torch_quant.model import example_call
+from torch_quant.ops.arguments import argument
 
 __all__ = ["export_torchscript"]
 
@@ -179,7 +180,7 @@ def _is_compiled(model: nn.Module) -> bool:
 def _would_unpack_weights(model: nn.Module) -> bool:
     """Whether freezing would fold integer weights to float, as plain operators allow."""
     return any(
-        node.target is torch.ops.aten.to.dtype and node.args[0].op == "get_attr"
+        node.target is torch.ops.aten.to.dtype and argument(node, "self").op == "get_attr"
         for _, graph in quantized_graphs(model)
         for module in graph.modules()
         if isinstance(module, fx.GraphModule)

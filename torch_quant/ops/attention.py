@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, fx
 
 from torch_quant.core.plan import SitePlan
+from torch_quant.ops.arguments import argument, arguments
 from torch_quant.ops.table import (
     KEY,
     Inserter,
     OpPattern,
-    arguments,
     call_sizes,
     register_operator,
     size_hints,
@@ -124,9 +124,7 @@ def _quantize(inserter: Inserter, node: fx.Node, entry: SitePlan) -> None:
     given = arguments(node)
     inserter.activations(node, [given[name] for name in ("query", "key", "value")], entry)
     _, second = decompose_attention(node)
-    left = second.args[0]
-    assert isinstance(left, fx.Node)
-    inserter.activation(second, left, entry.inputs[-1], spec, "probabilities")
+    inserter.activation(second, argument(second, "self"), entry.inputs[-1], spec, "probabilities")
 
 
 register_operator(

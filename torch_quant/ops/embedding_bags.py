@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from torch_quant.ops.arguments import arguments, part_of
 from torch_quant.ops.functions import graph_function
-from torch_quant.ops.table import OpPattern, arguments, register_operator
+from torch_quant.ops.table import OpPattern, register_operator
 
 __all__ = ["BAGS", "bag_arguments", "bags_of_rows"]
 
@@ -66,7 +67,7 @@ def bags_of_rows(
 
 
 def _obstacle(node: fx.Node) -> str:
-    others = any(user.args[1] != 0 for user in node.users)
+    others = any(part_of(user)[1] != 0 for user in node.users)
     return "more of its results than the bags are read" if others else ""
 
 

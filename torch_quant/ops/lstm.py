@@ -15,11 +15,11 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from torch_quant.core.plan import SitePlan
+from torch_quant.ops.arguments import arguments, retarget, set_arguments
 from torch_quant.ops.qdq import FAKE_QUANTIZE, library
 from torch_quant.ops.table import (
     Inserter,
     OpPattern,
-    arguments,
     call_sizes,
     numel,
     register_operator,
@@ -171,13 +171,14 @@ def _quantize(inserter: Inserter, node: fx.Node, entry: SitePlan) -> None:
             new.append(inserter.weight(node, old, name, part.contiguous(), grid))
         new += biases
     if spec is None:  # the float operator, on dequantized matrices
-        node.update_arg(2, new)
+        set_arguments(node, {"params": new})
         return
     inserter.activations(node, [x], entry)
     grid_of_h = inserter.grid(node, hidden, spec, "hidden")
+    given = arguments(node)
     options = (given[name] for name in ("has_biases", "num_layers", "bidirectional", "batch_first"))
-    node.target = LSTM
-    node.args = (node.args[0], given["hx"], new, *options, *grid_of_h, spec.element.name)
+    args = (given["input"], given["hx"], new, *options, *grid_of_h, spec.element.name)
+    retarget(node, LSTM, args)
 
 
 register_operator(

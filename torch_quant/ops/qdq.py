@@ -39,8 +39,8 @@ __all__ = [
 ]
 
 library = torch.library.Library("torch_quant", "DEF")
-for _name in ("quantize", "dequantize", "fake_quantize"):
-    library.define(f"{_name}(Tensor x, Tensor scale, Tensor zero_point, str element) -> Tensor")
+for _name in ("quantize(Tensor x", "dequantize(Tensor q", "fake_quantize(Tensor x"):
+    library.define(f"{_name}, Tensor scale, Tensor zero_point, str element) -> Tensor")
 library.define("decode(Tensor q, str element) -> Tensor")
 library.define(
     "choose_qparams(Tensor x, str element, bool symmetric, str granularity, str scale_type) -> "

@@ -31,7 +31,6 @@ __all__ = [
     "ROW_MOVEMENT",
     "SIZES",
     "OpPattern",
-    "arguments",
     "call_sizes",
     "contiguous_as_captured",
     "numel",
@@ -123,22 +122,6 @@ class Inserter(Protocol):
         self, user: fx.Node, old: fx.Node, role: str, codes: Tensor, qparams: QParams
     ) -> fx.Node:
         """A dequantized weight in the place of ``old``, under its name or that of ``role``."""
-
-
-def arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a call by name, defaults included, as the operator's schema has them.
-
-    >>> graph = fx.Graph()
-    >>> x = graph.placeholder("x")
-    >>> call = graph.call_function(aten.softmax.int, (x, -1))
-    >>> arguments(call)
-    {'self': x, 'dim': -1, 'dtype': None}
-    """
-    target: Any = node.target
-    schema = target._schema.arguments
-    found = {each.name: each.default_value for each in schema if each.has_default_value()}
-    found |= {each.name: value for each, value in zip(schema, node.args, strict=False)}
-    return {each.name: (found | node.kwargs).get(each.name) for each in schema}
 
 
 def size_hints(value: Any) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from torch_quant.core.plan import QuantPlan
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import NotCalibrated
+from torch_quant.ops.arguments import set_arguments
 from torch_quant.statistics import RANGE, Observer, Statistic
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Params",
     "Pass",
     "PassContext",
+    "call_again",
     "call_like",
     "copy_graph",
     "run_passes",
@@ -159,6 +161,23 @@ def run_passes(context: PassContext, passes: Sequence[Pass]) -> dict[str, int]:
     context.graph.eliminate_dead_code()  # which checks the graph first
     context.gm.recompile()
     return counts
+
+
+def call_again(
+    node: fx.Node, values: Mapping[str, Any] | Mapping[int, Any], before: fx.Node | None = None
+) -> fx.Node:
+    """Insert a call like ``node`` with other values of some arguments; it takes over the notes.
+
+    Args:
+        node: calls an operator.
+        values: by name or place, as in :func:`set_arguments`.
+        before: where to insert it, by default before ``node``.
+    """
+    with node.graph.inserting_before(before or node):
+        new = node.graph.call_function(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
+    set_arguments(new, values)
+    new.meta = dict(node.meta)
+    return new
 
 
 def call_like(node: fx.Node, target: Any, args: tuple[Any, ...], **kwargs: Any) -> fx.Node:

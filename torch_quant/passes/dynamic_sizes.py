@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from torch_quant.ops.arguments import argument, arguments, in_order, retarget
 from torch_quant.ops.functions import graph_function
 from torch_quant.passes.base import PassContext
 
@@ -23,13 +24,10 @@ aten = torch.ops.aten
 
 def _slice_to_index(node: fx.Node) -> None:
     """``slice(x, dim, start, end, step)`` as ``x[..., start:end:step]``."""
-    values: list[Any] = [*node.args, *(None, 0, None, None, 1)[len(node.args) :]]
-    x, dim, start, end, step = values
-    assert isinstance(x, fx.Node)
-    assert isinstance(dim, int)
+    x, dim, start, end, step = arguments(node).values()
     axis = dim if dim >= 0 else x.meta["val"].dim() + dim
     index = (*[slice(None)] * axis, slice(start, end, step))
-    node.target, node.args = operator.getitem, (x, index)
+    retarget(node, operator.getitem, (x, index))
 
 
 def _upsamplings() -> dict[Any, tuple[str, bool]]:
@@ -49,12 +47,12 @@ _UPSAMPLE = _upsamplings()
 def _upsample_to_interpolate(node: fx.Node) -> None:
     target: Any = node.target
     mode, antialias = _UPSAMPLE[target]
-    x, size, *rest = node.args
-    kwargs: dict[str, Any] = {"size": size, "mode": mode, "scale_factor": rest[-1]}
+    given = arguments(node)
+    kwargs = {"size": given["output_size"], "mode": mode, "scale_factor": given["scale_factors"]}
     if not mode.startswith("nearest"):
-        kwargs |= {"align_corners": rest[0], "antialias": antialias}
+        kwargs |= {"align_corners": given["align_corners"], "antialias": antialias}
     node.target = torch.nn.functional.interpolate
-    node.args, node.kwargs = (x,), kwargs
+    node.args, node.kwargs = (given["input"],), kwargs
 
 
 def _real(n: Any) -> Any:
@@ -127,6 +125,7 @@ def dynamic_sizes(context: PassContext) -> int:
     changed = 0
     for node in context.graph.nodes:
         if node.target in _READS:
+            in_order(node)
             node.op, node.target = "call_method", _READS[node.target]
             sizes.add(node)
             changed += 1
@@ -147,7 +146,8 @@ def dynamic_sizes(context: PassContext) -> int:
 
 def _call_by_name(node: fx.Node) -> None:
     name = node.target._opname  # type: ignore[union-attr]
-    takes_tensor = bool(node.args) and isinstance(node.args[0], fx.Node)
+    in_order(node)  # Python has other names for some
+    takes_tensor = isinstance(argument(node, 0), fx.Node)
     if takes_tensor and hasattr(Tensor, name):
         node.op, node.target = "call_method", name
     elif hasattr(torch, name):

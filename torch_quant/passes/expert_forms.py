@@ -12,8 +12,9 @@ import torch
 from torch import fx
 
 from torch_quant.graph.sites import is_constant
+from torch_quant.ops.arguments import arguments
 from torch_quant.ops.experts import GROUPED_LINEAR
-from torch_quant.ops.table import arguments, size_hints
+from torch_quant.ops.table import size_hints
 from torch_quant.passes.base import PassContext, call_like
 
 __all__ = ["normalize_experts"]
@@ -50,9 +51,11 @@ def _stacked(weight: fx.Node, before: fx.Node) -> fx.Node:
         return new
 
     with graph.inserting_before(before):
-        origin = weight.args[0] if weight.target in _TRANSPOSES else None
-        axes = {axis % 3 for axis in weight.args[1:]} if origin is not None else set()  # type: ignore[operator]
-        if not (isinstance(origin, fx.Node) and axes == {1, 2}):
+        origin, axes = weight, set()
+        if weight.target in _TRANSPOSES:
+            origin, *dims = arguments(weight).values()
+            axes = {axis % 3 for axis in dims}
+        if axes != {1, 2}:
             origin = call(aten.transpose.int, weight, 1, 2)
         return call(aten.reshape.default, origin, [experts * out, inner])
 

@@ -17,8 +17,9 @@ import torch
 from torch import fx
 
 from torch_quant.graph.sites import is_constant
+from torch_quant.ops.arguments import argument, positional
 from torch_quant.ops.table import OpPattern, pattern_of, size_hints
-from torch_quant.passes.base import PassContext, call_like
+from torch_quant.passes.base import PassContext, call_again
 
 __all__ = ["FoldedNorm", "fold_batch_norm", "folded_norms"]
 
@@ -69,18 +70,19 @@ def folded_norms(graph: fx.Graph) -> list[FoldedNorm]:
 def _folded_norm(product: fx.Node) -> FoldedNorm | None:
     if product.meta[_FOLDED] is True:
         return None  # a weight
-    weight: Any = product.args[1]
-    while isinstance(weight, fx.Node) and _FOLDED not in weight.meta:
-        weight = weight.args[0] if weight.args else None  # what rounds it
-    bias: Any = product.args[2] if len(product.args) > 2 else None
-    if not isinstance(weight, fx.Node) or not isinstance(bias, fx.Node):
+    weight, bias = argument(product, 1), argument(product, 2)
+    while _FOLDED not in weight.meta:
+        if weight.op != "call_function":
+            return None
+        weight = argument(weight, 0)  # what rounds it
+    if not isinstance(bias, fx.Node):
         return None
     eps, momentum, with_beta = product.meta[_FOLDED]
-    bias, beta = bias.args if with_beta else (bias, None)
-    shift, factor = bias.args
-    gain, inverse = (None, factor) if factor.target is aten.rsqrt.default else factor.args
-    var = inverse.args[0].args[0]
-    old, mean = shift.args if shift.target is aten.sub.Tensor else (None, shift.args[0])
+    bias, beta = positional(bias) if with_beta else (bias, None)
+    shift, factor = positional(bias)
+    gain, inverse = (None, factor) if factor.target is aten.rsqrt.default else positional(factor)
+    var = argument(argument(inverse, "self"), "self")
+    old, mean = (None, *positional(shift))[-2:]
 
     def name(node: Any) -> str | None:
         return None if node is None else str(node.name)
@@ -98,18 +100,28 @@ def _folded_norm(product: fx.Node) -> FoldedNorm | None:
     )
 
 
+def _statistics_of(norm: fx.Node) -> list[Any]:
+    """Gain, offset, mean and variance of a batch norm."""
+    return [argument(norm, name) for name in ("weight", "bias", "running_mean", "running_var")]
+
+
+def _weight_of(product: fx.Node, pattern: OpPattern) -> Any:
+    assert pattern.weight is not None
+    return argument(product, pattern.weight)
+
+
 def _product_before(norm: fx.Node) -> tuple[fx.Node, OpPattern] | None:
     """The product whose only user is ``norm``, if its output channels are those of ``norm``."""
-    node = norm.args[0]
+    node = argument(norm, "input")
     if not isinstance(node, fx.Node) or len(node.users) != 1:
         return None
     pattern = pattern_of(node)
-    if pattern is None or pattern.weight is None or not pattern.activations:
+    if pattern is None or None in (pattern.weight, pattern.bias) or not pattern.activations:
         return None
-    weight = node.args[pattern.weight]
+    weight = _weight_of(node, pattern)
     if not isinstance(weight, fx.Node) or not is_constant(weight):
         return None
-    rank, channels = len(size_hints(node)), size_hints(norm.args[3])
+    rank, channels = len(size_hints(node)), size_hints(argument(norm, "running_mean"))
     if rank != (2 if pattern.name == "linear" else len(size_hints(weight))):
         return (
             None  # batch norm's channels are axis 1, a deeper linear's or an unbatched image's not
@@ -123,10 +135,10 @@ def fold_batch_norm(context: PassContext) -> int:
     """Fold every ``product -> batch_norm`` in eval mode; returns how many."""
     changed = 0
     for norm in list(context.graph.nodes):
-        if norm.target is not aten.batch_norm.default or norm.args[5]:
+        if norm.target is not aten.batch_norm.default or argument(norm, "training"):
             continue
-        statistics = [arg for arg in norm.args[1:5] if isinstance(arg, fx.Node)]
-        if norm.args[3] is None or not all(is_constant(each) for each in statistics):
+        statistics = [each for each in _statistics_of(norm) if each is not None]
+        if argument(norm, "running_mean") is None or not all(map(is_constant, statistics)):
             continue
         if (found := _product_before(norm)) is None:
             continue
@@ -145,8 +157,8 @@ def _hoist(node: Any, before: fx.Node) -> None:
 
 
 def _fold(graph: fx.Graph, norm: fx.Node, product: fx.Node, pattern: OpPattern) -> None:
-    _, gain, beta, mean, var = norm.args[:5]
-    eps = norm.args[7]
+    gain, beta, mean, var = _statistics_of(norm)
+    eps = argument(norm, "eps")
 
     def call(target: Any, *args: Any) -> fx.Node:
         return graph.call_function(target, args)
@@ -157,14 +169,14 @@ def _fold(graph: fx.Graph, norm: fx.Node, product: fx.Node, pattern: OpPattern) 
         factor = call(aten.rsqrt.default, call(aten.add.Tensor, var, eps))
         if gain is not None:
             factor = call(aten.mul.Tensor, gain, factor)
-        assert pattern.weight is not None
-        old_weight = product.args[pattern.weight]
-        assert isinstance(old_weight, fx.Node)
+        old_weight = _weight_of(product, pattern)
         shape = [1] * len(size_hints(old_weight))
         shape[pattern.weight_axis] = -1
         weight = call(aten.mul.Tensor, old_weight, call(aten.reshape.default, factor, shape))
         weight.meta |= {"val": old_weight.meta["val"], _FOLDED: True}
-        old_bias = product.args[2] if len(product.args) > 2 else None
+        assert pattern.weight is not None
+        assert pattern.bias is not None
+        old_bias = argument(product, pattern.bias)
         shift = (
             call(aten.neg.default, mean)
             if old_bias is None
@@ -173,11 +185,10 @@ def _fold(graph: fx.Graph, norm: fx.Node, product: fx.Node, pattern: OpPattern) 
         bias = call(aten.mul.Tensor, shift, factor)
         if beta is not None:
             bias = call(aten.add.Tensor, bias, beta)
-    args = (product.args[0], weight, bias, *product.args[3:])
-    folded = call_like(product, product.target, args, **product.kwargs)
+    folded = call_again(product, {pattern.weight: weight, pattern.bias: bias})
     folded.meta = norm.meta | {
         "nn_module_stack": product.meta.get("nn_module_stack"),
-        _FOLDED: (eps, norm.args[6], beta is not None),
+        _FOLDED: (eps, argument(norm, "momentum"), beta is not None),
     }
     norm.replace_all_uses_with(folded)
     graph.erase_node(norm)

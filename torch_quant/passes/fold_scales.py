@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from torch_quant.core.elements import element_type
+from torch_quant.ops.arguments import argument, arguments, retarget
 from torch_quant.ops.qdq import (
     DEQUANTIZE,
     DEQUANTIZE_PER_CHANNEL,
@@ -34,7 +35,7 @@ def fold_scales(context: PassContext) -> int:
     for node in list(context.graph.nodes):
         if node.target not in (QUANTIZE, DEQUANTIZE):
             continue
-        codes, scale, zero_point, name = node.args
+        x, scale, zero_point, name = arguments(node).values()
         element = element_type(name)
         if not element.integer or scale.op != "get_attr":
             continue
@@ -45,13 +46,13 @@ def fold_scales(context: PassContext) -> int:
             grid = (number(gm, scale), int(number(gm, zero_point)))
             if node.target is QUANTIZE:
                 ends = (int(element.quant_min), int(element.quant_max), element.dtype)
-                node.target, node.args = QUANTIZE_PER_TENSOR, (codes, *grid, *ends)
+                retarget(node, QUANTIZE_PER_TENSOR, (x, *grid, *ends))
             else:
-                node.target, node.args = DEQUANTIZE_PER_TENSOR, (codes, *grid)
+                retarget(node, DEQUANTIZE_PER_TENSOR, (x, *grid))
         elif node.target is DEQUANTIZE and (axis := _channel_axis(node, value)) is not None:
             for each in (scale, zero_point):
                 _flatten(gm, str(each.target), flat)
-            node.target, node.args = DEQUANTIZE_PER_CHANNEL, (codes, scale, zero_point, axis)
+            retarget(node, DEQUANTIZE_PER_CHANNEL, (x, scale, zero_point, axis))
         else:
             continue
         changed += 1
@@ -65,7 +66,7 @@ def number(gm: fx.GraphModule, node: Any) -> float:
 
 def _channel_axis(node: fx.Node, scale: Tensor) -> int | None:
     """The axis whose indices have a scale each, None if blocks are of another kind."""
-    codes: Any = node.args[0]
+    codes = argument(node, "q")
     if codes.op != "get_attr":
         return None
     shape = node.graph.owning_module.get_buffer(str(codes.target)).shape  # type: ignore[union-attr]

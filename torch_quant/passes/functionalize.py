@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from torch_quant.ops.arguments import arguments, part_of
 from torch_quant.passes.base import PassContext
 
 __all__ = ["functionalize", "writes_attributes", "may_alias_input", "written_tensors"]
@@ -24,8 +25,7 @@ def _schema(node: fx.Node) -> Any:
 
 def may_alias_input(node: fx.Node) -> bool:
     if node.target is operator.getitem:  # a part of what chunk, split or unbind gave, or an LSTM
-        origin = node.args[0]
-        return not isinstance(origin, fx.Node) or may_alias_input(origin)
+        return may_alias_input(part_of(node)[0])
     schema = _schema(node)
     return schema is not None and any(each.alias_info is not None for each in schema.arguments)
 
@@ -35,10 +35,9 @@ def _writes(node: fx.Node) -> list[fx.Node]:
     schema = _schema(node)
     if schema is None or not schema.is_mutable or node.target is torch.ops.aten.detach_.default:
         return []
-    arguments = zip(schema.arguments, node.args, strict=False)
     return [
         value
-        for declared, value in arguments
+        for declared, value in zip(schema.arguments, arguments(node).values(), strict=True)
         if declared.alias_info is not None and declared.alias_info.is_write
         and isinstance(value, fx.Node)
     ]  # fmt: skip
@@ -61,7 +60,8 @@ def _would_promote(node: fx.Node, x: fx.Node) -> bool:
     """Whether the functional form may give another dtype than that of ``x``."""
     dtype = x.meta["val"].dtype
     others = [n.meta.get("val") for n in node.all_input_nodes if n is not x]
-    numbers = [arg for arg in node.args[1:] if isinstance(arg, (bool, int, float))]
+    given = (*node.args, *node.kwargs.values())
+    numbers = [each for each in given if isinstance(each, int | float)]
     tensors = [value for value in others if isinstance(value, torch.Tensor)]
     return any(torch.promote_types(value.dtype, dtype) != dtype for value in tensors) or (
         bool(numbers) and not dtype.is_floating_point

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor, fx
 
+from torch_quant.ops.arguments import argument, arguments, part_of
 from torch_quant.ops.table import IDENTITY
 from torch_quant.passes.base import PassContext
 from torch_quant.passes.functionalize import may_alias_input, written_tensors
@@ -26,22 +29,20 @@ def remove_identities(context: PassContext) -> int:
     found = [
         n
         for n in context.graph.nodes
-        if (n.target in IDENTITY and not n.args[2])
+        if (n.target in IDENTITY and not argument(n, "train"))
         or n.target is aten.detach_.default
         or (n.target in _COPIES and n not in written)
         or (n.target in _CASTS and _casts_nothing(n))
     ]
     for node in found:
-        origin = node.args[0]
-        assert isinstance(origin, fx.Node)
-        node.replace_all_uses_with(origin)
+        node.replace_all_uses_with(argument(node, 0))
         context.graph.erase_node(node)
     return len(found)
 
 
 def _casts_nothing(node: fx.Node) -> bool:
-    before, after = node.args[0].meta.get("val"), node.meta.get("val")  # type: ignore[union-attr]
-    options = (*node.args[1:], *node.kwargs.values())
+    origin, *options = arguments(node).values()
+    before, after = origin.meta.get("val"), node.meta.get("val")
     if not isinstance(before, Tensor) or not isinstance(after, Tensor):
         return False
     plain = not any(x is True or isinstance(x, torch.memory_format) for x in options)
@@ -63,9 +64,7 @@ def _make_contiguous(view: fx.Node) -> bool:
     """Give the tensor behind a view that has to stay one the layout that the view was made for."""
     base = view
     while base.op == "call_function" and may_alias_input(base):
-        origin = base.args[0]
-        assert isinstance(origin, fx.Node)
-        base = origin
+        base = part_of(base)[0] if base.target is operator.getitem else argument(base, 0)
     if base.op != "call_function" or any(u.target is aten.contiguous.default for u in base.users):
         return False
     with base.graph.inserting_after(base):

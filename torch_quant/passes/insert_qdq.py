@@ -35,6 +35,7 @@ from torch_quant.graph.sites import (
     results,
     source,
 )
+from torch_quant.ops.arguments import argument, set_arguments
 from torch_quant.ops.qdq import CHOOSE_QPARAMS, DEQUANTIZE, FAKE_QUANTIZE, QUANTIZE
 from torch_quant.ops.table import OpPattern
 from torch_quant.passes.base import PassContext
@@ -140,8 +141,7 @@ class _Inserter:
             with graph.inserting_before(_behind_constants(node.next)):
                 codes = graph.call_function(QUANTIZE, args)
         else:
-            origin = node.args[0]
-            assert isinstance(origin, fx.Node)
+            origin = argument(node, 0)
             inner = self._codes(origin, key, spec, name)
             with graph.inserting_after(node):
                 codes = graph.node_copy(node, lambda n: inner if n is origin else n)
@@ -169,8 +169,7 @@ class _Inserter:
         """
         assert pattern.weight is not None
         assert site.weight is not None
-        old = node.args[pattern.weight]
-        assert isinstance(old, fx.Node)
+        old = argument(node, pattern.weight)
         gm, axis = self.context.gm, pattern.weight_axis
         method = site.method
         data = method is not None and (method.wants_statistics or method.wants_blocks)
@@ -181,15 +180,15 @@ class _Inserter:
             value = evaluate(gm, old).detach()
             codes, qparams = self.context.params.weight(site.name, value, site.weight, axis)
             self.weights[memo] = codes.contiguous(), qparams  # as kernels pack it
-        node.update_arg(pattern.weight, self.weight(node, old, "weight", *self.weights[memo]))
-        if self.context.live:
+        new = self.weight(node, old, "weight", *self.weights[memo])
+        set_arguments(node, {pattern.weight: new})
+        if self.context.live or pattern.bias is None:
             return
-        place = pattern.bias
-        bias = None if place is None or len(node.args) <= place else node.args[place]
+        bias = argument(node, pattern.bias)
         if isinstance(bias, fx.Node) and bias.op != "get_attr" and is_constant(bias):
             name = name_of(bias, f"{local_name(node)}.bias")
-            assert place is not None
-            node.update_arg(place, new_constant(gm, name, evaluate(gm, bias), node))
+            known = new_constant(gm, name, evaluate(gm, bias), node)
+            set_arguments(node, {pattern.bias: known})
 
     def weight(
         self, user: fx.Node, old: fx.Node, role: str, codes: Tensor, qparams: QParams

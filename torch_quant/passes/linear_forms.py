@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from torch_quant.graph.sites import is_constant
+from torch_quant.ops.arguments import arguments
 from torch_quant.ops.table import size_hints
 from torch_quant.passes.base import PassContext, call_like
 
@@ -21,10 +22,12 @@ aten = torch.ops.aten
 
 def _operands(node: fx.Node) -> tuple[fx.Node | None, fx.Node, fx.Node] | None:
     """(bias, x, W) of a product that may be a linear layer."""
-    if node.target is aten.addmm.default and not node.kwargs:
-        bias, x, weight = node.args[:3]
+    if node.target is aten.addmm.default:
+        bias, x, weight, beta, alpha = arguments(node).values()
+        if (beta, alpha) != (1, 1):
+            return None
     elif node.target in (aten.mm.default, aten.matmul.default):
-        bias, (x, weight) = None, node.args[:2]
+        bias, (x, weight) = None, arguments(node).values()
     else:
         return None
     if not (isinstance(x, fx.Node) and isinstance(weight, fx.Node)):

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from torch_quant.graph.sites import find_sites, is_constant, is_float, local_name, results
+from torch_quant.ops.arguments import argument
 from torch_quant.passes.base import PassContext
 from torch_quant.passes.constants import evaluate, name_of, new_constant
 
@@ -26,7 +27,7 @@ def lower_precision(context: PassContext) -> int:
         if entry.quantized or entry.precision == "float32":
             continue
         dtype = getattr(torch, entry.precision)
-        weight = None if pattern.weight is None else node.args[pattern.weight]
+        weight = None if pattern.weight is None else argument(node, pattern.weight)
         for arg in node.all_input_nodes:
             if _is_float(context, arg):
                 if (arg, dtype) not in casts:  # several sites may read one tensor

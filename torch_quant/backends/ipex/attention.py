@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from torch_quant.ops.arguments import argument, positional
 from torch_quant.ops.qdq import DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
 from torch_quant.passes.base import PassContext
 
@@ -43,10 +44,8 @@ class _Attention:
     @property
     def operands(self) -> tuple[Any, Any]:
         """Queries and transposed keys, as they were before they were quantized."""
-        first = self.product.args[0]
-        assert isinstance(first, fx.Node)
-        found: list[Any] = list(first.args)
-        query, key = [real.args[0].args[0] for real in found]
+        codes = [argument(real, "q") for real in positional(argument(self.product, "self"))]
+        query, key = (argument(each, "x") for each in codes)
         return query, key
 
     @property
@@ -59,7 +58,7 @@ class _Attention:
         """Sizes of the output, and of the keys."""
         _, key = self.operands
         while "val" not in key.meta:
-            key = key.args[0]
+            key = argument(key, 0)
         shapes = (self.softmax.meta["val"].shape, key.meta["val"].shape)
         return tuple(str(size) for shape in shapes for size in shape)
 
@@ -130,7 +129,7 @@ def _is_fused(single: list[bool]) -> bool:
 
 def _decomposed(softmax: fx.Node) -> _Attention | None:
     """The attention that ``softmax`` belongs to, as ``decompose_attention`` writes it."""
-    scores = softmax.args[0]
+    scores = argument(softmax, "self")
     second = softmax
     for expected in (QUANTIZE_PER_TENSOR, DEQUANTIZE_PER_TENSOR, aten.matmul.default):
         if len(second.users) != 1:
@@ -138,18 +137,18 @@ def _decomposed(softmax: fx.Node) -> _Attention | None:
         second = next(iter(second.users))
         if second.target is not expected:
             return None
-    assert isinstance(scores, fx.Node)
     if scores.target is aten.mul.Tensor:
         return _Attention(softmax, scores, second)
-    product, mask = scores.args[:2]
+    if scores.target not in (aten.add.Tensor, aten.masked_fill.Scalar):
+        return None
+    product, mask, *_ = positional(scores)
     if not isinstance(product, fx.Node) or not isinstance(mask, fx.Node):
         return None
     if product.target is not aten.mul.Tensor:
         return None
     if scores.target is aten.add.Tensor:
         return _Attention(softmax, product, second, mask)
-    kept = mask.args[0]
-    assert isinstance(kept, fx.Node)
+    kept = argument(mask, "self")
     return _Attention(softmax, product, second, kept, kept.target is aten.tril.default)
 
 

@@ -41,6 +41,7 @@ from torch_quant.core.kernels import Accepts, Kernel, KernelTable
 from torch_quant.core.plan import QuantPlan
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
+from torch_quant.ops.arguments import positional, retarget
 from torch_quant.ops.qdq import DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
 from torch_quant.passes.base import PassContext, run_passes
 from torch_quant.passes.fold_scales import fold_scales
@@ -187,12 +188,12 @@ def quantized_tensors(context: PassContext) -> int:
     changed = 0
     for node in list(context.graph.nodes):
         if node.target is QUANTIZE_PER_TENSOR:
-            x, scale, zero_point, _, _, dtype = node.args
-            node.target, node.args = ops.quantize, (x, scale, zero_point, dtype)
+            x, scale, zero_point, _, _, dtype = positional(node)
+            retarget(node, ops.quantize, (x, scale, zero_point, dtype))
         elif node.target is DEQUANTIZE_PER_TENSOR:
-            node.target, node.args = ops.dequantize, node.args[:1]
+            retarget(node, ops.dequantize, positional(node)[:1])
         elif node.target is DEQUANTIZE_PER_CHANNEL:
-            node.target = ops.dequantize_weight
+            retarget(node, ops.dequantize_weight, positional(node))
         else:
             continue
         changed += 1

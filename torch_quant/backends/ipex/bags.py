@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from torch_quant.graph.sites import KEY, key_of, results
+from torch_quant.ops.arguments import argument, arguments
 from torch_quant.ops.embedding_bags import BAGS, bag_arguments, bags_of_rows
 from torch_quant.ops.functions import graph_function
 from torch_quant.ops.qdq import (
@@ -54,16 +55,16 @@ def look_up_bags(context: PassContext) -> int:
     """Read int8 rows, instead of dequantizing the whole table."""
     changed = 0
     for node in list(context.graph.nodes):
-        table = node.args[0] if node.target in BAGS else None
-        if not isinstance(table, fx.Node) or table.target is not DEQUANTIZE_PER_TENSOR:
+        table = argument(node, "weight") if node.target in BAGS else None
+        if table is None or table.target is not DEQUANTIZE_PER_TENSOR:
             continue
-        codes, scale = table.args[:2]
+        codes, scale, _ = arguments(table).values()
         (bags,) = results(node)
         quantize, *others = bags.users  # stored quantized, but where it is written to
         indices, offsets, mode, weights, include_last_offset, padding_idx = bag_arguments(node)
         plain = mode == 0 and weights is None and padding_idx is None
         stored = quantize.target is QUANTIZE_PER_TENSOR and not others
-        out_scale: Any = quantize.args[1] if stored else 0.0
+        out_scale = argument(quantize, "scale") if stored else 0.0
         coarser = out_scale - scale > _COARSER
         args: tuple[Any, ...]
         with context.graph.inserting_before(quantize if stored else bags):

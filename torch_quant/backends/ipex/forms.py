@@ -15,7 +15,8 @@ import torch
 from torch import fx
 
 from torch_quant.backends.ipex.attention import plain_softmax
-from torch_quant.graph.sites import fused_output, is_constant
+from torch_quant.graph.sites import fused_output, is_constant, operands
+from torch_quant.ops.arguments import argument, arguments, positional, retarget, set_arguments
 from torch_quant.ops.qdq import DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
 from torch_quant.ops.table import (
     ACTIVATIONS,
@@ -24,8 +25,9 @@ from torch_quant.ops.table import (
     padding_sizes,
     pattern_of,
     size_hints,
+    spread,
 )
-from torch_quant.passes.base import Pass, PassContext
+from torch_quant.passes.base import Pass, PassContext, call_again
 from torch_quant.passes.constants import evaluate, new_constant
 
 __all__ = ["ELEMENTWISE", "is_quantized_product", "graph_forms"]
@@ -68,7 +70,7 @@ def is_quantized_product(node: fx.Node) -> bool:
     pattern = pattern_of(node)
     if pattern is None or not pattern.activations:
         return False
-    found = [node.args[i] for i in pattern.activations]
+    found = [argument(node, place) for place in pattern.activations]
     return any(isinstance(x, fx.Node) and _grid_behind(x) is not None for x in found)
 
 
@@ -89,9 +91,7 @@ def _grid_behind(node: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:
             moves.append(node)
         else:
             return None
-        origin = node.args[0]
-        assert isinstance(origin, fx.Node)
-        node = origin
+        node = argument(node, 0)
     return None
 
 
@@ -110,10 +110,10 @@ def look_up_embeddings(context: PassContext) -> int:
     """Read int8 rows and their scales, instead of dequantizing the whole table."""
     changed = 0
     for node in list(context.graph.find_nodes(op="call_function", target=aten.embedding.default)):
-        table, indices = node.args[:2]
-        if not isinstance(table, fx.Node) or table.target is not DEQUANTIZE_PER_CHANNEL:
+        table, indices = argument(node, "weight"), argument(node, "indices")
+        if table.target is not DEQUANTIZE_PER_CHANNEL:
             continue
-        codes, scale = table.args[:2]
+        codes, scale = argument(table, "q"), argument(table, "scale")
         rows = _call(node, torch.embedding, codes, indices)
         real = _call(node, aten.to.dtype, rows, torch.float32)
         column = _call(node, aten.reshape.default, scale, [-1, 1])
@@ -130,13 +130,11 @@ def explicit_padding(context: PassContext) -> int:
         if node.target not in _PADDED_CONVS:
             continue
         target = _PADDED_CONVS[node.target]
-        dims = _CONV_DIMS[target]
-        defaults = (None, [1] * dims, "valid", [1] * dims, 1)
-        given = (*node.args, *defaults[len(node.args) - 2 :])
-        x, weight, bias, stride, padding, dilation, groups = given
+        x, weight, bias, stride, padding, dilation, groups = arguments(node).values()
         sizes, far = padding_sizes(padding, _codes(weight).shape[2:], dilation)
         if far:
             x = _call(node, _PAD, x, far)
+        stride, dilation = (spread(each, _CONV_DIMS[target]) for each in (stride, dilation))
         args = (x, weight, bias, stride, sizes, dilation, groups)
         _replace(node, _call(node, target, *args))
         changed += 1
@@ -145,7 +143,7 @@ def explicit_padding(context: PassContext) -> int:
 
 def _codes(weight: Any) -> Any:
     """The buffer behind a dequantized weight, as a tensor."""
-    codes = weight.args[0]
+    codes = argument(weight, "q")
     return codes.graph.owning_module.get_buffer(codes.target)
 
 
@@ -156,9 +154,9 @@ def batch_images(context: PassContext) -> int:
         dims = _CONV_DIMS.get(node.target)
         if dims is None or len(size_hints(node)) != dims + 1:
             continue
-        batched = _call(node, node.target, _call(node, aten.unsqueeze.default, node.args[0], 0))
-        batched.args = (batched.args[0], *node.args[1:])
-        batched.meta = {k: v for k, v in node.meta.items() if k != "val"}
+        image = _call(node, aten.unsqueeze.default, argument(node, "input"), 0)
+        batched = call_again(node, {"input": image})
+        batched.meta.pop("val", None)
         _replace(node, _call(node, aten.squeeze.dim, batched, 0))
         changed += 1
     return changed
@@ -175,30 +173,28 @@ def quantize_last(context: PassContext) -> int:
     for node in _products(context.graph):
         pattern = pattern_of(node)
         assert pattern is not None
-        for arg in dict.fromkeys(node.args[i] for i in pattern.activations):
-            found = _grid_behind(arg) if isinstance(arg, fx.Node) else None
+        for arg in dict.fromkeys(operands(node, pattern)):
+            found = _grid_behind(arg)
             if found is None or not found[1]:
                 continue
             quantize, moves = found
-            value = quantize.args[0]
-            assert isinstance(value, fx.Node)
+            value, *grid = arguments(quantize).values()
             for move in reversed(moves):
                 if move.target not in _LAYOUT:  # a reorder behind a product would be fused, badly
                     value = _moved(node, move, value)
-            codes = _call(node, QUANTIZE_PER_TENSOR, value, *quantize.args[1:])
-            real = _call(node, DEQUANTIZE_PER_TENSOR, codes, *quantize.args[1:3])
-            real.meta = dict(arg.meta)  # type: ignore[union-attr]
-            node.replace_input_with(arg, real)  # type: ignore[arg-type]
+            codes = _call(node, QUANTIZE_PER_TENSOR, value, *grid)
+            real = _call(node, DEQUANTIZE_PER_TENSOR, codes, *grid[:2])
+            real.meta = dict(arg.meta)
+            node.replace_input_with(arg, real)
             changed += 1
     return changed
 
 
 def _moved(before: fx.Node, move: fx.Node, value: fx.Node) -> fx.Node:
-    target = move.target
-    if target is aten.reshape.default and value.target in _CONTIGUOUS:
-        target = aten.view.default  # the one that IPEX looks through
-    new = _call(before, target, value, *move.args[1:], **move.kwargs)
-    new.meta = dict(move.meta)
+    new = call_again(move, {0: value}, before)
+    if new.target is aten.reshape.default and value.target in _CONTIGUOUS:
+        x, shape = arguments(new).values()
+        retarget(new, aten.view.default, (x, shape))  # the one that IPEX looks through
     return new
 
 
@@ -208,7 +204,7 @@ def separate_twins(context: PassContext) -> int:
     for node in _products(context.graph):
         pattern = pattern_of(node)
         assert pattern is not None
-        if len(pattern.activations) != 2 or node.args[0] is not node.args[1]:
+        if len(pattern.activations) != 2 or argument(node, 0) is not argument(node, 1):
             continue
         _quantize_again(node, aten.clone.default)
         changed += 1
@@ -217,14 +213,11 @@ def separate_twins(context: PassContext) -> int:
 
 def _quantize_again(product: fx.Node, copy: Any) -> fx.Node:
     """Give a product's right side a pair of its own, behind a copy of the float tensor."""
-    real = product.args[1]
-    assert isinstance(real, fx.Node)
-    codes = real.args[0]
-    assert isinstance(codes, fx.Node)
-    copied = _call(product, copy, codes.args[0])
-    again = _call(product, QUANTIZE_PER_TENSOR, copied, *codes.args[1:])
-    new = _call(product, DEQUANTIZE_PER_TENSOR, again, *real.args[1:])
-    product.update_arg(1, new)
+    codes, *grid = arguments(argument(product, 1)).values()
+    value, *whole = arguments(codes).values()
+    again = _call(product, QUANTIZE_PER_TENSOR, _call(product, copy, value), *whole)
+    new = _call(product, DEQUANTIZE_PER_TENSOR, again, *grid)
+    set_arguments(product, {1: new})
     return new
 
 
@@ -241,9 +234,8 @@ def batched_products(context: PassContext) -> int:
         if len(shapes) != 2 or not all(len(shape) == 3 for shape in shapes):
             continue
         if str(shapes[0][0]) == str(shapes[1][0]):
-            node.target = aten.bmm.default
-            right = node.args[1]
-            assert isinstance(right, fx.Node)
+            retarget(node, aten.bmm.default, positional(node))
+            right = argument(node, "mat2")
             _quantize_again(node, aten.contiguous.default).meta = dict(right.meta)
             changed += 1
     return changed
@@ -253,7 +245,7 @@ def relu6_as_hardtanh(context: PassContext) -> int:
     """``relu6`` is not fused, ``hardtanh(0, 6)`` is."""
     found = context.graph.find_nodes(op="call_function", target=aten.relu6.default)
     for node in found:
-        node.target, node.args = aten.hardtanh.default, (node.args[0], 0.0, 6.0)
+        retarget(node, aten.hardtanh.default, (argument(node, "self"), 0.0, 6.0))
     return len(found)
 
 
@@ -267,17 +259,17 @@ def explicit_pools(context: PassContext) -> int:
         dims = _POOLS.get(node.target)
         if dims is None:
             continue
-        if len(node.args) < 3 or not node.args[2]:
-            node.args = (*node.args[:2], node.args[1], *node.args[3:])
+        if not argument(node, "stride"):
+            set_arguments(node, {"stride": argument(node, "kernel_size")})
             changed += 1
         users = list(node.users)
-        alike = {user.args[1:] for user in users if user.target is QUANTIZE_PER_TENSOR}
+        alike = {positional(user)[1:] for user in users if user.target is QUANTIZE_PER_TENSOR}
         if node.target is not aten.max_pool2d.default or len(size_hints(node)) != 4:
             continue
         if len(alike) == 1 and all(user.target is QUANTIZE_PER_TENSOR for user in users):
             (grid,) = alike
-            codes = _call(node, QUANTIZE_PER_TENSOR, node.args[0], *grid)
-            node.update_arg(0, _call(node, DEQUANTIZE_PER_TENSOR, codes, *grid[:2]))
+            codes = _call(node, QUANTIZE_PER_TENSOR, argument(node, "self"), *grid)
+            set_arguments(node, {"self": _call(node, DEQUANTIZE_PER_TENSOR, codes, *grid[:2])})
             changed += 1
     return changed
 
@@ -299,24 +291,24 @@ def integer_shortcuts(context: PassContext, *, rectified: bool = False) -> int:
     """
     changed = 0
     for node in list(context.graph.find_nodes(op="call_function", target=aten.add.Tensor)):
-        if node.kwargs or not _all_read_by_convs(node):
+        if argument(node, "alpha") != 1 or not _all_read_by_convs(node):
             continue
         if rectified and fused_output(node, RECTIFIERS) is node:
             continue
         for i in (0, 1):
-            other = node.args[1 - i]
-            conv = _conv_behind(node.args[i])
+            other, conv = argument(node, 1 - i), _conv_behind(argument(node, i))
             if conv is None or not isinstance(other, fx.Node):
                 continue
             quantizers = [user for user in other.users if user.target is QUANTIZE_PER_TENSOR]
             grids = [user for user in quantizers if user < node]
             shapes = [str(getattr(x.meta.get("val"), "shape", x)) for x in (node, other)]
-            own = conv.args[0].args[0]  # type: ignore[union-attr]
+            own = argument(argument(conv, "input"), "q")
             if not grids or grids[0] is own or shapes[0] != shapes[1]:
                 continue
-            real = _call(node, DEQUANTIZE_PER_TENSOR, grids[0], *grids[0].args[1:3])
+            _, *grid = positional(grids[0])
+            real = _call(node, DEQUANTIZE_PER_TENSOR, grids[0], *grid[:2])
             real.meta = dict(other.meta)
-            node.update_arg(1 - i, real)
+            set_arguments(node, {1 - i: real})
             changed += 1
             break
     return changed
@@ -325,7 +317,7 @@ def integer_shortcuts(context: PassContext, *, rectified: bool = False) -> int:
 def _conv_behind(node: Any) -> fx.Node | None:
     """The quantized convolution that ``node`` is the result of, up to an activation function."""
     while isinstance(node, fx.Node) and node.target in ACTIVATIONS:
-        node = node.args[0]
+        node = argument(node, 0)
     found = isinstance(node, fx.Node) and node.target in _CONV_DIMS and is_quantized_product(node)
     return node if found else None
 

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch_quant.backends.ipex.attention import FUSED_MASK
 from torch_quant.backends.ipex.forms import ELEMENTWISE, is_quantized_product
 from torch_quant.graph.sites import behind
+from torch_quant.ops.arguments import argument, arguments, positional, retarget, set_arguments
 from torch_quant.ops.qdq import QUANTIZE_PER_TENSOR
 from torch_quant.ops.table import ROW_MOVEMENT, contiguous_as_captured, pattern_of
 from torch_quant.passes.base import Pass, PassContext
@@ -39,7 +40,7 @@ def _fused_product(node: Any, memo: dict[fx.Node, fx.Node | None]) -> fx.Node | 
         if is_quantized_product(node):
             memo[node] = node
         elif node.target in ELEMENTWISE:
-            found = [_fused_product(arg, memo) for arg in node.args[:2]]
+            found = [_fused_product(arg, memo) for arg in positional(node)[:2]]
             memo[node] = next((product for product in found if product is not None), None)
     return memo[node]
 
@@ -111,14 +112,13 @@ def guard_sums(context: PassContext) -> int:
             continue
         changed += _plain_scalar(node)
         for i in (0, 1):
-            arg, other = node.args[i], node.args[1 - i]
+            arg, other = argument(node, i), argument(node, 1 - i)
             product = _fused_product(arg, memo)
             if product is None or not isinstance(other, fx.Node):
                 continue
             if other is arg or not _broadcasts(
                 product, node.meta.get("val"), other.meta.get("val")
             ):
-                assert isinstance(arg, fx.Node)
                 _barrier(node, arg)
                 changed += 1
                 break
@@ -128,18 +128,18 @@ def guard_sums(context: PassContext) -> int:
                 with node.graph.inserting_before(node):
                     copy = node.graph.call_function(aten.clone.default, (other,), layout)
                 copy.meta = dict(other.meta)
-                node.update_arg(1 - i, copy)
+                set_arguments(node, {1 - i: copy})
                 changed += 1
     return changed
 
 
 def _plain_scalar(node: fx.Node) -> bool:
     """``add(x, 2, alpha=3)`` as ``add(x, 6)``: IPEX fails on the first."""
-    other = node.args[1]
-    alpha = node.kwargs.get("alpha", 1)
+    x, other, *rest = arguments(node).values()
+    alpha = rest[0] if rest else 1
     if isinstance(other, fx.Node) or alpha == 1:
         return False
-    node.args, node.kwargs = (node.args[0], other * alpha), {}  # type: ignore[operator]
+    retarget(node, node.target, (x, other * alpha))
     return True
 
 
@@ -148,13 +148,13 @@ def guard_gelu(context: PassContext) -> int:
     changed = 0
     memo: dict[fx.Node, fx.Node | None] = {}
     for node in list(context.graph.find_nodes(op="call_function", target=aten.gelu.default)):
-        arg = node.args[0]
-        if node.kwargs.get("approximate", "none") != "tanh" or _fused_product(arg, memo) is None:
+        arg, form = arguments(node).values()
+        if form != "tanh" or _fused_product(arg, memo) is None:
             continue
-        grids = [user.args[1] for user in node.users if user.target is QUANTIZE_PER_TENSOR]
-        if len(grids) == len(node.users) and all(scale >= _COARSE for scale in grids):
+        quantizers = [user for user in node.users if user.target is QUANTIZE_PER_TENSOR]
+        coarse = all(argument(each, "scale") >= _COARSE for each in quantizers)
+        if len(quantizers) == len(node.users) and coarse:
             continue
-        assert isinstance(arg, fx.Node)
         _barrier(node, arg)
         changed += 1
     return changed
@@ -164,7 +164,7 @@ def guard_norms(context: PassContext) -> int:
     """IPEX fails on a layer norm without a weight whose result is quantized."""
     changed = 0
     for node in list(context.graph.find_nodes(op="call_function", target=aten.layer_norm.default)):
-        weight = node.args[2] if len(node.args) > 2 else None
+        weight = argument(node, "weight")
         quantizers = [user for user in node.users if user.target is QUANTIZE_PER_TENSOR]
         for user in quantizers if weight is None else []:
             _barrier(user, node)

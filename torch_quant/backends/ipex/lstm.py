@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from torch_quant.graph.sites import local_name, results
+from torch_quant.ops.arguments import argument, part_of, positional, retarget
 from torch_quant.ops.functions import graph_function
 from torch_quant.ops.lstm import LSTM, cells_of, projected
 from torch_quant.ops.qdq import DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_TENSOR
@@ -116,28 +117,25 @@ def lower_lstms(context: PassContext) -> int:
     """Every LSTM with hidden states on a grid, in IPEX's form."""
     changed = 0
     for node in list(context.graph.find_nodes(op="call_function", target=LSTM)):
-        values: tuple[Any, ...] = node.args
-        x, hx, params, has_biases, layers, bidirectional, batch_first, scale, zero_point, _ = values
+        x, hx, params, has_biases, layers, *options, scale, zero_point, _ = positional(node)
         grid = (number(context.gm, scale), int(number(context.gm, zero_point)))
         assert x.target is DEQUANTIZE_PER_TENSOR
-        quantized, *grid_of_x = x.args
+        quantized, *grid_of_x = positional(x)
         cells = cells_of(params, has_biases)
         codes: list[fx.Node] = []
         scales: list[fx.Node] = []
         biases: list[fx.Node] = []
         for i, cell in enumerate(cells):
             assert all(each.target is DEQUANTIZE_PER_CHANNEL for each in cell[:2])
-            codes += [each.args[0] for each in cell[:2]]
-            scales.append(cell[1].args[1])
+            codes += [argument(each, "q") for each in cell[:2]]
+            scales.append(argument(cell[1], "scale"))
             inner = i >= len(cells) // layers
             shift = 0.0 if inner else grid[0] * (grid[1] - grid_of_x[1])
             bias = _bias(context, cell, shift)
             biases.append(new_constant(context.gm, f"{local_name(node)}.bias_{i}", bias, node))
-        read = any(user.args[1] == 0 for user in results(node))
-        node.target = int8_lstm
-        options = (layers, bidirectional, batch_first)
-        grids = (tuple(grid_of_x), grid)
-        node.args = (quantized, hx, codes, scales, biases, options, *grids, read)
+        read = any(part_of(part)[1] == 0 for part in results(node))
+        how = ((layers, *options), tuple(grid_of_x), grid, read)
+        retarget(node, int8_lstm, (quantized, hx, codes, scales, biases, *how))
         changed += 1
     for node in context.graph.find_nodes(op="call_function", target=aten.lstm.input):
         if changed and not projected(node):
@@ -149,6 +147,6 @@ def lower_lstms(context: PassContext) -> int:
 def _bias(context: PassContext, cell: Any, shift: float) -> Tensor:
     """Both biases of a cell, and what ``shift`` added to each of its inputs amounts to."""
     w_ih, w_hh, *biases = cell
-    rows = evaluate(context.gm, w_ih.args[0]).sum(1, dtype=torch.float32)
-    bias = rows * evaluate(context.gm, w_hh.args[1]) * shift
+    rows = evaluate(context.gm, argument(w_ih, "q")).sum(1, dtype=torch.float32)
+    bias = rows * evaluate(context.gm, argument(w_hh, "scale")) * shift
     return sum((evaluate(context.gm, each).detach() for each in biases), bias)

@@ -18,6 +18,7 @@ from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.sites import KEY
 from torch_quant.model import call_example, example_call
+from torch_quant.ops.arguments import argument, positional
 from torch_quant.ops.embedding_bags import bags_of_rows
 
 __all__ = ["IPEXReport", "verify"]
@@ -200,11 +201,11 @@ def _expected(body: fx.GraphModule) -> Iterator[tuple[str, Product]]:
     """Products of dequantized tensors in a lowered graph, each with a name."""
     for node in body.graph.nodes:
         if node.target in (bags.sum_bags, bags_of_rows):
-            codes = node.args[0].target
+            codes = argument(node, "codes").target
             name = str(node.meta.get(KEY, codes.removesuffix(".weight")))
             yield name, Product("embedding_bag", (), _fingerprint(body.get_buffer(codes)))
         if node.target is lstm.int8_lstm:
-            codes = node.args[2][0].target
+            codes = argument(node, "codes")[0].target
             name = str(node.meta.get(KEY, codes.partition(".weight_ih")[0]))
             yield name, Product("lstm", (), _fingerprint(body.get_buffer(codes)))
         kind = _KINDS.get(str(getattr(node.target, "_opname", "")))
@@ -213,12 +214,12 @@ def _expected(body: fx.GraphModule) -> Iterator[tuple[str, Product]]:
         grids = []
         weight: tuple[Any, ...] = ()
         name = str(node.meta.get(KEY, node.name))
-        for arg in node.args[:2]:
-            target = arg.target if isinstance(arg, fx.Node) else None
-            if target is ops.dequantize:
-                grids.append(tuple(arg.args[0].args[1:3]))
-            elif target is ops.dequantize_weight:
-                codes = arg.args[0].target
+        for arg in positional(node)[:2]:
+            if arg.target is ops.dequantize:
+                quantize = argument(arg, "x")
+                grids.append((argument(quantize, "scale"), argument(quantize, "zero_point")))
+            elif arg.target is ops.dequantize_weight:
+                codes = argument(arg, "codes").target
                 weight = _fingerprint(body.get_buffer(codes))
                 name = str(node.meta.get(KEY, codes.removesuffix(".weight")))
         if grids:

@@ -17,6 +17,7 @@ from torch_quant.core.packing import bits_of_storage, pack
 from torch_quant.core.spec import QuantSpec, ScaleType
 from torch_quant.graph.sites import key_of
 from torch_quant.native import ops
+from torch_quant.ops.arguments import argument, arguments, positional
 from torch_quant.ops.qdq import DEQUANTIZE, DEQUANTIZE_PER_CHANNEL, QUANTIZE
 from torch_quant.passes.base import PassContext, call_like
 from torch_quant.passes.constants import name_of, new_constants
@@ -87,56 +88,50 @@ def _is_token(spec: QuantSpec) -> bool:
 
 
 def _lower_weight_only(context: PassContext, node: fx.Node) -> None:
-    packed = _packed(context, node, 1)
+    x, weight, bias = arguments(node).values()
+    packed = _packed(context, node, weight)
     if packed is not None:
         *tensors, bits, zero = packed
-        _put(node, ops.WEIGHT_ONLY_LINEAR, (node.args[0], *tensors, _bias(node), bits, zero))
+        _put(node, ops.WEIGHT_ONLY_LINEAR, (x, *tensors, bias, bits, zero))
 
 
 def _lower_experts(context: PassContext, node: fx.Node) -> None:
-    packed = _packed(context, node, 1)
+    x, weight, ends = arguments(node).values()
+    packed = _packed(context, node, weight)
     if packed is not None:
         *tensors, bits, zero = packed
-        args = (node.args[0], *tensors, node.args[2], bits, zero)
-        _put(node, ops.WEIGHT_ONLY_EXPERTS, args)
+        _put(node, ops.WEIGHT_ONLY_EXPERTS, (x, *tensors, ends, bits, zero))
 
 
 def _lower_embedding(context: PassContext, node: fx.Node) -> None:
-    features = _shape(node.args[0])
-    packed = _packed(context, node, 0)
+    table, indices = argument(node, "weight"), argument(node, "indices")
+    packed = _packed(context, node, table)
     if packed is not None:
         *tensors, bits, zero = packed
-        args = (*tensors, node.args[1], bits, zero, features[1])
+        args = (*tensors, indices, bits, zero, _codes(table).shape[1])
         _put(node, ops.PACKED_EMBEDDING, args)
 
 
 def _lower_dynamic(context: PassContext, node: fx.Node) -> None:
-    weight, real = node.args[1], node.args[0]
-    if not _reads(weight, DEQUANTIZE_PER_CHANNEL) or not _reads(real, DEQUANTIZE):
+    real, weight, bias = arguments(node).values()
+    if weight.target is not DEQUANTIZE_PER_CHANNEL or real.target is not DEQUANTIZE:
         return
-    codes: Any = real.args[0]  # type: ignore[union-attr]
-    assert codes.target is QUANTIZE
-    if _shape(weight)[1] > ops.MOST_INPUTS:
+    quantize = argument(real, "q")
+    assert quantize.target is QUANTIZE
+    if _codes(weight).shape[1] > ops.MOST_INPUTS:
         inputs = f"{ops.MOST_INPUTS} inputs"
         context.decline(key_of(node), f"sums of more than {inputs} do not fit in 32 bits")
         return
     spec = context.plan[key_of(node)].activation
     assert spec is not None
-    args = (codes.args[0], *weight.args[:2], _bias(node), spec.symmetric)  # type: ignore[union-attr]
+    codes, scale = argument(weight, "q"), argument(weight, "scale")
+    args = (argument(quantize, "x"), codes, scale, bias, spec.symmetric)
     _put(node, ops.DYNAMIC_LINEAR, args)
 
 
-def _reads(value: Any, target: Any) -> bool:
-    return isinstance(value, fx.Node) and value.target is target
-
-
-def _shape(weight: Any) -> tuple[int, ...]:
-    """Sizes of a weight that is dequantized."""
-    return tuple(_buffer(weight.args[0]).shape) if isinstance(weight, fx.Node) else ()
-
-
-def _bias(node: fx.Node) -> Any:
-    return node.args[2] if len(node.args) > 2 else None
+def _codes(weight: fx.Node) -> Tensor:
+    """Codes of a weight that is dequantized."""
+    return _buffer(argument(weight, "q"))
 
 
 def _buffer(node: Any) -> Tensor:
@@ -148,19 +143,18 @@ def _put(node: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
     node.graph.erase_node(node)
 
 
-def _packed(context: PassContext, node: fx.Node, position: int) -> tuple[Any, ...] | None:
+def _packed(context: PassContext, node: fx.Node, weight: fx.Node) -> tuple[Any, ...] | None:
     """Nodes of a weight as kernels read it: codes, scale, zero point; its bits, and its zero."""
-    weight: Any = node.args[position]
-    if not (_reads(weight, DEQUANTIZE) or _reads(weight, DEQUANTIZE_PER_CHANNEL)):
+    if weight.target not in (DEQUANTIZE, DEQUANTIZE_PER_CHANNEL):
         return None
     spec = context.plan[key_of(node)].weight
     assert spec is not None
-    codes, scale, zero_point = map(_buffer, weight.args[:3])
+    codes, scale, zero_point = map(_buffer, positional(weight)[:3])
     made = context.gm.meta.setdefault("torch_quant_packed", {})
     if id(codes) not in made:
         made[id(codes)] = codes, _values(codes, scale, zero_point, spec)
     values = made[id(codes)][1]
-    nodes = new_constants(context.gm, name_of(weight.args[0], "weight"), values, node)
+    nodes = new_constants(context.gm, name_of(argument(weight, "q"), "weight"), values, node)
     middle = 0 if spec.signed else int(spec.quant_min + spec.quant_max + 1) // 2
     bits = bits_of_storage(spec.bits)
     if len(nodes) < 3:

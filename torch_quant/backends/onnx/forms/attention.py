@@ -9,9 +9,10 @@ import torch
 from torch import fx
 
 from torch_quant.backends.onnx.forms.matching import is_target
+from torch_quant.ops.arguments import argument, arguments, retarget, set_arguments
 from torch_quant.ops.attention import decompose_attention
 from torch_quant.ops.qdq import DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
-from torch_quant.passes.base import PassContext, call_like
+from torch_quant.passes.base import PassContext, call_again
 
 __all__ = ["attention_forms"]
 
@@ -56,29 +57,25 @@ def _product_behind(softmax: fx.Node) -> fx.Node | None:
 def _add_mask(
     softmax: fx.Node, product: fx.Node, masks: dict[fx.Node, tuple[fx.Node, fx.Node]]
 ) -> None:
-    graph, scores = softmax.graph, softmax.args[0]
-    assert isinstance(scores, fx.Node)
+    graph, scores = softmax.graph, argument(softmax, "self")
     if scores.target is aten.masked_fill.Scalar:
-        hidden = scores.args[1]
-        assert isinstance(hidden, fx.Node)
-        mask = hidden.args[0]
-        assert isinstance(mask, fx.Node)
+        hidden = argument(scores, "mask")
+        mask = argument(hidden, "self")
         if mask.target is aten.tril.default:
             _add_causal_mask(scores)
             return
     elif scores.target is aten.add.Tensor:
-        hidden, mask = None, scores.args[1]
-        assert isinstance(mask, fx.Node)
+        hidden, mask = None, argument(scores, "other")
     else:
         return
     if mask not in masks:
         masks[mask] = _additive(graph, mask, boolean=hidden is not None)
     added, alive = masks[mask]
-    value = product.args[1]
-    if is_target(value, aten.to.dtype) and value.args[1] is torch.bfloat16:  # type: ignore[union-attr]
+    value = argument(product, "other")
+    if is_target(value, aten.to.dtype) and argument(value, "dtype") is torch.bfloat16:
         with graph.inserting_before(scores):  # the attention fell back to it, the mask did not
             added = graph.call_function(aten.to.dtype, (added, torch.bfloat16))
-    scores.target, scores.args = aten.add.Tensor, (scores.args[0], added)
+    retarget(scores, aten.add.Tensor, (argument(scores, "self"), added))
     with graph.inserting_after(product):
         masked = graph.call_function(aten.mul.Tensor, (product, alive))
     masked.meta["val"] = product.meta["val"]
@@ -109,28 +106,24 @@ def _additive(graph: fx.Graph, mask: fx.Node, *, boolean: bool) -> tuple[fx.Node
 
 def _add_causal_mask(scores: fx.Node) -> None:
     """Every row of a causal mask keeps the first key, so none is dead."""
-    graph, x = scores.graph, scores.args[0]
+    graph, x = scores.graph, argument(scores, "self")
     with graph.inserting_before(scores):
         sizes = [graph.call_function(aten.sym_size.int, (x, dim)) for dim in (-2, -1)]
         options: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
         full = graph.call_function(aten.full.default, (sizes, -math.inf), options)
         added = graph.call_function(aten.triu.default, (full, 1))
-    scores.target, scores.args = aten.add.Tensor, (x, added)
+    retarget(scores, aten.add.Tensor, (x, added))
 
 
 def _fold_scale(node: fx.Node) -> None:
     """``product * number``: scale an operand's grid instead, where the product is quantized."""
-    product, factor = node.args
-    real: Any
+    product, factor = arguments(node).values()
     if not (is_target(product, aten.matmul.default) and isinstance(factor, float)):
         return
-    assert isinstance(product, fx.Node)
-    real = product.args[0]
+    real = argument(product, "self")
     if len(product.users) > 1 or not is_target(real, DEQUANTIZE_PER_TENSOR) or factor <= 0:
         return
-    grid = (real.args[1] * factor, real.args[2])
-    scaled = call_like(product, DEQUANTIZE_PER_TENSOR, (real.args[0], *grid))
-    scaled.meta = dict(real.meta)
-    product.update_arg(0, scaled)
+    scaled = call_again(real, {"scale": argument(real, "scale") * factor}, product)
+    set_arguments(product, {"self": scaled})
     node.replace_all_uses_with(product)
     node.graph.erase_node(node)

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from torch_quant.core.elements import element_type
 from torch_quant.core.functional import dequantize_blocks
 from torch_quant.graph.sites import KEY
+from torch_quant.ops.arguments import argument, arguments
 from torch_quant.ops.qdq import DEQUANTIZE, library
 from torch_quant.passes.base import PassContext, call_like
 from torch_quant.passes.constants import constant_beside
@@ -49,13 +50,13 @@ def blocked_weights(context: PassContext) -> int:
     """Rewrite linear layers whose weight alone is quantized; returns how many."""
     changed = 0
     for node in list(context.graph.find_nodes(op="call_function", target=aten.linear.default)):
-        x, weight, *rest = node.args
-        if _dequantizes(x) or not _dequantizes(weight) or weight.args[0].op != "get_attr":
+        x, weight, bias = arguments(node).values()
+        if _dequantizes(x) or not _dequantizes(weight) or argument(weight, "q").op != "get_attr":
             continue
         product = _product(context.gm, node, x, weight)
-        if rest and rest[0] is not None:
+        if bias is not None:
             with context.graph.inserting_before(node):
-                total = context.graph.call_function(aten.add.Tensor, (product, rest[0]))
+                total = context.graph.call_function(aten.add.Tensor, (product, bias))
             total.meta = {key: value for key, value in node.meta.items() if key != KEY}
             node.replace_all_uses_with(total)
         else:
@@ -72,7 +73,7 @@ def _dequantizes(node: Any) -> bool:
 
 
 def _product(gm: fx.GraphModule, node: fx.Node, x: Any, weight: Any) -> fx.Node:
-    codes, scale, zero_point, element = weight.args
+    codes, scale, zero_point, element = arguments(weight).values()
     inputs = gm.get_buffer(str(codes.target)).shape[1]
     grid = [gm.get_buffer(str(each.target)) for each in (scale, zero_point)]
     times = _times(inputs // grid[0].shape[1])

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from torch_quant.ops.arguments import argument, arguments, positional, retarget, set_arguments
 from torch_quant.ops.decomposed import decomposed
 from torch_quant.ops.qdq import DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
 from torch_quant.passes.base import PassContext
@@ -20,15 +21,13 @@ def to_decomposed(context: PassContext) -> int:
     for node in list(graph.nodes):
         if node.target is QUANTIZE_PER_TENSOR:
             _cut_range(node)
-            node.target = ops.quantize_per_tensor.default
-            info = torch.iinfo(node.args[5])
-            node.args = (*node.args[:3], info.min, info.max, node.args[5])
+            x, scale, zero_point, *_, dtype = arguments(node).values()
+            args = (x, scale, zero_point, *_ends(dtype), dtype)
+            retarget(node, ops.quantize_per_tensor.default, args)
         elif node.target is DEQUANTIZE_PER_TENSOR:
-            node.target = ops.dequantize_per_tensor.default
-            node.args = (*node.args, *_full_range(context.gm, node.args[0]))
+            retarget(node, ops.dequantize_per_tensor.default, _with_range(context.gm, node))
         elif node.target is DEQUANTIZE_PER_CHANNEL:
-            node.target = ops.dequantize_per_channel.default
-            node.args = (*node.args, *_full_range(context.gm, node.args[0]))
+            retarget(node, ops.dequantize_per_channel.default, _with_range(context.gm, node))
         else:
             continue
         changed += 1
@@ -37,20 +36,27 @@ def to_decomposed(context: PassContext) -> int:
 
 def _cut_range(node: fx.Node) -> None:
     """ONNX quantizes to all codes of the type: a narrower range is cut off before."""
-    x, scale, zero_point, low, high, dtype = node.args
-    info = torch.iinfo(dtype)  # type: ignore[arg-type]
-    if (low, high) != (info.min, info.max):
-        ends = [(end - zero_point) * scale for end in (low, high)]  # type: ignore[operator]
+    x, scale, zero_point, low, high, dtype = arguments(node).values()
+    if (low, high) != _ends(dtype):
+        ends = [(end - zero_point) * scale for end in (low, high)]
         with node.graph.inserting_before(node):
             cut = node.graph.call_function(torch.ops.aten.clamp.default, (x, *ends))
-        node.update_arg(0, cut)
+        set_arguments(node, {"x": cut})
 
 
-def _full_range(gm: fx.GraphModule, codes: Any) -> tuple[int, int, torch.dtype]:
-    """Limits and dtype of integers: a buffer's, or those of the quantizer behind their moves."""
-    quantize = decomposed().quantize_per_tensor.default
+def _with_range(gm: fx.GraphModule, dequantize: fx.Node) -> tuple[Any, ...]:
+    """The arguments, and limits and dtype of the integers.
+
+    They are a buffer's, or those of the quantizer behind their moves.
+    """
+    codes, quantize = argument(dequantize, "q"), decomposed().quantize_per_tensor.default
     while codes.op == "call_function" and codes.target is not quantize:
-        codes = codes.args[0]
-    dtype = gm.get_buffer(str(codes.target)).dtype if codes.op == "get_attr" else codes.args[5]
+        codes = argument(codes, 0)
+    constant = codes.op == "get_attr"
+    dtype = gm.get_buffer(str(codes.target)).dtype if constant else argument(codes, "dtype")
+    return (*positional(dequantize), *_ends(dtype), dtype)
+
+
+def _ends(dtype: torch.dtype) -> tuple[int, int]:
     info = torch.iinfo(dtype)
-    return info.min, info.max, dtype
+    return info.min, info.max

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from torch_quant.graph.sites import KEY
+from torch_quant.ops.arguments import argument, arguments
 from torch_quant.ops.qdq import DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_TENSOR
 from torch_quant.passes.base import PassContext, call_like
 from torch_quant.passes.constants import constant_beside
@@ -21,16 +22,16 @@ def embedding_forms(context: PassContext) -> int:
     """Gather integers and their scales; dequantizing the whole table would cost more than all."""
     changed, gm = 0, context.gm
     for node in context.graph.find_nodes(op="call_function", target=aten.embedding.default):
-        weight, indices = node.args[:2]
-        if not isinstance(weight, fx.Node):
-            continue
+        weight, indices = argument(node, "weight"), argument(node, "indices")
         if weight.target is DEQUANTIZE_PER_TENSOR:
-            rows = call_like(node, aten.embedding.default, (weight.args[0], indices))
-            real = call_like(node, DEQUANTIZE_PER_TENSOR, (rows, *weight.args[1:]))
+            codes, *grid = arguments(weight).values()
+            rows = call_like(node, aten.embedding.default, (codes, indices))
+            real = call_like(node, DEQUANTIZE_PER_TENSOR, (rows, *grid))
         elif weight.target is DEQUANTIZE_PER_CHANNEL:
-            rows = call_like(node, aten.embedding.default, (weight.args[0], indices))
+            codes, *grid, _ = arguments(weight).values()
+            rows = call_like(node, aten.embedding.default, (codes, indices))
             real = call_like(node, aten.to.dtype, (rows, torch.float32))
-            scale, zero_point = (gm.get_buffer(str(each.target)) for each in weight.args[1:3])  # type: ignore[union-attr]
+            scale, zero_point = (gm.get_buffer(str(each.target)) for each in grid)
             if bool(zero_point.any()):
                 centre = zero_point.to(torch.float32).unsqueeze(-1)
                 real = _with_rows(gm, node, aten.sub.Tensor, real, "_zero_point_rows", centre)
@@ -46,8 +47,8 @@ def embedding_forms(context: PassContext) -> int:
 def _with_rows(
     gm: fx.GraphModule, node: fx.Node, target: Any, x: fx.Node, ending: str, column: Tensor
 ) -> fx.Node:
-    weight: Any = node.args[0]
-    table = constant_beside(gm, weight.args[0], ending, column, node)
-    rows = call_like(node, aten.embedding.default, (table, node.args[1]))
+    codes = argument(argument(node, "weight"), "q")
+    table = constant_beside(gm, codes, ending, column, node)
+    rows = call_like(node, aten.embedding.default, (table, argument(node, "indices")))
     rows.meta.pop(KEY, None)
     return call_like(node, target, (x, rows))

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from torch_quant.backends.onnx.forms.matching import is_dequantized
+from torch_quant.ops.arguments import argument, arguments, set_arguments
 from torch_quant.ops.qdq import DEQUANTIZE, QUANTIZE
 from torch_quant.ops.table import DATA_MOVEMENT
 from torch_quant.passes.base import PassContext
@@ -32,16 +33,18 @@ def keep_grids(context: PassContext) -> int:
     """Quantize values selected from quantized ones on the same grid, which loses nothing."""
     changed = 0
     for node in context.graph.find_nodes(op="call_function", target=QUANTIZE):
-        origin = node.args[0]
-        while isinstance(origin, fx.Node) and origin.target in _SELECT:
-            origin = origin.args[0]
-        if origin is node.args[0] or not is_dequantized(origin):
+        x, *here = arguments(node).values()
+        origin = x
+        while origin.target in _SELECT:
+            origin = argument(origin, 0)
+        if origin is x or not is_dequantized(origin):
             continue
-        *grid, element = origin.args[1:]
-        if element != node.args[3] or tuple(grid) == node.args[1:3]:
+        _, *grid = arguments(origin).values()
+        *_, element = here
+        if element != argument(origin, "element") or grid == here:
             continue
         for reader in (node, *_readers(node)):
-            reader.args = (reader.args[0], *grid, element)
+            set_arguments(reader, dict(enumerate(grid, 1)))
         changed += 1
     return changed
 

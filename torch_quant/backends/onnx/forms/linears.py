@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from torch_quant.backends.onnx.forms.biases import bias_codes
+from torch_quant.backends.onnx.forms.biases import round_bias
 from torch_quant.backends.onnx.forms.matching import is_quantized_product
+from torch_quant.ops.arguments import argument, arguments
 from torch_quant.ops.qdq import DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
 from torch_quant.ops.table import size_hints
 from torch_quant.passes.base import PassContext
@@ -33,20 +34,16 @@ def linear_forms_2d(context: PassContext) -> int:
 
 
 def _rewrite(gm: fx.GraphModule, node: fx.Node) -> None:
-    graph, rank = node.graph, len(size_hints(node.args[0]))
-    x, weight = node.args[:2]
-    bias = node.args[2] if len(node.args) > 2 else None
-    assert isinstance(x, fx.Node)
-    assert isinstance(weight, fx.Node)
-    outputs, inputs = gm.get_buffer(str(weight.args[0].target)).shape  # type: ignore[union-attr]
-    if bias is not None:
-        bias = bias_codes(gm, node, x, weight, bias)
+    round_bias(gm, node)
+    graph, (x, weight, bias) = node.graph, arguments(node).values()
+    rank = len(size_hints(x))
+    outputs, inputs = gm.get_buffer(str(argument(weight, "q").target)).shape
     with graph.inserting_before(node):
-        source = x.args[0]
+        source, *grid = arguments(x).values()
         sizes = [graph.call_function(aten.sym_size.int, (source, i)) for i in range(rank - 1)]
         if rank != 2:
             source = graph.call_function(aten.reshape.default, (source, [-1, inputs]))
-        rows = graph.call_function(DEQUANTIZE_PER_TENSOR, (source, *x.args[1:]))
+        rows = graph.call_function(DEQUANTIZE_PER_TENSOR, (source, *grid))
         product = graph.call_function(aten.linear.default, (rows, weight, bias))
     product.meta = dict(node.meta)
     last = _chain_to_quantize(node) if rank != 2 else node

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from torch_quant.ops.arguments import argument
 from torch_quant.ops.qdq import DEQUANTIZE, DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_TENSOR, QUANTIZE
 from torch_quant.ops.table import DATA_MOVEMENT
 
@@ -20,8 +21,8 @@ def is_target(node: Any, target: Any) -> bool:
 
 
 def is_quantized_product(node: fx.Node) -> bool:
-    weight = node.args[1]
-    return is_target(node.args[0], DEQUANTIZE_PER_TENSOR) and (
+    weight = argument(node, 1)
+    return is_target(argument(node, 0), DEQUANTIZE_PER_TENSOR) and (
         is_target(weight, DEQUANTIZE_PER_CHANNEL) or is_target(weight, DEQUANTIZE_PER_TENSOR)
     )
 
@@ -33,7 +34,7 @@ def is_dequantized(node: Any) -> bool:
 
 def _source(node: fx.Node) -> fx.Node | None:
     """The ``quantize`` whose codes, moved or not, a ``dequantize`` reads."""
-    codes: Any = node.args[0]
+    codes = argument(node, "q")
     while codes.target in DATA_MOVEMENT:
-        codes = codes.args[0]
+        codes = argument(codes, 0)
     return codes if codes.target is QUANTIZE else None

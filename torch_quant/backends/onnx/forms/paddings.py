@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from torch_quant.backends.onnx.forms.matching import is_quantized_product
+from torch_quant.ops.arguments import argument, arguments, retarget
 from torch_quant.ops.table import padding_sizes, spread
 from torch_quant.passes.base import PassContext
 
@@ -32,14 +33,12 @@ def explicit_padding(context: PassContext) -> int:
 
 
 def _spell_out(gm: fx.GraphModule, node: fx.Node) -> bool:
-    defaults = (None, None, None, [1], "valid", [1], 1)
-    arguments: list[Any] = [*node.args, *defaults[len(node.args) :]]
-    x, weight, bias, stride, padding, dilation, groups = arguments
-    kernel = gm.get_buffer(str(weight.args[0].target)).shape[2:]
+    x, weight, bias, stride, padding, dilation, groups = arguments(node).values()
+    kernel = gm.get_buffer(str(argument(weight, "q").target)).shape[2:]
     sides, far = padding_sizes(padding, kernel, dilation)
     if far:
         return False
-    node.target = _NUMBERED[node.target]
     dims = len(kernel)
-    node.args = (x, weight, bias, spread(stride, dims), sides, spread(dilation, dims), groups)
+    args = (x, weight, bias, spread(stride, dims), sides, spread(dilation, dims), groups)
+    retarget(node, _NUMBERED[node.target], args)
     return True

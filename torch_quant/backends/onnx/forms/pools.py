@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 
+from torch_quant.ops.arguments import argument, positional, retarget
 from torch_quant.passes.base import PassContext
 
 __all__ = ["padding_before_pools"]
@@ -27,16 +26,15 @@ def padding_before_pools(context: PassContext) -> int:
     changed = 0
     for node in context.graph.nodes:
         if _pads_with_zeros(node) and any(user.target in _MAX_POOLS for user in node.users):
-            node.target, node.args = aten.constant_pad_nd.default, (*node.args[:2], -0.0)
+            x, pad, *_ = positional(node)
+            retarget(node, aten.constant_pad_nd.default, (x, pad, -0.0))
             changed += 1
     return changed
 
 
 def _pads_with_zeros(node: fx.Node) -> bool:
     if node.target is aten.constant_pad_nd.default:
-        return not any(node.args[2:])
+        return not argument(node, "value")
     if node.target is not aten.pad.default:
         return False
-    arguments: list[Any] = [*node.args[2:], *("constant", None)[len(node.args) - 2 :]]
-    mode, value = arguments
-    return mode == "constant" and not value
+    return argument(node, "mode") == "constant" and not argument(node, "value")

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from torch_quant.backends.onnx.forms.matching import is_dequantized
+from torch_quant.ops.arguments import argument, arguments, set_arguments
 from torch_quant.ops.qdq import DEQUANTIZE, QUANTIZE
 from torch_quant.passes.base import PassContext
 
@@ -25,17 +26,18 @@ def read_codes(context: PassContext) -> int:
     """Give a sum with one quantized operand the codes of the other, if it has any."""
     changed = 0
     for node in list(context.graph.nodes):
-        if node.target not in _SUMS or node.kwargs:
+        if node.target not in _SUMS or argument(node, "alpha") != 1:
             continue
         for this, other in ((0, 1), (1, 0)):
-            quantizer = _quantizer_of(node.args[this], before=node)
-            if quantizer is None or not is_dequantized(node.args[other]):
+            x = argument(node, this)
+            quantizer = _quantizer_of(x, before=node)
+            if quantizer is None or not is_dequantized(argument(node, other)):
                 continue
-            x = node.args[this]
+            _, *grid = arguments(quantizer).values()
             with context.graph.inserting_before(node):
-                real = context.graph.call_function(DEQUANTIZE, (quantizer, *quantizer.args[1:]))
+                real = context.graph.call_function(DEQUANTIZE, (quantizer, *grid))
             real.meta["val"] = x.meta["val"]
-            node.update_arg(this, real)
+            set_arguments(node, {this: real})
             changed += 1
     return changed
 
