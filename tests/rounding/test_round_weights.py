@@ -36,6 +36,7 @@ from torch_quant.algorithms.blocks import Block
 from torch_quant.core.methods import TRANSFORMS, WEIGHT_METHODS, Transform
 from torch_quant.core.metrics import sqnr
 from torch_quant.passes.base import PassContext
+from torch_quant.rounding import chains
 
 INT4 = recipes.int4_weight_only(group_size=16)
 
@@ -360,3 +361,25 @@ def test_layers_that_read_one_tensor(registered: Any) -> None:
         ["mlp.down_proj"],
     ]
     assert found == [*block, *block, ["lm_head"]]
+
+
+@pytest.mark.parametrize(("kind", "recorded"), [("llama", 2), ("t5", 3 * 2)])
+def test_blocks_that_are_called_alike_are_recorded_once(
+    kind: str, recorded: int, monkeypatch: Any
+) -> None:
+    """Of later batches only what comes before the first block runs; T5 hands a bias on."""
+    ran: list[str] = []
+    real = chains.Recorder.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = real(self, *args, **kwargs)
+        ran.append("block")
+        return found
+
+    monkeypatch.setattr(chains.Recorder, "forward", forward)
+    model, given = tiny(kind), batches(kind)
+    if kind == "t5":  # one chain is enough
+        model, given = model.encoder, [{"input_ids": each["input_ids"]} for each in given]
+    quantizer = quantizer_of()
+    quantizer.round_weights(model, given, progress=False)
+    assert len(ran) == recorded

@@ -116,6 +116,10 @@ class Reading:
     producer_path: str = ""
 
 
+_Key = tuple[int, int, int]
+"""Number of a sample, and identity and version of a tensor that it has a layer read."""
+
+
 @dataclass(frozen=True)
 class _Group:
     """Layers that read the same tensors, and whether each runs once in every sample."""
@@ -186,26 +190,32 @@ class Block:
     def _groups(self) -> list[_Group]:
         """The groups of all layers, found by one run of every sample."""
         if self._known is None:
-            read: dict[Layer, list[tuple[int, int, int]]] = {}
-            for number, sample in enumerate(self.samples):
-                held: list[Tensor] = []  # so that no id is given twice
-
-                def note(layer: Layer, x: Tensor, number: int = number, held: Any = held) -> None:
-                    held.append(x)
-                    version = -1 if x.is_inference() else x._version  # it may change in place
-                    read.setdefault(layer, []).append((number, id(x), version))
-
-                with torch.no_grad(), self.watched(note):
-                    self.call(sample)
-            groups: dict[tuple[tuple[int, int, int], ...], list[Layer]] = {}
-            for layer, keys in read.items():
-                groups.setdefault(tuple(keys), []).append(layer)
-            every = list(range(len(self.samples)))
-            self._known = [
-                _Group(tuple(same), [number for number, *_ in keys] == every)
-                for keys, same in groups.items()
-            ]
+            self._run(lambda layer, x, key: None)
+        assert self._known is not None
         return self._known
+
+    def _run(self, note: Callable[[Layer, Tensor, _Key], None]) -> None:
+        """Call every sample, note what each layer reads, and learn which read the same."""
+        read: dict[Layer, list[_Key]] = {}
+        for number, sample in enumerate(self.samples):
+            held: list[Tensor] = []  # so that no id is given twice
+
+            def keep(layer: Layer, x: Tensor, number: int = number, held: Any = held) -> None:
+                held.append(x)
+                version = -1 if x.is_inference() else x._version  # it may change in place
+                read.setdefault(layer, []).append((number, id(x), version))
+                note(layer, x, read[layer][-1])
+
+            with torch.no_grad(), self.watched(keep):
+                self.call(sample)
+        groups: dict[tuple[_Key, ...], list[Layer]] = {}
+        for layer, keys in read.items():
+            groups.setdefault(tuple(keys), []).append(layer)
+        every = list(range(len(self.samples)))
+        self._known = [
+            _Group(tuple(same), [number for number, *_ in keys] == every)
+            for keys, same in groups.items()
+        ]
 
     @contextmanager
     def watched(self, note: Callable[[Layer, Tensor], None]) -> Iterator[None]:
@@ -230,30 +240,52 @@ class Block:
         Returns:
             Site -> what for -> statistic, as :meth:`WeightMethod.quantize` takes it.
         """
-        found: dict[str, dict[str, Statistic]] = {}
-        first: dict[Layer, Layer] = {}
-        groups = [reading.layers for reading in self.reading(layers)]
-        reached = {layer for group in groups for layer in group}
-        for group in (*groups, *((layer,) for layer in layers if layer not in reached)):
-            for layer in group:
-                wanted = wanted_of(method, layer)
-                same = wanted.keys() == wanted_of(method, group[0]).keys()
-                first[layer] = group[0] if same else layer
-                if first[layer] is layer:
-                    found[layer.site] = {what: make() for what, make in wanted.items()}
+        if not any(wanted_of(method, layer) for layer in layers):
+            return {layer.site: {} for layer in layers}
+        leads = {} if self._known is None else self._leads(layers, method)
+        found = self._observed(layers, method, leads)
+        if leads != (right := self._leads(layers, method)):  # only some samples share a tensor
+            found = self._observed(layers, method, leads := right)
+        return {layer.site: found[leads[layer]] for layer in layers}
 
-        def note(layer: Layer, x: Tensor) -> None:
-            if first.get(layer) is layer and x.numel():
-                for each in found[layer.site].values():
+    def _leads(self, layers: Sequence[Layer], method: WeightMethod) -> dict[Layer, Layer]:
+        """Layer -> the first that reads what it reads, and asks for the same."""
+        leads = {layer: layer for layer in layers}
+        for group in (reading.layers for reading in self.reading(layers)):
+            for layer in group:
+                same = wanted_of(method, layer).keys() == wanted_of(method, group[0]).keys()
+                leads[layer] = group[0] if same else layer
+        return leads
+
+    def _observed(
+        self, layers: Sequence[Layer], method: WeightMethod, leads: dict[Layer, Layer]
+    ) -> dict[Layer, dict[str, Statistic]]:
+        """Statistics of what leads read, by one run of every sample.
+
+        Args:
+            layers: they.
+            method: says what is observed.
+            leads: if empty, filled by the first sample.
+        """
+        wanted = {layer: wanted_of(method, layer) for layer in layers}
+        found = {layer: {what: make() for what, make in wanted[layer].items()} for layer in layers}
+        readers: dict[_Key, Layer] = {}
+        known = bool(leads)
+
+        def note(layer: Layer, x: Tensor, key: _Key) -> None:
+            if layer not in wanted:
+                return
+            if not known and layer not in leads:
+                lead = readers.setdefault(key, layer)
+                leads[layer] = lead if wanted[lead].keys() == wanted[layer].keys() else layer
+            if leads[layer] is layer and x.numel():
+                for each in found[layer].values():
                     each.observe(x.detach())
 
-        if any(found.values()):
-            with torch.no_grad(), self.watched(note):
-                for sample in self.samples:
-                    self.call(sample)
-        for layer, lead in first.items():
-            found[layer.site] = found[lead.site]
-        return {layer.site: found[layer.site] for layer in layers}
+        self._run(note)
+        for layer in layers:
+            leads.setdefault(layer, layer)
+        return found
 
     def scale(self, reading: Reading, factor: Tensor) -> None:
         """Divide a tensor's channels by ``factor`` where it is made; multiply where it is read.

@@ -10,13 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from torch_quant.algorithms.blocks import Sample, fresh
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.binding import signature_of
 from torch_quant.model import example_call
 
-__all__ = ["Chain", "Recorder", "Rounded", "call", "find_chains", "replaced"]
+__all__ = [
+    "Chain", "Recorded", "Recorder", "Rounded", "alike", "call", "find_chains", "replaced",
+]  # fmt: skip
+
+_NOTHING = torch.empty(0)
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,8 @@ class Recorder(_InPlaceOfBlock):
         super().__init__(block)
         self.calls: list[Sample] = []
         self.first = True
+        self.last = False
+        """Whether what comes behind need not run."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the block gives."""
@@ -149,7 +156,39 @@ class Recorder(_InPlaceOfBlock):
         kept = fresh((args, kwargs))
         sample = Sample(kept[0], kept[1], place)  # only of the first block is its input kept
         self.calls.append(sample if self.first else sample.with_hidden(torch.empty(0)))
+        if self.last:
+            raise Recorded
         return self.block(*args, **kwargs)
+
+    def repeat(self, sample: Sample) -> None:
+        """Note a call like that of another block, without its hidden tensor."""
+        self.calls.append(sample.with_hidden(torch.empty(0)))
+
+
+class Recorded(BaseException):
+    """Ends a call of the model once all is known of it; nothing that the model catches."""
+
+
+def alike(first: Sample, other: Sample) -> bool:
+    """Whether two blocks are called with the same, but for the hidden tensor.
+
+    Tensors have to be the very same ones, and everything else a plain value.
+    """
+    if first.place != other.place:
+        return False
+    (mine, nest), (theirs, nest_of_other) = map(_leaves, (first, other))
+    return nest == nest_of_other and all(map(_same, mine, theirs))
+
+
+def _leaves(sample: Sample) -> tuple[list[Any], Any]:
+    plain = sample.with_hidden(_NOTHING)
+    return tree_flatten((plain.args, dict(plain.kwargs)))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return a is b
+    return isinstance(a, (int, float, str, type(None))) and type(a) is type(b) and a == b
 
 
 class Rounded(_InPlaceOfBlock):

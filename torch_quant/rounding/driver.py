@@ -6,6 +6,7 @@ the samples' tensors between two blocks.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -29,7 +30,16 @@ from torch_quant.core.rounded import RoundedWeight, RoundedWeights, checksum
 from torch_quant.errors import InvalidConfig, QuantError
 from torch_quant.graph.sites import Site
 from torch_quant.graph.twin import twin_of
-from torch_quant.rounding.chains import Chain, Recorder, Rounded, call, find_chains, replaced
+from torch_quant.rounding.chains import (
+    Chain,
+    Recorded,
+    Recorder,
+    Rounded,
+    alike,
+    call,
+    find_chains,
+    replaced,
+)
 from torch_quant.rounding.exactness import as_it_was, check_scales, scale_exactly
 from torch_quant.rounding.files import Folder
 from torch_quant.rounding.producers import find_producers
@@ -212,13 +222,20 @@ class _Run:
         for i, (path, recorder) in enumerate(zip(chain.paths, recorders, strict=True)):
             recorder.first = i == 0
             replaced(self.twin, path, recorder)
+        first, *others = recorders
         for i, batch in enumerate(self.batches):
-            call(self.twin, batch)
+            with contextlib.suppress(Recorded):
+                call(self.twin, batch)
+            if first.last:  # blocks that got in batch 0 what the first got do so again
+                for each in others:
+                    each.repeat(first.calls[-1])
             if any(len(each.calls) != i + 1 for each in recorders):
                 raise InvalidConfig(
                     f"batch {i} runs the blocks of {chain.paths[0]} another number of times than "
                     "batch 0; leave it out"
                 )
+            if i == 0:
+                first.last = all(alike(first.calls[0], each.calls[0]) for each in others)
         for path, recorder in zip(chain.paths, recorders, strict=True):
             replaced(self.twin, path, recorder.block)
         return recorders
