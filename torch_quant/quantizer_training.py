@@ -6,9 +6,11 @@ from typing import Any
 
 from torch import nn
 
+from torch_quant.amp.allocation import exactly
 from torch_quant.backends import Backend, usable_backend
 from torch_quant.convert.quantized import QuantizedModule
 from torch_quant.errors import InvalidConfig
+from torch_quant.qat.edges import edge_configs
 from torch_quant.qat.making import Deployed, qat_lowering, qat_plan, start_training, their_tensors
 from torch_quant.qat.methods import qat_method
 from torch_quant.qat.model import QatModel, bond_of, scale_names
@@ -20,18 +22,28 @@ __all__ = ["QuantizerTraining"]
 class QuantizerTraining(QuantizerFiles):
     """The public methods of a :class:`Quantizer` that train."""
 
-    def qat(self, model: nn.Module, method: str = "lsq", *, example_inputs: Any = None) -> QatModel:
+    def qat(
+        self,
+        model: nn.Module,
+        method: str = "lsq",
+        *,
+        edge_bits: int | None = 8,
+        example_inputs: Any = None,
+    ) -> QatModel:
         """A twin that computes what :meth:`quantize` would deploy, and trains ``model`` through it.
 
         Train it as any module, then give it to :meth:`quantize`. Its parameters are ``model``'s own
-        and, where the method learns them, the scales, which begin as calibrated. Statistics of
-        batch norms stay as they are; see :class:`QatModel` for what else differs in train mode.
+        and, where the method learns them, the scales, which begin as calibrated. See
+        :class:`QatModel` for train mode, and :class:`QatSchedule` for what changes on the way.
 
         Args:
             model: the model that was calibrated; its parameters are what is trained.
             method: ``"lsq"`` learns the scales of weights and activations, ``"lsq_plus"`` zero
                 points of activations too, ``"pact"`` where activations are clipped, ``"fixed"``
                 none; or the name of a registered one.
+            edge_bits: of the first and last layers, where these would have fewer and others do.
+                They become overrides of this quantizer, so :meth:`quantize`, :meth:`explain` and
+                :meth:`to_config` follow; a layer that has an override keeps it. None leaves them.
             example_inputs: as for :meth:`calib`, for a quantizer whose ranges were loaded.
 
         Raises:
@@ -54,6 +66,9 @@ class QuantizerTraining(QuantizerFiles):
         chosen = qat_method(method)
         backend, session = self._ready(model, None, example_inputs, "qat")
         session.tell_observers()
+        if edge_bits is not None:
+            edges = edge_configs(session, session.plan(backend), edge_bits)
+            self.overrides = {**self.overrides, **{exactly(x): each for x, each in edges.items()}}
         plan = qat_plan(session.plan(backend))
         for site in plan.values():
             if site.quantized and site.weight is not None and site.weight.float_zero_points:

@@ -85,7 +85,7 @@ FORMATS = {
 def test_every_format(name: str) -> None:
     quantizer, model, inputs = calibrated("mlp", qconfig=FORMATS[name], capture="whole")
     expected = quiet(quantizer.quantize(model), inputs)
-    qat_model = quantizer.qat(model)
+    qat_model = quantizer.qat(model, edge_bits=None)
     assert_same(qat_model(*inputs), expected)
     loss_of(qat_model(*inputs)).backward()
     for each, parameter in qat_model.named_parameters():
@@ -130,7 +130,7 @@ def test_a_language_model_by_its_weights() -> None:
     ids = tokens(2, 12, 128)
     quantizer = Quantizer("reference", qconfig=recipes.int4_weight_only(group_size=16))
     expected = quiet(quantizer.quantize(model, example_inputs=(ids,)), (ids,))
-    qat_model = quantizer.qat(model)
+    qat_model = quantizer.qat(model, edge_bits=None)
     assert_same(quiet(qat_model, (ids,)), expected)
     loss_of(qat_model(ids).logits).backward()
     lacking = [n for n, p in qat_model.named_parameters() if p.grad is None]

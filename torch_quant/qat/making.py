@@ -20,6 +20,7 @@ from torch_quant.core.qparams import QParams, choose_qparams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
 from torch_quant.ops.table import OPERATORS
+from torch_quant.qat.edges import finer_edges
 from torch_quant.qat.lowering import LearnedParams, QatLowering, TrainingBackend
 from torch_quant.qat.methods import INPUT, WEIGHT, QatMethod
 from torch_quant.qat.model import (
@@ -91,6 +92,8 @@ def start_training(
     how.plan = plan_of(model)
     how.left = {name: site.reason for name, site in lowering.plan.items() if not site.quantized}
     how.description = f"QAT by {how.method!r} for {backend!r}: {how.plan.summary}"
+    if finer := finer_edges(session, how.plan):
+        how.description += f"; first and last layers with more bits: {', '.join(finer)}"
     how.calibration = session.state.describe()
 
 
