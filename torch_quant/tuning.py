@@ -15,6 +15,7 @@ from torch import nn
 from torch_quant.amp.fallback import precision_of
 from torch_quant.convert.quantized import QuantizedModule
 from torch_quant.errors import InvalidConfig, NotCalibrated
+from torch_quant.qat.model import QatModel, bond_of
 from torch_quant.quantizer import Quantizer
 from torch_quant.report.tuning import Trial, Tuning
 
@@ -47,7 +48,8 @@ def tune(
     Args:
         quantizer: calibrated; it is left in the state of the model returned, what fell back before
             included, and holds the table of trials as ``quantizer.tuning``.
-        model: the model that was calibrated.
+        model: the model that was calibrated; or what :meth:`Quantizer.qat` made, with the weights
+            that were trained: these in float are the float model then.
         eval_fn: takes a model to call, returns its metric, a number.
         tolerance: how much of the float model's metric may be lost: 0.01 is 1 %.
         relative: False if ``tolerance`` is in the metric's own unit.
@@ -111,7 +113,10 @@ class _Search:
 
         quantizer, start = self.quantizer, time.monotonic()
         before, plan = dict(quantizer.fallen_back), quantizer.plan
-        amp_model = quantizer.amp(self.model, metric=metric, max_batches=amp_batches)
+        model = self.model
+        if isinstance(model, QatModel):  # ranked by the ranges that were calibrated
+            model = bond_of(model).session.model
+        amp_model = quantizer.amp(model, metric=metric, max_batches=amp_batches)
         bar = tqdm(desc="tuning: float model", unit="trial", disable=not self.progress)
         try:
             baseline, seconds = self._evaluate(amp_model, "the float model")
