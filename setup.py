@@ -17,6 +17,7 @@ except ImportError:  # setuptools before 70.1
     from wheel.bdist_wheel import bdist_wheel
 
 SOURCES = ["native", "plain", "avx2", "avxvnni", "avx512vnni"]
+HEADERS = ["kernels", "loops", "product", "product_loops", "avx2"]
 # No warnings: gcc 12 takes what its own AVX512 headers do for mistakes, thousands of times.
 UNIX = ["-std=c++17", "-O3", "-g0", "-w", "-pthread", "-fvisibility=hidden", "-ffp-contract=off",
         "-fno-math-errno"]  # fmt: skip
@@ -73,7 +74,7 @@ setup(
         Extension(
             "torch_quant.native.kernels",
             [f"csrc/{name}.cpp" for name in SOURCES],
-            depends=["csrc/kernels.h", "csrc/loops.h", "csrc/avx2.h"],
+            depends=[f"csrc/{name}.h" for name in HEADERS],
             language="c++",
             optional=True,
         )

@@ -1,5 +1,5 @@
 // AVX2 without VNNI.
-#include "kernels.h"
+#include "product.h"
 
 #if TORCH_QUANT_X86
 #include <immintrin.h>
@@ -28,12 +28,20 @@ inline __m256i dot_half(__m256i sum, __m256i u, __m256i s) {
   return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
 }
 
+// Products of activations multiply numbers of 16 bits, since those of 8 would overflow them.
+constexpr int DEPTH = 2;
+inline __m256i dot_numbers_half(__m256i sum, __m256i x, __m256i y) {
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(x, y));
+}
+
 #include "avx2.h"
 #include "loops.h"
+#include "product_loops.h"
 
 }  // namespace
 
-const Kernels avx2_kernels = {"avx2", round, multiply, round_dynamic, multiply_dynamic};
+const Kernels avx2_kernels = {"avx2", round, multiply, round_dynamic, multiply_dynamic,
+                              DEPTH, pack_product, compute_product};
 
 }  // namespace torch_quant
 

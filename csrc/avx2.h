@@ -106,3 +106,66 @@ inline int32_t total(I32 x) {
   four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
   return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
 }
+
+// For products of activations; whoever includes this has said how numbers are multiplied.
+constexpr int PRODUCT_ROWS = 4, TILE_COLUMNS = 1;
+struct Lanes {
+  __m256i a, b;
+};
+
+inline I32 integers(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+inline U8 spread_word(uint32_t x) { return integers(static_cast<int32_t>(x)); }
+inline I32 dot_numbers(I32 sum, U8 x, U8 y) {
+  return {dot_numbers_half(sum.a, x.a, y.a), dot_numbers_half(sum.b, x.b, y.b)};
+}
+inline F32 plus(F32 x, F32 y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+inline F32 minus(F32 x, F32 y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+inline I32 largest(I32 x, I32 y) { return {_mm256_max_epi32(x.a, y.a), _mm256_max_epi32(x.b, y.b)}; }
+inline F32 largest(F32 x, F32 y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+inline F32 least(F32 x, F32 y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+inline I32 rounded(F32 x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
+inline I32 as_bits(F32 x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
+inline F32 from_bits(I32 x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
+inline I32 shifted23(I32 x) { return {_mm256_slli_epi32(x.a, 23), _mm256_slli_epi32(x.b, 23)}; }
+inline float highest(F32 x) {
+  const __m256 half = _mm256_max_ps(x.a, x.b);
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+inline int32_t highest(I32 x) {
+  const __m256i half = _mm256_max_epi32(x.a, x.b);
+  __m128i four = _mm_max_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+}
+inline Lanes first_lanes(int64_t n) {
+  const __m256i count = _mm256_set1_epi32(static_cast<int>(n));
+  return {_mm256_cmpgt_epi32(count, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)),
+          _mm256_cmpgt_epi32(count, _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15))};
+}
+inline F32 pick(Lanes lanes, F32 yes, F32 no) {
+  return {_mm256_blendv_ps(no.a, yes.a, _mm256_castsi256_ps(lanes.a)),
+          _mm256_blendv_ps(no.b, yes.b, _mm256_castsi256_ps(lanes.b))};
+}
+inline I32 pick(Lanes lanes, I32 yes, I32 no) { return as_bits(pick(lanes, from_bits(yes), from_bits(no))); }
+inline F32 where_set(const uint8_t* p, F32 yes, F32 no) {
+  const __m256i none = _mm256_setzero_si256();
+  const __m128i a = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  const __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8));
+  const Lanes unset = {_mm256_cmpeq_epi32(_mm256_cvtepu8_epi32(a), none),
+                       _mm256_cmpeq_epi32(_mm256_cvtepu8_epi32(b), none)};
+  return pick(unset, no, yes);
+}
+// The last 16 bits of each number, which has no more.
+inline __m256i sixteen(I32 x) {
+  return _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
+}
+inline void narrow(int16_t* p, I32 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), sixteen(x));
+}
+inline void narrow(uint8_t* p, I32 x) {
+  const __m256i low = _mm256_and_si256(sixteen(x), _mm256_set1_epi16(255));
+  const __m128i a = _mm256_castsi256_si128(low), b = _mm256_extracti128_si256(low, 1);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(a, b));
+}

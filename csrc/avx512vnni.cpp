@@ -1,5 +1,5 @@
 // AVX512 with VNNI: a vector is one register.
-#include "kernels.h"
+#include "product.h"
 
 #if TORCH_QUANT_X86
 #include <immintrin.h>
@@ -103,11 +103,42 @@ inline void four_totals(I32 a, I32 b, I32 c, I32 d, int32_t* y) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(y), _mm_hadd_epi32(first, last));
 }
 
+// For products of activations.
+constexpr int DEPTH = 4, PRODUCT_ROWS = 8, TILE_COLUMNS = 2;
+using Lanes = __mmask16;
+
+inline I32 integers(int32_t x) { return _mm512_set1_epi32(x); }
+inline U8 spread_word(uint32_t x) { return _mm512_set1_epi32(static_cast<int32_t>(x)); }
+inline I32 dot_numbers(I32 sum, U8 u, U8 s) { return dot<false>(sum, u, s); }
+inline F32 plus(F32 x, F32 y) { return _mm512_add_ps(x, y); }
+inline F32 minus(F32 x, F32 y) { return _mm512_sub_ps(x, y); }
+inline I32 largest(I32 x, I32 y) { return _mm512_max_epi32(x, y); }
+inline F32 largest(F32 x, F32 y) { return _mm512_max_ps(x, y); }
+inline F32 least(F32 x, F32 y) { return _mm512_min_ps(x, y); }
+inline I32 rounded(F32 x) { return _mm512_cvtps_epi32(x); }
+inline I32 as_bits(F32 x) { return _mm512_castps_si512(x); }
+inline F32 from_bits(I32 x) { return _mm512_castsi512_ps(x); }
+inline I32 shifted23(I32 x) { return _mm512_slli_epi32(x, 23); }
+inline float highest(F32 x) { return _mm512_reduce_max_ps(x); }
+inline int32_t highest(I32 x) { return _mm512_reduce_max_epi32(x); }
+inline Lanes first_lanes(int64_t n) { return static_cast<Lanes>((1u << n) - 1); }
+inline I32 pick(Lanes lanes, I32 yes, I32 no) { return _mm512_mask_mov_epi32(no, lanes, yes); }
+inline F32 pick(Lanes lanes, F32 yes, F32 no) { return _mm512_mask_mov_ps(no, lanes, yes); }
+inline F32 where_set(const uint8_t* p, F32 yes, F32 no) {
+  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return pick(_mm_test_epi8_mask(x, x), yes, no);
+}
+inline void narrow(uint8_t* p, I32 x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
+}
+
 #include "loops.h"
+#include "product_loops.h"
 
 }  // namespace
 
-const Kernels avx512vnni_kernels = {"avx512vnni", round, multiply, round_dynamic, multiply_dynamic};
+const Kernels avx512vnni_kernels = {"avx512vnni", round, multiply, round_dynamic, multiply_dynamic,
+                                    DEPTH, pack_product, compute_product};
 
 }  // namespace torch_quant
 

@@ -1,5 +1,5 @@
 // AVX2 with the VNNI of CPUs that have no AVX512.
-#include "kernels.h"
+#include "product.h"
 
 #if TORCH_QUANT_X86
 #include <immintrin.h>
@@ -19,12 +19,19 @@ inline __m256i dot_half(__m256i sum, __m256i u, __m256i s) {
   return _mm256_dpbusd_avx_epi32(sum, u, s);
 }
 
+constexpr int DEPTH = 4;
+inline __m256i dot_numbers_half(__m256i sum, __m256i u, __m256i s) {
+  return _mm256_dpbusd_avx_epi32(sum, u, s);
+}
+
 #include "avx2.h"
 #include "loops.h"
+#include "product_loops.h"
 
 }  // namespace
 
-const Kernels avxvnni_kernels = {"avxvnni", round, multiply, round_dynamic, multiply_dynamic};
+const Kernels avxvnni_kernels = {"avxvnni", round, multiply, round_dynamic, multiply_dynamic,
+                                 DEPTH, pack_product, compute_product};
 
 }  // namespace torch_quant
 

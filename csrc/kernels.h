@@ -68,6 +68,8 @@ struct Dynamic {
   int32_t* zeros;        // [slab]
 };
 
+struct Product;  // of activations: product.h
+
 // The kernels of one instruction set.
 struct Kernels {
   const char* name;
@@ -75,6 +77,9 @@ struct Kernels {
   void (*multiply)(const Linear&, int64_t row, int64_t rows, int64_t out, int64_t outs);
   void (*round_dynamic)(const Dynamic&, int64_t row, int64_t slot);
   void (*multiply_dynamic)(const Dynamic&, int64_t row, int64_t rows, int64_t out, int64_t outs);
+  int depth;  // numbers of a product of activations that are multiplied together
+  void (*pack_product)(const Product&, int64_t slot, int64_t worker);
+  void (*compute_product)(const Product&, int64_t item, int64_t worker);
 };
 
 extern const Kernels plain_kernels;

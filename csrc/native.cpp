@@ -6,7 +6,7 @@
 #include <thread>
 #include <vector>
 
-#include "kernels.h"
+#include "product.h"
 
 #if defined(_MSC_VER)
 #include <intrin.h>
@@ -96,23 +96,24 @@ void in_parallel(int threads, void (*work)(void*), void* data) {
   for (auto& each : others) each.join();
 }
 
-// Runs `each(job, i)` for i below `count`; whoever is free takes the next.
+// Runs `each(job, i, worker)` for i below `count`; whoever is free takes the next. Workers count from 0.
 template <typename Job>
 struct Loop {
   const Job* job;
   int64_t count;
-  void (*each)(const Job&, int64_t);
-  std::atomic<int64_t> next{0};
+  void (*each)(const Job&, int64_t, int64_t);
+  std::atomic<int64_t> next{0}, workers{0};
 
   static void work(void* data) {
     auto* loop = static_cast<Loop*>(data);
+    const int64_t worker = loop->workers.fetch_add(1, std::memory_order_relaxed);
     for (int64_t i; (i = loop->next.fetch_add(1, std::memory_order_relaxed)) < loop->count;)
-      loop->each(*loop->job, i);
+      loop->each(*loop->job, i, worker);
   }
 };
 
 template <typename Job>
-void for_each(int threads, const Job& job, int64_t count, void (*each)(const Job&, int64_t)) {
+void for_each(int threads, const Job& job, int64_t count, void (*each)(const Job&, int64_t, int64_t)) {
   Loop<Job> loop{&job, count, each};
   in_parallel(threads < count ? threads : static_cast<int>(count), Loop<Job>::work, &loop);
 }
@@ -157,15 +158,38 @@ void run_slabs(Slab<Job> slab, int64_t rows, int64_t out, int64_t row_bytes,
   for (slab.row = 0; slab.row < rows; slab.row += most_rows) {
     slab.rows = least(most_rows, rows - slab.row);
     const int64_t roundings = (slab.rows + 3) / 4;
-    for_each<Slab<Job>>(roundings > 2 ? threads : 1, slab, roundings, [](const Slab<Job>& s, int64_t i) {
+    for_each<Slab<Job>>(roundings > 2 ? threads : 1, slab, roundings, [](const Slab<Job>& s, int64_t i, int64_t) {
       for (int64_t m = i * 4; m < least(i * 4 + 4, s.rows); m++) s.round(*s.job, s.row + m, m);
     });
     const int64_t blocks = (out + slab.outs - 1) / slab.outs;
-    for_each<Slab<Job>>(threads, slab, blocks, [](const Slab<Job>& s, int64_t i) {
+    for_each<Slab<Job>>(threads, slab, blocks, [](const Slab<Job>& s, int64_t i, int64_t) {
       const int64_t n = i * s.outs;
       s.multiply(*s.job, s.row, s.rows, n, least(s.outs, s.job->out - n));
     });
   }
+}
+
+constexpr int64_t PRODUCT_SLAB_BYTES = 512 << 10;  // of packed matrices, while they are read
+constexpr int64_t THREAD_PRODUCTS = 1 << 20;       // multiplications for which a thread pays
+
+int64_t whole(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+
+// Memory of one thread: a tile's rows, probabilities, scores and sums, and rows that are packed.
+void lay_out(Product& j, int64_t depth) {
+  j.member = j.heads / j.groups;
+  j.wide = whole(j.columns, LANES);
+  j.wide_features = j.softmax ? whole(j.features, LANES) : 0;
+  const int64_t number = 4 / depth, groups = (j.depth + depth - 1) / depth;
+  j.left_bytes = groups * 4;
+  j.p_bytes = j.softmax ? j.wide * number : 0;
+  j.packed_right = groups * 64 * (j.wide / LANES);
+  j.packed_values = j.wide_features / LANES * (j.wide / depth) * 64;
+  j.packed_group = whole(j.packed_right + j.packed_values + (j.wide + j.wide_features) * 4, 64);
+  j.row_blocks = (j.member * j.rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+  const int64_t row = most(whole(j.depth, 64), most(j.wide, j.wide_features));
+  const int64_t packing = depth * row;
+  const int64_t tile = TILE_ROWS * (j.left_bytes + j.p_bytes + (j.wide + j.wide_features) * 4) + row;
+  j.scratch_bytes = whole(most(packing, tile), 64);
 }
 
 }  // namespace
@@ -249,5 +273,29 @@ EXPORT int torch_quant_dynamic(int threads, const float* x, const int8_t* weight
   const Kernels& use = kernels();
   run_slabs<Dynamic>({&j, use.round_dynamic, use.multiply_dynamic, 0, 0, 0}, rows, out, in, slab_rows,
                      DYNAMIC_BLOCK_BYTES, threads);
+  return 0;
+}
+
+// Products of two activations, with a softmax and a second product between if there are values; 0, or 1
+// where memory is short. `call` points to a ProductCall.
+EXPORT int torch_quant_product(int threads, const void* call) {
+  Product j = {};
+  memcpy(static_cast<ProductCall*>(&j), call, sizeof(ProductCall));
+  j.softmax = j.values.data != nullptr;
+  const Kernels& use = kernels();
+  lay_out(j, use.depth);
+  const int64_t all = j.batch * j.groups;
+  if (!all || !j.rows || !j.member || !j.columns) return 0;
+  const int64_t work = j.batch * j.heads * j.rows * j.columns * (j.depth + (j.softmax ? j.features : 0));
+  threads = static_cast<int>(most(1, least(threads, work / THREAD_PRODUCTS)));
+  const int64_t slab = least(all, most(threads, PRODUCT_SLAB_BYTES / j.packed_group));
+  const Memory packed(slab * j.packed_group), scratch(threads * j.scratch_bytes);
+  if (!packed.start || !scratch.start) return 1;
+  j.packed = packed.get(), j.scratch = scratch.get();
+  for (j.first_group = 0; j.first_group < all; j.first_group += slab) {
+    const int64_t groups = least(slab, all - j.first_group);
+    for_each<Product>(threads, j, groups, use.pack_product);
+    for_each<Product>(threads, j, groups * j.row_blocks, use.compute_product);
+  }
   return 0;
 }

@@ -1,5 +1,5 @@
 // No instructions but those of any CPU: a vector is an array.
-#include "kernels.h"
+#include "product.h"
 
 namespace torch_quant {
 namespace {
@@ -50,12 +50,15 @@ inline F32 load_f32(const float* p) {
 }
 inline void store(float* p, I32 x) { memcpy(p, &x, 64); }
 inline void store(float* p, F32 x) { memcpy(p, &x, 64); }
+// Sums and products of integers wrap around, as those of vector instructions do.
 inline I32 add(I32 x, I32 y) {
-  for (int l = 0; l < LANES; l++) x.at[l] += y.at[l];
+  for (int l = 0; l < LANES; l++)
+    x.at[l] = static_cast<int32_t>(static_cast<uint32_t>(x.at[l]) + static_cast<uint32_t>(y.at[l]));
   return x;
 }
 inline I32 times(I32 x, int y) {
-  for (int l = 0; l < LANES; l++) x.at[l] *= y;
+  for (int l = 0; l < LANES; l++)
+    x.at[l] = static_cast<int32_t>(static_cast<uint32_t>(x.at[l]) * static_cast<uint32_t>(y));
   return x;
 }
 inline I32 times128(I32 x) { return times(x, 128); }
@@ -120,10 +123,97 @@ inline int32_t total(I32 x) {
   return sum;
 }
 
+// For products of activations.
+constexpr int DEPTH = 2, PRODUCT_ROWS = 4, TILE_COLUMNS = 1;
+using Lanes = int64_t;
+
+inline I32 integers(int32_t value) {
+  I32 x;
+  for (int l = 0; l < LANES; l++) x.at[l] = value;
+  return x;
+}
+inline U8 spread_word(uint32_t value) {
+  U8 x;
+  for (int l = 0; l < LANES; l++) memcpy(x.at + 4 * l, &value, 4);
+  return x;
+}
+inline I32 dot_numbers(I32 sum, const U8& x, const U8& y) {
+  int16_t p[2 * LANES], q[2 * LANES];
+  memcpy(p, &x, 64), memcpy(q, &y, 64);
+  for (int l = 0; l < LANES; l++)
+    sum.at[l] += static_cast<int32_t>(p[2 * l]) * q[2 * l] + static_cast<int32_t>(p[2 * l + 1]) * q[2 * l + 1];
+  return sum;
+}
+inline F32 plus(F32 x, F32 y) {
+  for (int l = 0; l < LANES; l++) x.at[l] += y.at[l];
+  return x;
+}
+inline F32 minus(F32 x, F32 y) {
+  for (int l = 0; l < LANES; l++) x.at[l] -= y.at[l];
+  return x;
+}
+// Of something that is no number, the second is taken, as by vector instructions.
+inline I32 largest(I32 x, I32 y) {
+  for (int l = 0; l < LANES; l++) x.at[l] = x.at[l] > y.at[l] ? x.at[l] : y.at[l];
+  return x;
+}
+inline F32 largest(F32 x, F32 y) {
+  for (int l = 0; l < LANES; l++) x.at[l] = x.at[l] > y.at[l] ? x.at[l] : y.at[l];
+  return x;
+}
+inline F32 least(F32 x, F32 y) {
+  for (int l = 0; l < LANES; l++) x.at[l] = x.at[l] < y.at[l] ? x.at[l] : y.at[l];
+  return x;
+}
+inline I32 as_bits(F32 x) {
+  I32 y;
+  memcpy(&y, &x, 64);
+  return y;
+}
+inline F32 from_bits(I32 x) {
+  F32 y;
+  memcpy(&y, &x, 64);
+  return y;
+}
+// The nearest integers, halves to even, of |x| < 2^22.
+inline I32 rounded(F32 x) {
+  I32 y = as_bits(plus(x, all(12582912.0f)));
+  for (int l = 0; l < LANES; l++) y.at[l] -= 0x4B400000;
+  return y;
+}
+inline I32 shifted23(I32 x) {
+  for (int l = 0; l < LANES; l++) x.at[l] = static_cast<int32_t>(static_cast<uint32_t>(x.at[l]) << 23);
+  return x;
+}
+template <typename Vector>
+inline auto highest(const Vector& x) -> decltype(x.at[0] + 0) {
+  auto most = x.at[0];
+  for (int l = 1; l < LANES; l++) most = x.at[l] > most ? x.at[l] : most;
+  return most;
+}
+inline Lanes first_lanes(int64_t n) { return n; }
+template <typename Vector>
+inline Vector pick(Lanes lanes, Vector yes, const Vector& no) {
+  for (int l = 0; l < LANES; l++)
+    if (l >= lanes) yes.at[l] = no.at[l];
+  return yes;
+}
+inline F32 where_set(const uint8_t* p, F32 yes, F32 no) {
+  for (int l = 0; l < LANES; l++)
+    if (!p[l]) yes.at[l] = no.at[l];
+  return yes;
+}
+template <typename T>
+inline void narrow(T* p, const I32& x) {
+  for (int l = 0; l < LANES; l++) p[l] = static_cast<T>(x.at[l]);
+}
+
 #include "loops.h"
+#include "product_loops.h"
 
 }  // namespace
 
-const Kernels plain_kernels = {"plain", round, multiply, round_dynamic, multiply_dynamic};
+const Kernels plain_kernels = {"plain", round, multiply, round_dynamic, multiply_dynamic,
+                               DEPTH, pack_product, compute_product};
 
 }  // namespace torch_quant

@@ -69,6 +69,20 @@ CONVS = {
 }
 
 
+def attentions() -> dict[str, Sample]:
+    def heads(count: int, tokens: int) -> Tensor:
+        return codes(2, tokens, count, 8).transpose(1, 2)
+
+    q, k, v = heads(4, 5), heads(2, 7), heads(2, 7)
+    ending = (0.3, [0.02, 0.02, 0.02, 1 / 255], [128, 128, 128, 0], 255)
+    flat = (codes(3, 5, 8), codes(3, 7, 8), codes(3, 7, 6))
+    return {
+        "shared heads": (q, k, v, None, True, *ending, *QUANTIZED, True),
+        "float mask": (q, k, v, floats(2, 1, 1, 7), False, *ending, *FLOAT, False),
+        "bool mask": (*flat, floats(5, 7) > 0, False, *ending, *FLOAT, False),
+    }
+
+
 def convs() -> dict[str, Sample]:
     found: dict[str, Sample] = {}
     for name, (shape, kernel, groups) in CONVS.items():
@@ -176,6 +190,11 @@ SAMPLES: dict[str, Callable[[], dict[str, Sample]]] = {
     },
     "onednn_linear": linears,
     "onednn_conv": convs,
+    "int8_attention": attentions,
+    "int8_matmul": lambda: {
+        "uint8": (codes(2, 3, 5, 7), codes(2, 1, 7, 9), [0.1, 0.1], [1, 2], *QUANTIZED),
+        "float32": (codes(5, 7), codes(9, 7).mT, [0.1, 0.1], [1, 2], *FLOAT),
+    },
     "int8_embedding": lambda: {"": (*TABLE, torch.tensor([[1, 2], [3, 3]]))},
     "int8_embedding_bag": lambda: {
         "sum": (*TABLE, *BAGS, 0, floats(6), False, None),

@@ -49,6 +49,7 @@ def _find(path: Path) -> tuple[ctypes.CDLL | None, str]:
     library.torch_quant_parallel.argtypes = [_POINTER]
     library.torch_quant_linear.argtypes = [_INT, *[_POINTER] * 7, *[_SIZE] * 5, *[_INT] * 3]
     library.torch_quant_dynamic.argtypes = [_INT, *[_POINTER] * 5, *[_SIZE] * 3, _INT]
+    library.torch_quant_product.argtypes = [_INT, _POINTER]
     library.torch_quant_parallel(_openmp())
     return library, ""
 

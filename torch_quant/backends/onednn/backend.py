@@ -7,7 +7,6 @@ the result wants it quantized alike, the kernel gives integers right away.
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +15,9 @@ from torch import fx
 from torch_quant.backends.base import Backend, register_backend
 from torch_quant.backends.int8 import has_vnni, symmetric_weight
 from torch_quant.backends.onednn import ops
+from torch_quant.backends.onednn.endings import Ending, ending_of, replace
 from torch_quant.backends.onednn.native import native_kernels
+from torch_quant.backends.onednn.products import product_kernels
 from torch_quant.core.kernels import Accepts, Kernel, KernelTable
 from torch_quant.core.spec import QuantSpec
 from torch_quant.graph.sites import key_of, results
@@ -79,6 +80,7 @@ class OneDNNBackend(Backend):
                 Kernel("conv3d", activation, weight, emit=_lower_conv),
                 Kernel("embedding", None, weight, emit=_lower_embedding),
                 Kernel("embedding_bag", None, weight, emit=_lower_embedding_bag),
+                *product_kernels(activation),
                 *native_kernels(),
             ),
         )
@@ -111,19 +113,6 @@ def _unsigned_activations(context: PassContext) -> None:
             node.args = (x, scale, zero_point + 128, low + 128, high + 128, torch.uint8)
 
 
-@dataclass(frozen=True)
-class _Output:
-    """How a kernel ends: the fused function, the format of the result, the node it replaces."""
-
-    last: fx.Node
-    post_op: str = "none"
-    post_args: tuple[float, ...] = ()
-    algorithm: str = "none"
-    scale: float = 1.0
-    zero_point: int = 0
-    dtype: torch.dtype = torch.float32
-
-
 def _is_quantized(node: fx.Node) -> bool:
     x = node.args[0]
     quantized = isinstance(x, fx.Node) and x.target is DEQUANTIZE_PER_TENSOR
@@ -138,60 +127,6 @@ def _weight_of(node: fx.Node, position: int) -> tuple[Any, Any] | None:
     return weight.args[0], weight.args[1]
 
 
-def _post_op(node: fx.Node) -> tuple[str, tuple[float, ...], str] | None:
-    """oneDNN's name for an activation function, its arguments and its algorithm."""
-    args, kwargs = node.args[1:], node.kwargs
-    if node.target is aten.relu.default:
-        return "relu", (), "none"
-    if node.target is aten.relu6.default:
-        return "hardtanh", (0.0, 6.0), "none"
-    if node.target is aten.hardtanh.default:
-        limits: list[Any] = [*args, *(-1.0, 1.0)[len(args) :]]
-        low, high = limits
-        return "hardtanh", (float(low), float(high)), "none"
-    if node.target is aten.gelu.default:
-        return "gelu", (), str(kwargs.get("approximate", args[0] if args else "none"))
-    if node.target is aten.leaky_relu.default:
-        return "leaky_relu", (float(args[0]) if args else 0.01,), "none"  # type: ignore[arg-type]
-    names = {
-        aten.silu.default: "swish",
-        aten.tanh.default: "tanh",
-        aten.hardswish.default: "hardswish",
-    }
-    return (names[node.target], (), "none") if node.target in names else None
-
-
-def _output(node: fx.Node, post_ops: set[str] | None = None) -> _Output:
-    """Everything behind ``node`` that its kernel can do."""
-    last = node
-    found: tuple[str, tuple[float, ...], str] = ("none", (), "none")
-    users = list(node.users)
-    post = _post_op(users[0]) if len(users) == 1 and users[0].args[0] is node else None
-    if post is not None and (post_ops is None or post[0] in post_ops):
-        last, found = users[0], post
-    quantizers = list(last.users)
-    if len(quantizers) == 1 and quantizers[0].target is QUANTIZE_PER_TENSOR:
-        _, scale, zero_point, low, high, dtype = quantizers[0].args
-        info = torch.iinfo(dtype)  # type: ignore[arg-type]
-        if (low, high) == (info.min, info.max):
-            return _Output(quantizers[0], *found, scale, zero_point, dtype)  # type: ignore[arg-type]
-    return _Output(last, *found)
-
-
-def _replace(node: fx.Node, output: _Output, target: Any, args: tuple[Any, ...]) -> None:
-    graph = node.graph
-    with graph.inserting_before(node):
-        new = graph.call_function(target, args)
-    new.meta = dict(output.last.meta)
-    output.last.replace_all_uses_with(new)
-    chain, current = [], output.last
-    while current is not node:
-        chain.append(current)
-        current = current.args[0]  # type: ignore[assignment]
-    for dead in (*chain, node):
-        graph.erase_node(dead)
-
-
 def _operands(node: fx.Node) -> tuple[Any, ...]:
     """x, its scale and zero point, the weight's codes and scale, the bias."""
     real = node.args[0]
@@ -204,9 +139,9 @@ def _operands(node: fx.Node) -> tuple[Any, ...]:
 def _lower_linear(context: PassContext, node: fx.Node) -> None:
     if not _is_quantized(node):
         return
-    out = _output(node)
+    out = ending_of(node)
     ending = (out.scale, out.zero_point, out.dtype, out.post_op, list(out.post_args), out.algorithm)
-    _replace(node, out, ops.LINEAR, (*_operands(node), *ending))
+    replace(node, out, ops.LINEAR, (*_operands(node), *ending))
 
 
 def _lower_conv(context: PassContext, node: fx.Node) -> None:
@@ -226,17 +161,17 @@ def _lower_conv(context: PassContext, node: fx.Node) -> None:
             pad = (x, far, x_zero_point)
             x = node.graph.call_function(aten.constant_pad_nd.default, pad)
     geometry = (spread(stride, dims), sides, spread(dilation, dims), groups)
-    out = _output(node, _CONV_POST_OPS[dims])
+    out = ending_of(node, _CONV_POST_OPS[dims])
     ending = (out.scale, out.zero_point, out.dtype, out.post_op, list(out.post_args))
     args = (x, x_scale, x_zero_point, weight, *rest, *geometry, *ending)
-    _replace(node, out, ops.CONV, args)
+    replace(node, out, ops.CONV, args)
 
 
 def _lower_embedding(context: PassContext, node: fx.Node) -> None:
     weight = _weight_of(node, 0)
     if weight is None:
         return
-    _replace(node, _Output(node), ops.EMBEDDING, (*weight, node.args[1]))
+    replace(node, Ending(node), ops.EMBEDDING, (*weight, node.args[1]))
 
 
 def _lower_embedding_bag(context: PassContext, node: fx.Node) -> None:

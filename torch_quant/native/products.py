@@ -1,0 +1,261 @@
+"""Integer products of two activations: scaled dot-product attention, and matrices in a batch.
+
+They take codes of 8 bits with one scale, in any strides whose last is 1; floats are rounded to such
+codes while they are read. Attention gives what the reference backend does on the same codes: scores
+and softmax in float, the probabilities rounded, their product with the values summed as integers.
+Where the library of kernels is missing, both compute with dequantized tensors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_quant.errors import InvalidConfig
+from torch_quant.native import library as native
+from torch_quant.ops.attention import sdpa_probabilities
+from torch_quant.ops.qdq import (
+    DEQUANTIZE_PER_TENSOR,
+    FAKE_QUANTIZE_PER_TENSOR,
+    QUANTIZE_PER_TENSOR,
+    library,
+)
+
+__all__ = ["ATTENTION", "MATMUL", "MOST_TERMS"]
+
+library.define(
+    "int8_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool causal, "
+    "float scale, float[] scales, int[] zero_points, int most, float out_scale, "
+    "int out_zero_point, ScalarType out_dtype, bool tokens_first) -> Tensor"
+)
+library.define(
+    "int8_matmul(Tensor x, Tensor y, float[] scales, int[] zero_points, float out_scale, "
+    "int out_zero_point, ScalarType out_dtype) -> Tensor"
+)
+
+MOST_TERMS = 32768
+"""Of one sum: so many products of 9 bits fit in 32. More are summed in float."""
+
+_CALL = struct.Struct("@" + 4 * "qqqqqdqqq" + 5 * "q" + 9 * "q" + "dddqq")
+_NOTHING = (0, 0, 0, 0, 0, 1.0, 0, 0, 0)
+_ELEMENTS = {torch.uint8: 0, torch.int8: 1, torch.float32: 2}
+_RANGES = {torch.uint8: (0, 255), torch.int8: (-128, 127), torch.float32: (0, 255)}
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Scale and zero point of one tensor."""
+
+    scale: float
+    zero_point: int
+
+    def real(self, x: Tensor) -> Tensor:
+        """What codes stand for; floats are rounded to codes first."""
+        if x.dtype is torch.float32:
+            return FAKE_QUANTIZE_PER_TENSOR(x, self.scale, self.zero_point, 0, 255)  # type: ignore[no-any-return]
+        return DEQUANTIZE_PER_TENSOR(x, self.scale, self.zero_point)  # type: ignore[no-any-return]
+
+    def codes(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Real numbers as the result of an operator."""
+        if dtype is torch.float32:
+            return x
+        limits = _RANGES[dtype]
+        return QUANTIZE_PER_TENSOR(x, self.scale, self.zero_point, *limits, dtype)  # type: ignore[no-any-return]
+
+
+def _operand(x: Tensor, grid: _Grid) -> tuple[Any, ...]:
+    """A tensor of four dimensions as the kernels read it; it has to live until they are through."""
+    low, high = _RANGES[x.dtype]
+    batch, head, row, _ = x.stride()
+    where = (x.data_ptr(), _ELEMENTS[x.dtype], batch, head, row)
+    return (*where, 1.0 / grid.scale, grid.zero_point, low, high)
+
+
+def _readable(x: Tensor) -> Tensor:
+    """A tensor whose rows lie without gaps, in a type that the kernels read."""
+    if x.dtype not in _ELEMENTS:
+        x = x.to(torch.float32)
+    x = x.resolve_neg().detach()
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _run(name: str, call: bytes) -> None:
+    kernels = native.kernels()
+    assert kernels is not None
+    if kernels.torch_quant_product(torch.get_num_threads(), ctypes.c_char_p(call)):
+        raise MemoryError(f"torch_quant::{name}: no memory for the packed operands")
+
+
+def _heads(tensors: tuple[Tensor, Tensor, Tensor], leading: Sequence[int]) -> list[Tensor]:
+    """Query, key and value as [batch, heads, tokens, size]; the last two may have fewer heads.
+
+    Args:
+        tensors: all three.
+        leading: dimensions of the result before the last two.
+    """
+    if len(leading) != 2:
+        count = math.prod(leading)
+        return [x.expand(*leading, *x.shape[-2:]).reshape(count, 1, *x.shape[-2:]) for x in tensors]
+    batch, heads = leading
+    shared = tensors[1].shape[1] if tensors[1].dim() == 4 else 1
+    counts = [x.shape[1] if x.dim() == 4 and x.shape[0] == batch else -1 for x in tensors]
+    if counts == [heads, shared, shared] and heads % shared == 0:
+        return list(tensors)
+    return [x.expand(batch, heads, *x.shape[-2:]) for x in tensors]
+
+
+def _mask(mask: Tensor | None, leading: Sequence[int], sizes: tuple[int, ...]) -> Tensor | None:
+    """A mask as [batch, heads, queries, keys], broadcast by strides; bool or float32."""
+    if mask is None:
+        return None
+    if mask.dtype is not torch.bool:
+        mask = mask.to(torch.float32)
+    *_, queries, keys = sizes
+    mask = mask.expand(*mask.shape[:-1], keys)
+    if mask.stride(-1) != 1 and keys > 1:
+        mask = mask.contiguous()
+    if len(leading) != 2:
+        mask = mask.expand(*leading, queries, keys).reshape(-1, 1, queries, keys)
+    return mask.expand(sizes).detach()
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    scales: list[float],
+    zero_points: list[int],
+    most: int,
+    out_scale: float,
+    out_zero_point: int,
+    out_dtype: torch.dtype,
+    tokens_first: bool,
+) -> Tensor:
+    y, shape = _attention_result(query, key, value, out_dtype, tokens_first)
+    grids = [_Grid(*each) for each in zip(scales, zero_points, strict=True)]
+    out = _Grid(out_scale, out_zero_point)
+    queries, depth = query.shape[-2:]
+    keys, features = value.shape[-2:]
+    if key.shape[-2] != keys or key.shape[-1] != depth:
+        shapes = (*map(tuple, (query.shape, key.shape, value.shape)),)
+        raise InvalidConfig(f"torch_quant::int8_attention: sizes of {shapes} do not fit together")
+    if not y.numel():
+        return y
+    if not keys:
+        return y.copy_(out.codes(torch.zeros(()), out_dtype))
+    if max(keys, depth) > MOST_TERMS or not depth or native.kernels() is None:
+        real = [grid.real(x) for grid, x in zip(grids, (query, key, value), strict=False)]
+        shares = query.dim() > 2 and query.shape[-3] != key.shape[-3]
+        p = sdpa_probabilities(real[0], real[1], real[2], mask, 0.0, causal, scale, shares)
+        return y.copy_(out.codes(_second_product(p, real[2], grids[3], most), out_dtype))
+    read = (_readable(query), _readable(key), _readable(value))
+    q, k, v = _heads(read, shape[:-2])
+    groups = 1 if k.stride(1) == 0 and v.stride(1) == 0 else k.shape[1]
+    batch, heads = q.shape[:2]
+    result = y if y.dim() == 4 else y.view(batch, heads, queries, features)
+    hidden = _mask(mask, shape[:-2], (batch, heads, queries, keys))
+    masks: tuple[int, ...] = (0, 0, 0, 0, 0)
+    if hidden is not None and not causal:
+        element = 2 if hidden.dtype is torch.float32 else 0
+        masks = (hidden.data_ptr(), element, *hidden.stride()[:3])
+    call = _CALL.pack(
+        *_operand(q, grids[0]), *_operand(k, grids[1]), *_operand(v, grids[2]),
+        *_operand(result, out), *masks, batch, heads, groups, queries, keys, depth, features,
+        1, causal, scale * scales[0] * scales[1], scales[3] * scales[2], 1.0 / scales[3],
+        zero_points[3], most,
+    )  # fmt: skip
+    _run("int8_attention", call)
+    return y
+
+
+def _second_product(p: Tensor, value: Tensor, grid: _Grid, most: int) -> Tensor:
+    p = FAKE_QUANTIZE_PER_TENSOR(p, grid.scale, grid.zero_point, 0, most)
+    if value.dim() > 2 and value.shape[-3] != p.shape[-3]:
+        value = value.repeat_interleave(p.shape[-3] // value.shape[-3], -3)
+    return p @ value
+
+
+def _attention_result(
+    query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype, tokens_first: bool
+) -> tuple[Tensor, tuple[Any, ...]]:
+    """An empty result, and its shape."""
+    sizes = (query.shape[-2], value.shape[-1])
+    if not query.dim() == key.dim() == value.dim() == 4:
+        leading = torch.broadcast_shapes(*(x.shape[:-2] for x in (query, key, value)))
+        return query.new_empty((*leading, *sizes), dtype=dtype), (*leading, *sizes)
+    batch, heads = (  # several heads of the query may share one of the key
+        mine if not isinstance(mine, int) or mine != 1 else others
+        for mine, others in zip(query.shape[:2], key.shape[:2], strict=True)
+    )
+    if tokens_first:
+        y = query.new_empty((batch, sizes[0], heads, sizes[1]), dtype=dtype).transpose(1, 2)
+        return y, (batch, heads, *sizes)
+    return query.new_empty((batch, heads, *sizes), dtype=dtype), (batch, heads, *sizes)
+
+
+def _fake_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> Tensor:
+    return _attention_result(query, key, value, args[-2], args[-1])[0]
+
+
+def _matmul(
+    x: Tensor,
+    y: Tensor,
+    scales: list[float],
+    zero_points: list[int],
+    out_scale: float,
+    out_zero_point: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    result = _fake_matmul(x, y, scales, zero_points, out_scale, out_zero_point, out_dtype)
+    left, right = (_Grid(*each) for each in zip(scales, zero_points, strict=True))
+    out = _Grid(out_scale, out_zero_point)
+    depth = x.shape[-1]
+    if not result.numel():
+        return result
+    if not 0 < depth <= MOST_TERMS or native.kernels() is None:
+        return result.copy_(out.codes(left.real(x) @ right.real(y), out_dtype))
+    by_column = y.stride(-2) == 1 and y.stride(-1) != 1
+    a, b = _readable(x), _readable(y.mT if by_column else y)
+    leading = result.shape[:-2]
+    if len(leading) == 2:
+        a, b = (t.expand(*leading, *t.shape[-2:]) for t in (a, b))
+    else:
+        whole = math.prod(leading)
+        a, b = (t.expand(*leading, *t.shape[-2:]).reshape(whole, 1, *t.shape[-2:]) for t in (a, b))
+    batch, heads = a.shape[:2]
+    groups = 1 if b.stride(1) == 0 else heads
+    rows, columns = result.shape[-2:]
+    call = _CALL.pack(
+        *_operand(a, left), *_operand(b, right), *_NOTHING,
+        *_operand(result.view(batch, heads, rows, columns), out), 0, 0, 0, 0, 0,
+        batch, heads, groups, rows, columns, depth, 0,
+        by_column, False, 1.0, scales[0] * scales[1], 1.0, 0, 0,
+    )  # fmt: skip
+    _run("int8_matmul", call)
+    return result
+
+
+def _fake_matmul(x: Tensor, y: Tensor, *args: Any) -> Tensor:
+    leading = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+    return x.new_empty((*leading, x.shape[-2], y.shape[-1]), dtype=args[-1])
+
+
+for _name, _impl, _fake in (
+    ("int8_attention", _attention, _fake_attention),
+    ("int8_matmul", _matmul, _fake_matmul),
+):
+    library.impl(_name, _impl, "CPU")
+    torch.library.register_fake(f"torch_quant::{_name}", _fake, lib=library)
+
+ATTENTION = torch.ops.torch_quant.int8_attention.default
+MATMUL = torch.ops.torch_quant.int8_matmul.default
