@@ -198,7 +198,7 @@ void lay_out(Product& j, int64_t depth) {
 using namespace torch_quant;
 
 // The version of this interface.
-EXPORT int torch_quant_version() { return 2; }
+EXPORT int torch_quant_version() { return 3; }
 
 // How many sets of kernels run here; the last is the fastest.
 EXPORT int torch_quant_paths() { return static_cast<int>(usable().size()); }
