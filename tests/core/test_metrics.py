@@ -48,3 +48,13 @@ def test_cosine() -> None:
     x = torch.tensor([[1.0, 0.0], [1.0, 1.0], [2.0, 0.0]])
     y = torch.tensor([[0.0, 3.0], [2.0, 2.0], [-1.0, 0.0]])
     assert cosine(x, y).tolist() == pytest.approx([0.0, 1.0, -1.0])
+
+
+def test_tensors_of_any_size_are_compared_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(7, 5, 9, generator=torch.Generator().manual_seed(0))
+    y = (x + 0.1).transpose(0, 2).contiguous().transpose(0, 2)
+    whole = sqnr(x, y)
+    monkeypatch.setattr("torch_quant.core.metrics._SLICE", 10)
+    assert sqnr(x, y) == pytest.approx(whole, abs=1e-9)
+    x[0, 0, 0] = y[0, 0, 0] = float("-inf")
+    assert math.isfinite(sqnr(x, y))

@@ -10,6 +10,9 @@ from torch.utils import _pytree as pytree
 
 __all__ = ["cosine", "float_leaves", "sqnr"]
 
+_SLICE = 1 << 20
+"""Numbers that are compared together: logits of a language model, in float64, take a gigabyte."""
+
 
 def float_leaves(outputs: Any) -> list[Tensor]:
     """The floating-point tensors of a model's (nested) outputs, in order."""
@@ -31,12 +34,14 @@ def sqnr(reference: Any, actual: Any) -> float:
     20.0
     """
     signal = noise = 0.0
-    for x, y in zip(float_leaves(reference), float_leaves(actual), strict=True):
-        exact = x.detach().double()
-        finite = torch.isfinite(exact)  # masked positions, -inf in both, carry no noise
-        exact = exact[finite]
-        signal += float(exact.square().sum())
-        noise += float((exact - y.detach().double()[finite]).square().sum())
+    for pair in zip(float_leaves(reference), float_leaves(actual), strict=True):
+        x, y = (each.detach().reshape(-1).split(_SLICE) for each in pair)
+        for part, other in zip(x, y, strict=True):
+            exact = part.double()
+            finite = torch.isfinite(exact)  # masked positions, -inf in both, carry no noise
+            exact = exact[finite]
+            signal += float(exact.square().sum())
+            noise += float((exact - other.double()[finite]).square().sum())
     if noise == 0.0:
         return float("inf")
     return float("-inf") if signal == 0.0 else 10.0 * float(torch.tensor(signal / noise).log10())
