@@ -40,8 +40,9 @@ from torch_quant.io.onnx import export_onnx
 from torch_quant.io.saving import load, save
 from torch_quant.io.torchscript import export_torchscript
 from torch_quant.module_filter import ModuleFilter
+from torch_quant.qat.distillation import Distillation
 from torch_quant.qat.methods import QatMethod, register_qat_method
-from torch_quant.qat.schedule import QatSchedule, switch
+from torch_quant.qat.schedule import QatSchedule, detect_nonfinite, switch
 from torch_quant.quantizer import Quantizer
 from torch_quant.tuning import tune
 from torch_quant.version import __version__
@@ -56,6 +57,7 @@ __all__ = [
     "Backend",
     "BackendUnavailable",
     "CaptureFailed",
+    "Distillation",
     "ElementType",
     "FloatType",
     "Granularity",
@@ -87,6 +89,7 @@ __all__ = [
     "__version__",
     "available_backends",
     "cosine",
+    "detect_nonfinite",
     "export_checkpoint",
     "export_onnx",
     "export_torchscript",

@@ -16,6 +16,7 @@ from torch_quant import (
     NotCalibrated,
     QConfig,
     Quantizer,
+    QuantSpec,
     SmoothQuant,
     UnsupportedOp,
     recipes,
@@ -113,3 +114,18 @@ def test_quantizing_in_the_middle_of_training() -> None:
     assert torch.equal(one, two)
     assert qat_model.training
     assert model[0].weight.grad is not None
+
+
+@pytest.mark.parametrize("bits", [0, 1, 17, 2.5])
+def test_bits_out_of_range(bits: float) -> None:
+    with pytest.raises(InvalidConfig, match="bits"):
+        QuantSpec.of(bits=bits)  # type: ignore[arg-type]
+
+
+def test_training_goes_on_where_the_model_was_changed() -> None:
+    """The QAT model computes what it was made of, and deploys that."""
+    quantizer, model, inputs = calibrated("mlp", qconfig=FOUR_BITS)
+    qat_model = quantizer.qat(model)
+    model[0].register_forward_hook(lambda module, args, y: y * 2)
+    expected = quiet(qat_model, inputs)
+    assert torch.equal(quiet(quantizer.quantize(qat_model), inputs), expected)

@@ -36,7 +36,7 @@ from torch_quant.qat.dropout import put_back_dropout
 from torch_quant.qat.fake_quantize import TRAINED_FAKE_QUANTIZE, label
 from torch_quant.qat.methods import INPUT, WEIGHT, QatMethod
 from torch_quant.qat.model import QatModel, TrainedQuantization
-from torch_quant.qat.modes import TrainedGraph
+from torch_quant.qat.modes import TrainedGraph, results_of
 from torch_quant.qat.observing import range_of
 from torch_quant.statistics import Statistic
 
@@ -235,6 +235,8 @@ class QatLowering(Lowering):
     def _graph(self, submodule: CapturedModule, kind: Kind, graph: CapturedGraph) -> QuantizedGraph:
         made = TrainedGraph.over(super()._graph(submodule, kind, graph))
         made.folded = tuple(folded_norms(made.body.graph))
+        made.path = submodule.path
+        made.results = results_of(made.body.graph, submodule.path, made.folded)
         left_out = put_back_dropout(made.body, self.captured.prepared(submodule, graph).captured)
         if left_out:
             logger.warning(

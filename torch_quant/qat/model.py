@@ -126,18 +126,25 @@ class QatModel(QuantizedModule):
     def follow_switches(self) -> None:
         """Have each graph run the body for the mode of this module and the model's switches."""
         how = self.quantization
-        if how.switches is None:
+        switches = how.switches
+        if switches is None:
             return
-        _, observes, rounds, frozen = how.switches.read()
+        _, observes, rounds, frozen = switches.read()
         if how.frozen != frozen:
             self._follow_in_python()
         for graph in how.graphs:
             assert isinstance(graph, TrainedGraph)
             norms = graph.norms if self.training and not frozen else {}
             moving = (name for name, mean in norms.items() if self._owner_of(mean).training)
-            drops, observing = self.training and graph.drops, self.training and observes
-            rounding = rounds or not self.training
-            set_mode(graph, Mode(drops, frozenset(moving), observing, rounding), self._owner_of)
+            mode = Mode(
+                drops=self.training and graph.drops,
+                moving=frozenset(moving),
+                observes=self.training and observes,
+                rounds=not switches.never_rounds and (rounds or not self.training),
+                watches=switches.watches,
+                taps=switches.taps,
+            )
+            set_mode(graph, mode, self._owner_of, switches.record)
 
     def _owner_of(self, target: str) -> nn.Module:
         module: nn.Module = self

@@ -6,20 +6,23 @@ have seen both need not compile again.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from torch import fx
+from torch import Tensor, fx
 
 from torch_quant.convert.mounting import linked, links
 from torch_quant.convert.quantized_graph import QuantizedGraph
+from torch_quant.graph.sites import MODULE
 from torch_quant.passes.base import copy_graph
 from torch_quant.passes.fold_batch_norm import FoldedNorm
 from torch_quant.qat.batch_norm import OwnerOf, let_move, norms_of
 from torch_quant.qat.dropout import dropouts, turn_on
 from torch_quant.qat.fake_quantize import TRAINED_FAKE_QUANTIZE
 from torch_quant.qat.observing import observe_ranges
+from torch_quant.qat.watching import insert_taps, insert_watches
 
-__all__ = ["Mode", "TrainedGraph", "set_mode"]
+__all__ = ["Mode", "TrainedGraph", "results_of", "set_mode"]
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,16 @@ class Mode:
         moving: the norms whose statistics move, named as by ``norms_of``.
         observes: whether scales follow the data.
         rounds: whether anything is rounded.
+        watches: whether the first value that is not finite raises.
+        taps: modules whose results are recorded.
     """
 
     drops: bool = False
     moving: frozenset[str] = frozenset()
     observes: bool = False
     rounds: bool = True
+    watches: bool = False
+    taps: tuple[str, ...] = ()
 
 
 class TrainedGraph(QuantizedGraph):
@@ -44,6 +51,10 @@ class TrainedGraph(QuantizedGraph):
 
     folded: tuple[FoldedNorm, ...] = ()
     """The norms that were folded into products in it."""
+    path: str = ""
+    """Of the module that it computes, in the model."""
+    results: Mapping[str, str] = {}
+    """Path of each module -> the node that computes its result."""
     _norms: dict[str, str] | None = None
     _drops: bool | None = None
 
@@ -72,13 +83,40 @@ class TrainedGraph(QuantizedGraph):
         return self._drops
 
 
-def set_mode(graph: TrainedGraph, mode: Mode, owner_of: OwnerOf) -> None:
+def results_of(graph: fx.Graph, path: str, folded: Iterable[FoldedNorm]) -> dict[str, str]:
+    """Path of each module that computes something in a graph -> the last node of it.
+
+    Args:
+        graph: lowered.
+        path: of its module in the model.
+        folded: the norms in it; the result of such a norm is that of its product.
+    """
+    found: dict[str, str] = {}
+    means = {node.name: str(node.target) for node in graph.find_nodes(op="get_attr")}
+    for norm in folded:
+        owner = means[norm.mean].rpartition(".")[0]
+        found[f"{path}.{owner}".strip(".")] = norm.product
+    for node in graph.nodes:
+        module = node.meta.get(MODULE, "")
+        while module:
+            found[module] = node.name
+            module = module.rpartition(".")[0]
+    return found
+
+
+def set_mode(
+    graph: TrainedGraph,
+    mode: Mode,
+    owner_of: OwnerOf,
+    record: Callable[[str, Tensor], None],
+) -> None:
     """Have a graph run the body of ``mode``.
 
     Args:
         graph: the graph.
         mode: what is not in the graph has no effect.
         owner_of: the module that holds a tensor, by its name in the graph.
+        record: is given each module of ``mode.taps`` and its result.
     """
     key = None if mode == Mode() else mode
     if graph.mode == key:
@@ -89,11 +127,14 @@ def set_mode(graph: TrainedGraph, mode: Mode, owner_of: OwnerOf) -> None:
         body = linked(copy_graph(deployed), links(deployed))
         if mode.drops:
             turn_on(body)
+        insert_taps(body, {x: graph.results[x] for x in mode.taps if x in graph.results}, record)
         let_move(body, graph.folded, mode.moving, owner_of)
         if not mode.rounds:
             _leave_unrounded(body)
         elif mode.observes:
             observe_ranges(body)
+        if mode.watches:
+            insert_watches(body, graph.path)
         body.graph.eliminate_dead_code()
         body.recompile()
         graph.modes[key] = body

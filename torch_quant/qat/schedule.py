@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from torch import nn
 
 from torch_quant.errors import InvalidConfig
 from torch_quant.qat.model import QatModel, switches_of
 from torch_quant.qat.switches import FAKE_QUANTIZE, FREEZE_BN, OBSERVE, STEPS, checked_step
 
-__all__ = ["QatSchedule", "switch"]
+__all__ = ["QatSchedule", "detect_nonfinite", "follow", "switch"]
 
 
 def switch(
@@ -47,9 +50,48 @@ def switch(
     for place, value in given.items():
         if value is not None:
             switches.write(place, int(value))
+    follow(qat_model)
+
+
+def follow(qat_model: nn.Module) -> None:
+    """Have every part of a QAT model run as its switches say."""
     for module in qat_model.modules():
         if isinstance(module, QatModel):
             module.follow_switches()
+
+
+@contextlib.contextmanager
+def detect_nonfinite(qat_model: nn.Module) -> Iterator[None]:
+    """Inside, the first value of a QAT model that is NaN or infinite raises, naming its site.
+
+    What is rounded, its scales and the results of weighted products are looked at in the forward
+    pass, and their gradients in the backward pass, which has to be inside too. Each look reads a
+    tensor, so this is for finding out and not for training.
+
+    Args:
+        qat_model: what ``quantizer.qat`` made.
+
+    Raises:
+        QuantError: from inside: where the value is, and in which pass.
+
+    >>> import torch
+    >>> from torch_quant import Quantizer
+    >>> model, x, quantizer = nn.Linear(4, 2), torch.rand(8, 4), Quantizer("reference")
+    >>> _ = quantizer.calib(model)(x)
+    >>> qat_model = quantizer.qat(model)
+    >>> with detect_nonfinite(qat_model):  # doctest: +ELLIPSIS
+    ...     qat_model(x / 0)
+    Traceback (most recent call last):
+    torch_quant.errors.QuantError: linear: the input holds infinity, shape (8, 4), in the forward...
+    """
+    switches = switches_of(qat_model)
+    switches.watches = True
+    follow(qat_model)
+    try:
+        yield
+    finally:
+        switches.watches = False
+        follow(qat_model)
 
 
 class QatSchedule:

@@ -6,7 +6,8 @@ them, and the count of steps with them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,17 +22,33 @@ _NAME = "qat_switches"
 STEPS, OBSERVE, FAKE_QUANTIZE, FREEZE_BN = range(4)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Switches:
-    """Reads and sets the switches of a model.
+    """Reads and sets the switches of a model, and holds those that are no part of its state.
 
     Args:
         buffers: of the whole model.
         name: of the buffer.
+        never_rounds: nothing is rounded in any mode.
+        watches: whether the first value that is not finite raises.
+        taps: modules whose results are kept.
+        tapped: those results, of the last call.
     """
 
     buffers: dict[str, Tensor | None]
     name: str
+    never_rounds: bool = False
+    watches: bool = False
+    taps: tuple[str, ...] = ()
+    tapped: dict[str, Tensor] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: Any) -> Switches:
+        """A copy has the state and nothing else."""
+        return Switches(copy.deepcopy(self.buffers, memo), self.name, self.never_rounds)
+
+    def record(self, module: str, x: Tensor) -> None:
+        """Keep the result of a module."""
+        self.tapped[module] = x
 
     @property
     def tensor(self) -> Tensor:
