@@ -55,8 +55,10 @@ def test_what_it_does_not_take_goes_the_long_way() -> None:
         assert not way.takes(wrong)
     with pytest.raises(CaptureFailed, match=r"input\.shape\[2\] is 16"):
         model.a(x[..., :16])
-    with pytest.raises(CaptureFailed, match="input has 2 dimensions; it was captured for 3"):
+    with pytest.raises(CaptureFailed, match=r"input\.shape\[1\] is 16, .* captured for 32"):
         model.a(x[0, :, :16])
+    with pytest.raises(CaptureFailed, match="input has 0 dimensions; it was captured for 3"):
+        model.a(x[0, 0, 0])
     assert torch.equal(model.a(nn.Parameter(x)), model.a(x))
 
 
@@ -97,8 +99,22 @@ def test_layers_take_tensors_of_any_rank(backend: str, recipe: QConfig, tmp_path
         torch.testing.assert_close(layer(rows[0, 0]), expected[0, 0])
         assert torch.equal(table(example[0, 0]), rows[0, 0])
         assert len(table.graphs) == len(layer.graphs) == 1
-        with pytest.raises(CaptureFailed):
+        with pytest.raises(CaptureFailed, match=r"input\.shape\[0\] is 16, .* captured for 64"):
             layer(rows[0, 0, :16])
+
+
+def test_a_graph_is_asked_once_whether_its_rank_counts(monkeypatch: Any) -> None:
+    """Looking through it takes as long as calling it."""
+    model, x = quantized()
+    asked, look = [], module.computes_rows
+    monkeypatch.setattr(module, "computes_rows", lambda body: asked.append(body) or look(body))
+    expected = model.a(input=x)
+    for _ in range(3):
+        assert torch.equal(model.a(input=x[0]), expected[0])
+        assert torch.equal(model.a(x[0]), expected[0])
+    assert len(asked) == 1
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin.a(input=x[0]), expected[0])
 
 
 def test_other_modules_keep_the_rank_that_they_were_captured_for() -> None:

@@ -121,7 +121,7 @@ def direct(
     out_spec: Any,
     signature: Any,
     *,
-    by_rows: bool = False,
+    width: list[int] | None = None,
 ) -> Direct | None:
     """The direct way to a graph, None if its calls are no single tensor, or sizes are conditional.
 
@@ -131,7 +131,7 @@ def direct(
         contract: the sizes that it serves.
         out_spec: how its outputs nest.
         signature: of the module.
-        by_rows: whether that computes the rows of a tensor of any rank.
+        width: what :func:`fixed_width` gives, None if its rank counts.
     """
     if len(kind.leaves) != 1 or not isinstance(kind.leaves[0][0], torch.dtype):
         return None
@@ -148,7 +148,6 @@ def direct(
     if out_spec != flatten_output(x)[1]:
         return None
     function = _in_one_call(body) or body.forward
-    width = fixed_width(body, kind, contract) if by_rows else None
     if width is not None:
         return Direct(function, dtype, None, tuple((-1, size) for size in width))
     fixed = tuple((axis, size) for axis, size in enumerate(sizes) if isinstance(size, int))

@@ -89,12 +89,15 @@ class QuantizedGraph(NeverLoads):
         """The bodies of modes that it had; None stands for what is deployed."""
         self._direct: tuple[Any, Direct | None] | None = None
         """For which body and signature, and the shortest way to it."""
+        self._width: tuple[Any, list[int] | None] | None = None
+        """For which body, and the last size that it takes of tensors of any rank."""
 
     def __getstate__(self) -> dict[str, Any]:
         fresh: dict[str, Any] = {
             "compiled": None,
             "variants": {},
             "_direct": None,
+            "_width": None,
             "modes": {},
             "mode": None,
         }
@@ -125,41 +128,53 @@ class QuantizedGraph(NeverLoads):
             made = None
             if self.compiler is None and isinstance(body, fx.GraphModule):
                 facts = self.kind, self.contract, self.out_spec, signature
-                made = direct(body, *facts, by_rows=self.by_rows)
+                made = direct(body, *facts, width=self._fixed_width())
             known = self._direct = (body, made)
         return known[1]
 
     def accept(self, call: Call) -> Call | None:
         """``call`` as the graph takes it, or None if it does not serve it."""
         accepted = self.kind.accept(call)
-        if accepted is None:
-            return self._of_another_rank(call)
-        return accepted if self._sizes(accepted) is None else None
+        if accepted is not None:
+            return accepted if self._sizes(accepted) is None else None
+        accepted = self._of_another_rank(call)
+        return None if accepted is None or self._last_size(accepted) else accepted
+
+    def _fixed_width(self) -> list[int] | None:
+        """The last size of tensors of any rank, empty if it is free; None if their rank counts."""
+        body = self._modules["body"]
+        if not self.by_rows or self.compiler is not None or not isinstance(body, fx.GraphModule):
+            return None
+        known = self._width
+        if known is None or known[0] is not body:
+            known = self._width = body, fixed_width(body, self.kind, self.contract)
+        return known[1]
 
     def _of_another_rank(self, call: Call) -> Call | None:
-        """``call`` if the graph computes each row by itself, so that its rank does not matter."""
-        if (
-            not self.by_rows
-            or len(call.positions) != 1
-            or len(self.kind.leaves) != 1
-            or self.compiler is not None
-        ):
+        """``call`` if only its rank is another, and the graph computes each row by itself."""
+        width = self._fixed_width()
+        if width is None or len(call.positions) != 1:
             return None
-        shape = call.tensors[0].shape
-        kind = replace(self.kind, leaves=((self.kind.leaves[0][0], len(shape)),))
-        accepted, body = kind.accept(call), self._modules["body"]
-        if accepted is None or not isinstance(body, fx.GraphModule):
-            return None
-        width = fixed_width(body, self.kind, self.contract)
-        fits = width is not None and all(shape[-1:] == (size,) for size in width)
-        return accepted if fits else None
+        rank = len(call.facts[1][0])
+        kind = replace(self.kind, leaves=((self.kind.leaves[0][0], rank),))
+        return kind.accept(call) if rank >= len(width) else None
+
+    def _last_size(self, call: Call) -> str | None:
+        """Why it does not serve a call of another rank, or None."""
+        (shape,) = call.facts[1]
+        for size in self._fixed_width() or []:
+            if shape[-1] != size:
+                where = f"{call.names()[0]}.shape[{len(shape) - 1}]"
+                return f"{where} is {shape[-1]}, but the graph was captured for {size}"
+        return None
 
     def mismatch(self, call: Call) -> str | None:
         """Why it does not serve ``call``, or None."""
         accepted = self.kind.accept(call)
-        if accepted is None:
-            return call.difference(self.kind)
-        return self._sizes(accepted)
+        if accepted is not None:
+            return self._sizes(accepted)
+        accepted = self._of_another_rank(call)
+        return call.difference(self.kind) if accepted is None else self._last_size(accepted)
 
     def _sizes(self, call: Call) -> str | None:
         """Which size of an accepted call it does not serve, or None."""
