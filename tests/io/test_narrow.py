@@ -26,6 +26,8 @@ CASES = {
     "int8 of 6 bits": (integers(-32, 31, torch.int8, 7, 5, 11), 6),
     "one value": (torch.full((64, 8), -7, dtype=torch.int32), 1),
     "zero points": (integers(0, 15, torch.int32, 64, 2), 4),
+    "the largest of int8": (integers(100, 127, torch.int8, 400), 5),
+    "the largest of int32": (integers(2**31 - 5, 2**31 - 1, torch.int64, 400).int(), 3),
     "int16 far from zero": (integers(30000, 30100, torch.int16, 300), 7),
     "two codes of 3 bits in a byte": (pack(integers(4, 11, torch.uint8, 30, 64), 4), 3),
     "two codes of 2 bits in a byte": (pack(integers(6, 9, torch.uint8, 30, 64), 4), 2),
@@ -87,7 +89,21 @@ def test_a_saved_weight_takes_the_bits_of_its_format(
 
 @pytest.mark.parametrize(
     "change",
-    [{"bits": 0}, {"bits": 5}, {"cell": 3}, {"dtype": "int64"}, {"shape": [-1]}, {"low": "x"}],
+    [
+        {"bits": 0},
+        {"bits": 5},
+        {"cell": 3},
+        {"dtype": "int64"},
+        {"shape": [-1]},
+        {"low": "x"},
+        {"low": 10**12},
+        {"low": 121},
+        {"low": -129},
+        {"low": True},
+        {"shape": [0, 10**30]},
+        {"cell": 4, "dtype": "int32", "shape": [248], "bits": 1, "low": 0},
+        {"cell": 4, "dtype": "uint8", "shape": [330], "low": 9},
+    ],
     ids=str,
 )
 def test_forged_notes_are_refused(change: dict[str, Any], tmp_path: Path, monkeypatch: Any) -> None:

@@ -41,18 +41,31 @@ def narrowed(x: Tensor) -> tuple[Tensor, dict[str, Any]] | None:
     if kind is None or x.nbytes < _LEAST:
         return None
     best: dict[str, Any] | None = None
-    for cell in (x.element_size() * 8, *([_NIBBLE] if kind == "uint8" else [])):
+    for cell in _widths(kind):
         ends = [torch.aminmax(part) for part in _cells(x, cell)]
         low, high = min(int(a) for a, _ in ends), max(int(b) for _, b in ends)
         bits = max((high - low).bit_length(), 1)
         if bits <= 8 and bits / cell < (best["bits"] / best["cell"] if best else 1.0):
-            best = {"bits": bits, "low": low, "cell": cell}
+            most = _ends(kind, cell)[1] - (1 << bits) + 1  # so that all its codes are numbers
+            best = {"bits": bits, "low": min(low, most), "cell": cell}
     if best is None:
         return None
     wide = torch.int32 if x.element_size() == 4 else torch.int16
     parts = [part.to(wide) - best["low"] for part in _cells(x, best["cell"])]
     packed = torch.cat([pack(part[None], best["bits"])[0] for part in parts])
     return packed, best | {"dtype": kind, "shape": list(x.shape)}
+
+
+def _widths(kind: str) -> tuple[int, ...]:
+    """The bits that a code of a tensor may have: those of its type; bytes may hold two."""
+    whole = _DTYPES[kind].itemsize * 8
+    return (whole, _NIBBLE) if kind == "uint8" else (whole,)
+
+
+def _ends(kind: str, cell: int) -> tuple[int, int]:
+    """The smallest and the largest number that such a code may be."""
+    info = torch.iinfo(_DTYPES[kind])
+    return (0, (1 << _NIBBLE) - 1) if cell == _NIBBLE else (info.min, info.max)
 
 
 def _cells(x: Tensor, cell: int) -> list[Tensor]:
@@ -71,11 +84,15 @@ def widened(packed: Tensor, how: dict[str, Any]) -> Tensor:
     """
     bits, low, cell, kind, shape = (how[key] for key in ("bits", "low", "cell", "dtype", "shape"))
     numbers = [bits, low, cell, *shape]
-    plain = all(type(each) is int for each in numbers) and min(shape, default=0) >= 0
-    if kind not in _DTYPES or not plain or not 1 <= bits <= 8 or packed.dtype is not torch.uint8:
+    plain = all(type(each) is int for each in numbers) and min(shape, default=1) > 0
+    known = kind in _DTYPES and plain and cell in _widths(kind) and packed.dtype is torch.uint8
+    if not known or not 1 <= bits <= 8:
         raise ValueError(f"no narrow integers: {how}")
+    least, most = _ends(kind, cell)
+    if not least <= low <= most - (1 << bits) + 1:
+        raise ValueError(f"{bits} bits from {low} on go beyond {least} to {most} of {kind}: {how}")
     dtype, count = _DTYPES[kind], math.prod(shape)
-    codes = count * dtype.itemsize * 8 // cell if cell in (_NIBBLE, dtype.itemsize * 8) else -1
+    codes = count * dtype.itemsize * 8 // cell
     if packed.shape != (row_bytes(codes, bits),):
         raise ValueError(f"{list(packed.shape)} bytes are no {count} integers of {bits} bits")
     made, wide = (
