@@ -270,6 +270,7 @@ struct ScoreRow {
   float constant;    // what all scores have in common
   const uint8_t* mask;
   Number* p;
+  float shift, sum;  // of exponents, and of exponentials
 };
 
 template <bool TAIL>
@@ -329,36 +330,57 @@ inline int32_t fill(const Product& j, const ScoreRow& r, int64_t from) {
   return static_cast<int32_t>((seen - from) * j.p_zero);
 }
 
-// Writes the codes of a row's probabilities and returns their sum.
+// The softmax of a row in three steps. Each is taken for all rows of a tile before the next one, so that
+// rows need not wait for what a step makes of all columns of one.
+
+constexpr double LOG2E = 1.4426950408889634;
+
+// The largest score; exponentials are of distances from it.
 template <bool MASKED>
-inline int32_t softmax_row(const Product& j, const ScoreRow& r) {
-  constexpr double LOG2E = 1.4426950408889634;
+inline void find_top(const Product& j, ScoreRow& r) {
   const int64_t whole = r.limit / LANES * LANES;
-  F32 scale, shift;
   if (MASKED) {
     F32 tops = all(-INFINITE);
     for (int64_t k = 0; k < whole; k += LANES) tops = masked<false>(j, r, k, tops);
     if (whole < r.limit) tops = masked<true>(j, r, whole, tops);
-    const float top = highest(tops);
-    if (top == -INFINITE) return fill(j, r, 0);  // it sees nothing
-    scale = all(static_cast<float>(LOG2E)), shift = all(top);
+    r.shift = highest(tops);
+    if (r.shift == -INFINITE) r.limit = 0;  // it sees nothing
   } else {
     I32 tops = integers(std::numeric_limits<int32_t>::min());
     for (int64_t k = 0; k < whole; k += LANES) tops = top_of<false>(r, k, tops);
     if (whole < r.limit) tops = top_of<true>(r, whole, tops);
-    const float by = static_cast<float>(j.scale * LOG2E);
-    scale = all(by), shift = all(-by * static_cast<float>(highest(tops)));
+    r.shift = -static_cast<float>(j.scale * LOG2E) * static_cast<float>(highest(tops));
   }
+}
+
+template <bool MASKED>
+inline void sum_exponentials(const Product& j, ScoreRow& r) {
+  const int64_t whole = r.limit / LANES * LANES;
+  const F32 scale = all(static_cast<float>(MASKED ? LOG2E : j.scale * LOG2E)), shift = all(r.shift);
   F32 sums = zeros();
   for (int64_t k = 0; k < whole; k += LANES) sums = exponentials<MASKED, false>(r, k, scale, shift, sums);
   if (whole < r.limit) sums = exponentials<MASKED, true>(r, whole, scale, shift, sums);
-  const F32 factor = all(static_cast<float>(j.p_inverse) / total(sums));
+  r.sum = total(sums);
+}
+
+// Writes the codes of the probabilities and returns their sum.
+inline int32_t round_row(const Product& j, const ScoreRow& r) {
+  const int64_t whole = r.limit / LANES * LANES;
+  const F32 factor = all(static_cast<float>(j.p_inverse) / r.sum);
   const F32 most = all(static_cast<float>(j.p_high - j.p_zero));
   const I32 middle = integers(static_cast<int32_t>(j.p_zero));
   I32 found = zero();
   for (int64_t k = 0; k < whole; k += LANES) found = codes<false>(j, r, k, factor, most, middle, found);
   if (whole < r.limit) found = codes<true>(j, r, whole, factor, most, middle, found);
   return total(found) + fill(j, r, r.limit);
+}
+
+// Sums of the codes of each row's probabilities, times `by`.
+template <bool MASKED>
+inline void softmax(const Product& j, ScoreRow* rows, int64_t count, int32_t by, int32_t* sums) {
+  for (int64_t m = 0; m < count; m++) find_top<MASKED>(j, rows[m]);
+  for (int64_t m = 0; m < count; m++) sum_exponentials<MASKED>(j, rows[m]);
+  for (int64_t m = 0; m < count; m++) sums[m] = by * round_row(j, rows[m]);
 }
 
 // Writes a row of the result: (sums + constant) * y_scale, as floats or as codes.
@@ -425,17 +447,21 @@ void compute_product(const Product& j, int64_t i, int64_t worker) {
       continue;
     }
     const int64_t seen = j.p_zero ? j.wide : blocks * LANES;
+    ScoreRow score_rows[TILE_ROWS];
     for (int64_t m = 0; m < rows; m++) {
       const int64_t at = batch * j.mask_of_batch + heads[m] * j.mask_of_head + row[m] * j.mask_of_row;
       const int64_t size = j.mask_element == FLOAT32 ? 4 : 1;
-      const ScoreRow r = {scores + m * j.wide,
-                          limits[m],
-                          seen,
-                          static_cast<float>(constants[m] * j.scale),
-                          j.mask ? static_cast<const uint8_t*>(j.mask) + at * size : nullptr,
-                          reinterpret_cast<Number*>(p + m * j.p_bytes)};
-      constants[m] = -value_middle * (masks ? softmax_row<true>(j, r) : softmax_row<false>(j, r));
+      score_rows[m] = {scores + m * j.wide,
+                       limits[m],
+                       seen,
+                       static_cast<float>(constants[m] * j.scale),
+                       j.mask ? static_cast<const uint8_t*>(j.mask) + at * size : nullptr,
+                       reinterpret_cast<Number*>(p + m * j.p_bytes)};
     }
+    if (masks)
+      softmax<true>(j, score_rows, rows, -value_middle, constants);
+    else
+      softmax<false>(j, score_rows, rows, -value_middle, constants);
     product_of(rows, p, j.p_bytes, values, keys * 64, seen / DEPTH, j.wide_features / LANES, nullptr, found,
                j.wide_features);
     for (int64_t m = 0; m < rows; m++)

@@ -45,8 +45,9 @@ MOST_TERMS = 32768
 
 _CALL = struct.Struct("@" + 4 * "qqqqqdqqq" + 5 * "q" + 9 * "q" + "dddqq")
 _NOTHING = (0, 0, 0, 0, 0, 1.0, 0, 0, 0)
-_ELEMENTS = {torch.uint8: 0, torch.int8: 1, torch.float32: 2}
-_RANGES = {torch.uint8: (0, 255), torch.int8: (-128, 127), torch.float32: (0, 255)}
+_NO_MASK = (0, 0, 0, 0, 0)
+_ELEMENTS = {torch.uint8: (0, 0, 255), torch.int8: (1, -128, 127), torch.float32: (2, 0, 255)}
+"""What the kernels call a type, and what codes it has; floats are rounded to unsigned ones."""
 
 
 @dataclass(frozen=True)
@@ -66,23 +67,23 @@ class _Grid:
         """Real numbers as the result of an operator."""
         if dtype is torch.float32:
             return x
-        limits = _RANGES[dtype]
-        return QUANTIZE_PER_TENSOR(x, self.scale, self.zero_point, *limits, dtype)  # type: ignore[no-any-return]
+        _, low, high = _ELEMENTS[dtype]
+        return QUANTIZE_PER_TENSOR(x, self.scale, self.zero_point, low, high, dtype)  # type: ignore[no-any-return]
 
 
-def _operand(x: Tensor, grid: _Grid) -> tuple[Any, ...]:
+def _operand(x: Tensor, scale: float, zero_point: int) -> tuple[Any, ...]:
     """A tensor of four dimensions as the kernels read it; it has to live until they are through."""
-    low, high = _RANGES[x.dtype]
+    element, low, high = _ELEMENTS[x.dtype]
     batch, head, row, _ = x.stride()
-    where = (x.data_ptr(), _ELEMENTS[x.dtype], batch, head, row)
-    return (*where, 1.0 / grid.scale, grid.zero_point, low, high)
+    return (x.data_ptr(), element, batch, head, row, 1.0 / scale, zero_point, low, high)
 
 
 def _readable(x: Tensor) -> Tensor:
     """A tensor whose rows lie without gaps, in a type that the kernels read."""
     if x.dtype not in _ELEMENTS:
         x = x.to(torch.float32)
-    x = x.resolve_neg().detach()
+    if x.is_neg():
+        x = x.resolve_neg()
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
@@ -111,19 +112,16 @@ def _heads(tensors: tuple[Tensor, Tensor, Tensor], leading: Sequence[int]) -> li
     return [x.expand(batch, heads, *x.shape[-2:]) for x in tensors]
 
 
-def _mask(mask: Tensor | None, leading: Sequence[int], sizes: tuple[int, ...]) -> Tensor | None:
+def _mask(mask: Tensor, leading: Sequence[int], sizes: tuple[int, ...]) -> Tensor:
     """A mask as [batch, heads, queries, keys], broadcast by strides; bool or float32."""
-    if mask is None:
-        return None
     if mask.dtype is not torch.bool:
         mask = mask.to(torch.float32)
     *_, queries, keys = sizes
-    mask = mask.expand(*mask.shape[:-1], keys)
-    if mask.stride(-1) != 1 and keys > 1:
-        mask = mask.contiguous()
+    if mask.shape[-1] != keys or (mask.stride(-1) != 1 and keys > 1):
+        mask = mask.expand(*mask.shape[:-1], keys).contiguous()
     if len(leading) != 2:
         mask = mask.expand(*leading, queries, keys).reshape(-1, 1, queries, keys)
-    return mask.expand(sizes).detach()
+    return mask if mask.shape == sizes else mask.expand(sizes)
 
 
 def _attention(
@@ -141,9 +139,7 @@ def _attention(
     out_dtype: torch.dtype,
     tokens_first: bool,
 ) -> Tensor:
-    y, shape = _attention_result(query, key, value, out_dtype, tokens_first)
-    grids = [_Grid(*each) for each in zip(scales, zero_points, strict=True)]
-    out = _Grid(out_scale, out_zero_point)
+    y, leading = _attention_result(query, key, value, out_dtype, tokens_first)
     queries, depth = query.shape[-2:]
     keys, features = value.shape[-2:]
     if key.shape[-2] != keys or key.shape[-1] != depth:
@@ -151,31 +147,45 @@ def _attention(
         raise InvalidConfig(f"torch_quant::int8_attention: sizes of {shapes} do not fit together")
     if not y.numel():
         return y
-    if not keys:
-        return y.copy_(out.codes(torch.zeros(()), out_dtype))
-    if max(keys, depth) > MOST_TERMS or not depth or native.kernels() is None:
-        real = [grid.real(x) for grid, x in zip(grids, (query, key, value), strict=False)]
-        shares = query.dim() > 2 and query.shape[-3] != key.shape[-3]
-        p = sdpa_probabilities(real[0], real[1], real[2], mask, 0.0, causal, scale, shares)
-        return y.copy_(out.codes(_second_product(p, real[2], grids[3], most), out_dtype))
-    read = (_readable(query), _readable(key), _readable(value))
-    q, k, v = _heads(read, shape[:-2])
-    groups = 1 if k.stride(1) == 0 and v.stride(1) == 0 else k.shape[1]
+    if not keys or keys > MOST_TERMS or not 0 < depth <= MOST_TERMS or native.kernels() is None:
+        grids = [_Grid(*each) for each in zip(scales, zero_points, strict=True)]
+        real = _in_float((query, key, value), mask, causal, scale, grids, most)
+        return y.copy_(_Grid(out_scale, out_zero_point).codes(real, out_dtype))
+    q, k, v = _heads((_readable(query), _readable(key), _readable(value)), leading)
     batch, heads = q.shape[:2]
+    groups = 1 if k.stride(1) == 0 and v.stride(1) == 0 else k.shape[1]
     result = y if y.dim() == 4 else y.view(batch, heads, queries, features)
-    hidden = _mask(mask, shape[:-2], (batch, heads, queries, keys))
-    masks: tuple[int, ...] = (0, 0, 0, 0, 0)
-    if hidden is not None and not causal:
+    masks: tuple[int, ...] = _NO_MASK
+    if mask is not None and not causal:
+        hidden = _mask(mask, leading, (batch, heads, queries, keys))
         element = 2 if hidden.dtype is torch.float32 else 0
         masks = (hidden.data_ptr(), element, *hidden.stride()[:3])
+    of_q, of_k, of_v, of_p = scales
     call = _CALL.pack(
-        *_operand(q, grids[0]), *_operand(k, grids[1]), *_operand(v, grids[2]),
-        *_operand(result, out), *masks, batch, heads, groups, queries, keys, depth, features,
-        1, causal, scale * scales[0] * scales[1], scales[3] * scales[2], 1.0 / scales[3],
-        zero_points[3], most,
+        *_operand(q, of_q, zero_points[0]), *_operand(k, of_k, zero_points[1]),
+        *_operand(v, of_v, zero_points[2]), *_operand(result, out_scale, out_zero_point), *masks,
+        batch, heads, groups, queries, keys, depth, features, 1, causal,
+        scale * of_q * of_k, of_p * of_v, 1.0 / of_p, zero_points[3], most,
     )  # fmt: skip
     _run("int8_attention", call)
     return y
+
+
+def _in_float(
+    tensors: tuple[Tensor, Tensor, Tensor],
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    grids: Sequence[_Grid],
+    most: int,
+) -> Tensor:
+    """Attention with dequantized tensors."""
+    if not tensors[1].shape[-2]:
+        return torch.zeros(())
+    q, k, v = (grid.real(x) for grid, x in zip(grids, tensors, strict=False))
+    shares = q.dim() > 2 and q.shape[-3] != k.shape[-3]
+    p = sdpa_probabilities(q, k, v, mask, 0.0, causal, scale, shares)
+    return _second_product(p, v, grids[3], most)
 
 
 def _second_product(p: Tensor, value: Tensor, grid: _Grid, most: int) -> Tensor:
@@ -188,19 +198,20 @@ def _second_product(p: Tensor, value: Tensor, grid: _Grid, most: int) -> Tensor:
 def _attention_result(
     query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype, tokens_first: bool
 ) -> tuple[Tensor, tuple[Any, ...]]:
-    """An empty result, and its shape."""
-    sizes = (query.shape[-2], value.shape[-1])
+    """An empty result, and its dimensions before the last two."""
+    queries, features = query.shape[-2], value.shape[-1]
     if not query.dim() == key.dim() == value.dim() == 4:
         leading = torch.broadcast_shapes(*(x.shape[:-2] for x in (query, key, value)))
-        return query.new_empty((*leading, *sizes), dtype=dtype), (*leading, *sizes)
-    batch, heads = (  # several heads of the query may share one of the key
-        mine if not isinstance(mine, int) or mine != 1 else others
-        for mine, others in zip(query.shape[:2], key.shape[:2], strict=True)
-    )
+        return query.new_empty((*leading, queries, features), dtype=dtype), leading
+    batch, heads = query.shape[:2]  # several heads of the query may share one of the key
+    if isinstance(batch, int) and batch == 1:
+        batch = key.shape[0]
+    if isinstance(heads, int) and heads == 1:
+        heads = key.shape[1]
     if tokens_first:
-        y = query.new_empty((batch, sizes[0], heads, sizes[1]), dtype=dtype).transpose(1, 2)
-        return y, (batch, heads, *sizes)
-    return query.new_empty((batch, heads, *sizes), dtype=dtype), (batch, heads, *sizes)
+        y = query.new_empty((batch, queries, heads, features), dtype=dtype).transpose(1, 2)
+        return y, (batch, heads)
+    return query.new_empty((batch, heads, queries, features), dtype=dtype), (batch, heads)
 
 
 def _fake_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> Tensor:
@@ -235,9 +246,10 @@ def _matmul(
     batch, heads = a.shape[:2]
     groups = 1 if b.stride(1) == 0 else heads
     rows, columns = result.shape[-2:]
+    four = result.view(batch, heads, rows, columns)
     call = _CALL.pack(
-        *_operand(a, left), *_operand(b, right), *_NOTHING,
-        *_operand(result.view(batch, heads, rows, columns), out), 0, 0, 0, 0, 0,
+        *_operand(a, scales[0], zero_points[0]), *_operand(b, scales[1], zero_points[1]), *_NOTHING,
+        *_operand(four, out_scale, out_zero_point), *_NO_MASK,
         batch, heads, groups, rows, columns, depth, 0,
         by_column, False, 1.0, scales[0] * scales[1], 1.0, 0, 0,
     )  # fmt: skip
