@@ -37,7 +37,7 @@ SAME := core sequences statistics tuning \
 # The same, but for their tests on IPEX.
 ONLY_IPEX := $(addprefix tests/,amp/test_amp_outputs.py amp/test_fallback_execution.py test_example_inputs.py)
 
-.PHONY: help lock demo demo-tuning demo-cnn demo-llm test test-core test-ipex test-latest test-zoo test-sequences check format bench bench-ipex bench-llm clean
+.PHONY: help lock demo demo-tuning demo-cnn demo-qat demo-llm test test-core test-ipex test-latest test-zoo test-sequences check format bench bench-ipex bench-llm clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort
@@ -88,6 +88,10 @@ demo-tuning: $(VENV)/ready  ## find the layers of all-MiniLM-L6-v2 that int8 hur
 
 demo-cnn: $(VENV)/ready  ## train a small CNN on scikit-learn's digits and quantize it
 	OMP_NUM_THREADS=1 $(BIN)/python examples/digits_cnn_ptq.py
+
+demo-qat: $(VENV)/ready  ## train a depthwise CNN at 4 bits, and all-MiniLM-L6-v2 with itself as teacher
+	OMP_NUM_THREADS=1 $(BIN)/python examples/qat_digits.py --plot out/qat_digits.png
+	OMP_NUM_THREADS=1 $(BIN)/python examples/qat_minilm.py
 
 demo-llm: $(LLM)/ready  ## round the weights of the pretrained SmolLM2-135M-Instruct and let it write
 	PYTHONPATH=$(LLM) OMP_NUM_THREADS=1 $(BIN)/python examples/llm_weight_only.py

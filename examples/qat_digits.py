@@ -10,7 +10,7 @@ import argparse
 import json
 import logging
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from digits_data import Digits, load_digits_split, train
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from torch_quant import QConfig, Quantizer, QuantSpec
+from torch_quant import QatSchedule, QConfig, Quantizer, QuantSpec
 
 
 class Separable(nn.Module):
@@ -93,25 +93,73 @@ def accuracy(model: nn.Module, data: Digits) -> float:
     return float((model(data.images).argmax(1) == data.labels).double().mean())
 
 
+@dataclass
+class Progress:
+    """What one run went through, an entry for each epoch.
+
+    Args:
+        loss: mean over the epoch.
+        accuracy: on held-out digits, as would be deployed then.
+        scales: scale of an activation -> its values, in units of the first.
+    """
+
+    loss: list[float] = field(default_factory=list)
+    accuracy: list[float] = field(default_factory=list)
+    scales: dict[str, list[float]] = field(default_factory=dict)
+
+    def note(self, model: nn.Module, loss: float, accuracy: float) -> None:
+        """One epoch has ended."""
+        self.loss.append(loss)
+        self.accuracy.append(accuracy)
+        for name, scale in model.state_dict().items():
+            if name.endswith("input_scale"):
+                self.scales.setdefault(name, []).append(float(scale))
+
+    def plot(self, path: Path) -> None:
+        """Loss, accuracy and scales by epoch, as an image."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(12, 3.5), layout="constrained")
+        for axes, title, values in zip(
+            figure.subplots(1, 3),
+            ("training loss", "held-out accuracy", "scales of activations, relative"),
+            (
+                {"": self.loss},
+                {"": self.accuracy},
+                {name: [x / all_[0] for x in all_] for name, all_ in self.scales.items()},
+            ),
+            strict=True,
+        ):
+            for curve in values.values():
+                axes.plot(range(1, len(curve) + 1), curve, linewidth=1)
+            axes.set(title=title, xlabel="epoch")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
+
+
 def train_quantized(
     quantizer: Quantizer,
     model: nn.Module,
     data: Digits,
+    held_out: Digits,
     *,
     epochs: int,
     method: str,
     batch: int = 64,
-) -> nn.Module:
+) -> tuple[nn.Module, Progress]:
     """Train ``model`` through its quantization; returns the QAT model in eval mode."""
-    batch, qat_model = 64, quantizer.qat(model, method)
+    qat_model = quantizer.qat(model, method)
     groups = quantizer.parameter_groups(qat_model, lr=2e-3, scale_lr=1e-3)
     optimizer = torch.optim.AdamW(groups)
     steps = epochs * (len(data.labels) // batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
+    rates = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, [group["lr"] for group in groups], total_steps=steps
     )
-    qat_model.train()
+    schedule = QatSchedule(qat_model, freeze_bn_at=steps * 2 // 3)
+    progress = Progress()
     for _ in tqdm(range(epochs), desc=f"training through the plan, {method}", unit="epoch"):
+        losses = []
+        qat_model.train()
         for rows in torch.randperm(len(data.labels)).split(batch):
             if len(rows) < batch:
                 continue
@@ -119,14 +167,24 @@ def train_quantized(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            rates.step()
             schedule.step()
-    return qat_model.eval()
+            losses.append(float(loss.detach()))
+        qat_model.eval()
+        progress.note(qat_model, sum(losses) / len(losses), accuracy(qat_model, held_out))
+    return qat_model.eval(), progress
 
 
 def run(
-    *, seed: int = 0, weight: int = 4, epochs: int = 15, qat_epochs: int = 30, method: str = "lsq"
+    *,
+    seed: int = 0,
+    weight: int = 4,
+    epochs: int = 15,
+    qat_epochs: int = 30,
+    method: str = "lsq",
+    plot: Path | None = None,
 ) -> Result:
-    """The whole comparison for one seed; activations have 4 bits."""
+    """The whole comparison for one seed; activations have 4 bits, the edges 8 when trained."""
     training, held_out = load_digits_split()
     torch.manual_seed(seed)
     model = train(DepthwiseCNN(), training, epochs=epochs)
@@ -137,8 +195,12 @@ def run(
             calib_model(images)
     reached, calibrated = accuracy(model, held_out), accuracy(quantizer.quantize(model), held_out)
     start = time.perf_counter()
-    qat_model = train_quantized(quantizer, model, training, epochs=qat_epochs, method=method)
+    qat_model, progress = train_quantized(
+        quantizer, model, training, held_out, epochs=qat_epochs, method=method
+    )
     seconds = time.perf_counter() - start
+    if plot is not None:
+        progress.plot(plot)
     deployed = quantizer.quantize(qat_model)
     with torch.no_grad():
         equal = torch.equal(deployed(held_out.images), qat_model(held_out.images))
@@ -152,6 +214,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--qat-epochs", type=int, default=30)
     parser.add_argument("--method", default="lsq")
+    parser.add_argument("--plot", type=Path, help="an image of the last seed: loss, scales, ...")
     parser.add_argument("--json", type=Path, help="also write every seed's figures there")
     options = parser.parse_args()
     logging.getLogger("torch_quant").setLevel(logging.ERROR)
@@ -163,6 +226,7 @@ def main() -> None:
             epochs=options.epochs,
             qat_epochs=options.qat_epochs,
             method=options.method,
+            plot=options.plot,
         )
         for seed in range(options.seeds)
     ]
