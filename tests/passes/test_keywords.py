@@ -157,7 +157,7 @@ def test_pairs(name: str) -> None:
     agree(plain, named, MODELS[name][1])
 
 
-@pytest.mark.parametrize("runtime", ["reference", "onnx"])
+@pytest.mark.parametrize("runtime", ["reference", "onednn", "onnx"])
 def test_lowering(name: str, runtime: str) -> None:
     backend = Backend.get(runtime)
     if why := backend.unavailable():

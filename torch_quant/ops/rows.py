@@ -8,13 +8,23 @@ from typing import Any
 import torch
 from torch import fx
 
-from torch_quant.ops.qdq import CHOOSE_QPARAMS, FAKE_QUANTIZE, QUANTIZE
+from torch_quant.ops.arguments import argument, arguments
+from torch_quant.ops.qdq import (
+    CHOOSE_QPARAMS,
+    DEQUANTIZE_PER_TENSOR,
+    FAKE_QUANTIZE,
+    QUANTIZE,
+    QUANTIZE_PER_TENSOR,
+)
 
 __all__ = ["computes_rows", "register_row_operator"]
 
 aten = torch.ops.aten
 
-_ROWS: dict[Any, int] = {aten.linear.default: 0, aten.embedding.default: 1}
+_ROWS: dict[Any, int] = {
+    aten.linear.default: 0, aten.embedding.default: 1,
+    QUANTIZE_PER_TENSOR: 0, DEQUANTIZE_PER_TENSOR: 0,
+}  # fmt: skip
 """Operator -> the argument whose rows, or numbers, it computes one by one."""
 _ROUNDING = (QUANTIZE, FAKE_QUANTIZE)
 
@@ -49,13 +59,12 @@ def computes_rows(body: fx.GraphModule) -> bool:
 def _by_rows(body: fx.GraphModule, node: fx.Node, of_rows: set[fx.Node]) -> bool:
     """Whether a node computes rows, given which others do."""
     if node.target in _ROUNDING:
-        scale: Any = node.args[1]
+        scale = argument(node, "scale")
         return scale in of_rows or body.get_buffer(str(scale.target)).dim() == 0
     if node.target is CHOOSE_QPARAMS:
-        return node.args[3] != "per_tensor"
+        return bool(argument(node, "granularity") != "per_tensor")
     if node.target is operator.getitem:  # scale and zero point
         return True
     position = _ROWS.get(node.target)
-    return position is not None and [i for i, each in enumerate(node.args) if each in of_rows] == [
-        position
-    ]
+    given = enumerate(arguments(node).values() if position is not None else ())
+    return [i for i, x in given if isinstance(x, fx.Node) and x in of_rows] == [position]

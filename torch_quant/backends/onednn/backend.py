@@ -21,6 +21,7 @@ from torch_quant.backends.onednn.products import product_kernels
 from torch_quant.core.kernels import Accepts, Kernel, KernelTable
 from torch_quant.core.spec import QuantSpec
 from torch_quant.graph.sites import key_of, results
+from torch_quant.ops.arguments import argument, positional, retarget, set_arguments
 from torch_quant.ops.embedding_bags import bag_arguments
 from torch_quant.ops.qdq import DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
 from torch_quant.ops.table import padding_sizes, size_hints, spread
@@ -101,39 +102,37 @@ def _unsigned_activations(context: PassContext) -> None:
     kernel, hundreds of times slower.
     """
     for node in context.graph.find_nodes(op="call_function", target=DEQUANTIZE_PER_TENSOR):
-        x, scale, zero_point = node.args
-        origin = x
+        origin, zero_point = argument(node, "q"), argument(node, "zero_point")
         while origin.op == "call_function" and origin.target is not QUANTIZE_PER_TENSOR:
-            origin = origin.args[0]
-        if origin.target is QUANTIZE_PER_TENSOR and origin.args[5] is torch.int8:
-            node.args = (x, scale, zero_point + 128)
+            origin = argument(origin, 0)
+        if origin.target is QUANTIZE_PER_TENSOR and argument(origin, "dtype") is torch.int8:
+            set_arguments(node, {"zero_point": zero_point + 128})
     for node in context.graph.find_nodes(op="call_function", target=QUANTIZE_PER_TENSOR):
-        x, scale, zero_point, low, high, dtype = node.args
-        if dtype is torch.int8:
-            node.args = (x, scale, zero_point + 128, low + 128, high + 128, torch.uint8)
+        if argument(node, "dtype") is torch.int8:
+            moved = ("zero_point", "quant_min", "quant_max")
+            values = {name: argument(node, name) + 128 for name in moved}
+            set_arguments(node, values | {"dtype": torch.uint8})
 
 
 def _is_quantized(node: fx.Node) -> bool:
-    x = node.args[0]
+    x = argument(node, "input")
     quantized = isinstance(x, fx.Node) and x.target is DEQUANTIZE_PER_TENSOR
-    return quantized and _weight_of(node, 1) is not None
+    return quantized and _weight_of(node) is not None
 
 
-def _weight_of(node: fx.Node, position: int) -> tuple[Any, Any] | None:
+def _weight_of(node: fx.Node) -> tuple[Any, Any] | None:
     """Codes and scale of an int8 weight argument."""
-    weight = node.args[position]
+    weight = argument(node, "weight")
     if not isinstance(weight, fx.Node) or weight.target is not DEQUANTIZE_PER_CHANNEL:
         return None
-    return weight.args[0], weight.args[1]
+    return argument(weight, "q"), argument(weight, "scale")
 
 
 def _operands(node: fx.Node) -> tuple[Any, ...]:
     """x, its scale and zero point, the weight's codes and scale, the bias."""
-    real = node.args[0]
-    assert isinstance(real, fx.Node)
-    weight = _weight_of(node, 1)
+    weight = _weight_of(node)
     assert weight is not None
-    return (*real.args, *weight, node.args[2] if len(node.args) > 2 else None)
+    return (*positional(argument(node, "input")), *weight, argument(node, "bias"))
 
 
 def _lower_linear(context: PassContext, node: fx.Node) -> None:
@@ -152,8 +151,8 @@ def _lower_conv(context: PassContext, node: fx.Node) -> None:
         context.decline(key_of(node), "oneDNN's convolutions want inputs with a batch dimension")
         return
     x, x_scale, x_zero_point, weight, *rest = _operands(node)
-    arguments = (*node.args[3:7], *(1, 0, 1, 1)[len(node.args[3:7]) :])
-    stride, padding, dilation, groups = arguments
+    names = ("stride", "padding", "dilation", "groups")
+    stride, padding, dilation, groups = (argument(node, name) for name in names)
     kernel = node.graph.owning_module.get_buffer(weight.target).shape[2:]  # type: ignore[union-attr]
     sides, far = padding_sizes(padding, kernel, dilation)
     if far:  # the code of a real 0
@@ -168,14 +167,14 @@ def _lower_conv(context: PassContext, node: fx.Node) -> None:
 
 
 def _lower_embedding(context: PassContext, node: fx.Node) -> None:
-    weight = _weight_of(node, 0)
+    weight = _weight_of(node)
     if weight is None:
         return
-    replace(node, Ending(node), ops.EMBEDDING, (*weight, node.args[1]))
+    replace(node, Ending(node), ops.EMBEDDING, (*weight, argument(node, "indices")))
 
 
 def _lower_embedding_bag(context: PassContext, node: fx.Node) -> None:
-    weight = _weight_of(node, 0)
+    weight = _weight_of(node)
     if weight is None:
         return
     args = (*weight, *bag_arguments(node))
@@ -189,9 +188,8 @@ def _lower_embedding_bag(context: PassContext, node: fx.Node) -> None:
 
 
 def _lower_quantize(node: fx.Node) -> None:
-    x, scale, zero_point, low, high, dtype = node.args
-    info = torch.iinfo(dtype)  # type: ignore[arg-type]
+    x, scale, zero_point, low, high, dtype = positional(node)
+    info = torch.iinfo(dtype)
     if (low, high) != (info.min, info.max):
         return  # fewer bits than the type: the plain operator clamps to them
-    node.target = ops.QUANTIZE_FAST
-    node.args = (x, scale, zero_point, dtype)
+    retarget(node, ops.QUANTIZE_FAST, (x, scale, zero_point, dtype))

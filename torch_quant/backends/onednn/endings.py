@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from torch_quant.ops.arguments import argument, positional
 from torch_quant.ops.qdq import QUANTIZE_PER_TENSOR
 
 __all__ = ["Ending", "ending_of", "replace"]
@@ -30,19 +31,17 @@ class Ending:
 
 def _post_op(node: fx.Node) -> tuple[str, tuple[float, ...], str] | None:
     """oneDNN's name for an activation function, its arguments and its algorithm."""
-    args, kwargs = node.args[1:], node.kwargs
     if node.target is aten.relu.default:
         return "relu", (), "none"
     if node.target is aten.relu6.default:
         return "hardtanh", (0.0, 6.0), "none"
     if node.target is aten.hardtanh.default:
-        limits: list[Any] = [*args, *(-1.0, 1.0)[len(args) :]]
-        low, high = limits
+        low, high = argument(node, "min_val"), argument(node, "max_val")
         return "hardtanh", (float(low), float(high)), "none"
     if node.target is aten.gelu.default:
-        return "gelu", (), str(kwargs.get("approximate", args[0] if args else "none"))
+        return "gelu", (), str(argument(node, "approximate"))
     if node.target is aten.leaky_relu.default:
-        return "leaky_relu", (float(args[0]) if args else 0.01,), "none"  # type: ignore[arg-type]
+        return "leaky_relu", (float(argument(node, "negative_slope")),), "none"
     names = {
         aten.silu.default: "swish",
         aten.tanh.default: "tanh",
@@ -56,15 +55,15 @@ def ending_of(node: fx.Node, post_ops: set[str] | None = None) -> Ending:
     last = node
     found: tuple[str, tuple[float, ...], str] = ("none", (), "none")
     users = list(node.users)
-    post = _post_op(users[0]) if len(users) == 1 and users[0].args[0] is node else None
+    post = _post_op(users[0]) if len(users) == 1 else None
     if post is not None and (post_ops is None or post[0] in post_ops):
         last, found = users[0], post
     quantizers = list(last.users)
     if len(quantizers) == 1 and quantizers[0].target is QUANTIZE_PER_TENSOR:
-        _, scale, zero_point, low, high, dtype = quantizers[0].args
-        info = torch.iinfo(dtype)  # type: ignore[arg-type]
+        _, scale, zero_point, low, high, dtype = positional(quantizers[0])
+        info = torch.iinfo(dtype)
         if (low, high) == (info.min, info.max):
-            return Ending(quantizers[0], *found, scale, zero_point, dtype)  # type: ignore[arg-type]
+            return Ending(quantizers[0], *found, scale, zero_point, dtype)
     return Ending(last, *found)
 
 
@@ -77,6 +76,6 @@ def replace(node: fx.Node, output: Ending, target: Any, args: tuple[Any, ...]) -
     chain, current = [], output.last
     while current is not node:
         chain.append(current)
-        current = current.args[0]  # type: ignore[assignment]
+        current = argument(current, 0)
     for dead in (*chain, node):
         graph.erase_node(dead)

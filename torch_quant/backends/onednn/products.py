@@ -16,6 +16,7 @@ from torch_quant import native
 from torch_quant.backends.onednn.endings import ending_of, replace
 from torch_quant.core.kernels import Accepts, Kernel
 from torch_quant.native import products
+from torch_quant.ops.arguments import argument, positional
 from torch_quant.ops.qdq import DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
 from torch_quant.ops.table import contiguous_as_captured, size_hints
 from torch_quant.passes.base import PassContext
@@ -51,15 +52,19 @@ def _is(node: Any, target: Any) -> bool:
 
 
 def _codes(real: Any) -> _Codes | None:
-    return _Codes(*real.args) if _is(real, DEQUANTIZE_PER_TENSOR) else None
+    return _Codes(*positional(real)) if _is(real, DEQUANTIZE_PER_TENSOR) else None
 
 
 def _read(codes: _Codes) -> fx.Node:
     """What the kernel reads in the place of ``codes``: floats if they are rounded for it alone."""
     node = codes.node
-    if len(node.users) > 1 or not _is(node, QUANTIZE_PER_TENSOR) or node.args[3:5] != (0, 255):
+    if (
+        len(node.users) > 1
+        or not _is(node, QUANTIZE_PER_TENSOR)
+        or positional(node)[3:5] != (0, 255)
+    ):
         return node
-    real: Any = node.args[0]
+    real: Any = argument(node, "x")
     value = real.meta.get("val")
     return real if isinstance(value, Tensor) and value.dtype is torch.float32 else node
 
@@ -81,24 +86,25 @@ def _attention_of(second: fx.Node) -> _Attention | None:
     """The attention whose second product is ``second``; None if some of it is not quantized."""
     p: Any
     real_value: Any
-    p, real_value = second.args[:2]
-    quantized: Any = p.args[0] if _is(p, DEQUANTIZE_PER_TENSOR) else None
+    p, real_value = positional(second)
+    quantized: Any = argument(p, "q") if _is(p, DEQUANTIZE_PER_TENSOR) else None
     if not _is(quantized, QUANTIZE_PER_TENSOR):
         return None
-    softmax: Any = quantized.args[0]
+    softmax: Any = argument(quantized, "x")
     assert softmax.target is aten._safe_softmax.default
-    scores, mask, causal = softmax.args[0], None, False
+    scores, mask, causal = argument(softmax, 0), None, False
     if scores.target is not aten.mul.Tensor:
         hides = scores.target is aten.masked_fill.Scalar
-        scores, mask = scores.args[:2]
+        scores, mask = positional(scores)[:2]
         if hides:
-            (mask,) = mask.args  # of a mask that says what is seen, its opposite was made
-            causal = mask.target is aten.tril.default and scores in mask.args[0].all_input_nodes
-    first, scale = scores.args
-    real_query, transposed = first.args
+            mask = argument(mask, 0)  # of a mask that says what is seen, its opposite was made
+            triangle = mask.target is aten.tril.default
+            causal = triangle and scores in argument(mask, 0).all_input_nodes
+    first, scale = positional(scores)
+    real_query, transposed = positional(first)
     key, value = (
-        _codes(x.args[0] if _is(x, aten.repeat_interleave.self_int) else x)
-        for x in (transposed.args[0], real_value)
+        _codes(argument(x, 0) if _is(x, aten.repeat_interleave.self_int) else x)
+        for x in (argument(transposed, 0), real_value)
     )
     query = _codes(real_query)
     if query is None or key is None or value is None:
@@ -110,7 +116,7 @@ def _lower_attention(context: PassContext, node: fx.Node) -> None:
     found = _attention_of(node)
     if found is None:
         return
-    p_scale, p_zero_point, _, most = found.p.args[1:5]
+    p_scale, p_zero_point, _, most = positional(found.p)[1:5]
     sides = (found.query, found.key, found.value)
     ending = ending_of(node, set())
     tokens_first = _tokens_first(node, ending.last)
@@ -148,10 +154,11 @@ def _tokens_first(node: fx.Node, last: fx.Node) -> bool:
 
 
 def _lower_matmul(context: PassContext, node: fx.Node) -> None:
-    x, y = (_codes(arg) for arg in node.args[:2])
+    sides = positional(node)
+    x, y = map(_codes, sides)
     if x is None or y is None:
         return
-    if min(len(size_hints(arg)) for arg in node.args[:2]) < 2:
+    if min(len(size_hints(arg)) for arg in sides) < 2:
         return
     ending = ending_of(node, set())
     args = (
