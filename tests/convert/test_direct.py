@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 
 import torch_quant
-from torch_quant import Backend, CaptureFailed, QConfig, Quantizer, recipes
+from torch_quant import (
+    Backend,
+    CaptureFailed,
+    PerGroup,
+    QConfig,
+    Quantizer,
+    QuantSpec,
+    recipes,
+)
 from torch_quant.convert import direct as module
 
 
@@ -101,6 +109,66 @@ def test_layers_take_tensors_of_any_rank(backend: str, recipe: QConfig, tmp_path
         assert len(table.graphs) == len(layer.graphs) == 1
         with pytest.raises(CaptureFailed, match=r"input\.shape\[0\] is 16, .* captured for 64"):
             layer(rows[0, 0, :16])
+
+
+@pytest.mark.parametrize("bits", [8, 7])
+@pytest.mark.parametrize("backend", ["reference", "onednn"])
+def test_static_layers_take_tensors_of_any_rank(backend: str, bits: int, tmp_path: Path) -> None:
+    """Saved and loaded, when no other graph can be made."""
+    if reason := Backend.get(backend).unavailable():
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    model, x = nn.Linear(64, 32).eval(), torch.randn(6, 64)
+    quantizer = Quantizer(QConfig(input=QuantSpec.of(bits=bits)), backend=backend)
+    quantizer.calib(model)(x)
+    torch_quant.save(quantizer.quantize(model), tmp_path / "model")
+    loaded = torch_quant.load(tmp_path / "model", nn.Linear(64, 32))
+    expected = loaded(x)
+    for shape in ((2, 3), (1, 1, 6), (3, 1, 2, 1)):
+        for given in (loaded(x.reshape(*shape, 64)), loaded(input=x.reshape(*shape, 64))):
+            # Integers are the same; REFERENCE multiplies by another kernel, whose sums round.
+            torch.testing.assert_close(given, expected.reshape(*shape, 32))
+    torch.testing.assert_close(loaded(x[0]), expected[0])
+    for shape in ((0,), (2, 0), (0, 3, 1)):
+        assert loaded(torch.empty(*shape, 64)).shape == (*shape, 32)
+    assert len(loaded.graphs) == 1
+    with pytest.raises(CaptureFailed, match=r"input\.shape\[2\] is 16, .* captured for 64"):
+        loaded(torch.empty(2, 3, 16))
+
+
+_PER_GROUP = QConfig(
+    input=QuantSpec.of("int8", granularity=PerGroup(32), dynamic=True),
+    weight=QuantSpec.of("int8", per_channel=True),
+)
+
+
+@pytest.mark.parametrize(
+    ("backend", "recipe"),
+    [
+        ("reference", recipes.int8_dynamic()), ("onednn", recipes.int8_dynamic()),
+        ("reference", recipes.int8_static()), ("onednn", recipes.int8_static()),
+        ("reference", recipes.int8_weight_only(group_size=32)),
+        ("onednn", recipes.int8_weight_only(group_size=32)), ("reference", _PER_GROUP),
+    ],
+    ids=[
+        "reference-per token", "onednn-per token", "reference-static", "onednn-static",
+        "reference-weights", "onednn-weights", "reference-per group",
+    ],
+)  # fmt: skip
+def test_layers_take_tensors_without_rows(backend: str, recipe: QConfig) -> None:
+    """An expert that gets no token is called all the same."""
+    if reason := Backend.get(backend).unavailable():
+        pytest.skip(reason)
+    model, x = nn.Sequential(nn.Linear(64, 32)).eval(), torch.rand(4, 64)
+    quantizer = Quantizer(recipe, backend=backend)
+    quantizer.calib(model)(x)
+    quant_model = quantizer.quantize(model)
+    expected = quant_model(x)
+    for shape in ((0, 64), (2, 0, 64)):
+        found = quant_model(torch.rand(shape))
+        assert found.shape == (*shape[:-1], 32)
+        assert found.dtype is torch.float32
+    assert torch.equal(quant_model(x), expected)
 
 
 def test_a_graph_is_asked_once_whether_its_rank_counts(monkeypatch: Any) -> None:

@@ -18,6 +18,7 @@ from torch_quant.core.granularity import (
     PerToken,
     block_extremes,
     block_rows,
+    split_blocks,
 )
 from torch_quant.core.qparams import QParams, choose_qparams
 from torch_quant.core.spec import QuantSpec, ScaleType
@@ -139,6 +140,17 @@ def test_scales_that_do_not_fit() -> None:
     for shape in ((4, 8), (12,), (4, 12, 1)):
         with pytest.raises(InvalidConfig, match="do not fit a tensor of shape"):
             quantize(torch.zeros(shape), qparams)
+
+
+def test_a_tensor_without_elements_has_a_grid_without_scales() -> None:
+    for shape in ((0, 8), (2, 0, 8)):
+        for granularity in (PerToken(), PerGroup(4)):
+            grid, x = granularity.grid(shape), torch.zeros(shape)
+            spec = QuantSpec.of("int4", granularity=granularity, dynamic=True)
+            qparams = QParams(spec, torch.ones(grid), torch.zeros(grid, dtype=torch.int32))
+            assert quantize(x, qparams).shape == shape
+    with pytest.raises(InvalidConfig, match="do not fit a tensor of shape"):
+        split_blocks(torch.zeros(4, 8), (0, 1))
 
 
 def test_the_axis_of_an_operator() -> None:

@@ -255,7 +255,8 @@ def split_blocks(x: Tensor, grid: Sequence[int]) -> tuple[Tensor, tuple[int, ...
 
     Args:
         x: any shape.
-        grid: how many blocks each of its dimensions has; ``()`` for one block of all.
+        grid: how many blocks each of its dimensions has, none in one without elements; ``()`` for
+            one block of all.
 
     Returns:
         A view or copy of ``x``, and the shape in which the scales broadcast against it.
@@ -265,7 +266,9 @@ def split_blocks(x: Tensor, grid: Sequence[int]) -> tuple[Tensor, tuple[int, ...
     """
     if not grid:
         return x, ()
-    fits = len(grid) == x.dim() and all(n and not s % n for s, n in zip(x.shape, grid, strict=True))
+    fits = len(grid) == x.dim() and all(
+        not (size % count if count else size) for size, count in zip(x.shape, grid, strict=True)
+    )
     if not fits:
         raise InvalidConfig(
             f"scales of shape {tuple(grid)} do not fit a tensor of shape {tuple(x.shape)}: "

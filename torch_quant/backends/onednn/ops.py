@@ -75,10 +75,11 @@ def _linear(
     packed, zero_points = PACKED.get(
         weight, (), lambda: torch.ops.onednn.qlinear_prepack(weight, None)
     )
-    return torch.ops.onednn.qlinear_pointwise(  # type: ignore[no-any-return]
+    y: Tensor = torch.ops.onednn.qlinear_pointwise(
         x, x_scale, x_zero_point, packed, weight_scale, zero_points, bias,
         out_scale, out_zero_point, out_dtype, post_op, post_args, algorithm,
     )  # fmt: skip
+    return y if x.numel() else y.reshape(*x.shape[:-1], y.shape[-1])  # it gives [0, out] there
 
 
 def _conv(
@@ -167,3 +168,5 @@ CONV = torch.ops.torch_quant.onednn_conv.default
 EMBEDDING = torch.ops.torch_quant.int8_embedding.default
 EMBEDDING_BAG = torch.ops.torch_quant.int8_embedding_bag.default
 register_row_operator(EMBEDDING, 2)
+register_row_operator(QUANTIZE_FAST, 0)
+register_row_operator(LINEAR, 0)
