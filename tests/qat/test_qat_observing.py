@@ -50,7 +50,7 @@ def test_eval_mode_observes_nothing() -> None:
 @pytest.mark.parametrize("method", ["fixed", "lsq", "lsq_plus"])
 def test_weights_have_their_present_range(method: str) -> None:
     quantizer, model, inputs = calibrated("mlp", qconfig=FOUR_BITS)
-    qat_model = quantizer.qat(model, method).train()
+    qat_model = quantizer.qat(model, method, edge_bits=None).train()
     QatSchedule(qat_model, observe_until=9)
     steps(quantizer, qat_model, inputs, 3)
     with torch.no_grad():
