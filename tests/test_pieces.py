@@ -148,41 +148,6 @@ def test_a_proxy_follows_replaced_parameters() -> None:
     assert torch.equal(calib_model(x), model(x))
 
 
-def test_a_quantized_model_does_not_load_a_state_dict() -> None:
-    model, x = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), torch.randn(4, 8)
-    quant_model = calibrated(model, [((x,), {})]).quantize(model)
-    before = snapshot(model)
-    with pytest.raises(InvalidConfig, match="scales of activations may be part"):
-        quant_model.load_state_dict({k: v + 1 for k, v in quant_model.state_dict().items()})
-    assert_unchanged(model, before)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_no_entry_loads_a_state_dict_into_a_quantized_model(backend: str) -> None:
-    model, x = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), torch.randn(4, 8)
-    quant_model = calibrated(model, [((x,), {})], backend=backend).quantize(model)
-    expected, graph = quant_model(x), quant_model.graphs[0]
-    around = nn.ModuleDict({"body": quant_model, "head": nn.Linear(8, 2)})
-    for module in (quant_model, graph, around):
-        changed = {name: -value for name, value in module.state_dict().items()}
-        with pytest.raises(InvalidConfig, match="scales of activations may be part"):
-            nn.Module.load_state_dict(module, changed)
-        with pytest.raises(InvalidConfig, match="scales of activations may be part"):
-            nn.Module.load_state_dict(module, changed, strict=False, assign=True)
-        assert torch.equal(quant_model(x), expected)
-
-
-def test_a_head_beside_a_quantized_model_loads_its_own_values() -> None:
-    model, x = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), torch.randn(4, 8)
-    quant_model = calibrated(model, [((x,), {})]).quantize(model)
-    around = nn.ModuleDict({"body": quant_model, "head": nn.Linear(8, 2)})
-    head = {f"head.{name}": value + 1 for name, value in around["head"].state_dict().items()}
-    around.load_state_dict(head, strict=False)
-    assert torch.equal(around["head"].bias, head["head.bias"])
-    with pytest.raises(RuntimeError, match="Missing key"):
-        around.load_state_dict(head)
-
-
 @pytest.mark.skipif("onednn" not in BACKENDS, reason="Backend.ONEDNN needs an x86 CPU")
 def test_signed_activations_are_for_convolutions_of_onednn_too() -> None:
     model, x = (

@@ -17,6 +17,7 @@ from torch_quant.convert.quantized import (
     Quantization,
     QuantizedModule,
     add_graph,
+    know_formats,
     quantized_module,
 )
 from torch_quant.convert.quantized_graph import QuantizedGraph
@@ -75,6 +76,7 @@ class Lowering:
         how.shared = shared
         self.captured.declined[self.backend.name] = dict(self.declined)
         how.plan = self.captured.as_lowered(self.plan, self.backend.name)
+        know_formats(quantized)
         return quantized
 
     def module(self, twin: nn.Module, how: Quantization) -> QuantizedModule:

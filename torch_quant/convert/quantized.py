@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -11,9 +11,10 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import nn
 
+from torch_quant.convert.formats import Formats
 from torch_quant.convert.mounting import mount
 from torch_quant.convert.ownership import SharedWeights
-from torch_quant.convert.quantized_graph import NeverLoads, QuantizedGraph
+from torch_quant.convert.quantized_graph import QuantizedGraph
 from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import CaptureFailed, InvalidConfig
 from torch_quant.graph.binding import bind
@@ -30,6 +31,7 @@ __all__ = [
     "Unseen",
     "add_graph",
     "check_finished",
+    "know_formats",
     "plan_of",
     "quantized_graphs",
     "quantized_module",
@@ -76,6 +78,8 @@ class Quantization:
     calibration: dict[str, Any] = field(default_factory=dict)
     state: tuple[str, ...] = ()
     """Attributes that its Python code keeps from one call to the next."""
+    formats: Formats | None = None
+    """Of the whole model; None while it is made."""
     traceable: bool = True
     """Whether ``torch.compile`` can follow the Python code: nothing in it has a fast path."""
 
@@ -87,7 +91,7 @@ def quantized_graphs(model: nn.Module) -> Iterator[tuple[QuantizedModule, Quanti
             yield from ((module, graph) for graph in module.quantization.graphs)
 
 
-class QuantizedModule(StandIn, NeverLoads):
+class QuantizedModule(StandIn):
     """A module on its backend, called like the float module, and of its class to ``isinstance``.
 
     It has the float module's attributes and methods. Where it holds integers, those have the names
@@ -120,6 +124,39 @@ class QuantizedModule(StandIn, NeverLoads):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         _begin(self)
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+        metadata, formats = getattr(destination, "_metadata", None), self.quantization.formats
+        if metadata is not None and formats is not None:
+            formats.describe(metadata[prefix[:-1]])
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As of any module, from a quantized model with the same graphs.
+
+        Args:
+            state_dict: what ``state_dict()`` of that model returned.
+            args: as for ``nn.Module``.
+            kwargs: likewise.
+
+        Raises:
+            InvalidConfig: its formats are others, or not known; says where.
+        """
+        return nn.Module.load_state_dict(self, state_dict, *args, **kwargs)
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, *args: Any
+    ) -> None:
+        """What ``load_state_dict`` of a module around it calls; checked if there is a value."""
+        how = self.quantization
+        if any(key.startswith(prefix) for key in state_dict):
+            if how.formats is None:
+                raise InvalidConfig(f"{how.path or 'the model'} is not made yet")
+            how.formats.check(local_metadata, how.path or "the quantized model")
+            how.formats.loaded = True
+        nn.Module._load_from_state_dict(self, state_dict, prefix, local_metadata, *args)
 
     def _get_name(self) -> str:
         return f"Quantized{self._stands_for.cls.__name__}"
@@ -207,7 +244,26 @@ def add_graph(module: QuantizedModule, graph: QuantizedGraph, model: nn.Module) 
     graph.body = mount(graph.body, module, model)
     graph.by_rows = class_of(module) in LEAVES
     module.quantization.graphs.append(graph)
+    if module.quantization.formats is not None:
+        module.quantization.formats.note(module.quantization.path, graph.body)
     module._graph_was_added()
+
+
+def know_formats(model: nn.Module) -> None:
+    """Let the modules of a whole quantized model know what a ``state_dict`` has to agree with."""
+    parts = {m.quantization.path: m for m in model.modules() if isinstance(m, QuantizedModule)}
+    if "" not in parts:
+        return
+    root = parts[""].quantization
+    formats = Formats(root.backend, Formats.of_sites(root.plan))
+    for module, graph in quantized_graphs(model):
+        formats.note(module.quantization.path, graph.body)
+        if graph.compiler is not None:
+            formats.refusal = f"{root.backend} compiles its kernels with the weights"
+    if root.shared:
+        formats.refusal = "it shares weights with the float model, which would be changed"
+    for each in parts.values():
+        each.quantization.formats = formats
 
 
 def run(module: QuantizedModule, *args: Any, **kwargs: Any) -> Any:
@@ -268,7 +324,9 @@ def _run_glue(how: Quantization, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def _capture(module: QuantizedModule, call: Call) -> tuple[QuantizedGraph, Call]:
     """A new graph for ``call``; raises :class:`CaptureFailed` where there can be none."""
     recorded, how = _recording(), module.quantization
-    if how.unseen is None:
+    if how.formats is not None and how.formats.loaded:
+        reason = ". It has values of a state_dict, which the float model does not have"
+    elif how.unseen is None:
         reason = ""
     elif recorded:
         reason = ". It cannot be captured while the model is traced: call it so before"

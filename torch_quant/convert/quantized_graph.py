@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -21,7 +21,7 @@ from torch_quant.graph.outputs import unflatten_output
 from torch_quant.graph.serialize import pack, unpack
 from torch_quant.graph.shapes import ShapeContract
 
-__all__ = ["NeverLoads", "QuantizedGraph"]
+__all__ = ["QuantizedGraph"]
 
 _MOST_VARIANTS = 8
 """Values of numbers for which a compiled graph is kept."""
@@ -29,30 +29,7 @@ _VARIANTS = threading.Lock()
 """Held while such a dictionary is read or changed; a graph with a lock could not be copied."""
 
 
-def _refuse_loading() -> NoReturn:
-    raise InvalidConfig(
-        "a quantized model cannot load a state_dict, since scales of activations may be part of "
-        "its graphs; torch_quant.save keeps all of it, quantizer.save what quantizing again needs"
-    )
-
-
-class NeverLoads(nn.Module):
-    """Refuses a ``state_dict`` at every entry: the scales of the activations are in the graphs."""
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: the scales of the activations are part of the graphs."""
-        _refuse_loading()
-
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        """What ``load_state_dict`` of a module around it calls; refused if there is a value."""
-        if any(key.startswith(prefix) for key in state_dict):
-            _refuse_loading()
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-class QuantizedGraph(NeverLoads):
+class QuantizedGraph(nn.Module):
     """One lowered graph, the calls it serves and the output it forms.
 
     Args:
@@ -91,6 +68,13 @@ class QuantizedGraph(NeverLoads):
         """For which body and signature, and the shortest way to it."""
         self._width: tuple[Any, list[int] | None] | None = None
         """For which body, and the last size that it takes of tensors of any rank."""
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], *args: Any) -> None:
+        """Refused: what a ``state_dict`` has to agree with is known of whole modules."""
+        if state_dict:
+            raise InvalidConfig(
+                "a graph takes no state_dict: quant_model.load_state_dict(...) of the model"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         fresh: dict[str, Any] = {

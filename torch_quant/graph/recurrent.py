@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from torch_quant.ops.qdq import library
+from torch_quant.ops.library import define_operator
 
 __all__ = ["restore_recurrent", "whole_recurrent"]
 
@@ -73,9 +73,8 @@ for _kind in _KINDS:
     _hx, _results = (
         ("Tensor[]", "Tensor, Tensor, Tensor") if _lstm else ("Tensor", "Tensor, Tensor")
     )
-    library.define(f"whole_{_kind}(Tensor x, {_hx} hx, {_OPTIONS}) -> ({_results})")
-    _eager = getattr(torch.ops.aten, _kind).input
-    library.impl(f"whole_{_kind}", _eager, "CompositeExplicitAutograd")
-    torch.library.register_fake(
-        f"torch_quant::whole_{_kind}", _fake_lstm if _lstm else _fake_rnn, lib=library
+    define_operator(
+        f"whole_{_kind}(Tensor x, {_hx} hx, {_OPTIONS}) -> ({_results})",
+        getattr(torch.ops.aten, _kind).input,
+        _fake_lstm if _lstm else _fake_rnn,
     )

@@ -13,7 +13,12 @@ from torch import Tensor, fx, nn
 from torch_quant.backends import Backend
 from torch_quant.convert.lowering import holds_tensor
 from torch_quant.convert.mounting import linked
-from torch_quant.convert.quantized import Quantization, QuantizedModule, quantized_module
+from torch_quant.convert.quantized import (
+    Quantization,
+    QuantizedModule,
+    know_formats,
+    quantized_module,
+)
 from torch_quant.convert.quantized_graph import QuantizedGraph
 from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import BackendUnavailable, InvalidConfig
@@ -200,6 +205,7 @@ def read_model(
         if not isinstance(found, QuantizedModule):
             raise wrong("the model", modules[""], "a quantized module")
         reader.mount()
+        know_formats(found)
     except InvalidConfig:
         raise
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, fx
 
 from torch_quant.ops.arguments import arguments, part_of
+from torch_quant.ops.library import define_operator
 from torch_quant.ops.lstm import cells_of
-from torch_quant.ops.qdq import library
 from torch_quant.passes.base import PassContext
 from torch_quant.passes.constants import place
 
@@ -36,8 +36,6 @@ _ORDER = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "Tanh": (0,), "Relu": (0,)}
 """Where ONNX's gates are among PyTorch's."""
 
 _COMMON = "Tensor x, Tensor w, Tensor r, Tensor b, Tensor h"
-library.define(f"onnx_lstm({_COMMON}, Tensor c, bool both) -> (Tensor, Tensor, Tensor)")
-library.define(f"onnx_recurrent({_COMMON}, str kind, bool both) -> (Tensor, Tensor)")
 
 
 def recurrent_layers(context: PassContext) -> int:
@@ -101,10 +99,10 @@ class _Writer:
                 for each in states
             ]
             if self.kind == "LSTM":
-                target = torch.ops.torch_quant.onnx_lstm.default
+                target = _ONNX_LSTM
                 results = self._call(target, x, *self._weights(mine, i), *given, both)
             else:
-                target = torch.ops.torch_quant.onnx_recurrent.default
+                target = _ONNX_RECURRENT
                 results = self._call(target, x, *self._weights(mine, i), *given, self.kind, both)
             x, *ends = (self._call(operator.getitem, results, j) for j in range(1 + len(states)))
             for found, end in zip(last, ends, strict=True):
@@ -154,8 +152,12 @@ def _output(x: Tensor, r: Tensor, both: bool) -> Tensor:
     return x.new_empty((*x.shape[:2], (2 if both else 1) * r.shape[-1]))
 
 
-torch.library.register_fake("torch_quant::onnx_lstm", _fake_lstm, lib=library)
-torch.library.register_fake("torch_quant::onnx_recurrent", _fake_recurrent, lib=library)
+_ONNX_LSTM = define_operator(
+    f"onnx_lstm({_COMMON}, Tensor c, bool both) -> (Tensor, Tensor, Tensor)", None, _fake_lstm
+)
+_ONNX_RECURRENT = define_operator(
+    f"onnx_recurrent({_COMMON}, str kind, bool both) -> (Tensor, Tensor)", None, _fake_recurrent
+)
 
 
 # The ONNX forms, which onnxscript traces
@@ -163,8 +165,7 @@ torch.library.register_fake("torch_quant::onnx_recurrent", _fake_recurrent, lib=
 
 def recurrent_forms() -> dict[Callable[..., Any], Callable[..., Any]]:
     """By operator: an ``onnxscript`` function that writes the form."""
-    ops = torch.ops.torch_quant
-    return {ops.onnx_lstm.default: _lstm, ops.onnx_recurrent.default: _recurrent}
+    return {_ONNX_LSTM: _lstm, _ONNX_RECURRENT: _recurrent}
 
 
 def _options(r: Any, both: bool) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch_quant.core.packing import row_bytes, unpack
 from torch_quant.errors import InvalidConfig
 from torch_quant.native import library as native
-from torch_quant.ops.qdq import CHOOSE_QPARAMS, QUANTIZE, library
+from torch_quant.ops.library import define_operator
+from torch_quant.ops.qdq import CHOOSE_QPARAMS, QUANTIZE
 from torch_quant.ops.rows import register_row_operator
 
 __all__ = [
@@ -25,21 +26,6 @@ __all__ = [
     "WEIGHT_ONLY_LINEAR",
 ]  # fmt: skip
 
-library.define(
-    "weight_only_linear(Tensor x, Tensor weight, Tensor scale, Tensor? zero_point, Tensor? bias, "
-    "int bits, int zero) -> Tensor"
-)
-library.define(
-    "dynamic_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, bool signed) -> Tensor"
-)
-library.define(
-    "weight_only_experts(Tensor x, Tensor weight, Tensor scale, Tensor? zero_point, Tensor ends, "
-    "int bits, int zero) -> Tensor"
-)
-library.define(
-    "packed_embedding(Tensor weight, Tensor scale, Tensor? zero_point, Tensor indices, int bits, "
-    "int zero, int features) -> Tensor"
-)
 
 MOST_INPUTS = 65536
 """Of a dynamic linear layer: sums of so many products of 8 bits fit in 32."""
@@ -307,19 +293,34 @@ def _fake_embedding(weight: Tensor, scale: Tensor, zero_point: Any, *args: Any) 
     return scale.new_empty(shape)
 
 
-for _name, _impl, _fake in (
-    ("weight_only_linear", _weight_only_linear, _fake_linear),
-    ("dynamic_linear", _dynamic_linear, _fake_linear),
-    ("weight_only_experts", _weight_only_experts, _fake_experts),
-    ("packed_embedding", _packed_embedding, _fake_embedding),
-):
-    library.impl(_name, _impl, "CPU")
-    torch.library.register_fake(f"torch_quant::{_name}", _fake, lib=library)
+WEIGHT_ONLY_LINEAR = define_operator(
+    "weight_only_linear(Tensor x, Tensor weight, Tensor scale, Tensor? zero_point, Tensor? bias, "
+    "int bits, int zero) -> Tensor",
+    _weight_only_linear,
+    _fake_linear,
+    keys=("CPU",),
+)
+DYNAMIC_LINEAR = define_operator(
+    "dynamic_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, bool signed) -> Tensor",
+    _dynamic_linear,
+    _fake_linear,
+    keys=("CPU",),
+)
+WEIGHT_ONLY_EXPERTS = define_operator(
+    "weight_only_experts(Tensor x, Tensor weight, Tensor scale, Tensor? zero_point, Tensor ends, "
+    "int bits, int zero) -> Tensor",
+    _weight_only_experts,
+    _fake_experts,
+    keys=("CPU",),
+)
+PACKED_EMBEDDING = define_operator(
+    "packed_embedding(Tensor weight, Tensor scale, Tensor? zero_point, Tensor indices, int bits, "
+    "int zero, int features) -> Tensor",
+    _packed_embedding,
+    _fake_embedding,
+    keys=("CPU",),
+)
 
-WEIGHT_ONLY_LINEAR = torch.ops.torch_quant.weight_only_linear.default
-DYNAMIC_LINEAR = torch.ops.torch_quant.dynamic_linear.default
-WEIGHT_ONLY_EXPERTS = torch.ops.torch_quant.weight_only_experts.default
-PACKED_EMBEDDING = torch.ops.torch_quant.packed_embedding.default
 register_row_operator(WEIGHT_ONLY_LINEAR, 0)
 register_row_operator(DYNAMIC_LINEAR, 0)
 register_row_operator(PACKED_EMBEDDING, 3)

@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from torch_quant.ops.qdq import library
+from torch_quant.ops.library import define_operator, library
 from torch_quant.ops.table import OpPattern, call_sizes, numel, register_operator
 
 __all__ = ["GROUPED_LINEAR"]
-
-library.define("grouped_linear(Tensor x, Tensor weight, Tensor ends) -> Tensor")
 
 
 def _grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -63,13 +61,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
     return of_x, of_weight, None
 
 
-library.impl("grouped_linear", _grouped_linear, "CompositeExplicitAutograd")
+GROUPED_LINEAR = define_operator(
+    "grouped_linear(Tensor x, Tensor weight, Tensor ends) -> Tensor",
+    _grouped_linear,
+    _fake_grouped_linear,
+)
 torch.library.register_autograd(
     "torch_quant::grouped_linear", _backward, setup_context=_keep, lib=library
 )
-torch.library.register_fake("torch_quant::grouped_linear", _fake_grouped_linear, lib=library)
-
-GROUPED_LINEAR = torch.ops.torch_quant.grouped_linear.default
 
 
 def _macs(args: Any, out: Any) -> int:

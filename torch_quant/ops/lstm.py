@@ -16,7 +16,8 @@ from torch.nn import functional
 
 from torch_quant.core.plan import SitePlan
 from torch_quant.ops.arguments import arguments, retarget, set_arguments
-from torch_quant.ops.qdq import FAKE_QUANTIZE, library
+from torch_quant.ops.library import define_operator
+from torch_quant.ops.qdq import FAKE_QUANTIZE
 from torch_quant.ops.table import (
     Inserter,
     OpPattern,
@@ -26,12 +27,6 @@ from torch_quant.ops.table import (
 )
 
 __all__ = ["LSTM", "cells_of", "hidden_states", "projected", "rnn_macs"]
-
-library.define(
-    "lstm(Tensor x, Tensor[] hx, Tensor[] params, bool has_biases, int num_layers, "
-    "bool bidirectional, bool batch_first, Tensor scale, Tensor zero_point, str element) -> "
-    "(Tensor, Tensor, Tensor)"
-)
 
 
 def cells_of(params: Any, has_biases: bool) -> list[Any]:
@@ -119,10 +114,13 @@ def _fake_lstm(x: Tensor, hx: list[Tensor], *options: Any) -> tuple[Tensor, Tens
     return x.new_empty(shape), torch.empty_like(hx[0]), torch.empty_like(hx[1])
 
 
-library.impl("lstm", _lstm, "CompositeExplicitAutograd")
-torch.library.register_fake("torch_quant::lstm", _fake_lstm, lib=library)
-
-LSTM = torch.ops.torch_quant.lstm.default
+LSTM = define_operator(
+    "lstm(Tensor x, Tensor[] hx, Tensor[] params, bool has_biases, int num_layers, "
+    "bool bidirectional, bool batch_first, Tensor scale, Tensor zero_point, str element) -> "
+    "(Tensor, Tensor, Tensor)",
+    _lstm,
+    _fake_lstm,
+)
 """``aten.lstm`` with hidden states on a grid; ``x`` and the matrices come dequantized."""
 
 

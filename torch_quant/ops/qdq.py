@@ -24,6 +24,7 @@ from torch_quant.core.elements import ElementType, element_type
 from torch_quant.core.granularity import Granularity, block_extremes
 from torch_quant.core.qparams import unchecked_qparams
 from torch_quant.core.spec import QuantSpec, ScaleType
+from torch_quant.ops.library import define_operator
 
 __all__ = [
     "CHOOSE_QPARAMS",
@@ -35,29 +36,7 @@ __all__ = [
     "FAKE_QUANTIZE_PER_TENSOR",
     "QUANTIZE",
     "QUANTIZE_PER_TENSOR",
-    "library",
 ]
-
-library = torch.library.Library("torch_quant", "DEF")
-for _name in ("quantize(Tensor x", "dequantize(Tensor q", "fake_quantize(Tensor x"):
-    library.define(f"{_name}, Tensor scale, Tensor zero_point, str element) -> Tensor")
-library.define("decode(Tensor q, str element) -> Tensor")
-library.define(
-    "choose_qparams(Tensor x, str element, bool symmetric, str granularity, str scale_type) -> "
-    "(Tensor scale, Tensor zero_point)"
-)
-library.define(
-    "quantize_per_tensor(Tensor x, float scale, int zero_point, int quant_min, int quant_max, "
-    "ScalarType dtype) -> Tensor"
-)
-library.define("dequantize_per_tensor(Tensor q, float scale, int zero_point) -> Tensor")
-library.define(
-    "fake_quantize_per_tensor(Tensor x, float scale, int zero_point, int quant_min, "
-    "int quant_max) -> Tensor"
-)
-library.define(
-    "dequantize_per_channel(Tensor q, Tensor scale, Tensor zero_point, int axis) -> Tensor"
-)
 
 
 def _by_name(
@@ -125,42 +104,56 @@ def _dequantize_per_channel(q: Tensor, scale: Tensor, zero_point: Tensor, axis: 
     return centred.to(torch.float32) * scale.reshape(shape)
 
 
-for _name, _impl in (
-    ("quantize", _by_name(functional.quantize_blocks)),
-    ("dequantize", _by_name(functional.dequantize_blocks)),
-    ("fake_quantize", _fake_quantize),
-    ("decode", _decode),
-    ("choose_qparams", _choose_qparams),
-    ("quantize_per_tensor", _quantize_per_tensor),
-    ("dequantize_per_tensor", _dequantize_per_tensor),
-    ("fake_quantize_per_tensor", _fake_quantize_per_tensor),
-    ("dequantize_per_channel", _dequantize_per_channel),
-):
-    library.impl(_name, _impl, "CompositeExplicitAutograd")
-# ATen's own operator has no meta kernel, which exporting with dynamic sizes needs.
-torch.library.register_fake(
-    "torch_quant::fake_quantize_per_tensor", lambda x, *args: torch.empty_like(x), lib=library
-)
-# Of the sizes of blocks nothing need be known while exporting.
-for _name in ("dequantize", "fake_quantize", "decode"):
-    torch.library.register_fake(
-        f"torch_quant::{_name}",
-        lambda x, *args: torch.empty_like(x, dtype=torch.float32),
-        lib=library,
-    )
-torch.library.register_fake("torch_quant::choose_qparams", _fake_choose_qparams, lib=library)
-torch.library.register_fake(
-    "torch_quant::quantize",
-    lambda x, scale, zero_point, element: torch.empty_like(x, dtype=element_type(element).dtype),
-    lib=library,
-)
+def _floats_like(x: Tensor, *args: Any) -> Tensor:
+    """Of the sizes of blocks nothing need be known while exporting."""
+    return torch.empty_like(x, dtype=torch.float32)
 
-QUANTIZE = torch.ops.torch_quant.quantize.default
-DEQUANTIZE = torch.ops.torch_quant.dequantize.default
-FAKE_QUANTIZE = torch.ops.torch_quant.fake_quantize.default
-CHOOSE_QPARAMS = torch.ops.torch_quant.choose_qparams.default
-DECODE = torch.ops.torch_quant.decode.default
-QUANTIZE_PER_TENSOR = torch.ops.torch_quant.quantize_per_tensor.default
-DEQUANTIZE_PER_TENSOR = torch.ops.torch_quant.dequantize_per_tensor.default
-DEQUANTIZE_PER_CHANNEL = torch.ops.torch_quant.dequantize_per_channel.default
-FAKE_QUANTIZE_PER_TENSOR = torch.ops.torch_quant.fake_quantize_per_tensor.default
+
+def _codes_like(x: Tensor, scale: Tensor, zero_point: Tensor, element: str) -> Tensor:
+    return torch.empty_like(x, dtype=element_type(element).dtype)
+
+
+QUANTIZE = define_operator(
+    "quantize(Tensor x, Tensor scale, Tensor zero_point, str element) -> Tensor",
+    _by_name(functional.quantize_blocks),
+    _codes_like,
+)
+DEQUANTIZE = define_operator(
+    "dequantize(Tensor q, Tensor scale, Tensor zero_point, str element) -> Tensor",
+    _by_name(functional.dequantize_blocks),
+    _floats_like,
+)
+FAKE_QUANTIZE = define_operator(
+    "fake_quantize(Tensor x, Tensor scale, Tensor zero_point, str element) -> Tensor",
+    _fake_quantize,
+    _floats_like,
+)
+CHOOSE_QPARAMS = define_operator(
+    "choose_qparams(Tensor x, str element, bool symmetric, str granularity, str scale_type) -> "
+    "(Tensor scale, Tensor zero_point)",
+    _choose_qparams,
+    _fake_choose_qparams,
+)
+DECODE = define_operator("decode(Tensor q, str element) -> Tensor", _decode, _floats_like)
+QUANTIZE_PER_TENSOR = define_operator(
+    "quantize_per_tensor(Tensor x, float scale, int zero_point, int quant_min, int quant_max, "
+    "ScalarType dtype) -> Tensor",
+    _quantize_per_tensor,
+    None,
+)
+DEQUANTIZE_PER_TENSOR = define_operator(
+    "dequantize_per_tensor(Tensor q, float scale, int zero_point) -> Tensor",
+    _dequantize_per_tensor,
+    None,
+)
+DEQUANTIZE_PER_CHANNEL = define_operator(
+    "dequantize_per_channel(Tensor q, Tensor scale, Tensor zero_point, int axis) -> Tensor",
+    _dequantize_per_channel,
+    None,
+)
+FAKE_QUANTIZE_PER_TENSOR = define_operator(
+    "fake_quantize_per_tensor(Tensor x, float scale, int zero_point, int quant_min, "
+    "int quant_max) -> Tensor",
+    _fake_quantize_per_tensor,
+    lambda x, *args: torch.empty_like(x),  # ATen's has none, exporting with dynamic sizes needs it
+)

@@ -13,7 +13,8 @@ from torch_quant.core.elements import element_type
 from torch_quant.core.granularity import split_blocks
 from torch_quant.core.qparams import MIN_SCALE
 from torch_quant.core.spec import QuantSpec, ScaleType
-from torch_quant.ops.qdq import FAKE_QUANTIZE, library
+from torch_quant.ops.library import define_operator
+from torch_quant.ops.qdq import FAKE_QUANTIZE
 from torch_quant.qat.methods import INPUT, QAT_METHODS, WEIGHT, QatMethod, Rounding
 
 __all__ = ["TRAINED_FAKE_QUANTIZE", "label", "read_label", "stored_scale", "stored_zero_point"]
@@ -116,19 +117,13 @@ def _forward(x: Tensor, scale: Tensor, zero_point: Tensor, *how: Any) -> Tensor:
     return rounded.contiguous() if role == WEIGHT else rounded
 
 
-library.define(
+TRAINED_FAKE_QUANTIZE = define_operator(
     "trained_fake_quantize(Tensor x, Tensor scale, Tensor zero_point, str element, "
-    "str scale_type, str role, str method, str label, Tensor? ends=None) -> Tensor"
-)
-for _key in ("Autograd", "CompositeExplicitAutograd"):  # one: compilers see through the first
-    library.impl("trained_fake_quantize", _forward, _key)
-torch.library.register_fake(
-    "torch_quant::trained_fake_quantize",
+    "str scale_type, str role, str method, str label, Tensor? ends=None) -> Tensor",
+    _forward,
     lambda x, *args: torch.empty_like(x, dtype=torch.float32),
-    lib=library,
+    keys=("Autograd", "CompositeExplicitAutograd"),  # one: compilers see through the first
 )
-
-TRAINED_FAKE_QUANTIZE = torch.ops.torch_quant.trained_fake_quantize.default
 """``x`` with the error of its format, float32, same shape; differentiable.
 
 Args:

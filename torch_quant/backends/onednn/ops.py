@@ -16,27 +16,11 @@ from torch._prims_common import suggest_memory_format
 
 from torch_quant.backends.onednn.cache import PackedWeights
 from torch_quant.ops.embedding_bags import bags_of_rows
-from torch_quant.ops.qdq import library
+from torch_quant.ops.library import define_operator
 from torch_quant.ops.rows import register_row_operator
 
 __all__ = ["CONV", "EMBEDDING", "EMBEDDING_BAG", "LINEAR", "PACKED", "QUANTIZE_FAST"]
 
-library.define("onednn_quantize(Tensor x, float scale, int zero_point, ScalarType dtype) -> Tensor")
-library.define(
-    "onednn_linear(Tensor x, float x_scale, int x_zero_point, Tensor weight, Tensor weight_scale, "
-    "Tensor? bias, float out_scale, int out_zero_point, ScalarType out_dtype, "
-    "str post_op, float[] post_args, str algorithm) -> Tensor"
-)
-library.define(
-    "onednn_conv(Tensor x, float x_scale, int x_zero_point, Tensor weight, Tensor weight_scale, "
-    "Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups, float out_scale, "
-    "int out_zero_point, ScalarType out_dtype, str post_op, float[] post_args) -> Tensor"
-)
-library.define("int8_embedding(Tensor weight, Tensor scale, Tensor indices) -> Tensor")
-library.define(
-    "int8_embedding_bag(Tensor weight, Tensor scale, Tensor indices, Tensor offsets, int mode, "
-    "Tensor? per_sample_weights, bool include_last_offset, int? padding_idx) -> Tensor"
-)
 
 _QUANTIZED = {torch.uint8: torch.quint8, torch.int8: torch.qint8}
 PACKED = PackedWeights()
@@ -152,21 +136,42 @@ def _fake_embedding_bag(weight: Tensor, scale: Tensor, *args: Any) -> Tensor:
     return scale.new_empty((offsets.shape[0] - int(include_last_offset), weight.shape[1]))
 
 
-for _name, _impl, _fake in (
-    ("onednn_quantize", _quantize, _fake_quantize),
-    ("onednn_linear", _linear, _fake_linear),
-    ("onednn_conv", _conv, _fake_conv),
-    ("int8_embedding", _embedding, _fake_embedding),
-    ("int8_embedding_bag", bags_of_rows, _fake_embedding_bag),
-):
-    library.impl(_name, _impl, "CPU")
-    torch.library.register_fake(f"torch_quant::{_name}", _fake, lib=library)
+QUANTIZE_FAST = define_operator(
+    "onednn_quantize(Tensor x, float scale, int zero_point, ScalarType dtype) -> Tensor",
+    _quantize,
+    _fake_quantize,
+    keys=("CPU",),
+)
+LINEAR = define_operator(
+    "onednn_linear(Tensor x, float x_scale, int x_zero_point, Tensor weight, Tensor weight_scale, "
+    "Tensor? bias, float out_scale, int out_zero_point, ScalarType out_dtype, "
+    "str post_op, float[] post_args, str algorithm) -> Tensor",
+    _linear,
+    _fake_linear,
+    keys=("CPU",),
+)
+CONV = define_operator(
+    "onednn_conv(Tensor x, float x_scale, int x_zero_point, Tensor weight, Tensor weight_scale, "
+    "Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups, float out_scale, "
+    "int out_zero_point, ScalarType out_dtype, str post_op, float[] post_args) -> Tensor",
+    _conv,
+    _fake_conv,
+    keys=("CPU",),
+)
+EMBEDDING = define_operator(
+    "int8_embedding(Tensor weight, Tensor scale, Tensor indices) -> Tensor",
+    _embedding,
+    _fake_embedding,
+    keys=("CPU",),
+)
+EMBEDDING_BAG = define_operator(
+    "int8_embedding_bag(Tensor weight, Tensor scale, Tensor indices, Tensor offsets, int mode, "
+    "Tensor? per_sample_weights, bool include_last_offset, int? padding_idx) -> Tensor",
+    bags_of_rows,
+    _fake_embedding_bag,
+    keys=("CPU",),
+)
 
-QUANTIZE_FAST = torch.ops.torch_quant.onednn_quantize.default
-LINEAR = torch.ops.torch_quant.onednn_linear.default
-CONV = torch.ops.torch_quant.onednn_conv.default
-EMBEDDING = torch.ops.torch_quant.int8_embedding.default
-EMBEDDING_BAG = torch.ops.torch_quant.int8_embedding_bag.default
 register_row_operator(EMBEDDING, 2)
 register_row_operator(QUANTIZE_FAST, 0)
 register_row_operator(LINEAR, 0)

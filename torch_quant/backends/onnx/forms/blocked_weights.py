@@ -18,7 +18,8 @@ from torch_quant.core.elements import element_type
 from torch_quant.core.functional import dequantize_blocks
 from torch_quant.graph.sites import KEY
 from torch_quant.ops.arguments import argument, arguments
-from torch_quant.ops.qdq import DEQUANTIZE, library
+from torch_quant.ops.library import define_operator
+from torch_quant.ops.qdq import DEQUANTIZE
 from torch_quant.passes.base import PassContext, call_like
 from torch_quant.passes.constants import constant_beside
 
@@ -29,21 +30,16 @@ aten = torch.ops.aten
 LEAST, LARGEST = 16, 128
 """Inputs of a block that runtimes have kernels for, and of one that is made from larger ones."""
 
-library.define("onnx_weight(Tensor q, Tensor scale, Tensor zero_point, str element) -> Tensor")
-
 
 def _onnx_weight(q: Tensor, scale: Tensor, zero_point: Tensor, element: str) -> Tensor:
     return dequantize_blocks(q, scale, zero_point, element_type(element))
 
 
-library.impl("onnx_weight", _onnx_weight, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "torch_quant::onnx_weight",
+ONNX_WEIGHT = define_operator(
+    "onnx_weight(Tensor q, Tensor scale, Tensor zero_point, str element) -> Tensor",
+    _onnx_weight,
     lambda q, scale, zero_point, element: torch.empty_like(q, dtype=torch.float32),
-    lib=library,
 )
-
-ONNX_WEIGHT = torch.ops.torch_quant.onnx_weight.default
 
 
 def blocked_weights(context: PassContext) -> int:

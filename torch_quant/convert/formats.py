@@ -1,0 +1,108 @@
+"""What a ``state_dict`` of a quantized model has to agree with, beside names and sizes.
+
+Tensors of equal sizes may be integers of other formats, and scales may be numbers in the graphs. So
+the metadata of each ``state_dict`` says what graphs read it, and a model takes it if its own are
+the same. Keys are the tensors alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx
+
+from torch_quant.core.plan import QuantPlan
+from torch_quant.errors import InvalidConfig
+from torch_quant.ops.functions import operator_name, path_of
+
+__all__ = ["Formats", "fingerprint"]
+
+_ENTRY = "torch_quant"
+"""Of a module's metadata in a ``state_dict``."""
+_KEEP = "torch_quant.save keeps all of a model, quantizer.save what quantizing again needs"
+
+
+def fingerprint(body: fx.GraphModule) -> str:
+    """The same for graphs that compute the same of tensors of the same names, sizes and formats."""
+    lines = []
+    numbers = {node: f"%{i}" for i, node in enumerate(body.graph.nodes)}
+    for node in body.graph.nodes:
+        target = node.target if isinstance(node.target, str) else operator_name(node.target)
+        given: Any = fx.node.map_arg((node.args, node.kwargs), numbers.__getitem__)
+        lines.append(f"{node.op} {target or path_of(node.target)} {given!r}")
+        if node.op == "get_attr":
+            value = operator.attrgetter(str(node.target))(body)
+            if isinstance(value, Tensor):
+                lines.append(f"{value.dtype} {tuple(value.shape)}")
+            elif isinstance(value, fx.GraphModule):
+                lines.append(fingerprint(value))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+@dataclass
+class Formats:
+    """Of one quantized model, which its modules share.
+
+    Args:
+        backend: its name.
+        sites: site -> formats, in words.
+        graphs: path of a module -> fingerprints of its graphs.
+        refusal: why it takes no values, empty if it does.
+    """
+
+    backend: str
+    sites: dict[str, str]
+    graphs: dict[str, list[str]] = field(default_factory=dict)
+    refusal: str = ""
+    loaded: bool = False
+    """Whether it has values that are not those of the float model any more."""
+
+    @staticmethod
+    def of_sites(plan: QuantPlan) -> dict[str, str]:
+        """Sites that are quantized -> formats."""
+        return {name: plan[name].format for name in plan.quantized}
+
+    def note(self, path: str, body: fx.GraphModule) -> None:
+        """Count a graph of the module at ``path`` in."""
+        self.graphs.setdefault(path, []).append(fingerprint(body))
+
+    def describe(self, metadata: dict[str, Any]) -> None:
+        """Write down what a ``state_dict`` is of, in the metadata of one module."""
+        graphs = {path: list(found) for path, found in self.graphs.items()}
+        metadata[_ENTRY] = {"backend": self.backend, "sites": self.sites, "graphs": graphs}
+
+    def check(self, metadata: Mapping[str, Any], where: str) -> None:
+        """Raise :class:`InvalidConfig` unless the values fit.
+
+        Args:
+            metadata: of the module, in the ``state_dict``.
+            where: the module.
+        """
+        if self.refusal:
+            raise InvalidConfig(f"{where} takes no state_dict: {self.refusal}. {_KEEP}")
+        found = metadata.get(_ENTRY)
+        if not isinstance(found, Mapping):
+            raise InvalidConfig(
+                f"{where} was given a state_dict that does not say which formats its tensors have: "
+                "it takes what quant_model.state_dict() returned, as it is; a dictionary made of "
+                f"it, or a file of tensors alone, has no metadata. {_KEEP}"
+            )
+        for name in {**self.sites, **found["sites"]}:
+            ours, theirs = self.sites.get(name, "float"), found["sites"].get(name, "float")
+            if ours != theirs:
+                raise InvalidConfig(
+                    f"{where} was given a state_dict of other formats: {name} is {theirs} there; "
+                    f"expected {ours}. Quantize both models by one configuration"
+                )
+        for path, ours_ in self.graphs.items():
+            if not set(ours_) <= set(found["graphs"].get(path, ())):
+                raise InvalidConfig(
+                    f"{where} was given a state_dict of other graphs, at {path or 'the root'}: "
+                    f"scales of activations may be numbers in them ({found['backend']} there, "
+                    f"{self.backend} here). Quantize both models for one backend, with the same "
+                    f"ranges and kinds of calls. {_KEEP}"
+                )
