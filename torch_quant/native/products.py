@@ -21,24 +21,15 @@ from torch import Tensor
 from torch_quant.errors import InvalidConfig
 from torch_quant.native import library as native
 from torch_quant.ops.attention import sdpa_probabilities
+from torch_quant.ops.library import define_operator
 from torch_quant.ops.qdq import (
     DEQUANTIZE_PER_TENSOR,
     FAKE_QUANTIZE_PER_TENSOR,
     QUANTIZE_PER_TENSOR,
-    library,
 )
 
 __all__ = ["ATTENTION", "MATMUL", "MOST_TERMS"]
 
-library.define(
-    "int8_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool causal, "
-    "float scale, float[] scales, int[] zero_points, int most, float out_scale, "
-    "int out_zero_point, ScalarType out_dtype, bool tokens_first) -> Tensor"
-)
-library.define(
-    "int8_matmul(Tensor x, Tensor y, float[] scales, int[] zero_points, float out_scale, "
-    "int out_zero_point, ScalarType out_dtype) -> Tensor"
-)
 
 MOST_TERMS = 32768
 """Of one sum: so many products of 9 bits fit in 32. More are summed in float."""
@@ -262,12 +253,18 @@ def _fake_matmul(x: Tensor, y: Tensor, *args: Any) -> Tensor:
     return x.new_empty((*leading, x.shape[-2], y.shape[-1]), dtype=args[-1])
 
 
-for _name, _impl, _fake in (
-    ("int8_attention", _attention, _fake_attention),
-    ("int8_matmul", _matmul, _fake_matmul),
-):
-    library.impl(_name, _impl, "CPU")
-    torch.library.register_fake(f"torch_quant::{_name}", _fake, lib=library)
-
-ATTENTION = torch.ops.torch_quant.int8_attention.default
-MATMUL = torch.ops.torch_quant.int8_matmul.default
+ATTENTION = define_operator(
+    "int8_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool causal, "
+    "float scale, float[] scales, int[] zero_points, int most, float out_scale, "
+    "int out_zero_point, ScalarType out_dtype, bool tokens_first) -> Tensor",
+    _attention,
+    _fake_attention,
+    keys=("CPU",),
+)
+MATMUL = define_operator(
+    "int8_matmul(Tensor x, Tensor y, float[] scales, int[] zero_points, float out_scale, "
+    "int out_zero_point, ScalarType out_dtype) -> Tensor",
+    _matmul,
+    _fake_matmul,
+    keys=("CPU",),
+)
