@@ -176,8 +176,11 @@ class _Build:
 
     def __init__(self, lowering: Lowering, owner: Owner) -> None:
         self.lowering, self.owner = lowering, owner
-        submodules = lowering.captured.root.walk()
-        self.lent = {_joined(each.path, name) for each in submodules for name in each.borrowed}
+        submodules = list(lowering.captured.root.walk())
+        computers = {code for each in submodules for code in each.computers}
+        self.lookers = {code for each in submodules for code in each.lookers} - computers
+        """Code that asks parameters for dtype, device and sizes alone."""
+        self.lent = {_joined(each.path, name) for each in submodules for name in self.read(each)}
         """Paths of what the code around a piece has read from it."""
         self.parts: dict[int, QuantizedModule] = {}
         self.left: list[tuple[nn.Module, str, Tensor]] = []
@@ -208,7 +211,13 @@ class _Build:
             twin = glue(submodule, self.child if pieces else self.part)
         else:
             twin = self.whole(submodule.module, submodule.path)
+        looked_at = {}
         if not (free or pieces or submodule.entered):
+            looked_at = {
+                name: (x.dtype, tuple(x.shape))
+                for name in submodule.readers.keys() - self.read(submodule)
+                if (x := twin._parameters.get(name)) is not None
+            }
             self.strip(twin, submodule.path)
         how = Quantization(submodule.path, submodule.signature, self.lowering.backend.name)
         how.glue, how.in_pieces = twin if free or pieces else None, free or pieces
@@ -218,7 +227,17 @@ class _Build:
         for kind, graph in submodule.graphs:
             made = self.lowering.quantized_graph(submodule, kind, graph, self.owner)
             add_graph(quantized, made, submodule.module)
+        how.looked_at = {
+            name: facts for name, facts in looked_at.items() if name not in quantized._parameters
+        }
+        if how.looked_at:
+            quantized.describe_weights()
         return quantized
+
+    def read(self, submodule: CapturedModule) -> set[str]:
+        """What the code around a module has read from it, or may have."""
+        readers = submodule.readers.items()
+        return submodule.borrowed | {x for x, codes in readers if not codes <= self.lookers}
 
     def child(self, submodule: CapturedModule) -> nn.Module:
         """A child of what runs as Python: in float if no call has reached it."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from torch_quant.convert.mounting import place_in_memory
 from torch_quant.errors import QuantError
+from torch_quant.nn.described import Described
 
 __all__ = ["Owner", "SharedWeights"]
 
@@ -80,7 +81,7 @@ class Owner:
 
     def tensor(self, x: Tensor) -> Tensor:
         """``x``, or what the quantized model has in its place; tied tensors stay tied."""
-        if x.layout != torch.strided:
+        if x.layout != torch.strided or isinstance(x, Described):
             return x
         name = self.names.get(x.untyped_storage()._cdata)
         if name is None and not isinstance(x, nn.Parameter):

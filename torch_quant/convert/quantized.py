@@ -9,7 +9,7 @@ from types import MethodType
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torch_quant.convert.formats import Formats
 from torch_quant.convert.mounting import mount
@@ -22,6 +22,7 @@ from torch_quant.graph.calls import Call, flatten_call
 from torch_quant.graph.kinds import Kind
 from torch_quant.graph.leaves import LEAVES
 from torch_quant.graph.running import CAPTURING, no_fastpath
+from torch_quant.nn.described import Described
 from torch_quant.nn.forward import SignedForward
 from torch_quant.nn.stand_in import StandIn, class_of, made
 
@@ -78,6 +79,8 @@ class Quantization:
     calibration: dict[str, Any] = field(default_factory=dict)
     state: tuple[str, ...] = ()
     """Attributes that its Python code keeps from one call to the next."""
+    looked_at: dict[str, tuple[torch.dtype, tuple[int, ...]]] = field(default_factory=dict)
+    """Parameters of which code around it asks for dtype and sizes, and no float copy is kept."""
     formats: Formats | None = None
     """Of the whole model; None while it is made."""
     traceable: bool = True
@@ -124,6 +127,24 @@ class QuantizedModule(StandIn):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         _begin(self)
+
+    def describe_weights(self) -> None:
+        """Show dtype, device and sizes of weights that are integers to code that asks for them."""
+        how, devices = self.quantization, (x.device for x in (*self.buffers(), *self.parameters()))
+        device = next(devices)
+        for name, (dtype, shape) in how.looked_at.items():
+            where = f"{how.path}.{name}".strip(".")
+            self.__dict__[name] = Described(shape, dtype, device, where)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModule:
+        """What ``to`` and its kin do."""
+        nn.Module._apply(self, fn, recurse)
+        for name, (dtype, shape) in self.quantization.looked_at.items():
+            old: Described = self.__dict__[name]
+            new = fn(torch.empty(0, dtype=dtype, device=old.device))
+            self.quantization.looked_at[name] = new.dtype, shape
+            self.__dict__[name] = Described(shape, new.dtype, new.device, old.weight_path)
+        return self
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
+from types import CodeType, MappingProxyType
 from typing import Any
 
 import torch
@@ -79,6 +79,12 @@ class CapturedModule:
         """Attributes that its calls write, those that none reads included."""
         self.borrowed: set[str] = set()
         """Values that the code around it has read from it, as ``child.attribute``."""
+        self.readers: dict[str, set[CodeType]] = {}
+        """Parameters that the code around it has read -> which code."""
+        self.lookers: set[CodeType] = set()
+        """Code that was seen to ask parameters of it for dtype, device or sizes and no more."""
+        self.computers: set[CodeType] = set()
+        """Code that was seen to compute with them."""
         self.entered = False
         """Whether its own Python runs: it is in pieces, or others call methods and parts of it."""
         self.plain = False
@@ -186,6 +192,8 @@ class CapturedModule:
         twin = copy.copy(self)
         twin.graphs, twin.written = list(self.graphs), copy.copy(self.written)
         twin.borrowed = set(self.borrowed)
+        twin.readers = {name: set(codes) for name, codes in self.readers.items()}
+        twin.lookers, twin.computers = set(self.lookers), set(self.computers)
         twin.children = {path: child.copied() for path, child in self.children.items()}
         return twin
 

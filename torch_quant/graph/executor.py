@@ -5,10 +5,13 @@ Code around a module sees an executor in the place of its module, and may reach 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import operator
+import sys
 import types
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +22,7 @@ from torch_quant.graph.capture import CapturedModule, Reopened
 from torch_quant.graph.effects import Watch
 from torch_quant.graph.export import CapturedGraph
 from torch_quant.graph.hooks import give_hooks
-from torch_quant.graph.macs import counted, uncounted
+from torch_quant.graph.macs import MacCounter, counted, uncounted
 from torch_quant.graph.running import CAPTURING, no_fastpath
 from torch_quant.graph.twin import twin_of
 from torch_quant.nn.forward import SignedForward
@@ -40,6 +43,25 @@ class Host(Protocol):
     def __call__(
         self, executor: Executor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any: ...
+
+
+_Looks = list[tuple[CapturedModule, types.CodeType, nn.Parameter]]
+_LOOKS: ContextVar[_Looks | None] = ContextVar("torch_quant_looks", default=None)
+"""Parameters of children that the Python code which runs has read: whose, by which code, which."""
+
+
+@contextlib.contextmanager
+def _looking(counter: MacCounter | None) -> Iterator[None]:
+    """While Python code runs: find out which code computes with the parameters that it reads."""
+    looks: _Looks | None = None if counter is None else []
+    token = _LOOKS.set(looks)
+    try:
+        yield
+    finally:
+        _LOOKS.reset(token)
+        for submodule, code, value in looks or ():
+            computes = counter is not None and counter.has_read(value)
+            (submodule.computers if computes else submodule.lookers).add(code)
 
 
 class Executor(nn.Module):
@@ -154,7 +176,7 @@ class Executor(nn.Module):
         if resolved is not None:
             call, graph = resolved
             return self.run(self.submodule, graph, call)
-        with no_fastpath(), counted(self.submodule.glue_macs):
+        with no_fastpath(), counted(self.submodule.glue_macs) as counter, _looking(counter):
             return self.glue()(*args, **kwargs)
 
 
@@ -212,7 +234,13 @@ def _reach(owner: Executor, path: str, name: str) -> Any:
         owner.submodule.graphs.clear()
         owner.submodule.split(f"the code around it reads {name}, which its calls write")
         raise Reopened
-    owner.submodule.borrowed.add(where)
+    if path or not isinstance(value, nn.Parameter):
+        owner.submodule.borrowed.add(where)
+        return value
+    code = sys._getframe(2).f_code  # behind __getattr__
+    owner.submodule.readers.setdefault(where, set()).add(code)
+    if (looks := _LOOKS.get()) is not None:
+        looks.append((owner.submodule, code, value))
     return value
 
 

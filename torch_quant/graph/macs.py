@@ -155,12 +155,16 @@ class MacCounter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.macs: Counter[str] = Counter()
+        self._read: set[int] = set()
+        """Storages of what operators have read."""
         see_higher_order(MacCounter)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        leaves = pytree.tree_leaves((args, kwargs))
+        self._read.update(filter(None, map(_storage, leaves)))
         formula = _formula(func)
         if formula is None and _composite(func):  # it comes whole in inference mode
             with self:
@@ -171,19 +175,34 @@ class MacCounter(TorchDispatchMode):
         if formula is not None:
             parts = out if isinstance(out, (tuple, list)) else (out,)
             self.macs[op_name(func)] += formula(args, parts[0])
-        elif _foreign(func, pytree.tree_leaves((args, kwargs))):
+        elif _foreign(func, leaves):
             self.macs[op_name(func)] += 0
         return out
 
+    def has_read(self, x: Tensor) -> bool:
+        """Whether an operator has read the values of ``x``, or a view of it."""
+        place = _storage(x)
+        return place is None or place in self._read
+
+
+def _storage(x: Any) -> int | None:
+    """What tells the memory of a tensor."""
+    if not isinstance(x, Tensor) or x.layout != torch.strided:
+        return None
+    return int(x.untyped_storage()._cdata)
+
 
 @contextlib.contextmanager
-def counted(macs: dict[str, int]) -> Iterator[None]:
-    """Count what runs inside into ``macs``, unless something was counted before."""
+def counted(macs: dict[str, int]) -> Iterator[MacCounter | None]:
+    """Count what runs inside into ``macs``, unless something was counted before.
+
+    Gives what counts, None if nothing does.
+    """
     if macs:
-        yield
+        yield None
         return
     with MacCounter() as counter:
-        yield
+        yield counter
     macs.update({"": 0} | counter.macs)
 
 

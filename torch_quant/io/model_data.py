@@ -36,7 +36,7 @@ __all__ = ["read_model", "write_model"]
 
 _GRAPH = ("graph", "calls", "sizes", "outputs", "plan", "compiled")
 _RUNS = ("backend", "signature", "graphs", "runs_python", "in_pieces", "description", "plan",
-         "calibration")  # fmt: skip
+         "calibration", "looked_at")  # fmt: skip
 _MODULE = ("class", "parameters", "buffers", "transient", "attributes", "values", "hooks",
            "children", "runs")  # fmt: skip
 
@@ -143,6 +143,9 @@ def _running(module: QuantizedModule, path: str) -> dict[str, Any]:
         "description": how.description,
         "plan": how.plan.to_dict(),
         "calibration": how.calibration,
+        "looked_at": {
+            name: [encode(dtype), list(shape)] for name, (dtype, shape) in how.looked_at.items()
+        },
     }
 
 
@@ -265,6 +268,8 @@ class _Reader:
             how.glue = own if runs["runs_python"] else None
             made = quantized_module(own, how, QuantizedModule)
             give_hooks(made, hooks)
+            if how.looked_at:
+                made.describe_weights()
         self.made[path] = made
         if theirs is not None:
             self.replaced[theirs] = made
@@ -334,6 +339,10 @@ class _Reader:
         how.in_pieces, how.description = runs["in_pieces"] is True, str(runs["description"])
         how.plan = QuantPlan.from_dict(runs["plan"])
         how.calibration = runs["calibration"]
+        how.looked_at = {
+            name: (decode(dtype, f"the dtype of {name}"), tuple(map(int, shape)))
+            for name, (dtype, shape) in runs["looked_at"].items()
+        }
         how.graphs = [_read_graph(each, where, self._reading(path)) for each in runs["graphs"]]
         return how
 
