@@ -17,7 +17,6 @@ from torch_quant.convert.quantized import (
     Quantization,
     QuantizedModule,
     add_graph,
-    know_formats,
     quantized_module,
 )
 from torch_quant.convert.quantized_graph import QuantizedGraph
@@ -76,7 +75,7 @@ class Lowering:
         how.shared = shared
         self.captured.declined[self.backend.name] = dict(self.declined)
         how.plan = self.captured.as_lowered(self.plan, self.backend.name)
-        know_formats(quantized)
+        quantized.know_formats()
         return quantized
 
     def module(self, twin: nn.Module, how: Quantization) -> QuantizedModule:
@@ -230,8 +229,7 @@ class _Build:
         how.looked_at = {
             name: facts for name, facts in looked_at.items() if name not in quantized._parameters
         }
-        if how.looked_at:
-            quantized.describe_weights()
+        quantized.describe_weights()
         return quantized
 
     def read(self, submodule: CapturedModule) -> set[str]:

@@ -32,7 +32,6 @@ __all__ = [
     "Unseen",
     "add_graph",
     "check_finished",
-    "know_formats",
     "plan_of",
     "quantized_graphs",
     "quantized_module",
@@ -128,13 +127,27 @@ class QuantizedModule(StandIn):
         super().__setstate__(state)
         _begin(self)
 
+    def know_formats(self) -> None:
+        """Let the modules of this whole model know what a ``state_dict`` has to agree with."""
+        root = self.quantization
+        formats = Formats(root.backend, Formats.of_sites(root.plan))
+        for module, graph in quantized_graphs(self):
+            formats.note(module.quantization.path, graph.body)
+            if graph.compiler is not None:
+                formats.refusal = f"{root.backend} compiles its kernels with the weights"
+        if root.shared:
+            formats.refusal = "it shares weights with the float model, which would be changed"
+        for part in self.modules():
+            if isinstance(part, QuantizedModule):
+                part.quantization.formats = formats
+
     def describe_weights(self) -> None:
         """Show dtype, device and sizes of weights that are integers to code that asks for them."""
-        how, devices = self.quantization, (x.device for x in (*self.buffers(), *self.parameters()))
-        device = next(devices)
+        how = self.quantization
+        tensors = (*self.buffers(), *self.parameters()) if how.looked_at else ()
         for name, (dtype, shape) in how.looked_at.items():
             where = f"{how.path}.{name}".strip(".")
-            self.__dict__[name] = Described(shape, dtype, device, where)
+            self.__dict__[name] = Described(shape, dtype, tensors[0].device, where)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModule:
         """What ``to`` and its kin do."""
@@ -268,23 +281,6 @@ def add_graph(module: QuantizedModule, graph: QuantizedGraph, model: nn.Module) 
     if module.quantization.formats is not None:
         module.quantization.formats.note(module.quantization.path, graph.body)
     module._graph_was_added()
-
-
-def know_formats(model: nn.Module) -> None:
-    """Let the modules of a whole quantized model know what a ``state_dict`` has to agree with."""
-    parts = {m.quantization.path: m for m in model.modules() if isinstance(m, QuantizedModule)}
-    if "" not in parts:
-        return
-    root = parts[""].quantization
-    formats = Formats(root.backend, Formats.of_sites(root.plan))
-    for module, graph in quantized_graphs(model):
-        formats.note(module.quantization.path, graph.body)
-        if graph.compiler is not None:
-            formats.refusal = f"{root.backend} compiles its kernels with the weights"
-    if root.shared:
-        formats.refusal = "it shares weights with the float model, which would be changed"
-    for each in parts.values():
-        each.quantization.formats = formats
 
 
 def run(module: QuantizedModule, *args: Any, **kwargs: Any) -> Any:

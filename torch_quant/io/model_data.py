@@ -13,12 +13,7 @@ from torch import Tensor, fx, nn
 from torch_quant.backends import Backend
 from torch_quant.convert.lowering import holds_tensor
 from torch_quant.convert.mounting import linked
-from torch_quant.convert.quantized import (
-    Quantization,
-    QuantizedModule,
-    know_formats,
-    quantized_module,
-)
+from torch_quant.convert.quantized import Quantization, QuantizedModule, quantized_module
 from torch_quant.convert.quantized_graph import QuantizedGraph
 from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import BackendUnavailable, InvalidConfig
@@ -143,9 +138,7 @@ def _running(module: QuantizedModule, path: str) -> dict[str, Any]:
         "description": how.description,
         "plan": how.plan.to_dict(),
         "calibration": how.calibration,
-        "looked_at": {
-            name: [encode(dtype), list(shape)] for name, (dtype, shape) in how.looked_at.items()
-        },
+        "looked_at": {n: [encode(kind), [*sizes]] for n, (kind, sizes) in how.looked_at.items()},
     }
 
 
@@ -208,7 +201,7 @@ def read_model(
         if not isinstance(found, QuantizedModule):
             raise wrong("the model", modules[""], "a quantized module")
         reader.mount()
-        know_formats(found)
+        found.know_formats()
     except InvalidConfig:
         raise
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
@@ -268,8 +261,7 @@ class _Reader:
             how.glue = own if runs["runs_python"] else None
             made = quantized_module(own, how, QuantizedModule)
             give_hooks(made, hooks)
-            if how.looked_at:
-                made.describe_weights()
+            made.describe_weights()
         self.made[path] = made
         if theirs is not None:
             self.replaced[theirs] = made
@@ -339,10 +331,8 @@ class _Reader:
         how.in_pieces, how.description = runs["in_pieces"] is True, str(runs["description"])
         how.plan = QuantPlan.from_dict(runs["plan"])
         how.calibration = runs["calibration"]
-        how.looked_at = {
-            name: (decode(dtype, f"the dtype of {name}"), tuple(map(int, shape)))
-            for name, (dtype, shape) in runs["looked_at"].items()
-        }
+        for name, (dtype, sizes) in runs["looked_at"].items():
+            how.looked_at[name] = decode(dtype, f"the dtype of {name}"), tuple(map(int, sizes))
         how.graphs = [_read_graph(each, where, self._reading(path)) for each in runs["graphs"]]
         return how
 
