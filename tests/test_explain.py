@@ -242,7 +242,7 @@ def test_an_observer_set_after_calibration_is_told(caplog: pytest.LogCaptureFixt
 
 
 def test_smoothing_set_after_calibration_is_refused() -> None:
-    model, quantizer = ready()
+    model, quantizer = ready(qconfig=QConfig())  # the default records what smoothing wants
     quantizer.set("head", QConfig(transforms=[SmoothQuant(0.5)]))
     with pytest.raises(NotCalibrated, match="channels"):
         quantizer.quantize(model)

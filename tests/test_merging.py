@@ -26,7 +26,9 @@ def calibrated_on(model: nn.Module, rows: slice, **options: Any) -> Quantizer:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"qconfig": QConfig(transforms=[SmoothQuant(0.7)])}], ids=["plain", "smooth"]
+    "options",
+    [{"qconfig": QConfig()}, {"qconfig": QConfig(transforms=[SmoothQuant(0.7)])}],
+    ids=["plain", "smooth"],
 )
 def test_parts_give_the_ranges_of_the_whole(options: dict[str, Any], tmp_path: Path) -> None:
     model = MODELS["attention_explicit"]()

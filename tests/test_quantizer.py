@@ -36,7 +36,7 @@ def test_an_observer_of_torch_ao() -> None:
 
     model = MODELS["small_cnn"]()
     batches = [(example("small_cnn", 32), {})]
-    ours = calibrated(model, batches, backend="reference")
+    ours = calibrated(model, batches, backend="reference", qconfig=QConfig())
     theirs = calibrated(
         model, batches, backend="reference", qconfig=QConfig(observer=from_ao(MinMaxObserver))
     )

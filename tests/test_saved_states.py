@@ -15,7 +15,7 @@ from flows import calibrated
 from models import MODELS, example, normal
 from torch import Tensor, nn
 
-from torch_quant import InvalidConfig, PerChannel, Quantizer, QuantSpec
+from torch_quant import InvalidConfig, PerChannel, QConfig, Quantizer, QuantSpec
 from torch_quant.statistics import OBSERVERS, RANGE, MinMaxObserver, Observer
 
 Path = tuple[str, ...]
@@ -36,7 +36,8 @@ def saved() -> dict[str, Any]:
     """A state with every observer, per tensor and per channel, and layers in float."""
     model = MODELS["mlp"]()
     names = sorted(OBSERVERS)
-    quantizer = calibrated(model, [(example("mlp", 32), {})], backend="reference")
+    batches = [(example("mlp", 32), {})]
+    quantizer = calibrated(model, batches, backend="reference", qconfig=QConfig())
     quantizer.fallen_back = {"2": "float32", "4": "bfloat16"}
     for name in names:
         for axis in (None, -1):

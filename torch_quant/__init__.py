@@ -5,7 +5,16 @@ import importlib
 import sys
 
 from torch_quant import recipes
-from torch_quant.algorithms import AWQ, GPTQ, HQQ, TEQ, AutoRound, RoundToNearest, SmoothQuant
+from torch_quant.algorithms import (
+    AWQ,
+    GPTQ,
+    HQQ,
+    TEQ,
+    AutoRound,
+    BiasCorrection,
+    RoundToNearest,
+    SmoothQuant,
+)
 from torch_quant.amp.ranking import Sensitivity
 from torch_quant.backends import Backend, available_backends
 from torch_quant.checkpoints import export_checkpoint, load_checkpoint
@@ -54,6 +63,7 @@ __all__ = [
     "HQQ",
     "TEQ",
     "AutoRound",
+    "BiasCorrection",
     "Backend",
     "BackendUnavailable",
     "CaptureFailed",

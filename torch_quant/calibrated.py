@@ -69,10 +69,11 @@ class Calibrated:
                 f"{site}: {blocks[0]} works on blocks of the model: run "
                 "quantizer.round_weights(model, batches) before quantizer.quantize(model)"
             )
-        if entry.transforms and method.wants_statistics:
+        changing = [each for each in entry.transforms if each.changes_input]
+        if changing and method.wants_statistics:
             raise InvalidConfig(
                 f"{site}: {method} asks for statistics of the layer's input, which "
-                f"{entry.transforms[0]} changes; use one of them there"
+                f"{changing[0]} changes; use one of them there"
             )
         try:
             with at_site(site):

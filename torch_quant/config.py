@@ -128,8 +128,8 @@ class QConfig:
             InvalidConfig: an observer is no registered one, so that it has no name.
 
         >>> from torch_quant import SmoothQuant
-        >>> QConfig(observer="histogram", transforms=[SmoothQuant(0.8)]).to_dict()
-        {'observer': 'histogram', 'transforms': [{'name': 'smoothquant', 'alpha': 0.8}]}
+        >>> QConfig(observer="histogram", transforms=[SmoothQuant(0.8)]).to_dict()["transforms"]
+        [{'name': 'smoothquant', 'alpha': 0.8, 'min_gain': 0.0}]
         """
         data: dict[str, Any] = {}
         for name in ("input", "weight"):

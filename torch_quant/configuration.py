@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch_quant import recipes
 from torch_quant.backends import Backend
 from torch_quant.config import Overrides, QConfig, read_qconfig
 from torch_quant.core.documents import (
@@ -174,11 +175,12 @@ def configuration(
             )
         data["backend"] = backend.name
     parts = {
-        "qconfig": settings.qconfig.to_dict(),
         "overrides": _overrides_data(settings.overrides),
         "module_filter": settings.module_filter.to_dict(),
         "dynamic": {name: sorted(axes) for name, axes in dynamic.items()},
     }
+    if settings.qconfig != recipes.int8_static():  # the default
+        data["qconfig"] = settings.qconfig.to_dict()
     data |= {name: part for name, part in parts.items() if part}
     if unseen_calls != "capture":
         data["unseen_calls"] = unseen_calls

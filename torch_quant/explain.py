@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch_quant import recipes
 from torch_quant.algorithms import DEFAULT_METHOD
 from torch_quant.backends import Backend
 from torch_quant.config import QConfig
@@ -22,6 +23,7 @@ from torch_quant.statistics import DEFAULT_OBSERVER
 __all__ = ["Decision", "Explanation", "explain"]
 
 _QCONFIG = "Quantizer(qconfig=...)"
+_DEFAULT = "the default"
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Decision:
     why: str = ""
 
     def __str__(self) -> str:
-        value = "yes" if self.value is True else "no" if self.value is False else self.value
+        words = {"True": "yes", "False": "no", "None": "left out"}
+        value = words.get(str(self.value), self.value)
         return f"{self.what:<16}{value!s:<27} {self.rule}{f': {self.why}' if self.why else ''}"
 
 
@@ -109,6 +112,8 @@ class _Facts:
         rules = rules_for(self.site, modules, self.session.settings.overrides)
         config = rules[0].value if rules else self.session.settings.qconfig
         source = str(rules[0]) if rules else _QCONFIG
+        if not rules and config == recipes.int8_static():
+            source = _DEFAULT
         found: list[Decision | None] = []
         found.append(quantized := self._quantized(source if rules and config is None else None))
         if not self.entry.quantized and quantized.rule != self.name:
@@ -184,11 +189,16 @@ class _Facts:
     def _transform(self, transform: Transform, source: str) -> Decision:
         if refusal := transform.refusal(self.site):
             return Decision(transform.name, None, self.site.op, refusal)
-        return Decision(transform.name, transform, source)
+        if not transform.optional:
+            return Decision(transform.name, transform, source)
+        kept = [each for each in self.entry.transforms if each.name == transform.name]
+        if kept:
+            return Decision(transform.name, kept[0], source)
+        return Decision(transform.name, None, source, transform.condition)
 
     def _method(self, asked: WeightMethod | None, source: str) -> Decision:
         if asked is None:
-            return Decision("method", DEFAULT_METHOD, "the default")
+            return Decision("method", DEFAULT_METHOD, _DEFAULT)
         if refusal := method_refusal(asked, self.site):
             return Decision("method", DEFAULT_METHOD, self.site.op, f"{asked}: {refusal}")
         return Decision("method", asked, source)
@@ -202,7 +212,7 @@ class _Facts:
             self.session.settings.overrides,
         )
         asked = config.observer if config is not None else None
-        rule = "the default" if asked is None else str(rules[0]) if rules else _QCONFIG
+        rule = _DEFAULT if asked is None else str(rules[0]) if rules else _QCONFIG
         why = (
             []
             if first.name == self.site.name

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from torch_quant.core.methods import Transform
 from torch_quant.core.plan import FloatOp, QuantPlan
 from torch_quant.errors import CaptureFailed, InvalidConfig, NotCalibrated, UnsupportedOp
 from torch_quant.graph.capture import CapturedModule, Reopened
@@ -117,6 +118,10 @@ class CapturedModel:
         self.version = 0
         self.declined: dict[str, dict[str, str]] = {}
         """Backend -> site -> why its graphs have it in float although the plan has not."""
+        self.settled: dict[Any, Mapping[str, Transform | None]] = {}
+        """Optional transform and the sites that ask for it -> where it helps."""
+        self.settled_on: Any = None
+        """The ranges and weights that this rests on."""
         self._told: tuple[str, ...] = ()
         self._prepared: dict[int, tuple[CapturedGraph, Prepared]] = {}
         training = [name or "the model" for name, m in model.named_modules() if m.training]
@@ -130,7 +135,7 @@ class CapturedModel:
         """The same graphs, to be added to without a trace on these."""
         twin = copy.copy(self)
         twin.root = self.root.copied()
-        twin._prepared = dict(self._prepared)
+        twin._prepared, twin.settled = dict(self._prepared), dict(self.settled)
         return twin
 
     def refresh(self, model: nn.Module) -> None:
@@ -249,6 +254,11 @@ class CapturedModel:
         for submodule in self.root.walk():
             for _, graph in submodule.graphs:
                 yield self.prepared(submodule, graph)
+
+    @property
+    def graph_count(self) -> int:
+        """How many graphs there are; they grow in number and do not change."""
+        return sum(len(submodule.graphs) for submodule in self.root.walk())
 
     @property
     def unreached(self) -> tuple[str, ...]:

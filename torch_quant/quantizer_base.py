@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from torch_quant import recipes
 from torch_quant.amp.allocation import Allocation, allocate, exactly
 from torch_quant.amp.fallback import Fallback
 from torch_quant.amp.options import AmpOptions
@@ -67,7 +68,7 @@ class QuantizerBase(Tied):
         self.unseen_calls = checked_choice(unseen_calls)
         self._asked, self.backend, self._forced = _chosen(backend)
         self._taken = self.backend
-        self.qconfig = qconfig or QConfig()
+        self.qconfig = qconfig or recipes.int8_static()
         self.overrides = dict(overrides or {})
         self.module_filter = module_filter or ModuleFilter()
         self._dynamic = checked_dynamic(dynamic)

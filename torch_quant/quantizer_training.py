@@ -69,7 +69,8 @@ class QuantizerTraining(QuantizerFiles):
         if edge_bits is not None:
             edges = edge_configs(session, session.plan(backend), edge_bits)
             self.overrides = {**self.overrides, **{exactly(x): each for x, each in edges.items()}}
-        plan = qat_plan(session.plan(backend))
+        # Scales are learned, so what would make them easier to choose is left out.
+        plan = qat_plan(session.plan(backend, optional=False))
         for site in plan.values():
             if site.quantized and site.weight is not None and site.weight.float_zero_points:
                 raise InvalidConfig(

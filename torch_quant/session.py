@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import nn
 
 from torch_quant.backends import Backend
@@ -16,15 +17,15 @@ from torch_quant.calibrated import Calibrated
 from torch_quant.config import QConfig, made_observer
 from torch_quant.convert.lowering import Lowering
 from torch_quant.core.granularity import PerTensor
-from torch_quant.core.methods import Method
-from torch_quant.core.plan import PRECISIONS, QuantPlan
+from torch_quant.core.methods import Method, Transform
+from torch_quant.core.plan import PRECISIONS, QuantPlan, SitePlan
 from torch_quant.core.rounded import Scaling
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.annotate import annotate
 from torch_quant.graph.sites import Site
 from torch_quant.model import CapturedModel
 from torch_quant.settings import Settings, observer_name
-from torch_quant.state import Makers, QuantState
+from torch_quant.state import Makers, QuantState, weight_checksums
 from torch_quant.statistics import DEFAULT_OBSERVER, RANGE, Observer, Statistic
 
 __all__ = ["Owner", "Session", "Snapshot"]
@@ -122,13 +123,18 @@ class Session:
         self.state.note_weights(self.captured.root.module)
 
     def plan(
-        self, backend: Backend | None = None, fallen: Mapping[str, str] | None = None
+        self,
+        backend: Backend | None = None,
+        fallen: Mapping[str, str] | None = None,
+        *,
+        optional: bool = True,
     ) -> QuantPlan:
         """What is done with every site.
 
         Args:
             backend: where it will run; the quantizer's by default.
             fallen: site -> precision of what fell back to float; the quantizer's by default.
+            optional: have the optional transforms that help; else none.
         """
         kernels, settings = (backend or self.owner.backend).kernels(), self.settings
         plan = annotate(
@@ -141,7 +147,7 @@ class Session:
         )
         plan = QuantPlan(plan.values(), self.captured.float_ops())
         settings.summary.check([site for each in self.captured.graphs() for site, _ in each.sites])
-        plan = plan.edited(settings.summary.plan, kernels)
+        plan = self._settled(plan.edited(settings.summary.plan, kernels), optional)
         fallen = self.owner.fallen_back if fallen is None else fallen
         for precision in PRECISIONS:
             names = [n for n, given in fallen.items() if given == precision and n in plan]
@@ -183,8 +189,41 @@ class Session:
             overrides={},
             module_filter=settings.module_filter,
         )
+        plan = self._settled(plan)
         params = Calibrated(self, plan, rounded=False)
         return Lowering(self.captured, plan, self.owner.backend, params)
+
+    def _settled(self, plan: QuantPlan, optional: bool = True) -> QuantPlan:
+        """``plan`` with optional transforms where they help, and no others."""
+        asked = {each for site in plan.values() for each in site.transforms if each.optional}
+        if not asked:
+            return plan
+        found = {each: self._settling(each, plan) if optional else {} for each in asked}
+
+        def kept(site: SitePlan) -> SitePlan:
+            made = (
+                found[each].get(site.name) if each in asked else each for each in site.transforms
+            )
+            return replace(site, transforms=tuple(each for each in made if each is not None))
+
+        return QuantPlan(map(kept, plan.values()), plan.float_ops)
+
+    def _settling(self, transform: Transform, plan: QuantPlan) -> Mapping[str, Transform | None]:
+        """See :meth:`Transform.settled`; it takes long, so it is asked once for each plan."""
+        sites = tuple(
+            (site.name, site.activation, site.weight)
+            for site in plan.values()
+            if site.quantized and transform in site.transforms
+        )
+        weights = weight_checksums(self.captured.root.module)
+        basis = (weakref.ref(self.state), self.state.version, weights, self.captured.graph_count)
+        if self.captured.settled_on != basis:
+            self.captured.settled_on, self.captured.settled = basis, {}
+        settled = self.captured.settled
+        if (transform, sites) not in settled:
+            with torch.no_grad():
+                settled[transform, sites] = transform.settled(plan, Calibrated(self, plan))
+        return settled[transform, sites]
 
     # What calibration records
 

@@ -132,7 +132,9 @@ def test_state_and_summary_keep_it(backend: str, tmp_path: Path) -> None:
 def test_alpha_of_one_site_by_override_and_by_summary(tmp_path: Path) -> None:
     model = spiky()
     overrides = {"out": QConfig(transforms=[SmoothQuant(0.8)])}
-    quantizer = calibrated(model, [data(32)], backend="reference", overrides=overrides)
+    quantizer = calibrated(
+        model, [data(32)], backend="reference", qconfig=QConfig(), overrides=overrides
+    )
     before = quantizer.quantize(model)(*data(8)[0])
     assert [site.transforms for site in quantizer.plan.values()] == [
         (),

@@ -209,7 +209,7 @@ while True:
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX: run on Linux or macOS")
 def test_a_kill_while_saving_leaves_the_old_or_the_new(tmp_path: Path) -> None:
-    for turn in range(4):
+    for turn in range(3):
         process = subprocess.Popen(
             [sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE
         )

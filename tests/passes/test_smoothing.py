@@ -17,6 +17,7 @@ from torch_quant.core.granularity import PerChannel
 from torch_quant.core.plan import QuantPlan
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
+from torch_quant.errors import NotCalibrated
 from torch_quant.ops.qdq import DEQUANTIZE
 from torch_quant.passes.insert_qdq import insert_qdq
 from torch_quant.passes.transform import transform_sites
@@ -36,7 +37,8 @@ class Smoothing(FixedParams):
         self._graph = gm
 
     def statistic(self, key: str, what: str) -> Statistic:
-        assert what == CHANNELS
+        if what != CHANNELS:
+            raise NotCalibrated(what)
         observer = MinMaxObserver(PerChannel(-1))
         reach = torch.linspace(0.5, 2.0, WIDTH)
         observer.observe(torch.stack([-reach, reach]))
@@ -109,6 +111,8 @@ class Wide(Smoothing):
     """Ranges that clip nothing."""
 
     def statistic(self, key: str, what: str) -> Statistic:
+        if what != CHANNELS:
+            raise NotCalibrated(what)
         observer = MinMaxObserver(PerChannel(-1))
         reach = torch.linspace(6.0, 24.0, WIDTH)
         observer.observe(torch.stack([-reach, reach]))

@@ -2,6 +2,7 @@
 
 from torch_quant.algorithms.autoround import AutoRound
 from torch_quant.algorithms.awq import AWQ
+from torch_quant.algorithms.bias_correction import BiasCorrection
 from torch_quant.algorithms.gptq import GPTQ
 from torch_quant.algorithms.hqq import HQQ
 from torch_quant.algorithms.rtn import DEFAULT_METHOD, RoundToNearest, without_data
@@ -15,6 +16,7 @@ __all__ = [
     "HQQ",
     "TEQ",
     "AutoRound",
+    "BiasCorrection",
     "RoundToNearest",
     "SmoothQuant",
     "without_data",

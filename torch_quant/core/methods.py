@@ -20,8 +20,9 @@ from torch_quant.errors import InvalidConfig
 
 if TYPE_CHECKING:
     from torch_quant.algorithms.blocks import Block, Layer
+    from torch_quant.core.plan import QuantPlan
     from torch_quant.graph.sites import Site
-    from torch_quant.passes.base import PassContext
+    from torch_quant.passes.base import Params, PassContext
     from torch_quant.statistics import Statistic
 
 __all__ = [
@@ -84,7 +85,7 @@ class Method(ABC):
 
         >>> from torch_quant import SmoothQuant
         >>> SmoothQuant(0.5).to_dict()
-        {'name': 'smoothquant', 'alpha': 0.5}
+        {'name': 'smoothquant', 'alpha': 0.5, 'min_gain': 0.0}
         """
         return {"name": self.name} | {each.name: getattr(self, each.name) for each in fields(self)}
 
@@ -176,8 +177,51 @@ class Transform(Method):
     >>> read_transform("smoothquant") == SmoothQuant()
     True
     >>> print(SmoothQuant(0.5))
-    smoothquant(alpha=0.5)
+    smoothquant(alpha=0.5, min_gain=0.0)
     """
+
+    last: ClassVar[bool] = False
+    """Whether it has to come after those that change weights, in whatever order they are given."""
+    changes_input: ClassVar[bool] = True
+    """Whether a layer reads another tensor behind it, of which no statistics were recorded."""
+
+    @property
+    def condition(self) -> str:
+        """Where an optional transform is applied, for those who ask why it is not.
+
+        >>> from torch_quant import SmoothQuant
+        >>> SmoothQuant(0.8).condition
+        ''
+        """
+        return ""
+
+    @property
+    def optional(self) -> bool:
+        """Whether it may be left out where it cannot be applied, or does not help.
+
+        >>> from torch_quant import SmoothQuant
+        >>> SmoothQuant(0.8, min_gain=1.5).optional
+        True
+        """
+        return False
+
+    def settled(self, plan: QuantPlan, params: Params) -> Mapping[str, Transform | None]:
+        """What an optional transform comes to, once there is data; the others are as they are.
+
+        Args:
+            plan: names it at some sites.
+            params: has the statistics and the graphs.
+
+        Returns:
+            Site -> the transform to apply in its place, None for none.
+
+        >>> from torch_quant import SmoothQuant
+        >>> from torch_quant.core.plan import QuantPlan
+        >>> from torch_quant.passes.base import NoParams
+        >>> SmoothQuant(0.8, min_gain=1.5).settled(QuantPlan(), NoParams())  # nothing asks for it
+        {}
+        """
+        return {}
 
     @abstractmethod
     def apply(self, context: PassContext) -> int:

@@ -256,7 +256,7 @@ class QuantPlan(Mapping[str, SitePlan]):
         if unknown := names - set(self):
             raise InvalidConfig(f"no site is called {', '.join(sorted(unknown))}")
         sites = (
-            replace(site, quantized=False, reason=reason, precision=precision)
+            replace(site, quantized=False, reason=reason, precision=precision, transforms=())
             if name in names and site.quantized
             else site
             for name, site in self.items()

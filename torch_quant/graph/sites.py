@@ -66,6 +66,8 @@ class Site:
             integers there. Empty for other operators.
         smoothable: whether the last dimension of its input's source is that of its weight, so that
             statistics of channels recorded there hold for the input.
+        channels: the axis of the input's channels, counted from the end, if they lie so in its
+            source too.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Site:
     weight_shape: tuple[int, ...]
     fused_output: str = ""
     smoothable: bool = False
+    channels: int | None = None
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -230,6 +233,15 @@ def _keeps_channels(arg: Any) -> bool:
     )
 
 
+def _channels(pattern: OpPattern, node: fx.Node) -> int | None:
+    """See :class:`Site`: vectors may be put into other rows, but images must be as they are."""
+    if pattern.channels is None:
+        return None
+    arg = operands(node, pattern)[0]
+    kept = _keeps_channels(arg) if pattern.channels == -1 else source(arg) is arg
+    return pattern.channels if kept else None
+
+
 def find_sites(graph: fx.Graph) -> Iterator[tuple[fx.Node, OpPattern, Site]]:
     """Every site of a canonical graph in order: its node, its row and its description.
 
@@ -261,5 +273,6 @@ def find_sites(graph: fx.Graph) -> Iterator[tuple[fx.Node, OpPattern, Site]]:
                 "" if pattern.output is None else key_of(fused_output(found[0], pattern.output))
             ),
             smoothable=pattern.smoothable and _keeps_channels(operands(node, pattern)[0]),
+            channels=_channels(pattern, node),
         )
         yield node, pattern, site

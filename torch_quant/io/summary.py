@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,14 @@ from torch_quant.graph.sites import Site
 from torch_quant.io.files import write_atomically
 from torch_quant.io.summary_schema import FORMAT, VERSION, renewed, validate, written
 from torch_quant.state import QuantState
-from torch_quant.statistics import CHANNELS, RANGE, MinMaxObserver, Observer
+from torch_quant.statistics import (
+    CHANNELS,
+    RANGE,
+    ChannelMean,
+    MinMaxObserver,
+    Observer,
+    channel_mean,
+)
 
 __all__ = [
     "Summary",
@@ -46,6 +54,7 @@ class Summary:
         ranges: tensor key -> (minimum, maximum) that its grid covers.
         channels: tensor key -> minimum and maximum of each channel, shape ``[2, channels]``, of
             tensors that are transformed.
+        means: tensor key -> means of its channels, where biases are corrected.
         capture: what was captured as a graph, which decides the names of tensors; None where the
             file does not say.
         lines: where the entries stand in the file.
@@ -54,6 +63,7 @@ class Summary:
     plan: QuantPlan
     ranges: Mapping[str, tuple[float, float]]
     channels: Mapping[str, Tensor] = field(default_factory=dict)
+    means: Mapping[str, Sequence[ChannelMean]] = field(default_factory=dict)
     capture: CapturePolicy | None = None
     lines: Lines = field(default_factory=Lines)
 
@@ -85,6 +95,17 @@ class Summary:
                 expected = " or ".join(map(str, sorted(widths))) or "none: no layer smooths it"
                 message = f"{key!r} has {extremes.shape[1]} channels; expected {expected}"
                 raise self.lines.error(("channels", key), message)
+        for key, mean in self._means():
+            readers = [s for s in sites if s.channels == mean.axis and s.inputs == (key,)]
+            if not any(_reads_channels(site, mean.sums.numel()) for site in readers):
+                message = (
+                    f"{key!r} has means of {mean.sums.numel()} channels along {mean.axis}; no "
+                    "linear layer or convolution reads so many there"
+                )
+                raise self.lines.error(("means", key, str(mean.axis)), message)
+
+    def _means(self) -> Iterator[tuple[str, ChannelMean]]:
+        return ((key, each) for key, known in self.means.items() for each in known)
 
     def apply_to(self, state: QuantState) -> None:
         """Put the ranges in the place of what was observed of these tensors."""
@@ -96,6 +117,21 @@ class Summary:
             observer = MinMaxObserver(PerChannel(-1))
             observer.observe(extremes)
             state.put(key, CHANNELS, observer)
+        for key, mean in self._means():
+            state.put(key, channel_mean(mean.axis), copy.deepcopy(mean))
+
+
+def _reads_channels(site: Site, channels: int) -> bool:
+    """Whether a linear layer or convolution, of some number of groups, has so many inputs."""
+    groups, rest = divmod(channels, site.weight_shape[1])
+    return groups > 0 and rest == 0 and site.weight_shape[0] % groups == 0
+
+
+def _mean(axis: int, known: Mapping[str, Any]) -> ChannelMean:
+    mean = ChannelMean(axis)
+    mean.batches, mean.rows = known["batches"], known["rows"]
+    mean.sums = torch.tensor(known["sums"], dtype=torch.float32)
+    return mean
 
 
 def _misfits(edit: SitePlan, sites: list[Site]) -> dict[str, str]:
@@ -155,11 +191,23 @@ def _channels(plan: QuantPlan, state: QuantState) -> dict[str, list[list[float]]
     }
 
 
+def _means(plan: QuantPlan, state: QuantState) -> dict[str, list[ChannelMean]]:
+    """The means of channels, of the tensors where a transform wants them."""
+    keys = dict.fromkeys(key for site in plan.values() if site.transforms for key in site.inputs)
+    found = {
+        key: [each for each in state.statistics.get(key, {}).values() if each.batches]
+        for key in keys
+    }
+    means = {k: [x for x in each if isinstance(x, ChannelMean)] for k, each in found.items()}
+    return {key: each for key, each in means.items() if each}
+
+
 def save_summary(
     path: str | os.PathLike[str], plan: QuantPlan, state: QuantState, capture: CapturePolicy
 ) -> None:
     """Write plan and ranges; raises :class:`InvalidConfig` if the path cannot be written."""
-    write_summary(path, plan, _ranges(plan, state), _channels(plan, state), capture)
+    known = _channels(plan, state), _means(plan, state)
+    write_summary(path, plan, _ranges(plan, state), *known, capture)
 
 
 def write_summary(
@@ -167,10 +215,11 @@ def write_summary(
     plan: QuantPlan,
     ranges: Mapping[str, list[float]],
     channels: Mapping[str, list[list[float]]] | None = None,
+    means: Mapping[str, Sequence[ChannelMean]] | None = None,
     capture: CapturePolicy | None = None,
 ) -> None:
-    """Write a plan, and ranges by tensor key and by channel, in this file's format."""
-    data = _data(plan, ranges, channels, capture)
+    """Write a plan, ranges by tensor key and by channel, and means, in this file's format."""
+    data = _data(plan, ranges, channels, means, capture)
     text = json.dumps(data, indent=1) + "\n"
     write_atomically(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
 
@@ -179,6 +228,7 @@ def _data(
     plan: QuantPlan,
     ranges: Mapping[str, Sequence[float]],
     channels: Mapping[str, list[list[float]]] | None,
+    means: Mapping[str, Sequence[ChannelMean]] | None,
     capture: CapturePolicy | None,
 ) -> dict[str, Any]:
     return {
@@ -188,13 +238,24 @@ def _data(
         "sites": [written(site) for site in plan.to_dict()["sites"]],
         "ranges": {key: list(ends) for key, ends in ranges.items()},
         "channels": dict(channels or {}),
+        "means": {
+            key: {
+                str(each.axis): {
+                    "batches": each.batches,
+                    "rows": each.rows,
+                    "sums": each.sums.tolist(),
+                }
+                for each in known
+            }
+            for key, known in (means or {}).items()
+        },
     }
 
 
 def summary_data(summary: Summary) -> dict[str, Any]:
     """A summary that was read, as the data that :func:`read_summary` takes."""
     channels = {key: extremes.tolist() for key, extremes in summary.channels.items()}
-    return _data(summary.plan, summary.ranges, channels, summary.capture)
+    return _data(summary.plan, summary.ranges, channels, summary.means, summary.capture)
 
 
 def load_summary(path: str | os.PathLike[str]) -> Summary:
@@ -220,7 +281,11 @@ def read_summary(data: Any, lines: Lines) -> Summary:
         key: torch.tensor(pair, dtype=torch.float32)
         for key, pair in data.get("channels", {}).items()
     }
+    means = {
+        key: [_mean(int(axis), each) for axis, each in known.items()]
+        for key, known in data.get("means", {}).items()
+    }
     plan = QuantPlan.from_dict({"sites": [renewed(site) for site in data["sites"]]})
     capture = data.get("capture")
     policy = None if capture is None else checked_capture(capture)
-    return Summary(plan, ranges, channels, policy, lines)
+    return Summary(plan, ranges, channels, means, policy, lines)

@@ -50,7 +50,7 @@ def validate(data: Any, lines: Lines) -> None:
     version: Any = data.get("version")
     if not _integer(version) or not 1 <= version <= VERSION:
         raise lines.error(("version",), f"this has version {version!r}; expected 1 to {VERSION}")
-    optional = ("channels", "capture") if version > 3 else ("channels",)
+    optional = ("channels", "means", "capture") if version > 3 else ("channels",)
     known = ("format", "version", "sites", "ranges", *optional)
     check_keys(data, (), known, "the file", lines, optional=optional)
     if data.get("capture") is not None:
@@ -70,6 +70,14 @@ def validate(data: Any, lines: Lines) -> None:
     channels = check_kind(data.get("channels", {}), dict, ("channels",), "'channels'", lines)
     for key, pair in channels.items():
         _channels(pair, ("channels", key), f"the channels of {key}", lines)
+    means = check_kind(data.get("means", {}), dict, ("means",), "'means'", lines)
+    for key, known in means.items():
+        what = f"the means of {key}"
+        for axis, each in check_kind(known, dict, ("means", key), what, lines).items():
+            if axis not in ("-1", "-2", "-3", "-4"):
+                message = f'{what}: axis {shown(axis)}; expected "-1" to "-4"'
+                raise lines.error(("means", key, axis), message)
+            _means(each, ("means", key, axis), what, lines)
 
 
 def _site(site: Any, place: Place, lines: Lines, version: int) -> str:
@@ -259,6 +267,22 @@ def _range(ends: Any, place: Place, what: str, lines: Lines) -> None:
         )
     if ends[0] > ends[1]:
         raise lines.error(place, f"{what} is {ends}; expected low <= high")
+
+
+def _means(known: Any, place: Place, what: str, lines: Lines) -> None:
+    check_kind(known, dict, place, what, lines)
+    check_keys(known, place, ("batches", "rows", "sums"), what, lines)
+    for name in ("batches", "rows"):
+        if not _integer(known[name]) or known[name] < 1:
+            message = f"{what}: {name!r} is {shown(known[name])}; expected 1 or more"
+            raise lines.error((*place, name), message)
+    sums = known["sums"]
+    if not isinstance(sums, list) or not sums:
+        raise lines.error((*place, "sums"), f"{what} are {shown(sums)}; expected numbers")
+    for i, value in enumerate(sums):
+        if not _number(value):
+            message = f"{what}: {shown(value)} is no finite number"
+            raise lines.error((*place, "sums", i), message)
 
 
 def _channels(pair: Any, place: Place, what: str, lines: Lines) -> None:

@@ -36,10 +36,32 @@ _TRANSPOSED: dict[str, Any] = {
 }
 
 register_operator(
-    OpPattern("linear", (aten.linear.default,), (0,), 1, 0, _gemm_macs, bias=2, smoothable=True)
+    OpPattern(
+        "linear",
+        (aten.linear.default,),
+        (0,),
+        1,
+        0,
+        _gemm_macs,
+        bias=2,
+        smoothable=True,
+        channels=-1,
+    )
 )
-for _name, _targets in _CONVS.items():
-    register_operator(OpPattern(_name, _targets, (0,), 1, 0, _conv_macs, bias=2, output=RECTIFIERS))
+for _dims, (_name, _targets) in enumerate(_CONVS.items(), 1):
+    register_operator(
+        OpPattern(
+            _name,
+            _targets,
+            (0,),
+            1,
+            0,
+            _conv_macs,
+            bias=2,
+            channels=-1 - _dims,
+            output=RECTIFIERS,
+        )
+    )
 for _name, _target in _TRANSPOSED.items():
     register_operator(OpPattern(_name, (_target,), (0,), 1, 1, _transposed_macs, bias=2))
 register_operator(

@@ -64,6 +64,8 @@ class OpPattern:
         bias: argument position of the bias, None without one.
         smoothable: whether the last dimension of its input is that of its weight, so that factors
             can move from one to the other.
+        channels: the axis of its input's channels, which are those of its weight, counted from the
+            end; None where it has none.
         output: the functions behind it that a kernel which gives nothing but integers does as well;
             None if its result is never quantized.
         internals: tensors that exist only inside the operator, each computed from its arguments so
@@ -83,6 +85,7 @@ class OpPattern:
     macs: Callable[[Any, Any], int]
     bias: int | None = None
     smoothable: bool = False
+    channels: int | None = None
     output: frozenset[Any] | None = None
     internals: dict[str, Callable[..., Tensor]] = field(default_factory=dict)
     obstacle: Callable[[fx.Node], str] = lambda node: ""

@@ -97,6 +97,8 @@ class PassContext:
     """Site -> why it runs in float though the plan has it quantized."""
     derived: dict[str, Mapping[str, Statistic]] = field(default_factory=dict)
     """Tensor that a transform made -> its statistics, by what they are for."""
+    weights: dict[Hashable, tuple[Tensor, QParams]] = field(default_factory=dict)
+    """What computes a weight, its format, axis and method -> its codes; no float copy is kept."""
 
     def decline(self, site: str, why: str) -> None:
         """Note that ``site`` runs in float arithmetic after all; reports then say ``why``."""

@@ -39,7 +39,8 @@ from torch_quant.ops.arguments import argument, set_arguments
 from torch_quant.ops.qdq import CHOOSE_QPARAMS, DEQUANTIZE, FAKE_QUANTIZE, QUANTIZE
 from torch_quant.ops.table import OpPattern
 from torch_quant.passes.base import PassContext
-from torch_quant.passes.constants import evaluate, expression, name_of, new_constant, new_constants
+from torch_quant.passes.constants import evaluate, name_of, new_constant, new_constants
+from torch_quant.passes.rounded import rounded_weight
 
 __all__ = ["insert_qdq"]
 
@@ -59,8 +60,6 @@ class _Inserter:
         default_factory=dict
     )
     """Tensor and dynamic format -> its codes, scale and zero point."""
-    weights: dict[tuple[Any, ...], tuple[Tensor, QParams]] = field(default_factory=dict)
-    """What computes a weight, its format, axis and method -> its codes; no float copy is kept."""
 
     def activations(self, user: fx.Node, args: list[fx.Node], entry: SitePlan) -> None:
         """Make ``user`` read ``args`` quantized; one tensor may stand in several places."""
@@ -168,19 +167,9 @@ class _Inserter:
         A weight that is ``live`` is rounded in the graph, and its bias stays an expression.
         """
         assert pattern.weight is not None
-        assert site.weight is not None
-        old = argument(node, pattern.weight)
-        gm, axis = self.context.gm, pattern.weight_axis
-        method = site.method
-        data = method is not None and (method.wants_statistics or method.wants_blocks)
-        scaled = any(each.wants_blocks for each in site.transforms)
-        alone = site.name if data or scaled else ""
-        memo = (expression(gm, old), site.weight, axis, method, alone)
-        if memo not in self.weights:
-            value = evaluate(gm, old).detach()
-            codes, qparams = self.context.params.weight(site.name, value, site.weight, axis)
-            self.weights[memo] = codes.contiguous(), qparams  # as kernels pack it
-        new = self.weight(node, old, "weight", *self.weights[memo])
+        gm, old = self.context.gm, argument(node, pattern.weight)
+        rounded = rounded_weight(self.context, node, pattern, site)
+        new = self.weight(node, old, "weight", *rounded)
         set_arguments(node, {pattern.weight: new})
         if self.context.live or pattern.bias is None:
             return

@@ -117,7 +117,7 @@ class _UnseenTraining(UnseenCalls):
         return ()
 
     def _lowering(self, session: Session) -> Lowering:
-        plan, params = qat_plan(session.plan()), self._training.params
+        plan, params = qat_plan(session.plan(optional=False)), self._training.params
         assert isinstance(params, LearnedParams)
         params = params.beside(Calibrated(session, plan), plan)
         return replace(self._training, captured=session.captured, plan=plan, params=params)
@@ -179,7 +179,7 @@ class Deployed:
             backend: where it will run; the quantizer's by default.
         """
         backend = backend or session.owner.backend
-        plan = session.plan(backend)
+        plan = session.plan(backend, optional=False)
         for name, why in self.left.items():
             if name in plan:
                 plan = plan.without([name], why)

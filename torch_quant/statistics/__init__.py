@@ -16,7 +16,14 @@ from torch_quant.statistics.defaults import DEFAULT_OBSERVER
 from torch_quant.statistics.entropy import EntropyObserver
 from torch_quant.statistics.histogram import HistogramObserver
 from torch_quant.statistics.minmax import MinMaxObserver
-from torch_quant.statistics.moments import HESSIAN, MEAN_SQUARE, Hessian, MeanSquare
+from torch_quant.statistics.moments import (
+    HESSIAN,
+    MEAN_SQUARE,
+    ChannelMean,
+    Hessian,
+    MeanSquare,
+    channel_mean,
+)
 from torch_quant.statistics.moving_average import MovingAverageObserver
 from torch_quant.statistics.percentile import PercentileObserver
 
@@ -32,6 +39,7 @@ __all__ = [
     "observer_class",
     "register_statistic",
     "statistic_class",
+    "ChannelMean",
     "EntropyObserver",
     "Hessian",
     "HistogramObserver",
@@ -40,5 +48,6 @@ __all__ = [
     "MovingAverageObserver",
     "PercentileObserver",
     "DEFAULT_OBSERVER",
+    "channel_mean",
     "from_ao",
 ]

@@ -24,7 +24,17 @@ from torch_quant.statistics.base import (
     register_statistic,
 )
 
-__all__ = ["HESSIAN", "MEAN_SQUARE", "Hessian", "MeanSquare"]
+__all__ = ["HESSIAN", "MEAN_SQUARE", "ChannelMean", "Hessian", "MeanSquare", "channel_mean"]
+
+
+def channel_mean(axis: int) -> str:
+    """What a statistic is for: the mean of each channel along ``axis``, which corrections want.
+
+    >>> channel_mean(-1)
+    'channel_mean[-1]'
+    """
+    return f"channel_mean[{axis}]"
+
 
 HESSIAN = "hessian"
 """What a statistic is for: the second moments of the input's channels, which GPTQ wants."""
@@ -40,6 +50,8 @@ class _Moments(Statistic):
     """
 
     dimensions: int
+    saturates = False
+    """Whether sums too large for float32 become the largest there is; else they are refused."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,18 +61,27 @@ class _Moments(Statistic):
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
         check_observable(x)
-        rows = x.detach().reshape(-1, x.shape[-1] if x.dim() else 1).to(torch.float32)
+        rows = self._rows(x.detach())
         if self.batches and rows.shape[1] != self.sums.shape[-1]:
             raise QuantError(
                 f"vectors of {rows.shape[1]} channels after such of {self.sums.shape[-1]}"
             )
         sums = self._summed(self.sums.to(rows.device) if self.batches else None, rows)
         if not bool(torch.isfinite(sums).all()):
-            what = "numbers whose squares are too large for float32"
-            if not bool(torch.isfinite(rows).all()):
-                what = "NaN" if bool(torch.isnan(rows).any()) else "Inf"
-            raise QuantError(f"the tensor holds {what}, shape {tuple(x.shape)}")
+            if not bool(torch.isfinite(x).all()):
+                what = "NaN" if bool(torch.isnan(x).any()) else "Inf"
+                raise QuantError(f"the tensor holds {what}, shape {tuple(x.shape)}")
+            if not self.saturates:
+                raise QuantError(
+                    "the tensor holds numbers whose squares are too large for float32, shape "
+                    f"{tuple(x.shape)}"
+                )
+            sums = torch.nan_to_num(sums)
         self.sums, self.rows, self.batches = sums, self.rows + len(rows), self.batches + 1
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """The vectors of a tensor, ``[n, channels]``."""
+        return x.reshape(-1, x.shape[-1] if x.dim() else 1).to(torch.float32)
 
     @abstractmethod
     def _summed(self, sums: Tensor | None, rows: Tensor) -> Tensor:
@@ -134,7 +155,66 @@ class MeanSquare(_Moments):
 
     name = MEAN_SQUARE
     dimensions = 1
+    saturates = True
 
     def _summed(self, sums: Tensor | None, rows: Tensor) -> Tensor:
         found = rows.square().sum(0)
         return found if sums is None else sums + found
+
+
+@register_statistic
+class ChannelMean(_Moments):
+    """The mean of each channel: over vectors, or over images of the mean over their pixels.
+
+    Args:
+        axis: of the channels, counted from the end: -1 for vectors, -3 for images.
+
+    >>> means = ChannelMean(-3)
+    >>> means.observe(torch.tensor([[[[1.0, 3.0]], [[0.0, 4.0]]]]))  # one image of two channels
+    >>> means.mean.tolist()
+    [2.0, 2.0]
+    """
+
+    name = "channel_mean"
+    dimensions = 1
+    saturates = True
+
+    def __init__(self, axis: int = -1) -> None:
+        super().__init__()
+        self.axis = axis
+
+    def _rows(self, x: Tensor) -> Tensor:
+        if self.axis < -1 and x.numel() and x.dim() >= -self.axis:
+            x = x.flatten(self.axis + 1).mean(-1)
+        return super()._rows(x)
+
+    def _summed(self, sums: Tensor | None, rows: Tensor) -> Tensor:
+        found = rows.sum(0)
+        return found if sums is None else sums + found
+
+    def __deepcopy__(self, memo: Any) -> ChannelMean:
+        copied = super().__deepcopy__(memo)
+        assert isinstance(copied, ChannelMean)
+        copied.axis = self.axis
+        return copied
+
+    def scaled(self, factor: Tensor) -> ChannelMean:
+        """That of the channels times ``factor``, shape ``[channels]``."""
+        made = self.__deepcopy__({})
+        made.sums = self.sums * factor
+        return made
+
+    def _merge(self, other: _Moments) -> None:
+        if not isinstance(other, ChannelMean) or other.axis != self.axis:
+            raise InvalidConfig("means of channels along other dimensions cannot be merged")
+        super()._merge(other)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"axis": self.axis}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        axis: int = entry(state, "axis", int)
+        if isinstance(axis, bool) or not -4 <= axis <= -1:
+            raise InvalidConfig(f"'axis' is {axis!r}; expected -4 to -1")
+        super().load_state_dict(state)
+        self.axis = axis

@@ -1,0 +1,172 @@
+"""Bias correction: take what rounding a weight adds to the mean of an output off the bias.
+
+The error ``E = W_q - W`` of a rounded weight adds ``E x`` to an output. Where inputs have a mean
+that is not 0, as behind a ReLU, most of that is the same for every input: ``E mean(x)``. The bias
+takes it back, and the layer computes as fast as before:
+
+    b' = b - E mean(x)
+
+Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019,
+section 4.2, with means from calibration where they take those of batch norms. A convolution reads
+the mean of a channel at each of its taps: zeros of the padding are taken for inputs like others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, fx
+
+from torch_quant.core.functional import dequantize
+from torch_quant.core.methods import Transform, Wanted, register_transform
+from torch_quant.core.plan import QuantPlan, SitePlan
+from torch_quant.errors import InvalidConfig, NotCalibrated
+from torch_quant.graph.sites import Site, find_sites, local_name
+from torch_quant.ops.arguments import argument, set_arguments
+from torch_quant.ops.table import OpPattern
+from torch_quant.passes.base import Params, PassContext
+from torch_quant.passes.constants import evaluate, name_of, new_constant
+from torch_quant.passes.rounded import rounded_weight
+from torch_quant.statistics import ChannelMean, channel_mean
+
+__all__ = ["BiasCorrection", "output_shift"]
+
+
+def output_shift(error: Tensor, mean: Tensor) -> Tensor:
+    """What an error of a weight adds to the mean of each output channel.
+
+    Args:
+        error: of the weight, shape ``[outputs, channels / groups, *kernel]``.
+        mean: of each input channel, shape ``[channels]``; they go to the outputs in ``groups``.
+
+    Returns:
+        Shape ``[outputs]``.
+
+    >>> output_shift(torch.tensor([[1.0, 2.0], [0.0, 1.0]]), torch.tensor([10.0, 1.0])).tolist()
+    [12.0, 1.0]
+    >>> output_shift(torch.ones(2, 1, 3, 3), torch.tensor([1.0, 2.0])).tolist()  # depthwise
+    [9.0, 18.0]
+    """
+    taps = error.flatten(2).sum(2) if error.dim() > 2 else error
+    groups = mean.numel() // taps.shape[1]
+    means = mean.reshape(groups, -1).repeat_interleave(len(taps) // groups, 0)
+    return (taps * means).sum(1)
+
+
+@register_transform
+@dataclass(frozen=True)
+class BiasCorrection(Transform):
+    """Take what rounding adds to the mean of each output channel off the bias.
+
+    It serves linear layers and convolutions whose weight is rounded. It has to be asked for before
+    calibrating.
+
+    Args:
+        always: whether a layer without a bias gets one, and it is an error if calibration has not
+            recorded the means; else it is left out there.
+
+    Raises:
+        InvalidConfig: ``always`` is neither True nor False.
+
+    >>> BiasCorrection().to_dict()
+    {'name': 'bias_correction', 'always': True}
+    """
+
+    name = "bias_correction"
+    last = True
+    changes_input = False
+
+    always: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.always, bool):
+            raise InvalidConfig(f"BiasCorrection(always={self.always!r}): expected True or False")
+
+    @property
+    def optional(self) -> bool:
+        return not self.always
+
+    @property
+    def condition(self) -> str:
+        if self.always:
+            return ""
+        return "only layers with a bias, of whose input calibration recorded the means of channels"
+
+    def refusal(self, site: Site) -> str:
+        if site.channels is not None:
+            return ""
+        return "only linear layers and convolutions whose input's channels are as it was computed"
+
+    def statistics(self, site: Site) -> Wanted:
+        assert site.channels is not None
+        axis = site.channels
+        return {site.inputs[0]: {channel_mean(axis): partial(ChannelMean, axis)}}
+
+    def settled(self, plan: QuantPlan, params: Params) -> Mapping[str, Transform | None]:
+        """At each site that has it: itself, for good, where there are means and a bias.
+
+        >>> from torch_quant.passes.base import NoParams
+        >>> BiasCorrection(always=False).settled(QuantPlan(), NoParams())  # nothing asks for it
+        {}
+        """
+        found: dict[str, Transform | None] = {}
+        for gm in params.graphs():
+            for node, pattern, site in find_sites(gm.graph):
+                entry = plan.get(site.name)
+                if entry is None or not entry.quantized or self not in entry.transforms:
+                    continue
+                assert site.channels is not None
+                assert pattern.bias is not None
+                if argument(node, pattern.bias) is None:
+                    found[site.name] = None
+                    continue
+                try:
+                    params.statistic(site.inputs[0], channel_mean(site.channels))
+                except NotCalibrated:
+                    found[site.name] = None
+                else:
+                    found.setdefault(site.name, BiasCorrection())
+        return found
+
+    def apply(self, context: PassContext) -> int:
+        """Correct every site that the plan corrects; returns how many.
+
+        Raises:
+            NotCalibrated: calibration recorded no means there, or not from the start.
+        """
+        changed = 0
+        for node, pattern, site in list(find_sites(context.graph)):
+            entry = context.plan[site.name]
+            if entry.quantized and entry.weight is not None and self in entry.transforms:
+                _correct(context, node, pattern, site, entry)
+                changed += 1
+        return changed
+
+
+def _correct(
+    context: PassContext, node: fx.Node, pattern: OpPattern, site: Site, entry: SitePlan
+) -> None:
+    assert pattern.weight is not None
+    assert pattern.bias is not None
+    assert site.channels is not None
+    known = context.statistic(site.inputs[0], channel_mean(site.channels))
+    assert isinstance(known, ChannelMean)
+    gm, place = context.gm, pattern.bias
+    weight = evaluate(gm, argument(node, pattern.weight)).detach()
+    error = dequantize(*rounded_weight(context, node, pattern, entry)) - weight.float()
+    shift = output_shift(error, known.mean.to(weight.device))
+    bias = argument(node, place)
+    name = f"{local_name(node)}.bias"
+    if isinstance(bias, fx.Node):
+        name, corrected = name_of(bias, name), evaluate(gm, bias).detach() - shift
+    else:
+        corrected = -shift
+    if not bool(torch.isfinite(corrected).all()):  # means that float32 does not hold
+        return
+    corrected = corrected.to(weight.dtype)
+    constant = new_constant(gm, name, corrected, node)
+    constant.meta["val"] = corrected
+    set_arguments(node, {place: constant})
