@@ -38,7 +38,8 @@ def test_codes_of_every_format(method: WeightMethod, spec: QuantSpec) -> None:
     assert qparams.scale.shape == spec.granularity.grid(weight.shape)
     assert qparams.scale.dtype == torch.float32
     assert bool((qparams.scale > 0).all())
-    assert qparams.zero_point.dtype == torch.int32
+    whole = not spec.float_zero_points
+    assert qparams.zero_point.dtype == (torch.int32 if whole else torch.float32)
     assert torch.equal(spec.scale_type.round(qparams.scale), qparams.scale)
     real = dequantize(codes, qparams)
     same = dequantize(quantize(real, qparams), qparams)  # -0 has a code of its own
