@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 from torch_quant.amp.allocation import exactly
 from torch_quant.backends import Backend, usable_backend
 from torch_quant.convert.quantized import QuantizedModule
+from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import InvalidConfig
 from torch_quant.qat.edges import edge_configs
 from torch_quant.qat.making import Deployed, qat_lowering, qat_plan, start_training, their_tensors
@@ -17,6 +19,8 @@ from torch_quant.qat.model import QatModel, bond_of, scale_names
 from torch_quant.quantizer_files import QuantizerFiles
 
 __all__ = ["QuantizerTraining"]
+
+logger = logging.getLogger("torch_quant")
 
 
 class QuantizerTraining(QuantizerFiles):
@@ -46,6 +50,9 @@ class QuantizerTraining(QuantizerFiles):
                 :meth:`to_config` follow; a layer that has an override keeps it. None leaves them.
             example_inputs: as for :meth:`calib`, for a quantizer whose ranges were loaded.
 
+        Transforms that the recipe has as optional, such as the default's smoothing, are left out:
+        what :meth:`quantize` deploys of the result is without them. A warning names the layers.
+
         Raises:
             NotCalibrated: ranges are needed, and no data was seen; or the model has changed since.
             InvalidConfig: an unknown method; every parameter is frozen; the QConfig has transforms
@@ -69,8 +76,8 @@ class QuantizerTraining(QuantizerFiles):
         if edge_bits is not None:
             edges = edge_configs(session, session.plan(backend), edge_bits)
             self.overrides = {**self.overrides, **{exactly(x): each for x, each in edges.items()}}
-        # Scales are learned, so what would make them easier to choose is left out.
         plan = qat_plan(session.plan(backend, optional=False))
+        _tell_unsmoothed(session.plan(backend), plan)
         for site in plan.values():
             if site.quantized and site.weight is not None and site.weight.float_zero_points:
                 raise InvalidConfig(
@@ -143,3 +150,20 @@ class QuantizerTraining(QuantizerFiles):
         if self.unseen_calls == "capture":
             deployed.attend(session, chosen, quantized)
         return self._described(quantized, chosen)
+
+
+def _tell_unsmoothed(deployed: QuantPlan, trained: QuantPlan) -> None:
+    """Log a warning of layers that ``quantize`` smooths and training does not."""
+    names = [
+        name
+        for name, site in deployed.items()
+        if any(each.changes_input for each in site.transforms) and not trained[name].transforms
+    ]
+    if names:
+        rest = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        logger.warning(
+            "qat() leaves smoothing out, since the factors would have to follow the weights: %s%s "
+            "begin from the plain ranges, which may be far worse than what quantize(model) gives",
+            names[0],
+            rest,
+        )
