@@ -10,7 +10,7 @@ from models import normal
 from qat_training import FOUR_BITS, calibrated, loss_of, quiet, steps
 from torch import nn
 
-from torch_quant import QatSchedule, QuantSpec, switch
+from torch_quant import InvalidConfig, QatSchedule, QuantSpec, switch
 from torch_quant.qat.observing import MOMENTUM
 from torch_quant.statistics import MinMaxObserver
 
@@ -36,6 +36,60 @@ def test_the_range_of_an_activation_is_a_moving_average() -> None:
     before = qat_model[0].input_scale.detach().clone()
     qat_model(x * 9)
     assert torch.equal(qat_model[0].input_scale, before)
+
+
+def test_observing_in_float() -> None:
+    """Scales follow the data before anything is rounded, and as they do while it is."""
+    quantizer, model, (x,) = calibrated(nn.Sequential(nn.Linear(8, 4)), normal(64, 8))
+    in_float, rounded = quantizer.qat(model).train(), quantizer.qat(model).train()
+    before = {name: y.clone() for name, y in in_float[0].state_dict().items()}
+    switch(in_float, observe=True, fake_quantize=False)
+    switch(rounded, observe=True)
+    torch.testing.assert_close(quiet(in_float, (x * 3,)), quiet(model, (x * 3,)))
+    quiet(rounded, (x * 3,))
+    assert float(in_float[0].input_scale.detach()) > 1.01 * float(before["input_scale"])
+    for name in ("input_scale", "input_range", "weight_scale"):
+        assert torch.equal(getattr(in_float[0], name), getattr(rounded[0], name)), name
+
+
+def test_a_schedule_that_observes_in_float() -> None:
+    quantizer, model, inputs = calibrated("small_cnn", qconfig=FOUR_BITS)
+    qat_model = quantizer.qat(model).train()
+    scales = {name: y for name, y in qat_model.named_parameters() if name.endswith("input_scale")}
+    schedule = QatSchedule(qat_model, observe_until=3, quantize_from=3)
+    assert repr(schedule) == "QatSchedule(step 0: observing, in float)"
+    for _ in range(3):
+        before = {name: float(y.detach()) for name, y in scales.items()}
+        quiet(qat_model, (inputs[0] * 5,))
+        assert all(float(y.detach()) != before[name] for name, y in scales.items())
+        schedule.step()
+    before = {name: float(y.detach()) for name, y in scales.items()}
+    quiet(qat_model, (inputs[0] * 5,))
+    assert all(float(y.detach()) == before[name] for name, y in scales.items())
+
+
+def test_an_empty_batch_leaves_the_range() -> None:
+    """As the last shard of a data set may be. Others that come with it are observed."""
+    quantizer, model, (x,) = calibrated(nn.Sequential(nn.Linear(8, 4)), normal(64, 8))
+    qat_model = quantizer.qat(model).train()
+    switch(qat_model, observe=True)
+    before = qat_model[0].input_range.clone()
+    scale = qat_model[0].input_scale.detach().clone()
+    assert qat_model(x[:0]).shape == (0, 4)
+    assert torch.equal(qat_model[0].input_range, before)
+    # It is computed from the range again, in float32.
+    torch.testing.assert_close(qat_model[0].input_scale.detach(), scale)
+    qat_model(x * 3)
+    assert not torch.equal(qat_model[0].input_range, before)
+
+
+@pytest.mark.parametrize("name", ["observe", "fake_quantize", "freeze_bn"])
+def test_a_switch_is_a_bool(name: str) -> None:
+    quantizer, model, _ = calibrated("mlp")
+    qat_model = quantizer.qat(model)
+    with pytest.raises(InvalidConfig, match=f"{name}='no'; expected True, False, or None"):
+        switch(qat_model, **{name: "no"})
+    assert qat_model.qat_switches.tolist() == [0, 0, 1, 0]
 
 
 def test_eval_mode_observes_nothing() -> None:

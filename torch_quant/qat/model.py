@@ -139,7 +139,7 @@ class QatModel(QuantizedModule):
             mode = Mode(
                 drops=self.training and graph.drops,
                 moving=frozenset(moving),
-                observes=self.training and observes,
+                observes=self.training and observes and not switches.never_rounds,
                 rounds=not switches.never_rounds and (rounds or not self.training),
                 watches=switches.watches,
                 taps=switches.taps,

@@ -129,10 +129,10 @@ def set_mode(
             turn_on(body)
         insert_taps(body, {x: graph.results[x] for x in mode.taps if x in graph.results}, record)
         let_move(body, graph.folded, mode.moving, owner_of)
+        if mode.observes:
+            observe_ranges(body)
         if not mode.rounds:
             _leave_unrounded(body)
-        elif mode.observes:
-            observe_ranges(body)
         if mode.watches:
             insert_watches(body, graph.path)
         body.graph.eliminate_dead_code()

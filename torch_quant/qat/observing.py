@@ -47,11 +47,16 @@ def _merged(observer: MinMaxObserver) -> MinMaxObserver:
 def _present_grid(x: Tensor, ends: Tensor | None, spec: QuantSpec) -> QParams:
     """The scales of a batch of an activation, whose range is in ``ends``, or of a weight."""
     seen = MinMaxObserver(spec.granularity)
-    seen.observe(x)
+    if x.numel():
+        seen.observe(x)
+    else:
+        seen.min_val, seen.max_val = seen.min_val.to(x.device), seen.max_val.to(x.device)
     if ends is None:
         return seen.qparams(spec)
-    seen = _merged(seen)
-    ends.lerp_(torch.stack((seen.min_val, seen.max_val)), MOMENTUM)
+    seen = _merged(seen)  # an empty batch too, for which the other processes wait
+    low, high = seen.min_val, seen.max_val
+    nothing_seen = low > high
+    ends.lerp_(torch.where(nothing_seen, ends, torch.stack((low, high))), MOMENTUM)
     return choose_qparams(ends[0], ends[1], spec)
 
 
@@ -79,10 +84,14 @@ class _Observe(torch.autograd.Function):
         return None, *of_grid, None, None
 
 
+@fx.has_side_effect
 def observed_grid(
     x: Tensor, scale: Tensor, zero_point: Tensor, ends: Tensor | None, label: str
 ) -> tuple[Tensor, Tensor]:
-    """Set a grid to what ``x`` tells; gives it, with gradients of zero."""
+    """Set a grid to what ``x`` tells; gives it, with gradients of zero.
+
+    It stays in a graph that does not read the result: one that is in float.
+    """
     _, spec = read_label(label)
     found: tuple[Tensor, Tensor] = _Observe.apply(x, scale, zero_point, ends, spec)
     return found

@@ -28,11 +28,11 @@ def switch(
         observe: scales follow the data: a moving average of the extremes of each activation, over
             all processes of ``torch.distributed``, and the present extremes of each weight. They
             get gradients of zero meanwhile. A model begins with this off, with calibrated scales.
-        fake_quantize: values are rounded; off, it trains in float.
+        fake_quantize: values are rounded; off, it trains in float, and may observe meanwhile.
         freeze_bn: batch norms normalize by their running statistics, which stay, as in eval mode.
 
     Raises:
-        InvalidConfig: it is no QAT model, or a part of one.
+        InvalidConfig: it is no QAT model, or a part of one; a switch is no bool.
 
     >>> import torch
     >>> from torch_quant import Quantizer
@@ -46,10 +46,14 @@ def switch(
     tensor([0., 0.])
     """
     switches = switches_of(qat_model)
-    given = {OBSERVE: observe, FAKE_QUANTIZE: fake_quantize, FREEZE_BN: freeze_bn}
-    for place, value in given.items():
+    names = {"observe": OBSERVE, "fake_quantize": FAKE_QUANTIZE, "freeze_bn": FREEZE_BN}
+    given = {"observe": observe, "fake_quantize": fake_quantize, "freeze_bn": freeze_bn}
+    for name, value in given.items():
+        if not isinstance(value, bool | None):
+            raise InvalidConfig(f"{name}={value!r}; expected True, False, or None to leave it")
+    for name, value in given.items():
         if value is not None:
-            switches.write(place, int(value))
+            switches.write(names[name], int(value))
     follow(qat_model)
 
 
