@@ -162,16 +162,36 @@ def test_an_override_quantizes_what_picks_experts(key: str) -> None:
     assert quantizer.plan["model.layers.0.mlp.gate"].quantized
 
 
+def by_topk(shares: Tensor) -> tuple[Tensor, Tensor]:
+    weights, chosen = shares.topk(2)
+    return weights, chosen
+
+
+def by_the_largest(shares: Tensor) -> tuple[Tensor, Tensor]:
+    weights, chosen = shares.max(dim=-1, keepdim=True)
+    return weights, chosen
+
+
+def by_sorting(shares: Tensor) -> tuple[Tensor, Tensor]:
+    weights, chosen = (shares + 0.01).sort(-1, descending=True)
+    return weights[:, :2], chosen[:, :2]
+
+
+def by_argmax(shares: Tensor) -> tuple[Tensor, Tensor]:
+    chosen = shares.argmax(-1, keepdim=True)
+    return shares.gather(-1, chosen), chosen
+
+
 class Listed(nn.Module):
     """Experts that are modules of a list, which Python code calls one by one."""
 
-    def __init__(self) -> None:
+    def __init__(self, pick: Any = by_topk) -> None:
         super().__init__()
-        self.gate = nn.Linear(16, 3, bias=False)
+        self.pick, self.gate = pick, nn.Linear(16, 3, bias=False)
         self.experts = nn.ModuleList([nn.Linear(16, 16) for _ in range(3)])
 
     def forward(self, x: Tensor) -> Tensor:
-        weights, chosen = self.gate(x).softmax(-1).topk(2)
+        weights, chosen = self.pick(self.gate(x).softmax(-1))
         found = torch.zeros_like(x)
         for i, expert in enumerate(self.experts):
             rows, place = (chosen == i).nonzero(as_tuple=True)
@@ -179,23 +199,50 @@ class Listed(nn.Module):
         return found
 
 
-def test_experts_in_a_list_and_heads_that_are_none() -> None:
-    """A head that has as many classes as the model has layers picks nothing."""
+class AtOnce(Listed):
+    """The same, with every expert computed for every row: it is one graph."""
 
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.moe, self.layers = Listed(), nn.ModuleList([nn.Linear(16, 16) for _ in range(3)])
-            self.conv, self.head = nn.Conv1d(3, 16, 1), nn.Linear(16, 3)
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.pick(self.gate(x).softmax(-1))
+        found = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            found = found + expert(x) * ((chosen == i) * weights).sum(-1, keepdim=True)
+        return found
 
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.moe(x)
-            for layer in self.layers:
-                x = layer(x)
-            y: Tensor = self.head(x)
-            return y
 
+def in_float(model: nn.Module, capture: str) -> list[str]:
     torch.manual_seed(0)
-    quantizer = Quantizer(recipes.int8_weight_only(), backend="reference")
-    quantizer.quantize(Model().eval(), example_inputs=torch.randn(8, 16))
-    assert [site.name for site in quantizer.plan.values() if not site.quantized] == ["moe.gate"]
+    quantizer = Quantizer(recipes.int8_weight_only(), backend="reference", capture=capture)
+    quantizer.quantize(model.eval(), example_inputs=torch.randn(8, 16))
+    return [site.name for site in quantizer.plan.values() if not site.quantized]
+
+
+@pytest.mark.parametrize("pick", [by_topk, by_the_largest, by_sorting, by_argmax])
+@pytest.mark.parametrize("capture", ["modules", "whole"])
+@pytest.mark.parametrize("kind", [Listed, AtOnce])
+def test_experts_in_a_list(kind: Any, capture: str, pick: Any) -> None:
+    assert in_float(kind(pick), capture) == ["gate"]  # the mixture is the model
+    assert in_float(nn.Sequential(nn.Linear(16, 16), kind(pick)), capture) == ["1.gate"]
+
+
+class Heads(nn.Module):
+    """As many numbers as there are layers, by which nothing is picked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moe, self.blocks = Listed(), nn.ModuleList([nn.Linear(16, 16) for _ in range(4)])
+        self.boxes, self.classes = nn.Linear(16, 4), nn.Linear(16, 7)
+        self.conv = nn.Conv1d(4, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.moe(x)
+        for block in self.blocks:
+            x = x + block(x).relu()
+        best = self.classes(x).max(-1).values.topk(2).indices
+        return self.boxes(x).sigmoid()[best]
+
+
+@pytest.mark.parametrize("capture", ["modules", "whole"])
+def test_heads_beside_as_many_layers_pick_nothing(capture: str) -> None:
+    assert in_float(Heads(), capture) == ["moe.gate"]
+    assert in_float(nn.Sequential(Heads()), capture) == ["0.moe.gate"]

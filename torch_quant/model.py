@@ -7,6 +7,7 @@ import copy
 import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -313,11 +314,15 @@ class CapturedModel:
     def sites(self) -> list[tuple[Site, str]]:
         """Every site once, with the reason why its graph does not allow int8, or an empty one."""
         found: dict[str, tuple[Site, str]] = {}
-        for prepared in self.graphs():
-            for site, obstacle in prepared.sites:
-                known = found.setdefault(site.name, (site, obstacle))
-                if obstacle and not known[1]:
-                    found[site.name] = (site, obstacle)
+        for submodule in self.root.walk():
+            for _, graph in submodule.graphs:
+                prepared = self.prepared(submodule, graph)
+                for site, obstacle in prepared.sites:
+                    if submodule.picks and site.name in prepared.last:
+                        site = replace(site, picks=True)
+                    known = found.setdefault(site.name, (site, obstacle))
+                    if obstacle and not known[1]:
+                        found[site.name] = (site, obstacle)
         return list(found.values())
 
 

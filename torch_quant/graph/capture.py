@@ -90,6 +90,8 @@ class CapturedModule:
         self.plain = False
         """Whether it runs as the float module, which its pieces were found to differ from."""
         self.called = False
+        self.picks = False
+        """Whether the code around it picks something by its results, as experts."""
         self.glue_macs: dict[str, int] = {}
         """Operator -> multiply-accumulates of its Python code, in the first call."""
 

@@ -22,7 +22,7 @@ from torch_quant.graph.capture import CapturedModule, Reopened
 from torch_quant.graph.effects import Watch
 from torch_quant.graph.export import CapturedGraph
 from torch_quant.graph.hooks import give_hooks
-from torch_quant.graph.macs import MacCounter, counted, uncounted
+from torch_quant.graph.macs import MacCounter, counted, follow, uncounted
 from torch_quant.graph.running import CAPTURING, no_fastpath
 from torch_quant.graph.twin import twin_of
 from torch_quant.nn.forward import SignedForward
@@ -142,7 +142,10 @@ class Executor(nn.Module):
             return _reach(self, "", name)
 
     def _called(self, *args: Any, **kwargs: Any) -> Any:
-        return self.execute(*args, **kwargs) if self.host is None else self.host(self, args, kwargs)
+        host = self.host
+        results = self.execute(*args, **kwargs) if host is None else host(self, args, kwargs)
+        follow(results, self.submodule)
+        return results
 
     def execute(self, *args: Any, **kwargs: Any) -> Any:
         """Make a call."""

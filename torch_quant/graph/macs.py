@@ -21,12 +21,21 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 from torch_quant.core.plan import FloatOp
 from torch_quant.graph.foreign import is_foreign, see_higher_order
+from torch_quant.graph.picks import Follower, Picks
 from torch_quant.graph.sites import is_constant, is_float, key_of, module_path, op_name, results
 from torch_quant.ops.lstm import rnn_macs
 from torch_quant.ops.table import INT8_NEVER, OPERATORS, SIZES, OpPattern, pattern_of, size_hints
 from torch_quant.ops.table import call_sizes as _sizes
 
-__all__ = ["GLUE", "MacCounter", "counted", "float_products", "note_sizes", "uncounted"]
+__all__ = [
+    "GLUE",
+    "MacCounter",
+    "counted",
+    "float_products",
+    "follow",
+    "note_sizes",
+    "uncounted",
+]
 
 logger = logging.getLogger("torch_quant")
 
@@ -157,6 +166,7 @@ class MacCounter(TorchDispatchMode):
         self.macs: Counter[str] = Counter()
         self._read: set[int] = set()
         """Storages of what operators have read."""
+        self.follower = Follower()
         see_higher_order(MacCounter)
 
     def __torch_dispatch__(
@@ -175,8 +185,10 @@ class MacCounter(TorchDispatchMode):
         if formula is not None:
             parts = out if isinstance(out, (tuple, list)) else (out,)
             self.macs[op_name(func)] += formula(args, parts[0])
-        elif _foreign(func, leaves):
-            self.macs[op_name(func)] += 0
+        else:
+            self.follower.step(func, leaves, out)
+            if _foreign(func, leaves):
+                self.macs[op_name(func)] += 0
         return out
 
     def has_read(self, x: Tensor) -> bool:
@@ -204,6 +216,13 @@ def counted(macs: dict[str, int]) -> Iterator[MacCounter | None]:
     with MacCounter() as counter:
         yield counter
     macs.update({"": 0} | counter.macs)
+
+
+def follow(results: Any, maker: Picks) -> None:
+    """Have what is counted around a call note whether its results pick something."""
+    counter = _get_current_dispatch_mode()
+    if isinstance(counter, MacCounter):
+        counter.follower.begin(results, maker)
 
 
 @contextlib.contextmanager

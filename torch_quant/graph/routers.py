@@ -1,4 +1,4 @@
-"""Which linear layers pick the experts of a mixture, by how the model is built, not by names."""
+"""Which linear layers pick the experts of a mixture: told by what is computed, not by names."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ __all__ = ["is_router"]
 def is_router(site: Site, modules: tuple[nn.Module, ...]) -> bool:
     """Whether a site gives one number for each expert that stands beside it.
 
-    Experts are a parameter ``[experts, a, b]``, ``a`` or ``b`` the width of the site's input, or,
-    below the model itself, a list of modules of one class.
+    Experts are a parameter ``[experts, a, b]``, ``a`` or ``b`` the width of the site's input, or a
+    list of modules of one class of which some are picked by the site's numbers.
 
     Args:
         site: the site.
         modules: those that it runs in, outermost first.
 
-    >>> from torch import ones
-    >>> site = Site("gate", "linear", "gate", ("x",), (), "gate", 8, (4, 8))
+    >>> site = Site("gate", "linear", "gate", ("x",), (), "gate", 8, (2, 8), picks=True)
     >>> block = nn.Module()
-    >>> block.gate, block.experts = nn.Linear(8, 4), nn.ParameterList([ones(4, 16, 8)])
+    >>> block.gate = nn.Linear(8, 2)
+    >>> block.experts = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
     >>> is_router(site, (block, block.gate))
     True
     """
@@ -33,18 +33,23 @@ def is_router(site: Site, modules: tuple[nn.Module, ...]) -> bool:
         return False
     experts, width = site.weight_shape
     return experts > 1 and any(
-        experts in _experts(module, width, root=module is modules[0]) for module in modules[-2:]
+        experts in _stacked(module, width) or (site.picks and experts in _listed(module))
+        for module in modules[-2:]
     )
 
 
-def _experts(owner: nn.Module, width: int, *, root: bool) -> Iterator[int]:
-    """How many experts ``owner`` has, which read vectors of ``width``; of each kind of them."""
+def _stacked(owner: nn.Module, width: int) -> Iterator[int]:
+    """How many experts each parameter holds that read vectors of ``width``."""
     for module in (owner, *owner._modules.values()):
         if module is None or isinstance(module, _ConvNd):
             continue
         for value in module._parameters.values():
             if value is not None and value.dim() == 3 and width in value.shape[1:]:
                 yield value.shape[0]
-        listed = isinstance(module, nn.ModuleList) and not root and module is not owner
-        if listed and len({type(each) for each in module._modules.values()}) == 1:
-            yield len(module._modules)
+
+
+def _listed(owner: nn.Module) -> Iterator[int]:
+    """How many experts each list of ``owner`` may hold."""
+    for module in owner._modules.values():
+        if isinstance(module, nn.ModuleList) and len(set(map(type, module))) == 1:
+            yield len(module)

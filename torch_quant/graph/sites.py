@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import fx
 
+from torch_quant.graph.picks import decisive
 from torch_quant.ops.arguments import argument, part_of, positional
 from torch_quant.ops.table import (
     ACTIVATIONS,
@@ -68,6 +69,7 @@ class Site:
             statistics of channels recorded there hold for the input.
         channels: the axis of the input's channels, counted from the end, if they lie so in its
             source too.
+        picks: whether something is picked by its result, as experts by a router.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Site:
     fused_output: str = ""
     smoothable: bool = False
     channels: int | None = None
+    picks: bool = False
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -249,6 +252,7 @@ def find_sites(graph: fx.Graph) -> Iterator[tuple[fx.Node, OpPattern, Site]]:
     constant.
     """
     memo: dict[fx.Node, bool] = {}
+    picking = decisive(graph)
     for node in graph.nodes:
         pattern = pattern_of(node)
         if pattern is None:
@@ -274,5 +278,6 @@ def find_sites(graph: fx.Graph) -> Iterator[tuple[fx.Node, OpPattern, Site]]:
             ),
             smoothable=pattern.smoothable and _keeps_channels(operands(node, pattern)[0]),
             channels=_channels(pattern, node),
+            picks=node in picking,
         )
         yield node, pattern, site

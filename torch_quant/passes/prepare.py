@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from torch_quant.core.plan import FloatOp
 from torch_quant.graph.macs import float_products
+from torch_quant.graph.picks import last_products
 from torch_quant.graph.sites import ORIGIN, Site, behind, find_sites, key_of, operands
 from torch_quant.nn.probe import ObserverProbe
 from torch_quant.passes.canonicalize import canonicalize
@@ -38,6 +39,7 @@ class Prepared:
         float_ops: operators that compute products and are not sites.
         observed: key -> the captured node to observe, and how to compute the key's tensor from
             that node's arguments where it exists only inside the operator.
+        last: names of the sites that its outputs are made of, with no other product between.
     """
 
     captured: fx.GraphModule
@@ -45,6 +47,7 @@ class Prepared:
     sites: list[tuple[Site, str]]
     float_ops: list[FloatOp]
     observed: dict[str, tuple[str, Callable[..., Tensor] | None]] = field(default_factory=dict)
+    last: frozenset[str] = frozenset()
 
 
 def prepare(captured: fx.GraphModule, path: str = "") -> Prepared:
@@ -69,7 +72,8 @@ def prepare(captured: fx.GraphModule, path: str = "") -> Prepared:
         for key, compute in zip(site.internals, pattern.internals.values(), strict=True):
             observed[key] = (node.meta[ORIGIN], compute)
     float_ops = float_products(canonical, nodes, path)
-    return Prepared(captured, canonical, sites, float_ops, observed)
+    last = frozenset(map(key_of, last_products(canonical.graph)))
+    return Prepared(captured, canonical, sites, float_ops, observed, last)
 
 
 def insert_observers(
