@@ -8,7 +8,7 @@ import torch
 from models import MODELS, example
 from torch import Tensor, nn
 
-from torch_quant import Backend, QConfig, Quantizer, QuantSpec
+from torch_quant import Backend, QConfig, Quantizer, QuantSpec, recipes
 from torch_quant.backends.reference import ReferenceBackend
 
 __all__ = ["FOUR_BITS", "calibrated", "loss_of", "quiet", "simulation", "steps", "train"]
@@ -22,7 +22,11 @@ FOUR_BITS = QConfig(
 def calibrated(
     model: nn.Module | str, *inputs: Any, backend: str = "reference", **options: Any
 ) -> tuple[Quantizer, nn.Module, tuple[Any, ...]]:
-    """A quantizer that has seen a model, or one of ``MODELS`` by name, on one batch."""
+    """A quantizer that has seen a model, or one of ``MODELS`` by name, on one batch.
+
+    Its QConfig has no optional transforms, which ``qat`` leaves out and ``quantize(model)`` not.
+    """
+    options.setdefault("qconfig", recipes.fast())
     if isinstance(model, str):
         model, inputs = MODELS[model](), example(model, 8)
     quantizer = Quantizer(backend, **options)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from zoo import ZOO, zoo_model
 
-from torch_quant import Quantizer, switch
+from torch_quant import Quantizer, recipes, switch
 
 pytestmark = pytest.mark.usefixtures("grad")
 
@@ -121,7 +121,7 @@ def test_calls_that_are_captured_while_training() -> None:
 
 def test_a_published_architecture() -> None:
     model, entry = zoo_model("bert"), ZOO["bert"]
-    quantizer = Quantizer("reference")
+    quantizer = Quantizer("reference", qconfig=recipes.fast())
     with torch.no_grad():
         quantizer.calib(model)(**entry.inputs(4))
     qat_model = quantizer.qat(model).train()

@@ -100,7 +100,7 @@ def test_the_zoo(name: str) -> None:
         pytest.skip("IPEX, once imported, takes the gradients of norms; run this file by itself")
     """And every parameter that has a gradient in float has a finite one after a step."""
     model, batches = zoo_model(name), samples(name, 4)
-    quantizer = Quantizer("reference")
+    quantizer = Quantizer("reference", qconfig=recipes.fast())
     calib_model = quantizer.calib(model)
     for batch in batches:
         calib_model(**batch)
@@ -215,7 +215,7 @@ def test_experts_train() -> None:
     torch.testing.assert_close(found, [x.grad, weight.grad])
 
     model, batches = zoo_model("mixtral"), samples("mixtral", 4)
-    quantizer = Quantizer("reference")
+    quantizer = Quantizer("reference", qconfig=recipes.fast())
     with torch.no_grad():
         for batch in batches:
             quantizer.calib(model)(**batch)
