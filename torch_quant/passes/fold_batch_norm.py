@@ -63,18 +63,26 @@ def folded_norms(graph: fx.Graph) -> list[FoldedNorm]:
     Args:
         graph: canonical, or lowered from one with live weights.
     """
-    found = (_folded_norm(node) for node in graph.nodes if _FOLDED in node.meta)
+    products = (x for x in graph.nodes if _FOLDED in x.meta and x.target is not aten.to.dtype)
+    found = (_folded_norm(node) for node in products)
     return [each for each in found if each is not None]
+
+
+def _behind_casts(node: Any) -> Any:
+    """What a node has before it is cast, as in a layer that fell back to bfloat16."""
+    while isinstance(node, fx.Node) and node.target is aten.to.dtype:
+        node = argument(node, "self")
+    return node
 
 
 def _folded_norm(product: fx.Node) -> FoldedNorm | None:
     if product.meta[_FOLDED] is True:
         return None  # a weight
-    weight, bias = argument(product, 1), argument(product, 2)
+    weight, bias = (_behind_casts(argument(product, place)) for place in (1, 2))
     while _FOLDED not in weight.meta:
         if weight.op != "call_function":
             return None
-        weight = argument(weight, 0)  # what rounds it
+        weight = _behind_casts(argument(weight, 0))  # what rounds it
     if not isinstance(bias, fx.Node):
         return None
     eps, momentum, with_beta = product.meta[_FOLDED]

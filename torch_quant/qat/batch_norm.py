@@ -17,13 +17,14 @@ deployed, and the gradient reaches gamma by way of the folded weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from torch_quant.ops.arguments import argument, positional, set_arguments
 from torch_quant.passes.fold_batch_norm import FoldedNorm
 
 __all__ = ["let_move", "norms_of"]
@@ -38,9 +39,12 @@ OwnerOf = Callable[[str], nn.Module]
 
 
 def unfolded(rounded: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
-    """``round(w f) / f``; the weight itself where the norm multiplies by nothing."""
+    """``round(w f) / f``; the weight itself where the norm multiplies by nothing.
+
+    It has the type of ``rounded``, which is bfloat16 in a layer that fell back to it.
+    """
     tiny = factor.abs() < _TINY
-    return torch.where(tiny, weight, rounded / torch.where(tiny, 1.0, factor))
+    return torch.where(tiny, weight, rounded / torch.where(tiny, 1.0, factor)).to(rounded.dtype)
 
 
 def moving_norm(
@@ -65,45 +69,61 @@ def norms_of(body: fx.GraphModule, folded: Collection[FoldedNorm]) -> dict[str, 
     nodes = {node.name: node for node in body.graph.nodes}
     found = {each.product: str(nodes[each.mean].target) for each in folded}
     for node in body.graph.find_nodes(op="call_function", target=aten.batch_norm.default):
-        mean = node.args[3]
-        if not node.args[5] and isinstance(mean, fx.Node) and mean.op == "get_attr":
+        mean = argument(node, "running_mean")
+        if not argument(node, "training") and isinstance(mean, fx.Node) and mean.op == "get_attr":
             found[node.name] = str(mean.target)
     return found
 
 
 def let_move(
-    body: fx.GraphModule, folded: Collection[FoldedNorm], moving: Collection[str], owner_of: OwnerOf
+    body: fx.GraphModule,
+    folded: Collection[FoldedNorm],
+    moving: Mapping[str, float | None],
+    owner_of: OwnerOf,
 ) -> None:
-    """Rewrite the norms ``moving``, named as by :func:`norms_of`, for train mode."""
+    """Rewrite norms for train mode.
+
+    Args:
+        body: the graph.
+        folded: the norms that were folded into products in it.
+        moving: the name of each norm, as of :func:`norms_of` -> its momentum.
+        owner_of: the module that holds a tensor.
+    """
     nodes = {node.name: node for node in body.graph.nodes}
     products = {each.product: each for each in folded}
-    for name in moving:
+    for name, momentum in moving.items():
         node = nodes[name]
         if name in products:
-            _unfold(node, products[name], nodes, owner_of)
+            _unfold(node, products[name], nodes, momentum, owner_of)
         else:
-            x, gain, beta, mean, var, _, momentum, eps, *_ = node.args
+            x, gain, beta, mean, var, _, _, eps, *_ = positional(node)
             _replace(node, x, gain, beta, mean, var, momentum, eps, owner_of)
 
 
 def _unfold(
-    product: fx.Node, norm: FoldedNorm, nodes: dict[str, fx.Node], owner_of: OwnerOf
+    product: fx.Node,
+    norm: FoldedNorm,
+    nodes: dict[str, fx.Node],
+    momentum: float | None,
+    owner_of: OwnerOf,
 ) -> None:
     def of(name: str | None) -> fx.Node | None:
         return None if name is None else nodes[name]
 
     graph, folded = product.graph, nodes[norm.weight]
-    factors = folded.args[1]
-    assert isinstance(factors, fx.Node)
+    rounded, bias, before = argument(product, 1), argument(product, 2), of(norm.bias)
+    old, factors = argument(folded, "self"), argument(folded, "other")
     with graph.inserting_before(factors):
-        constant = graph.call_function(aten.detach.default, (factors.args[0],))
-    factors.update_arg(0, constant)
+        constant = graph.call_function(aten.detach.default, (argument(factors, "self"),))
+    set_arguments(factors, {"self": constant})
     with graph.inserting_before(product):
-        args = (product.args[1], folded.args[0], factors)
-        weight = graph.call_function(unfolded, args)
-    product.args = (product.args[0], weight, of(norm.bias), *product.args[3:])
+        weight = graph.call_function(unfolded, (rounded, old, factors))
+        if before is not None and bias.target is aten.to.dtype:
+            cast = (before, argument(bias, "dtype"))
+            before = graph.call_function(aten.to.dtype, cast)
+    set_arguments(product, {1: weight, 2: before})
     gain, beta, mean, var = of(norm.gain), of(norm.beta), of(norm.mean), of(norm.var)
-    _replace(product, None, gain, beta, mean, var, norm.momentum, norm.eps, owner_of)
+    _replace(product, None, gain, beta, mean, var, momentum, norm.eps, owner_of)
 
 
 def _replace(
@@ -113,19 +133,17 @@ def _replace(
     beta: Any,
     mean: Any,
     var: Any,
-    momentum: Any,
+    momentum: float | None,
     eps: Any,
     owner_of: OwnerOf,
 ) -> None:
     """Put a norm in train mode behind ``node``, or in its place where ``x`` is what it reads."""
     graph, target = node.graph, str(mean.target)
-    owner, batches = owner_of(target), None
-    if isinstance(owner, nn.modules.batchnorm._BatchNorm):
-        momentum = owner.momentum
-        if owner._buffers.get("num_batches_tracked") is not None:
-            path = f"{target.rpartition('.')[0]}.num_batches_tracked".strip(".")
-            with graph.inserting_before(node):
-                batches = graph.get_attr(path)
+    batches = None
+    if owner_of(target)._buffers.get("num_batches_tracked") is not None:
+        path = f"{target.rpartition('.')[0]}.num_batches_tracked".strip(".")
+        with graph.inserting_before(node):
+            batches = graph.get_attr(path)
     with graph.inserting_after(node):
         args = (x or node, gain, beta, mean, var, batches, momentum, eps)
         norm = graph.call_function(moving_norm, args)

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from torch_quant.graph.sites import ORIGIN, module_path
+from torch_quant.ops.arguments import argument, set_arguments
 from torch_quant.ops.table import IDENTITY
 from torch_quant.qat.fake_quantize import TRAINED_FAKE_QUANTIZE
 
@@ -48,16 +49,16 @@ def put_back_dropout(lowered: fx.GraphModule, captured: fx.GraphModule) -> list[
     left_out = []
     changed = False
     for call in captured.graph.nodes:
-        if call.op != "call_function" or call.target not in IDENTITY or not call.args[1]:
+        if call.op != "call_function" or call.target not in IDENTITY or not argument(call, "p"):
             continue
-        origin: Any = call.args[0]
+        origin: Any = argument(call, 0)
         while origin.op == "call_function" and origin.target in IDENTITY:
-            origin = origin.args[0]
+            origin = argument(origin, 0)
         found = nodes.get(origin.name, [])
         if len(origin.users) > 1 or not found:
             left_out.append(module_path(call) or call.name)
             continue
-        _insert(found, _ON_COPIES.get(call.target, call.target), call.args[1])
+        _insert(found, _ON_COPIES.get(call.target, call.target), argument(call, "p"))
         changed = True
     if changed:
         lowered.graph.lint()
@@ -101,7 +102,7 @@ def _behind_inputs(node: fx.Node) -> fx.Node:
 def turn_on(body: fx.GraphModule) -> None:
     """Have every dropout of a body drop."""
     for call in dropouts(body):
-        call.update_arg(2, True)
+        set_arguments(call, {"train": True})
 
 
 def dropouts(body: fx.GraphModule) -> list[fx.Node]:

@@ -87,6 +87,16 @@ def start_training(
     for module in model.modules():
         if isinstance(module, QatModel):
             module.quantization.switches = switches
+    of_several = [
+        name for name, x in session.model.named_modules() if isinstance(x, nn.SyncBatchNorm)
+    ]
+    if of_several:
+        logger.warning(
+            "%s: a QAT model that trains in several processes normalizes by the batch of each "
+            "process alone, not of all as SyncBatchNorm does; QatSchedule(qat_model, "
+            "freeze_bn_at=0) keeps the statistics that the model has",
+            ", ".join(of_several),
+        )
     if unseen:
         _UnseenTraining(session, backend, lowering).attend(model)
     how.plan = plan_of(model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,9 @@ class TrainedQuantization(Quantization):
         left: site -> why it trains in float though the backend would quantize it.
         switches: of the whole model, once it is made.
         root: whether it is the whole model.
-        frozen: whether norms that run as Python are frozen.
+        frozen: whether norms are frozen by the switch.
+        stilled: the norms that this put into eval mode, which leave it again; others were put there
+            by the user.
     """
 
     method: str = ""
@@ -77,6 +79,7 @@ class TrainedQuantization(Quantization):
     switches: Switches | None = None
     root: bool = False
     frozen: bool = False
+    stilled: tuple[str, ...] = ()
     left: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -92,7 +95,8 @@ class QatModel(QuantizedModule):
     - Batch norms normalize by the statistics of the batch, and move the running ones, as in the
       float model. Where one stands behind a convolution or linear layer, these are the statistics
       of what the rounded weight gives. Once they are frozen, by :class:`QatSchedule` or by
-      ``qat_model.bn.eval()``, it is folded into the weight, as it is in eval mode.
+      ``qat_model.bn.eval()``, it is folded into the weight, as it is in eval mode. Norms that are
+      no ``nn.BatchNorm1d`` or of its kin stay as they were captured, in eval mode.
     - Dropout drops where the model calls it as such, a module or ``F.dropout``. What code leaves
       out in eval mode is not in a graph that was captured so: the dropout inside of
       ``F.scaled_dot_product_attention``, stochastic depth written as ``if self.training``.
@@ -110,18 +114,24 @@ class QatModel(QuantizedModule):
         nn.Module.train(self, mode)
         if self.quantization.glue is not None:
             self.quantization.glue.training = mode
-        self._follow_in_python()
+        self.quantization.frozen, self.quantization.stilled = False, ()
         self.follow_switches()
         return self
 
-    def _follow_in_python(self) -> None:
-        """Set the mode of the norms that run as Python."""
+    def _freeze_in_python(self, frozen: bool) -> None:
+        """Put the norms that run as Python into eval mode, or those back that it put there."""
         how = self.quantization
-        how.frozen = how.switches is not None and how.switches.read()[3]
-        found = [x for x in (*self.modules(), how.glue) if not isinstance(x, QatModel)]
-        for norm in found:
-            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-                norm.training = self.training and not how.frozen
+        found = {**dict(self.named_modules()), "": how.glue}
+        if frozen:
+            moving = [
+                name for name, x in found.items() if _moves(x) and not isinstance(x, QatModel)
+            ]
+            how.stilled = (*how.stilled, *moving)
+        for name in how.stilled:
+            if (norm := found.get(name)) is not None:
+                norm.training = not frozen
+        how.stilled = how.stilled if frozen else ()
+        how.frozen = frozen
 
     def follow_switches(self) -> None:
         """Have each graph run the body for the mode of this module and the model's switches."""
@@ -131,14 +141,14 @@ class QatModel(QuantizedModule):
             return
         _, observes, rounds, frozen = switches.read()
         if how.frozen != frozen:
-            self._follow_in_python()
+            self._freeze_in_python(frozen)
         for graph in how.graphs:
             assert isinstance(graph, TrainedGraph)
             norms = graph.norms if self.training and not frozen else {}
-            moving = (name for name, mean in norms.items() if self._owner_of(mean).training)
+            owners = [(name, self._owner_of(mean)) for name, mean in norms.items()]
             mode = Mode(
                 drops=self.training and graph.drops,
-                moving=frozenset(moving),
+                moving=tuple((name, x.momentum) for name, x in owners if _moves(x)),
                 observes=self.training and observes and not switches.never_rounds,
                 rounds=not switches.never_rounds and (rounds or not self.training),
                 watches=switches.watches,
@@ -179,6 +189,11 @@ class QatModel(QuantizedModule):
                 buffer.data = fn(buffer)
         nn.Module._apply(self, fn, recurse)
         return self
+
+
+def _moves(norm: nn.Module | None) -> TypeGuard[nn.modules.batchnorm._BatchNorm]:
+    """Whether it is a batch norm in train mode. Norms of other classes are frozen by design."""
+    return isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training
 
 
 def _run(model: QatModel, *args: Any, **kwargs: Any) -> Any:

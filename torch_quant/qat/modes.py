@@ -7,7 +7,7 @@ have seen both need not compile again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, fx
 
@@ -31,7 +31,7 @@ class Mode:
 
     Args:
         drops: whether dropout drops.
-        moving: the norms whose statistics move, named as by ``norms_of``.
+        moving: the norms whose statistics move, named as by ``norms_of``, and the momentum of each.
         observes: whether scales follow the data.
         rounds: whether anything is rounded.
         watches: whether the first value that is not finite raises.
@@ -39,11 +39,19 @@ class Mode:
     """
 
     drops: bool = False
-    moving: frozenset[str] = frozenset()
+    moving: tuple[tuple[str, float | None], ...] = ()
     observes: bool = False
     rounds: bool = True
     watches: bool = False
     taps: tuple[str, ...] = ()
+
+    def but_for_momenta(self) -> Mode:
+        """What is the same for modes that differ in the momenta of norms alone.
+
+        >>> Mode(moving=(("bn", 0.1),)).but_for_momenta().moving
+        (('bn', None),)
+        """
+        return replace(self, moving=tuple((name, None) for name, _ in self.moving))
 
 
 class TrainedGraph(QuantizedGraph):
@@ -123,12 +131,16 @@ def set_mode(
         return
     graph.modes[graph.mode] = graph.body
     if key not in graph.modes:
-        deployed = graph.modes[None]
+        deployed, kind = graph.modes[None], mode.but_for_momenta()
+        for other in [
+            x for x in graph.modes if isinstance(x, Mode) and x.but_for_momenta() == kind
+        ]:
+            del graph.modes[other]  # a momentum that is scheduled has one body, not many
         body = linked(copy_graph(deployed), links(deployed))
         if mode.drops:
             turn_on(body)
         insert_taps(body, {x: graph.results[x] for x in mode.taps if x in graph.results}, record)
-        let_move(body, graph.folded, mode.moving, owner_of)
+        let_move(body, graph.folded, dict(mode.moving), owner_of)
         if mode.observes:
             observe_ranges(body)
         if not mode.rounds:
