@@ -135,7 +135,7 @@ def test_fallback_coverage_and_unseen_calls(caplog: pytest.LogCaptureFixture) ->
     strict = calibrated(
         model, [((x,), {})], backend="reference", capture="modules", unseen_calls="error"
     ).quantize(model)
-    with pytest.raises(CaptureFailed, match="0 was quantized for other inputs"):
+    with pytest.raises(CaptureFailed, match="1 was quantized for other inputs"):
         strict(normal(2, 3, 16))
 
 
@@ -223,7 +223,7 @@ def test_what_needs_no_ranges_is_captured_by_modules() -> None:
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_the_default_follows_the_formats(name: str) -> None:
-    static = name in ("int8_static", "float8")
+    static = name in ("int8_static", "fast", "float8")
     quantizer = Quantizer(RECIPES[name](), backend="reference", overrides={"0": QConfig()})
     assert ("capture='modules'" in repr(quantizer)) == (not static)
     assert "capture" not in quantizer.to_config()

@@ -267,7 +267,7 @@ class CapturedModel:
         return tuple(
             submodule.path
             for submodule in self.root.walk()
-            if not (submodule.called or submodule.borrowed)
+            if not (submodule.called or submodule.borrowed or submodule.readers)
             and any(True for _ in submodule.module.parameters())
         )
 

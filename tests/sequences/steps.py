@@ -14,7 +14,7 @@ from flows import Inputs
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from torch_quant import ModuleFilter, QConfig, Quantizer, QuantSpec
+from torch_quant import ModuleFilter, QConfig, Quantizer, QuantSpec, recipes
 from torch_quant.graph.outputs import flatten_output
 
 __all__ = [
@@ -27,7 +27,7 @@ __all__ = [
 class Options:
     """What a user may set between two calls, and which summary was loaded last."""
 
-    qconfig: QConfig = field(default_factory=QConfig)
+    qconfig: QConfig = field(default_factory=recipes.int8_static)
     overrides: tuple[tuple[str, QConfig | None], ...] = ()
     module_filter: ModuleFilter = field(default_factory=ModuleFilter)
     summary: Path | None = None
@@ -57,7 +57,8 @@ class Saved:
 
 
 QCONFIGS = {
-    "default": QConfig(),
+    "default": recipes.int8_static(),
+    "fast": recipes.fast(),
     "minmax": QConfig(observer="minmax"),
     "seven bits": QConfig(input=QuantSpec.of(bits=7)),
     "per tensor": QConfig(weight=QuantSpec.of(bits=8, signed=True, symmetric=True)),
