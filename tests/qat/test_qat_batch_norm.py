@@ -300,6 +300,32 @@ def test_norms_of_models_in_pieces(capture: str | None) -> None:
     assert torch.equal(quiet(quantizer.quantize(qat_model), inputs), trained)
 
 
+class Counted(Tensor):
+    """Counts how often its values are read, which waits for an accelerator."""
+
+    reads = 0
+
+    def tolist(self) -> list[int]:
+        Counted.reads += 1
+        return super().tolist()
+
+
+def test_a_call_reads_the_switches_once() -> None:
+    """Not once for each of the parts, and of them all follow what is set between calls."""
+    quantizer, model, inputs = calibrated("small_cnn", capture="modules")
+    qat_model = quantizer.qat(model).train()
+    qat_model._buffers["qat_switches"] = qat_model.qat_switches.as_subclass(Counted)
+    Counted.reads = 0
+    qat_model(*inputs)
+    assert Counted.reads == 1
+    before = {key: x.clone() for key, x in model.named_buffers()}
+    with torch.no_grad():
+        qat_model.qat_switches[3] = 1  # as a checkpoint does
+    qat_model(*inputs)
+    assert Counted.reads == 2
+    assert all(torch.equal(x, before[key]) for key, x in model.named_buffers())
+
+
 def test_a_compiler_follows_the_modes() -> None:
     quantizer, model, inputs = calibrated("small_cnn", qconfig=FOUR_BITS)
     qat_model = quantizer.qat(model).train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from typing import Any
 
@@ -25,6 +26,7 @@ def label(key: str, spec: QuantSpec) -> str:
     return json.dumps({"key": key, "spec": spec.to_dict()}, sort_keys=True)
 
 
+@functools.cache
 def read_label(text: str) -> tuple[str, QuantSpec]:
     """Undo :func:`label`.
 

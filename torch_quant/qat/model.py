@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard
@@ -198,9 +199,13 @@ def _moves(norm: nn.Module | None) -> TypeGuard[nn.modules.batchnorm._BatchNorm]
 
 def _run(model: QatModel, *args: Any, **kwargs: Any) -> Any:
     """Call it; compiled code runs the bodies that are there."""
-    if model.training and not torch.compiler.is_compiling():
+    if not model.training or torch.compiler.is_compiling():
+        return run(model, *args, **kwargs)
+    how = model.quantization
+    switches = how.switches if how.root else None
+    with contextlib.nullcontext() if switches is None else switches.read_once():
         model.follow_switches()  # a checkpoint, another process or a norm's eval() may set them
-    return run(model, *args, **kwargs)
+        return run(model, *args, **kwargs)
 
 
 QatModel._runs = staticmethod(_run)

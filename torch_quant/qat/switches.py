@@ -6,7 +6,9 @@ them, and the count of steps with them.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +35,7 @@ class Switches:
         watches: whether the first value that is not finite raises.
         taps: modules whose results are kept.
         tapped: those results, of the last call.
+        held: what was read, for as long as a call of the whole model goes on.
     """
 
     buffers: dict[str, Tensor | None]
@@ -41,6 +44,7 @@ class Switches:
     watches: bool = False
     taps: tuple[str, ...] = ()
     tapped: dict[str, Tensor] = field(default_factory=dict)
+    held: tuple[int, bool, bool, bool] | None = None
 
     def __deepcopy__(self, memo: Any) -> Switches:
         """A copy has the state and nothing else."""
@@ -59,6 +63,8 @@ class Switches:
 
     def read(self) -> tuple[int, bool, bool, bool]:
         """The same as Python values."""
+        if self.held is not None:
+            return self.held
         steps, *switches = self.tensor.tolist()
         observe, rounds, frozen = map(bool, switches)
         return steps, observe, rounds, frozen
@@ -66,6 +72,16 @@ class Switches:
     def write(self, place: int, value: int) -> None:
         """Set one of them in place."""
         self.tensor[place] = value
+        self.held = None
+
+    @contextlib.contextmanager
+    def read_once(self) -> Iterator[None]:
+        """Inside, the tensor is read once, though every part of a model asks."""
+        before, self.held = self.held, self.read()
+        try:
+            yield
+        finally:
+            self.held = before
 
 
 def add_switches(model: nn.Module) -> Switches:
