@@ -12,7 +12,16 @@ from models import MODELS, example
 from torch import nn
 
 import torch_quant
-from torch_quant import FLOAT, Backend, InvalidConfig, QConfig, Quantizer, recipes, sqnr
+from torch_quant import (
+    FLOAT,
+    Backend,
+    InvalidConfig,
+    NotCalibrated,
+    QConfig,
+    Quantizer,
+    recipes,
+    sqnr,
+)
 from torch_quant.config import RECIPES
 
 LEAST = {
@@ -138,3 +147,10 @@ def test_some_layers_otherwise() -> None:
     assert quantizer.plan["2"].activation is not None
     assert quantizer.plan["2"].activation.dynamic
     assert not quantizer.plan["0"].quantized
+
+
+@pytest.mark.parametrize("name", ["int8_dynamic", "int4_weight_only"])
+def test_without_an_example_the_message_asks_for_one(name: str) -> None:
+    """Not for data, which such a recipe needs none of."""
+    with pytest.raises(NotCalibrated, match=r"quantizer\.quantize\(model, example_inputs=\.\.\.\)"):
+        Quantizer("reference", qconfig=RECIPES[name]()).quantize(wide())

@@ -216,7 +216,7 @@ class CapturedModel:
             return f"{where} runs as Python: {failed[-1].failure}"
         return "it has no product of float tensors"
 
-    def check_called(self, method: str, batches: int) -> None:
+    def check_called(self, method: str, no_data: bool) -> None:
         """Raise :class:`NotCalibrated` if no call has captured it, for ``quantizer.<method>``."""
         if self.root.called:
             return
@@ -228,7 +228,7 @@ class CapturedModel:
             )
         raise NotCalibrated(
             "no calibration data was seen: run it through what quantizer.calib(model) returns"
-            if batches == 0 and method == "quantize"
+            if no_data and method in ("quantize", "qat")
             else "this model object is not captured yet (it was not calibrated, its ranges were "
             f"loaded, or it is a copy): quantizer.{method}(model, example_inputs=...)"
         )

@@ -149,7 +149,8 @@ class QuantizerBase(Tied):
         session = self._session(model, chosen)
         if example_inputs is not None:
             run_example(session.captured, example_inputs)
-        session.captured.check_called(method, self.state.batches)
+        no_data = self.state.batches == 0 and self.qconfig.needs_ranges
+        session.captured.check_called(method, no_data)
         return chosen, session
 
     def _calib(self, model: nn.Module, example_inputs: Any) -> CalibModel:

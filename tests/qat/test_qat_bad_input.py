@@ -28,7 +28,9 @@ pytestmark = pytest.mark.usefixtures("grad")
 
 def test_before_calibration() -> None:
     model, inputs = MODELS["mlp"](), example("mlp")
-    with pytest.raises(NotCalibrated, match=r"not captured yet.*quantizer\.qat"):
+    with pytest.raises(
+        NotCalibrated, match=r"run it through what quantizer\.calib\(model\) returns"
+    ):
         Quantizer("reference").qat(model)
     with pytest.raises(NotCalibrated, match="no calibration data was seen"):
         Quantizer("reference").qat(model, example_inputs=inputs)

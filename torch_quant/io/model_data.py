@@ -20,6 +20,7 @@ from torch_quant.errors import BackendUnavailable, InvalidConfig
 from torch_quant.graph.binding import CallSignature, signature_of
 from torch_quant.graph.hooks import give_hooks, take_hooks, users_hooks
 from torch_quant.graph.twin import twin_of
+from torch_quant.io.data.fits import check_fit
 from torch_quant.io.data.graphs import read_graph, write_graph
 from torch_quant.io.data.sizes import read_contract, write_contract
 from torch_quant.io.data.trees import read_kind, read_output, write_kind, write_output
@@ -232,9 +233,10 @@ class _Reader:
                 raise wrong(f"the module {path}", about["same"], "one that comes before")
             return self.made[about["same"]]
         found = entries(about, f"the module {path or 'itself'}", *_MODULE)
-        self._check(path, theirs, found)
         if not isinstance(found["children"], list):
             raise wrong(f"the children of {path}", found["children"], "names")
+        if self.model is not None and not isinstance(theirs, torch.jit.ScriptModule):
+            check_fit(theirs, path, found["class"], found["children"], self.tensors)
         children = {}
         for name in found["children"]:
             if not isinstance(name, str) or not name or "." in name:
@@ -266,18 +268,6 @@ class _Reader:
         if theirs is not None:
             self.replaced[theirs] = made
         return made
-
-    def _check(self, path: str, theirs: nn.Module | None, found: Mapping[str, Any]) -> None:
-        """Raise unless a module of the user's, if there is one, is of the saved class."""
-        if self.model is None or isinstance(theirs, torch.jit.ScriptModule):
-            return
-        given = path_of(nn.Module if theirs is None else class_of(theirs))
-        if given != found["class"]:
-            where = f"its module {path}" if path else "it"
-            raise InvalidConfig(
-                f"the model does not fit the saved one: {where} is a {given}; expected a "
-                f"{found['class']}"
-            )
 
     def _fill(self, module: nn.Module, path: str, found: Mapping[str, Any]) -> None:
         """Give a module the saved tensors in the place of its own."""

@@ -124,8 +124,8 @@ def _traced(
             "tensor holds, and the file would repeat what that code did on the example, whatever "
             f"its input: {reads.describe(reads.of_values)}. Compute it with tensors "
             "(torch.where, masks) and quantize again; or save the quantized model itself, which "
-            "keeps its Python code: torch.save(quant_model, path), and "
-            "torch.load(path, weights_only=False)"
+            "keeps its Python code: torch_quant.save(quant_model, folder), and "
+            "torch_quant.load(folder, model=...)"
         ) from failure
     if failure is not None:
         raise InvalidConfig(
@@ -157,8 +157,8 @@ def _compare(model: nn.Module, file: Path, args: tuple[Any, ...], kwargs: dict[s
         if reason := _difference(torch.as_tensor(x), torch.as_tensor(y)):
             raise QuantError(
                 f"the traced model does not give what the quantized one gives on the example: "
-                f"output {i} {reason}; nothing was written. torch.save(quant_model, path) saves "
-                "the model itself"
+                f"output {i} {reason}; nothing was written. torch_quant.save(quant_model, folder) "
+                "saves the model itself"
             )
 
 

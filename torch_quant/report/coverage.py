@@ -65,7 +65,9 @@ class Coverage:
                     "quantized": len(quantized),
                     "no sites": sum(each.op == op for each in self.float_ops),
                     "share of MACs": f"{macs / total:.1%}",
-                    "of them quantized": f"{sum(s.macs for s in quantized) / total:.1%}",
+                    "of which quantized": f"{sum(s.macs for s in quantized) / macs:.1%}"
+                    if macs
+                    else "",
                     "format": "; ".join(dict.fromkeys(site.format for site in quantized)),
                 }
             )
