@@ -308,3 +308,28 @@ def test_bad_options(value: object) -> None:
         BiasCorrection(always=value)  # type: ignore[arg-type]
     with pytest.raises(InvalidConfig, match="expected True or False"):
         recipes.int8_static(correct_bias=value)  # type: ignore[arg-type]
+
+
+class Turned(nn.Module):
+    """A call of another kind reads the channels in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, *, turn: bool = False) -> Tensor:
+        return self.head(x.flip(-1) if turn else x)
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("config", [None, CORRECTED], ids=["default", "always"])
+def test_channels_that_one_kind_of_call_moves(config: QConfig | None, first: bool) -> None:
+    model = seeded(Turned)
+    x = torch.rand(64, 8, generator=torch.Generator().manual_seed(0)) + torch.arange(8.0)
+    quantizer = Quantizer("reference", qconfig=config)
+    calib_model = quantizer.calib(model)
+    for turn in (first, not first):
+        calib_model(x, turn=turn)
+    quant_model = quantizer.quantize(model)
+    for turn in (False, True):
+        assert sqnr(model(x, turn=turn), quant_model(x, turn=turn)) > 30

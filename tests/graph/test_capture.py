@@ -178,8 +178,8 @@ def test_what_glue_borrows_is_noted() -> None:
     entry = AWKWARD["borrows_from_child"]
     run, submodule = executor(entry.build())
     run(*entry.inputs(2)[0])
-    assert submodule.children["l0"].borrowed == {"weight"}
-    assert not submodule.children["l1"].borrowed
+    assert submodule.children["l0"].readers.keys() == {"weight"}
+    assert not submodule.children["l1"].readers
     assert not submodule.children["l0"].called
 
 

@@ -118,9 +118,8 @@ class BiasCorrection(Transform):
                 entry = plan.get(site.name)
                 if entry is None or not entry.quantized or self not in entry.transforms:
                     continue
-                assert site.channels is not None
-                assert pattern.bias is not None
-                if argument(node, pattern.bias) is None:
+                # In another graph, the site may read its channels from elsewhere.
+                if site.channels is None or argument(node, pattern.bias or 0) is None:
                     found[site.name] = None
                     continue
                 try:
@@ -132,7 +131,9 @@ class BiasCorrection(Transform):
         return found
 
     def apply(self, context: PassContext) -> int:
-        """Correct every site that the plan corrects; returns how many.
+        """Correct every site that the plan corrects, where its channels lie as recorded.
+
+        Returns how many.
 
         Raises:
             NotCalibrated: calibration recorded no means there, or not from the start.
@@ -140,7 +141,9 @@ class BiasCorrection(Transform):
         changed = 0
         for node, pattern, site in list(find_sites(context.graph)):
             entry = context.plan[site.name]
-            if entry.quantized and entry.weight is not None and self in entry.transforms:
+            if not entry.quantized or entry.weight is None or site.channels is None:
+                continue
+            if self in entry.transforms:
                 _correct(context, node, pattern, site, entry)
                 changed += 1
         return changed
