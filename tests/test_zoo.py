@@ -31,7 +31,6 @@ NOTHING: dict[tuple[str, str], str] = {
     ("einsums", "onednn"): "only einsum, which stays float",
     ("einsums", "ipex"): "only einsum, which stays float",
     ("einsums", "onnx"): "only einsum, which stays float",
-    ("batched_products", "onednn"): "only products of activations, for which oneDNN has no kernel",
 }
 
 # Cases that have no gradient, and why.

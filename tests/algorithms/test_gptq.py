@@ -199,7 +199,7 @@ def test_an_expert_that_no_token_reached(capture: str, caplog: pytest.LogCapture
         quant_model = quantizer.quantize(model)
     (told,) = [each.message for each in caplog.records if "no calibration data" in each.message]
     assert told.startswith("experts.1, experts.3: no calibration data reached it")
-    assert all(site.quantized for site in quantizer.plan.values())
+    assert [name for name, site in quantizer.plan.items() if not site.quantized] == ["router"]
     state, spec = quant_model.state_dict(), GROUPED
     for i in (1, 3):
         plain = RoundToNearest().quantize(model.experts[i].weight, spec, {})[0]

@@ -209,7 +209,7 @@ def test_a_decision_by_values_is_refused_with_its_line(name: str, tmp_path: Path
     with pytest.raises(InvalidConfig, match="reads what a tensor holds") as caught:
         export_torchscript(model, normal(4, 8), tmp_path / "m.ts")
     assert f"{__file__}:{number} ({text})" in str(caught.value)
-    assert "torch.save(quant_model, path)" in str(caught.value)
+    assert "torch_quant.save(quant_model, folder)" in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 

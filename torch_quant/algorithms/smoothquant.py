@@ -100,9 +100,10 @@ def predicted_noise(
         Its energy for one row of inputs, in the square of the outputs' unit.
 
     >>> low, high = torch.tensor([-1.0, -1.0]), torch.tensor([1.0, 99.0])
-    >>> even, uneven = torch.ones(1, 2), torch.tensor([[1.0, 99.0]])
-    >>> noise = predicted_noise(low, high, high.square() / 3, 10000, [even])
-    >>> noise > predicted_noise(low / high, high / high, torch.ones(2) / 3, 10000, [uneven])
+    >>> squares, weight = high.square() / 3, torch.tensor([[1.0, 0.01]])
+    >>> noise = predicted_noise(low, high, squares, 10000, [weight])
+    >>> low, squares, smoothed = low / high, squares / high.square(), weight * high
+    >>> noise > 100 * predicted_noise(low, high / high, squares, 10000, [smoothed])
     True
     """
     top, bottom = high.max().clamp(min=0), low.min().clamp(max=0)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
+import torch
 from torch import Tensor, fx, nn
 
 from torch_quant.core.kernels import Kernel, KernelTable
@@ -143,6 +144,8 @@ class Backend(ABC, metaclass=_ByName):
         for node in list(context.graph.nodes):
             entry = context.plan.get(node.meta.get(KEY, ""))
             if node.op != "call_function" or entry is None or not entry.quantized:
+                continue
+            if node.target is torch.ops.aten.to.dtype:  # it has the key of what it casts
                 continue
             activation = entry.activation or (FLOAT if entry.inputs else None)
             weighted = OPERATORS[entry.op].weight is not None
