@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from torch_quant import native
+
 ONLY_IPEX = os.environ.get("ONLY_IPEX", "").split()
 """Files of which the tests on IPEX are run and no others."""
 
@@ -38,6 +40,16 @@ def no_grad() -> Iterator[None]:
     """Inference, unless a test says otherwise."""
     with torch.no_grad():
         yield
+
+
+@pytest.fixture(params=native.instruction_sets() or [None])
+def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set of this CPU in turn; once without kernels if no library is built."""
+    if request.param is None:
+        yield "none"
+        return
+    with native.using(request.param):
+        yield request.param
 
 
 @pytest.fixture

@@ -198,15 +198,26 @@ class Session:
         asked = {each for site in plan.values() for each in site.transforms if each.optional}
         if not asked:
             return plan
-        found = {each: self._settling(each, plan) if optional else {} for each in asked}
+        found: dict[Transform, Mapping[str, Transform | None]] = {}
+        if optional:
+            self._refresh_settled()
+            found = {each: self._settling(each, plan) for each in asked}
 
         def kept(site: SitePlan) -> SitePlan:
             made = (
-                found[each].get(site.name) if each in asked else each for each in site.transforms
+                found.get(each, {}).get(site.name) if each in asked else each
+                for each in site.transforms
             )
             return replace(site, transforms=tuple(each for each in made if each is not None))
 
         return QuantPlan(map(kept, plan.values()), plan.float_ops)
+
+    def _refresh_settled(self) -> None:
+        """Forget where optional transforms help if that rested on other ranges or weights."""
+        weights = weight_checksums(self.captured.root.module)
+        basis = (weakref.ref(self.state), self.state.version, weights, self.captured.graph_count)
+        if self.captured.settled_on != basis:
+            self.captured.settled_on, self.captured.settled = basis, {}
 
     def _settling(self, transform: Transform, plan: QuantPlan) -> Mapping[str, Transform | None]:
         """See :meth:`Transform.settled`; it takes long, so it is asked once for each plan."""
@@ -215,10 +226,6 @@ class Session:
             for site in plan.values()
             if site.quantized and transform in site.transforms
         )
-        weights = weight_checksums(self.captured.root.module)
-        basis = (weakref.ref(self.state), self.state.version, weights, self.captured.graph_count)
-        if self.captured.settled_on != basis:
-            self.captured.settled_on, self.captured.settled = basis, {}
         settled = self.captured.settled
         if (transform, sites) not in settled:
             with torch.no_grad():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -31,16 +30,6 @@ SIZES = {
     "one input": (8, 3, 1, None),
 }
 """Rows, outputs, inputs, group."""
-
-
-@pytest.fixture(params=SETS or [None])
-def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set of this CPU in turn; once with dequantized weights if none is built."""
-    if request.param is None:
-        yield "none"
-        return
-    with native.using(request.param):
-        yield request.param
 
 
 class Weight:

@@ -6,7 +6,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -32,16 +31,6 @@ SIZES = {
     "more rows than a thread takes": (1, 2, 2, 70, 16, 16, 16),
 }
 """Batch, heads, heads of keys, queries, keys, size of a key, size of a value."""
-
-
-@pytest.fixture(params=SETS or [None])
-def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set of this CPU in turn; once in float if no library is built."""
-    if request.param is None:
-        yield "none"
-        return
-    with native.using(request.param):
-        yield request.param
 
 
 def integers(*shape: int, seed: int = 0) -> Tensor:

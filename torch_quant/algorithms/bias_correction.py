@@ -24,12 +24,13 @@ from torch_quant.core.functional import dequantize
 from torch_quant.core.methods import Transform, Wanted, register_transform
 from torch_quant.core.plan import QuantPlan, SitePlan
 from torch_quant.errors import InvalidConfig, NotCalibrated
-from torch_quant.graph.sites import Site, find_sites, local_name
+from torch_quant.graph.sites import Site, local_name
 from torch_quant.ops.arguments import argument, set_arguments
 from torch_quant.ops.table import OpPattern
 from torch_quant.passes.base import Params, PassContext
 from torch_quant.passes.constants import evaluate, name_of, new_constant
 from torch_quant.passes.rounded import rounded_weight
+from torch_quant.passes.transform import sites_with
 from torch_quant.statistics import ChannelMean, channel_mean
 
 __all__ = ["BiasCorrection", "output_shift"]
@@ -113,21 +114,18 @@ class BiasCorrection(Transform):
         {}
         """
         found: dict[str, Transform | None] = {}
-        for gm in params.graphs():
-            for node, pattern, site in find_sites(gm.graph):
-                entry = plan.get(site.name)
-                if entry is None or not entry.quantized or self not in entry.transforms:
-                    continue
-                # In another graph, the site may read its channels from elsewhere.
-                if site.channels is None or argument(node, pattern.bias or 0) is None:
-                    found[site.name] = None
-                    continue
-                try:
-                    params.statistic(site.inputs[0], channel_mean(site.channels))
-                except NotCalibrated:
-                    found[site.name] = None
-                else:
-                    found.setdefault(site.name, BiasCorrection())
+        for _, node, pattern, site in sites_with(self, plan, params.graphs()):
+            assert pattern.bias is not None
+            # In another graph, the site may read its channels from elsewhere.
+            if site.channels is None or argument(node, pattern.bias) is None:
+                found[site.name] = None
+                continue
+            try:
+                params.statistic(site.inputs[0], channel_mean(site.channels))
+            except NotCalibrated:
+                found[site.name] = None
+            else:
+                found.setdefault(site.name, BiasCorrection())
         return found
 
     def apply(self, context: PassContext) -> int:
@@ -139,11 +137,9 @@ class BiasCorrection(Transform):
             NotCalibrated: calibration recorded no means there, or not from the start.
         """
         changed = 0
-        for node, pattern, site in list(find_sites(context.graph)):
+        for _, node, pattern, site in sites_with(self, context.plan, [context.gm]):
             entry = context.plan[site.name]
-            if not entry.quantized or entry.weight is None or site.channels is None:
-                continue
-            if self in entry.transforms:
+            if entry.weight is not None and site.channels is not None:
                 _correct(context, node, pattern, site, entry)
                 changed += 1
         return changed

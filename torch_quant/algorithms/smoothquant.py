@@ -42,10 +42,11 @@ from torch_quant.core.granularity import PerChannel
 from torch_quant.core.methods import Transform, Wanted, register_transform
 from torch_quant.core.plan import QuantPlan, is_share
 from torch_quant.errors import InvalidConfig, NotCalibrated
-from torch_quant.graph.sites import KEY, Site, find_sites, local_name
+from torch_quant.graph.sites import KEY, Site, local_name
 from torch_quant.ops.arguments import argument, set_arguments
 from torch_quant.passes.base import Params, PassContext
 from torch_quant.passes.constants import evaluate, expression, name_of, new_constant
+from torch_quant.passes.transform import sites_with
 from torch_quant.statistics import (
     CHANNELS,
     MEAN_SQUARE,
@@ -230,10 +231,7 @@ class SmoothQuant(Transform):
         changed = 0
         smoothed: dict[fx.Node, tuple[fx.Node, Tensor]] = {}
         floats: dict[str, Tensor] = {}
-        for node, _, site in list(find_sites(context.graph)):
-            entry = context.plan[site.name]
-            if not entry.quantized or self not in entry.transforms:
-                continue
+        for _, node, _, site in sites_with(self, context.plan, [context.gm]):
             x, weight = argument(node, 0), argument(node, 1)
             assert isinstance(x, fx.Node)
             assert isinstance(weight, fx.Node)
@@ -245,7 +243,7 @@ class SmoothQuant(Transform):
             with context.graph.inserting_before(node):
                 scaled = context.graph.call_function(torch.ops.aten.mul.Tensor, (weight, columns))
             scaled.meta = {k: v for k, v in weight.meta.items() if k == "val"}
-            if entry.weight is None:  # it stays in float: computed once and for all
+            if context.plan[site.name].weight is None:  # in float: computed once for all
                 product = expression(context.gm, scaled)
                 if product not in floats:
                     floats[product] = evaluate(context.gm, scaled)
@@ -290,13 +288,8 @@ class SmoothQuant(Transform):
     def _groups(self, plan: QuantPlan, params: Params) -> dict[str, _Group]:
         """Key of a tensor -> who smooths it, over all graphs of the model."""
         groups: dict[str, _Group] = {}
-        for gm in params.graphs():
-            for node, _, site in find_sites(gm.graph):
-                entry = plan.get(site.name)
-                if entry is None or not entry.quantized or self not in entry.transforms:
-                    continue
-                group = groups.setdefault(site.inputs[0], _Group())
-                group.nodes[site.name] = gm, node
+        for gm, node, _, site in sites_with(self, plan, params.graphs()):
+            groups.setdefault(site.inputs[0], _Group()).nodes[site.name] = gm, node
         return groups
 
     def settled(self, plan: QuantPlan, params: Params) -> dict[str, Transform | None]:

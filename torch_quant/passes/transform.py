@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
+from torch import fx
 
 from torch_quant.core.methods import Transform
-from torch_quant.graph.sites import find_sites
+from torch_quant.core.plan import QuantPlan
+from torch_quant.graph.sites import Site, find_sites
+from torch_quant.ops.table import OpPattern
 from torch_quant.passes.base import PassContext
 
-__all__ = ["transform_sites"]
+__all__ = ["sites_with", "transform_sites"]
+
+
+def sites_with(
+    transform: Transform, plan: QuantPlan, graphs: Iterable[fx.GraphModule]
+) -> Iterator[tuple[fx.GraphModule, fx.Node, OpPattern, Site]]:
+    """Every quantized site whose plan has ``transform``: its graph, node, row and description."""
+    for gm in graphs:
+        for node, pattern, site in list(find_sites(gm.graph)):
+            entry = plan.get(site.name)
+            if entry is not None and entry.quantized and transform in entry.transforms:
+                yield gm, node, pattern, site
 
 
 @torch.no_grad()
