@@ -19,7 +19,7 @@ LAYERS = (
     "version", "errors", "core", "ops", "native", "statistics", "config", "module_filter", "nn",
     "graph", "passes", "state", "model", "convert",
     "backends", "algorithms", "recipes", "io", "report", "settings", "calibrated", "session",
-    "rounding", "explain", "unseen", "configuration", "proxies",
+    "rounding", "explain", "unseen", "configuration", "choices", "proxies",
     "amp", "qat", "quantizer_base", "quantizer_files", "quantizer_training", "quantizer",
     "tuning", "checkpoints", "integrations", "cli",
 )  # fmt: skip

@@ -327,7 +327,7 @@ def test_an_override_of_nothing() -> None:
 
 
 def test_suggestions_are_different_names() -> None:
-    with pytest.raises(InvalidConfig, match="did you mean linear") as e:
+    with pytest.raises(InvalidConfig, match="did you mean the op type linear") as e:
         ready(overrides={"linaer": None})
     found = str(e.value).partition("did you mean ")[2].rstrip("?").split(", ")
     assert len(set(found)) == len(found)

@@ -40,7 +40,13 @@ class ModuleFilter:
 
     def __post_init__(self) -> None:
         for name in ("include_names", "exclude_names", "include_op_types", "exclude_op_types"):
-            object.__setattr__(self, name, _names(getattr(self, name)))
+            given = _names(getattr(self, name))
+            if not all(isinstance(each, str) for each in given):
+                raise InvalidConfig(
+                    f"ModuleFilter({name}=...) holds {given!r}; expected names, and module classes "
+                    f"as {name.partition('_')[0]}_classes"
+                )
+            object.__setattr__(self, name, given)
         for name in ("include_classes", "exclude_classes"):
             value = getattr(self, name)
             classes = (value,) if isinstance(value, type) else tuple(value)

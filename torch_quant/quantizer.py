@@ -36,12 +36,14 @@ class Quantizer(QuantizerTraining):
 
     Args:
         choice: a backend or a QConfig, the same as ``backend=`` or ``qconfig=``:
-            ``Quantizer("onednn")``, ``Quantizer(recipes.int8_dynamic())``.
+            ``Quantizer("onednn")``, ``Quantizer(recipes.int8_dynamic())``,
+            ``Quantizer("int8_dynamic")``.
         backend: where the quantized model will run, ``Backend.ONEDNN`` or its name; None for the
             fastest that this machine has.
-        qconfig: formats and observers where the backend's own should not be used.
+        qconfig: formats and observers where the backend's own should not be used, or the name of a
+            recipe.
         overrides: exceptions to it, by site or module name (globs too), module class or op type;
-            None as a value leaves what matches in float.
+            None or ``"float"`` as a value leaves what matches in float.
         module_filter: which sites to quantize at all.
         unseen_calls: whether a quantized model captures kinds of calls that were not calibrated,
             ``"capture"``, or raises :class:`CaptureFailed` for them, ``"error"``.
@@ -67,7 +69,7 @@ class Quantizer(QuantizerTraining):
     torch.Size([3, 2])
     """
 
-    def set(self, pattern: OverrideKey, config: QConfig | None) -> None:
+    def set(self, pattern: OverrideKey, config: QConfig | str | None) -> None:
         """Add an override, or put it in the place of that with the same key.
 
         It may come after calibration: formats and what stays in float follow it. Observers and
@@ -76,7 +78,8 @@ class Quantizer(QuantizerTraining):
         Args:
             pattern: a key of ``overrides``: a name, a glob, ``re:`` and a regular expression, an op
                 type, a module class, or a function of a :class:`SiteInfo`.
-            config: its configuration; None leaves what it covers in float.
+            config: its configuration, or the name of a recipe; None or ``"float"`` leaves what it
+                covers in float.
 
         Raises:
             InvalidConfig: it is no such key or no QConfig, or a name that a model which this

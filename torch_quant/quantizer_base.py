@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,9 @@ from torch_quant.amp.allocation import Allocation, allocate, exactly
 from torch_quant.amp.fallback import Fallback
 from torch_quant.amp.options import AmpOptions
 from torch_quant.amp.proxy import AmpModel
-from torch_quant.backends import VARIABLE, Backend, backend_of_environment, usable_backend
-from torch_quant.config import OverrideKey, Overrides, QConfig
+from torch_quant.backends import VARIABLE, Backend, usable_backend
+from torch_quant.choices import check_keywords, chosen_backend, override, overrides_of, told
+from torch_quant.config import OverrideKey, QConfig
 from torch_quant.configuration import configuration, write_configuration
 from torch_quant.convert.lowering import Lowering
 from torch_quant.convert.quantized import QuantizedModule, plan_of
@@ -56,21 +58,23 @@ class QuantizerBase(Tied):
         /,
         *,
         backend: Backend | str | None = None,
-        qconfig: QConfig | None = None,
-        overrides: Overrides | None = None,
+        qconfig: QConfig | str | None = None,
+        overrides: Mapping[OverrideKey, QConfig | str | None] | None = None,
         module_filter: ModuleFilter | None = None,
         unseen_calls: str = "capture",
         dynamic: Dynamic | None = None,
         capture: Capture | None = None,
+        **unknown: NoReturn,
     ) -> None:
-        backend, qconfig = _told(choice, backend, qconfig)
+        check_keywords(unknown, inspect.signature(QuantizerBase.__init__).parameters)
+        backend, config = told(choice, backend, qconfig)
         self._capture = None if capture is None else checked_capture(capture)
         self.unseen_calls = checked_choice(unseen_calls)
-        self._asked, self.backend, self._forced = _chosen(backend)
+        self._asked, self.backend, self._forced = chosen_backend(backend)
         self._taken = self.backend
-        self.qconfig = qconfig or recipes.int8_static()
-        self.overrides = dict(overrides or {})
-        self.module_filter = module_filter or ModuleFilter()
+        self.qconfig = config or recipes.int8_static()
+        self.overrides = overrides_of({} if overrides is None else overrides)
+        self.module_filter = ModuleFilter() if module_filter is None else module_filter
         self._dynamic = checked_dynamic(dynamic)
         self._summary = Summary(QuantPlan(), {})
         self.settings.check()
@@ -123,6 +127,7 @@ class QuantizerBase(Tied):
             captured = CapturedModel(model, self._dynamic, self._policy)
             session = self._sessions[model] = Session(self, captured, model)
         session.refresh()
+        self.settings.check_names(model, session.site_names)
         return session
 
     def _fallback(self, proxy: AmpModel, precision: str = PRECISIONS[0]) -> Fallback:
@@ -155,7 +160,6 @@ class QuantizerBase(Tied):
 
     def _calib(self, model: nn.Module, example_inputs: Any) -> CalibModel:
         session = self._session(model)
-        self.settings.check_names(model)
         if example_inputs is not None:
             run_example(session.captured, example_inputs)
         return CalibModel(session)
@@ -187,7 +191,6 @@ class QuantizerBase(Tied):
                 "generator of inputs of the model: [ids]"
             )
         session, kept = self._session(model), list(batches)
-        self.settings.check_names(model)
         if kept and not session.captured.root.called:
             run_example(session.captured, kept[0])
         sites = [site for site, _ in session.captured.sites()]
@@ -217,12 +220,13 @@ class QuantizerBase(Tied):
         self.plan = QuantPlan()
         return found
 
-    def _set(self, pattern: OverrideKey, config: QConfig | None) -> None:
+    def _set(self, pattern: OverrideKey, config: QConfig | str | None) -> None:
         overrides = {key: value for key, value in self.overrides.items() if key != pattern}
-        settings = replace(self.settings, overrides={**overrides, pattern: config})
+        overrides[pattern] = override(pattern, config)
+        settings = replace(self.settings, overrides=overrides)
         settings.check()
-        for model in self._sessions:
-            settings.check_names(model)
+        for model, session in self._sessions.items():
+            settings.check_names(model, session.site_names)
         self.overrides = dict(settings.overrides)
         self.plan = QuantPlan()
 
@@ -293,34 +297,3 @@ class QuantizerBase(Tied):
 
 def _needs_ranges(plan: QuantPlan) -> bool:
     return any(site.quantized and site.needs_ranges for site in plan.values())
-
-
-def _told(
-    choice: Backend | str | QConfig | None,
-    backend: Backend | str | None,
-    qconfig: QConfig | None,
-) -> tuple[Backend | str | None, QConfig | None]:
-    """The backend and the QConfig of which one may have been given by position."""
-    given: list[tuple[str, object]] = [("backend", backend), ("qconfig", qconfig)]
-    is_config = isinstance(choice, QConfig)
-    name, other = given[is_config]
-    if choice is not None and other is not None:
-        raise InvalidConfig(
-            f"Quantizer({choice!r}, {name}={other!r}) gives {name} twice: leave one of them out"
-        )
-    if isinstance(choice, QConfig):
-        return backend, choice
-    return choice if backend is None else backend, qconfig
-
-
-def _chosen(backend: Backend | str | None) -> tuple[Backend | None, Backend, Backend | None]:
-    """The backend asked for, the one to take, and the same again if the environment forces it."""
-    asked = None if backend is None else Backend.get(backend)
-    forced = backend_of_environment()
-    if forced is None or (asked is not None and asked.name == forced.name):
-        return asked, usable_backend(asked), None
-    if asked is not None:
-        logger.warning(
-            "%r in the place of %r: the environment variable %s is set", forced, asked, VARIABLE
-        )
-    return asked, forced, forced

@@ -122,6 +122,10 @@ class Session:
         self.state.fingerprint = self.captured.fingerprint
         self.state.note_weights(self.captured.root.module)
 
+    def site_names(self) -> list[str]:
+        """The sites that are known by now."""
+        return [site.name for site, _ in self.captured.sites()]
+
     def plan(
         self,
         backend: Backend | None = None,

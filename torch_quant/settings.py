@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from torch_quant.config import ObserverLike, Overrides, QConfig
-from torch_quant.core.naming import check_names, is_pattern
+from torch_quant.core.naming import check_names, is_pattern, matches_name
+from torch_quant.errors import InvalidConfig
 from torch_quant.graph.rules import modules_of, operator_names, qconfig_of, rules_of
 from torch_quant.graph.sites import Site
 from torch_quant.io.summary import Summary
@@ -45,27 +47,61 @@ class Settings:
         }
 
     def check(self) -> None:
-        """Raise :class:`InvalidConfig` for an override of nothing, or one that is no QConfig."""
+        """Raise :class:`InvalidConfig` for an override of nothing, or what is of another type."""
         rules_of(self.overrides)
+        if not isinstance(self.module_filter, ModuleFilter):
+            raise InvalidConfig(
+                f"module_filter={self.module_filter!r}: expected a ModuleFilter, such as "
+                "ModuleFilter(exclude_names=['head']), which leaves the head in float, or "
+                "ModuleFilter(include_names=['encoder']), which quantizes nothing else"
+            )
 
-    def check_names(self, model: nn.Module) -> None:
-        """A misspelt module name should not wait for the first batch to be found.
+    def check_names(
+        self, model: nn.Module, sites: Callable[[], Iterable[str]] = tuple[str]
+    ) -> None:
+        """A misspelt name should not wait for the first batch to be found.
 
-        What may name an operator inside a module, or outside of all, is checked once captured.
+        Args:
+            model: the float model.
+            sites: the names of sites that are known already. Of others it is known what they may
+                be called: after a module and an operator, with a number behind it.
+
+        Raises:
+            InvalidConfig: a name or pattern that covers no module, and can cover no site.
         """
-        known = [name for name, _ in model.named_modules() if name]
-        tops = {name.partition(".")[0] for name in known}
-        keys = [str(rule.key) for rule in rules_of(self.overrides) if rule.kind == "name"]
+        rules = [str(rule.key) for rule in rules_of(self.overrides) if rule.kind == "name"]
         given = [("ModuleFilter name", name) for name in self.module_filter.names]
-        given += [("override", key) for key in keys]
+        given += [("override", key) for key in rules]
+        if not given:
+            return
+        known = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
         for what, pattern in given:
-            operator = re.sub(r"(_\d+)?(@\d+)?$", "", pattern) in operator_names()
-            if not (pattern.partition(".")[0] in tops or operator or is_pattern(pattern)):
-                check_names([pattern], known, what, OPERATORS if what == "override" else ())
+            if not _may_be_site(pattern, known):
+                types = OPERATORS if what == "override" else ()
+                check_names([pattern], [*known, *sites()], what, types)
 
     def config_of(self, model: nn.Module, site: Site) -> QConfig | None:
         """The configuration of a site, None if it stays in float."""
         return qconfig_of(site, modules_of(model, site), self.qconfig, self.overrides)
+
+
+def _may_be_site(pattern: str, modules: list[str]) -> bool:
+    """Whether a name or pattern covers a module, or may cover an operator in one."""
+    operators = operator_names()
+    if not is_pattern(pattern):
+        name = re.sub(r"@\d+", "", pattern)
+        module, _, operator = name.rpartition(".")
+        inside = re.sub(r"_\d+$", "", operator) in operators
+        return name in modules or (inside and (not module or module in modules))
+    if any(matches_name(name, pattern) for name in modules):
+        return True
+    if pattern.startswith("re:"):
+        if "@" in pattern or any(operator in pattern for operator in operators):
+            return True  # of which number is known once there are sites
+    else:
+        pattern = re.sub(r"(_[\d*?\[\]!-]+)?$", "", re.sub(r"@[\d*?\[\]!-]+", "", pattern))
+    sites = (f"{name}.{each}".strip(".") for name in ("", *modules) for each in operators)
+    return any(matches_name(site, pattern) for site in sites)
 
 
 def observer_name(choice: ObserverLike) -> str:

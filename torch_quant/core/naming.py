@@ -25,13 +25,18 @@ __all__ = [
 ]
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.4) -> str:
     """The closest of ``known`` as the end of a message, empty if none is close.
+
+    Args:
+        name: what was given.
+        known: what there is.
+        cutoff: how close, 0 to 1.
 
     >>> did_you_mean("haed", ["conv", "head"])
     '; did you mean head?'
     """
-    close = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=3, cutoff=0.4)
+    close = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=3, cutoff=cutoff)
     return f"; did you mean {', '.join(close)}?" if close else ""
 
 
@@ -163,11 +168,19 @@ def check_names(
         patterns: names, globs and regular expressions.
         known: what they may cover.
         what: what they are, for the message.
-        others: what else may have been meant.
+        others: op types, which may have been meant as well.
     """
     known = list(dict.fromkeys(known))
     for pattern in patterns:
-        if any(matches_name(name, pattern) for name in known):
-            continue
-        hint = did_you_mean(pattern.removeprefix("re:"), [*others, *known])
-        raise InvalidConfig(f"{what} {pattern!r} matches nothing in the model{hint}")
+        if not any(matches_name(name, pattern) for name in known):
+            hint = _meant(pattern.removeprefix("re:"), known, others)
+            raise InvalidConfig(f"{what} {pattern!r} matches nothing in the model{hint}")
+
+
+def _meant(name: str, known: list[str], op_types: Iterable[str]) -> str:
+    """As :func:`did_you_mean`, with op types called so; what has a dot is no op type."""
+    types = [] if "." in name else difflib.get_close_matches(name, list(op_types), n=1)
+    if not types:
+        return did_you_mean(name, known)
+    close = difflib.get_close_matches(name, known, n=3)
+    return f"; did you mean {', '.join([*close, ''])}{'or ' * bool(close)}the op type {types[0]}?"

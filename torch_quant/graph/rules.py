@@ -130,7 +130,7 @@ def rules_of(overrides: Overrides) -> list[Rule]:
 
 def _rule(key: OverrideKey, value: QConfig | None) -> Rule:
     if value is not None and not isinstance(value, QConfig):
-        raise InvalidConfig(f"override {key!r} is {value!r}; expected a QConfig or None")
+        raise InvalidConfig(f"override {key_text(key)} is {value!r}; expected a QConfig or None")
     if isinstance(key, str):
         return _rule_of_text(key, value)
     if isinstance(key, type):
