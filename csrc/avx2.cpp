@@ -1,5 +1,6 @@
 // AVX2 without VNNI.
 #include "product.h"
+#include "rows.h"
 
 #if TORCH_QUANT_X86
 #include <immintrin.h>
@@ -37,11 +38,12 @@ inline __m256i dot_numbers_half(__m256i sum, __m256i x, __m256i y) {
 #include "avx2.h"
 #include "loops.h"
 #include "product_loops.h"
+#include "row_loops.h"
 
 }  // namespace
 
 const Kernels avx2_kernels = {"avx2", round, multiply, round_dynamic, multiply_dynamic,
-                              DEPTH, pack_product, compute_product};
+                              DEPTH, pack_product, compute_product, finish_rows};
 
 }  // namespace torch_quant
 

@@ -120,6 +120,12 @@ inline I32 dot_numbers(I32 sum, U8 x, U8 y) {
 }
 inline F32 plus(F32 x, F32 y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
 inline F32 minus(F32 x, F32 y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+// To the last bit but one: an estimate of 12 bits and a step of Newton's.
+inline __m256 reciprocal_half(__m256 x) {
+  const __m256 y = _mm256_rcp_ps(x);
+  return _mm256_mul_ps(y, _mm256_fnmadd_ps(x, y, _mm256_set1_ps(2.0f)));
+}
+inline F32 reciprocal(F32 x) { return {reciprocal_half(x.a), reciprocal_half(x.b)}; }
 inline I32 largest(I32 x, I32 y) { return {_mm256_max_epi32(x.a, y.a), _mm256_max_epi32(x.b, y.b)}; }
 inline F32 largest(F32 x, F32 y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
 inline F32 least(F32 x, F32 y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }

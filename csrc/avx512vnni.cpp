@@ -1,5 +1,6 @@
 // AVX512 with VNNI: a vector is one register.
 #include "product.h"
+#include "rows.h"
 
 #if TORCH_QUANT_X86
 #include <immintrin.h>
@@ -112,6 +113,11 @@ inline U8 spread_word(uint32_t x) { return _mm512_set1_epi32(static_cast<int32_t
 inline I32 dot_numbers(I32 sum, U8 u, U8 s) { return dot<false>(sum, u, s); }
 inline F32 plus(F32 x, F32 y) { return _mm512_add_ps(x, y); }
 inline F32 minus(F32 x, F32 y) { return _mm512_sub_ps(x, y); }
+// To the last bit but one: an estimate of 14 bits and a step of Newton's.
+inline F32 reciprocal(F32 x) {
+  const F32 y = _mm512_rcp14_ps(x);
+  return _mm512_mul_ps(y, _mm512_fnmadd_ps(x, y, _mm512_set1_ps(2.0f)));
+}
 inline I32 largest(I32 x, I32 y) { return _mm512_max_epi32(x, y); }
 inline F32 largest(F32 x, F32 y) { return _mm512_max_ps(x, y); }
 inline F32 least(F32 x, F32 y) { return _mm512_min_ps(x, y); }
@@ -134,11 +140,12 @@ inline void narrow(uint8_t* p, I32 x) {
 
 #include "loops.h"
 #include "product_loops.h"
+#include "row_loops.h"
 
 }  // namespace
 
 const Kernels avx512vnni_kernels = {"avx512vnni", round, multiply, round_dynamic, multiply_dynamic,
-                                    DEPTH, pack_product, compute_product};
+                                    DEPTH, pack_product, compute_product, finish_rows};
 
 }  // namespace torch_quant
 

@@ -14,6 +14,7 @@
 #pragma once
 
 // Before any line that asks for instructions of a newer CPU: nothing of these may use them.
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -69,6 +70,7 @@ struct Dynamic {
 };
 
 struct Product;  // of activations: product.h
+struct Rows;     // of floats: rows.h
 
 // The kernels of one instruction set.
 struct Kernels {
@@ -80,6 +82,7 @@ struct Kernels {
   int depth;  // numbers of a product of activations that are multiplied together
   void (*pack_product)(const Product&, int64_t slot, int64_t worker);
   void (*compute_product)(const Product&, int64_t item, int64_t worker);
+  void (*finish_rows)(const Rows&, int64_t item, int64_t worker);
 };
 
 extern const Kernels plain_kernels;

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "product.h"
+#include "rows.h"
 
 #if defined(_MSC_VER)
 #include <intrin.h>
@@ -171,6 +172,7 @@ void run_slabs(Slab<Job> slab, int64_t rows, int64_t out, int64_t row_bytes,
 
 constexpr int64_t PRODUCT_SLAB_BYTES = 512 << 10;  // of packed matrices, while they are read
 constexpr int64_t THREAD_PRODUCTS = 1 << 20;       // multiplications for which a thread pays
+constexpr int64_t THREAD_FLOATS = 32 << 10;        // that are rounded, for which a thread pays
 
 int64_t whole(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 
@@ -198,7 +200,7 @@ void lay_out(Product& j, int64_t depth) {
 using namespace torch_quant;
 
 // The version of this interface.
-EXPORT int torch_quant_version() { return 3; }
+EXPORT int torch_quant_version() { return 4; }
 
 // How many sets of kernels run here; the last is the fastest.
 EXPORT int torch_quant_paths() { return static_cast<int>(usable().size()); }
@@ -297,5 +299,20 @@ EXPORT int torch_quant_product(int threads, const void* call) {
     for_each<Product>(threads, j, groups, use.pack_product);
     for_each<Product>(threads, j, groups * j.row_blocks, use.compute_product);
   }
+  return 0;
+}
+
+// Floats of rows that are added, normalized and rounded; 0, or 1 where memory is short. `call` points to a
+// RowsCall.
+EXPORT int torch_quant_rows(int threads, const void* call) {
+  Rows j = {};
+  memcpy(static_cast<RowsCall*>(&j), call, sizeof(RowsCall));
+  if (!j.rows || !j.size) return 0;
+  threads = static_cast<int>(most(1, least(threads, j.rows * j.size / THREAD_FLOATS)));
+  j.padded = whole(j.size, LANES);
+  const Memory scratch(j.more && !j.sum ? threads * j.padded * 4 : 0);
+  if (!scratch.start) return 1;
+  j.scratch = reinterpret_cast<float*>(scratch.get());
+  for_each<Rows>(threads, j, (j.rows + ROWS_OF_ITEM - 1) / ROWS_OF_ITEM, kernels().finish_rows);
   return 0;
 }

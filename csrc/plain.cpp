@@ -1,5 +1,6 @@
 // No instructions but those of any CPU: a vector is an array.
 #include "product.h"
+#include "rows.h"
 
 namespace torch_quant {
 namespace {
@@ -152,6 +153,10 @@ inline F32 minus(F32 x, F32 y) {
   for (int l = 0; l < LANES; l++) x.at[l] -= y.at[l];
   return x;
 }
+inline F32 reciprocal(F32 x) {
+  for (int l = 0; l < LANES; l++) x.at[l] = 1.0f / x.at[l];
+  return x;
+}
 // Of something that is no number, the second is taken, as by vector instructions.
 inline I32 largest(I32 x, I32 y) {
   for (int l = 0; l < LANES; l++) x.at[l] = x.at[l] > y.at[l] ? x.at[l] : y.at[l];
@@ -210,10 +215,11 @@ inline void narrow(T* p, const I32& x) {
 
 #include "loops.h"
 #include "product_loops.h"
+#include "row_loops.h"
 
 }  // namespace
 
 const Kernels plain_kernels = {"plain", round, multiply, round_dynamic, multiply_dynamic,
-                               DEPTH, pack_product, compute_product};
+                               DEPTH, pack_product, compute_product, finish_rows};
 
 }  // namespace torch_quant

@@ -195,6 +195,18 @@ SAMPLES: dict[str, Callable[[], dict[str, Sample]]] = {
         "uint8": (codes(2, 3, 5, 7), codes(2, 1, 7, 9), [0.1, 0.1], [1, 2], *QUANTIZED),
         "float32": (codes(5, 7), codes(9, 7).mT, [0.1, 0.1], [1, 2], *FLOAT),
     },
+    "round_rows": lambda: (
+        {
+            f"{name}-{function}": (x, None, function, *QUANTIZED)
+            for name, x in FEW.items()
+            for function in ("none", "gelu")
+        }
+        | {"factors": (floats(2, 3, 5), floats(5), "none", *QUANTIZED)}
+    ),
+    "norm_rows": lambda: {
+        "sum": (floats(2, 5), floats(2, 5), floats(5), floats(5), 0.1, floats(5), *QUANTIZED, True),
+        "alone": (FEW["permuted"], None, None, None, 0.1, None, *QUANTIZED, False),
+    },
     "int8_embedding": lambda: {"": (*TABLE, torch.tensor([[1, 2], [3, 3]]))},
     "int8_embedding_bag": lambda: {
         "sum": (*TABLE, *BAGS, 0, floats(6), False, None),

@@ -22,7 +22,7 @@ VARIABLE = "TORCH_QUANT_KERNELS"
 """The environment variable that chooses instructions: a name of :func:`instruction_sets`."""
 
 _NAME = "kernels.dll" if sys.platform == "win32" else "kernels.so"
-_VERSION = 3
+_VERSION = 4
 """Of the interface; a library that was built from other sources has another."""
 _BUILD = (
     "build them with a C++ compiler: pip install -e . in a checkout, or pip install torch_quant"
@@ -50,6 +50,7 @@ def _find(path: Path) -> tuple[ctypes.CDLL | None, str]:
     library.torch_quant_linear.argtypes = [_INT, *[_POINTER] * 7, *[_SIZE] * 5, *[_INT] * 3]
     library.torch_quant_dynamic.argtypes = [_INT, *[_POINTER] * 5, *[_SIZE] * 3, _INT]
     library.torch_quant_product.argtypes = [_INT, _POINTER]
+    library.torch_quant_rows.argtypes = [_INT, _POINTER]
     library.torch_quant_parallel(_openmp())
     return library, ""
 

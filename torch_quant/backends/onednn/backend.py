@@ -18,6 +18,7 @@ from torch_quant.backends.onednn import ops
 from torch_quant.backends.onednn.endings import Ending, ending_of, replace
 from torch_quant.backends.onednn.native import native_kernels
 from torch_quant.backends.onednn.products import product_kernels
+from torch_quant.backends.onednn.rows import round_in_one_pass
 from torch_quant.core.kernels import Accepts, Kernel, KernelTable
 from torch_quant.core.spec import QuantSpec
 from torch_quant.graph.sites import key_of, results
@@ -92,6 +93,7 @@ class OneDNNBackend(Backend):
         self.emit(context)
         for node in context.graph.find_nodes(op="call_function", target=QUANTIZE_PER_TENSOR):
             _lower_quantize(node)
+        round_in_one_pass(context)
         return context.gm
 
 
