@@ -28,6 +28,7 @@ from torch_quant.core.granularity import (
     PerTensor,
     PerToken,
 )
+from torch_quant.core.logs import name_messages
 from torch_quant.core.methods import (
     Transform,
     WeightMethod,
@@ -116,6 +117,8 @@ __all__ = [
     "switch",
     "tune",
 ]
+
+name_messages()
 
 if "transformers.quantizers.auto" in sys.modules:  # else, whoever wants it imports it
     with contextlib.suppress(ImportError):  # a version without third parties

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import textwrap
+from dataclasses import dataclass, fields
 
 from torch_quant import recipes
 from torch_quant.algorithms import DEFAULT_METHOD
@@ -24,6 +25,8 @@ __all__ = ["Decision", "Explanation", "explain"]
 
 _QCONFIG = "Quantizer(qconfig=...)"
 _DEFAULT = "the default"
+_VALUE, _RULE, _WIDTH = 16, 45, 78
+"""Where the columns of a report begin, and where they end."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,32 @@ class Decision:
     why: str = ""
 
     def __str__(self) -> str:
+        """In columns that 80 characters hold; what is longer goes to lines of its own."""
         words = {"True": "yes", "False": "no", "None": "left out"}
-        value = words.get(str(self.value), self.value)
-        return f"{self.what:<16}{value!s:<27} {self.rule}{f': {self.why}' if self.why else ''}"
+        value = words.get(str(self.value)) or _brief(self.value)
+        indent = " " * _VALUE
+        if len(value) + _VALUE < _RULE:
+            lines = [f"{self.what:<{_VALUE}}{value:<{_RULE - _VALUE}}{self.rule}"]
+        else:
+            first = textwrap.wrap(value, _WIDTH, initial_indent=f"{self.what:<{_VALUE}}",
+                                  subsequent_indent=indent)  # fmt: skip
+            lines = [*first, f"{indent}{self.rule}"]
+        if self.why:
+            lines += textwrap.wrap(self.why, _WIDTH, initial_indent=indent,
+                                   subsequent_indent=indent, break_on_hyphens=False)  # fmt: skip
+        return "\n  ".join(lines)
+
+
+def _brief(value: QuantSpec | Method | str | bool | None) -> str:
+    """A value in words, without those options of a method that are the default."""
+    if not isinstance(value, Method):
+        return str(value)
+    options = [
+        f"{each.name}={getattr(value, each.name)!r}"
+        for each in fields(value)
+        if each.default != getattr(value, each.name)
+    ]
+    return f"{value.name}({', '.join(options)})" if options else value.name
 
 
 @dataclass(frozen=True, repr=False)
@@ -88,7 +114,8 @@ class Explanation:
         lines = [f"{self.site} ({self.op}) on {self.backend}: {state}"]
         lines += [f"  {decision}" for decision in self.decisions]
         if self.overrides:
-            lines.append(f"  overrides that cover it, the first holds: {', '.join(self.overrides)}")
+            covering = f"overrides that cover it, the first holds: {', '.join(self.overrides)}"
+            lines += textwrap.wrap(covering, _WIDTH, initial_indent="  ", subsequent_indent="    ")
         return "\n".join(lines)
 
 
@@ -165,7 +192,7 @@ class _Facts:
         weight = self.entry.weight or (FLOAT if self.site.weight_shape else None)
         kernel, _ = self.backend.kernels().choose(self.site.op, activation, weight)
         note = f"; {kernel.note}" if kernel is not None and kernel.note else ""
-        return f"{self.name} has a kernel for {self.site.op}{note}"
+        return f"it has a kernel for {self.site.op}{note}"
 
     def _value(self, what: str) -> QuantSpec | str | None:
         """The format of a tensor, None where the site has none."""

@@ -1,4 +1,4 @@
-"""A float model as the package knows it: what was captured of it, and what it looked like."""
+"""A float model as the package knows it: what was captured of it."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import contextlib
 import copy
 import logging
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from torch_quant.core.methods import Transform
 from torch_quant.core.plan import FloatOp, QuantPlan
-from torch_quant.errors import CaptureFailed, InvalidConfig, NotCalibrated, UnsupportedOp
-from torch_quant.graph.capture import CapturedModule, Reopened
+from torch_quant.errors import NotCalibrated
+from torch_quant.graph.capture import CapturedModule
 from torch_quant.graph.dynamic import check_arguments
 from torch_quant.graph.effects import attributes
-from torch_quant.graph.executor import Executor, owner_of
+from torch_quant.graph.executor import owner_of
 from torch_quant.graph.export import CapturedGraph
+from torch_quant.graph.identity import fingerprint
 from torch_quant.graph.macs import GLUE
 from torch_quant.graph.policy import CapturePolicy
 from torch_quant.graph.sites import Site, find_sites, source, weights
@@ -31,63 +31,10 @@ from torch_quant.passes.prepare import Prepared, prepare
 
 __all__ = [
     "CapturedModel",
-    "Fingerprint",
-    "call_example",
-    "check_model",
-    "example_call",
-    "fingerprint",
     "rebind",
-    "run_example",
 ]
 
 logger = logging.getLogger("torch_quant")
-
-Fingerprint = dict[str, str]
-"""Module, parameter or buffer name -> class, or shape and dtype."""
-
-
-def fingerprint(model: nn.Module) -> Fingerprint:
-    """What must not change between calibration and quantization; values may."""
-    facts = {f"module {name or '(root)'}": type(m).__name__ for name, m in model.named_modules()}
-    for name, x in (*model.named_parameters(), *model.named_buffers()):
-        facts[f"tensor {name}"] = f"{tuple(x.shape)} {x.dtype}"
-    return facts
-
-
-def check_same(before: Fingerprint, model: nn.Module) -> None:
-    """Raise :class:`NotCalibrated` if ``model`` is not the one that ``before`` was taken of."""
-    check_fingerprint(before, fingerprint(model))
-
-
-def check_fingerprint(before: Fingerprint, after: Fingerprint) -> None:
-    """Raise :class:`NotCalibrated` unless both are of one model."""
-    for name in (*before, *after):
-        if before.get(name) != after.get(name):
-            raise NotCalibrated(
-                f"the model is not the one that was calibrated: {name} was "
-                f"{before.get(name, 'absent')} and is {after.get(name, 'absent')}; "
-                "use a new Quantizer() for it and calibrate again"
-            )
-
-
-def check_model(model: nn.Module, devices: frozenset[str], backend: str) -> None:
-    """Raise an error that says what to do if ``model`` cannot be taken at all."""
-    if not isinstance(model, nn.Module):
-        raise InvalidConfig(f"expected an nn.Module, got {type(model).__name__}")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise InvalidConfig("the model is TorchScript already; give the nn.Module it came from")
-    for name, x in (*model.named_parameters(), *model.named_buffers()):
-        if x.is_floating_point() and x.dtype != torch.float32 and isinstance(x, nn.Parameter):
-            raise UnsupportedOp(
-                f"parameter {name} is {x.dtype}; expected torch.float32: quantize "
-                "copy.deepcopy(model).float()"
-            )
-        if x.device.type not in devices:
-            raise InvalidConfig(
-                f"{name} is on {x.device}, but backend {backend} runs on "
-                f"{', '.join(sorted(devices))}: quantize copy.deepcopy(model).cpu(), or use "
-                "Backend.REFERENCE"
-            )
 
 
 class CapturedModel:
@@ -220,17 +167,19 @@ class CapturedModel:
         """Raise :class:`NotCalibrated` if no call has captured it, for ``quantizer.<method>``."""
         if self.root.called:
             return
+        site = "site, " if method == "explain" else ""
+        call = f"{method}({site}model, example_inputs=...)"
         if self.altered:
             raise NotCalibrated(
                 f"{', '.join(self.altered)} of the model changed since it was calibrated: run data "
                 "through the proxy of quantizer.calib(model) again, or give "
-                f"quantizer.{method}(model, example_inputs=...) to keep the ranges"
+                f"quantizer.{call} to keep the ranges"
             )
         raise NotCalibrated(
             "no calibration data was seen: run it through what quantizer.calib(model) returns"
             if no_data and method in ("quantize", "qat")
             else "this model object is not captured yet (it was not calibrated, its ranges were "
-            f"loaded, or it is a copy): quantizer.{method}(model, example_inputs=...)"
+            f"loaded, or it is a copy): quantizer.{call}"
         )
 
     @contextlib.contextmanager
@@ -270,6 +219,21 @@ class CapturedModel:
             if not (submodule.called or submodule.borrowed or submodule.readers)
             and any(True for _ in submodule.module.parameters())
         )
+
+    def unread(self) -> list[str]:
+        """Modules with parameters of which no graph of a module around them reads any."""
+        found: list[str] = []
+        for submodule in self.root.walk():
+            if not submodule.graphs:
+                continue
+            read = {id(x) for _, graph in submodule.graphs for x in tensors_of(graph.gm)}
+            for name, module in submodule.module.named_modules():
+                where = f"{submodule.path}.{name}".strip(".")
+                own = [id(x) for x in module.parameters()]
+                inside = any(where.startswith(f"{outer}.") for outer in found)
+                if name and own and not inside and read.isdisjoint(own):
+                    found.append(where)
+        return found
 
     def tell_unreached(self) -> None:
         """Log a warning of them, once."""
@@ -337,64 +301,14 @@ def rebind(gm: fx.GraphModule, module: nn.Module) -> None:
         setattr(gm.get_submodule(path), name, value)
 
 
+def tensors_of(gm: fx.GraphModule) -> Iterator[object]:
+    """What a graph reads of the model, the graphs inside of it too."""
+    for node in gm.graph.find_nodes(op="get_attr"):
+        value = operator.attrgetter(str(node.target))(gm)
+        if isinstance(value, fx.GraphModule):
+            yield from tensors_of(value)
+        yield value
+
+
 def _identities(model: nn.Module) -> tuple[int, ...]:
     return tuple(id(x) for x in (*model.parameters(), *model.buffers()))
-
-
-def run_example(captured: CapturedModel, example_inputs: Any) -> Any:
-    """Capture by one call, with ``example_inputs`` as :func:`example_call` reads them.
-
-    Raises:
-        CaptureFailed: they do not fit the model.
-    """
-    try:
-        while True:
-            executor = Executor(captured.root, lambda submodule, graph, call: graph(call))
-            with contextlib.suppress(Reopened):
-                return call_example(executor.watched, example_inputs)
-    except CaptureFailed as error:
-        if not isinstance(example_inputs, list):
-            raise
-        raise CaptureFailed(
-            f"{error}. The example_inputs are a list, which is one input; several are a tuple: "
-            "example_inputs=(x, y)"
-        ) from error
-
-
-def example_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """``(args, kwargs)`` of the call that ``example_inputs`` stand for, the same everywhere.
-
-    A tuple holds the positional inputs, as for ``torch.export.export`` and ``torch.onnx.export``; a
-    mapping holds keywords; anything else is the one input. So a list is one input that is a list,
-    as detectors take their images, and ``(batch,)`` is one input that may be a dictionary.
-
-    Raises:
-        InvalidConfig: the keywords are no strings, or there is no example.
-
-    >>> example_call((1, 2)), example_call([1, 2])
-    (((1, 2), {}), (([1, 2],), {}))
-    >>> example_call({"x": 1}), example_call(({"x": 1},))
-    (((), {'x': 1}), (({'x': 1},), {}))
-    """
-    if example_inputs is None:
-        raise InvalidConfig(
-            "example_inputs is None; give a tensor, a tuple of positional inputs or a dict of "
-            "keywords"
-        )
-    if isinstance(example_inputs, Mapping):
-        if wrong := [key for key in example_inputs if not isinstance(key, str)]:
-            raise InvalidConfig(
-                f"example_inputs is a dict, so its keys are the names of inputs, but one is "
-                f"{wrong[0]!r}; if the model takes the dict itself, give example_inputs=(batch,)"
-            )
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, tuple):
-        return tuple(example_inputs), {}
-    return (example_inputs,), {}
-
-
-@torch.no_grad()
-def call_example(model: Callable[..., Any], example_inputs: Any) -> Any:
-    """Call ``model`` with ``example_inputs`` as :func:`example_call` reads them."""
-    args, kwargs = example_call(example_inputs)
-    return model(*args, **kwargs)

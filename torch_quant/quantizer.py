@@ -20,7 +20,7 @@ from torch_quant.backends import Backend
 from torch_quant.config import OverrideKey, QConfig
 from torch_quant.convert.quantized import QuantizedModule
 from torch_quant.core.plan import QuantPlan
-from torch_quant.explain import Explanation, explain
+from torch_quant.explain import Explanation
 from torch_quant.proxies.calib import CalibModel
 from torch_quant.quantizer_training import QuantizerTraining
 from torch_quant.report.coverage import Coverage
@@ -93,13 +93,19 @@ class Quantizer(QuantizerTraining):
         self._set(pattern, config)
 
     def explain(
-        self, site: str, model: nn.Module | None = None, *, backend: Backend | str | None = None
+        self,
+        site: str,
+        model: nn.Module | None = None,
+        example_inputs: Any = None,
+        *,
+        backend: Backend | str | None = None,
     ) -> Explanation:
         """Which setting decided what about a site, and what the backend made of it.
 
         Args:
             site: its name, as :meth:`coverage` and summaries have it.
             model: the model; the one that this quantizer has captured by default.
+            example_inputs: as for :meth:`calib`, needed if the model was not run yet.
             backend: another backend than the quantizer's.
 
         Raises:
@@ -110,11 +116,11 @@ class Quantizer(QuantizerTraining):
         >>> _ = quantizer.calib(model)(torch.ones(8, 4))
         >>> quantizer.explain("1")
         1 (linear) on Backend.REFERENCE: float32, left in float by an override
-          quantized       no                          override '1': left in float by an override
+          quantized       no                          override '1'
+                          left in float by an override
           overrides that cover it, the first holds: '1', 'op:linear'
         """
-        chosen, session = self._ready(self._only(model, "explain"), backend, None, "explain")
-        return explain(session, chosen, site)
+        return self._explain(site, model, example_inputs, backend)
 
     def calib(self, model: nn.Module, example_inputs: Any = None) -> CalibModel:
         """A proxy that returns what ``model`` returns, bit for bit, and records ranges.

@@ -28,11 +28,14 @@ from torch_quant.convert.quantized import QuantizedModule, plan_of
 from torch_quant.core.plan import FALLEN_BACK, PRECISIONS, QuantPlan
 from torch_quant.core.telling import told_together
 from torch_quant.errors import InvalidConfig, NotCalibrated, UnsupportedOp
+from torch_quant.explain import Explanation, explain
 from torch_quant.graph.annotate import tell_misfits
 from torch_quant.graph.dynamic import Dynamic, checked_dynamic
+from torch_quant.graph.examples import call_example, run_example
+from torch_quant.graph.identity import check_model, check_same
 from torch_quant.graph.policy import Capture, CapturePolicy, checked_capture, default_capture
 from torch_quant.io.summary import Summary
-from torch_quant.model import CapturedModel, call_example, check_model, check_same, run_example
+from torch_quant.model import CapturedModel
 from torch_quant.module_filter import ModuleFilter
 from torch_quant.proxies.base import Proxy, Tied
 from torch_quant.proxies.calib import CalibModel
@@ -153,7 +156,7 @@ class QuantizerBase(Tied):
         chosen = self.backend if backend is None else usable_backend(backend)
         session = self._session(model, chosen)
         if example_inputs is not None:
-            run_example(session.captured, example_inputs)
+            run_example(session.captured.root, example_inputs)
         no_data = self.state.batches == 0 and self.qconfig.needs_ranges
         session.captured.check_called(method, no_data)
         return chosen, session
@@ -161,13 +164,25 @@ class QuantizerBase(Tied):
     def _calib(self, model: nn.Module, example_inputs: Any) -> CalibModel:
         session = self._session(model)
         if example_inputs is not None:
-            run_example(session.captured, example_inputs)
+            run_example(session.captured.root, example_inputs)
         return CalibModel(session)
+
+    def _explain(
+        self, site: str, model: nn.Module | None, example_inputs: Any, backend: Backend | str | None
+    ) -> Explanation:
+        if not isinstance(site, str):
+            raise InvalidConfig(
+                f"explain({type(site).__name__}, ...): the name of the site comes first, and then "
+                'the model: quantizer.explain("head", model)'
+            )
+        model = self._only(model, "explain")
+        chosen, session = self._ready(model, backend, example_inputs, "explain")
+        return explain(session, chosen, site)
 
     def _amp(self, model: nn.Module, options: AmpOptions, example_inputs: Any) -> AmpModel:
         session = self._session(model)
         if example_inputs is not None:
-            run_example(session.captured, example_inputs)
+            run_example(session.captured.root, example_inputs)
         plan = session.plan()
         wanting = _needs_ranges(plan) if plan else self.qconfig.needs_ranges
         if self.state.batches == 0 and wanting:
@@ -192,7 +207,7 @@ class QuantizerBase(Tied):
             )
         session, kept = self._session(model), list(batches)
         if kept and not session.captured.root.called:
-            run_example(session.captured, kept[0])
+            run_example(session.captured.root, kept[0])
         sites = [site for site, _ in session.captured.sites()]
         plan = session.plan()
         tell_misfits(session.captured.sites(), plan)
@@ -259,11 +274,18 @@ class QuantizerBase(Tied):
         """What ``lowering`` makes of a model; raises as :meth:`Quantizer.quantize` does."""
         plan = lowering.plan
         if not plan.quantized and all(site.reason != FALLEN_BACK for site in plan.values()):
-            reasons = {site.reason for site in plan.values()}
+            reasons = sorted({f"{site.op}: {site.reason}" for site in plan.values()})
+            rest = f"; and {len(reasons) - 2} more reasons" if len(reasons) > 2 else ""
             raise UnsupportedOp(
                 "nothing in the model can be quantized: "
-                + ("; ".join(sorted(reasons)) or session.captured.nothing_captured())
-                + ". print(quantizer.coverage(model)) lists every operator"
+                + ("; ".join(reasons[:2]) or session.captured.nothing_captured())
+                + f"{rest}. print(quantizer.coverage(model)) lists every operator"
+            )
+        if not plan.quantized:
+            logger.warning(
+                "all %d sites are in float, since those that can be quantized fell back: the model "
+                "gains nothing. quantizer.reset_fallback() and then a smaller fallback quantize it",
+                len(plan),
             )
         if _needs_ranges(plan) and self.state.batches == 0:
             raise NotCalibrated(

@@ -12,10 +12,10 @@ from torch_quant.configuration import read_configuration
 from torch_quant.core.documents import Lines
 from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import InvalidConfig, NotCalibrated
+from torch_quant.graph.identity import check_fingerprint
 from torch_quant.io.data.parted import joined, parted
 from torch_quant.io.folder import read_folder, write_folder
 from torch_quant.io.summary import load_summary, read_summary, save_summary, summary_data
-from torch_quant.model import check_fingerprint
 from torch_quant.quantizer_base import QuantizerBase
 from torch_quant.state import QuantState, check_saved
 

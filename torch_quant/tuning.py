@@ -15,6 +15,7 @@ from torch import nn
 from torch_quant.amp.fallback import precision_of
 from torch_quant.convert.quantized import QuantizedModule
 from torch_quant.errors import InvalidConfig, NotCalibrated
+from torch_quant.graph.progress import hidden
 from torch_quant.qat.model import QatModel, bond_of
 from torch_quant.quantizer import Quantizer
 from torch_quant.report.tuning import Trial, Tuning
@@ -117,7 +118,7 @@ class _Search:
         if isinstance(model, QatModel):  # ranked by the ranges that were calibrated
             model = bond_of(model).session.model
         amp_model = quantizer.amp(model, metric=metric, max_batches=amp_batches)
-        bar = tqdm(desc="tuning: float model", unit="trial", disable=not self.progress)
+        bar = tqdm(desc="tuning: float model", unit="trial", disable=hidden(self.progress))
         try:
             baseline, seconds = self._evaluate(amp_model, "the float model")
             if not math.isfinite(baseline):

@@ -143,7 +143,7 @@ def test_other_backends_say_why_not(name: str, backend: str) -> None:
     quantizer = Quantizer(backend, qconfig=NO_DATA[name][0])
     reasons = quantizer.coverage(model, x).reasons
     assert len(reasons) == 3
-    said = ("float ones", "not at each call")
+    said = ("float ones", "not at each call", "per group of a multiple of 32")
     assert all(any(each in reason for each in said) for reason in reasons.values())
     with pytest.raises(UnsupportedOp, match=" or ".join(said).replace(" or ", "|")):
         quantizer.quantize(model)

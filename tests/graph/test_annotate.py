@@ -14,8 +14,9 @@ from torch_quant.core.plan import QuantPlan
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.annotate import annotate
+from torch_quant.graph.examples import run_example
 from torch_quant.graph.rules import modules_of
-from torch_quant.model import CapturedModel, run_example
+from torch_quant.model import CapturedModel
 from torch_quant.module_filter import ModuleFilter
 from torch_quant.ops.table import OPERATORS
 
@@ -35,7 +36,7 @@ def captured(name: str) -> tuple[nn.Module, CapturedModel]:
         args, kwargs = AWKWARD[name].inputs(2)
     assert not kwargs
     found = CapturedModel(model)
-    run_example(found, args)
+    run_example(found.root, args)
     return model, found
 
 
@@ -298,7 +299,7 @@ def test_op_types_are_never_module_names_in_a_filter() -> None:
     model = NamedAsAnOp()
     found = CapturedModel(model)
     with torch.no_grad():
-        run_example(found, normal(2, 16))
+        run_example(found.root, normal(2, 16))
     plan = annotate(
         found.sites(),
         model,

@@ -14,6 +14,7 @@ def test_a_slow_capture_says_what_is_under_way(
 ) -> None:
     monkeypatch.setattr(progress, "DELAY", 1e-9)
     monkeypatch.setattr(progress, "INTERVAL", 0.0)
+    monkeypatch.setattr(progress, "hidden", lambda: False)  # as on a terminal
     capture(Compute(lambda x: x.softmax(-1).reshape(x.shape[0], -1)), normal(2, 6, 8))
     out, err = capfd.readouterr()
     assert not out

@@ -15,6 +15,8 @@ from torch_quant.convert.formats import Formats
 from torch_quant.convert.mounting import mount
 from torch_quant.convert.ownership import SharedWeights
 from torch_quant.convert.quantized_graph import QuantizedGraph
+from torch_quant.convert.unserved import unserved
+from torch_quant.core.naming import matches_name
 from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import CaptureFailed, InvalidConfig
 from torch_quant.graph.binding import bind
@@ -150,7 +152,8 @@ class QuantizedModule(StandIn):
             self.__dict__[name] = Described(shape, dtype, tensors[0].device, where)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModule:
-        """What ``to`` and its kin do."""
+        """What ``to`` and its kin do; raises :class:`InvalidConfig` for another dtype."""
+        self._check_dtype(fn)
         nn.Module._apply(self, fn, recurse)
         for name, (dtype, shape) in self.quantization.looked_at.items():
             old: Described = self.__dict__[name]
@@ -158,6 +161,19 @@ class QuantizedModule(StandIn):
             self.quantization.looked_at[name] = new.dtype, shape
             self.__dict__[name] = Described(shape, new.dtype, new.device, old.weight_path)
         return self
+
+    def _check_dtype(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Raise :class:`InvalidConfig` if ``fn`` gives floats of another dtype."""
+        tensors = (*self.buffers(), *self.parameters())
+        device = next((x.device for x in tensors), torch.device("cpu"))
+        dtype = fn(torch.empty(0, device=device)).dtype
+        if dtype != torch.float32:
+            raise InvalidConfig(
+                f"{self.quantization.path or 'the model'} is quantized, and its graphs and scales "
+                f"are made for float32: it cannot become {dtype}. Leave it as it is and give it "
+                "float32 inputs; for layers in bfloat16, quantizer.fallback(..., "
+                "dtype=torch.bfloat16) before quantize()"
+            )
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -192,16 +208,27 @@ class QuantizedModule(StandIn):
             how.formats.loaded = True
         nn.Module._load_from_state_dict(self, state_dict, prefix, local_metadata, *args)
 
+    def _formats_inside(self) -> list[str]:
+        """Of the sites that are quantized in it, each once."""
+        how = self.quantization
+        known = {} if how.formats is None else how.formats.sites
+        return list(dict.fromkeys(x for name, x in known.items() if matches_name(name, how.path)))
+
     def _get_name(self) -> str:
-        return f"Quantized{self._stands_for.cls.__name__}"
+        whole = not self.quantization.path
+        name = self._stands_for.cls.__name__
+        return f"Quantized{name}" if whole or self._formats_inside() else name
 
     def extra_repr(self) -> str:
         if self.quantization.description:
             return self.quantization.description
         try:
-            return str(self._stands_for.cls.extra_repr(self))
+            own = str(self._stands_for.cls.extra_repr(self))
         except Exception:  # it may read what the quantized module does not have
-            return ""
+            own = ""
+        inside = any(isinstance(each, QuantizedModule) for each in self.children())
+        formats = [] if inside or not self.quantization.path else self._formats_inside()
+        return ", ".join([*([own] if own else []), *formats])
 
     def train(self, mode: bool = True) -> QuantizedModule:
         """Stays in eval mode, as it was captured."""
@@ -340,13 +367,14 @@ def _run_glue(how: Quantization, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 def _capture(module: QuantizedModule, call: Call) -> tuple[QuantizedGraph, Call]:
     """A new graph for ``call``; raises :class:`CaptureFailed` where there can be none."""
-    recorded, how = _recording(), module.quantization
+    recorded, how, reason = _recording(), module.quantization, ""
+    refused: CaptureFailed | None = None
     if how.formats is not None and how.formats.loaded:
-        reason = ". It has values of a state_dict, which the float model does not have"
+        reason = "It has values of a state_dict, which the float model does not have"
     elif how.unseen is None:
-        reason = ""
+        pass
     elif recorded:
-        reason = ". It cannot be captured while the model is traced: call it so before"
+        reason = "It cannot be captured while the model is traced: call it so before"
     else:
         with CAPTURING:
             try:
@@ -357,25 +385,6 @@ def _capture(module: QuantizedModule, call: Call) -> tuple[QuantizedGraph, Call]
                         add_graph(module, made, model)
                 if found := _graph_for(how, call):
                     return found
-                reason = ""
             except CaptureFailed as error:
-                reason = f". It cannot be captured now: {error}"
-    where, do = how.path or "the model", "Run quantizer.calib(model) on such inputs too, then"
-    if not how.graphs:
-        raise CaptureFailed(
-            f"{where} was never called by itself while calibrating{reason}. {do} quantize again"
-        )
-    raise CaptureFailed(
-        f"{where} was quantized for other inputs: got {', '.join(call.describe())}; "
-        f"{_difference(how, call)}{reason}. {do} quantize again"
-    )
-
-
-def _difference(how: Quantization, call: Call) -> str:
-    """What keeps ``call`` from the graph that comes nearest."""
-    inputs = set(call.paths())
-    nearest = min(
-        how.graphs,
-        key=lambda g: (call.distance(g.kind), len(inputs.symmetric_difference(g.kind.names))),
-    )
-    return str(nearest.mismatch(call))
+                reason, refused = f"It cannot be captured now: {error}", error
+    raise unserved(how.path or "the model", how.graphs, call, reason, refused) from refused

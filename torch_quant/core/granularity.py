@@ -58,9 +58,11 @@ class Granularity(ABC):
         block = self.block(shape)
         for axis, (size, part) in enumerate(zip(shape, block, strict=True)):
             if size % part:
+                divisor = next(n for n in range(min(part, size), 0, -1) if size % n == 0)
                 raise InvalidConfig(
                     f"{self}: dimension {axis} of a tensor of shape {tuple(shape)} has {size} "
-                    f"elements, not a multiple of {part}; choose a size that divides it"
+                    f"elements, not a multiple of {part}; choose a size that divides it, such as "
+                    f"{divisor}"
                 )
         return tuple(size // part if part else 1 for size, part in zip(shape, block, strict=True))
 

@@ -84,9 +84,15 @@ class Kernel:
 
         None stands for what the site does not have.
         """
-        return _refusal("activations", self.activation, activation) or _refusal(
-            "weights", self.weight, weight
-        )
+        return self.wrong_input(activation) or self.wrong_weight(weight)
+
+    def wrong_input(self, activation: Format | None) -> str:
+        """Why it does not take activations of this format, or an empty text."""
+        return _refusal("activations", self.activation, activation)
+
+    def wrong_weight(self, weight: Format | None) -> str:
+        """Why it does not take weights of this format, or an empty text."""
+        return _refusal("weights", self.weight, weight)
 
 
 def _refusal(what: str, accepts: Accepts | None, spec: Format | None) -> str:
@@ -152,12 +158,15 @@ class KernelTable:
             activation: of the inputs, None if the site has none to quantize.
             weight: None if it has none.
         """
-        reasons = []
+        reasons: dict[bool, list[str]] = {True: [], False: []}
         for row in self.of(op):
-            reason = row.refusal(activation, weight)
+            wrong = row.wrong_input(activation)
+            reason = wrong or row.wrong_weight(weight)
             if not reason:
                 return row, ""
-            reasons.append(reason)
-        if not reasons:
+            reasons[not wrong].append(reason)
+        if not self.of(op):
             return None, f"{self.backend} has no int8 kernel for {op}"
-        return None, "; ".join(dict.fromkeys(reasons))
+        if isinstance(activation, FloatFormat) and reasons[True]:
+            reasons[False].clear()  # who takes no float activations is beside the point
+        return None, "; ".join(dict.fromkeys([*reasons[True], *reasons[False]]))

@@ -24,6 +24,7 @@ from torch_quant.graph.macs import note_sizes
 from torch_quant.graph.numbers import check_numbers
 from torch_quant.graph.outputs import flatten_output, unflatten_output
 from torch_quant.graph.progress import Progress, progress
+from torch_quant.graph.reasons import first_lines, reason_of
 from torch_quant.graph.recurrent import restore_recurrent, whole_recurrent
 from torch_quant.graph.running import (
     CAPTURING,
@@ -173,7 +174,7 @@ def _first_that_serves(
     except Exception as error:  # whatever the model raises
         raise ModelRefuses(
             f"the float model itself fails on these inputs "
-            f"({', '.join(call.describe())}): {type(error).__name__}: {_first_lines(error)}"
+            f"({', '.join(call.describe())}): {type(error).__name__}: {first_lines(error)}"
         ) from error
     others: list[tuple[Call, list[Any]]] | None = None
     best: CapturedGraph | None = None
@@ -193,7 +194,7 @@ def _first_that_serves(
             with frozen(graph.gm):
                 note_sizes(graph.gm, copied(call).tensors)
         except Exception as error:  # torch.export raises errors of many unrelated classes
-            reasons.append((f"{type(error).__name__}: {_first_lines(error)}", error))
+            reasons.append((reason_of(error), error))
             data = type(error).__name__ == "GuardOnDataDependentSymNode"
             if data or isinstance(error, ConstantRead):
                 break  # the same for every shape
@@ -227,11 +228,6 @@ def _first_that_serves(
         ).leaving(left)
     try_size_one(module, best, call)
     return best
-
-
-def _first_lines(error: Exception, count: int = 2) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:count])[:400]
 
 
 def size_oblivious(wanted: bool) -> contextlib.AbstractContextManager[Any]:

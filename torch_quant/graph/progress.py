@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["Progress", "progress"]
+__all__ = ["Progress", "hidden", "progress"]
 
 DELAY = 5.0
 """Seconds until it is shown."""
 INTERVAL = 1.0
 """Seconds between two looks at the clock."""
+
+
+def hidden(wanted: bool = True) -> bool:
+    """Whether a progress bar is not to be shown.
+
+    Bars go to a terminal or a notebook, and to no file or pipe; ``TQDM_DISABLE=1`` in the
+    environment hides them, as it does all bars of tqdm.
+
+    Args:
+        wanted: whether the caller asked for one.
+
+    >>> hidden(wanted=False)
+    True
+    """
+    if not wanted or os.environ.get("TQDM_DISABLE", "0").lower() not in ("", "0", "false"):
+        return True
+    return not ("ipykernel" in sys.modules or sys.stderr.isatty())
 
 
 class Progress:
@@ -43,6 +62,7 @@ def progress(what: str) -> Iterator[Progress]:
     with tqdm(
         bar_format="{desc} [{elapsed}]",
         delay=DELAY,
+        disable=hidden(),
         miniters=0,
         mininterval=INTERVAL,
         leave=False,

@@ -21,7 +21,9 @@ from torch_quant.core.packages import missing_packages
 from torch_quant.errors import BackendUnavailable, InvalidConfig, UnsupportedOp
 from torch_quant.graph.binding import bind
 from torch_quant.graph.calls import flatten_call
+from torch_quant.graph.examples import example_call
 from torch_quant.graph.export import size_oblivious
+from torch_quant.graph.progress import hidden
 from torch_quant.graph.sites import KEY
 from torch_quant.io.files import checked_target, staging
 from torch_quant.io.onnx_names import describe, rename
@@ -29,7 +31,6 @@ from torch_quant.io.onnx_ops import own_forms
 from torch_quant.io.onnx_recurrent import recurrent_layers, unrolled
 from torch_quant.io.onnx_rewrites import rewrite
 from torch_quant.io.onnx_weights import needed_opset, write_blocked
-from torch_quant.model import example_call
 from torch_quant.passes.base import PassContext, copy_graph, run_passes
 
 __all__ = ["export_onnx"]
@@ -120,7 +121,7 @@ def export_onnx(
         for name, *_ in calls
     ]
     paths = {graph: each.quantization.path for each, graph in quantized_graphs(quant_model)}
-    with tqdm(total=3 * len(calls), unit="step", disable=not progress) as bar:
+    with tqdm(total=3 * len(calls), unit="step", disable=hidden(progress)) as bar:
         for file, (piece, graph, tensors) in zip(files, calls, strict=True):
             bar.set_description(f"{file.name}: capturing")
             exported = _captured(graph, tensors, dynamic=dynamic)

@@ -16,10 +16,10 @@ from torch_quant.backends import Backend
 from torch_quant.convert.quantized import QuantizedModule, check_finished, quantized_graphs
 from torch_quant.core.metrics import sqnr
 from torch_quant.errors import InvalidConfig, QuantError
+from torch_quant.graph.examples import example_call
 from torch_quant.graph.outputs import flatten_output
 from torch_quant.io.files import checked_target, staging
 from torch_quant.io.tracing import TensorReads
-from torch_quant.model import example_call
 from torch_quant.ops.arguments import argument
 
 __all__ = ["export_torchscript"]

@@ -9,6 +9,8 @@ from torch_quant.model import CapturedModel
 
 __all__ = ["Coverage"]
 
+NEVER = "no call has reached it"
+
 
 @dataclass(frozen=True)
 class Coverage:
@@ -18,7 +20,7 @@ class Coverage:
         plan: what is quantized.
         backend: for which backend.
         glue: (module, reason) of what is not captured as a graph and runs in Python, or was not
-            called.
+            called, so that no share counts it.
         rows: how many float sites the table lists.
     """
 
@@ -31,7 +33,7 @@ class Coverage:
     def of(cls, captured: CapturedModel, plan: QuantPlan, backend: str) -> Coverage:
         """The report of a captured model under ``plan``."""
         glue = [(r.path or "(root)", r.failure) for r in captured.root.walk() if r.failure]
-        never = [(path, "no call has reached it") for path in captured.unreached]
+        never = [(path, NEVER) for path in (*captured.unreached, *captured.unread())]
         return cls(plan, backend, tuple(glue + never))
 
     @property
@@ -76,6 +78,13 @@ class Coverage:
                 del row["no sites"]
         return rows
 
+    def _not_counted(self) -> str:
+        """What the shares know nothing of, for the headline."""
+        never = [path for path, why in self.glue if why == NEVER]
+        rest = f" and {len(never) - 3} more" if len(never) > 3 else ""
+        names = f"{', '.join(never[:3])}{rest}"
+        return f"; not counted: {names}, which no call has reached" if never else ""
+
     def _left(self) -> list[SitePlan | FloatOp]:
         sites = [site for site in self.plan.values() if not site.quantized]
         return sorted([*sites, *self.float_ops], key=lambda each: -each.macs)
@@ -90,7 +99,7 @@ class Coverage:
             return f"{left.macs / total:.1%}" if known else "?"
 
         parts = [
-            f"{self.backend}: {self.plan.summary}",
+            f"{self.backend}: {self.plan.summary}{self._not_counted()}",
             tabulate(self.by_op(), headers="keys"),
         ]
         rows = [

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten
 from torch_quant.algorithms.blocks import Sample, fresh
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.binding import signature_of
-from torch_quant.model import example_call
+from torch_quant.graph.examples import example_call
 
 __all__ = [
     "Chain", "Recorded", "Recorder", "Rounded", "alike", "call", "find_chains", "replaced",

@@ -28,6 +28,7 @@ from torch_quant.core.metrics import sqnr
 from torch_quant.core.plan import QuantPlan
 from torch_quant.core.rounded import RoundedWeight, RoundedWeights, checksum
 from torch_quant.errors import InvalidConfig, QuantError
+from torch_quant.graph.progress import hidden
 from torch_quant.graph.sites import Site
 from torch_quant.graph.twin import twin_of
 from torch_quant.rounding.chains import (
@@ -203,7 +204,7 @@ class _Run:
         }
         targets = any(_wants_targets(layer) for layer in layers.values())
         total = sum(len(chain.paths) for chain in chains) + bool(rest)
-        with tqdm(total=total, desc="rounding weights", unit="block", disable=not show_progress,
+        with tqdm(total=total, desc="rounding weights", unit="block", disable=hidden(show_progress),
                   delay=2.0, leave=False) as bar:  # fmt: skip
             for chain in chains:
                 self.chain(chain, layers, targets, bar)

@@ -16,8 +16,8 @@ from torch_quant.convert.quantized import quantized_graphs
 from torch_quant.convert.quantized_graph import QuantizedGraph
 from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import InvalidConfig
+from torch_quant.graph.examples import call_example, example_call
 from torch_quant.graph.sites import KEY
-from torch_quant.model import call_example, example_call
 from torch_quant.ops.arguments import argument, positional
 from torch_quant.ops.embedding_bags import bags_of_rows
 
