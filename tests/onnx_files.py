@@ -48,7 +48,6 @@ def written(
     path: Path,
     *,
     least: float | None = 25.0,
-    without: str = "",
     **options: Any,
 ) -> QuantizedModule:
     """Quantize for ONNX, export with ``inputs`` as the example and try all sizes called free.
@@ -60,14 +59,13 @@ def written(
         path: of the file.
         least: see :func:`check_free_sizes`; None where sizes belong together in ways that the
             example cut or repeated does not keep, or what is written is not ours.
-        without: see :func:`check_free_sizes`.
         options: of ``export_onnx``.
     """
     quant_model = quantizer.quantize(model, backend="onnx")
     args, kwargs = bind(quant_model.signature, *inputs)
     export_onnx(quant_model, kwargs if kwargs and not args else args, path, **options)
     if least is not None:
-        check_free_sizes(path, quant_model, inputs, least, without)
+        check_free_sizes(path, quant_model, inputs, least)
     return quant_model
 
 
@@ -152,7 +150,6 @@ def check_free_sizes(
     quant_model: QuantizedModule,
     inputs: Inputs,
     least: float = 25.0,
-    without: str = "",
 ) -> list[str]:
     """Try each size that the file calls free at two other values, in both runtimes.
 
@@ -166,7 +163,6 @@ def check_free_sizes(
         inputs: the example, whose tensors are cut or repeated.
         least: SQNR of the file against ``quant_model``, dB. Both round alike but for values at
             the border of two codes.
-        without: a runtime to leave out.
     """
     found = free_sizes(path)
     if not found:
@@ -176,7 +172,6 @@ def check_free_sizes(
     runtimes = {"onnxruntime": partial(run_session, session(path))}
     if importlib.util.find_spec("openvino") is not None:
         runtimes["openvino"] = partial(_run_compiled, _compiled(path))
-    runtimes.pop(without, None)
     for name, places in found.items():
         first, axis = places[0]
         now, tried = example[first].shape[axis], 0

@@ -41,14 +41,6 @@ Each is 18 dB or more from the float model, and roundings differ where a value i
 of two codes, which random layers carry on: two such errors, if independent, are 15 dB apart.
 """
 
-NOT_OPENVINO = {
-    "vit": "8 dB from its quantized model at the example's own sizes, too",
-    "convnext": "12 dB from its quantized model at the example's own sizes, too",
-    "efficientnet": "gives outputs of batch 0 at any size",
-}
-"""Files that OpenVINO computes wrong at any size, and how; onnxruntime keeps 38 dB."""
-
-
 PRETRAINED = {"bert", "gpt2", "resnet"}
 """Left to ``test_onnx_pretrained`` in every run, and GPT-2 to the other decoder."""
 LONG = {"whisper", "siglip", "convnext", "modernbert", "deberta"}
@@ -61,9 +53,8 @@ def test_file_of_an_architecture(entry: ZooEntry, tmp_path: Path) -> None:
     model, file = entry.build(), tmp_path / "model.onnx"
     batches = [((), x) for x in samples(entry.name, 16)]
     quantizer = calibrated(model, batches, backend="onnx", unseen_calls="error")
-    without = "openvino" if entry.name in NOT_OPENVINO else ""
     example: Inputs = ((), entry.inputs(2))
-    quant_model = written(quantizer, model, example, file, least=FLIPS, without=without)
+    quant_model = written(quantizer, model, example, file, least=FLIPS)
     simulation = quantizer.quantize(model, backend=ReferenceBackend(Backend.ONNX))
     report = Backend.ONNX.verify(file)
     assert report.complete, str(report)

@@ -1,0 +1,109 @@
+"""Files whose sizes are free give in OpenVINO what they give in onnxruntime, and the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from flows import calibrated
+from models import images, seeded
+from onnx_files import feeds, needs, operators, run_onnxruntime, run_openvino, tensors, written
+from torch import Tensor, nn
+
+from torch_quant import sqnr
+
+pytestmark = [
+    needs("onnx", "onnxscript", "onnxruntime", "openvino"),
+    pytest.mark.skipif(
+        torch.__version__.startswith("2.8."),
+        reason="what is rewritten is the file; once is enough, on the newest torch",
+    ),
+]
+
+
+class Patches(nn.Module):
+    """A vision transformer's beginning: patches, behind a token for each image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.head = nn.Conv2d(3, 8, 4, stride=4), nn.Linear(8, 5)
+        self.token = nn.Parameter(torch.randn(1, 1, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        return self.head(torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1))
+
+
+class ChannelsLast(nn.Module):
+    """ConvNeXt's block: linear layers over the pixels of what a convolution gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 8, 4, stride=4), nn.Linear(8, 8)
+        self.scale = nn.Parameter(torch.rand(8) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return x + (self.scale * self.linear(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+
+
+class Pooled(nn.Module):
+    """EfficientNet's end: a window as large as the widest layer, whatever the image."""
+
+    def __init__(self, window: int) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 5)
+        self.pool = nn.AvgPool2d(window, ceil_mode=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.conv(x))
+        return self.head(x.reshape(x.shape[:2]))
+
+
+@pytest.mark.parametrize(
+    ("build", "form", "sizes"),
+    [
+        (Patches, "ReduceSum", (16,)),
+        (ChannelsLast, "ReduceSum", (16, 24)),
+        (lambda: Pooled(64), "GlobalAveragePool", (16, 24)),
+        (lambda: Pooled(16), "GlobalAveragePool", (16, 12)),
+    ],
+    ids=["patches", "channels_last", "large_window", "window_of_the_image"],
+)
+def test_both_runtimes_give_the_model(
+    build: type[nn.Module], form: str, sizes: tuple[int, ...], tmp_path: Path
+) -> None:
+    model, file = seeded(build), tmp_path / "m.onnx"
+    batches = [((images(8, size),), {}) for size in sizes]
+    quant_model = written(
+        calibrated(model, batches, backend="onnx"), model, ((images(2, sizes[0]),), {}), file
+    )
+    assert form in operators(file)
+    assert "AveragePool" not in operators(file)
+    for batch in (2, 3, 5):
+        for size in sizes:
+            inputs = ((images(batch, size),), {})
+            expected = tensors(quant_model, inputs)
+            for run_file in (run_onnxruntime, run_openvino):
+                found = run_file(file, feeds(quant_model, inputs))
+                assert [x.shape for x in found] == [x.shape for x in expected]
+                assert sqnr(expected, found) > 40, (run_file, batch, size)
+
+
+@pytest.mark.parametrize("options", [{"stride": 3}, {"stride": 2}, {"stride": 2, "padding": 1}])
+def test_windows_over_the_end(options: dict[str, int], tmp_path: Path) -> None:
+    model = seeded(
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.AvgPool2d(3, ceil_mode=True, **options),
+            nn.Conv2d(8, 4, 1),
+        )
+    )
+    quantizer = calibrated(model, [((images(8),), {})], backend="onnx")
+    quant_model = written(quantizer, model, ((images(2),), {}), tmp_path / "m.onnx", least=40)
+    assert "AveragePool" in operators(tmp_path / "m.onnx")
+    inputs = ((images(3, 17),), {})
+    for run_file in (run_onnxruntime, run_openvino):
+        found = run_file(tmp_path / "m.onnx", feeds(quant_model, inputs))
+        assert sqnr(tensors(quant_model, inputs), found) > 40
