@@ -100,8 +100,9 @@ def _lower_norm(node: fx.Node, norm: fx.Node, factor: fx.Node | None, grid: list
         for place, old in replaced.items():
             new = graph.call_function(operator.getitem, (made, place))
             new.meta = dict(old.meta)
-            old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not made)
-    _erase(node)
+            old.replace_all_uses_with(new)
+    for old in (node, norm):
+        _erase(old)
 
 
 def _lower_round(node: fx.Node, x: fx.Node, factor: fx.Node, grid: list[Any]) -> None:
@@ -120,9 +121,9 @@ def _lower_round(node: fx.Node, x: fx.Node, factor: fx.Node, grid: list[Any]) ->
 
 def _erase(node: fx.Node) -> None:
     """Take a call out, and all that was there for it alone."""
-    waiting = [node]
+    waiting = {node: None}
     while waiting:
-        dead = waiting.pop()
+        dead, _ = waiting.popitem()
         if not dead.users and dead.op == "call_function":
-            waiting += dead.all_input_nodes
+            waiting |= dict.fromkeys(dead.all_input_nodes)
             dead.graph.erase_node(dead)
