@@ -21,6 +21,7 @@ from torch_quant.graph.dynamic import check_arguments
 from torch_quant.graph.effects import attributes
 from torch_quant.graph.executor import owner_of
 from torch_quant.graph.export import CapturedGraph
+from torch_quant.graph.glance import Glance
 from torch_quant.graph.identity import fingerprint
 from torch_quant.graph.macs import GLUE
 from torch_quant.graph.policy import CapturePolicy
@@ -61,6 +62,8 @@ class CapturedModel:
         self.altered: tuple[str, ...] = ()
         """Attributes of the model that are others than when it was first captured."""
         self.parameters = _identities(model)
+        self._glance: Glance | None = None
+        self._weights: tuple[nn.Module, list[nn.Parameter]] | None = None
         self.root = CapturedModule(twin_of(model), dynamic=dynamic, policy=policy)
         check_arguments(dynamic, self.root.signature)
         self.version = 0
@@ -92,6 +95,9 @@ class CapturedModel:
         Where Parameter and buffer objects were replaced (``load_state_dict(assign=True)`` does so),
         the graphs read the new ones. Where another attribute was, they are captured again.
         """
+        if self._glance is not None and self._glance.agrees(model):
+            return
+        self._glance = Glance(model)
         self._compare_attributes(model)
         if self.parameters == _identities(model):
             return
@@ -105,6 +111,14 @@ class CapturedModel:
                 graphs = [graph.gm] if prepared is None else [graph.gm, prepared[1].canonical]
                 for gm in graphs:
                     rebind(gm, submodule.module)
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """The parameters that its graphs read and code between them, as they are now."""
+        module = self.root.module
+        if self._weights is None or self._weights[0] is not module:
+            self._weights = module, list(module.parameters())
+        return self._weights[1]
 
     def _compare_attributes(self, model: nn.Module) -> None:
         now = attributes(model)

@@ -120,7 +120,7 @@ class Session:
     def seen(self) -> None:
         """A batch was recorded: the ranges are of this model, with these weights."""
         self.state.fingerprint = self.captured.fingerprint
-        self.state.note_weights(self.captured.root.module)
+        self.state.note_weights(self.captured.root.module, self.captured.weights)
 
     def site_names(self) -> list[str]:
         """The sites that are known by now."""

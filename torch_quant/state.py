@@ -6,7 +6,7 @@ import contextlib
 import copy
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -74,7 +74,10 @@ class QuantState:
     @contextlib.contextmanager
     def batch(self) -> Iterator[None]:
         """One calibration batch: recorded whole, or not at all if anything raises."""
-        saved = copy.deepcopy(self.statistics)
+        saved = {
+            key: {what: each.snapshot() for what, each in kept.items()}
+            for key, kept in self.statistics.items()
+        }
         try:
             yield
         except BaseException:
@@ -83,9 +86,14 @@ class QuantState:
         self.batches += 1
         self.version += 1
 
-    def note_weights(self, model: nn.Module) -> None:
-        """Remember the weights of ``model``, which the last batch ran through."""
-        marks = [(id(x), -1 if x.is_inference() else x._version) for x in model.parameters()]
+    def note_weights(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+        """Remember the weights of ``model``, which the last batch ran through.
+
+        Args:
+            model: the float model.
+            parameters: all that it has.
+        """
+        marks = [(id(x), -1 if x.is_inference() else x._version) for x in parameters]
         if marks == self._marks:  # reading all values takes as long as some small models do
             return
         self._marks, now = marks, weight_checksums(model)

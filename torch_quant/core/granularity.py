@@ -329,4 +329,6 @@ def block_extremes(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]
 
 def in_memory_order(x: Tensor) -> Tensor:
     """A view of ``x`` with its axes by falling stride: reads of a transposed tensor stay fast."""
+    if x.is_contiguous():
+        return x
     return x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))

@@ -23,7 +23,7 @@ from torch_quant.errors import CaptureFailed
 __all__ = ["KeepsState", "Watch", "assign", "attributes", "kept_between_calls"]
 
 Array = NDArray[Any]
-_NOT_STATE = frozenset({"_parameters", "_buffers", "_modules", "training"})
+NOT_STATE = frozenset({"_parameters", "_buffers", "_modules", "training"})
 """Entries of a module's dictionary that others look after."""
 _CONTAINERS = (dict, list, set, deque)
 _OPAQUE = (
@@ -168,7 +168,7 @@ class Watch:
                 value.clear()
                 value.update(before)
             else:
-                own = {key: x for key, x in vars(value).items() if key in _NOT_STATE}
+                own = {key: x for key, x in vars(value).items() if key in NOT_STATE}
                 value.__dict__.clear()
                 value.__dict__.update(before | own)
         for _, x, version, saved in self._tensors:
@@ -191,7 +191,7 @@ def _content(value: Any) -> Any:
     if isinstance(value, _OPAQUE):
         return None
     if isinstance(value, nn.Module):
-        return {key: x for key, x in vars(value).items() if key not in _NOT_STATE}
+        return {key: x for key, x in vars(value).items() if key not in NOT_STATE}
     if type(value).__module__.partition(".")[0] in _FOREIGN:
         return None
     return dict(vars(value)) if hasattr(value, "__dict__") else None
@@ -210,10 +210,10 @@ def _put(value: Any, key: Any, item: Any) -> None:
 
 def _same(x: Any, y: Any) -> bool:
     """One object, or equal constants."""
-    return x is y or (type(x) is type(y) and isinstance(x, _PLAIN) and x == y)
+    return x is y or (type(x) is type(y) and isinstance(x, PLAIN) and x == y)
 
 
-_PLAIN = (bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
+PLAIN = (bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
 
 
 def _spoiled(value: Any) -> Any:
@@ -331,23 +331,24 @@ def attributes(model: nn.Module) -> dict[str, Any]:
     tensors = (*model.named_parameters(), *model.named_buffers())
     seen: dict[int, Any] = {id(x): name for name, x in tensors}  # which others look after
     return {
-        f"{prefix}.{name}".strip("."): _fact(value, seen, 0)
+        f"{prefix}.{name}".strip("."): fact_of(value, seen)
         for prefix, module in model.named_modules()
         if not isinstance(module, torch.jit.ScriptModule)
         for name, value in vars(module).items()
-        if name not in _NOT_STATE and not _empty(name, value)
+        if name not in NOT_STATE and not is_empty(name, value)
     }
 
 
-def _empty(name: str, value: Any) -> bool:
+def is_empty(name: str, value: Any) -> bool:
     """A private container that holds nothing, as PyTorch's own of hooks."""
     return name.startswith("_") and (
         value is None or (isinstance(value, _CONTAINERS) and not value)
     )
 
 
-def _fact(value: Any, seen: dict[int, Any], depth: int) -> Any:
-    if value is None or isinstance(value, _PLAIN):
+def fact_of(value: Any, seen: dict[int, Any], depth: int = 0) -> Any:
+    """What compares equal as long as ``value`` is the same; ``seen`` has what was met already."""
+    if value is None or isinstance(value, PLAIN):
         return value
     if isinstance(value, nn.Module):
         return id(value)  # others notice that it was replaced
@@ -360,9 +361,9 @@ def _fact(value: Any, seen: dict[int, Any], depth: int) -> Any:
     fact: Any = _Identity(value)
     seen[id(value)] = fact
     if isinstance(value, tuple):
-        fact = tuple(_fact(item, seen, depth + 1) for item in value)
+        fact = tuple(fact_of(item, seen, depth + 1) for item in value)
     elif depth < _DEEPEST and (content := _content(value)) is not None:
-        items = [(key, _fact(item, seen, depth + 1)) for key, item in _items(content)]
+        items = [(key, fact_of(item, seen, depth + 1)) for key, item in _items(content)]
         fact = (type(value), id(value), items)
     seen[id(value)] = fact
     return fact

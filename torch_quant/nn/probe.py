@@ -29,11 +29,14 @@ class ObserverProbe(nn.Module):
         super().__init__()
         self._observe, self._compute = observe, compute
 
-    @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> None:
-        x = args[0] if self._compute is None else self._compute(*args, **kwargs)
+        if self._compute is None:
+            x = args[0]
+        else:
+            with torch.no_grad():
+                x = self._compute(*args, **kwargs)
         if x.numel():
-            self._observe(x)
+            self._observe(x.detach())
 
 
 class SiteProbe(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
@@ -98,9 +100,16 @@ def check_observable(x: Tensor) -> None:
 
 def require_finite(x: Tensor, low: Tensor, high: Tensor) -> None:
     """Raise :class:`QuantError` if ``x``, with the extremes ``low`` and ``high``, is not finite."""
-    if not torch.equal(low - low, high - high):  # 0 where finite, else NaN
+    if low.dim() == 0:
+        finite = math.isfinite(low.item()) and math.isfinite(high.item())
+    else:
+        finite = torch.equal(low - low, high - high)  # 0 where finite, else NaN
+    if not finite:
         what = "NaN" if bool(torch.isnan(x).any()) else "Inf"
         raise QuantError(f"the tensor holds {what}, shape {tuple(x.shape)}")
+
+
+S = TypeVar("S", bound="Statistic")
 
 
 class Statistic(ABC):
@@ -111,9 +120,27 @@ class Statistic(ABC):
     """
 
     name: ClassVar[str]
+    in_place: ClassVar[bool] = True
+    """Whether :meth:`observe` may write to what it holds. A class that only replaces it says False,
+    for itself and not for classes below it: a batch that may be taken back costs less then."""
 
     def __init__(self) -> None:
         self.batches = 0
+
+    def snapshot(self: S) -> S:
+        """The same as it is now, whatever is observed later.
+
+        >>> statistic = STATISTICS["minmax"]()
+        >>> before = statistic.snapshot()
+        >>> statistic.observe(torch.ones(2))
+        >>> before.batches, statistic.batches
+        (0, 1)
+        """
+        if vars(type(self)).get("in_place", True):
+            return copy.deepcopy(self)
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        return new
 
     @abstractmethod
     def observe(self, x: Tensor) -> None:
@@ -174,10 +201,10 @@ class Observer(Statistic):
         super().__init__()
         self.granularity = granularity or PerTensor()
 
-    @torch.no_grad()
     def observe(self, x: Tensor) -> None:
         check_observable(x)
-        x = x.detach()
+        if x.requires_grad:
+            x = x.detach()
         low, high = block_extremes(x, self.granularity)
         require_finite(x, low, high)
         self._record(x, low, high)

@@ -27,6 +27,7 @@ class MinMaxObserver(Observer):
     """
 
     name = "minmax"
+    in_place = False
 
     def __init__(self, granularity: Granularity | None = None) -> None:
         super().__init__(granularity)

@@ -32,6 +32,7 @@ class MovingAverageObserver(MinMaxObserver):
     """
 
     name = "moving_average"
+    in_place = False
 
     def __init__(self, granularity: Granularity | None = None, *, momentum: float = 0.01) -> None:
         super().__init__(granularity)
