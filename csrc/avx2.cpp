@@ -1,5 +1,6 @@
 // AVX2 without VNNI.
 #include "product.h"
+#include "rounding.h"
 #include "rows.h"
 
 #if TORCH_QUANT_X86
@@ -38,12 +39,14 @@ inline __m256i dot_numbers_half(__m256i sum, __m256i x, __m256i y) {
 #include "avx2.h"
 #include "loops.h"
 #include "product_loops.h"
+#include "rounding_loops.h"
 #include "row_loops.h"
 
 }  // namespace
 
 const Kernels avx2_kernels = {"avx2", round, multiply, round_dynamic, multiply_dynamic,
-                              DEPTH, pack_product, compute_product, finish_rows};
+                              DEPTH, pack_product, compute_product, finish_rows,
+                              round_to_grid, gradient_of_grid};
 
 }  // namespace torch_quant
 

@@ -133,6 +133,15 @@ inline I32 rounded(F32 x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(
 inline I32 as_bits(F32 x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
 inline F32 from_bits(I32 x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
 inline I32 shifted23(I32 x) { return {_mm256_slli_epi32(x.a, 23), _mm256_slli_epi32(x.b, 23)}; }
+// `yes` where low <= x <= high, else `no`; NaN is not between.
+inline __m256 pick_between_half(__m256 x, __m256 low, __m256 high, __m256 yes, __m256 no) {
+  const __m256 above = _mm256_cmp_ps(x, low, _CMP_GE_OQ), below = _mm256_cmp_ps(x, high, _CMP_LE_OQ);
+  return _mm256_blendv_ps(no, yes, _mm256_and_ps(above, below));
+}
+inline F32 pick_between(F32 x, F32 low, F32 high, F32 yes, F32 no) {
+  return {pick_between_half(x.a, low.a, high.a, yes.a, no.a),
+          pick_between_half(x.b, low.b, high.b, yes.b, no.b)};
+}
 inline float highest(F32 x) {
   const __m256 half = _mm256_max_ps(x.a, x.b);
   const __m128 four = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));

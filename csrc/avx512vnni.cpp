@@ -1,5 +1,6 @@
 // AVX512 with VNNI: a vector is one register.
 #include "product.h"
+#include "rounding.h"
 #include "rows.h"
 
 #if TORCH_QUANT_X86
@@ -125,6 +126,11 @@ inline I32 rounded(F32 x) { return _mm512_cvtps_epi32(x); }
 inline I32 as_bits(F32 x) { return _mm512_castps_si512(x); }
 inline F32 from_bits(I32 x) { return _mm512_castsi512_ps(x); }
 inline I32 shifted23(I32 x) { return _mm512_slli_epi32(x, 23); }
+// `yes` where low <= x <= high, else `no`; NaN is not between.
+inline F32 pick_between(F32 x, F32 low, F32 high, F32 yes, F32 no) {
+  const __mmask16 above = _mm512_cmp_ps_mask(x, low, _CMP_GE_OQ);
+  return _mm512_mask_mov_ps(no, _mm512_mask_cmp_ps_mask(above, x, high, _CMP_LE_OQ), yes);
+}
 inline float highest(F32 x) { return _mm512_reduce_max_ps(x); }
 inline int32_t highest(I32 x) { return _mm512_reduce_max_epi32(x); }
 inline Lanes first_lanes(int64_t n) { return static_cast<Lanes>((1u << n) - 1); }
@@ -140,12 +146,14 @@ inline void narrow(uint8_t* p, I32 x) {
 
 #include "loops.h"
 #include "product_loops.h"
+#include "rounding_loops.h"
 #include "row_loops.h"
 
 }  // namespace
 
 const Kernels avx512vnni_kernels = {"avx512vnni", round, multiply, round_dynamic, multiply_dynamic,
-                                    DEPTH, pack_product, compute_product, finish_rows};
+                                    DEPTH, pack_product, compute_product, finish_rows,
+                                    round_to_grid, gradient_of_grid};
 
 }  // namespace torch_quant
 

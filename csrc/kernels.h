@@ -69,8 +69,9 @@ struct Dynamic {
   int32_t* zeros;        // [slab]
 };
 
-struct Product;  // of activations: product.h
-struct Rows;     // of floats: rows.h
+struct Product;   // of activations: product.h
+struct Rounding;  // to a grid, in training: rounding.h
+struct Rows;      // of floats: rows.h
 
 // The kernels of one instruction set.
 struct Kernels {
@@ -83,6 +84,8 @@ struct Kernels {
   void (*pack_product)(const Product&, int64_t slot, int64_t worker);
   void (*compute_product)(const Product&, int64_t item, int64_t worker);
   void (*finish_rows)(const Rows&, int64_t item, int64_t worker);
+  void (*round_to_grid)(const Rounding&, int64_t item, int64_t worker);
+  void (*gradient_of_grid)(const Rounding&, int64_t item, int64_t worker);
 };
 
 extern const Kernels plain_kernels;

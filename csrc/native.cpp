@@ -1,5 +1,6 @@
 // The C interface: which kernels run, and how their work is cut up for threads.
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -7,6 +8,7 @@
 #include <vector>
 
 #include "product.h"
+#include "rounding.h"
 #include "rows.h"
 
 #if defined(_MSC_VER)
@@ -194,13 +196,25 @@ void lay_out(Product& j, int64_t depth) {
   j.scratch_bytes = whole(most(packing, tile), 64);
 }
 
+constexpr int64_t PIECE = 16384;  // elements that are summed up in float
+
+// Cuts blocks into pieces, and gives each thread some of them at a time; returns the threads.
+int cut(Rounding& j, int threads) {
+  j.piece = most(1, least(j.block, PIECE));
+  j.pieces = most(1, (j.block + j.piece - 1) / j.piece);
+  j.units = most(1, PIECE / j.piece);
+  return static_cast<int>(most(1, least(threads, j.blocks * j.block / (2 * PIECE))));
+}
+
+int64_t items(const Rounding& j) { return (j.blocks * j.pieces + j.units - 1) / j.units; }
+
 }  // namespace
 }  // namespace torch_quant
 
 using namespace torch_quant;
 
 // The version of this interface.
-EXPORT int torch_quant_version() { return 4; }
+EXPORT int torch_quant_version() { return 5; }
 
 // How many sets of kernels run here; the last is the fastest.
 EXPORT int torch_quant_paths() { return static_cast<int>(usable().size()); }
@@ -314,5 +328,46 @@ EXPORT int torch_quant_rows(int threads, const void* call) {
   if (!scratch.start) return 1;
   j.scratch = reinterpret_cast<float*>(scratch.get());
   for_each<Rows>(threads, j, (j.rows + ROWS_OF_ITEM - 1) / ROWS_OF_ITEM, kernels().finish_rows);
+  return 0;
+}
+
+// y = x rounded to a grid of integers, a scale and a zero point for each block of x. Scales are used as
+// they are deployed: no smaller than `smallest`, with their sign where they may be negative. `used` gets
+// them.
+EXPORT void torch_quant_round(int threads, const float* x, const float* scale, const int32_t* zero,
+                              float* y, float* used, int64_t blocks, int64_t block, int low, int high,
+                              float smallest, int may_be_negative, int multiplies) {
+  for (int64_t b = 0; b < blocks; b++) {
+    const float size = may_be_negative ? std::fabs(scale[b]) : scale[b];
+    const float large = size < smallest ? smallest : size;  // NaN stays
+    used[b] = may_be_negative ? std::copysign(large, scale[b]) : large;
+  }
+  Rounding j = {};
+  j.x = x, j.scale = used, j.zero = zero, j.y = y, j.blocks = blocks, j.block = block;
+  j.low = static_cast<float>(low), j.high = static_cast<float>(high), j.multiplies = multiplies;
+  threads = cut(j, threads);
+  for_each<Rounding>(threads, j, items(j), kernels().round_to_grid);
+}
+
+// The gradient of what was rounded so, and the sums that rounding_loops.h names, `sums` of [3, blocks]; 0,
+// or 1 where memory is short.
+EXPORT int torch_quant_round_gradient(int threads, const float* grad, const float* x, const float* rounded,
+                                      const float* scale, const int32_t* zero, float* grad_x, float* sums,
+                                      int64_t blocks, int64_t block, int low, int high) {
+  Rounding j = {};
+  j.grad = grad, j.x = x, j.rounded = rounded, j.scale = scale, j.zero = zero, j.grad_x = grad_x;
+  j.blocks = blocks, j.block = block;
+  j.low = static_cast<float>(low), j.high = static_cast<float>(high);
+  threads = cut(j, threads);
+  const Memory parts(blocks * j.pieces * SUMS * 4);
+  if (!parts.start) return 1;
+  j.sums = reinterpret_cast<float*>(parts.get());
+  for_each<Rounding>(threads, j, items(j), kernels().gradient_of_grid);
+  for (int64_t b = 0; b < blocks; b++)
+    for (int s = 0; s < SUMS; s++) {
+      double sum = 0.0;
+      for (int64_t p = 0; p < j.pieces; p++) sum += j.sums[(b * j.pieces + p) * SUMS + s];
+      sums[s * blocks + b] = static_cast<float>(sum);
+    }
   return 0;
 }

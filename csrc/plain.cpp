@@ -1,5 +1,6 @@
 // No instructions but those of any CPU: a vector is an array.
 #include "product.h"
+#include "rounding.h"
 #include "rows.h"
 
 namespace torch_quant {
@@ -203,6 +204,12 @@ inline Vector pick(Lanes lanes, Vector yes, const Vector& no) {
     if (l >= lanes) yes.at[l] = no.at[l];
   return yes;
 }
+// `yes` where low <= x <= high, else `no`; NaN is not between.
+inline F32 pick_between(const F32& x, const F32& low, const F32& high, F32 yes, const F32& no) {
+  for (int l = 0; l < LANES; l++)
+    yes.at[l] = (x.at[l] >= low.at[l]) & (x.at[l] <= high.at[l]) ? yes.at[l] : no.at[l];
+  return yes;
+}
 inline F32 where_set(const uint8_t* p, F32 yes, F32 no) {
   for (int l = 0; l < LANES; l++)
     if (!p[l]) yes.at[l] = no.at[l];
@@ -215,11 +222,13 @@ inline void narrow(T* p, const I32& x) {
 
 #include "loops.h"
 #include "product_loops.h"
+#include "rounding_loops.h"
 #include "row_loops.h"
 
 }  // namespace
 
 const Kernels plain_kernels = {"plain", round, multiply, round_dynamic, multiply_dynamic,
-                               DEPTH, pack_product, compute_product, finish_rows};
+                               DEPTH, pack_product, compute_product, finish_rows,
+                               round_to_grid, gradient_of_grid};
 
 }  // namespace torch_quant

@@ -22,13 +22,14 @@ VARIABLE = "TORCH_QUANT_KERNELS"
 """The environment variable that chooses instructions: a name of :func:`instruction_sets`."""
 
 _NAME = "kernels.dll" if sys.platform == "win32" else "kernels.so"
-_VERSION = 4
+_VERSION = 5
 """Of the interface; a library that was built from other sources has another."""
 _BUILD = (
     "build them with a C++ compiler: pip install -e . in a checkout, or pip install torch_quant"
 )
 
 _POINTER, _SIZE, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_FLOAT = ctypes.c_float
 _NONE = "none"
 
 
@@ -51,6 +52,10 @@ def _find(path: Path) -> tuple[ctypes.CDLL | None, str]:
     library.torch_quant_dynamic.argtypes = [_INT, *[_POINTER] * 5, *[_SIZE] * 3, _INT]
     library.torch_quant_product.argtypes = [_INT, _POINTER]
     library.torch_quant_rows.argtypes = [_INT, _POINTER]
+    rounding = [_INT, *[_POINTER] * 5, *[_SIZE] * 2, *[_INT] * 2, _FLOAT, *[_INT] * 2]
+    library.torch_quant_round.argtypes, library.torch_quant_round.restype = rounding, None
+    gradient = [_INT, *[_POINTER] * 7, *[_SIZE] * 2, *[_INT] * 2]
+    library.torch_quant_round_gradient.argtypes = gradient
     library.torch_quant_parallel(_openmp())
     return library, ""
 

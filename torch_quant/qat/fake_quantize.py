@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,11 +15,22 @@ from torch_quant.core.elements import element_type
 from torch_quant.core.granularity import split_blocks
 from torch_quant.core.qparams import MIN_SCALE
 from torch_quant.core.spec import QuantSpec, ScaleType
+from torch_quant.native.rounding import round_to_grid, serves
 from torch_quant.ops.library import define_operator
 from torch_quant.ops.qdq import FAKE_QUANTIZE
 from torch_quant.qat.methods import INPUT, QAT_METHODS, WEIGHT, QatMethod, Rounding
 
-__all__ = ["TRAINED_FAKE_QUANTIZE", "label", "read_label", "stored_scale", "stored_zero_point"]
+__all__ = [
+    "ROWS",
+    "TRAINED_FAKE_QUANTIZE",
+    "label",
+    "read_label",
+    "stored_scale",
+    "stored_zero_point",
+]
+
+ROWS = 9
+"""The place of the argument ``rows``; the next is ``padding``."""
 
 
 def label(key: str, spec: QuantSpec) -> str:
@@ -73,57 +85,94 @@ class _FakeQuantize(torch.autograd.Function):
         role: str,
         method: str,
     ) -> Tensor:
-        used = stored_scale(scale, ScaleType(scale_type), role)
+        kind, kept_as = element_type(element), ScaleType(scale_type)
         codes_of_zero = stored_zero_point(zero_point, element, role)
-        if role == WEIGHT:  # the definition, by which integers are made of weights
-            kind = element_type(element)
-            rounded = functional.fake_quantize_blocks(x, used, codes_of_zero, kind)
+        native = serves(x, scale, codes_of_zero, kind)
+        if native:
+            if kept_as is not ScaleType.FLOAT32:
+                scale = stored_scale(scale, kept_as, role)
+            signed, whole = role == WEIGHT, role == INPUT and not scale.dim()
+            rounded, used = round_to_grid(
+                x, scale, codes_of_zero, kind,
+                smallest=MIN_SCALE, signed_scales=signed, multiplies=whole,
+            )  # fmt: skip
         else:
-            rounded = FAKE_QUANTIZE(x, used, codes_of_zero, element)
+            used = stored_scale(scale, kept_as, role)
+            if role == WEIGHT:  # the definition, by which integers are made of weights
+                rounded = functional.fake_quantize_blocks(x, used, codes_of_zero, kind)
+            else:
+                rounded = FAKE_QUANTIZE(x, used, codes_of_zero, element)
         ctx.save_for_backward(x, rounded, used, codes_of_zero)
-        ctx.how = element, role, method
+        ctx.how = kind, role, method, native
         return rounded
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, rounded, scale, zero_point = ctx.saved_tensors
-        element, role, name = ctx.how
+        element, role, name, native = ctx.how
         wants_x, wants_scale, wants_zero_point = ctx.needs_input_grad[:3]
-        split, blocks = split_blocks(x, scale.shape)
         method: QatMethod = QAT_METHODS[name]
-        samples = x.shape[0] if role == INPUT and x.dim() else 1
+        split, blocks = split_blocks(x, scale.shape)
         rounding = Rounding(
-            grad.reshape(split.shape),
+            _as(grad, split.shape),
             split,
-            rounded.reshape(split.shape),
-            scale.reshape(blocks),
-            zero_point.reshape(blocks),
-            element_type(element),
+            _as(rounded, split.shape),
+            _as(scale, blocks),
+            _as(zero_point, blocks),
+            element,
             role,
-            samples,
+            x.shape[0] if role == INPUT and x.dim() else 1,
+            native and not torch.is_grad_enabled(),  # else gradients of gradients are wanted
         )
-        of_x = method.input_gradient(rounding).reshape(x.shape) if wants_x else None
+        of_x = _as(method.input_gradient(rounding), x.shape) if wants_x else None
         of_scale = of_zero_point = None
         factor = method.gradient_scale(rounding) if wants_scale or wants_zero_point else 1.0
         if wants_scale:
-            of_scale = method.scale_gradient(rounding).reshape(scale.shape) * factor
+            of_scale = _as(method.scale_gradient(rounding), scale.shape) * factor
         if wants_zero_point:
-            of_zero_point = method.zero_point_gradient(rounding).reshape(scale.shape) * factor
+            of_zero_point = _as(method.zero_point_gradient(rounding), scale.shape) * factor
         return of_x, of_scale, of_zero_point, None, None, None, None
 
 
-def _forward(x: Tensor, scale: Tensor, zero_point: Tensor, *how: Any) -> Tensor:
-    element, scale_type, role, method, *_ = how
+def _as(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """``x`` in a shape that it mostly has already."""
+    return x if x.shape == shape else x.reshape(shape)
+
+
+def _forward(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    element: str,
+    scale_type: str,
+    role: str,
+    method: str,
+    label: str,
+    ends: Tensor | None = None,
+    rows: Tensor | None = None,
+    padding: int = -1,
+) -> Tensor:
+    if rows is not None:
+        x, scale, zero_point = (
+            torch.ops.aten.embedding(each, rows, padding) for each in (x, scale, zero_point)
+        )
     x = x.to(torch.float32)
     rounded: Tensor = _FakeQuantize.apply(x, scale, zero_point, element, scale_type, role, method)
     return rounded.contiguous() if role == WEIGHT else rounded
 
 
+def _shaped(x: Tensor, *args: Any) -> Tensor:
+    rows = args[ROWS - 1] if len(args) >= ROWS else None
+    shape = x.shape if rows is None else (*rows.shape, *x.shape[1:])
+    return x.new_empty(shape, dtype=torch.float32)
+
+
 TRAINED_FAKE_QUANTIZE = define_operator(
     "trained_fake_quantize(Tensor x, Tensor scale, Tensor zero_point, str element, "
-    "str scale_type, str role, str method, str label, Tensor? ends=None) -> Tensor",
+    "str scale_type, str role, str method, str label, Tensor? ends=None, Tensor? rows=None, "
+    "int padding=-1) -> Tensor",
     _forward,
-    lambda x, *args: torch.empty_like(x, dtype=torch.float32),
+    _shaped,
     keys=("Autograd", "CompositeExplicitAutograd"),  # one: compilers see through the first
 )
 """``x`` with the error of its format, float32, same shape; differentiable.
@@ -139,4 +188,7 @@ Args:
     label: for who reads the graph: what is rounded; see :func:`read_label`.
     ends: of an activation with a scale that is kept, the range observed, float32 of shape ``[2]``;
         the scale is set by it while the model observes, and nothing here reads it.
+    rows: of a table with a scale for each row or more, which rows are wanted: these alone are
+        rounded, and given in the place of ``x``.
+    padding: the row that gets no gradient.
 """

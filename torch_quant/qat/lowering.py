@@ -38,6 +38,7 @@ from torch_quant.qat.methods import INPUT, WEIGHT, QatMethod
 from torch_quant.qat.model import QatModel, TrainedQuantization
 from torch_quant.qat.modes import TrainedGraph, results_of
 from torch_quant.qat.observing import range_of
+from torch_quant.qat.tables import round_read_rows
 from torch_quant.statistics import Statistic
 
 __all__ = ["LearnedParams", "QatLowering", "TrainingBackend"]
@@ -161,6 +162,7 @@ class TrainingBackend(ReferenceBackend):
                 with graph.inserting_before(node):
                     constant = graph.call_function(torch.ops.aten.detach.default, (node.args[0],))
                 node.update_arg(0, constant)
+        round_read_rows(graph, _with_scales_by_row(graph))
         return context.gm
 
     def _round(self, gm: fx.GraphModule, node: fx.Node, role: str, params: LearnedParams) -> None:
@@ -178,6 +180,18 @@ class TrainingBackend(ReferenceBackend):
         node.target = TRAINED_FAKE_QUANTIZE
         how = element, scale_type, role, self.method.name, text
         node.args = (x, scale, zero_point, *how, ends)
+
+
+def _with_scales_by_row(graph: fx.Graph) -> frozenset[fx.Node]:
+    """Where parameters of two dimensions are rounded with one scale or more for each row."""
+    found = []
+    for node in graph.find_nodes(op="call_function", target=TRAINED_FAKE_QUANTIZE):
+        table, scale = node.args[:2]
+        if table.op == scale.op == "get_attr":
+            x, step = _value(table), _value(scale)
+            if x.dim() == step.dim() == 2 and x.shape[0] == step.shape[0]:
+                found.append(node)
+    return frozenset(found)
 
 
 def _value(node: fx.Node) -> Any:

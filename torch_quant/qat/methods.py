@@ -17,6 +17,7 @@ from torch_quant.core.elements import ElementType
 from torch_quant.core.naming import did_you_mean
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
+from torch_quant.native.rounding import round_gradient
 
 __all__ = [
     "INPUT",
@@ -48,6 +49,7 @@ class Rounding:
         element: the values that a code can have.
         role: ``"input"`` or ``"weight"``.
         samples: the size of the first dimension of an input; 1 for a weight.
+        native: whether the package's own kernels compute what is asked for here.
     """
 
     grad: Tensor
@@ -58,6 +60,7 @@ class Rounding:
     element: ElementType
     role: str
     samples: int
+    native: bool = False
 
     @classmethod
     def of(cls, x: Tensor, scale: Tensor, element: ElementType, role: str = INPUT) -> Rounding:
@@ -93,6 +96,13 @@ class Rounding:
         return (self.x >= low) & (self.x <= high)
 
     @functools.cached_property
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the kernels compute in one pass: ``grad_inside``, and the three sums below."""
+        return round_gradient(
+            self.grad, self.x, self.rounded, self.scale, self.zero_point, self.element
+        )
+
+    @functools.cached_property
     def grad_inside(self) -> Tensor:
         """``grad``, and 0 outside of the range.
 
@@ -100,6 +110,8 @@ class Rounding:
         >>> Rounding.of(x, torch.tensor(1.0), int4).grad_inside
         tensor([1., 0.])
         """
+        if self.native:
+            return self._parts[0]
         if type(self.scale) is Tensor and not self.scale.dim() and self.x.device.type == "cpu":
             # One pass over memory in the place of five. It leaves the ends out, so they are moved.
             low, high = self._ends
@@ -128,6 +140,40 @@ class Rounding:
         if not self.scale.dim():
             return torch.dot(one.reshape(-1), two.reshape(-1))
         return (one * two).sum_to_size(self.scale.shape)
+
+    @functools.cached_property
+    def error_inside(self) -> Tensor:
+        """``grad * (rounded - x)`` inside of the range, summed over each block.
+
+        >>> x, int4 = torch.tensor([0.25, 9.0]), QuantSpec.of("int4").element
+        >>> Rounding.of(x, torch.tensor(1.0), int4).error_inside
+        tensor(-0.2500)
+        """
+        if self.native:
+            return self._parts[1]
+        return self.summed(self.grad_inside, self.rounded - self.x)
+
+    @functools.cached_property
+    def ends_outside(self) -> Tensor:
+        """``grad * rounded`` outside of the range, summed over each block.
+
+        >>> x, int4 = torch.tensor([0.25, 9.0]), QuantSpec.of("int4").element
+        >>> Rounding.of(x, torch.tensor(1.0), int4).ends_outside
+        tensor(7.)
+        """
+        if self.native:
+            return self._parts[2]
+        return self.summed(self.grad_outside, self.rounded)
+
+    @functools.cached_property
+    def sum_outside(self) -> Tensor:
+        """``grad`` outside of the range, summed over each block.
+
+        >>> x, int4 = torch.tensor([0.25, 9.0]), QuantSpec.of("int4").element
+        >>> Rounding.of(x, torch.tensor(1.0), int4).sum_outside
+        tensor(1.)
+        """
+        return self._parts[3] if self.native else self.grad_outside.sum_to_size(self.scale.shape)
 
     @property
     def elements(self) -> int:
@@ -183,9 +229,7 @@ class QatMethod:
         >>> QatMethod().scale_gradient(Rounding.of(x, scale, int4))  # -0.25 + 7
         tensor(6.7500)
         """
-        inside = rounding.summed(rounding.grad_inside, rounding.rounded - rounding.x)
-        outside = rounding.summed(rounding.grad_outside, rounding.rounded)
-        return (inside + outside) / rounding.scale
+        return (rounding.error_inside + rounding.ends_outside) / rounding.scale
 
     def zero_point_gradient(self, rounding: Rounding) -> Tensor:
         """Of the loss with respect to ``zero_point``: the ends move with it, what is inside not.
@@ -195,7 +239,7 @@ class QatMethod:
         >>> QatMethod().zero_point_gradient(Rounding.of(x, scale, int4))
         tensor(-1.)
         """
-        return -rounding.scale * rounding.grad_outside.sum_to_size(rounding.scale.shape)
+        return -rounding.scale * rounding.sum_outside
 
     def gradient_scale(self, rounding: Rounding) -> float:
         """By what the gradients of scales and zero points are multiplied.

@@ -250,7 +250,7 @@ def learned_qparams(model: QatModel) -> Learned:
     """The scales of a QAT model as they are now and as they are deployed: copies."""
     found: dict[tuple[str, str, QuantSpec], QParams] = {}
     for body, _, node in _calls(model):
-        _, scale, zero_point, element, _, role, _, text, _ = node.args
+        _, scale, zero_point, element, _, role, _, text, *_ = node.args
         key, spec = read_label(text)
         if spec.dynamic or (role, key, spec) in found:
             continue

@@ -20,6 +20,7 @@ from torch_quant.qat.batch_norm import OwnerOf, let_move, norms_of
 from torch_quant.qat.dropout import dropouts, turn_on
 from torch_quant.qat.fake_quantize import TRAINED_FAKE_QUANTIZE
 from torch_quant.qat.observing import observe_ranges
+from torch_quant.qat.tables import unrounded
 from torch_quant.qat.watching import insert_taps, insert_watches
 
 __all__ = ["Mode", "TrainedGraph", "results_of", "set_mode"]
@@ -155,4 +156,4 @@ def set_mode(
 
 def _leave_unrounded(body: fx.GraphModule) -> None:
     for node in body.graph.find_nodes(op="call_function", target=TRAINED_FAKE_QUANTIZE):
-        node.replace_all_uses_with(node.args[0])
+        node.replace_all_uses_with(unrounded(node))

@@ -101,7 +101,7 @@ def observe_ranges(body: fx.GraphModule) -> None:
     """Have every rounding of a body that has scales of its own set them first."""
     graph, grids = body.graph, dict[str, tuple[fx.Node, fx.Node]]()
     for node in graph.find_nodes(op="call_function", target=TRAINED_FAKE_QUANTIZE):
-        x, scale, zero_point, _, _, role, _, label, ends = node.args
+        x, scale, zero_point, _, _, role, _, label, ends, *_ = node.args
         if scale.op != "get_attr":
             continue  # chosen at each call
         if scale.target not in grids:

@@ -31,4 +31,4 @@ class LearnedClipping(QatMethod):
 
     def scale_gradient(self, rounding: Rounding) -> Tensor:
         """An end of the range in units of the scale outside, 0 inside."""
-        return rounding.summed(rounding.grad_outside, rounding.rounded) / rounding.scale
+        return rounding.ends_outside / rounding.scale

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from torch_quant.errors import QuantError
-from torch_quant.qat.fake_quantize import TRAINED_FAKE_QUANTIZE
+from torch_quant.qat.fake_quantize import ROWS, TRAINED_FAKE_QUANTIZE
 from torch_quant.qat.methods import WEIGHT
 
 __all__ = ["insert_taps", "insert_watches", "watched"]
@@ -69,6 +69,8 @@ def insert_watches(body: fx.GraphModule, path: str) -> None:
             node.update_arg(1, graph.call_function(watched, (scale, f"{what}'s scale")))
         if role == WEIGHT:
             products = [user for user in node.users if user.target is not watched]
+            if node.args[ROWS:]:  # it is the result
+                products = [node]
             while len(products) == 1 and products[0].args[:1] == (node,):  # it is unfolded
                 node = products[0]
                 products = list(node.users)
