@@ -17,8 +17,17 @@ except ImportError:  # setuptools before 70.1
     from wheel.bdist_wheel import bdist_wheel
 
 SOURCES = ["native", "plain", "avx2", "avxvnni", "avx512vnni"]
-HEADERS = ["kernels", "loops", "product", "product_loops", "rounding", "rounding_loops", "rows",
-           "row_loops", "avx2"]
+HEADERS = [
+    "kernels",
+    "loops",
+    "product",
+    "product_loops",
+    "rounding",
+    "rounding_loops",
+    "rows",
+    "row_loops",
+    "avx2",
+]
 # No warnings: gcc 12 takes what its own AVX512 headers do for mistakes, thousands of times.
 UNIX = ["-std=c++17", "-O3", "-g0", "-w", "-pthread", "-fvisibility=hidden", "-ffp-contract=off",
         "-fno-math-errno"]  # fmt: skip

@@ -119,6 +119,7 @@ def test_a_batch_that_fails_leaves_statistics_that_replace_what_they_hold() -> N
     makers: dict[str, Any] = {"range": MinMaxObserver, "counted": Counting}
     with state.batch():
         state.observe("x", makers, torch.ones(3))
+
     def failing() -> None:
         with state.batch():
             state.observe("x", makers, torch.full((2,), 9.0))

@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from torch_quant.errors import InvalidConfig
 
@@ -52,9 +53,9 @@ def _find(path: Path) -> tuple[ctypes.CDLL | None, str]:
     library.torch_quant_dynamic.argtypes = [_INT, *[_POINTER] * 5, *[_SIZE] * 3, _INT]
     library.torch_quant_product.argtypes = [_INT, _POINTER]
     library.torch_quant_rows.argtypes = [_INT, _POINTER]
-    rounding = [_INT, *[_POINTER] * 5, *[_SIZE] * 2, *[_INT] * 2, _FLOAT, *[_INT] * 2]
+    rounding: list[Any] = [_INT, *[_POINTER] * 5, *[_SIZE] * 2, *[_INT] * 2, _FLOAT, *[_INT] * 2]
     library.torch_quant_round.argtypes, library.torch_quant_round.restype = rounding, None
-    gradient = [_INT, *[_POINTER] * 7, *[_SIZE] * 2, *[_INT] * 2]
+    gradient: list[Any] = [_INT, *[_POINTER] * 7, *[_SIZE] * 2, *[_INT] * 2]
     library.torch_quant_round_gradient.argtypes = gradient
     library.torch_quant_parallel(_openmp())
     return library, ""

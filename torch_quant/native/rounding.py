@@ -132,7 +132,8 @@ def round_gradient(
     )  # fmt: skip
     if failed:
         raise MemoryError(f"no memory for the gradients of {blocks} scales")
-    return of_x, *sums.unbind()
+    inside, outside, ends = sums.unbind()
+    return of_x, inside, outside, ends
 
 
 def _library() -> Any:
