@@ -208,3 +208,49 @@ def test_blocks_in_openvino(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         feed = feeds(quant_model, ((normal(batch, 3, height, width),), {}))
         (found,), (expected,) = (run_openvino(path, feed) for path in (new, old))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+class SamePadding(nn.Module):
+    """As TensorFlow pads: with stride 2 one pixel more behind than before."""
+
+    def __init__(self, twice: bool = False, value: float = 0.0) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(6, 6, 3, stride=2), nn.Conv2d(6, 5, 3, stride=2)
+        self.twice, self.value = twice, value
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(nn.functional.pad(x, (0, 1, 0, 1))).relu()
+        padded = nn.functional.pad(x, (0, 1, 1, 2), value=self.value)
+        y: Tensor = self.second(padded)
+        return y + padded.mean() if self.twice else y
+
+
+@pytest.mark.parametrize(
+    ("model", "pads"),
+    [
+        (SamePadding, 0),
+        (lambda: SamePadding(twice=True), 1),
+        (lambda: SamePadding(value=0.25), 1),
+    ],
+    ids=["all", "one has another reader", "one has another value"],
+)
+def test_convolutions_take_zeros_around_an_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Any, pads: int
+) -> None:
+    model = seeded(model)
+    x = normal(8, 6, 12, 16) + 0.7
+    for fallback in ((), ("second",)):
+        overrides = dict.fromkeys(fallback)
+        quantizer = calibrated(model, [((x,), {})], backend="onnx", overrides=overrides)
+        quant_model, new, old = both_files(model, quantizer, x, tmp_path, monkeypatch)
+        if not fallback:  # the exporter does so for convolutions of floats
+            assert operators(old).count("Pad") == 2
+        assert operators(new).count("Pad") == pads
+        assert Backend.ONNX.verify(new).complete
+        for batch, height, width in SIZES:
+            inputs = ((normal(batch, 6, height, width) + 0.7,), {})
+            feed = feeds(quant_model, inputs)
+            (found,), (expected,) = (run_onnxruntime(path, feed) for path in (new, old))
+            torch.testing.assert_close(found, expected)
+            (vino,) = run_openvino(new, feed)
+            assert found.shape == vino.shape

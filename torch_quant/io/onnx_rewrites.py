@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from torch_quant.io.onnx_pads import take_padding
 from torch_quant.io.onnx_sizes import hidden_size, whole_windows
 
 __all__ = ["rewrite"]
@@ -24,6 +25,7 @@ def rewrite(model: Any) -> None:
         if node.op_type == "LayerNormalization":
             _sum_before(node)
         elif node.op_type == "Conv":
+            take_padding(model.graph, node)
             _space_to_depth(model.graph, node)
         elif node.op_type == "AveragePool":
             whole_windows(model.graph, node)

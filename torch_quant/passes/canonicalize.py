@@ -12,6 +12,7 @@ from torch_quant.graph.sites import ORIGIN, name_tensors
 from torch_quant.passes.base import Pass, PassContext, copy_graph, run_passes
 from torch_quant.passes.expert_forms import normalize_experts
 from torch_quant.passes.fold_batch_norm import fold_batch_norm
+from torch_quant.passes.fold_pads import fold_pads
 from torch_quant.passes.functionalize import functionalize
 from torch_quant.passes.identity import remove_identities, views_to_reshapes
 from torch_quant.passes.linear_forms import normalize_linear
@@ -24,6 +25,7 @@ CANONICAL_PASSES: tuple[Pass, ...] = (
     views_to_reshapes,
     normalize_linear,
     normalize_experts,
+    fold_pads,
     fold_batch_norm,
 )
 

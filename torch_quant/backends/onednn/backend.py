@@ -27,6 +27,7 @@ from torch_quant.ops.embedding_bags import bag_arguments
 from torch_quant.ops.qdq import DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
 from torch_quant.ops.table import padding_sizes, size_hints, spread
 from torch_quant.passes.base import PassContext
+from torch_quant.passes.fold_pads import zeros_around
 from torch_quant.passes.fold_scales import fold_scales
 
 __all__ = ["OneDNNBackend"]
@@ -90,6 +91,7 @@ class OneDNNBackend(Backend):
     def lower(self, context: PassContext) -> fx.GraphModule:
         fold_scales(context)
         _unsigned_activations(context)
+        _pad_codes(context)
         self.emit(context)
         for node in context.graph.find_nodes(op="call_function", target=QUANTIZE_PER_TENSOR):
             _lower_quantize(node)
@@ -114,6 +116,25 @@ def _unsigned_activations(context: PassContext) -> None:
             moved = ("zero_point", "quant_min", "quant_max")
             values = {name: argument(node, name) + 128 for name in moved}
             set_arguments(node, values | {"dtype": torch.uint8})
+
+
+def _pad_codes(context: PassContext) -> None:
+    """Round first, then pad with the code of 0: the kernel before may round, and bytes are few."""
+    for node in context.graph.find_nodes(op="call_function", target=QUANTIZE_PER_TENSOR):
+        pad = argument(node, "x")
+        dims = len(size_hints(pad))
+        sides = zeros_around(pad, dims) if pad.op == "call_function" and dims else None
+        if sides is None or len(pad.users) > 1:
+            continue
+        flat = [each for side in reversed(sides) for each in side]
+        set_arguments(node, {"x": argument(pad, 0)})
+        with node.graph.inserting_after(node):
+            args: Any = (node, flat, argument(node, "zero_point"))
+            padded = node.graph.call_function(aten.constant_pad_nd.default, args)
+        padded.meta = dict(node.meta)
+        node.replace_all_uses_with(padded)
+        set_arguments(padded, {0: node})
+        node.graph.erase_node(pad)
 
 
 def _is_quantized(node: fx.Node) -> bool:
