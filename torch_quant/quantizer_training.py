@@ -76,8 +76,9 @@ class QuantizerTraining(QuantizerFiles):
         if edge_bits is not None:
             edges = edge_configs(session, session.plan(backend), edge_bits)
             self.overrides = {**self.overrides, **{exactly(x): each for x, each in edges.items()}}
-        plan = qat_plan(session.plan(backend, optional=False))
-        _tell_unsmoothed(session.plan(backend), plan)
+        plain, deployed = session.plans(backend)
+        plan = qat_plan(plain)
+        _tell_unsmoothed(deployed, plan)
         for site in plan.values():
             if site.quantized and site.weight is not None and site.weight.float_zero_points:
                 raise InvalidConfig(

@@ -14,7 +14,7 @@ from torch import nn
 
 from torch_quant.backends import Backend
 from torch_quant.calibrated import Calibrated
-from torch_quant.config import QConfig, made_observer
+from torch_quant.config import Overrides, QConfig, made_observer
 from torch_quant.convert.lowering import Lowering
 from torch_quant.core.granularity import PerTensor
 from torch_quant.core.methods import Method, Transform
@@ -140,18 +140,34 @@ class Session:
             fallen: site -> precision of what fell back to float; the quantizer's by default.
             optional: have the optional transforms that help; else none.
         """
-        kernels, settings = (backend or self.owner.backend).kernels(), self.settings
-        plan = annotate(
-            self.captured.sites(),
-            self.model,
-            kernels,
-            qconfig=settings.qconfig,
-            overrides=settings.overrides,
-            module_filter=settings.module_filter,
-        )
+        return self._fallen(self._settled(self._asked(backend), optional), fallen)
+
+    def plans(self, backend: Backend | None = None) -> tuple[QuantPlan, QuantPlan]:
+        """Of what is asked for, the plan without optional transforms, and :meth:`plan`."""
+        asked = self._asked(backend)
+        plain = self._fallen(self._settled(asked, optional=False))
+        return plain, self._fallen(self._settled(asked))
+
+    def _asked(self, backend: Backend | None) -> QuantPlan:
+        """The plan with all optional transforms, before anything falls back."""
+        settings, backend = self.settings, backend or self.owner.backend
+        plan = self._annotated(backend, settings.qconfig, settings.overrides)
         plan = QuantPlan(plan.values(), self.captured.float_ops())
         settings.summary.check([site for each in self.captured.graphs() for site, _ in each.sites])
-        plan = self._settled(plan.edited(settings.summary.plan, kernels), optional)
+        return plan.edited(settings.summary.plan, backend.kernels())
+
+    def _annotated(self, backend: Backend, qconfig: QConfig, overrides: Overrides) -> QuantPlan:
+        return annotate(
+            self.captured.sites(),
+            self.model,
+            backend.kernels(),
+            qconfig=qconfig,
+            overrides=overrides,
+            module_filter=self.settings.module_filter,
+        )
+
+    def _fallen(self, plan: QuantPlan, fallen: Mapping[str, str] | None = None) -> QuantPlan:
+        """``plan`` without what fell back to float."""
         fallen = self.owner.fallen_back if fallen is None else fallen
         for precision in PRECISIONS:
             names = [n for n, given in fallen.items() if given == precision and n in plan]
@@ -184,16 +200,7 @@ class Session:
 
     def candidate(self, config: QConfig) -> Lowering:
         """How the model would be quantized if every site were asked to be ``config``."""
-        settings = self.settings
-        plan = annotate(
-            self.captured.sites(),
-            self.model,
-            self.owner.backend.kernels(),
-            qconfig=config,
-            overrides={},
-            module_filter=settings.module_filter,
-        )
-        plan = self._settled(plan)
+        plan = self._settled(self._annotated(self.owner.backend, config, {}))
         params = Calibrated(self, plan, rounded=False)
         return Lowering(self.captured, plan, self.owner.backend, params)
 

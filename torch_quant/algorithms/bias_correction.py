@@ -155,7 +155,7 @@ def _correct(
     assert isinstance(known, ChannelMean)
     gm, place = context.gm, pattern.bias
     weight = evaluate(gm, argument(node, pattern.weight)).detach()
-    error = dequantize(*rounded_weight(context, node, pattern, entry)) - weight.float()
+    error = dequantize(*rounded_weight(context, node, pattern, entry, weight)) - weight.float()
     shift = output_shift(error, known.mean.to(weight.device))
     bias = argument(node, place)
     name = f"{local_name(node)}.bias"

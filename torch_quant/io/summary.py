@@ -180,10 +180,15 @@ def _ranges(plan: QuantPlan, state: QuantState) -> dict[str, list[float]]:
     return ranges
 
 
+def _transformed(plan: QuantPlan) -> list[str]:
+    """The tensors at which a transform may want statistics, once."""
+    sites = (site for site in plan.values() if site.transforms)
+    return list(dict.fromkeys(key for site in sites for key in site.inputs))
+
+
 def _channels(plan: QuantPlan, state: QuantState) -> dict[str, list[list[float]]]:
     """Minimum and maximum of each channel, of the tensors where a transform wants them."""
-    keys = dict.fromkeys(key for site in plan.values() if site.transforms for key in site.inputs)
-    observers = {key: state.find(key, CHANNELS) for key in keys}
+    observers = {key: state.find(key, CHANNELS) for key in _transformed(plan)}
     return {
         key: [observer.min_val.flatten().tolist(), observer.max_val.flatten().tolist()]
         for key, observer in observers.items()
@@ -193,10 +198,9 @@ def _channels(plan: QuantPlan, state: QuantState) -> dict[str, list[list[float]]
 
 def _means(plan: QuantPlan, state: QuantState) -> dict[str, list[ChannelMean]]:
     """The means of channels, of the tensors where a transform wants them."""
-    keys = dict.fromkeys(key for site in plan.values() if site.transforms for key in site.inputs)
     found = {
         key: [each for each in state.statistics.get(key, {}).values() if each.batches]
-        for key in keys
+        for key in _transformed(plan)
     }
     means = {k: [x for x in each if isinstance(x, ChannelMean)] for k, each in found.items()}
     return {key: each for key, each in means.items() if each}

@@ -17,7 +17,11 @@ __all__ = ["rounded_weight"]
 
 @torch.no_grad()
 def rounded_weight(
-    context: PassContext, node: fx.Node, pattern: OpPattern, site: SitePlan
+    context: PassContext,
+    node: fx.Node,
+    pattern: OpPattern,
+    site: SitePlan,
+    value: Tensor | None = None,
 ) -> tuple[Tensor, QParams]:
     """Codes of the weight that a site reads, with their grid.
 
@@ -26,6 +30,7 @@ def rounded_weight(
         node: the call.
         pattern: its row in the op table; it has a weight.
         site: what is done with it; the weight is quantized.
+        value: the weight in float, where the caller has evaluated it.
     """
     assert pattern.weight is not None
     assert site.weight is not None
@@ -35,7 +40,7 @@ def rounded_weight(
     alone = site.name if data or scaled else ""
     memo = (expression(context.gm, old), site.weight, axis, method, alone)
     if memo not in context.weights:
-        value = evaluate(context.gm, old).detach()
+        value = evaluate(context.gm, old).detach() if value is None else value
         codes, qparams = context.params.weight(site.name, value, site.weight, axis)
         context.weights[memo] = codes.contiguous(), qparams  # as kernels pack it
     return context.weights[memo]
