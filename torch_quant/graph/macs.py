@@ -23,8 +23,15 @@ from torch_quant.core.plan import FloatOp
 from torch_quant.graph.foreign import is_foreign, see_higher_order
 from torch_quant.graph.picks import Follower, Picks
 from torch_quant.graph.sites import is_constant, is_float, key_of, module_path, op_name, results
-from torch_quant.ops.lstm import rnn_macs
-from torch_quant.ops.table import INT8_NEVER, OPERATORS, SIZES, OpPattern, pattern_of, size_hints
+from torch_quant.ops.table import (
+    FLOAT_MACS,
+    INT8_NEVER,
+    OPERATORS,
+    SIZES,
+    OpPattern,
+    pattern_of,
+    size_hints,
+)
 from torch_quant.ops.table import call_sizes as _sizes
 
 __all__ = [
@@ -69,11 +76,6 @@ def _vector(place: int) -> Formula:
     return lambda args, out: _numel(args[place])
 
 
-def _cell(args: Any, out: Any) -> int:
-    x, w_ih, w_hh = args[0], args[2], args[3]
-    return _numel(x) // max(_sizes(x)[-1], 1) * (_numel(w_ih) + _numel(w_hh))
-
-
 def _grouped(args: Any, out: Any) -> int:
     """Each row of the result sums over the columns; of two matrices, groups share the columns."""
     first, second = _sizes(args[0]), _sizes(args[1])
@@ -98,10 +100,6 @@ def _trilinear(args: Any, out: Any) -> int:
     return rows * _numel(args[1])
 
 
-def _mkldnn_rnn(args: Any, out: Any) -> int:
-    return _numel(args[0]) // max(_sizes(args[0])[-1], 1) * (_numel(args[1]) + _numel(args[2]))
-
-
 _FORMULAS: dict[Any, Formula] = {
     aten.mm: _product(0, 1), aten.bmm: _product(0, 1), aten.mv: _vector(0),
     aten.addmm: _product(1, 2), aten.baddbmm: _product(1, 2), aten.addbmm: _product(1, 2),
@@ -111,9 +109,6 @@ _FORMULAS: dict[Any, Formula] = {
     aten.convolution: _convolution, aten._convolution: _convolution,
     aten.convolution_overrideable: _convolution, aten.mkldnn_convolution: _convolution,
     aten.conv_tbc: lambda args, out: _numel(out) * math.prod(_sizes(args[1])[:2]),
-    aten.lstm: rnn_macs, aten.gru: rnn_macs, aten.rnn_tanh: rnn_macs, aten.rnn_relu: rnn_macs,
-    aten.lstm_cell: _cell, aten.gru_cell: _cell, aten.rnn_tanh_cell: _cell,
-    aten.rnn_relu_cell: _cell, aten.mkldnn_rnn_layer: _mkldnn_rnn,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention: _attention,
     aten._scaled_dot_product_efficient_attention: _attention,
@@ -129,7 +124,8 @@ def _formula(target: Any) -> Formula | None:
         return None
     packet = target.overloadpacket
     rows = (row.macs for row in OPERATORS.values() if packet in _packets(row))
-    return _FORMULAS.get(packet) or next(rows, None) or _OTHERS.get(target.name().partition(".")[0])
+    known = _FORMULAS.get(packet) or FLOAT_MACS.get(packet)
+    return known or next(rows, None) or _OTHERS.get(target.name().partition(".")[0])
 
 
 def _packets(row: OpPattern) -> list[Any]:

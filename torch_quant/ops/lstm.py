@@ -23,10 +23,13 @@ from torch_quant.ops.table import (
     OpPattern,
     call_sizes,
     numel,
+    register_float,
     register_operator,
 )
 
-__all__ = ["LSTM", "cells_of", "hidden_states", "projected", "rnn_macs"]
+__all__ = ["LSTM", "cells_of", "hidden_states", "projected"]
+
+aten = torch.ops.aten
 
 
 def cells_of(params: Any, has_biases: bool) -> list[Any]:
@@ -124,7 +127,7 @@ LSTM = define_operator(
 """``aten.lstm`` with hidden states on a grid; ``x`` and the matrices come dequantized."""
 
 
-def rnn_macs(args: Any, out: Any) -> int:
+def _macs(args: Any, out: Any) -> int:
     """Of ``lstm``, ``gru`` and ``rnn``: each row of the input meets every matrix once.
 
     Args:
@@ -133,7 +136,21 @@ def rnn_macs(args: Any, out: Any) -> int:
     """
     params: Any = next(each for each in args[2:] if isinstance(each, (list, tuple)))
     weights = sum(numel(each) for each in params if len(call_sizes(each)) == 2)
-    return numel(args[0]) // max(call_sizes(args[0])[-1], 1) * weights
+    return _rows(args[0]) * weights
+
+
+def _cell_macs(args: Any, out: Any) -> int:
+    x, w_ih, w_hh = args[0], args[2], args[3]
+    return _rows(x) * (numel(w_ih) + numel(w_hh))
+
+
+def _mkldnn_macs(args: Any, out: Any) -> int:
+    return _rows(args[0]) * (numel(args[1]) + numel(args[2]))
+
+
+def _rows(x: Any) -> int:
+    """How many vectors a tensor has along its last dimension."""
+    return numel(x) // max(call_sizes(x)[-1], 1)
 
 
 def _quantize(inserter: Inserter, node: fx.Node, entry: SitePlan) -> None:
@@ -182,11 +199,11 @@ def _quantize(inserter: Inserter, node: fx.Node, entry: SitePlan) -> None:
 register_operator(
     OpPattern(
         "lstm",
-        (torch.ops.aten.lstm.input,),
+        (aten.lstm.input,),
         (0,),
         2,
         0,
-        rnn_macs,
+        _macs,
         internals={"hidden": hidden_states},
         obstacle=projected,
         quantize=_quantize,
@@ -194,3 +211,16 @@ register_operator(
         any_format=False,  # what it multiplies by has to follow the rows of two matrices
     )
 )
+
+_NO_FORM = "of the recurrent layers, only LSTMs have an int8 form here"
+register_float(
+    {
+        aten.lstm.data: "packed sequences have no int8 form here",
+        aten.gru.input: _NO_FORM, aten.rnn_tanh.input: _NO_FORM, aten.rnn_relu.input: _NO_FORM,
+    },
+    {
+        aten.lstm: _macs, aten.gru: _macs, aten.rnn_tanh: _macs, aten.rnn_relu: _macs,
+        aten.lstm_cell: _cell_macs, aten.gru_cell: _cell_macs, aten.rnn_tanh_cell: _cell_macs,
+        aten.rnn_relu_cell: _cell_macs, aten.mkldnn_rnn_layer: _mkldnn_macs,
+    },
+)  # fmt: skip

@@ -7,7 +7,7 @@ A new operator is one more row: in a file of this room, or from outside, by
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ __all__ = [
     "ACTIVATIONS",
     "DATA_MOVEMENT",
     "IDENTITY",
+    "FLOAT_MACS",
     "INT8_NEVER",
     "KEY",
     "OPERATORS",
@@ -36,6 +37,7 @@ __all__ = [
     "numel",
     "padding_sizes",
     "pattern_of",
+    "register_float",
     "register_operator",
     "size_hints",
     "spread",
@@ -277,13 +279,25 @@ RECTIFIERS = frozenset({
 })  # fmt: skip
 """Activation functions that only cut the range: a grid behind them does their work."""
 
-INT8_NEVER = {
-    aten.lstm.data: "packed sequences have no int8 form here",
-    aten.gru.input: "of the recurrent layers, only LSTMs have an int8 form here",
-    aten.rnn_tanh.input: "of the recurrent layers, only LSTMs have an int8 form here",
-    aten.rnn_relu.input: "of the recurrent layers, only LSTMs have an int8 form here",
+INT8_NEVER: dict[Any, str] = {
     aten.einsum.default: "write the contraction as matmul to have it quantized",
     aten.bilinear.default: "no int8 form",
     aten.baddbmm.default: "write it as bmm and add to have it quantized",
 }
 """Operators that compute products and stay float, each with the reason that reports give."""
+
+FLOAT_MACS: dict[Any, Callable[[Any, Any], int]] = {}
+"""Operator without a row -> its multiply-accumulates, of arguments and result."""
+
+
+def register_float(
+    reasons: Mapping[Any, str], macs: Mapping[Any, Callable[[Any, Any], int]]
+) -> None:
+    """Make operators known that multiply and are no sites: reports count them and say why.
+
+    Args:
+        reasons: overload -> why it stays in float.
+        macs: operator -> its multiply-accumulates, of its arguments and its result.
+    """
+    INT8_NEVER.update(reasons)
+    FLOAT_MACS.update(macs)
