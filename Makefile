@@ -22,19 +22,23 @@ LLM := out/llm-packages
 INSTALL := -m pip install --quiet --no-deps --no-compile
 # Installing builds them beside the package, for every environment.
 KERNELS := $(wildcard csrc/*)
+# Python's bytecode is kept, for all environments: an import of torch takes three times as long
+# without, and the tests start many processes.
+export PYTHONDONTWRITEBYTECODE :=
+export PYTHONPYCACHEPREFIX := $(CURDIR)/.venv-bytecode
 # Tests of one file stay together as far as possible, since they capture the same models.
 PYTEST := -m pytest -n 2 --dist worksteal
 # Arithmetic, bookkeeping and rules on the source, which are the same on every torch. All else runs on the oldest too, as
 # do new files: captures, passes, kernels, exports and the zoo depend on it.
-SAME := core sequences statistics tuning algorithms rounding checkpoints integrations \
+SAME := core sequences statistics tuning algorithms rounding checkpoints integrations native \
   $(addprefix amp/test_,gram.py groups.py ranking.py selection.py sensitivity_report.py fallback_bad_input.py \
-  fallback_selection.py fallback_state.py amp_changes.py amp_infinite_gradient.py amp_loss.py) \
+  fallback_selection.py fallback_state.py amp_changes.py amp_infinite_gradient.py amp_loss.py probe_sites.py) \
   $(addprefix backends/test_,onnx.py float_and_dynamic.py formats.py) graph/test_annotate.py graph/test_rules.py \
   $(addprefix io/test_,files.py onnx_recurrent.py onnx_rewrites.py onnx_weights.py saved_quantizers.py summary.py \
   summary_mistakes.py) test_architecture.py \
   $(addprefix qat/test_qat_,bad_input.py digits.py distributed.py trainer.py training.py) \
-  test_bad_input.py test_capture_policy.py test_configuration.py test_contributing.py test_coverage.py \
-  test_explain.py test_generate_llm.py test_merging.py test_public.py test_readme.py test_recipes.py \
+  test_bad_input.py test_capture_policy.py test_capturing_once.py test_configuration.py test_contributing.py test_coverage.py \
+  test_experts.py test_explain.py test_generate_llm.py test_merging.py test_public.py test_readme.py test_recipes.py \
   test_requirements.py test_saved_states.py test_typing.py
 
 # The same, but for their tests on IPEX.
@@ -147,4 +151,4 @@ bench-llm: $(LLM)/ready  ## a language model's perplexity, size and speed by for
 	PYTHONPATH=$(LLM) taskset -c 0 env OMP_NUM_THREADS=1 $(BIN)/python benchmarks/llm.py speed
 
 clean:  ## remove the environments and caches
-	rm -rf $(VENV) $(IPEX_VENV) $(LATEST_VENV) $(LOCK_VENV) $(LLM) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(IPEX_VENV) $(LATEST_VENV) $(LOCK_VENV) $(PYTHONPYCACHEPREFIX) $(LLM) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else each import starts processes
+
 import pytest
 import torch
+from translating_once import keep_operators
 
 from torch_quant import native
 
@@ -20,6 +23,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left:
         config.hook.pytest_deselected(items=left)
         items[:] = [each for each in items if each not in left]
+
+
+def pytest_runtest_setup() -> None:
+    keep_operators()
 
 
 def _elsewhere(item: pytest.Item, config: pytest.Config) -> bool:

@@ -21,20 +21,18 @@ pytestmark = [
 ]
 
 STEPS = 3
+OBSERVED = (0, 2)
+"""For how many steps ranges are observed."""
 
 
-def _train(rank: int, world: int, port: int, folder: str, observed: int) -> None:
-    torch.set_num_threads(1)
+def _trained(rank: int, world: int, observed: int) -> dict[str, torch.Tensor]:
+    """What one of ``world`` processes has after ``STEPS`` steps, on its part of the batch."""
     model, (x,) = MODELS["mobile_cnn"](), example("mobile_cnn", 8)
     quantizer = Quantizer("reference", qconfig=FOUR_BITS)
     with torch.no_grad():
         quantizer.calib(model)(x)
     qat_model = quantizer.qat(model).train()
-    trained: nn.Module = qat_model
-    if world > 1:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
-        trained = DistributedDataParallel(qat_model)
+    trained: nn.Module = qat_model if world == 1 else DistributedDataParallel(qat_model)
     schedule = QatSchedule(qat_model, observe_until=observed, freeze_bn_at=0)
     groups = quantizer.parameter_groups(qat_model, lr=1e-2, scale_lr=1e-3)
     optimizer = torch.optim.SGD(groups, momentum=0.9)
@@ -44,13 +42,20 @@ def _train(rank: int, world: int, port: int, folder: str, observed: int) -> None
         trained(part).square().mean().backward()
         optimizer.step()
         schedule.step()
-    torch.save(qat_model.state_dict(), Path(folder) / f"{world}_{rank}.pt")
     if world > 1:
-        # Before the group: the last reference to it must not be that of DDP, whose destructor waits
-        # for gloo's thread with Python's lock held, which that thread may be waiting for.
+        # Before DDP goes, with this call, and the group behind it: DDP's destructor waits for
+        # gloo's thread with Python's lock held, which that thread may be waiting for.
         torch.distributed.barrier()
-        del trained
-        torch.distributed.destroy_process_group()
+    return qat_model.state_dict()
+
+
+def _both(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    for observed in OBSERVED:
+        torch.save(_trained(rank, 2, observed), Path(folder) / f"{observed}_{rank}.pt")
+    torch.distributed.destroy_process_group()
 
 
 def _free_port() -> int:
@@ -59,18 +64,21 @@ def _free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def _states(folder: Path, observed: int) -> list[dict[str, torch.Tensor]]:
-    """Of one process by itself, and of two."""
-    for world in (1, 2):
-        args = (world, _free_port(), str(folder), observed)
-        multiprocessing.spawn(_train, args, nprocs=world)
-    return [torch.load(folder / f"{x}.pt", weights_only=True) for x in ("1_0", "2_0", "2_1")]
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the states of two processes, which start once for all tests."""
+    path = tmp_path_factory.mktemp("states")
+    multiprocessing.spawn(_both, (_free_port(), str(path)), nprocs=2)
+    return path
 
 
-@pytest.mark.parametrize("observed", [0, 2])
-def test_two_processes_are_one(tmp_path: Path, observed: int) -> None:
+@pytest.mark.parametrize("observed", OBSERVED)
+def test_two_processes_are_one(folder: Path, observed: int) -> None:
     """Batch norms are frozen: those of PyTorch normalize the part that each process has."""
-    one, first, second = _states(tmp_path, observed)
+    one = _trained(0, 1, observed)
+    first, second = (
+        torch.load(folder / f"{observed}_{rank}.pt", weights_only=True) for rank in (0, 1)
+    )
     moved = 0
     for name, x in one.items():
         assert torch.equal(first[name], second[name]), name  # both have all gradients
