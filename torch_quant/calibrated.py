@@ -150,3 +150,11 @@ class Calibrated:
             self._shared[key] = make()
         found: V = self._shared[key]
         return found
+
+    def kept(self, key: Hashable, make: Callable[[], V]) -> V:
+        """What ``make`` gave when ``key`` was first asked for."""
+        return self.shared(("kept", key), make)
+
+    def derived(self, key: str, spec: QuantSpec, found: QParams) -> QParams:
+        """Of a tensor that a transform made: as its statistics have it."""
+        return found

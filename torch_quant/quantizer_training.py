@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from torch import nn
@@ -10,17 +9,21 @@ from torch import nn
 from torch_quant.amp.allocation import exactly
 from torch_quant.backends import Backend, usable_backend
 from torch_quant.convert.quantized import QuantizedModule
-from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import InvalidConfig
 from torch_quant.qat.edges import edge_configs
-from torch_quant.qat.making import Deployed, qat_lowering, qat_plan, start_training, their_tensors
+from torch_quant.qat.making import (
+    Deployed,
+    qat_lowering,
+    qat_plan,
+    start_training,
+    their_tensors,
+    trainable,
+)
 from torch_quant.qat.methods import qat_method
 from torch_quant.qat.model import QatModel, bond_of, scale_names
 from torch_quant.quantizer_files import QuantizerFiles
 
 __all__ = ["QuantizerTraining"]
-
-logger = logging.getLogger("torch_quant")
 
 
 class QuantizerTraining(QuantizerFiles):
@@ -50,13 +53,14 @@ class QuantizerTraining(QuantizerFiles):
                 :meth:`to_config` follow; a layer that has an override keeps it. None leaves them.
             example_inputs: as for :meth:`calib`, for a quantizer whose ranges were loaded.
 
-        Transforms that the recipe has as optional, such as the default's smoothing, are left out:
-        what :meth:`quantize` deploys of the result is without them. A warning names the layers.
+        SmoothQuant's factors are those of the weights that training begins with, and stay; the
+        weights behind them are trained. An optional bias correction is left out: biases learn.
 
         Raises:
             NotCalibrated: ranges are needed, and no data was seen; or the model has changed since.
-            InvalidConfig: an unknown method; every parameter is frozen; the QConfig has transforms
-                or float zero points, or the weights were rounded by :meth:`round_weights`.
+            InvalidConfig: an unknown method; every parameter is frozen; the QConfig has float zero
+                points or requires transforms that would have to follow the weights, or the weights
+                were rounded by :meth:`round_weights`.
             UnsupportedOp: nothing in the model can be quantized.
 
         >>> import torch
@@ -76,9 +80,8 @@ class QuantizerTraining(QuantizerFiles):
         if edge_bits is not None:
             edges = edge_configs(session, session.plan(backend), edge_bits)
             self.overrides = {**self.overrides, **{exactly(x): each for x, each in edges.items()}}
-        plain, deployed = session.plans(backend)
-        plan = qat_plan(plain)
-        _tell_unsmoothed(deployed, plan)
+        required, planned = session.plans(backend)
+        plan = qat_plan(trainable(planned, required))
         for site in plan.values():
             if site.quantized and site.weight is not None and site.weight.float_zero_points:
                 raise InvalidConfig(
@@ -151,20 +154,3 @@ class QuantizerTraining(QuantizerFiles):
         if self.unseen_calls == "capture":
             deployed.attend(session, chosen, quantized)
         return self._described(quantized, chosen)
-
-
-def _tell_unsmoothed(deployed: QuantPlan, trained: QuantPlan) -> None:
-    """Log a warning of layers that ``quantize`` smooths and training does not."""
-    names = [
-        name
-        for name, site in deployed.items()
-        if any(each.changes_input for each in site.transforms) and not trained[name].transforms
-    ]
-    if names:
-        rest = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        logger.warning(
-            "qat() leaves smoothing out, since the factors would have to follow the weights: %s%s "
-            "begin from the plain ranges, which may be far worse than what quantize(model) gives",
-            names[0],
-            rest,
-        )

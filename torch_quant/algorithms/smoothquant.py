@@ -181,6 +181,7 @@ class SmoothQuant(Transform):
     """
 
     name = "smoothquant"
+    trains = True
 
     alpha: float = 0.8
     min_gain: float = 0.0
@@ -243,7 +244,7 @@ class SmoothQuant(Transform):
             with context.graph.inserting_before(node):
                 scaled = context.graph.call_function(torch.ops.aten.mul.Tensor, (weight, columns))
             scaled.meta = {k: v for k, v in weight.meta.items() if k == "val"}
-            if context.plan[site.name].weight is None:  # in float: computed once for all
+            if context.plan[site.name].weight is None and not context.live:  # once for all
                 product = expression(context.gm, scaled)
                 if product not in floats:
                     floats[product] = evaluate(context.gm, scaled)
@@ -267,7 +268,8 @@ class SmoothQuant(Transform):
         channels = context.statistic(key, CHANNELS)
         assert isinstance(channels, MinMaxObserver)
         low, high = channels.min_val.flatten(), channels.max_val.flatten()
-        factor = groups[key].factor(channels, self.alpha)
+        group = groups[key]
+        factor = context.params.kept((self, key), lambda: group.factor(channels, self.alpha))
         made = f"{key}[smooth={self.alpha:g}]"
         if made not in context.derived:
             ends = torch.stack([low / factor, high / factor])

@@ -184,6 +184,9 @@ class Transform(Method):
     """Whether it has to come after those that change weights, in whatever order they are given."""
     changes_input: ClassVar[bool] = True
     """Whether a layer reads another tensor behind it, of which no statistics were recorded."""
+    trains: ClassVar[bool] = False
+    """Whether weights can be trained behind it: they stay expressions of the model's parameters
+    where ``context.live``, and what was computed from weights is ``context.params.kept``."""
 
     @property
     def condition(self) -> str:

@@ -50,6 +50,12 @@ class Params(Protocol):
     def shared(self, key: Hashable, make: Callable[[], V]) -> V:
         """What ``make`` gave when ``key`` was first asked for: facts of the whole model."""
 
+    def kept(self, key: Hashable, make: Callable[[], V]) -> V:
+        """The same; of a model that trains, what it was when training began."""
+
+    def derived(self, key: str, spec: QuantSpec, found: QParams) -> QParams:
+        """Of a tensor that a transform made, whose statistics give ``found``."""
+
 
 class NoParams:
     """The parameters of a graph in which nothing is quantized: every question is an error."""
@@ -75,6 +81,14 @@ class NoParams:
     def shared(self, key: Hashable, make: Callable[[], V]) -> V:
         """Made anew each time."""
         return make()
+
+    def kept(self, key: Hashable, make: Callable[[], V]) -> V:
+        """Made anew each time."""
+        return make()
+
+    def derived(self, key: str, spec: QuantSpec, found: QParams) -> QParams:
+        """As found."""
+        return found
 
 
 @dataclass
@@ -120,7 +134,7 @@ class PassContext:
             return self.params.activation(key, spec)
         observer = self.statistic(key, RANGE)
         assert isinstance(observer, Observer)
-        return observer.qparams(spec)
+        return self.params.derived(key, spec, observer.qparams(spec))
 
     @property
     def graph(self) -> fx.Graph:

@@ -71,6 +71,8 @@ class LearnedParams:
         self._made: dict[Hashable, QParams] = {}
         self._labels: dict[int, tuple[str, QuantSpec]] = {}
         self._ends: dict[int, Tensor] = {}
+        self.facts: dict[Hashable, Any] = {}
+        """What transforms have computed from the weights that training began with."""
         self.places: dict[tuple[Any, ...], nn.Parameter] = {}
         """Where each parameter that was made lies in memory."""
 
@@ -113,6 +115,13 @@ class LearnedParams:
         if role == INPUT:
             self._ends[id(scale)] = range_of(qparams)
 
+    def derived(self, key: str, spec: QuantSpec, found: QParams) -> QParams:
+        """Of a tensor that a transform made: it begins as ``found``."""
+        name = key, spec
+        if name not in self._made:
+            self._learn(name, key, INPUT, found)
+        return self._made[name]
+
     def known(self, scale: Any) -> tuple[str, QuantSpec] | None:
         """What the scale in a graph is for, as a label, and its format; None if not from here."""
         return self._labels.get(id(scale))
@@ -132,6 +141,13 @@ class LearnedParams:
     def shared(self, key: Hashable, make: Callable[[], V]) -> V:
         """What ``make`` gave when ``key`` was first asked for."""
         return self._start.shared(key, make)
+
+    def kept(self, key: Hashable, make: Callable[[], V]) -> V:
+        """What ``make`` gave when ``key`` was first asked for, for good."""
+        if key not in self.facts:
+            self.facts[key] = make()
+        found: V = self.facts[key]
+        return found
 
 
 class TrainingBackend(ReferenceBackend):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -15,7 +15,7 @@ from torch_quant.calibrated import Calibrated
 from torch_quant.convert.lowering import Lowering
 from torch_quant.convert.quantized import plan_of
 from torch_quant.core.functional import quantize
-from torch_quant.core.plan import QuantPlan
+from torch_quant.core.plan import QuantPlan, SitePlan
 from torch_quant.core.qparams import QParams, choose_qparams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
@@ -27,13 +27,18 @@ from torch_quant.qat.model import (
     Bond,
     Learned,
     QatModel,
+    bond_of,
     learned_qparams,
 )
 from torch_quant.qat.switches import add_switches
 from torch_quant.session import Session
 from torch_quant.unseen import UnseenCalls
 
-__all__ = ["Deployed", "qat_lowering", "qat_plan", "start_training", "their_tensors"]
+__all__ = [
+    "Deployed", "qat_lowering", "qat_plan", "start_training", "their_tensors", "trainable",
+]  # fmt: skip
+
+V = TypeVar("V")
 
 logger = logging.getLogger("torch_quant")
 
@@ -46,14 +51,37 @@ def qat_plan(plan: QuantPlan) -> QuantPlan:
     return plan
 
 
+def trainable(planned: QuantPlan, required: QuantPlan) -> QuantPlan:
+    """``planned`` without the transforms through which nothing trains, unless they are required."""
+
+    def kept(site: SitePlan) -> SitePlan:
+        wanted = required[site.name].transforms
+        left = tuple(each for each in site.transforms if each.trains or each in wanted)
+        return replace(site, transforms=left)
+
+    return QuantPlan(map(kept, planned.values()), planned.float_ops)
+
+
+def as_trained(plan: QuantPlan, trained: QuantPlan) -> QuantPlan:
+    """``plan`` with the transforms that a model was trained with, at the sites it had then."""
+
+    def kept(site: SitePlan) -> SitePlan:
+        known = trained.get(site.name)
+        if known is None or not known.quantized:
+            return site
+        return replace(site, transforms=known.transforms)
+
+    return QuantPlan(map(kept, plan.values()), plan.float_ops)
+
+
 def qat_lowering(
     session: Session, backend: Backend, plan: QuantPlan, method: QatMethod
 ) -> QatLowering:
     """How a model is made into one that trains.
 
     Raises:
-        InvalidConfig: every parameter is frozen; the plan transforms the graph, or has rounded
-            weights: what was computed from the weights before would not follow them.
+        InvalidConfig: every parameter is frozen; the plan has rounded weights, or transforms the
+            graph by what would have to follow the weights.
     """
     if session.state.rounded:
         raise InvalidConfig(
@@ -61,11 +89,12 @@ def qat_lowering(
             "weights: use a new Quantizer() and calibrate again"
         )
     for name in plan.quantized:
-        if plan[name].transforms:
-            raise InvalidConfig(
-                f"{name}: {plan[name].transforms[0]} was computed from weights that qat() would "
-                "change: leave transforms out of the QConfig, qat() learns the ranges itself"
-            )
+        for each in plan[name].transforms:
+            if not each.trains:
+                raise InvalidConfig(
+                    f"{name}: {each} is computed from weights that qat() would change: leave it "
+                    "out of the QConfig, qat() learns ranges and biases itself"
+                )
     model = session.captured.root.module
     if not any(each.requires_grad for each in model.parameters()):
         raise InvalidConfig(
@@ -82,7 +111,8 @@ def start_training(
     """Tie a new QAT model to its quantizer; ``unseen``: have it capture new kinds of calls."""
     how = model.quantization
     session = Session(session.owner, session.captured.copied(), session.model)
-    how.bond, how.root = Bond(session), True
+    assert isinstance(lowering.params, LearnedParams)
+    how.bond, how.root = Bond(session, lowering.plan, lowering.params.facts), True
     switches = add_switches(model)
     for module in model.modules():
         if isinstance(module, QatModel):
@@ -127,7 +157,8 @@ class _UnseenTraining(UnseenCalls):
         return ()
 
     def _lowering(self, session: Session) -> Lowering:
-        plan, params = qat_plan(session.plan(optional=False)), self._training.params
+        plan = as_trained(qat_plan(session.plan(optional=False)), self._training.plan)
+        params = self._training.params
         assert isinstance(params, LearnedParams)
         params = params.beside(Calibrated(session, plan), plan)
         return replace(self._training, captured=session.captured, plan=plan, params=params)
@@ -136,19 +167,41 @@ class _UnseenTraining(UnseenCalls):
 class _Trained(Calibrated):
     """Trained scales; for what was not trained, those of calibration."""
 
-    def __init__(self, session: Session, plan: QuantPlan, learned: Learned) -> None:
+    def __init__(
+        self,
+        session: Session,
+        plan: QuantPlan,
+        learned: Learned,
+        facts: dict[Hashable, Any],
+    ) -> None:
         super().__init__(session, plan)
-        self._learned = learned
+        self._learned, self._facts = learned, facts
         self._ranges = {
             key: qparams for (role, key, _), qparams in learned.items() if role == INPUT
         }
 
     def activation(self, key: str, spec: QuantSpec) -> QParams:
         """As trained; another format than the trained one covers the trained range."""
+        found = self._trained(key, spec)
+        return super().activation(key, spec) if found is None else found
+
+    def derived(self, key: str, spec: QuantSpec, found: QParams) -> QParams:
+        """The same of a tensor that a transform made."""
+        trained = self._trained(key, spec)
+        return found if trained is None else trained
+
+    def kept(self, key: Hashable, make: Callable[[], V]) -> V:
+        """As it was when training began."""
+        if key not in self._facts:
+            return super().kept(key, make)
+        found: V = self._facts[key]
+        return found
+
+    def _trained(self, key: str, spec: QuantSpec) -> QParams | None:
         if (found := self._learned.get((INPUT, key, spec))) is not None:
             return found
         if (other := self._ranges.get(key)) is None:
-            return super().activation(key, spec)
+            return None
         ends = (other.spec.quant_min, other.spec.quant_max)
         low, high = ((end - other.zero_point) * other.scale for end in ends)
         return choose_qparams(low, high, spec)
@@ -171,15 +224,20 @@ class Deployed:
     Args:
         learned: the scales.
         left: site -> why it was trained in float; it stays there.
+        plan: what was trained.
+        facts: what its transforms had computed from the weights that training began with.
     """
 
     learned: Learned
     left: Mapping[str, str]
+    plan: QuantPlan
+    facts: dict[Hashable, Any]
 
     @classmethod
     def of(cls, model: QatModel) -> Deployed:
         """As it is now."""
-        return cls(learned_qparams(model), model.quantization.left)
+        bond = bond_of(model)
+        return cls(learned_qparams(model), model.quantization.left, bond.plan, bond.facts)
 
     def lowering(self, session: Session, backend: Backend | None = None) -> Lowering:
         """How it is put on ``backend``.
@@ -189,11 +247,12 @@ class Deployed:
             backend: where it will run; the quantizer's by default.
         """
         backend = backend or session.owner.backend
-        plan = session.plan(backend, optional=False)
+        plan = as_trained(session.plan(backend, optional=False), self.plan)
         for name, why in self.left.items():
             if name in plan:
                 plan = plan.without([name], why)
-        return Lowering(session.captured, plan, backend, _Trained(session, plan, self.learned))
+        params = _Trained(session, plan, self.learned, self.facts)
+        return Lowering(session.captured, plan, backend, params)
 
     def attend(self, session: Session, backend: Backend, quantized: nn.Module) -> None:
         """Have a deployed model capture new kinds of calls, with the scales that were trained."""

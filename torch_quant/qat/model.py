@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_quant.convert.quantized import Quantization, QuantizedModule, quantized_graphs, run
+from torch_quant.core.plan import QuantPlan
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
@@ -47,10 +48,12 @@ class Bond:
     Args:
         session: both, with the graphs that are trained. Trainers write to a model's configuration,
             at which the quantizer's own session would capture anew.
+        plan: what is trained.
+        facts: what its transforms have computed from the weights that training began with.
     """
 
-    def __init__(self, session: Session) -> None:
-        self.session = session
+    def __init__(self, session: Session, plan: QuantPlan, facts: dict[Hashable, Any]) -> None:
+        self.session, self.plan, self.facts = session, plan, facts
         self.model = session.model  # its parameters are trained, so it lives as long
 
     def __deepcopy__(self, memo: Any) -> Bond:
