@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -132,3 +135,51 @@ def test_a_decoder_calibrates_and_decodes_with_its_cache(name: str) -> None:
         # Along the float model's tokens, so that one close call does not change all that follows.
         decoded = steps(name, model, quant_model, prompt, 10, expected)
         assert sqnr(torch.stack(expected), torch.stack(decoded)) > 15
+
+
+REGISTERED = """
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
+from torch_quant import Quantizer
+
+config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                     num_attention_heads=4, num_key_value_heads=2)
+torch.manual_seed(0)
+model = LlamaForCausalLM(config).eval()
+register_cache_pytrees_for_model(model)
+ids = torch.randint(0, 64, (2, 8))
+
+@torch.no_grad()
+def decoded(run, steps=5):
+    cache, x, tokens = DynamicCache(config=config), ids, []
+    for step in range(steps):
+        logits = run(input_ids=x, past_key_values=cache, use_cache=True).logits
+        assert cache.get_seq_length() == 8 + step, step
+        x = logits[:, -1:].argmax(-1)
+        tokens.append(x)
+    return torch.cat(tokens, 1)
+
+quantizer = Quantizer("reference", capture="whole")
+calib_model, expected = quantizer.calib(model), decoded(model)
+assert torch.equal(decoded(calib_model), expected)
+coverage = quantizer.coverage(model)
+assert (coverage.share, coverage.glue) == (1.0, ()), coverage
+quant_model = quantizer.quantize(model)
+assert decoded(quant_model).shape == expected.shape
+assert len(quant_model.graphs) == 2  # of the prompt, and of each token behind it
+print("done")
+"""
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None
+    or importlib.util.find_spec("transformers.exporters") is None,
+    reason="transformers has no registration of caches: pip install 'transformers>=5.24'",
+)
+def test_a_cache_that_is_registered_leaves_a_decoder_whole() -> None:
+    """By transformers' own function; in a process of its own, since it holds for all of one."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", REGISTERED], capture_output=True, text=True
+    )
+    assert done.stdout == "done\n", done.stderr[-3000:]
