@@ -3,7 +3,8 @@
 Each is timed with one size, and with two in turn, as servers see them. ResNet-50 is transformers'
 architecture with random weights; its latency does not depend on them.
 For the backend ``onnx`` int8 is the exported file in onnxruntime, beside float in eager PyTorch;
-``onnx_runtimes.py`` has both in onnxruntime and OpenVINO, and other tools' files.
+``onnx_runtimes.py`` has both in onnxruntime and OpenVINO, and other tools' files. ``--runtimes``
+adds the runtimes in this process, and the exported file in each, called without us.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -57,8 +59,38 @@ def in_turns(run: Run, sizes: list[Inputs]) -> Callable[[], Any]:
     return lambda: run(next(turns))
 
 
+def in_runtimes(
+    quantizer: Quantizer, model: nn.Module, inputs: Inputs, folder: Path
+) -> dict[str, Run]:
+    """Our model in each runtime, and the exported file in the bare one."""
+    import openvino
+
+    written = quantizer.quantize(model, backend="onnx")
+    (file,) = export_onnx(written, inputs, folder / "runtimes.onnx")
+    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.Core().compile_model(file, "CPU", options | {"INFERENCE_NUM_THREADS": 1})
+    request, session = compiled.create_infer_request(), onnxruntime_session(file)
+    runs: dict[str, Run] = {
+        "bare openvino": lambda given: request.infer({k: x.numpy() for k, x in given.items()}),
+        "bare onnxruntime": lambda given: session.run(
+            None, {k: x.numpy() for k, x in given.items()}
+        ),
+    }
+    for name in ("openvino", "onnxruntime"):
+        quant_model = quantizer.quantize(model, backend=name)
+        start = time.perf_counter()
+        quant_model(**inputs)
+        print(f"{name}: compiled in {time.perf_counter() - start:.1f} s")
+        runs[f"int8 {name}"] = lambda given, run=quant_model: dict(run(**given))
+    return runs
+
+
 def measure(
-    name: str, model: nn.Module, sizes: list[Inputs], backend: str | None
+    name: str,
+    model: nn.Module,
+    sizes: list[Inputs],
+    backend: str | None,
+    runtimes: bool = False,
 ) -> list[dict[str, Any]]:
     """A row for the first size alone, and one for all in turns.
 
@@ -72,10 +104,15 @@ def measure(
         if quantizer.backend is Backend.ONNX:  # in PyTorch it computes in float
             deployed = "int8 onnxruntime"
             runs[deployed] = onnxruntime(quant_model, sizes[0], Path(folder))
+        elif quantizer.backend.not_recorded:
+            deployed = "int8"
+            runs[deployed] = lambda given: dict(quant_model(**given))
         else:
             deployed = "int8 TorchScript"
             runs["int8"] = lambda given: dict(quant_model(**given))
             runs[deployed] = torchscript(quant_model, sizes[0], Path(folder))
+        if runtimes:
+            runs |= in_runtimes(quantizer, model, sizes[0], Path(folder))
         rows = []
         for title, given in ((name, sizes[:1]), (f"{name}, and a second size in turn", sizes)):
             calls = {each: in_turns(run, given) for each, run in runs.items()}
@@ -96,6 +133,7 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backend", help="default: the best of this machine")
+    parser.add_argument("--runtimes", action="store_true", help="openvino and onnxruntime too")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*quantize_per_tensor")
     torch.set_num_threads(1)
@@ -105,12 +143,14 @@ def main() -> None:
             minilm(),
             [minilm_inputs(), minilm_inputs(3, 96)],
             options.backend,
+            options.runtimes,
         ),
         *measure(
             "ResNet-50, 1 x 3 x 224 x 224",
             resnet50(),
             [{"pixel_values": torch.randn(1, 3, *size)} for size in ((224, 224), (192, 256))],
             options.backend,
+            options.runtimes,
         ),
     ]
     report(f"latency_{options.backend}" if options.backend else "latency", rows)

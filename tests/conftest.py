@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
 from collections.abc import Iterator
 
@@ -40,6 +42,27 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def operators_of_onnx_once() -> Iterator[None]:
+    """PyTorch's exporter reads the forms of all operators at each export, two seconds long."""
+    if importlib.util.find_spec("onnxscript") is None:
+        yield
+        return
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    read = functools.cache(ONNXRegistry.from_torchlib)
+
+    def copied(*args: int, **kwargs: int) -> ONNXRegistry:
+        new, known = ONNXRegistry(), read(*args, **kwargs)
+        vars(new).update(vars(known))
+        new.functions = {target: [*forms] for target, forms in known.functions.items()}
+        return new
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(copied))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -20,6 +20,8 @@ from torch_quant.backends import available_backends
 __all__ = [
     "BACKENDS",
     "CASES",
+    "EVERY_BACKEND",
+    "IN_PROCESS",
     "Case",
     "Inputs",
     "assert_unchanged",
@@ -31,8 +33,12 @@ __all__ = [
     "snapshot",
 ]
 
-BACKENDS = [backend.name for backend in available_backends()]
+EVERY_BACKEND = [backend.name for backend in available_backends()]
 """Names of those that run on this machine."""
+IN_PROCESS = [each.name for each in available_backends() if each.not_recorded]
+"""Runtimes outside of PyTorch: a new session for each graph takes a second or two."""
+BACKENDS = [name for name in EVERY_BACKEND if name not in IN_PROCESS]
+"""Names of those that compute in PyTorch, which can be traced and exported."""
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 

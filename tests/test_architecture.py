@@ -42,8 +42,8 @@ BACKENDS = {
     if (path / "__init__.py").exists()
 }
 """Name of a runtime that has a room of its own -> the room."""
-WORDS = {name: {name} for name in BACKENDS} | {"onnx": {"onnx", "openvino"}}
-"""Name of a runtime -> what its code calls it, and what reads its files."""
+READERS = {"onnxruntime": "onnx", "openvino": "onnx"}
+"""Name of a runtime that reads files of a format -> the room of the format, which knows it."""
 REGISTRY = {"__init__.py", "backends/__init__.py", "backends/base.py"}
 """Where backends are listed, with their types."""
 FORMATS = {"io/onnx": "onnx", "io/ipex": "ipex"}
@@ -204,12 +204,14 @@ def rooms_of(file: str) -> set[str]:
     """The runtimes that a file may name."""
     rooms = {name for start, name in FORMATS.items() if file.startswith(start)}
     room = file.split("/")[1] if file.startswith("backends/") and file.count("/") > 1 else ""
-    return rooms | ({room} & BACKENDS.keys())
+    rooms |= {room} & BACKENDS.keys()
+    rooms |= {reader for reader, form in READERS.items() if form in rooms}
+    return rooms | ({READERS[room]} if room in READERS else set())
 
 
 def backends_named(file: str, tree: ast.AST) -> list[str]:
     """What code of ``file`` says of runtimes whose rooms it is not in."""
-    words = set().union(*(WORDS[name] for name in BACKENDS.keys() - rooms_of(file)))
+    words = BACKENDS.keys() - rooms_of(file)
     return [
         f"torch_quant/{file}:{line}: {text!r}"
         for line, text in words_of(tree)
@@ -237,6 +239,13 @@ def test_the_reader_of_backends_names_sees_all_kinds() -> None:
     assert backends_named("io/onnx.py", ast.parse("ipex = 1"))
     assert not backends_named("backends/ipex/made_up.py", ast.parse("ipex = 1"))
     assert backends_named("backends/ipex/made_up.py", ast.parse("onednn = 1"))
+    for known in ("onnx = 1", "onnxruntime = 1", "import openvino"):
+        assert not backends_named("backends/onnx/made_up.py", ast.parse(known))
+    for known in ("onnx = 1", "from torch_quant.backends.onnx import x", "openvino = 1"):
+        assert not backends_named("backends/openvino/made_up.py", ast.parse(known))
+    assert backends_named("backends/openvino/made_up.py", ast.parse("onnxruntime = 1"))
+    assert backends_named("backends/onnxruntime/made_up.py", ast.parse("openvino = 1"))
+    assert not backends_named("backends/onnxruntime/made_up.py", ast.parse("onnxruntime = 1"))
 
 
 def test_the_reader_of_imports_sees_all_kinds() -> None:

@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from flows import BACKENDS, CASES, assert_unchanged, calibrated, run, settled, snapshot
+from flows import (
+    BACKENDS,
+    CASES,
+    EVERY_BACKEND,
+    assert_unchanged,
+    calibrated,
+    run,
+    settled,
+    snapshot,
+)
 from models import MODELS, example
 from torch import nn
 
@@ -47,7 +56,7 @@ def test_2_the_model_is_untouched(name: str, backend: str) -> None:
     assert model.training
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
 @pytest.mark.parametrize("name", SOME)
 def test_4_a_backend_is_as_good_as_its_simulation(name: str, backend: str) -> None:
     from torch_quant.backends import ReferenceBackend
@@ -154,7 +163,7 @@ def test_7_memory_does_not_grow_with_the_data(observer: str) -> None:
     assert abs(size() - before) < 2048  # the pickled batch counts grow by a few digits
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
 def test_8_excluded_ops_compute_with_the_same_values(backend: str) -> None:
     model = MODELS["mlp"]()
     quantizer = calibrated(
@@ -170,7 +179,7 @@ def test_8_excluded_ops_compute_with_the_same_values(backend: str) -> None:
     assert quantizer.plan["4"].reason == "excluded by name"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
 def test_8_with_everything_but_one_excluded_only_that_one_errs(backend: str) -> None:
     model = MODELS["mlp"]()
     quantizer = calibrated(
@@ -182,7 +191,7 @@ def test_8_with_everything_but_one_excluded_only_that_one_errs(backend: str) -> 
     assert 20 < sqnr(model(*x), quant_model(*x)) < float("inf")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
 @pytest.mark.parametrize("name", ["branch_on_data", "cache_argument", "routed_experts"])
 def test_pieces_are_copied_and_pickled(name: str, backend: str) -> None:
     case = CASES[name]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from flows import calibrated
+from flows import BACKENDS, calibrated
 from models import MODELS, example
 
 from torch_quant import Quantizer, cosine, sqnr
 from torch_quant.backends import available_backends
 
 
-@pytest.mark.parametrize("backend", [b.name for b in available_backends()])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_three_lines(name: str, backend: str) -> None:
     model = MODELS[name]()

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from amp_proxies import achieved, analysed
-from flows import BACKENDS, assert_unchanged, calibrated, settled, snapshot
+from flows import BACKENDS, EVERY_BACKEND, assert_unchanged, calibrated, settled, snapshot
 from models import example
 from processor import needs_bfloat16
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch_quant import Backend, export_torchscript, sqnr
 BOTH = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
 @pytest.mark.parametrize("name", ["mlp", "small_cnn", "tiny_transformer"])
 def test_everything_in_float_is_the_float_model(
     name: str, backend: str, caplog: pytest.LogCaptureFixture
@@ -87,7 +87,7 @@ def test_bfloat16_sites_compute_in_bfloat16(backend: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "backend", [pytest.param(b, marks=[needs_bfloat16] * (b == "ipex")) for b in BACKENDS]
+    "backend", [pytest.param(b, marks=[needs_bfloat16] * (b == "ipex")) for b in EVERY_BACKEND]
 )
 @pytest.mark.parametrize("name", ["small_cnn", "tiny_transformer", "attention_explicit"])
 def test_bfloat16_is_close(name: str, backend: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from flows import calibrated
+from flows import IN_PROCESS, calibrated
 from models import MODELS, example, normal, seeded
 from torch import Tensor, nn
 
@@ -126,7 +126,7 @@ def test_a_tensor_is_recorded_if_one_site_wants_its_range() -> None:
 
 SERVED = {
     "onednn": ("int8 weights", "tokens", "tokens symmetric"),
-    "onnx": ("int8 weights", "int4 weights"),
+    **dict.fromkeys(("onnx", *IN_PROCESS), ("int8 weights", "int4 weights")),
 }
 """What has kernels there."""
 ELSEWHERE = [

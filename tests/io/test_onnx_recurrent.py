@@ -25,8 +25,8 @@ from onnx_files import (
 from torch import Tensor, fx, nn
 
 from torch_quant import sqnr
-from torch_quant.io.onnx_ops import own_forms
-from torch_quant.io.onnx_recurrent import recurrent_layers
+from torch_quant.backends.onnx.program.ops import own_forms
+from torch_quant.backends.onnx.program.recurrent import recurrent_layers
 from torch_quant.passes.base import PassContext, run_passes
 
 pytestmark = needs("onnx", "onnxscript", "onnxruntime", "openvino")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from flows import calibrated
+from flows import BACKENDS, calibrated
 from models import MODELS, example
 
 from torch_quant import (
@@ -21,7 +21,6 @@ from torch_quant import (
     SmoothQuant,
     recipes,
 )
-from torch_quant.backends import available_backends
 from torch_quant.statistics import OBSERVERS
 
 
@@ -29,7 +28,7 @@ def edit(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("backend", [b.name for b in available_backends()])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("observer", sorted(OBSERVERS))
 def test_there_and_back(tmp_path: Path, observer: str, backend: str) -> None:
     model = MODELS["tiny_transformer"]()

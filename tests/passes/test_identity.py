@@ -5,12 +5,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from flows import BACKENDS
 from models import images, normal, seeded
 from rewriting import Compute, Two, apply, captured, operators
 from torch import Tensor, nn
 
 from torch_quant import Quantizer, sqnr
-from torch_quant.backends import available_backends
 from torch_quant.passes.identity import remove_identities, views_to_reshapes
 
 DROPOUTS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -173,7 +173,7 @@ class WritesView(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:.*quantize_per_tensor:UserWarning")
-@pytest.mark.parametrize("backend", [b.name for b in available_backends()])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("build", [ReadsView, WritesView])
 def test_kernels_of_another_layout_may_stand_before_a_view(
     build: Callable[[], nn.Module], backend: str

@@ -14,6 +14,8 @@ from torch_quant.backends.base import (
 from torch_quant.backends.ipex import IPEXBackend
 from torch_quant.backends.onednn import OneDNNBackend
 from torch_quant.backends.onnx import OnnxBackend
+from torch_quant.backends.onnxruntime import OnnxRuntimeBackend
+from torch_quant.backends.openvino import OpenVINOBackend
 from torch_quant.backends.reference import ReferenceBackend
 
 __all__ = [
@@ -22,6 +24,8 @@ __all__ = [
     "IPEXBackend",
     "OneDNNBackend",
     "OnnxBackend",
+    "OnnxRuntimeBackend",
+    "OpenVINOBackend",
     "ReferenceBackend",
     "Verification",
     "available_backends",

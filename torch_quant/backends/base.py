@@ -24,7 +24,10 @@ if TYPE_CHECKING:  # the types of what is registered, for type checkers and edit
     from torch_quant.backends.ipex import IPEXBackend
     from torch_quant.backends.onednn import OneDNNBackend
     from torch_quant.backends.onnx import OnnxBackend
+    from torch_quant.backends.onnxruntime import OnnxRuntimeBackend
+    from torch_quant.backends.openvino import OpenVINOBackend
     from torch_quant.backends.reference import ReferenceBackend
+    from torch_quant.convert.quantized_graph import QuantizedGraph
 
 __all__ = [
     "VARIABLE",
@@ -84,6 +87,8 @@ class Backend(ABC, metaclass=_ByName):
     ONEDNN: ClassVar[OneDNNBackend]
     IPEX: ClassVar[IPEXBackend]
     ONNX: ClassVar[OnnxBackend]
+    ONNXRUNTIME: ClassVar[OnnxRuntimeBackend]
+    OPENVINO: ClassVar[OpenVINOBackend]
     REFERENCE: ClassVar[ReferenceBackend]
 
     name: ClassVar[str]
@@ -94,6 +99,10 @@ class Backend(ABC, metaclass=_ByName):
     """Whether a model is captured as one graph unless the user says otherwise."""
     compiles: ClassVar[bool] = False
     """Whether its kernels come from :meth:`compile`, at the first call of each graph."""
+    fixes_numbers: ClassVar[bool] = True
+    """Whether what it compiles serves the numbers among the inputs that it was compiled with."""
+    not_recorded: ClassVar[str] = ""
+    """Why its graphs cannot be traced, compiled or exported and what to do, if they cannot."""
     not_in_torchscript: ClassVar[str] = ""
     """Why its graphs cannot be loaded as TorchScript and what to do, if they cannot."""
 
@@ -156,18 +165,23 @@ class Backend(ABC, metaclass=_ByName):
                 changed += 1
         return changed
 
-    def compile(self, body: fx.GraphModule, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
-        """What to call in the place of a lowered graph, if the backend ``compiles``.
+    def compile(self, graph: QuantizedGraph, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
+        """What to call in the place of a lowered graph's body, if the backend ``compiles``.
 
         Args:
-            body: what :meth:`lower` made.
+            graph: its ``body`` is what :meth:`lower` made, its ``contract`` the sizes it serves.
             tensors: the inputs of its first call.
-
-        >>> body = fx.symbolic_trace(nn.ReLU())
-        >>> Backend.REFERENCE.compile(body, ()) is body
-        True
         """
-        return body
+        return graph.body
+
+    @property
+    def has_options(self) -> bool:
+        """Whether it was made with options without which it would give other numbers.
+
+        >>> Backend.REFERENCE.has_options
+        False
+        """
+        return _REGISTRY.get(self.name) is not self
 
     def record(self, body: fx.GraphModule, tensors: tuple[Tensor, ...]) -> Any:
         """Run a lowered graph while ``torch.jit.trace`` records it.

@@ -176,26 +176,41 @@ class QuantizedGraph(nn.Module):
         return unflatten_output(self._run(*tensors), self.out_spec, source)
 
     def _run(self, *tensors: torch.Tensor) -> Any:
-        if self.compiler is None or torch.compiler.is_compiling():
+        compiler = self.compiler
+        if compiler is None:
             return self.body(*tensors)
-        if torch._C._get_tracing_state() is not None:
-            return self.compiler.record(self.body, tensors)
+        recorded = torch._C._get_tracing_state() is not None
+        if compiler.not_recorded and (recorded or torch.compiler.is_compiling()):
+            if torch.compiler.is_dynamo_compiling():
+                return _outside(self, tensors)
+            raise InvalidConfig(f"{compiler!r}: {compiler.not_recorded}")
+        if torch.compiler.is_compiling():
+            return self.body(*tensors)
+        if recorded:
+            return compiler.record(self.body, tensors)
         compiled = self.compiled
-        if compiled is None or self.kind.numbers:
-            compiled = self.compiled = self._variant(self.compiler, tensors)
+        if compiled is None or (compiler.fixes_numbers and self.kind.numbers):
+            compiled = self.compiled = self._variant(compiler, tensors)
         return compiled(*tensors)
 
     def _variant(self, compiler: Runtime, tensors: tuple[torch.Tensor, ...]) -> Callable[..., Any]:
         """What is compiled for the numbers among ``tensors``: a compiler takes them for fixed."""
-        numbers = tuple(repr(tensors[place].item()) for place in self.kind.numbers)
+        places = self.kind.numbers if compiler.fixes_numbers else ()
+        numbers = tuple(repr(tensors[place].item()) for place in places)
         with _VARIANTS:
             found = self.variants.pop(numbers, None)
             if found is not None:
                 self.variants[numbers] = found
                 return found
-        made = compiler.compile(self.body, tensors)
+        made = compiler.compile(self, tensors)
         with _VARIANTS:
             found = self.variants.setdefault(numbers, made)  # another thread may be first
             if len(self.variants) > _MOST_VARIANTS:
                 del self.variants[next(iter(self.variants))]
         return found
+
+
+@torch.compiler.disable(reason="the graph runs in a runtime outside of PyTorch")  # type: ignore[untyped-decorator]
+def _outside(graph: QuantizedGraph, tensors: tuple[torch.Tensor, ...]) -> Any:
+    """Where ``torch.compile`` leaves off and goes on behind."""
+    return graph._run(*tensors)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor, fx
 
 from torch_quant.core.kernels import KernelTable
 from torch_quant.passes.base import PassContext
+
+if TYPE_CHECKING:
+    from torch_quant.convert.quantized_graph import QuantizedGraph
 
 __all__ = ["Runtime"]
 
@@ -18,6 +21,8 @@ class Runtime(Protocol):
 
     name: ClassVar[str]
     compiles: ClassVar[bool]
+    fixes_numbers: ClassVar[bool]
+    not_recorded: ClassVar[str]
 
     def kernels(self) -> KernelTable:
         """What it can run quantized on this machine."""
@@ -25,7 +30,7 @@ class Runtime(Protocol):
     def lower(self, context: PassContext) -> fx.GraphModule:
         """Put a graph with quantize/dequantize pairs on its kernels."""
 
-    def compile(self, body: fx.GraphModule, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
+    def compile(self, graph: QuantizedGraph, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
         """What to call in the place of a lowered graph, if it ``compiles``."""
 
     def record(self, body: fx.GraphModule, tensors: tuple[Tensor, ...]) -> Any:

@@ -37,6 +37,7 @@ from torch_quant.backends.ipex.trace import (
     writes_in_place,
 )
 from torch_quant.backends.ipex.verify import IPEXReport, verify
+from torch_quant.convert.quantized_graph import QuantizedGraph
 from torch_quant.core.kernels import Accepts, Kernel, KernelTable
 from torch_quant.core.plan import QuantPlan
 from torch_quant.core.spec import QuantSpec
@@ -145,10 +146,10 @@ class IPEXBackend(Backend):
         run_passes(context, [*first, *forms, *GUARDS, quantized_tensors])
         return context.gm
 
-    def compile(self, body: fx.GraphModule, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
-        if writes_in_place(body):
-            return body
-        return FusedGraph(body, tensors, bfloat16=self.bfloat16)
+    def compile(self, graph: QuantizedGraph, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
+        if writes_in_place(graph.body):
+            return graph.body
+        return FusedGraph(graph.body, tensors, bfloat16=self.bfloat16)
 
     def record(self, body: fx.GraphModule, tensors: tuple[Tensor, ...]) -> Any:
         if writes_in_place(body):

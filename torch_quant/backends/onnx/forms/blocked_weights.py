@@ -2,7 +2,7 @@
 
     linear(x, dequantize(codes), bias)  ->  matmul(x, permute(onnx_weight(codes))) + bias
 
-``onnx_weight`` computes what ``dequantize`` does and has a form in ONNX (``io/onnx_weights.py``).
+``onnx_weight`` computes what ``dequantize`` does and has a form in ONNX (``program/weights.py``).
 Runtimes have kernels for blocks of 16 inputs or a larger power of two. Where a scale serves others,
 it is repeated: the numbers stay the same.
 """

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from torch_quant.io.onnx_recurrent import recurrent_forms
-from torch_quant.io.onnx_weights import blocked_forms
+from torch_quant.backends.onnx.program.recurrent import recurrent_forms
+from torch_quant.backends.onnx.program.weights import blocked_forms
 from torch_quant.ops.experts import GROUPED_LINEAR
 
 __all__ = ["own_forms"]

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from torch_quant.io.onnx_pads import take_padding
-from torch_quant.io.onnx_sizes import hidden_size, whole_windows
+from torch_quant.backends.onnx.program.pads import take_padding
+from torch_quant.backends.onnx.program.sizes import hidden_size, whole_windows
 
 __all__ = ["rewrite"]
 

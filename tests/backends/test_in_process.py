@@ -1,0 +1,375 @@
+"""Runtimes in this process: calls, sizes, memory, threads, copies, files and what they refuse."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flows import calibrated
+from models import example, mlp, normal, seeded, small_cnn
+from onnx_files import feeds, needs, run_onnxruntime, run_openvino
+from torch import Tensor, nn
+
+import torch_quant
+from torch_quant import (
+    FLOAT,
+    Backend,
+    BackendUnavailable,
+    InvalidConfig,
+    QConfig,
+    Quantizer,
+    export_onnx,
+    recipes,
+    sqnr,
+)  # fmt: skip
+from torch_quant.backends import OnnxRuntimeBackend, OpenVINOBackend, ReferenceBackend
+from torch_quant.backends.onnx.in_process import InProcess, InProcessBackend
+
+pytestmark = needs("onnx", "onnxscript", "onnxruntime", "openvino")
+
+RUNTIMES: dict[str, type[InProcessBackend]] = {
+    "onnxruntime": OnnxRuntimeBackend, "openvino": OpenVINOBackend
+}  # fmt: skip
+each_runtime = pytest.mark.parametrize("name", RUNTIMES)
+
+
+@dataclass
+class Result:
+    y: Tensor
+    rows: int
+    x: Tensor
+    nothing: None = None
+
+
+class Everything(nn.Module):
+    """Keywords, numbers, a mask; among the outputs an input, a tensor twice, a size, an object."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(16, 24), nn.Linear(24, 8)
+
+    def forward(self, x: Tensor, mask: Tensor, *, scale: float = 1.0) -> dict[str, Any]:
+        y = self.head(self.layer(x).relu()) * scale
+        y = y.masked_fill(mask.unsqueeze(-1), 0.0)
+        return {"result": Result(y, x.shape[0], x), "again": y, "ids": y.argmax(-1)}
+
+
+def everything(batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (normal(batch, 5, 16), torch.arange(batch * 5).reshape(batch, 5) % 3 == 0), {
+        "scale": 2.5
+    }
+
+
+def compiled(model: nn.Module) -> InProcess:
+    """What the first graph of a quantized model runs."""
+    found = model.graphs[0].compiled
+    assert isinstance(found, InProcess)
+    return found
+
+
+@each_runtime
+def test_calls_of_any_form_and_size(name: str) -> None:
+    """Inputs and outputs are those of the model, from one session, and outlive the next call."""
+    model = seeded(Everything)
+    quantizer = calibrated(model, [everything(4), everything(6)], backend=name)
+    quant_model, reference = quantizer.quantize(model), quantizer.quantize(model, backend="onnx")
+    assert isinstance(quant_model, Everything)
+    kept = []
+    for batch in (5, 1, 0, 7):
+        (x, mask), options = everything(batch)
+        found, expected = quant_model(x, mask, **options), reference(x, mask, **options)
+        result = found["result"]
+        assert isinstance(result, Result)
+        assert result.x is x
+        assert result.rows == batch
+        assert result.y is found["again"]
+        torch.testing.assert_close(result.y, expected["again"], rtol=0.0, atol=1e-4)
+        assert torch.equal(found["ids"], expected["ids"])
+        kept.append((result.y, expected["again"]))
+    other = quant_model(x, mask, scale=0.5)["again"]
+    torch.testing.assert_close(other, found["again"] / 5)  # numbers are inputs of the session
+    for found, expected in kept:
+        torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-4)
+    assert len(compiled(quant_model).opened) == 1
+
+
+@each_runtime
+def test_it_runs_what_the_file_holds(name: str, tmp_path: Path) -> None:
+    model, x = small_cnn(), example("small_cnn", 3)
+    quantizer = calibrated(model, [(example("small_cnn", 16), {})], backend=name)
+    quant_model, written = quantizer.quantize(model), quantizer.quantize(model, backend="onnx")
+    export_onnx(written, x, tmp_path / "model.onnx", progress=False)
+    run_file = {"onnxruntime": run_onnxruntime, "openvino": run_openvino}[name]
+    (expected,) = run_file(tmp_path / "model.onnx", feeds(written, (x, {})))
+    assert torch.equal(quant_model(*x), expected)
+
+
+@each_runtime
+def test_memory_that_is_handed_over(name: str) -> None:
+    """Transposed, offset, expanded and differentiable inputs; none of them is written to."""
+    model = seeded(lambda: nn.Sequential(nn.Linear(16, 8), nn.ReLU()))
+    quant_model = calibrated(model, [((normal(32, 16),), {})], backend=name).quantize(model)
+    x = normal(6, 16)
+    expected = quant_model(x)
+    wide = torch.zeros(6, 40)
+    wide[:, 3:19] = x
+    with torch.enable_grad():
+        needing = x.clone().requires_grad_()
+        outputs = [quant_model(each) for each in (x.t().contiguous().t(), wide[:, 3:19], needing)]
+    for found in outputs:
+        assert torch.equal(found, expected)
+        assert not found.requires_grad
+    assert torch.equal(quant_model(x[:1].expand(6, 16)), expected[:1].expand(6, 8))
+    before = expected.clone()
+    expected.zero_()  # the caller's own now
+    assert torch.equal(quant_model(x), before)
+    with torch.inference_mode():
+        assert torch.equal(quant_model(x), before)
+
+
+@each_runtime
+def test_threads_may_share_a_model(name: str) -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 8)))
+    quantizer = calibrated(model, [((normal(32, 16),), {})], backend=name)
+    quant_model = quantizer.quantize(model)
+    inputs = [normal(size, 16) + size for size in range(1, 9)]
+    start, failures = threading.Barrier(4), []
+    expected = [quantizer.quantize(model, backend="onnx")(x) for x in inputs]
+
+    def work(first: int) -> None:
+        start.wait()
+        for i in range(40):  # the first calls of all four come at once
+            place = (first + i) % len(inputs)
+            found = quant_model(inputs[place])
+            if not torch.allclose(found, expected[place], atol=1e-4):
+                failures.append(place)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for each in workers:
+        each.start()
+    for each in workers:
+        each.join()
+    assert not failures
+    assert len(compiled(quant_model).opened) == 1
+
+
+@each_runtime
+def test_copies_pickles_and_saved_models(name: str, tmp_path: Path) -> None:
+    model, x = mlp(), example("mlp", 3)
+    quantizer = calibrated(model, [(example("mlp", 32), {})], backend=name)
+    quantizer.backend = RUNTIMES[name](threads=1)  # of this process: no part of what is saved
+    quant_model = quantizer.quantize(model)
+    expected = quant_model(*x)
+    assert sqnr(model(*x), expected) > 20
+    for again in (copy.deepcopy(quant_model), pickle.loads(pickle.dumps(quant_model))):
+        assert again.graphs[0].compiled is None
+        assert torch.equal(again(*x), expected)
+        assert again.graphs[0].compiled is not quant_model.graphs[0].compiled
+    torch_quant.save(quant_model, tmp_path)
+    assert {each.suffix for each in tmp_path.iterdir()} == {".json", ".safetensors"}
+    loaded = torch_quant.load(tmp_path, mlp())
+    assert torch.equal(loaded(*x), expected)
+    assert loaded(*example("mlp", 5)).shape == (5, *expected.shape[1:])
+    assert name.upper() in repr(loaded)
+    with pytest.raises(InvalidConfig, match="compiles its kernels with the weights"):
+        loaded.load_state_dict(quant_model.state_dict())
+
+
+@each_runtime
+def test_options(name: str, tmp_path: Path) -> None:
+    model = seeded(lambda: nn.Linear(16, 8))
+    quantizer = calibrated(model, [((normal(32, 16),), {})], backend=RUNTIMES[name](threads=2))
+    version = RUNTIMES[name]().version
+    assert f"Backend.{name.upper()} {version} with threads=2" in repr(quantizer)
+    assert version in str(quantizer.coverage(model))
+    quant_model = quantizer.quantize(model, example_inputs=normal(2, 16))
+    assert f"{name.upper()} {version} with threads=2" in repr(quant_model)
+    assert compiled(quant_model).opened  # an example makes the session
+    for wrong in (0, -1, True, 2.0, "2"):
+        with pytest.raises(InvalidConfig, match=r"threads=.*expected an int from 1 on, or None"):
+            RUNTIMES[name](threads=wrong)  # type: ignore[arg-type]
+    settings = {"onnxruntime": {"session.set_denormal_as_zero": "1"},
+                "openvino": {"INFERENCE_PRECISION_HINT": "bf16"}}[name]  # fmt: skip
+    other = quantizer.quantize(model, backend=RUNTIMES[name](settings=settings))
+    assert sqnr(quant_model(normal(2, 16)), other(normal(2, 16))) > 30
+    with pytest.raises(InvalidConfig, match="options of its own, which are no data"):
+        torch_quant.save(other, tmp_path)
+
+
+def test_openvinos_own_settings(tmp_path: Path) -> None:
+    model = seeded(lambda: nn.Linear(16, 8))
+    quantizer = calibrated(model, [((normal(32, 16),), {})], backend="openvino")
+
+    def session(backend: OpenVINOBackend) -> Any:
+        quant_model = quantizer.quantize(model, backend=backend)
+        quant_model(normal(2, 16))
+        return compiled(quant_model).opened[0].session
+
+    made = session(OpenVINOBackend(cache_dir=tmp_path)).compiled
+    assert made.get_property("INFERENCE_PRECISION_HINT").get_type_name() == "f32"
+    assert str(made.get_property("PERFORMANCE_HINT")).endswith("LATENCY")
+    assert made.get_property("INFERENCE_NUM_THREADS") == torch.get_num_threads()
+    assert list(tmp_path.iterdir())
+    assert session(OpenVINOBackend(threads=2)).compiled.get_property("INFERENCE_NUM_THREADS") == 2
+    quant_model = quantizer.quantize(model, backend=OpenVINOBackend(device="NOWHERE"))
+    with pytest.raises(BackendUnavailable, match=r"device='NOWHERE'.*; there is .*CPU"):
+        quant_model(normal(2, 16))
+
+
+@each_runtime
+def test_what_cannot_be_recorded(name: str) -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(16, 8), nn.ReLU()))
+    quant_model = calibrated(model, [((normal(32, 16),), {})], backend=name).quantize(model)
+    x = normal(4, 16)
+    told = "run outside of PyTorch.*export_onnx, of the model for Backend.ONNX"
+    with pytest.raises(InvalidConfig, match=told):
+        torch.jit.trace(quant_model, x)
+    with pytest.raises(InvalidConfig, match=told):
+        torch.export.export(quant_model, (x,), strict=False)
+    with pytest.raises(InvalidConfig, match=told):
+        torch_quant.export_torchscript(quant_model, x, "model.pt")
+    with pytest.raises(InvalidConfig, match=r"Backend\.ONNX"):
+        export_onnx(quant_model, x, "model.onnx")
+    with pytest.raises(InvalidConfig, match=r"takes tensors on the CPU: input is on meta"):
+        quant_model(x.to("meta"))
+    whole = torch.compile(lambda x: quant_model(x * 2.0) + 1.0, backend="eager")
+    assert torch.equal(whole(x), quant_model(x * 2.0) + 1.0)  # it goes on behind the call
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="a runtime outside of PyTorch"):
+        torch.compile(lambda x: quant_model(x) + 1.0, backend="eager", fullgraph=True)(x)
+
+
+class Pieces(nn.Module):
+    """Reads a tensor's value between two parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if float(x.abs().max()) > 1e6:
+            raise ValueError("too large")
+        return self.second(x.relu())
+
+
+@each_runtime
+def test_a_model_in_pieces(name: str) -> None:
+    model = seeded(Pieces)
+    quantizer = calibrated(model, [((normal(32, 16),), {})], backend=name)
+    quant_model = quantizer.quantize(model)
+    for size in (3, 8):
+        x = normal(size, 16)
+        expected = quantizer.quantize(model, backend="onnx")(x)
+        torch.testing.assert_close(quant_model(x), expected, rtol=0.0, atol=1e-4)
+    sessions = [compiled(part) for part in (quant_model.first, quant_model.second)]
+    assert all(len(each.opened) == 1 for each in sessions)
+
+
+class Unrolled(nn.Module):
+    """ONNX has no LSTM with projections: the exporter writes it out for the example's steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(8, 12, proj_size=6, batch_first=True)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x)[0])
+
+
+def test_sizes_that_the_exporter_fixes(caplog: pytest.LogCaptureFixture) -> None:
+    """A session for each, and a word of it."""
+    model = seeded(Unrolled)
+    quantizer = calibrated(model, [((normal(8, 3, 8),), {})], backend="onnxruntime")
+    quant_model, reference = quantizer.quantize(model), quantizer.quantize(model, backend="onnx")
+    with caplog.at_level(logging.WARNING, "torch_quant"):
+        for shape in ((2, 3, 8), (2, 4, 8), (2, 3, 8)):
+            torch.testing.assert_close(
+                quant_model(normal(*shape)), reference(normal(*shape)), rtol=0.0, atol=1e-4
+            )
+    assert len(compiled(quant_model).opened) == 2
+    assert [record.message for record in caplog.records if "a session for each" in record.message]
+
+
+class Counting(nn.Module):
+    """Writes to a buffer at each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.add_(1.0)
+        return self.layer(x) + self.seen
+
+
+@each_runtime
+def test_what_has_no_onnx_form_runs_in_pytorch(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = seeded(Counting)
+    quantizer = calibrated(model, [((normal(8, 8),), {})], backend=name)
+    quant_model = quantizer.quantize(model)
+    with caplog.at_level(logging.WARNING, "torch_quant"):
+        first, second = quant_model(normal(2, 8)), quant_model(normal(2, 8))
+    torch.testing.assert_close(second, first + 1.0)
+    told = [record.message for record in caplog.records if "runs in PyTorch" in record.message]
+    assert len(told) == 1
+    assert "it writes to" in told[0]
+
+
+WEIGHT_ONLY = {
+    "int4": recipes.int4_weight_only(group_size=32),
+    "int8": QConfig(FLOAT, recipes.int8_weight_only().weight),
+}
+
+
+@pytest.mark.parametrize("recipe", WEIGHT_ONLY)
+@each_runtime
+def test_weights_alone(name: str, recipe: str) -> None:
+    """Kernels round activations to 8 bits block by block, which costs some 40 dB."""
+    model = seeded(lambda: nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 32)))
+    quantizer = Quantizer(WEIGHT_ONLY[recipe], backend=name)
+    x = normal(4, 64)
+    quant_model = quantizer.quantize(model, example_inputs=x)
+    assert quantizer.plan.coverage == 1.0
+    exact = quantizer.quantize(model, backend=ReferenceBackend(Backend.get(name)))(x)
+    assert sqnr(exact, quant_model(x)) > 30
+    assert len(compiled(quant_model).opened) == 1
+
+
+@each_runtime
+def test_dynamic_activations_have_no_form_in_the_file(name: str) -> None:
+    model = seeded(lambda: nn.Linear(16, 8))
+    coverage = Quantizer(recipes.int8_dynamic(), backend=name).coverage(model, normal(2, 16))
+    assert "dynamic" in str(coverage)
+    assert not coverage.share
+
+
+def test_packages_that_are_missing() -> None:
+    """Importing torch_quant needs none of them."""
+    code = f"""
+import importlib.util
+names = {list(RUNTIMES)}
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda each, *rest: None if each in names else found(each, *rest)
+import torch_quant
+for name in names:
+    assert name not in [each.name for each in torch_quant.available_backends()]
+    try:
+        torch_quant.Quantizer(backend=name)
+    except torch_quant.BackendUnavailable as error:
+        print(error)
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for name in RUNTIMES:
+        assert f"{name} missing: pip install {name}" in told.stdout

@@ -1,0 +1,251 @@
+"""A quantized graph as an ONNX program: what ``export_onnx`` writes, and runtimes compile."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from torch_quant.backends.onnx.program.names import rename
+from torch_quant.backends.onnx.program.ops import own_forms
+from torch_quant.backends.onnx.program.recurrent import recurrent_layers, unrolled
+from torch_quant.backends.onnx.program.rewrites import rewrite
+from torch_quant.backends.onnx.program.weights import needed_opset, write_blocked
+from torch_quant.convert.quantized_graph import QuantizedGraph
+from torch_quant.errors import InvalidConfig, UnsupportedOp
+from torch_quant.graph.export import size_oblivious
+from torch_quant.graph.sites import KEY
+from torch_quant.passes.base import PassContext, copy_graph, run_passes
+
+__all__ = ["LOWEST_OPSET", "program_of"]
+
+LOWEST_OPSET = 18
+"""The lowest that PyTorch's exporter writes."""
+
+Tell = Callable[[str], None]
+
+
+def _untold(_: str) -> None:
+    pass
+
+
+def program_of(
+    graph: QuantizedGraph,
+    tensors: tuple[Tensor, ...],
+    path: str = "",
+    *,
+    dynamic: bool = True,
+    opset: int | None = None,
+    matmul_nbits: bool = False,
+    on_fixed: Tell = _untold,
+    on_step: Tell = _untold,
+) -> Any:
+    """The graph in ONNX operators, with the model's names.
+
+    Args:
+        graph: of a model that was lowered to ONNX's forms.
+        tensors: an example of its inputs.
+        path: of its module in the model.
+        dynamic: keep the sizes free that the graph leaves free, as far as the exporter can.
+        opset: the ONNX operator set; None for what its weights need, or the exporter's choice.
+        matmul_nbits: see :func:`torch_quant.export_onnx`.
+        on_fixed: is told why sizes are as in the example only.
+        on_step: is told what begins: ``capturing``, then ``translating``.
+
+    Returns:
+        PyTorch's ``ONNXProgram``.
+
+    Raises:
+        InvalidConfig: an opset that will not do.
+        UnsupportedOp: an operator has no ONNX form; names where it is.
+    """
+    on_step("capturing")
+    exported = _captured(graph, tensors, dynamic, on_fixed)
+    on_step("translating")
+    program = _translated(exported, graph, needed_opset(graph.body, opset, matmul_nbits))
+    write_blocked(program.model, graph.body, matmul_nbits)
+    rename(program, graph, tensors, path)
+    rewrite(program.model)
+    for node in program.model.graph:
+        for key in [key for key in node.metadata_props if key.startswith("pkg.")]:
+            del node.metadata_props[key]  # stack traces of the exporter
+        node.doc_string = None
+    return program
+
+
+class _Tensors(nn.Module):
+    """A graph whose outputs that are no tensors are left out, and repeated ones are their own."""
+
+    def __init__(self, body: fx.GraphModule) -> None:
+        super().__init__()
+        self.body = copy_graph(body)
+        run_passes(PassContext(self.body), (recurrent_layers,))
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        seen: set[int] = {id(x) for x in tensors}
+        outputs = []
+        for x in self.body(*tensors):
+            if isinstance(x, Tensor):
+                outputs.append(x.clone() if id(x) in seen else x)
+                seen.add(id(x))
+        return tuple(outputs)
+
+
+def _captured(graph: QuantizedGraph, tensors: tuple[Tensor, ...], dynamic: bool, tell: Tell) -> Any:
+    """The graph as a program of PyTorch's exporter."""
+    with torch.no_grad(), _quiet():
+        exported = (
+            _with_free_sizes(graph, tensors, tell) if dynamic else _traced(graph, tensors, "static")
+        )
+    # The translation would evaluate them on the example, which can fix a size in the file.
+    exported._guards_code = []
+    return exported
+
+
+def _with_free_sizes(graph: QuantizedGraph, tensors: tuple[Tensor, ...], tell: Tell) -> Any:
+    """A batch of 1 may have to be repeated for that."""
+    left = unrolled(_Tensors(graph.body).body)
+    if left:
+        places = ", ".join(f"{_op_name(each)} at {each.meta.get(KEY, each.name)}" for each in left)
+        tell(
+            f"sizes as in the example only: {places} has no ONNX operator and is written out step "
+            "by step"
+        )
+        from torch._decomp import decomposition_table
+
+        kinds = {each.target for each in left}
+        steps = {kind: decomposition_table[kind] for kind in kinds if kind in decomposition_table}
+        return _traced(graph, tensors, "static").run_decompositions(steps)
+    twice = tuple(torch.cat([x, x]) if x.dim() and x.shape[0] == 1 else x for x in tensors)
+    reasons: list[Exception] = []
+    for example, mode in ((tensors, "oblivious"), (twice, "oblivious"), (twice, "dynamic")):
+        try:
+            exported = _traced(graph, example, mode)
+            _tell_fixed(exported, graph, tell)
+            return exported
+        except Exception as error:  # torch.export raises errors of many unrelated classes
+            reasons.append(error)
+    try:
+        exported = _traced(graph, tensors, "static")
+    except Exception as error:
+        raise _without_form(reasons[0], graph.body) from error
+    tell(f"sizes as in the example only: {reasons[0]}")
+    return exported
+
+
+def _tell_fixed(exported: Any, graph: QuantizedGraph, tell: Tell) -> None:
+    """Tell of sizes that the exporter fixes though the quantized model leaves them free."""
+    names = exported.graph_signature.user_inputs
+    values = {node.name: node.meta["val"] for node in exported.graph.find_nodes(op="placeholder")}
+    for name, mine, sizes in zip(names, graph.contract.names, graph.contract.shapes, strict=True):
+        for axis, size in enumerate(sizes):
+            found = values[name].shape[axis]
+            free = isinstance(size, str) and isinstance(found, int)
+            if free and not graph.contract.fixes(size, found):
+                tell(
+                    f"{mine}.shape[{axis}] = {found} only: an operator is exported for the "
+                    "example's size"
+                )
+
+
+def _traced(graph: QuantizedGraph, tensors: tuple[Tensor, ...], mode: str) -> Any:
+    from torch.export import Dim
+
+    shapes = tuple(
+        {
+            i: Dim.AUTO
+            for i, size in enumerate(sizes)
+            if isinstance(size, str) and not graph.contract.fixes(size, x.shape[i])
+        }
+        or None
+        for x, sizes in zip(tensors, graph.contract.shapes, strict=True)
+    )
+    with size_oblivious(mode == "oblivious"):
+        return torch.export.export(
+            _Tensors(graph.body),
+            tuple(x.clone() for x in tensors),
+            dynamic_shapes=None if mode == "static" else {"tensors": shapes},
+            strict=False,
+        )
+
+
+def _translated(exported: Any, graph: QuantizedGraph, opset: int | None) -> Any:
+    """The program in ONNX operators."""
+    with torch.no_grad(), _quiet():
+        try:
+            program = torch.onnx.export(
+                exported,
+                dynamo=True,
+                opset_version=opset,
+                verbose=False,
+                custom_translation_table=own_forms(),
+            )
+        except Exception as error:
+            raise _without_form(error, graph.body) from error
+    assert program is not None
+    version = program.model.opset_imports.get("", 0)
+    if opset is not None and version != opset:
+        raise InvalidConfig(
+            f"export_onnx(opset={opset}): PyTorch {torch.__version__} and the installed onnxscript "
+            f"export this model to opset {version} only"
+        )
+    program.exported_program = exported
+    return program
+
+
+_OPERATOR = re.compile(r"OpOverload\(op='([\w.]+)', overload='(\w+)'\)|<built-in[^>]*>")
+
+
+def _without_form(error: BaseException, body: fx.GraphModule) -> Exception:
+    """What the exporter raised, as an error that names the operator and the place."""
+    text, cause = "", error
+    while cause is not None:
+        text += f"{cause}\n"
+        cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
+    match = _OPERATOR.search(text)
+    if match is None:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return UnsupportedOp(f"the model cannot be exported to ONNX: {' '.join(lines[:3])[:500]}")
+    name = f"{match[1]}.{match[2]}" if match[1] else match[0]
+    operator = name.split(".")[-2] if "." in name else name
+    places = [
+        str(node.meta.get(KEY, node.name))
+        for node in body.graph.nodes
+        if node.op == "call_function" and _op_name(node).startswith(operator.strip("_"))
+    ]
+    where = f" at {', '.join(places[:3])}" if places else ""
+    return UnsupportedOp(
+        f"{name}{where} has no ONNX form in PyTorch {torch.__version__} and the installed "
+        "onnxscript; rewrite it in the model, or export the rest of the model without it"
+    )
+
+
+def _op_name(node: fx.Node) -> str:
+    return str(getattr(node.target, "_opname", node.name)).strip("_")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter logs and warns of matters that are not the user's."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.CRITICAL)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)

@@ -1,0 +1,5 @@
+"""onnxruntime in this process."""
+
+from torch_quant.backends.onnxruntime.backend import OnnxRuntimeBackend
+
+__all__ = ["OnnxRuntimeBackend"]
