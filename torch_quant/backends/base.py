@@ -171,6 +171,13 @@ class Backend(ABC, metaclass=_ByName):
         Args:
             graph: its ``body`` is what :meth:`lower` made, its ``contract`` the sizes it serves.
             tensors: the inputs of its first call.
+
+        >>> from torch_quant import Quantizer
+        >>> quantizer, model, x = Quantizer("reference"), nn.Linear(4, 2), torch.ones(8, 4)
+        >>> _ = quantizer.calib(model)(x)
+        >>> (graph,) = quantizer.quantize(model).graphs
+        >>> Backend.REFERENCE.compile(graph, (x,)) is graph.body
+        True
         """
         return graph.body
 
