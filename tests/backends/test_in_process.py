@@ -248,6 +248,36 @@ def test_what_cannot_be_recorded(name: str) -> None:
         torch.compile(lambda x: quant_model(x) + 1.0, backend="eager", fullgraph=True)(x)
 
 
+class Waiting(nn.Module):
+    """Takes its time to be exported."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun, self.over = threading.Event(), threading.Event()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.begun.set()
+        assert self.over.wait(60)
+        return x + 1.0
+
+
+def test_another_thread_may_export() -> None:
+    """PyTorch then says of every thread that it is compiling."""
+    model, waiting, x = seeded(lambda: nn.Linear(16, 8)), Waiting(), normal(4, 16)
+    quantizer = calibrated(model, [((normal(32, 16),), {})], backend="onnxruntime")
+    quant_model = quantizer.quantize(model, example_inputs=x)
+    expected = quant_model(x)
+    exporting = threading.Thread(target=lambda: torch.export.export(waiting, (x,), strict=False))
+    exporting.start()
+    assert waiting.begun.wait(60)
+    try:
+        assert torch.compiler.is_compiling()
+        assert torch.equal(quant_model(x), expected)
+    finally:
+        waiting.over.set()
+        exporting.join()
+
+
 class Pieces(nn.Module):
     """Reads a tensor's value between two parts."""
 
@@ -325,6 +355,22 @@ def test_what_has_no_onnx_form_runs_in_pytorch(name: str, caplog: pytest.LogCapt
     told = [record.message for record in caplog.records if "runs in PyTorch" in record.message]
     assert len(told) == 1
     assert "it writes to" in told[0]
+
+
+def test_a_runtime_that_computes_something_else(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As OpenVINO does with some graphs; here the session's program is of another model."""
+    models = [seeded(lambda: nn.Linear(16, 8), seed=seed) for seed in (0, 1)]
+    made = [calibrated(each, [((normal(32, 16),), {})], backend="onnxruntime") for each in models]
+    other, quant_model = (q.quantize(m) for q, m in zip(made, models, strict=True))
+    with caplog.at_level(logging.WARNING, "torch_quant"):
+        other(normal(4, 16))
+        assert "another result" not in caplog.text
+        session = compiled(other).opened[0].session
+        monkeypatch.setattr(OnnxRuntimeBackend, "open", lambda *_: session)
+        quant_model(normal(4, 16))
+    assert "gives another result than the quantized graph" in caplog.text
 
 
 WEIGHT_ONLY = {

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._guards import detect_fake_mode
 
 from torch_quant.convert.direct import Direct, direct, fixed_width
 from torch_quant.convert.mounting import linked, links
@@ -180,11 +181,12 @@ class QuantizedGraph(nn.Module):
         if compiler is None:
             return self.body(*tensors)
         recorded = torch._C._get_tracing_state() is not None
-        if compiler.not_recorded and (recorded or torch.compiler.is_compiling()):
+        compiling = torch.compiler.is_compiling() and _is_compiled_here(tensors)
+        if compiler.not_recorded and (recorded or compiling):
             if torch.compiler.is_dynamo_compiling():
                 return _outside(self, tensors)
             raise InvalidConfig(f"{compiler!r}: {compiler.not_recorded}")
-        if torch.compiler.is_compiling():
+        if compiling:
             return self.body(*tensors)
         if recorded:
             return compiler.record(self.body, tensors)
@@ -208,6 +210,11 @@ class QuantizedGraph(nn.Module):
             if len(self.variants) > _MOST_VARIANTS:
                 del self.variants[next(iter(self.variants))]
         return found
+
+
+def _is_compiled_here(tensors: tuple[torch.Tensor, ...]) -> bool:
+    """Whether this thread compiles or exports: of one that exports, PyTorch tells all others."""
+    return torch.compiler.is_dynamo_compiling() or detect_fake_mode(tensors) is not None
 
 
 @torch.compiler.disable(reason="the graph runs in a runtime outside of PyTorch")  # type: ignore[untyped-decorator]

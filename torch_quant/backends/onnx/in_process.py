@@ -22,6 +22,7 @@ from torch import Tensor, fx
 from torch_quant.backends.onnx.backend import OnnxBackend
 from torch_quant.backends.onnx.program.translate import program_of
 from torch_quant.convert.quantized_graph import QuantizedGraph
+from torch_quant.core.metrics import sqnr
 from torch_quant.core.packages import missing_packages
 from torch_quant.errors import InvalidConfig, UnsupportedOp
 from torch_quant.graph.running import CAPTURING
@@ -32,6 +33,8 @@ __all__ = ["InProcess", "InProcessBackend", "Session"]
 
 _MOST = 8
 """Sessions of one graph, where each serves one size."""
+_LEAST = 10.0
+"""SQNR in dB, below which a runtime is said to compute something else."""
 _LARGEST = 2**31 - 2**20
 """Bytes of weights above which a program does not go through protobuf in one piece."""
 
@@ -246,8 +249,34 @@ def _opened(
             f"it writes to {', '.join(str(x.target) for x in kept)}: ONNX has no form of that"
         )
     program = program_of(graph, tuple(ready))
-    outputs, rest = _outputs(graph.body, graph.body(*tensors))
-    return _Opened(_loaded(backend, program), _fixed(graph, program), outputs, rest)
+    expected = graph.body(*tensors)
+    outputs, rest = _outputs(graph.body, expected)
+    opened = _Opened(_loaded(backend, program), _fixed(graph, program), outputs, rest)
+    _compare(backend, graph, expected, opened(tensors, ready))
+    return opened
+
+
+def _compare(
+    backend: InProcessBackend, graph: QuantizedGraph, expected: Sequence[Any], found: Sequence[Any]
+) -> None:
+    """Warn where a runtime computes something else than the graph says, as bugs of theirs do.
+
+    Values at the border of two codes are rounded otherwise, and what follows of it may be 20 dB.
+    """
+    floats = [
+        (x, y)
+        for x, y in zip(expected, found, strict=True)
+        if isinstance(x, Tensor) and x.is_floating_point() and bool(x.isfinite().all())
+    ]
+    if floats and (agreement := sqnr(*map(list, zip(*floats, strict=True)))) < _LEAST:
+        logger.warning(
+            "%r gives another result than the quantized graph of %s in PyTorch: they agree to "
+            "%.1f dB on the first inputs. It may be a bug of the runtime; backend='onnx' computes "
+            "what is meant",
+            backend,
+            graph.contract.describe(),
+            agreement,
+        )
 
 
 def _loaded(backend: InProcessBackend, program: Any) -> Session:
