@@ -137,10 +137,11 @@ format: $(VENV)/ready  ## put every file in the house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/ready  ## latency, calibration cost and sensitivity ranking; writes benchmarks/results/
+bench: $(VENV)/ready  ## latency, calibration cost, sensitivity ranking, a step of QAT; writes benchmarks/results/
 	taskset -c 0 env OMP_NUM_THREADS=1 $(BIN)/python benchmarks/latency.py
 	taskset -c 0 env OMP_NUM_THREADS=1 $(BIN)/python benchmarks/calibration.py
 	taskset -c 0 env OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sensitivity.py
+	taskset -c 0 env OMP_NUM_THREADS=1 $(BIN)/python benchmarks/qat.py
 
 bench-ipex: $(IPEX_VENV)/ready  ## latency on IPEX, beside IPEX's own prepare and convert
 	taskset -c 0 env OMP_NUM_THREADS=1 $(IPEX_VENV)/bin/python benchmarks/latency.py --backend ipex

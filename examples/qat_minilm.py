@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -23,13 +24,14 @@ from minilm_data import embed, load_pairs, model_folder, retrieval
 from torch import Tensor
 from tqdm import tqdm
 
-from torch_quant import Distillation, QConfig, Quantizer, QuantSpec
+from torch_quant import Distillation, QConfig, Quantizer, QuantSpec, recipes
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, help="a local folder with weights and a tokenizer")
     parser.add_argument("--weight-bits", type=int, default=4, help="default 4; activations have 8")
+    parser.add_argument("--smooth", action="store_true", help="begin smoothed, as the default does")
     parser.add_argument("--steps", type=int, default=200, help="default 200")
     parser.add_argument("--batch", type=int, default=8, help="texts in a batch (default 8)")
     parser.add_argument("--length", type=int, default=48, help="tokens of a text (default 48)")
@@ -69,7 +71,10 @@ def main() -> None:
     floating = copy.deepcopy(model)  # training changes the weights
 
     weight = QuantSpec.of(bits=options.weight_bits, signed=True, symmetric=True, per_channel=True)
-    quantizer = Quantizer("reference", qconfig=QConfig(weight=weight))
+    qconfig = (
+        replace(recipes.int8_static(), weight=weight) if options.smooth else QConfig(weight=weight)
+    )
+    quantizer = Quantizer("reference", qconfig=qconfig)
     calib_model = quantizer.calib(model)
     for body in tqdm(data.calibration[:64], desc="calibrating", unit="text"):
         embed(calib_model, tokenizer, [body])
