@@ -12,7 +12,6 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else each import 
 
 import pytest
 import torch
-from translating_once import keep_operators
 
 from torch_quant import native
 
@@ -32,10 +31,6 @@ def pytest_collection_finish() -> None:
     """Modules and tests stay to the end: no collection of garbage need look at them."""
     gc.collect()
     gc.freeze()
-
-
-def pytest_runtest_setup() -> None:
-    keep_operators()
 
 
 def _elsewhere(item: pytest.Item, config: pytest.Config) -> bool:
