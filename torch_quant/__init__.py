@@ -19,7 +19,9 @@ from torch_quant.amp.ranking import Sensitivity
 from torch_quant.backends import Backend, available_backends
 from torch_quant.checkpoints import export_checkpoint, load_checkpoint
 from torch_quant.config import QConfig, SiteInfo, register_recipe
-from torch_quant.core.elements import ElementType, FloatType, IntegerType, register_element_type
+from torch_quant.core.element_type import ElementType
+from torch_quant.core.elements import IntegerType, register_element_type
+from torch_quant.core.float_type import FloatType
 from torch_quant.core.granularity import (
     Granularity,
     PerBlock,

@@ -12,14 +12,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+from torch_quant.core.element_type import ElementType
 from torch_quant.core.elements import (
     ELEMENT_TYPES,
-    ElementType,
-    FloatType,
     IntegerType,
     element_type,
     register_element_type,
 )
+from torch_quant.core.float_type import FloatType
 from torch_quant.errors import InvalidConfig
 
 SMALL = ("float8_e4m3fn", "float8_e5m2", "float6_e3m2", "float6_e2m3", "float4_e2m1")

@@ -6,22 +6,18 @@ A new one is an instance (or a subclass of :class:`ElementType`) and a call of
 
 from __future__ import annotations
 
-import functools
-import math
 import re
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from torch_quant.core.element_type import ElementType
+from torch_quant.core.float_type import FloatType
 from torch_quant.errors import InvalidConfig
 
 __all__ = [
     "ELEMENT_TYPES",
-    "ElementType",
-    "FloatType",
     "IntegerType",
     "element_type",
     "register_element_type",
@@ -29,117 +25,6 @@ __all__ = [
 
 ELEMENT_TYPES: dict[str, ElementType] = {}
 """Every element type by its name; filled by :func:`register_element_type`."""
-
-
-class ElementType(ABC):
-    """A finite set of values and a code for each; immutable, compared by value.
-
-    Every tensor here is in units of the scale: it was divided by the scale before.
-
-    >>> int4 = element_type("int4")
-    >>> int4.decode(int4.encode(torch.tensor([1.4, 100.0])))
-    tensor([1., 7.])
-    """
-
-    if TYPE_CHECKING:  # at run time a field of a dataclass may be it, which a property here bars
-
-        @property
-        def name(self) -> str:
-            """The name it is registered and saved by."""
-
-    @property
-    @abstractmethod
-    def bits(self) -> int:
-        """Bits of a code."""
-
-    @property
-    @abstractmethod
-    def dtype(self) -> torch.dtype:
-        """The type that codes are kept in."""
-
-    @property
-    @abstractmethod
-    def quant_min(self) -> float:
-        """The smallest value."""
-
-    @property
-    @abstractmethod
-    def quant_max(self) -> float:
-        """The largest value."""
-
-    @property
-    @abstractmethod
-    def integer(self) -> bool:
-        """Whether the values are consecutive integers; only these can have a zero point."""
-
-    @property
-    @abstractmethod
-    def casts(self) -> bool:
-        """Whether a cast of the codes to float32 gives their values."""
-
-    @abstractmethod
-    def round(self, x: Tensor) -> Tensor:
-        """The nearest value, of two equally near that with the even code; ends saturate.
-
-        Args:
-            x: float32, any shape; infinities become the ends, NaN no value of meaning.
-
-        Returns:
-            A new float32 tensor of the same shape.
-        """
-
-    @abstractmethod
-    def encode(self, x: Tensor) -> Tensor:
-        """The codes of ``round(x)``, same shape, in :attr:`dtype`."""
-
-    @abstractmethod
-    def decode(self, codes: Tensor) -> Tensor:
-        """The values of codes, float32, same shape."""
-
-    @abstractmethod
-    def codes(self) -> Tensor:
-        """Every code once, one dimension, in :attr:`dtype`."""
-
-    @property
-    def values(self) -> Tensor:
-        """Every value once, ascending, float32. Do not write to it."""
-        return _values(self)
-
-    @property
-    def borders(self) -> Tensor:
-        """Where rounding goes over from one value to the next, ascending, ``[values + 1]``.
-
-        The first and the last lie half a step outside of the values; what is beyond saturates.
-        """
-        return _borders(self)
-
-    @property
-    def levels(self) -> int:
-        """How many values there are."""
-        return len(self.values)
-
-    @property
-    def largest_exponent(self) -> int:
-        """``floor(log2(quant_max))``: "emax" of the OCP MX specification."""
-        return math.frexp(self.quant_max)[1] - 1
-
-    def __str__(self) -> str:
-        return self.name
-
-
-@functools.lru_cache(maxsize=64)
-def _values(element: ElementType) -> Tensor:
-    values = element.decode(element.codes())
-    values = values[torch.isfinite(values)].sort().values
-    return values[torch.cat([values.new_ones(1), values.diff()]) > 0]  # 0 and -0 are one value
-
-
-@functools.lru_cache(maxsize=64)
-def _borders(element: ElementType) -> Tensor:
-    values = element.values
-    steps = values.diff()
-    middle = values[:-1] + steps / 2
-    return torch.cat([values[:1] - steps[:1] / 2, middle, values[-1:] + steps[-1:] / 2])
 
 
 @dataclass(frozen=True)
@@ -229,124 +114,6 @@ class IntegerType(ElementType):
 
     def codes(self) -> Tensor:
         return torch.arange(self.quant_min, self.quant_max + 1, dtype=self.dtype)
-
-
-@dataclass(frozen=True)
-class FloatType(ElementType):
-    """A small float: sign, exponent, mantissa; subnormals, and 0 with either sign.
-
-    ``(-1)^s 2^(e - bias) (1 + m / 2^mantissa_bits)``, and for ``e = 0``
-    ``(-1)^s 2^(1 - bias) m / 2^mantissa_bits``. All codes are finite numbers unless ``torch_dtype``
-    says otherwise. float8 is defined in Micikevicius et al. 2022, "FP8 Formats for Deep Learning",
-    the others, and rounding to the largest value, in "OCP Microscaling Formats (MX)
-    Specification", version 1.0, section 5.3.
-
-    Args:
-        name: what it is called.
-        exponent_bits: at least 1.
-        mantissa_bits: at least 1.
-        bias: of the exponent; None for ``2^(exponent_bits - 1) - 1``.
-        torch_dtype: PyTorch's own type of this format, which is then used, and which has other
-            codes for the largest exponent (NaN, infinity).
-
-    Raises:
-        InvalidConfig: more than 8 bits, or values that float32 cannot hold.
-
-    >>> FloatType("float4_e2m1", 2, 1).values.tolist()[7:]
-    [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
-    """
-
-    name: str
-    exponent_bits: int
-    mantissa_bits: int
-    bias: int | None = None
-    torch_dtype: torch.dtype | None = None
-
-    def __post_init__(self) -> None:
-        if self.exponent_bits < 1 or self.mantissa_bits < 1 or self.bits > 8:
-            raise InvalidConfig(
-                f"{self.name}: {self.exponent_bits} exponent and {self.mantissa_bits} mantissa "
-                "bits; expected at least 1 of both, and at most 7 together"
-            )
-        smallest = self._smallest_exponent - self.mantissa_bits
-        if smallest < -126 or self._smallest_exponent + 2**self.exponent_bits > 126:
-            raise InvalidConfig(f"{self.name}: bias {self.bias} gives values beyond float32")
-
-    @property
-    def _smallest_exponent(self) -> int:
-        bias = 2 ** (self.exponent_bits - 1) - 1 if self.bias is None else self.bias
-        return 1 - bias
-
-    @property
-    def bits(self) -> int:
-        return 1 + self.exponent_bits + self.mantissa_bits
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.torch_dtype or torch.uint8
-
-    @property
-    def quant_min(self) -> float:
-        return -self.quant_max
-
-    @property
-    def quant_max(self) -> float:
-        if self.torch_dtype is not None:
-            return float(torch.finfo(self.torch_dtype).max)
-        exponent = self._smallest_exponent + max(2**self.exponent_bits - 2, 0)
-        return float((2.0 - 2.0**-self.mantissa_bits) * 2.0**exponent)
-
-    @property
-    def integer(self) -> bool:
-        return False
-
-    @property
-    def casts(self) -> bool:
-        return self.torch_dtype is not None
-
-    def _steps(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """For each of ``x``, inside the range: its exponent, and the step between values there."""
-        exponent = ((x.view(torch.int32) >> 23) & 255) - 127
-        exponent = exponent.clamp(min=self._smallest_exponent)
-        return exponent, ((exponent - self.mantissa_bits + 127) << 23).view(torch.float32)
-
-    def round(self, x: Tensor) -> Tensor:
-        x = x.clamp(self.quant_min, self.quant_max)  # first: nothing rounds up beyond the ends then
-        if self.torch_dtype is not None:
-            return x.to(self.torch_dtype).to(torch.float32)
-        _, step = self._steps(x)
-        return (x / step).round_().mul_(step)
-
-    def encode(self, x: Tensor) -> Tensor:
-        x = x.clamp(self.quant_min, self.quant_max)
-        if self.torch_dtype is not None:
-            return x.to(self.torch_dtype)
-        x = self.round(x)
-        exponent, step = self._steps(x)
-        # Codes of positive values count up with them, through the subnormals and every exponent.
-        size = 2**self.mantissa_bits
-        codes: Tensor = (exponent - self._smallest_exponent) * size + (x.abs() / step).to(
-            torch.int32
-        )
-        sign: Tensor = torch.signbit(x).to(torch.int32) << (self.bits - 1)
-        return (codes | sign).to(torch.uint8)
-
-    def decode(self, codes: Tensor) -> Tensor:
-        if self.torch_dtype is not None:
-            return codes.to(torch.float32)
-        wide = codes.to(torch.int32)
-        size = 2**self.mantissa_bits
-        magnitude = wide & (2 ** (self.bits - 1) - 1)
-        exponent = magnitude >> self.mantissa_bits
-        normal = (exponent > 0).to(torch.int32)
-        mantissa = (magnitude & (size - 1)) + normal * size
-        step = self._smallest_exponent + exponent - normal - self.mantissa_bits
-        values = mantissa.to(torch.float32) * ((step + 127) << 23).view(torch.float32)
-        return torch.where(wide >> (self.bits - 1) == 1, -values, values)
-
-    def codes(self) -> Tensor:
-        codes = torch.arange(2**self.bits, dtype=torch.int32).to(torch.uint8)
-        return codes if self.torch_dtype is None else codes.view(self.torch_dtype)
 
 
 def register_element_type(element: ElementType) -> ElementType:

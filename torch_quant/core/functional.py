@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torch_quant.core.elements import ElementType
+from torch_quant.core.element_type import ElementType
 from torch_quant.core.granularity import split_blocks
 from torch_quant.core.qparams import QParams
 

@@ -11,7 +11,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from torch_quant.core.elements import ElementType, IntegerType, element_type
+from torch_quant.core.element_type import ElementType
+from torch_quant.core.elements import IntegerType, element_type
 from torch_quant.core.granularity import Granularity, PerChannel, PerTensor
 from torch_quant.errors import InvalidConfig
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch_quant.core.documents import Lines, Place, check_keys, check_kind, shown
-from torch_quant.core.elements import ELEMENT_TYPES, ElementType
+from torch_quant.core.element_type import ElementType
+from torch_quant.core.elements import ELEMENT_TYPES
 from torch_quant.core.granularity import Granularity
 from torch_quant.core.methods import read_transform, read_weight_method
 from torch_quant.core.plan import PRECISIONS, is_share

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_quant.core.elements import ElementType, IntegerType
+from torch_quant.core.element_type import ElementType
+from torch_quant.core.elements import IntegerType
 from torch_quant.native import library as native
 
 __all__ = ["round_gradient", "round_to_grid", "serves"]

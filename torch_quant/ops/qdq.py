@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from torch_quant.core import functional
-from torch_quant.core.elements import ElementType, element_type
+from torch_quant.core.element_type import ElementType
+from torch_quant.core.elements import element_type
 from torch_quant.core.granularity import Granularity, block_extremes
 from torch_quant.core.qparams import unchecked_qparams
 from torch_quant.core.spec import QuantSpec, ScaleType

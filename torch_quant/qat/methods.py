@@ -13,7 +13,7 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from torch_quant.core.elements import ElementType
+from torch_quant.core.element_type import ElementType
 from torch_quant.core.naming import did_you_mean
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
