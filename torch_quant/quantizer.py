@@ -116,7 +116,7 @@ class Quantizer(QuantizerTraining):
         >>> _ = quantizer.calib(model)(torch.ones(8, 4))
         >>> quantizer.explain("1")
         1 (linear) on Backend.REFERENCE: float32, left in float by an override
-          quantized       no                          override '1'
+          quantized       no                           override '1'
                           left in float by an override
           overrides that cover it, the first holds: '1', 'op:linear'
         """
