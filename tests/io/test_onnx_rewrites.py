@@ -22,7 +22,7 @@ from onnx_files import (
 from torch import Tensor, nn
 
 from torch_quant import Backend, QConfig, Quantizer, QuantSpec
-from torch_quant.io import onnx as onnx_io
+from torch_quant.backends.onnx.program import translate
 
 pytestmark = [
     needs("onnx", "onnxscript", "onnxruntime"),
@@ -59,7 +59,7 @@ def both_files(
     """The model and its file, rewritten and as the exporter gives it."""
     quant_model = written(quantizer, model, ((example,), {}), folder / "new.onnx", **options)
     with monkeypatch.context() as patch:
-        patch.setattr(onnx_io, "rewrite", lambda model: None)
+        patch.setattr(translate, "rewrite", lambda model: None)
         written(quantizer, model, ((example,), {}), folder / "old.onnx", least=None, **options)
     return quant_model, folder / "new.onnx", folder / "old.onnx"
 
