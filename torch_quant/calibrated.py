@@ -62,8 +62,11 @@ class Calibrated:
         if rounded is not None:
             return rounded.codes, rounded.qparams
         blocks = [each for each in (*entry.transforms, method) if each.wants_blocks]
-        if blocks and (not self._blocks or site in self._made.left_out):
+        left_out = site in self._made.left_out
+        if blocks and (not self._blocks or left_out):
             method = without_data(method)
+        elif left_out and not self._session.state.statistics:
+            method = without_data(method)  # and nothing was calibrated besides
         elif blocks:
             raise NotCalibrated(
                 f"{site}: {blocks[0]} works on blocks of the model: run "

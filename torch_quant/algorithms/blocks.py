@@ -81,6 +81,8 @@ class Layer:
     transposed: bool = False
     rounded: tuple[Tensor, QParams] | None = None
     """Codes and what they stand for, once :meth:`round_to` was called."""
+    exact: Tensor | None = None
+    """The weight before that, ``[out, in]``."""
 
     @property
     def weight(self) -> Tensor:
@@ -96,6 +98,7 @@ class Layer:
 
     def round_to(self, codes: Tensor, qparams: QParams) -> None:
         """The result of a method: the twin computes with what the codes stand for from now on."""
+        self.exact = self.weight if self.exact is None else self.exact
         self.rounded = codes, qparams
         self.set_weight(dequantize(codes, qparams))
 
@@ -109,11 +112,13 @@ class Reading:
         producer: the module that makes the tensor, where its output channels can be scaled without
             changing anything else; a norm, or a linear layer. None where there is none.
         producer_path: its path inside of the block.
+        once: whether each of them runs once in every sample.
     """
 
     layers: tuple[Layer, ...]
     producer: nn.Module | None = None
     producer_path: str = ""
+    once: bool = True
 
 
 _Key = tuple[int, int, int]
@@ -140,6 +145,7 @@ class Block:
         targets: for each, what the float block gives for what float blocks before make, where a
             method ``wants_targets``. Other inputs, the result of an encoder say, are those of the
             rounded model.
+        floats: for each, the call with what float blocks before make; where there are targets.
         producers: path of a layer -> path of the module that may be scaled before it.
         caller: what calls the module with the arguments of a sample, where they are others.
     """
@@ -149,6 +155,7 @@ class Block:
     layers: tuple[Layer, ...]
     samples: list[Sample]
     targets: list[Tensor] | None = None
+    floats: list[Sample] | None = None
     producers: Mapping[str, str] = field(default_factory=dict)
     caller: Callable[..., Any] | None = None
     scaled: dict[str, Scaling] = field(default_factory=dict)
@@ -184,7 +191,7 @@ class Block:
             paths = {self.producers.get(layer.path, "") for layer in mine}
             path = paths.pop() if len(paths) == 1 and group.once else ""
             if mine:
-                found.append(Reading(mine, modules.get(path) if path else None, path))
+                found.append(Reading(mine, modules.get(path) if path else None, path, group.once))
         return found
 
     def _groups(self) -> list[_Group]:

@@ -9,18 +9,21 @@ equations 2 to 4: what column ``j`` is rounded by moves to the columns behind it
 
 (Chee et al., "QuIP: 2-Bit Quantization of Large Language Models With Guarantees", 2023, theorem 6),
 which takes one Cholesky factorization and no inverse. Columns go in blocks: inside one, each error
-is added to what follows at once; those of all blocks before come as one product.
+is added to what follows at once; those of all blocks before come as one product. What is rounded
+can make up for the layers before, too (:mod:`torch_quant.algorithms.drift`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from torch_quant.algorithms.blocks import Block, Layer
 from torch_quant.algorithms.clipping import searched_qparams
+from torch_quant.algorithms.drift import drifts, made_up_for
 from torch_quant.algorithms.rtn import without_data
 from torch_quant.core.functional import quantize
 from torch_quant.core.methods import Wanted, WeightMethod, register_weight_method
@@ -33,8 +36,13 @@ from torch_quant.statistics import HESSIAN, Hessian, Statistic
 
 __all__ = ["GPTQ"]
 
+_SWITCHES = (
+    "act_order", "static_groups", "clip_search", "full_range", "sequential", "match_float",
+)  # fmt: skip
 _DAMPINGS = 4
 """How often the damping is raised, tenfold, until the factorization succeeds."""
+_ENOUGH = 2
+"""Vectors for each input channel; with fewer, a fit to the float model's would be one to noise."""
 _UNREACHED = (
     "no calibration data reached it, so that its weight is rounded to nearest; run inputs that do "
     "through the proxy of quantizer.calib(model)"
@@ -55,7 +63,10 @@ class GPTQ(WeightMethod):
     """Error feedback along the columns of a linear layer's weight, by what calibration saw.
 
     Columns that no data excited are rounded to nearest, and so is a layer that no token reached (an
-    expert, say), with a warning. Codes lie in the plain order of the columns whatever the options.
+    expert, say), with a warning. Experts whose weights are one tensor share the moments of all
+    their rows after ``quantizer.calib``; :meth:`Quantizer.round_weights` has none of them, so that
+    they are rounded to nearest there. Codes lie in the plain order of the columns whatever the
+    options.
 
     Args:
         block_size: columns between two products with all errors so far; it changes the speed alone.
@@ -70,6 +81,9 @@ class GPTQ(WeightMethod):
         sequential: with :meth:`Quantizer.round_weights`, record the inputs of the later layers of a
             block once those before them are rounded; "true_sequential". It runs the block once for
             each tensor that layers read.
+        match_float: with :meth:`Quantizer.round_weights`, have the rounded layers give for the
+            inputs at hand what the float model's give for its own. A second stream of data goes
+            through the float blocks.
 
     Raises:
         InvalidConfig: an option is of another type or range.
@@ -89,6 +103,7 @@ class GPTQ(WeightMethod):
     clip_search: bool = True
     full_range: bool = False
     sequential: bool = False
+    match_float: bool = False
 
     def __post_init__(self) -> None:
         size, damping = self.block_size, self.damping
@@ -97,7 +112,7 @@ class GPTQ(WeightMethod):
         number = isinstance(damping, (int, float)) and not isinstance(damping, bool)
         if not number or not 0 <= damping <= 1:
             raise InvalidConfig(f"GPTQ(damping={damping!r}): expected a number from 0 to 1")
-        for name in ("act_order", "static_groups", "clip_search", "full_range", "sequential"):
+        for name in _SWITCHES:
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise InvalidConfig(f"GPTQ({name}={value!r}): expected True or False")
@@ -111,6 +126,27 @@ class GPTQ(WeightMethod):
 
     def statistics(self, site: Site) -> Wanted:
         return {site.inputs[0]: {HESSIAN: Hessian}}
+
+    @property
+    def wants_floats(self) -> bool:  # type: ignore[override]
+        return self.match_float
+
+    def learned(
+        self, block: Block, layers: Sequence[Layer]
+    ) -> tuple[Mapping[str, Mapping[str, Statistic]], Mapping[Layer, Tensor]]:
+        """With ``match_float``, also weights that make up for what the layers before have lost."""
+        if not self.match_float or block.floats is None:
+            return super().learned(block, layers)
+        found = drifts(block, layers)
+        others = [layer for layer in layers if layer not in found]
+        statistics = dict(block.observe(others, self)) if others else {}
+        weights = {}
+        for layer, (hessian, drift) in found.items():
+            statistics[layer.site] = {HESSIAN: hessian}
+            if hessian.rows >= _ENOUGH * len(drift):
+                moments = hessian.mean.to(layer.weight)
+                weights[layer] = made_up_for(layer.weight, drift, moments, self.damping)
+        return statistics, weights
 
     def quantize(
         self, weight: Tensor, spec: QuantSpec, statistics: Mapping[str, Statistic]

@@ -51,6 +51,8 @@ class Method(ABC):
     """Whether it only works on whole blocks: ``quantizer.round_weights(model, batches)``."""
     wants_targets: ClassVar[bool] = False
     """Whether it has to know what the float model's blocks give; two streams of data are kept."""
+    wants_floats: ClassVar[bool] = False
+    """Whether it has to know what the float model's blocks are given; likewise."""
 
     def refusal(self, site: Site) -> str:
         """Why it does not serve ``site``, empty if it does. It is left out there then.
@@ -161,13 +163,32 @@ class WeightMethod(Method):
             reached = {layer for group in groups for layer in group}
             groups.append([layer for layer in layers if layer not in reached])
         for group in groups:
-            statistics = block.observe(group, self) if self.wants_statistics else {}
+            statistics, weights = self.learned(block, group)
             for layer in group:
                 if layer.rounded is not None:
                     continue
-                known = statistics.get(layer.site, {})
+                known, weight = statistics.get(layer.site, {}), weights.get(layer, layer.weight)
                 with at_site(layer.site):
-                    layer.round_to(*self.quantize(layer.weight.contiguous(), layer.spec, known))
+                    layer.round_to(*self.quantize(weight.contiguous(), layer.spec, known))
+
+    def learned(
+        self, block: Block, layers: Sequence[Layer]
+    ) -> tuple[Mapping[str, Mapping[str, Statistic]], Mapping[Layer, Tensor]]:
+        """What :meth:`round_block` goes by: what :meth:`statistics` asks for, by site, and weights.
+
+        These are rounded in the place of the layers' own; by default there are none.
+
+        Args:
+            block: holds the data.
+            layers: some of it.
+
+        >>> from torch import nn
+        >>> from torch_quant import RoundToNearest
+        >>> from torch_quant.algorithms.blocks import Block
+        >>> RoundToNearest().learned(Block("", nn.Identity(), (), []), ())
+        ({}, {})
+        """
+        return (block.observe(layers, self) if self.wants_statistics else {}), {}
 
 
 class Transform(Method):

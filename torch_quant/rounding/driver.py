@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from torch_quant.algorithms import DEFAULT_METHOD
 from torch_quant.algorithms.blocks import Block, Layer, Sample, first_float, set_scaled
@@ -43,6 +42,7 @@ from torch_quant.rounding.chains import (
 )
 from torch_quant.rounding.exactness import as_it_was, check_scales, scale_exactly
 from torch_quant.rounding.files import Folder
+from torch_quant.rounding.modules import computes_linear, own_buffers
 from torch_quant.rounding.producers import find_producers
 from torch_quant.rounding.report import BlockError, Rounding
 
@@ -88,9 +88,14 @@ def round_weights(
         )
     keeper = None if folder is None else Folder(folder, plan, kept, model)
     run = _Run(twin, plan, plain, kept, keeper)
+    experts = [
+        site.name
+        for site in _weighted(sites, plan, "grouped_linear")
+        if (method := plan[site.name].method) and (method.wants_statistics or method.wants_blocks)
+    ]
     with torch.no_grad():
         run.embeddings = _embeddings(twin, _weighted(sites, plan, "embedding"), plan)
-        found = run.all(run.layers(wanted), show_progress)
+        found = run.all(run.layers(wanted, experts), show_progress)
         check_scales(model, found[0].scaled, kept)
         return found
 
@@ -143,7 +148,7 @@ class _Run:
     ) -> None:
         self.twin, self.plan, self.plain = twin, plan, plain
         self.batches, self.folder = batches, folder
-        _own_buffers(twin)
+        own_buffers(twin)
         self.made = RoundedWeights()
         every = [m for _, m in twin.named_modules(remove_duplicate=False)]
         held = Counter(id(x) for m in every for x in m._parameters.values())
@@ -152,8 +157,13 @@ class _Run:
         self.embeddings: dict[nn.Module, tuple[nn.Parameter, nn.Parameter]] = {}
         self.errors: list[BlockError] = []
 
-    def layers(self, sites: Sequence[Site]) -> dict[str, Layer]:
-        """Path in the model -> layer; of sites that one module computes, the first."""
+    def layers(self, sites: Sequence[Site], experts: Sequence[str]) -> dict[str, Layer]:
+        """Path in the model -> layer; of sites that one module computes, the first.
+
+        Args:
+            sites: of linear layers.
+            experts: names of others, whose weights are several matrices.
+        """
         found: dict[str, Layer] = {}
         modules = dict(self.twin.named_modules())
         for site in sites:
@@ -162,7 +172,7 @@ class _Run:
             plain = site.name in self.plain and weight is not None and weight.dim() == 2
             if module is None or weight is None or site.module in found or not plain:
                 continue  # it is rounded without data, when the model is quantized
-            transposed = not _computes_linear(module, weight)
+            transposed = not computes_linear(module, weight)
             shape = tuple(weight.T.shape if transposed else weight.shape)
             if shape != site.weight_shape or entry.weight is None:
                 continue
@@ -182,7 +192,12 @@ class _Run:
                     "ranges would be wrong then; it serves float and dynamic activations only"
                 )
         missed = [site.name for site in sites if site.module not in found]
-        self.made.left_out = tuple(missed)
+        self.made.left_out = (*missed, *experts)
+        if experts:
+            logger.warning(
+                "the weights of experts, one tensor each, are rounded without data: %s%s",
+                ", ".join(experts[:3]), ", ..." if len(experts) > 3 else "",
+            )  # fmt: skip
         if missed:
             logger.warning(
                 "%d weights are no parameter of a module that only multiplies by them; they are "
@@ -202,14 +217,14 @@ class _Run:
             for path, layer in layers.items()
             if not any(path.startswith(f"{block}.") for block in inside)
         }
-        targets = any(_wants_targets(layer) for layer in layers.values())
+        both = any(_wants(layer, "targets", "floats") for layer in layers.values())
         total = sum(len(chain.paths) for chain in chains) + bool(rest)
         with tqdm(total=total, desc="rounding weights", unit="block", disable=hidden(show_progress),
                   delay=2.0, leave=False) as bar:  # fmt: skip
             for chain in chains:
-                self.chain(chain, layers, targets, bar)
+                self.chain(chain, layers, both, bar)
             if rest:
-                self.outside(rest, targets, bar)
+                self.outside(rest, bar)
         return self.made, Rounding(tuple(self.errors))
 
     def embed(self, rounded: bool) -> None:
@@ -241,10 +256,17 @@ class _Run:
             replaced(self.twin, path, recorder.block)
         return recorders
 
-    def chain(self, chain: Chain, layers: dict[str, Layer], targets: bool, bar: Any) -> None:
-        """The blocks of one chain; afterwards their results stand in their places."""
+    def chain(self, chain: Chain, layers: dict[str, Layer], both: bool, bar: Any) -> None:
+        """The blocks of one chain; afterwards their results stand in their places.
+
+        Args:
+            chain: the blocks.
+            layers: of the model.
+            both: whether the float blocks' tensors go along.
+            bar: shows progress.
+        """
         floats: list[Tensor] | None = None
-        if targets:
+        if both:
             self.embed(False)
             floats = [sample.hidden for sample in self.record(chain)[0].calls]
         self.embed(True)
@@ -258,10 +280,10 @@ class _Run:
             mine = _inside(path, layers)
             made = Block(path, recorder.block, tuple(mine.values()), samples)
             if floats is not None:
-                made.targets = [
-                    made.run(sample.with_hidden(x))
-                    for sample, x in zip(samples, floats, strict=True)
+                made.floats = [
+                    sample.with_hidden(x) for sample, x in zip(samples, floats, strict=True)
                 ]
+                made.targets = [made.run(sample) for sample in made.floats]
             if any(layer.transforms for layer in mine.values()):
                 producers = made.producers = find_producers(made, self.tied, producers)
             with as_it_was(recorder.block):
@@ -285,11 +307,11 @@ class _Run:
                 layer.set_weight(dequantize(known.codes, known.qparams))
             yield
 
-    def outside(self, layers: dict[str, Layer], targets: bool, bar: Any) -> None:
+    def outside(self, layers: dict[str, Layer], bar: Any) -> None:
         """What lies outside of all chains: the head of a language model, or a whole small model."""
         samples = [Sample((batch,), {}, 0) for batch in self.batches]
         block = Block("", self.twin, tuple(layers.values()), samples, caller=self._called)
-        if targets:
+        if any(_wants(layer, "targets") for layer in layers.values()):
             block.targets = list(block.outputs())
         if any(layer.transforms for layer in layers.values()):
             block.producers = find_producers(block, self.tied)
@@ -319,7 +341,7 @@ class _Run:
             mine.sites[layer.site] = RoundedWeight.of(
                 *layer.rounded, layer.method, sums[layer.site]
             )
-            layer.rounded = None
+            layer.rounded = layer.exact = None
         if self.folder is not None and found is None:
             self.folder.write(block.path, mine)
         self.made.update(mine)
@@ -345,8 +367,9 @@ def _round(block: Block) -> None:
             raise QuantError(f"{method} has not rounded {', '.join(missed)}")
 
 
-def _wants_targets(layer: Layer) -> bool:
-    return any(each.wants_targets for each in (*layer.transforms, layer.method))
+def _wants(layer: Layer, *what: str) -> bool:
+    every = (*layer.transforms, layer.method)
+    return any(getattr(each, f"wants_{key}") for each in every for key in what)
 
 
 def _inside(path: str, layers: dict[str, Layer]) -> dict[str, Layer]:
@@ -361,25 +384,3 @@ def _inside(path: str, layers: dict[str, Layer]) -> dict[str, Layer]:
 
 def _joined(path: str, name: str) -> str:
     return f"{path}.{name}".strip(".")
-
-
-def _own_buffers(twin: nn.Module) -> None:
-    """Copies of the model's buffers, which a forward may write to."""
-    copies: dict[int, Tensor] = {}
-    for module in twin.modules():
-        for name, value in module._buffers.items():
-            if value is not None:
-                module._buffers[name] = copies.setdefault(id(value), value.clone())
-
-
-def _computes_linear(module: nn.Module, weight: Tensor) -> bool:
-    """Whether the module multiplies by ``weight`` of shape ``[out, in]``, not ``[in, out]``."""
-    if isinstance(module, nn.Linear):
-        return True
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, weight.shape[1], dtype=weight.dtype, generator=generator)
-    bias = module._parameters.get("bias")
-    try:
-        return torch.allclose(module(x), F.linear(x, weight, bias), rtol=1e-3, atol=1e-3)
-    except (RuntimeError, TypeError):  # it takes [in, out], or other inputs
-        return False
