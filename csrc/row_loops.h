@@ -18,7 +18,7 @@ inline void put(float* p, F32 x, int64_t count) {
 // x times the distribution function of the normal distribution, to 4e-7 and 4e-6 of it: Abramowitz and
 // Stegun, Handbook of Mathematical Functions, 7.1.26.
 inline F32 gelu(F32 x) {
-  const F32 size = largest(x, minus(zeros(), x));
+  const F32 size = least(largest(x, minus(zeros(), x)), all(1e18f));  // infinity times 0 is none
   const F32 t = reciprocal(plus_product(all(1.0f), size, all(0.3275911f * 0.70710678f)));
   F32 y = plus_product(all(-1.453152027f), all(1.061405429f), t);
   y = plus_product(all(1.421413741f), y, t);

@@ -140,7 +140,7 @@ def test_a_recipe_by_name() -> None:
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "another keyword": ({"recipe": recipes.int8_dynamic()}, r"Quantizer\(recipes\.int8_dynamic"),
     "a misspelt keyword": ({"overides": {}}, "takes no overides=; did you mean overrides"),
-    "the model": ({"model": nn.Linear(2, 2)}, r"give the model to calib and quantize"),
+    "the model": ({"model": nn.Linear(2, 2)}, r"takes no model=; it is given to calib"),
     "an uncalled recipe": ({"qconfig": recipes.int8_dynamic}, r"call it.*int8_dynamic\(\)\)"),
     "a misspelt recipe": ({"qconfig": "int8_dinamic"}, "no recipe.*did you mean int8_dynamic"),
     "a dict": ({"qconfig": {"bits": 8}}, "expected a QConfig, such as a recipe gives"),
@@ -168,6 +168,8 @@ def test_mistakes_by_position() -> None:
         Quantizer("int8_dynamc")
     with pytest.raises(InvalidConfig, match=r"unknown backend 'onedn'.*did you mean onednn"):
         Quantizer("onedn")
+    with pytest.raises(InvalidConfig, match=r"Linear\(\.\.\.\)\): a model is given to calib"):
+        Quantizer(nn.Linear(2, 2))  # type: ignore[arg-type]
     with pytest.raises(InvalidConfig, match="gives qconfig twice"):
         Quantizer("int8_dynamic", qconfig=QConfig())
     with pytest.raises(InvalidConfig, match="gives backend twice"):
@@ -205,6 +207,29 @@ def test_what_was_not_reached_is_not_counted_as_quantized() -> None:
         headline = str(quantizer.coverage(Branch(), X)).splitlines()[0]
         assert headline.endswith("; not counted: high, spare, which no call has reached"), headline
     assert "not counted" not in str(Quantizer("reference").coverage(Net(), X))
+
+
+class Branches(nn.Module):
+    """One kind of call is a graph, the other asks for values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.high, self.spare = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: Tensor, high: bool = False) -> Tensor:
+        if not high:
+            return self.low(x)
+        x = self.high(x)
+        return x if x.sum() > 0 else -x
+
+
+def test_what_some_call_has_reached_is_counted() -> None:
+    model, quantizer = Branches(), Quantizer("reference")
+    calib_model = quantizer.calib(model)
+    calib_model(X)
+    calib_model(X, high=True)
+    calib_model.spare(X)
+    assert "not counted" not in str(quantizer.coverage(model))
 
 
 def test_everything_in_float_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:

@@ -159,3 +159,31 @@ def test_an_attribute_that_changes_after_capture() -> None:
     assert torch.equal(calib_model(x), model(x))
     assert sqnr(model(x), quantizer.quantize(model)(x)) > 25
     assert torch.equal(earlier(x), expected)
+
+
+class Activated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.act, self.last = nn.Linear(16, 16), nn.Sigmoid(), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.last(self.act(x) if hasattr(self, "act") else x)
+
+
+@pytest.mark.parametrize("capture", ["whole", "modules"])
+@pytest.mark.parametrize("other", [nn.Tanh(), None], ids=["replaced", "deleted"])
+def test_a_module_without_parameters_that_is_replaced(
+    other: nn.Module | None, capture: str
+) -> None:
+    """Before any data was seen: later the quantizer asks for a new one."""
+    model, x = seeded(Activated).eval(), normal(4, 16)
+    quantizer = Quantizer("int8_dynamic", backend="reference", capture=capture)
+    quantizer.coverage(model, example_inputs=(x,))
+    if other is None:
+        del model.act
+    else:
+        model.act = other
+    with pytest.raises(NotCalibrated, match="class of act of the model changed"):
+        quantizer.quantize(model)
+    assert sqnr(model(x), quantizer.quantize(model, example_inputs=(x,))(x)) > 25

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from torch_quant.backends import VARIABLE, Backend, backend_of_environment, usable_backend
 from torch_quant.config import RECIPES, OverrideKey, QConfig
 from torch_quant.core.naming import did_you_mean
@@ -19,6 +21,7 @@ Choice = QConfig | str
 """A configuration, or the name of the recipe that gives it."""
 
 logger = logging.getLogger("torch_quant")
+_MODEL = "given to calib and quantize, as in Quantizer().calib(model)"
 
 
 def told(
@@ -39,6 +42,8 @@ def told(
     """
     if choice is None:
         return backend, _qconfig(qconfig)
+    if isinstance(choice, nn.Module):
+        raise InvalidConfig(f"Quantizer({type(choice).__name__}(...)): a model is {_MODEL}")
     configures = isinstance(choice, QConfig) or _is_function(choice)
     if isinstance(choice, str) and not _is_backend(choice):
         configures = bool(choice in RECIPES or did_you_mean(choice, RECIPES, cutoff=0.7))
@@ -147,7 +152,7 @@ def check_keywords(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
         if name in ("recipe", "recipes", "config"):
             hint = "; a recipe is given as qconfig, or first: Quantizer(recipes.int8_dynamic())"
         elif name in ("model", "module"):
-            hint = "; give the model to calib and quantize: Quantizer().calib(model)"
+            hint = f"; it is {_MODEL}"
         raise InvalidConfig(f"Quantizer() takes no {name}={hint}")
 
 

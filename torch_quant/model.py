@@ -97,11 +97,14 @@ class CapturedModel:
         """
         if self._glance is not None and self._glance.agrees(model):
             return
-        self._glance = Glance(model)
+        glance = Glance(model)
         self._compare_attributes(model)
-        if self.parameters == _identities(model):
-            return
-        self.parameters = _identities(model)
+        if self.parameters != _identities(model):
+            self._read_anew(model)
+        self._glance = glance  # last: what raised before is tried again
+
+    def _read_anew(self, model: nn.Module) -> None:
+        """Have the graphs read the parameters and buffers that there are now."""
         self.version += 1
         twin = twin_of(model)
         for submodule in self.root.walk():
@@ -111,6 +114,7 @@ class CapturedModel:
                 graphs = [graph.gm] if prepared is None else [graph.gm, prepared[1].canonical]
                 for gm in graphs:
                     rebind(gm, submodule.module)
+        self.parameters = _identities(model)
 
     @property
     def weights(self) -> list[nn.Parameter]:
@@ -227,27 +231,34 @@ class CapturedModel:
     @property
     def unreached(self) -> tuple[str, ...]:
         """Modules with parameters that no call has reached, in a model captured in pieces."""
+        read = self._read()
         return tuple(
             submodule.path
             for submodule in self.root.walk()
             if not (submodule.called or submodule.borrowed or submodule.readers)
-            and any(True for _ in submodule.module.parameters())
+            and _is_foreign(submodule.module, read)
         )
 
     def unread(self) -> list[str]:
-        """Modules with parameters of which no graph of a module around them reads any."""
+        """Modules that stand in a graph's module, of whose parameters no graph at all reads any.
+
+        Those are others than :attr:`unreached`, which run by themselves.
+        """
+        read = self._read()
+        pieces = {each.path for each in self.root.walk() if not each.graphs}
         found: list[str] = []
         for submodule in self.root.walk():
-            if not submodule.graphs:
-                continue
-            read = {id(x) for _, graph in submodule.graphs for x in tensors_of(graph.gm)}
-            for name, module in submodule.module.named_modules():
+            for name, module in submodule.module.named_modules() if submodule.graphs else ():
                 where = f"{submodule.path}.{name}".strip(".")
-                own = [id(x) for x in module.parameters()]
                 inside = any(where.startswith(f"{outer}.") for outer in found)
-                if name and own and not inside and read.isdisjoint(own):
+                if name and where not in pieces and not inside and _is_foreign(module, read):
                     found.append(where)
         return found
+
+    def _read(self) -> set[int]:
+        """Identities of the parameters that graphs read."""
+        graphs = (graph for each in self.root.walk() for _, graph in each.graphs)
+        return {id(x) for graph in graphs for x in tensors_of(graph.gm)}
 
     def tell_unreached(self) -> None:
         """Log a warning of them, once."""
@@ -322,6 +333,12 @@ def tensors_of(gm: fx.GraphModule) -> Iterator[object]:
         if isinstance(value, fx.GraphModule):
             yield from tensors_of(value)
         yield value
+
+
+def _is_foreign(module: nn.Module, read: set[int]) -> bool:
+    """Whether a module has parameters, and none of those that are read."""
+    own = [id(x) for x in module.parameters()]
+    return bool(own) and read.isdisjoint(own)
 
 
 def _identities(model: nn.Module) -> tuple[int, ...]:

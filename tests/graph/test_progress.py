@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 from capturing import capture
 from models import Compute, normal
@@ -28,3 +30,20 @@ def test_a_quick_capture_shows_nothing(
     monkeypatch.setattr(progress, "DELAY", 1e9)
     capture(Compute(lambda x: x * 2), normal(2, 6))
     assert capfd.readouterr() == ("", "")
+
+
+class Writer:
+    """A stderr as services have it."""
+
+    def write(self, text: str) -> None:
+        pass
+
+
+@pytest.mark.parametrize("stream", [None, Writer()], ids=["none", "no terminal"])
+def test_a_process_without_a_terminal(stream: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", stream)
+    assert progress.hidden()
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr("sys.stderr", closed)
+    assert progress.hidden()

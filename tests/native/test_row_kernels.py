@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -70,6 +71,8 @@ def test_gelu_is_that_of_float_far_below_a_step(instructions: str) -> None:
         codes = ROUND_ROWS(x[near], None, "gelu", scale, zero, torch.uint8)
         assert ((codes - (steps[near] + zero)).abs() <= 1 + 4 * abs(start)).all()
     assert (ROUND_ROWS(x[x < -9], None, "gelu", 1e-6, 128, torch.uint8) == 128).all()
+    ends = torch.tensor([math.inf, -math.inf, 3e38])
+    assert ROUND_ROWS(ends, None, "gelu", 0.1, 7, torch.uint8).tolist() == [255, 7, 255]
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -323,14 +323,16 @@ def _has_version(value: Any) -> bool:
 
 
 def attributes(model: nn.Module) -> dict[str, Any]:
-    """What the forward of ``model`` may read beside parameters, buffers and child modules.
+    """What the forward of ``model`` may read beside parameters and buffers.
 
     Returns:
-        ``child.attribute`` -> a fact that compares equal as long as the attribute is the same.
+        ``child.attribute`` -> a fact that compares equal as long as the attribute is the same; and
+        ``class of child``.
     """
     tensors = (*model.named_parameters(), *model.named_buffers())
     seen: dict[int, Any] = {id(x): name for name, x in tensors}  # which others look after
-    return {
+    classes = {f"class of {prefix}": type(each) for prefix, each in model.named_modules() if prefix}
+    return classes | {
         f"{prefix}.{name}".strip("."): fact_of(value, seen)
         for prefix, module in model.named_modules()
         if not isinstance(module, torch.jit.ScriptModule)

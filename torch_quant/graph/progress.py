@@ -30,7 +30,15 @@ def hidden(wanted: bool = True) -> bool:
     """
     if not wanted or os.environ.get("TQDM_DISABLE", "0").lower() not in ("", "0", "false"):
         return True
-    return not ("ipykernel" in sys.modules or sys.stderr.isatty())
+    return not ("ipykernel" in sys.modules or _is_terminal(sys.stderr))
+
+
+def _is_terminal(stream: Any) -> bool:
+    """Services have no stderr, or one that knows nothing of terminals, or a closed one."""
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, ValueError):
+        return False
 
 
 class Progress:
