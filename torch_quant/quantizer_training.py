@@ -151,6 +151,6 @@ class QuantizerTraining(QuantizerFiles):
         deployed = Deployed.of(model)
         with their_tensors(session.model, model):
             quantized = self._lowered(session, deployed.lowering(session, chosen), False)
-        if self.unseen_calls == "capture":
-            deployed.attend(session, chosen, quantized)
+            if self.unseen_calls == "capture":
+                deployed.attend(session, chosen, quantized)
         return self._described(quantized, chosen)

@@ -6,7 +6,7 @@ import logging
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -52,6 +52,8 @@ class UnseenCalls:
         backend: where the quantized model runs.
     """
 
+    _changed: ClassVar[str] = "the float model has changed since it was quantized"
+
     def __init__(self, session: Session, backend: Backend) -> None:
         model = session.model
         self._captured, self._model = weakref.ref(session.captured), weakref.ref(model)
@@ -96,7 +98,7 @@ class UnseenCalls:
             raise CaptureFailed("the float model or its quantizer no longer exists")
         with CAPTURING, torch.inference_mode(False), torch.no_grad():
             if self._present(model) != self._facts:
-                raise CaptureFailed("the float model has changed since it was quantized")
+                raise CaptureFailed(self._changed)
             captured.root.at(path)  # its hooks are taken off once, and not by a copy
             twin = captured.copied()
             submodule = twin.root.at(path)

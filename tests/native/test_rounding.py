@@ -146,4 +146,11 @@ def test_what_is_not_served() -> None:
     assert not serves(x.transpose(0, 1), scale.transpose(0, 1), zero.transpose(0, 1), kind)
     assert not serves(x, scale[:, 0], zero[:, 0], kind)  # an error of the definition's
     assert not serves(x[:0], scale[:0], zero[:0], kind)
+    negative = torch._neg_view  # the numbers are in memory with the other sign
+    assert not serves(negative(x), scale, zero, kind)
+    assert not serves(x, negative(scale), zero, kind)
+    assert not serves(x, scale, negative(zero), kind)
+    how = "int2", "float32", "weight", "lsq", ""
+    of_view = TRAINED_FAKE_QUANTIZE(negative(x), scale, zero, *how)
+    assert torch.equal(of_view, TRAINED_FAKE_QUANTIZE(-x, scale, zero, *how))
     assert not serves(x.to("meta"), scale.to("meta"), zero.to("meta"), kind)

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from torch_quant import (
     BiasCorrection,
+    CaptureFailed,
     InvalidConfig,
     QConfig,
+    Quantizer,
     QuantSpec,
     SmoothQuant,
     recipes,
@@ -128,6 +130,88 @@ def test_copies_and_checkpoints_keep_the_factors() -> None:
     second.load_state_dict(saved)
     assert torch.equal(quiet(second, inputs), expected)
     assert torch.equal(quiet(other.quantize(second), inputs), expected)
+
+
+class Optional(Spiky):
+    """It has two kinds of calls."""
+
+    def forward(self, x: Tensor, more: bool = False) -> Tensor:
+        y: Tensor = super().forward(x)
+        return y + x[:, :5] if more else y
+
+
+def begun(spread: float) -> tuple[Quantizer, nn.Module, Any]:
+    """Before training; ``spread`` decides on the factors."""
+    model = Optional()
+    model.one.weight.data[:, 3] *= spread
+    quantizer, model, _ = calibrated(model, data(), qconfig=CONFIGS["everywhere"])
+    return quantizer, model, quantizer.qat(model)
+
+
+def trained() -> tuple[dict[str, Any], Tensor]:
+    """A checkpoint, and what its model computes of ``data(8, 2)``."""
+    quantizer, _, qat_model = begun(50.0)
+    steps(quantizer, qat_model, (data(32, 3),), 3)
+    return copy.deepcopy(qat_model.state_dict()), quiet(qat_model, (data(8, 2),))
+
+
+@pytest.mark.parametrize("how", ["itself", "copy", "assign"])
+def test_a_checkpoint_of_other_weights(how: str) -> None:
+    """Its factors are deployed, not those of the weights that the model began with."""
+    saved, expected = trained()
+    quantizer, _, qat_model = begun(1.0)
+    if how == "copy":
+        qat_model = copy.deepcopy(copy.deepcopy(qat_model))
+    names = [name for name in saved if name.endswith("smooth_factor")]
+    assert names
+    for name in names:
+        assert not torch.equal(qat_model.get_buffer(name), saved[name])
+    qat_model.load_state_dict(copy.deepcopy(saved), assign=how == "assign")
+    for name in names:
+        assert torch.equal(qat_model.get_buffer(name), saved[name])
+    assert torch.equal(quiet(qat_model, (data(8, 2),)), expected)
+    assert torch.equal(quiet(quantizer.quantize(qat_model), (data(8, 2),)), expected)
+
+
+def test_a_checkpoint_is_of_one_copy() -> None:
+    saved, expected = trained()
+    quantizer, _, qat_model = begun(1.0)
+    inputs = (data(8, 2),)
+    twin = copy.deepcopy(qat_model)
+    before = quiet(twin, inputs)
+    qat_model.load_state_dict(saved)
+    assert torch.equal(quiet(quantizer.quantize(twin), inputs), before)
+    assert torch.equal(quiet(quantizer.quantize(qat_model), inputs), expected)
+
+
+def test_new_kinds_of_calls_of_a_loaded_model() -> None:
+    saved, _ = trained()
+    quantizer, _, qat_model = begun(1.0)
+    early = quantizer.quantize(qat_model)
+    qat_model.load_state_dict(saved)
+    deployed = quantizer.quantize(qat_model)
+    inputs = (data(8, 2), True)
+    expected = quiet(qat_model, inputs)
+    assert qat_model.state_dict().keys() == saved.keys()  # no tensor of its own
+    x = data(8, 2)
+    torch.testing.assert_close(expected - x[:, :5], quiet(qat_model, (x,)))
+    assert torch.equal(quiet(deployed, inputs), expected)
+    assert torch.equal(quiet(quantizer.quantize(qat_model), inputs), expected)
+    with pytest.raises(CaptureFailed, match="no longer has the weights that were deployed"):
+        early(*inputs)
+
+
+def test_new_kinds_of_calls_are_refused_where_weights_are_elsewhere() -> None:
+    saved, _ = trained()
+    quantizer, _, qat_model = begun(1.0)
+    twin = copy.deepcopy(qat_model)
+    twin.load_state_dict(saved)
+    deployed = quantizer.quantize(twin)
+    with pytest.raises(CaptureFailed, match="a copy of the QAT model was deployed"):
+        deployed(data(8, 2), True)
+    qat_model.load_state_dict(saved, assign=True)
+    with pytest.raises(CaptureFailed, match=r"one\.weight .*replaced.*without assign=True"):
+        qat_model(data(8, 2), True)
 
 
 def test_a_transformer_in_several_kinds_of_calls() -> None:

@@ -43,6 +43,7 @@ def serves(x: Tensor, scale: Tensor, zero_point: Tensor, element: ElementType) -
         and isinstance(element, IntegerType)
         and x.numel() > 0
         and _in_order(x, scale)
+        and not (x.is_neg() or scale.is_neg() or zero_point.is_neg())  # memory has the opposite
         and scale.is_contiguous()
         and zero_point.is_contiguous()
         and not torch._C._len_torch_dispatch_stack()  # whoever watches operators sees some

@@ -47,6 +47,9 @@ logger = logging.getLogger("torch_quant")
 
 V = TypeVar("V")
 
+_FACTS = "torch_quant_facts"
+"""Entry of ``node.meta`` of a constant: the keys that its value is kept under."""
+
 
 class _LearnedGrid(QParams):
     """Scales and zero points in training: where these are learned, they are float32."""
@@ -149,6 +152,10 @@ class LearnedParams:
         found: V = self.facts[key]
         return found
 
+    def keys_of(self, value: Any) -> tuple[Hashable, ...]:
+        """The keys that a tensor is kept under."""
+        return tuple(key for key, fact in self.facts.items() if fact is value)
+
 
 class TrainingBackend(ReferenceBackend):
     """REFERENCE with gradients. It is none that users choose.
@@ -178,6 +185,9 @@ class TrainingBackend(ReferenceBackend):
                 with graph.inserting_before(node):
                     constant = graph.call_function(torch.ops.aten.detach.default, (node.args[0],))
                 node.update_arg(0, constant)
+        for node in graph.find_nodes(op="get_attr"):
+            if keys := params.keys_of(_value(node)):
+                node.meta[_FACTS] = keys
         round_read_rows(graph, _with_scales_by_row(graph))
         return context.gm
 
@@ -266,6 +276,9 @@ class QatLowering(Lowering):
         made = TrainedGraph.over(super()._graph(submodule, kind, graph))
         made.folded = tuple(folded_norms(made.body.graph))
         made.path = submodule.path
+        constants = made.body.graph.find_nodes(op="get_attr")
+        kept = ((node.name, node.meta.pop(_FACTS, ())) for node in constants)
+        made.facts = {name: keys for name, keys in kept if keys}
         made.results = results_of(made.body.graph, submodule.path, made.folded)
         left_out = put_back_dropout(made.body, self.captured.prepared(submodule, graph).captured)
         if left_out:

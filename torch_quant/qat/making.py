@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ from torch_quant.core.functional import quantize
 from torch_quant.core.plan import QuantPlan, SitePlan
 from torch_quant.core.qparams import QParams, choose_qparams
 from torch_quant.core.spec import QuantSpec
-from torch_quant.errors import InvalidConfig
+from torch_quant.errors import CaptureFailed, InvalidConfig
 from torch_quant.ops.table import OPERATORS
 from torch_quant.qat.edges import finer_edges
 from torch_quant.qat.lowering import LearnedParams, QatLowering, TrainingBackend
@@ -29,6 +30,7 @@ from torch_quant.qat.model import (
     QatModel,
     bond_of,
     learned_qparams,
+    read_facts,
 )
 from torch_quant.qat.switches import add_switches
 from torch_quant.session import Session
@@ -128,7 +130,7 @@ def start_training(
             ", ".join(of_several),
         )
     if unseen:
-        _UnseenTraining(session, backend, lowering).attend(model)
+        _UnseenTraining(session, backend, lowering, model).attend(model)
     how.plan = plan_of(model)
     how.left = {name: site.reason for name, site in lowering.plan.items() if not site.quantized}
     how.description = f"QAT by {how.method!r} for {backend!r}: {how.plan.summary}"
@@ -142,12 +144,15 @@ class _UnseenTraining(UnseenCalls):
 
     The weights may have changed, since they are trained, and the configuration too, since trainers
     write to it. A copy has parameters of its own, which
-    new graphs would not read, so it makes none.
+    new graphs would not read, so it makes none. Nor does a model whose tensors were replaced.
     """
 
-    def __init__(self, session: Session, backend: Backend, lowering: QatLowering) -> None:
+    def __init__(
+        self, session: Session, backend: Backend, lowering: QatLowering, trained: QatModel
+    ) -> None:
         super().__init__(session, backend)
-        self._training = lowering
+        self._training, self._trained = lowering, weakref.ref(trained)
+        self._tensors = _tensors(trained)
 
     def __deepcopy__(self, memo: Any) -> Any:
         return None
@@ -158,8 +163,17 @@ class _UnseenTraining(UnseenCalls):
 
     def _lowering(self, session: Session) -> Lowering:
         plan = as_trained(qat_plan(session.plan(optional=False)), self._training.plan)
-        params = self._training.params
+        params, trained = self._training.params, self._trained()
         assert isinstance(params, LearnedParams)
+        if trained is not None:  # None: a part is called that has outlived the whole
+            now = _tensors(trained)
+            if replaced := [name for name, x in self._tensors.items() if now.get(name) is not x]:
+                raise CaptureFailed(
+                    f"{replaced[0]} of the QAT model was replaced since qat() made it, and a new "
+                    "graph would read the former one: load_state_dict without assign=True keeps "
+                    "the tensors"
+                )
+            params.facts |= read_facts(trained)
         params = params.beside(Calibrated(session, plan), plan)
         return replace(self._training, captured=session.captured, plan=plan, params=params)
 
@@ -191,7 +205,7 @@ class _Trained(Calibrated):
         return found if trained is None else trained
 
     def kept(self, key: Hashable, make: Callable[[], V]) -> V:
-        """As it was when training began."""
+        """As the trained model has it."""
         if key not in self._facts:
             return super().kept(key, make)
         found: V = self._facts[key]
@@ -225,7 +239,8 @@ class Deployed:
         learned: the scales.
         left: site -> why it was trained in float; it stays there.
         plan: what was trained.
-        facts: what its transforms had computed from the weights that training began with.
+        facts: what its transforms had computed from the weights that training began with: copies of
+            what its graphs hold, and where they hold nothing what the quantizer remembers.
     """
 
     learned: Learned
@@ -237,7 +252,9 @@ class Deployed:
     def of(cls, model: QatModel) -> Deployed:
         """As it is now."""
         bond = bond_of(model)
-        return cls(learned_qparams(model), model.quantization.left, bond.plan, bond.facts)
+        held = {key: x.clone() for key, x in read_facts(model).items()}
+        facts = {**bond.facts, **held}
+        return cls(learned_qparams(model), model.quantization.left, bond.plan, facts)
 
     def lowering(self, session: Session, backend: Backend | None = None) -> Lowering:
         """How it is put on ``backend``.
@@ -255,11 +272,22 @@ class Deployed:
         return Lowering(session.captured, plan, backend, params)
 
     def attend(self, session: Session, backend: Backend, quantized: nn.Module) -> None:
-        """Have a deployed model capture new kinds of calls, with the scales that were trained."""
+        """Have a deployed model capture new kinds of calls, with the scales that were trained.
+
+        It is called inside of :func:`their_tensors`: new graphs read the float model, and are
+        refused where that has other weights.
+        """
         _UnseenDeployed(session, backend, self).attend(quantized)
 
 
 class _UnseenDeployed(UnseenCalls):
+    """With what was trained; made while the float model has the values that are deployed."""
+
+    _changed = (
+        "the float model no longer has the weights that were deployed: it has changed, or a copy "
+        "of the QAT model was deployed"
+    )
+
     def __init__(self, session: Session, backend: Backend, deployed: Deployed) -> None:
         super().__init__(session, backend)
         self._deployed = deployed
@@ -268,10 +296,15 @@ class _UnseenDeployed(UnseenCalls):
         return self._deployed.lowering(session)
 
 
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Its parameters and buffers by name, each once."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
 @contextlib.contextmanager
 def their_tensors(model: nn.Module, trained: QatModel) -> Iterator[None]:
     """Inside, the float model has the values of ``trained``, which may be a copy."""
-    values = {**dict(trained.named_parameters()), **dict(trained.named_buffers())}
+    values = _tensors(trained)
     swapped: list[tuple[Tensor, Tensor]] = []
     try:
         for name, mine in (*model.named_parameters(), *model.named_buffers()):

@@ -34,6 +34,7 @@ __all__ = [
     "TrainedQuantization",
     "bond_of",
     "learned_qparams",
+    "read_facts",
     "scale_names",
     "switches_of",
 ]
@@ -49,7 +50,9 @@ class Bond:
         session: both, with the graphs that are trained. Trainers write to a model's configuration,
             at which the quantizer's own session would capture anew.
         plan: what is trained.
-        facts: what its transforms have computed from the weights that training began with.
+        facts: what its transforms have computed from the weights that training began with. It is
+            asked only for what :func:`read_facts` finds in no graph of a model: copies, and models
+            that a checkpoint was loaded into, have others.
     """
 
     def __init__(self, session: Session, plan: QuantPlan, facts: dict[Hashable, Any]) -> None:
@@ -264,13 +267,28 @@ def learned_qparams(model: QatModel) -> Learned:
     return found
 
 
+def read_facts(model: QatModel) -> dict[Hashable, Any]:
+    """What transforms have computed, by key: the very buffers of a QAT model that its graphs read.
+
+    What no graph holds as it was computed is missing.
+    """
+    found: dict[Hashable, Any] = {}
+    for _, graph in quantized_graphs(model):
+        assert isinstance(graph, TrainedGraph)
+        body = graph.deployed
+        for node in body.graph.find_nodes(op="get_attr"):
+            for key in graph.facts.get(node.name, ()):
+                found.setdefault(key, _read(body, node))
+    return found
+
+
 def _read(body: nn.Module, node: Any) -> Tensor:
     path, _, name = str(node.target).rpartition(".")
     owner = body.get_submodule(path)
     found = owner._parameters.get(name)
     value = owner._buffers[name] if found is None else found
     assert value is not None
-    return value.detach()
+    return value
 
 
 def scale_names(model: QatModel) -> list[str]:

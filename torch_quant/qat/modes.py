@@ -6,7 +6,7 @@ have seen both need not compile again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor, fx
@@ -64,6 +64,11 @@ class TrainedGraph(QuantizedGraph):
     """Of the module that it computes, in the model."""
     results: Mapping[str, str] = {}
     """Path of each module -> the node that computes its result."""
+    facts: Mapping[str, tuple[Hashable, ...]] = {}
+    """Name of each constant that transforms have computed in it -> what ``Params.kept`` calls it.
+
+    Copies have it, which the notes on nodes would not be in.
+    """
     _norms: dict[str, str] | None = None
     _drops: bool | None = None
 
