@@ -37,7 +37,7 @@ def checked_target(path: str | os.PathLike[str]) -> Path:
     except TypeError:
         text = None
     if not isinstance(text, str) or not text or "\0" in text:
-        named = path is None or isinstance(path, (str, bytes))
+        named = path is None or isinstance(path, (str, bytes, int))
         got = repr(path) if named else f"of type {type(path).__name__}"
         raise InvalidConfig(f'cannot write to the path {got}; give a file, as "model.pt"')
     target = Path(text)

@@ -10,8 +10,7 @@ import operator
 from typing import Any
 
 import torch
-from torch import Tensor, fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch import SymInt, Tensor, fx
 
 from torch_quant import native
 from torch_quant.backends.onednn.ops import LINEAR, QUANTIZE_FAST
@@ -51,7 +50,14 @@ def _like(x: Any, y: Any) -> bool:
     sizes, others = x.meta["val"].shape, y.meta["val"].shape
     if len(sizes) != len(others):
         return False
-    return all(statically_known_true(a == b) for a, b in zip(sizes, others, strict=True))
+    return all(_equal(a, b) for a, b in zip(sizes, others, strict=True))
+
+
+def _equal(a: int | SymInt, b: int | SymInt) -> bool:
+    """Whether two sizes are one expression; to compare them would take those of the example."""
+    if isinstance(a, int) or isinstance(b, int):
+        return isinstance(a, int) and isinstance(b, int) and a == b
+    return bool(a.node._expr == b.node._expr)
 
 
 def _is_vector(x: Any, of: fx.Node) -> bool:
@@ -60,7 +66,8 @@ def _is_vector(x: Any, of: fx.Node) -> bool:
         return False
     value: Any = operator.attrgetter(str(x.target))(x.graph.owning_module)
     size = of.meta["val"].shape[-1]
-    return value.dtype is torch.float32 and value.dim() == 1 and value.shape[0] == size
+    vector = value.dtype is torch.float32 and value.dim() == 1
+    return vector and isinstance(size, int) and value.shape[0] == size
 
 
 def _without_factor(x: fx.Node, reader: fx.Node) -> tuple[fx.Node, fx.Node | None]:
