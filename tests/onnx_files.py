@@ -29,6 +29,7 @@ __all__ = [
     "run_session",
     "session",
     "tensors",
+    "unread",
     "written",
 ]
 
@@ -125,6 +126,15 @@ def operators(path: Path) -> list[str]:
     import onnx
 
     return [node.op_type for node in onnx.load(path).graph.node]
+
+
+def unread(path: Path) -> list[str]:
+    """Initializers of the file that no node reads."""
+    import onnx
+
+    graph = onnx.load(path).graph
+    read = {name for node in graph.node for name in node.input}
+    return [each.name for each in graph.initializer if each.name not in read]
 
 
 def free_sizes(path: Path) -> dict[str, list[tuple[str, int]]]:

@@ -1,12 +1,9 @@
-"""Runtimes in this process: calls, sizes, memory, threads, copies, files and what they refuse."""
+"""Runtimes in this process: calls, sizes, memory, threads, copies, files, options."""
 
 from __future__ import annotations
 
 import copy
-import logging
 import pickle
-import subprocess
-import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +14,7 @@ import torch
 from flows import calibrated
 from models import example, mlp, normal, seeded, small_cnn
 from onnx_files import feeds, needs, run_onnxruntime, run_openvino
+from runtimes import RUNTIMES, compiled, each_runtime
 from torch import Tensor, nn
 
 import torch_quant
@@ -31,15 +29,9 @@ from torch_quant import (
     recipes,
     sqnr,
 )  # fmt: skip
-from torch_quant.backends import OnnxRuntimeBackend, OpenVINOBackend, ReferenceBackend
-from torch_quant.backends.onnx.in_process import InProcess, InProcessBackend
+from torch_quant.backends import OpenVINOBackend, ReferenceBackend
 
 pytestmark = needs("onnx", "onnxscript", "onnxruntime", "openvino")
-
-RUNTIMES: dict[str, type[InProcessBackend]] = {
-    "onnxruntime": OnnxRuntimeBackend, "openvino": OpenVINOBackend
-}  # fmt: skip
-each_runtime = pytest.mark.parametrize("name", RUNTIMES)
 
 
 @dataclass
@@ -67,13 +59,6 @@ def everything(batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (normal(batch, 5, 16), torch.arange(batch * 5).reshape(batch, 5) % 3 == 0), {
         "scale": 2.5
     }
-
-
-def compiled(model: nn.Module) -> InProcess:
-    """What the first graph of a quantized model runs."""
-    found = model.graphs[0].compiled
-    assert isinstance(found, InProcess)
-    return found
 
 
 @each_runtime
@@ -225,29 +210,6 @@ def test_openvinos_own_settings(tmp_path: Path) -> None:
         quant_model(normal(2, 16))
 
 
-@each_runtime
-def test_what_cannot_be_recorded(name: str) -> None:
-    model = seeded(lambda: nn.Sequential(nn.Linear(16, 8), nn.ReLU()))
-    quant_model = calibrated(model, [((normal(32, 16),), {})], backend=name).quantize(model)
-    x = normal(4, 16)
-    told = "run outside of PyTorch.*export_onnx, of the model for Backend.ONNX"
-    with pytest.raises(InvalidConfig, match=told):
-        torch.jit.trace(quant_model, x)
-    with pytest.raises(InvalidConfig, match=told):
-        torch.export.export(quant_model, (x,), strict=False)
-    with pytest.raises(InvalidConfig, match=told):
-        torch_quant.export_torchscript(quant_model, x, "model.pt")
-    with pytest.raises(InvalidConfig, match=r"Backend\.ONNX"):
-        export_onnx(quant_model, x, "model.onnx")
-    with pytest.raises(InvalidConfig, match=r"takes tensors on the CPU: input is on meta"):
-        quant_model(x.to("meta"))
-    whole = torch.compile(lambda x: quant_model(x * 2.0) + 1.0, backend="eager")
-    assert torch.equal(whole(x), quant_model(x * 2.0) + 1.0)  # it goes on behind the call
-    torch._dynamo.reset()
-    with pytest.raises(Exception, match="a runtime outside of PyTorch"):
-        torch.compile(lambda x: quant_model(x) + 1.0, backend="eager", fullgraph=True)(x)
-
-
 class Waiting(nn.Module):
     """Takes its time to be exported."""
 
@@ -305,74 +267,6 @@ def test_a_model_in_pieces(name: str) -> None:
     assert all(len(each.opened) == 1 for each in sessions)
 
 
-class Unrolled(nn.Module):
-    """ONNX has no LSTM with projections: the exporter writes it out for the example's steps."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lstm = nn.LSTM(8, 12, proj_size=6, batch_first=True)
-        self.head = nn.Linear(6, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.lstm(x)[0])
-
-
-def test_sizes_that_the_exporter_fixes(caplog: pytest.LogCaptureFixture) -> None:
-    """A session for each, and a word of it."""
-    model = seeded(Unrolled)
-    quantizer = calibrated(model, [((normal(8, 3, 8),), {})], backend="onnxruntime")
-    quant_model, reference = quantizer.quantize(model), quantizer.quantize(model, backend="onnx")
-    with caplog.at_level(logging.WARNING, "torch_quant"):
-        for shape in ((2, 3, 8), (2, 4, 8), (2, 3, 8)):
-            torch.testing.assert_close(
-                quant_model(normal(*shape)), reference(normal(*shape)), rtol=0.0, atol=1e-4
-            )
-    assert len(compiled(quant_model).opened) == 2
-    assert [record.message for record in caplog.records if "a session for each" in record.message]
-
-
-class Counting(nn.Module):
-    """Writes to a buffer at each call."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(8, 4)
-        self.register_buffer("seen", torch.zeros(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.seen.add_(1.0)
-        return self.layer(x) + self.seen
-
-
-@each_runtime
-def test_what_has_no_onnx_form_runs_in_pytorch(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    model = seeded(Counting)
-    quantizer = calibrated(model, [((normal(8, 8),), {})], backend=name)
-    quant_model = quantizer.quantize(model)
-    with caplog.at_level(logging.WARNING, "torch_quant"):
-        first, second = quant_model(normal(2, 8)), quant_model(normal(2, 8))
-    torch.testing.assert_close(second, first + 1.0)
-    told = [record.message for record in caplog.records if "runs in PyTorch" in record.message]
-    assert len(told) == 1
-    assert "it writes to" in told[0]
-
-
-def test_a_runtime_that_computes_something_else(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """As OpenVINO does with some graphs; here the session's program is of another model."""
-    models = [seeded(lambda: nn.Linear(16, 8), seed=seed) for seed in (0, 1)]
-    made = [calibrated(each, [((normal(32, 16),), {})], backend="onnxruntime") for each in models]
-    other, quant_model = (q.quantize(m) for q, m in zip(made, models, strict=True))
-    with caplog.at_level(logging.WARNING, "torch_quant"):
-        other(normal(4, 16))
-        assert "another result" not in caplog.text
-        session = compiled(other).opened[0].session
-        monkeypatch.setattr(OnnxRuntimeBackend, "open", lambda *_: session)
-        quant_model(normal(4, 16))
-    assert "gives another result than the quantized graph" in caplog.text
-
-
 WEIGHT_ONLY = {
     "int4": recipes.int4_weight_only(group_size=32),
     "int8": QConfig(FLOAT, recipes.int8_weight_only().weight),
@@ -391,31 +285,3 @@ def test_weights_alone(name: str, recipe: str) -> None:
     exact = quantizer.quantize(model, backend=ReferenceBackend(Backend.get(name)))(x)
     assert sqnr(exact, quant_model(x)) > 30
     assert len(compiled(quant_model).opened) == 1
-
-
-@each_runtime
-def test_dynamic_activations_have_no_form_in_the_file(name: str) -> None:
-    model = seeded(lambda: nn.Linear(16, 8))
-    coverage = Quantizer(recipes.int8_dynamic(), backend=name).coverage(model, normal(2, 16))
-    assert "dynamic" in str(coverage)
-    assert not coverage.share
-
-
-def test_packages_that_are_missing() -> None:
-    """Importing torch_quant needs none of them."""
-    code = f"""
-import importlib.util
-names = {list(RUNTIMES)}
-found = importlib.util.find_spec
-importlib.util.find_spec = lambda each, *rest: None if each in names else found(each, *rest)
-import torch_quant
-for name in names:
-    assert name not in [each.name for each in torch_quant.available_backends()]
-    try:
-        torch_quant.Quantizer(backend=name)
-    except torch_quant.BackendUnavailable as error:
-        print(error)
-"""
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    for name in RUNTIMES:
-        assert f"{name} missing: pip install {name}" in told.stdout

@@ -126,6 +126,33 @@ def test_one_tensor_is_called_output(tmp_path: Path) -> None:
     assert loaded.get_inputs()[0].shape == ["batch", 16]
 
 
+@pytest.mark.parametrize(
+    ("outputs", "names"),
+    [
+        (lambda x, y: {"x": y}, ["x_out"]),
+        (lambda x, y: {"x": x, "x_out": y}, ["x_out_1", "x_out"]),
+        (lambda x, y: {"a": {"b": y}, "a.b": y * 2.0, "a.b_1": x}, ["a.b", "a.b_2", "a.b_1"]),
+        (lambda x, y: {"val_0": y * 2.0, "linear": x}, ["val_0", "linear"]),
+    ],
+    ids=["input", "that input", "repeated", "inner"],
+)
+def test_names_that_are_taken(outputs: Any, names: list[str], tmp_path: Path) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Any:
+            return outputs(x, self.layer(x))
+
+    model, inputs = seeded(Model), ((normal(8, 16),), {})
+    quantizer = calibrated(model, [inputs], backend="onnx")
+    written(quantizer, model, inputs, tmp_path / "model.onnx")
+    loaded = session(tmp_path / "model.onnx")
+    assert [each.name for each in loaded.get_inputs()] == ["x"]
+    assert [each.name for each in loaded.get_outputs()] == names
+
+
 def test_static_sizes(tmp_path: Path) -> None:
     quant_model, x = small()
     export_onnx(quant_model, x, tmp_path / "m.onnx", dynamic=False)

@@ -17,6 +17,7 @@ from onnx_files import (
     run_openvino,
     session,
     tensors,
+    unread,
     written,
 )
 from torch import Tensor, nn
@@ -246,6 +247,7 @@ def test_convolutions_take_zeros_around_an_image(
         if not fallback:  # the exporter does so for convolutions of floats
             assert operators(old).count("Pad") == 2
         assert operators(new).count("Pad") == pads
+        assert not unread(new)
         assert Backend.ONNX.verify(new).complete
         for batch, height, width in SIZES:
             inputs = ((normal(batch, 6, height, width) + 0.7,), {})

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from flows import calibrated
 from models import images, seeded
-from onnx_files import feeds, needs, operators, run_onnxruntime, run_openvino, tensors, written
+from onnx_files import (
+    feeds,
+    needs,
+    operators,
+    run_onnxruntime,
+    run_openvino,
+    session,
+    tensors,
+    written,
+)
 from torch import Tensor, nn
 
 from torch_quant import sqnr
@@ -107,3 +117,47 @@ def test_windows_over_the_end(options: dict[str, int], tmp_path: Path) -> None:
     for run_file in (run_onnxruntime, run_openvino):
         found = run_file(tmp_path / "m.onnx", feeds(quant_model, inputs))
         assert sqnr(tensors(quant_model, inputs), found) > 40
+
+
+class Padded(nn.Module):
+    """A pool whose padding counts, behind a convolution, with something between or not."""
+
+    def __init__(self, between: str = "", **options: bool) -> None:
+        super().__init__()
+        self.conv, self.other = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.pool, self.wide = nn.AvgPool2d(3, 2, 1, **options), nn.MaxPool2d(2)
+        self.head, self.between = nn.Conv2d(8, 4, 1), between
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        if self.between == "concat":
+            y = torch.cat([y[:, :4], self.other(y)[:, :4]], 1)
+        elif self.between == "max pool":
+            y = self.wide(y)
+        elif self.between == "relu":
+            y = y.relu()
+        y = self.pool(y)
+        return y if self.between == "nothing behind" else self.head(y)
+
+
+@pytest.mark.parametrize(
+    ("model", "pads", "integers"),
+    [
+        (Padded, 1, True),
+        (lambda: Padded(ceil_mode=True), 1, False),
+        (lambda: Padded("relu"), 0, True),
+        (lambda: Padded(count_include_pad=False), 0, True),
+        (lambda: Padded("nothing behind"), 1, False),
+        (lambda: Padded("concat"), 1, False),
+        (lambda: Padded("max pool"), 1, False),
+    ],
+    ids=["plain", "ceil", "relu", "not counted", "nothing behind", "concat", "max pool"],
+)
+def test_padding_that_counts(model: Any, pads: int, integers: bool, tmp_path: Path) -> None:
+    """Where the pool reads codes it is a code, and onnxruntime still pools integers."""
+    model, file = seeded(model), tmp_path / "m.onnx"
+    quantizer = calibrated(model, [((images(8),), {})], backend="onnx")
+    written(quantizer, model, ((images(2),), {}), file, least=40)
+    assert operators(file).count("Pad") == pads
+    session(file, optimized_model_filepath=str(tmp_path / "fused.onnx"))
+    assert ("QLinearAveragePool" in operators(tmp_path / "fused.onnx")) == integers

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import tempfile
+import threading
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -173,6 +174,8 @@ class InProcess:
         self._graph = weakref.ref(graph)  # which holds this object
         self.opened: list[_Opened] = []
         """One, or some where sizes are fixed; the last used is the last."""
+        self._order = threading.Lock()
+        """Of ``opened``: a call does not wait for the export of another graph."""
         self.in_pytorch = ""
         """Why the graph runs in PyTorch, in float arithmetic, if it does."""
 
@@ -188,9 +191,13 @@ class InProcess:
         if self.in_pytorch or any(not x.numel() for x in tensors):
             return self.graph.body(*tensors)
         ready = [self._ready(x, i) for i, x in enumerate(tensors)]
-        opened = next((each for each in self.opened if each.serves(ready)), None)
+        found = self.opened
+        opened = next((each for each in found if each.serves(ready)), None)
         if opened is None:
             opened = self._open(tensors, ready)
+        elif opened is not found[-1]:
+            with self._order:
+                self.opened = sorted(self.opened, key=lambda each: each is opened)
         return self.graph.body(*tensors) if opened is None else opened(tensors, ready)
 
     def _ready(self, x: Tensor, place: int) -> Tensor:
@@ -232,7 +239,8 @@ class InProcess:
                         for i, axis, size in opened.fixed
                     ),
                 )
-            self.opened = [*self.opened[-_MOST + 1 :], opened]
+            with self._order:
+                self.opened = [*self.opened, opened][-_MOST:]
             return opened
 
 

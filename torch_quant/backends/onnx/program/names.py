@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,21 +48,46 @@ def rename(
     with torch.no_grad():
         leaves = graph.body(*tensors)
     wanted = leaf_names(graph.out_spec)
-    outputs = [name for name, x in zip(wanted, leaves, strict=True) if isinstance(x, Tensor)]
+    outputs = _once(
+        [name for name, x in zip(wanted, leaves, strict=True) if isinstance(x, Tensor)],
+        graph.contract.names,
+    )
     names = {
         id(value): name
         for value, name in zip(model.graph.inputs, graph.contract.names, strict=True)
     }
-    names |= {id(value): name for value, name in zip(model.graph.outputs, outputs, strict=True)}
+    for value, name in zip(model.graph.outputs, outputs, strict=True):
+        names.setdefault(id(value), name)  # an input stays what it is called
     taken = set(names.values())
     for node in model.graph.all_nodes() if hasattr(model.graph, "all_nodes") else model.graph:
         for value in node.outputs:
             if value.name in taken and id(value) not in names:
                 value.name = f"{value.name}_inner"
+    for value in list(model.graph.initializers.values()):
+        if value.name in taken:
+            _call(model.graph, value, f"{value.name}_inner")
     for value in (*model.graph.inputs, *model.graph.outputs):
         value.name = names[id(value)]
     _name_weights(model.graph, path)
     _name_sizes(program, tensors)
+
+
+def _once(outputs: Sequence[str], inputs: Sequence[str]) -> list[str]:
+    """Names of outputs, each of them once and none of them an input's: ``x_out``, ``y_1``."""
+    wanted, found = {*outputs, *inputs}, dict.fromkeys(inputs)
+    for name in outputs:
+        if name in found:
+            base = f"{name}_out" if name in inputs else name
+            tries = itertools.chain([base], (f"{base}_{i}" for i in itertools.count(1)))
+            name = next(each for each in tries if each not in wanted and each not in found)
+        found[name] = None
+    return list(found)[len(inputs) :]
+
+
+def _call(graph: Any, initializer: Any, name: str) -> None:
+    del graph.initializers[initializer.name]
+    initializer.name = initializer.const_value.name = name
+    graph.register_initializer(initializer)
 
 
 def _name_weights(graph: Any, path: str) -> None:
@@ -70,9 +97,7 @@ def _name_weights(graph: Any, path: str) -> None:
 
     def call(value: Any, name: str) -> None:
         if name not in taken:
-            del graph.initializers[value.name]
-            value.name = value.const_value.name = name
-            graph.register_initializer(value)
+            _call(graph, value, name)
             taken.add(name)
 
     for value in list(graph.initializers.values()):

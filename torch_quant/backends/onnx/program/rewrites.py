@@ -31,6 +31,14 @@ def rewrite(model: Any) -> None:
             whole_windows(model.graph, node)
         elif node.op_type == "Shape":
             hidden_size(model.graph, node)
+    _drop_unread(model.graph)
+
+
+def _drop_unread(graph: Any) -> None:
+    """Take out constants that nothing reads any more."""
+    for value in list(graph.initializers.values()):
+        if not (value.uses() or value.is_graph_output() or value.is_graph_input()):
+            del graph.initializers[value.name]
 
 
 def _producer(value: Any, op_type: str) -> Any | None:
@@ -187,7 +195,4 @@ def _space_to_depth(graph: Any, conv: Any) -> None:
         conv.attributes[key] = ir.AttrInt64s(key, value)
     for node in (old, stem.quantize, stem.weight):
         if not node.outputs[0].uses() and not node.outputs[0].is_graph_output():
-            integers = node.inputs[0]
             graph.remove(node, safe=True)
-            if integers.is_initializer() and not integers.uses():
-                del graph.initializers[integers.name]

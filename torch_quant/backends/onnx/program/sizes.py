@@ -10,6 +10,10 @@ __all__ = ["hidden_size", "whole_windows"]
 
 _PASSED = {"QuantizeLinear", "DequantizeLinear", "Relu", "Sigmoid", "Identity", "Dropout"}
 """Operators behind a pool that keep its sizes."""
+_LEAST = 1.1754943508222875e-38
+"""A padding that both runtimes do not take for 0, which they would make the pool's own again."""
+_PRODUCTS = ("Conv", "MatMul", "Gemm", "QuantizeLinear")
+"""How operators begin whose results have no grid, or another one."""
 
 
 def hidden_size(graph: Any, shape: Any) -> None:
@@ -41,13 +45,10 @@ def hidden_size(graph: Any, shape: Any) -> None:
         return
     chosen = np.zeros(len(x.shape), np.int64)
     chosen[begin] = 1
-    tape, name = ir.tape.Tape(), f"{size.name}_of_all"
-    while name in graph.initializers:
-        name += "_"
-    picked = tape.initializer(ir.tensor(chosen), name)
+    tape = ir.tape.Tape()
+    picked = _constant(graph, tape, f"{size.name}_of_all", chosen)
     product = tape.op("Mul", [tape.op("Shape", [x]), picked])
     found = tape.op("ReduceSum", [product], {"keepdims": 1})
-    graph.register_initializer(picked)
     graph.insert_before(shape, tape.nodes)
     for node, i in reads:
         node.replace_input_with(i, found)
@@ -60,9 +61,10 @@ def whole_windows(graph: Any, pool: Any) -> None:
 
     PyTorch counts the pixels that a window has, and padding, but nothing behind that. onnxruntime's
     kernel on integers counts all, unless it is told not to count padding; so that is written apart.
-    OpenVINO refuses windows larger than an image of
-    known size, as EfficientNet's, and of free sizes gives no value at all. Where no second one
-    fits, they are the image's mean: the sizes of the result are 1, or what follows takes them so.
+    OpenVINO pools codes, and takes padding that is counted for code 0, whatever the zero point is.
+    It refuses windows larger than an image of known size, as EfficientNet's, and of free sizes
+    gives no value at all. Where no second one fits, they are the image's mean: the sizes of the
+    result are 1, or what follows takes them so.
     """
     import onnx_ir as ir
 
@@ -82,25 +84,79 @@ def whole_windows(graph: Any, pool: Any) -> None:
 
 
 def _padded_before(graph: Any, pool: Any, given: dict[str, Any]) -> bool:
-    """Write the padding that is counted as pixels; whether it was."""
+    """Write the padding that is counted as pixels, as codes where the pool reads codes.
+
+    That keeps OpenVINO's pool on integers. In ``ceil_mode`` both runtimes are as fast, or faster,
+    with floats (64 x 56 x 56, onnxruntime: 1209 -> 314 us). Returns whether it was written.
+    """
     import onnx_ir as ir
 
-    pads, kernel = given["pads"], given["kernel_shape"]
+    pads, kernel, over = given["pads"], given["kernel_shape"], given.get("ceil_mode")
     strides = given.get("strides", [1] * len(kernel))
     begins, ends = pads[: len(kernel)], pads[len(kernel) :]
     inside = all(e + s <= k for e, s, k in zip(ends, strides, kernel, strict=True))
-    if not (given.get("ceil_mode") and given.get("count_include_pad") and inside):
+    if not given.get("count_include_pad") or (over and not inside):
         return False  # a window behind all pixels is one that PyTorch leaves out
+    real = None if over else _dequantized(pool.inputs[0])
+    if not over and not _off_zero(pool.inputs[0]):
+        return False
     tape, name = ir.tape.Tape(), f"{pool.outputs[0].name}_padding"
-    while name in graph.initializers:
-        name += "_"
-    sizes = tape.initializer(ir.tensor(np.array([0, 0, *begins, 0, 0, *ends])), name)
-    padded = tape.op("Pad", [pool.inputs[0], sizes])
-    graph.register_initializer(sizes)
+    sizes = _constant(graph, tape, name, np.array([0, 0, *begins, 0, 0, *ends]))
+    if real is None:
+        kind = (pool.inputs[0].dtype or ir.DataType.FLOAT).numpy()
+        least = _constant(graph, tape, f"{name}_value", np.array(_LEAST).astype(kind))
+        padded = tape.op("Pad", [pool.inputs[0], sizes, least])
+    else:
+        codes, scale, zero_point = real.inputs
+        codes = tape.op("Pad", [codes, sizes, zero_point])
+        padded = tape.op("DequantizeLinear", [codes, scale, zero_point])
     graph.insert_before(pool, tape.nodes)
     pool.replace_input_with(0, padded)
     pool.attributes["pads"] = ir.AttrInt64s("pads", [0] * len(pads))
+    if real is not None and not real.outputs[0].uses() and not real.outputs[0].is_graph_output():
+        graph.remove(real, safe=True)
     return True
+
+
+def _constant(graph: Any, tape: Any, name: str, value: Any) -> Any:
+    import onnx_ir as ir
+
+    while name in graph.initializers:
+        name += "_"
+    made = tape.initializer(ir.tensor(value), name)
+    graph.register_initializer(made)
+    return made
+
+
+def _off_zero(value: Any) -> bool:
+    """Whether ``value`` comes of codes whose zero point is not 0.
+
+    OpenVINO moves what dequantizes them behind pools, slices and more.
+    """
+    values, seen = [value], set()
+    while values:
+        node = values.pop().producer()
+        if node is None or id(node) in seen or node.op_type.startswith(_PRODUCTS):
+            continue
+        seen.add(id(node))
+        if node.op_type != "DequantizeLinear":
+            values += [each for each in node.inputs if each is not None]
+        elif len(node.inputs) > 2:
+            zero_point = node.inputs[2].const_value
+            if zero_point is None or zero_point.numpy().any():
+                return True
+    return False
+
+
+def _dequantized(value: Any) -> Any | None:
+    """What makes ``value`` of codes with 8 bits and one known zero point."""
+    node = value.producer()
+    if node is None or (node.domain, node.op_type) != ("", "DequantizeLinear"):
+        return None
+    if len(node.inputs) < 3 or node.inputs[2].const_value is None:
+        return None
+    zero_point = node.inputs[2].const_value.numpy()
+    return node if zero_point.ndim == 0 and zero_point.dtype.name in ("uint8", "int8") else None
 
 
 def _all_one(result: Any) -> bool:

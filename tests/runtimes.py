@@ -1,0 +1,23 @@
+"""What the tests of runtimes in this process share."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from torch_quant.backends import OnnxRuntimeBackend, OpenVINOBackend
+from torch_quant.backends.onnx.in_process import InProcess, InProcessBackend
+
+__all__ = ["RUNTIMES", "compiled", "each_runtime"]
+
+RUNTIMES: dict[str, type[InProcessBackend]] = {
+    "onnxruntime": OnnxRuntimeBackend, "openvino": OpenVINOBackend
+}  # fmt: skip
+each_runtime = pytest.mark.parametrize("name", RUNTIMES)
+
+
+def compiled(model: nn.Module) -> InProcess:
+    """What the first graph of a quantized model runs."""
+    found = model.graphs[0].compiled
+    assert isinstance(found, InProcess)
+    return found
