@@ -82,7 +82,9 @@ def test_source_gives_what_sympy_gives(make: Any) -> None:
             except ArithmeticError:
                 continue  # left to sympy
             if expected is not None and expected.is_finite is not False:
-                assert expected == sympy.sympify(actual), (expression, source, sizes)
+                # SymPy calls a float no integer, from 1.13 on
+                same = expected == sympy.sympify(actual) or float(expected) == float(actual)
+                assert same, (expression, source, sizes)
                 compared += 1
     assert written > 30
     assert compared > 100
