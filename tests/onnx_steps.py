@@ -16,6 +16,7 @@ import torch
 from flows import Inputs
 from onnx_files import feeds, session
 from torch import Tensor, fx
+from torch.nn.functional import pad
 
 from torch_quant import Backend
 from torch_quant.convert.quantized import QuantizedModule
@@ -28,6 +29,7 @@ from torch_quant.ops.qdq import FAKE_QUANTIZE
 __all__ = ["Steps", "compare_steps"]
 
 aten = torch.ops.aten
+_PADS = (aten.pad.default, aten.constant_pad_nd.default)
 
 
 @dataclass(frozen=True)
@@ -153,8 +155,17 @@ class _FromCodes(fx.Interpreter):
         (x, scale_of_x, zero_point_of_x, element), _ = self.fetch_args_kwargs_from_env(n)
         scale, zero_point = float(scale_of_x), int(zero_point_of_x)
         kind = element_type(element)
-        found, values = self._find(scale, zero_point, x.shape)
         source: Any = n.args[0]
+        if source.target in _PADS and not self._fitting(scale, zero_point, x.shape):
+            # The convolution behind it pads, in the file.
+            sides = source.args[1]
+            sizes = list(x.shape)
+            for i in range(0, len(sides), 2):
+                sizes[-1 - i // 2] -= sides[i] + sides[i + 1]
+            found, values = self._find(scale, zero_point, torch.Size(sizes))
+            values = pad(values, sides, value=zero_point)
+        else:
+            found, values = self._find(scale, zero_point, x.shape)
         if source.target is aten._safe_softmax.default:
             # Of queries without any key the file computes something, and multiplies it by 0.
             dead = (x == 0).all(-1, keepdim=True)
@@ -166,15 +177,21 @@ class _FromCodes(fx.Interpreter):
         self.error[found.name] = float((distance - 0.5).clamp(min=0).max())
         return (values - zero_point).to(torch.float32) * scale
 
-    def _find(self, scale: float, zero_point: int, shape: torch.Size) -> tuple[_Codes, Tensor]:
-        """The next tensor of that grid and its values; equal tensors may be one in the file."""
-        fitting = [
+    def _fitting(
+        self, scale: float, zero_point: int, shape: torch.Size
+    ) -> list[tuple[_Codes, Tensor]]:
+        """All tensors of that grid and shape."""
+        return [
             (each, values.to(torch.int32))
             for each in self.codes
             if each.zero_point == zero_point
             and abs(each.scale / scale - 1) < 1e-6
             and (values := each.shaped(shape)) is not None
         ]
+
+    def _find(self, scale: float, zero_point: int, shape: torch.Size) -> tuple[_Codes, Tensor]:
+        """The next tensor of that grid and its values; equal tensors may be one in the file."""
+        fitting = self._fitting(scale, zero_point, shape)
         found = next((pair for pair in fitting if not pair[0].used), fitting[-1])
         found[0].used = True
         return found

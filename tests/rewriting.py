@@ -129,6 +129,12 @@ class FixedParams:
     def shared(self, key: Hashable, make: Callable[[], V]) -> V:
         return make()
 
+    def kept(self, key: Hashable, make: Callable[[], V]) -> V:
+        return make()
+
+    def derived(self, key: str, spec: QuantSpec, found: QParams) -> QParams:
+        return found
+
 
 def context_of(
     gm: fx.GraphModule, plan: QuantPlan | None = None, params: Params | None = None

@@ -204,8 +204,18 @@ SAMPLES: dict[str, Callable[[], dict[str, Sample]]] = {
         | {"factors": (floats(2, 3, 5), floats(5), "none", *QUANTIZED)}
     ),
     "norm_rows": lambda: {
-        "sum": (floats(2, 5), floats(2, 5), floats(5), floats(5), 0.1, floats(5), *QUANTIZED, True),
-        "alone": (FEW["permuted"], None, None, None, 0.1, None, *QUANTIZED, False),
+        "sum": (
+            floats(2, 5),
+            floats(2, 5),
+            floats(5),
+            floats(5),
+            0.1,
+            floats(5),
+            *QUANTIZED,
+            True,
+            True,
+        ),
+        "alone": (FEW["permuted"], None, None, None, 0.1, None, *QUANTIZED, False, False),
     },
     "int8_embedding": lambda: {"": (*TABLE, torch.tensor([[1, 2], [3, 3]]))},
     "int8_embedding_bag": lambda: {

@@ -85,9 +85,12 @@ def test_norms(name: str, keep: bool, instructions: str) -> None:
     for others in ((None, None, None), (weight, None, factor), (weight, bias, None)):
         scale, shift, by = others
         for added in (None, more):
-            kept, y, codes = NORM_ROWS(x, added, scale, shift, 1e-5, by, *grid, keep)
+            kept, y, codes = NORM_ROWS(x, added, scale, shift, 1e-5, by, *grid, keep, True)
             whole = x if added is None else x + added
             assert torch.equal(kept, whole if keep and added is not None else torch.empty(0))
+            alone = NORM_ROWS(x, added, scale, shift, 1e-5, by, *grid, False, False)
+            assert [each.numel() for each in alone] == [0, 0, codes.numel()]
+            assert torch.equal(alone[2], codes)
             wide = [None if v is None else v.double() for v in others]
             expected = F.layer_norm(whole.double(), (size,), wide[0], wide[1], 1e-5)
             torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
@@ -97,10 +100,10 @@ def test_norms(name: str, keep: bool, instructions: str) -> None:
 def test_a_row_of_large_or_equal_numbers(instructions: str) -> None:
     """The deviation is that of differences: a mean of a million leaves it as it is."""
     x = 2.0**20 + torch.arange(64.0)[None]
-    _, y, _ = NORM_ROWS(x, None, None, None, 1e-5, None, 0.02, 128, torch.uint8, False)
+    _, y, _ = NORM_ROWS(x, None, None, None, 1e-5, None, 0.02, 128, torch.uint8, False, True)
     torch.testing.assert_close(y, F.layer_norm(torch.arange(64.0)[None], (64,)))
     _, y, codes = NORM_ROWS(
-        torch.full((2, 64), 3.5), None, None, None, 1e-5, None, 0.02, 128, torch.uint8, False
+        torch.full((2, 64), 3.5), None, None, None, 1e-5, None, 0.02, 128, torch.uint8, False, True
     )
     assert not y.any()
     assert (codes == 128).all()
@@ -114,18 +117,22 @@ def test_strides_types_and_nothing(instructions: str) -> None:
     assert torch.equal(ROUND_ROWS(turned, None, "gelu", *grid), same)
     apart = torch.stack([x, x], -1)[..., 0]
     for found, expected in zip(
-        NORM_ROWS(apart, apart, None, None, 0.1, None, *grid, True),
-        NORM_ROWS(x, x, None, None, 0.1, None, *grid, True),
+        NORM_ROWS(apart, apart, None, None, 0.1, None, *grid, True, True),
+        NORM_ROWS(x, x, None, None, 0.1, None, *grid, True, True),
         strict=True,
     ):
         assert torch.equal(found, expected)
     half = x.to(torch.bfloat16)
     codes = ROUND_ROWS(half, None, "none", *grid)  # which rounds products to bfloat16 too
     assert (codes - rounded(half, grid)).abs().max() <= 1
-    kept, y, _ = NORM_ROWS(half, half, None, None, 0.1, None, *grid, True)
+    kept, y, _ = NORM_ROWS(half, half, None, None, 0.1, None, *grid, True, True)
     assert kept.dtype is y.dtype is torch.bfloat16
     assert ROUND_ROWS(x[:0], None, "none", *grid).shape == (0, 6, 5)
-    assert NORM_ROWS(x[..., :0], None, None, None, 0.1, None, *grid, False)[1].shape == (4, 6, 0)
+    assert NORM_ROWS(x[..., :0], None, None, None, 0.1, None, *grid, False, True)[1].shape == (
+        4,
+        6,
+        0,
+    )
 
 
 @pytest.mark.skipif(not native.instruction_sets(), reason=f"{native.unavailable()}")
@@ -136,7 +143,7 @@ def test_threads_give_the_same(instructions: str) -> None:
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            made = NORM_ROWS(x, x, weight, None, 1e-5, weight, 0.03, 120, torch.uint8, False)
+            made = NORM_ROWS(x, x, weight, None, 1e-5, weight, 0.03, 120, torch.uint8, False, True)
             found.append((*made, ROUND_ROWS(x, weight, "gelu", 0.03, 9, torch.uint8)))
     finally:
         torch.set_num_threads(before)
@@ -153,9 +160,9 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(InvalidConfig, match=r"expected codes of 8 bits, got torch\.int16"):
         ROUND_ROWS(x, None, "none", 0.1, 0, torch.int16)
     with pytest.raises(InvalidConfig, match="expected x and more of one shape"):
-        NORM_ROWS(x, x[:1], None, None, 0.1, None, *GRIDS["uint8"], False)
+        NORM_ROWS(x, x[:1], None, None, 0.1, None, *GRIDS["uint8"], False, True)
     with pytest.raises(InvalidConfig, match=r"norm_rows: expected weight of \(6,\)"):
-        NORM_ROWS(x, None, x, None, 0.1, None, *GRIDS["uint8"], False)
+        NORM_ROWS(x, None, x, None, 0.1, None, *GRIDS["uint8"], False, True)
 
 
 WITHOUT = """

@@ -111,14 +111,17 @@ def _norm_rows(
     scale: float,
     zero_point: int,
     dtype: torch.dtype,
-    keep: bool,
+    keep_sum: bool,
+    keep_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     name = "norm_rows"
     _check(name, x, dtype, weight=weight, bias=bias, factor=factor)
     if more is not None and more.shape != x.shape:
         shapes = tuple(x.shape), tuple(more.shape)
         raise InvalidConfig(f"torch_quant::{name}: expected x and more of one shape, got {shapes}")
-    made = _fake_norm_rows(x, more, weight, bias, eps, factor, scale, zero_point, dtype, keep)
+    made = _fake_norm_rows(
+        x, more, weight, bias, eps, factor, scale, zero_point, dtype, keep_sum, keep_norm
+    )
     total, y, codes = made
     if not codes.numel():
         return made
@@ -126,12 +129,15 @@ def _norm_rows(
         real = x if more is None else x + more
         if total.numel():
             total.copy_(real)
-        y.copy_(torch.nn.functional.layer_norm(real, real.shape[-1:], weight, bias, eps))
-        real = y if factor is None else y * factor
+        real = torch.nn.functional.layer_norm(real, real.shape[-1:], weight, bias, eps)
+        if y.numel():
+            y.copy_(real)
+        real = real if factor is None else real * factor
         codes.copy_(_codes(real, scale, zero_point, dtype))
         return made
     given = [None if each is None else _plain(each) for each in (x, more, weight, bias, factor)]
-    tensors = (*given, total if total.numel() else None, y, codes)
+    kept = [each if each.numel() else None for each in (total, y)]
+    tensors = (*given, *kept, codes)
     _run(name, _LAYER_NORM, tensors, eps, scale, zero_point)
     return made
 
@@ -141,9 +147,10 @@ def _fake_round_rows(x: Tensor, *args: Any) -> Tensor:
 
 
 def _fake_norm_rows(x: Tensor, more: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dtype, keep = args[-2:]
-    total = x.new_empty(x.shape if keep and more is not None else (0,))
-    return total, x.new_empty(x.shape), x.new_empty(x.shape, dtype=dtype)
+    dtype, keep_sum, keep_norm = args[-3:]
+    total = x.new_empty(x.shape if keep_sum and more is not None else (0,))
+    y = x.new_empty(x.shape if keep_norm else (0,))
+    return total, y, x.new_empty(x.shape, dtype=dtype)
 
 
 ROUND_ROWS = define_operator(
@@ -157,11 +164,12 @@ ROUND_ROWS = define_operator(
 
 NORM_ROWS = define_operator(
     "norm_rows(Tensor x, Tensor? more, Tensor? weight, Tensor? bias, float eps, Tensor? factor, "
-    "float scale, int zero_point, ScalarType dtype, bool keep) -> (Tensor, Tensor, Tensor)",
+    "float scale, int zero_point, ScalarType dtype, bool keep_sum, bool keep_norm) "
+    "-> (Tensor, Tensor, Tensor)",
     _norm_rows,
     _fake_norm_rows,
     keys=("CPU",),
 )
-"""``x + more`` (empty unless kept), its layer norm, and the codes of that times ``factor``."""
+"""``x + more`` and its layer norm, empty unless kept, and the codes of that times ``factor``."""
 
 register_row_operator(ROUND_ROWS, 0)

@@ -95,14 +95,16 @@ def _lower_norm(node: fx.Node, norm: fx.Node, factor: fx.Node | None, grid: list
         if all(_like(side, before) for side in sides):
             x, more = sides
     keep = more is not None and set(before.users) != {norm}
+    rounded = node if factor is None else argument(node, 0)
+    read = set(norm.users) != {rounded}
     vectors = argument(norm, "weight"), argument(norm, "bias")
-    args = (x, more, *vectors, argument(norm, "eps"), factor, *grid, keep)
+    args = (x, more, *vectors, argument(norm, "eps"), factor, *grid, keep, read)
     with graph.inserting_after(before if keep else norm):
         made = graph.call_function(NORM_ROWS, args)
     for constant in (*vectors, factor):
         if constant is not None and made < constant:
             made.prepend(constant)
-    replaced = {1: norm, 2: node} | ({0: before} if keep else {})
+    replaced = {2: node} | ({1: norm} if read else {}) | ({0: before} if keep else {})
     with graph.inserting_after(made):
         for place, old in replaced.items():
             new = graph.call_function(operator.getitem, (made, place))
@@ -131,6 +133,6 @@ def _erase(node: fx.Node) -> None:
     waiting = {node: None}
     while waiting:
         dead, _ = waiting.popitem()
-        if not dead.users and dead.op == "call_function":
+        if not dead.users and not dead._erased and dead.op == "call_function":
             waiting |= dict.fromkeys(dead.all_input_nodes)
             dead.graph.erase_node(dead)
