@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
+from processor import without_kernels
 from torch import Tensor
 
 from torch_quant import InvalidConfig, native
@@ -322,8 +320,4 @@ torch.testing.assert_close(found, (x.float() - 1) @ (y.float() - 2) * 0.01)
 
 
 def test_without_the_library_they_give_the_same() -> None:
-    environment = os.environ | {native.VARIABLE: "none"}
-    here = os.path.dirname(__file__)
-    path = os.pathsep.join([here, environment.get("PYTHONPATH", "")])
-    run = [sys.executable, "-W", "ignore", "-c", WITHOUT]
-    subprocess.run(run, check=True, env=environment | {"PYTHONPATH": path})
+    without_kernels(WITHOUT, __file__)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
+from processor import without_kernels
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -177,8 +175,4 @@ tests.test_strides_types_and_nothing("none")
 
 
 def test_without_the_library_they_give_the_same() -> None:
-    environment = os.environ | {native.VARIABLE: "none"}
-    here = os.path.dirname(__file__)
-    path = os.pathsep.join([here, environment.get("PYTHONPATH", "")])
-    run = [sys.executable, "-W", "ignore", "-c", WITHOUT]
-    subprocess.run(run, check=True, env=environment | {"PYTHONPATH": path})
+    without_kernels(WITHOUT, __file__)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
+import pytest
 import torch
 from models import MODELS, example
 from torch import Tensor, nn
@@ -11,7 +13,10 @@ from torch import Tensor, nn
 from torch_quant import Backend, QConfig, Quantizer, QuantSpec, recipes
 from torch_quant.backends.reference import ReferenceBackend
 
-__all__ = ["FOUR_BITS", "calibrated", "loss_of", "quiet", "simulation", "steps", "train"]
+__all__ = [
+    "FOUR_BITS", "calibrated", "loss_of", "quiet", "simulation", "skip_beside_ipex", "steps",
+    "train",
+]  # fmt: skip
 
 FOUR_BITS = QConfig(
     input=QuantSpec.of(bits=4),
@@ -75,3 +80,9 @@ def steps(
 def quiet(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
     """The output without gradients."""
     return model(*inputs)
+
+
+def skip_beside_ipex() -> None:
+    """Skip a test that trains norms where another test of this process has imported IPEX."""
+    if "intel_extension_for_pytorch" in sys.modules:
+        pytest.skip("IPEX, once imported, takes the gradients of norms; run this file by itself")

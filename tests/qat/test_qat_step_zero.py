@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pytest
 import torch
 from models import MODELS, normal, tokens
-from qat_training import FOUR_BITS, calibrated, loss_of, quiet, simulation
+from qat_training import FOUR_BITS, calibrated, loss_of, quiet, simulation, skip_beside_ipex
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from zoo import samples, zoo_model
@@ -96,9 +95,8 @@ def test_every_format(name: str) -> None:
 
 @pytest.mark.parametrize("name", CHEAP)
 def test_the_zoo(name: str) -> None:
-    if "intel_extension_for_pytorch" in sys.modules:
-        pytest.skip("IPEX, once imported, takes the gradients of norms; run this file by itself")
     """And every parameter that has a gradient in float has a finite one after a step."""
+    skip_beside_ipex()
     model, batches = zoo_model(name), samples(name, 4)
     quantizer = Quantizer("reference", qconfig=recipes.fast())
     calib_model = quantizer.calib(model)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import sys
 from typing import Any
 
 import pytest
 import torch
 from models import MODELS, example
-from qat_training import calibrated, quiet, steps
+from qat_training import calibrated, quiet, skip_beside_ipex, steps
 from torch import Tensor, nn
 
 from torch_quant import (
@@ -217,8 +216,7 @@ def test_new_kinds_of_calls_are_refused_where_weights_are_elsewhere() -> None:
 
 def test_a_transformer_in_several_kinds_of_calls() -> None:
     """One is captured while training; layers that it shares have the same factors and scales."""
-    if "intel_extension_for_pytorch" in sys.modules:
-        pytest.skip("IPEX, once imported, takes the gradients of norms; run this file by itself")
+    skip_beside_ipex()
     model, inputs = MODELS["tiny_transformer"](), example("tiny_transformer", 8)
     quantizer, model, _ = calibrated(model, *inputs, qconfig=CONFIGS["everywhere"])
     qat_model = quantizer.qat(model)

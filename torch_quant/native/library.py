@@ -15,9 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from torch_quant.errors import InvalidConfig
 
-__all__ = ["VARIABLE", "instruction_sets", "kernels", "unavailable", "using"]
+__all__ = ["VARIABLE", "instruction_sets", "kernels", "run_call", "unavailable", "using"]
 
 VARIABLE = "TORCH_QUANT_KERNELS"
 """The environment variable that chooses instructions: a name of :func:`instruction_sets`."""
@@ -131,6 +133,23 @@ def kernels() -> ctypes.CDLL | None:
     if library is None:
         _warn(why)
     return library
+
+
+def run_call(function: str, call: bytes, otherwise: str) -> None:
+    """Call a function of the library that takes one structure; the library is there.
+
+    Args:
+        function: its name.
+        call: the structure.
+        otherwise: what to say where it has no memory.
+
+    Raises:
+        MemoryError: it has none.
+    """
+    library = kernels()
+    assert library is not None
+    if getattr(library, function)(torch.get_num_threads(), ctypes.c_char_p(call)):
+        raise MemoryError(otherwise)
 
 
 @functools.cache

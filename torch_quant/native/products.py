@@ -8,7 +8,6 @@ Where the library of kernels is missing, both compute with dequantized tensors.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import struct
 from collections.abc import Sequence
@@ -79,10 +78,8 @@ def _readable(x: Tensor) -> Tensor:
 
 
 def _run(name: str, call: bytes) -> None:
-    kernels = native.kernels()
-    assert kernels is not None
-    if kernels.torch_quant_product(torch.get_num_threads(), ctypes.c_char_p(call)):
-        raise MemoryError(f"torch_quant::{name}: no memory for the packed operands")
+    memory = f"torch_quant::{name}: no memory for the packed operands"
+    native.run_call("torch_quant_product", call, memory)
 
 
 def _heads(tensors: tuple[Tensor, Tensor, Tensor], leading: Sequence[int]) -> list[Tensor]:

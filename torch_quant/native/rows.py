@@ -6,7 +6,6 @@ Where the library of kernels is missing, and for floats of other types, those op
 
 from __future__ import annotations
 
-import ctypes
 import struct
 from typing import Any
 
@@ -65,10 +64,8 @@ def _run(
         *map(_address, tensors), x.numel() // size, size, function, eps,
         1.0 / scale, zero_point, *_RANGES[codes.dtype],
     )  # fmt: skip
-    kernels = native.kernels()
-    assert kernels is not None
-    if kernels.torch_quant_rows(torch.get_num_threads(), ctypes.c_char_p(call)):
-        raise MemoryError(f"torch_quant::{name}: no memory for a row of {size} numbers")
+    memory = f"torch_quant::{name}: no memory for a row of {size} numbers"
+    native.run_call("torch_quant_rows", call, memory)
 
 
 def _codes(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> Tensor:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch_quant.backends.onnx.program.nodes import producer
+
 __all__ = ["take_padding"]
 
 
@@ -25,10 +27,10 @@ def take_padding(graph: Any, conv: Any) -> None:
     real = _alone(conv.inputs[0], "DequantizeLinear")
     codes = None if real is None else _alone(real.inputs[0], "QuantizeLinear")
     padded = conv.inputs[0] if codes is None else codes.inputs[0]
-    pad = padded.producer()
-    sides = _sides(pad) if pad is not None and (pad.domain, pad.op_type) == ("", "Pad") else None
+    pad = producer(padded, "Pad")
+    sides = None if pad is None else _sides(pad)
     given = {key: conv.attributes[key].value for key in conv.attributes}
-    if sides is None or given.get("auto_pad", "NOTSET") != "NOTSET":
+    if pad is None or sides is None or given.get("auto_pad", "NOTSET") != "NOTSET":
         return
     dims = len(sides) // 2 - 2
     begins, ends = sides[: dims + 2], sides[dims + 2 :]
@@ -40,9 +42,8 @@ def take_padding(graph: Any, conv: Any) -> None:
         "pads", [a + b for a, b in zip(before, both, strict=True)]
     )
     x = pad.inputs[0]
-    origin = x.producer()
-    same = origin is not None and (origin.domain, origin.op_type) == ("", "DequantizeLinear")
-    if codes is None or (same and origin.inputs[1:] == codes.inputs[1:]):
+    origin = producer(x, "DequantizeLinear")
+    if codes is None or (origin is not None and origin.inputs[1:] == codes.inputs[1:]):
         conv.replace_input_with(0, x)
     else:
         codes.replace_input_with(0, x)
@@ -58,10 +59,8 @@ def take_padding(graph: Any, conv: Any) -> None:
 
 def _alone(value: Any, op_type: str) -> Any | None:
     """The node of that type that makes ``value``, if nothing else reads it."""
-    node = value.producer()
-    if node is None or (node.domain, node.op_type) != ("", op_type) or len(value.uses()) != 1:
-        return None
-    return None if value.is_graph_output() else node
+    alone = len(value.uses()) == 1 and not value.is_graph_output()
+    return producer(value, op_type) if alone else None
 
 
 def _sides(pad: Any) -> list[int] | None:

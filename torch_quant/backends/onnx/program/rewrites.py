@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from torch_quant.backends.onnx.program.nodes import producer
 from torch_quant.backends.onnx.program.pads import take_padding
 from torch_quant.backends.onnx.program.sizes import hidden_size, whole_windows
 
@@ -41,19 +42,13 @@ def _drop_unread(graph: Any) -> None:
             del graph.initializers[value.name]
 
 
-def _producer(value: Any, op_type: str) -> Any | None:
-    """The node that makes ``value``, if it is an ONNX operator of that type."""
-    node = None if value is None else value.producer()
-    return node if node is not None and (node.domain, node.op_type) == ("", op_type) else None
-
-
 def _sum_before(norm: Any) -> None:
     """Write the residual sum before a layer norm as ``Sum``, which computes what ``Add`` does.
 
     onnxruntime puts ``Add`` and the norm together into one operator whose CPU kernel takes eight
     times as long as both (MiniLM, 8 x 128: 1.6 ms against 0.2, twelve times).
     """
-    before = _producer(norm.inputs[0], "Add")
+    before = producer(norm.inputs[0], "Add")
     if before is not None:
         before.op_type = "Sum"
 
@@ -80,8 +75,8 @@ class _Stem:
     @classmethod
     def of(cls, conv: Any) -> _Stem | None:
         """None for any other convolution."""
-        x, weight = (_producer(value, "DequantizeLinear") for value in conv.inputs[:2])
-        quantize = None if x is None else _producer(x.inputs[0], "QuantizeLinear")
+        x, weight = (producer(value, "DequantizeLinear") for value in conv.inputs[:2])
+        quantize = None if x is None else producer(x.inputs[0], "QuantizeLinear")
         if quantize is None or weight is None or len(weight.inputs) < 3:
             return None
         if any(value is None or value.const_value is None for value in weight.inputs):

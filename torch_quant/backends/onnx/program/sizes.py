@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from torch_quant.backends.onnx.program.nodes import producer
+
 __all__ = ["hidden_size", "whole_windows"]
 
 _PASSED = {"QuantizeLinear", "DequantizeLinear", "Relu", "Sigmoid", "Identity", "Dropout"}
@@ -150,10 +152,8 @@ def _off_zero(value: Any) -> bool:
 
 def _dequantized(value: Any) -> Any | None:
     """What makes ``value`` of codes with 8 bits and one known zero point."""
-    node = value.producer()
-    if node is None or (node.domain, node.op_type) != ("", "DequantizeLinear"):
-        return None
-    if len(node.inputs) < 3 or node.inputs[2].const_value is None:
+    node = producer(value, "DequantizeLinear")
+    if node is None or len(node.inputs) < 3 or node.inputs[2].const_value is None:
         return None
     zero_point = node.inputs[2].const_value.numpy()
     return node if zero_point.ndim == 0 and zero_point.dtype.name in ("uint8", "int8") else None

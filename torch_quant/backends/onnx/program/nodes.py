@@ -1,0 +1,13 @@
+"""What rewrites of an ONNX program ask of its nodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["producer"]
+
+
+def producer(value: Any, op_type: str) -> Any | None:
+    """The node that makes ``value``, if it is an ONNX operator of that type."""
+    node = None if value is None else value.producer()
+    return node if node is not None and (node.domain, node.op_type) == ("", op_type) else None
