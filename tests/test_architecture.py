@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -224,6 +225,38 @@ def test_code_names_no_backend_outside_of_its_room(file: str) -> None:
     """What only one runtime wants stands in its room, or is a fact that each backend has."""
     found = backends_named(file, ast.parse((PACKAGE / file).read_text()))
     assert not found, "\n".join(found)
+
+
+KNOWN_BY = {
+    "lstm(?!cell)": {
+        "ops/recurrent.py", "backends/ipex/lstm.py", "backends/onnx/program/recurrent.py",
+    },
+    "embedding_?bag|bags_of_rows|_bag": {
+        "ops/embedding_bags.py", "backends/ipex/bags.py", "backends/onednn/tables.py",
+    },
+    "smooth_?quant": {"algorithms/smoothquant.py"},
+}  # fmt: skip
+"""What only its own files may know -> these; others import it, in lists of everything there is."""
+LISTS = {
+    "__init__.py", "algorithms/__init__.py", "ops/__init__.py", "recipes.py",
+    "backends/ipex/verify.py",
+}  # fmt: skip
+"""Files that list operators, kernels, methods or recipes."""
+MENTIONS = {"config.py", "io/summary_schema.py"}
+"""A message with an example; files of earlier versions, when there was one transform."""
+
+
+@pytest.mark.parametrize("words", KNOWN_BY)
+def test_an_operator_or_method_is_known_by_its_own_files(words: str) -> None:
+    """Three at most: what it is, and a kernel or a form of it for each runtime that has one."""
+    naming = {
+        file
+        for file in FILES
+        for _, text in words_of(ast.parse((PACKAGE / file).read_text()))
+        if re.search(words, text, re.IGNORECASE)
+    }
+    assert naming - LISTS - MENTIONS == KNOWN_BY[words]
+    assert len(KNOWN_BY[words]) <= 3
 
 
 def test_the_reader_of_backends_names_sees_all_kinds() -> None:

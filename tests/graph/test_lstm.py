@@ -10,7 +10,7 @@ from capturing import canonical, capture, serve, sites_of
 from models import normal
 from torch import Tensor, nn
 
-from torch_quant.ops.lstm import LSTM, cells_of, hidden_states
+from torch_quant.ops.recurrent import LSTM, cells_of, hidden_states
 from torch_quant.ops.table import pattern_of
 from torch_quant.passes.prepare import prepare
 

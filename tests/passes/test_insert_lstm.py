@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
-from torch_quant.ops.lstm import LSTM, cells_of
 from torch_quant.ops.qdq import DEQUANTIZE, QUANTIZE
+from torch_quant.ops.recurrent import LSTM, cells_of
 from torch_quant.passes.base import run_passes
 from torch_quant.passes.insert_qdq import insert_qdq
 from torch_quant.passes.lower_precision import lower_precision

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import fx
 
 from torch_quant.core.spec import QuantSpec
+from torch_quant.ops.arguments import argument
+from torch_quant.ops.qdq import DEQUANTIZE_PER_CHANNEL
 
-__all__ = ["has_vnni", "symmetric_weight"]
+__all__ = ["has_vnni", "int8_weight", "symmetric_weight"]
 
 
 def has_vnni() -> bool:
@@ -17,3 +22,11 @@ def has_vnni() -> bool:
 def symmetric_weight(bits: int = 8) -> QuantSpec:
     """Signed, per-channel, zero point 0: the weight format of every int8 kernel."""
     return QuantSpec.of(bits=bits, signed=True, symmetric=True, per_channel=True)
+
+
+def int8_weight(node: fx.Node) -> tuple[Any, Any] | None:
+    """Codes and scale of the argument ``weight`` of a call, None where it is not int8."""
+    weight = argument(node, "weight")
+    if not isinstance(weight, fx.Node) or weight.target is not DEQUANTIZE_PER_CHANNEL:
+        return None
+    return argument(weight, "q"), argument(weight, "scale")

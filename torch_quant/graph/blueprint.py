@@ -21,7 +21,8 @@ from torch_quant.graph.export import CapturedGraph
 from torch_quant.graph.kinds import Kind
 from torch_quant.graph.macs import note_sizes
 from torch_quant.graph.outputs import flatten_output
-from torch_quant.graph.running import copied, frozen, own_operators, seed, written
+from torch_quant.graph.running import copied, frozen, seed, written
+from torch_quant.ops.capturing import running
 
 __all__ = ["Blueprints"]
 
@@ -72,7 +73,7 @@ def _copy(graph: CapturedGraph, module: nn.Module) -> CapturedGraph | None:
 def _computes(graph: CapturedGraph, module: nn.Module, call: Call) -> bool:
     """Whether a copied graph gives what the module gives, bit for bit."""
     try:
-        with frozen(module), own_operators():
+        with frozen(module), running():
             args, kwargs = call.rebuild(copied(call).tensors)
             output = module(*args, **kwargs)
             expected, _ = flatten_output(output, written(args, kwargs, graph.writes))

@@ -25,7 +25,6 @@ from torch_quant.graph.numbers import check_numbers
 from torch_quant.graph.outputs import flatten_output, unflatten_output
 from torch_quant.graph.progress import Progress, progress
 from torch_quant.graph.reasons import first_lines, reason_of
-from torch_quant.graph.recurrent import restore_recurrent, whole_recurrent
 from torch_quant.graph.running import (
     CAPTURING,
     Writes,
@@ -33,7 +32,6 @@ from torch_quant.graph.running import (
     first_run,
     frozen,
     no_fastpath,
-    own_operators,
     written,
 )
 from torch_quant.graph.sealed import ConstantRead
@@ -49,6 +47,7 @@ from torch_quant.graph.verification import (
     verify,
     verify_other,
 )
+from torch_quant.ops.capturing import exporting, restore_operators
 
 __all__ = [
     "CapturedGraph",
@@ -270,8 +269,7 @@ def _export(
         shapes = tuple(dict.fromkeys(sorted(axes), Dim.AUTO) or None for axes in free)
         with (
             frozen(module),
-            own_operators(),
-            whole_recurrent(),
+            exporting(),
             no_fastpath(),
             _quiet(),
             size_oblivious(mode == "oblivious"),
@@ -319,7 +317,7 @@ def _plain(exported: fx.GraphModule, names: list[str]) -> fx.GraphModule:
                 for key, (path, cls) in stack.items()
                 if path
             }
-    restore_recurrent(graph)
+    restore_operators(graph)
     graph.set_codegen(fx.graph.CodeGen())
     output = next(iter(reversed(graph.nodes)))
     output.args = (tuple(pytree.tree_leaves(output.args, is_leaf=lambda x: x is None)),)

@@ -14,6 +14,7 @@ from torch_quant.graph.calls import Call
 from torch_quant.graph.effects import KeepsState, Watch, kept_between_calls
 from torch_quant.graph.foreign import ForeignOperators
 from torch_quant.graph.outputs import flatten_output
+from torch_quant.ops.capturing import running
 
 __all__ = [
     "CAPTURING",
@@ -24,7 +25,6 @@ __all__ = [
     "first_run",
     "frozen",
     "no_fastpath",
-    "own_operators",
     "run_module",
     "seed",
     "written",
@@ -105,17 +105,6 @@ def no_fastpath() -> contextlib.AbstractContextManager[None]:
     return _FAST_PATH
 
 
-@contextlib.contextmanager
-def own_operators() -> Iterator[None]:
-    """PyTorch's own ``embedding_bag``: IPEX's, in its place, reads beyond the ids and crashes."""
-    found = torch.embedding_bag
-    torch.embedding_bag = torch._VF.embedding_bag
-    try:
-        yield
-    finally:
-        torch.embedding_bag = found
-
-
 def copied(call: Call) -> Call:
     """The call on copies of its tensors: a model may write into its inputs."""
     return call.with_tensors(tuple(x.clone() for x in call.tensors))
@@ -130,7 +119,7 @@ def run_module(module: nn.Module, call: Call, grad: bool = False, writes: Writes
         grad: the grad mode it runs in, by which some modules choose their path.
         writes: arguments that it changes; what they become is part of the outputs.
     """
-    with CAPTURING, frozen(module), own_operators(), torch.set_grad_enabled(grad):
+    with CAPTURING, frozen(module), running(), torch.set_grad_enabled(grad):
         return _run(module, call, writes)
 
 
@@ -160,7 +149,7 @@ def first_run(module: nn.Module, call: Call) -> FirstRun:
     Raises:
         KeepsState: it reads what an earlier call of it left in an attribute.
     """
-    with frozen(module), own_operators():
+    with frozen(module), running():
         args, kwargs = call.rebuild(copied(call).tensors)
         roots: dict[Any, Any] = dict(enumerate(args)) | kwargs
         watches = {key: Watch({str(key): x}, tensors=False) for key, x in roots.items()}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from torch_quant.ops.arguments import arguments, part_of
+from torch_quant.ops.capturing import Capturing, register_capturing
 from torch_quant.ops.functions import graph_function
 from torch_quant.ops.table import OpPattern, register_operator
 
@@ -84,3 +87,17 @@ register_operator(
         obstacle=_obstacle,
     )
 )
+
+
+@contextlib.contextmanager
+def _own_bags() -> Iterator[None]:
+    """PyTorch's own ``embedding_bag``: what extensions put there may read beyond the ids."""
+    found = torch.embedding_bag
+    torch.embedding_bag = torch._VF.embedding_bag
+    try:
+        yield
+    finally:
+        torch.embedding_bag = found
+
+
+register_capturing(Capturing(running=_own_bags))

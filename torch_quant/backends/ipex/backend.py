@@ -23,10 +23,8 @@ from torch import Tensor, fx, nn
 from torch_quant.backends.base import Backend, register_backend
 from torch_quant.backends.int8 import has_vnni, symmetric_weight
 from torch_quant.backends.ipex import ops
-from torch_quant.backends.ipex.bags import look_up_bags
 from torch_quant.backends.ipex.forms import graph_forms
 from torch_quant.backends.ipex.guards import GUARDS
-from torch_quant.backends.ipex.lstm import lower_lstms
 from torch_quant.backends.ipex.trace import (
     INSTALL,
     WRITES,
@@ -36,7 +34,7 @@ from torch_quant.backends.ipex.trace import (
     record,
     writes_in_place,
 )
-from torch_quant.backends.ipex.verify import IPEXReport, verify
+from torch_quant.backends.ipex.verify import ALONE, IPEXReport, verify
 from torch_quant.convert.quantized_graph import QuantizedGraph
 from torch_quant.core.kernels import Accepts, Kernel, KernelTable
 from torch_quant.core.plan import QuantPlan
@@ -50,7 +48,6 @@ from torch_quant.passes.fold_scales import fold_scales
 __all__ = ["IPEXBackend"]
 
 _PRODUCTS = ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose2d", "conv_transpose3d")
-_SYMMETRIC = QuantSpec.of(signed=True, symmetric=True)
 
 
 def _release(package: str) -> tuple[str, list[int]] | None:
@@ -114,18 +111,10 @@ class IPEXBackend(Backend):
             lambda spec: spec.full_range,
             "IPEX quantizes activations to the full range of 8 bits",
         )
-        unsigned = Accepts(
-            QuantSpec(),
-            lambda spec: spec.full_range and not spec.signed,
-            "IPEX's LSTM takes unsigned activations of the full range of 8 bits",
-        )
         weight = Accepts(
             symmetric_weight(bits=8 if has_vnni() else 7),
             lambda spec: spec.signed and spec.symmetric and spec.per_channel,
             "IPEX wants a signed symmetric per-channel weight",
-        )
-        bags = Accepts(
-            _SYMMETRIC, lambda spec: spec == _SYMMETRIC, f"IPEX sums bags of {_SYMMETRIC}"
         )
         return KernelTable(
             self.name,
@@ -134,15 +123,14 @@ class IPEXBackend(Backend):
                 Kernel("matmul", activation),
                 Kernel("scaled_dot_product_attention", activation),
                 Kernel("embedding", None, weight),
-                Kernel("embedding_bag", None, bags, bags),
-                Kernel("lstm", unsigned, weight),
+                *(alone.row(weight) for alone in ALONE),
             ),
         )
 
     def lower(self, context: PassContext) -> fx.GraphModule:
         import_ipex()  # what traces the graph needs it, and its overrides of float kernels
         forms = graph_forms(int8_shortcuts=self.int8_shortcuts)
-        first = (fold_scales, lower_lstms, look_up_bags)
+        first = (fold_scales, *(alone.lower for alone in ALONE))
         run_passes(context, [*first, *forms, *GUARDS, quantized_tensors])
         return context.gm
 

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_quant.backends.ipex.alone import Alone
+from torch_quant.core.kernels import Accepts, Kernel
+from torch_quant.core.spec import QuantSpec
 from torch_quant.graph.sites import KEY, key_of, results
 from torch_quant.ops.arguments import argument, arguments
 from torch_quant.ops.embedding_bags import BAGS, bag_arguments, bags_of_rows
@@ -23,10 +26,9 @@ from torch_quant.ops.qdq import (
 )
 from torch_quant.passes.base import PassContext
 
-__all__ = ["NO_KERNEL", "look_up_bags", "sum_bags"]
+__all__ = ["BAG_KERNEL", "look_up_bags"]
 
-NO_KERNEL = "IPEX's kernel only sums, to larger steps: int8 rows are gathered and reduced in float"
-"""Why a bag is not on the kernel."""
+_SYMMETRIC = QuantSpec.of(signed=True, symmetric=True)
 _COARSER = 1.01e-4
 
 
@@ -84,3 +86,18 @@ def look_up_bags(context: PassContext) -> int:
 
 def _is_long(node: Any) -> bool:
     return bool(node.meta["val"].dtype == torch.int64)
+
+
+def _row(weight: Accepts) -> Kernel:
+    table = Accepts(_SYMMETRIC, lambda spec: spec == _SYMMETRIC, f"IPEX sums bags of {_SYMMETRIC}")
+    return Kernel("embedding_bag", None, table, table)
+
+
+BAG_KERNEL = Alone(
+    "embedding_bag",
+    _row,
+    "ipex::qembedding_bag",
+    (sum_bags, bags_of_rows),
+    look_up_bags,
+    "IPEX's kernel only sums, to larger steps: int8 rows are gathered and reduced in float",
+)

@@ -19,24 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from torch_quant.backends.ipex.alone import Alone
+from torch_quant.core.kernels import Accepts, Kernel
+from torch_quant.core.spec import QuantSpec
 from torch_quant.graph.sites import local_name, results
 from torch_quant.ops.arguments import argument, part_of, positional, retarget
 from torch_quant.ops.functions import graph_function
-from torch_quant.ops.lstm import LSTM, cells_of, projected
 from torch_quant.ops.qdq import DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_TENSOR
+from torch_quant.ops.recurrent import LSTM, cells_of, projected
 from torch_quant.passes.base import PassContext
 from torch_quant.passes.constants import evaluate, new_constant
 from torch_quant.passes.fold_scales import number
 
-__all__ = ["NO_KERNEL", "int8_lstm", "lower_lstms"]
+__all__ = ["LSTM_KERNEL"]
 
 aten = torch.ops.aten
-
-NO_KERNEL = (
-    "IPEX runs it in float: nothing but its cell state is read, or the graph has an LSTM with "
-    "projections, too"
-)
-"""Why an LSTM is not on the kernel."""
 
 
 @graph_function
@@ -150,3 +147,23 @@ def _bias(context: PassContext, cell: Any, shift: float) -> Tensor:
     rows = evaluate(context.gm, argument(w_ih, "q")).sum(1, dtype=torch.float32)
     bias = rows * evaluate(context.gm, argument(w_hh, "scale")) * shift
     return sum((evaluate(context.gm, each).detach() for each in biases), bias)
+
+
+def _row(weight: Accepts) -> Kernel:
+    unsigned = Accepts(
+        QuantSpec(),
+        lambda spec: spec.full_range and not spec.signed,
+        "IPEX's LSTM takes unsigned activations of the full range of 8 bits",
+    )
+    return Kernel("lstm", unsigned, weight)
+
+
+LSTM_KERNEL = Alone(
+    "lstm",
+    _row,
+    "ipex::quantized_lstm",
+    (int8_lstm,),
+    lower_lstms,
+    "IPEX runs it in float: nothing but its cell state is read, or the graph has an LSTM with "
+    "projections, too",
+)

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from torch_quant.backends.ipex import bags, lstm, ops
+from torch_quant.backends.ipex import ops
+from torch_quant.backends.ipex.bags import BAG_KERNEL
+from torch_quant.backends.ipex.lstm import LSTM_KERNEL
 from torch_quant.backends.ipex.trace import WRITES, FusedGraph
 from torch_quant.convert.quantized import quantized_graphs
 from torch_quant.convert.quantized_graph import QuantizedGraph
@@ -19,9 +21,8 @@ from torch_quant.errors import InvalidConfig
 from torch_quant.graph.examples import call_example, example_call
 from torch_quant.graph.sites import KEY
 from torch_quant.ops.arguments import argument, positional
-from torch_quant.ops.embedding_bags import bags_of_rows
 
-__all__ = ["IPEXReport", "verify"]
+__all__ = ["ALONE", "IPEXReport", "verify"]
 
 aten = torch.ops.aten
 
@@ -32,10 +33,11 @@ _KINDS: dict[str, str] = {
     "conv_transpose1d": "conv", "conv_transpose2d": "conv", "conv_transpose3d": "conv",
 }  # fmt: skip
 """Name of an operator -> the kind of product that it is."""
-_NAMED = {"ipex::qembedding_bag": "embedding_bag", "ipex::quantized_lstm": "lstm"}
-"""Kernel that stands outside of the fused partitions -> what it computes."""
-_ALONE = {"embedding_bag": bags.NO_KERNEL, "lstm": lstm.NO_KERNEL}
-"""Why what has a kernel of its own is not on it."""
+ALONE = (LSTM_KERNEL, BAG_KERNEL)
+"""The operators that IPEX runs outside of its fused partitions, in the order they are lowered."""
+_OPS = {alone.kernel: alone.op for alone in ALONE}
+_FUNCTIONS = {function: alone.op for alone in ALONE for function in alone.functions}
+_MISSING = {alone.op: alone.missing for alone in ALONE}
 _PRODUCTS = {"scaled_dot_product_attention": ("matmul", "matmul")}
 
 
@@ -120,8 +122,8 @@ def _read(graph: Any, found: _Found, *, inside: bool = False) -> None:
         if kind == _GROUP:
             found.partitions += 1
             _read(node.g("Subgraph"), found, inside=True)
-        elif kind in _NAMED:
-            found.fused.append(Product(_NAMED[kind], (), _first_weight(node)))
+        elif kind in _OPS:
+            found.fused.append(Product(_OPS[kind], (), _first_weight(node)))
         elif kind.partition("::")[2].removeprefix("_") in _KINDS or _base(kind) in _KINDS:
             product = _product_of(node, _KINDS[_base(kind)])
             if product is None:
@@ -200,14 +202,11 @@ def _fingerprint(codes: Tensor) -> tuple[Any, ...]:
 def _expected(body: fx.GraphModule) -> Iterator[tuple[str, Product]]:
     """Products of dequantized tensors in a lowered graph, each with a name."""
     for node in body.graph.nodes:
-        if node.target in (bags.sum_bags, bags_of_rows):
-            codes = argument(node, "codes").target
-            name = str(node.meta.get(KEY, codes.removesuffix(".weight")))
-            yield name, Product("embedding_bag", (), _fingerprint(body.get_buffer(codes)))
-        if node.target is lstm.int8_lstm:
-            codes = argument(node, "codes")[0].target
-            name = str(node.meta.get(KEY, codes.partition(".weight_ih")[0]))
-            yield name, Product("lstm", (), _fingerprint(body.get_buffer(codes)))
+        if (op := _FUNCTIONS.get(node.target)) is not None:
+            codes = argument(node, "codes")
+            first = codes[0] if isinstance(codes, (list, tuple)) else codes
+            found = Product(op, (), _fingerprint(body.get_buffer(first.target)))
+            yield str(node.meta.get(KEY, node.name)), found
         kind = _KINDS.get(str(getattr(node.target, "_opname", "")))
         if kind is None:
             continue
@@ -261,7 +260,7 @@ def _compare(ran: list[tuple[QuantizedGraph, tuple[Any, ...]]]) -> IPEXReport:
                 left_out[name] = (
                     f"IPEX runs it as {kind} on dequantized tensors, in no fused partition"
                     if kind
-                    else _ALONE.get(
+                    else _MISSING.get(
                         product.kind, "it is in no fused partition of the graph that ran"
                     )
                 )

@@ -13,18 +13,18 @@ import torch
 from torch import fx
 
 from torch_quant.backends.base import Backend, register_backend
-from torch_quant.backends.int8 import has_vnni, symmetric_weight
+from torch_quant.backends.int8 import has_vnni, int8_weight, symmetric_weight
 from torch_quant.backends.onednn import ops
-from torch_quant.backends.onednn.endings import Ending, ending_of, replace
+from torch_quant.backends.onednn.endings import ending_of, replace
 from torch_quant.backends.onednn.native import native_kernels
 from torch_quant.backends.onednn.products import product_kernels
 from torch_quant.backends.onednn.rows import round_in_one_pass
+from torch_quant.backends.onednn.tables import table_kernels
 from torch_quant.core.kernels import Accepts, Kernel, KernelTable
 from torch_quant.core.spec import QuantSpec
-from torch_quant.graph.sites import key_of, results
+from torch_quant.graph.sites import key_of
 from torch_quant.ops.arguments import argument, positional, retarget, set_arguments
-from torch_quant.ops.embedding_bags import bag_arguments
-from torch_quant.ops.qdq import DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
+from torch_quant.ops.qdq import DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
 from torch_quant.ops.table import padding_sizes, size_hints, spread
 from torch_quant.passes.base import PassContext
 from torch_quant.passes.fold_pads import zeros_around
@@ -81,8 +81,7 @@ class OneDNNBackend(Backend):
                 Kernel("conv1d", activation, weight, emit=_lower_conv),
                 Kernel("conv2d", activation, weight, emit=_lower_conv),
                 Kernel("conv3d", activation, weight, emit=_lower_conv),
-                Kernel("embedding", None, weight, emit=_lower_embedding),
-                Kernel("embedding_bag", None, weight, emit=_lower_embedding_bag),
+                *table_kernels(weight),
                 *product_kernels(activation),
                 *native_kernels(),
             ),
@@ -140,20 +139,12 @@ def _pad_codes(context: PassContext) -> None:
 def _is_quantized(node: fx.Node) -> bool:
     x = argument(node, "input")
     quantized = isinstance(x, fx.Node) and x.target is DEQUANTIZE_PER_TENSOR
-    return quantized and _weight_of(node) is not None
-
-
-def _weight_of(node: fx.Node) -> tuple[Any, Any] | None:
-    """Codes and scale of an int8 weight argument."""
-    weight = argument(node, "weight")
-    if not isinstance(weight, fx.Node) or weight.target is not DEQUANTIZE_PER_CHANNEL:
-        return None
-    return argument(weight, "q"), argument(weight, "scale")
+    return quantized and int8_weight(node) is not None
 
 
 def _operands(node: fx.Node) -> tuple[Any, ...]:
     """x, its scale and zero point, the weight's codes and scale, the bias."""
-    weight = _weight_of(node)
+    weight = int8_weight(node)
     assert weight is not None
     return (*positional(argument(node, "input")), *weight, argument(node, "bias"))
 
@@ -187,27 +178,6 @@ def _lower_conv(context: PassContext, node: fx.Node) -> None:
     ending = (out.scale, out.zero_point, out.dtype, out.post_op, list(out.post_args))
     args = (x, x_scale, x_zero_point, weight, *rest, *geometry, *ending)
     replace(node, out, ops.CONV, args)
-
-
-def _lower_embedding(context: PassContext, node: fx.Node) -> None:
-    weight = _weight_of(node)
-    if weight is None:
-        return
-    replace(node, Ending(node), ops.EMBEDDING, (*weight, argument(node, "indices")))
-
-
-def _lower_embedding_bag(context: PassContext, node: fx.Node) -> None:
-    weight = _weight_of(node)
-    if weight is None:
-        return
-    args = (*weight, *bag_arguments(node))
-    with node.graph.inserting_before(node):
-        new = node.graph.call_function(ops.EMBEDDING_BAG, args)
-    for bags in results(node):
-        new.meta = dict(bags.meta)
-        bags.replace_all_uses_with(new)
-        node.graph.erase_node(bags)
-    node.graph.erase_node(node)
 
 
 def _lower_quantize(node: fx.Node) -> None:

@@ -15,11 +15,10 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from torch_quant.backends.onednn.cache import PackedWeights
-from torch_quant.ops.embedding_bags import bags_of_rows
 from torch_quant.ops.library import define_operator
 from torch_quant.ops.rows import register_row_operator
 
-__all__ = ["CONV", "EMBEDDING", "EMBEDDING_BAG", "LINEAR", "PACKED", "QUANTIZE_FAST"]
+__all__ = ["CONV", "LINEAR", "PACKED", "QUANTIZE_FAST"]
 
 
 _QUANTIZED = {torch.uint8: torch.quint8, torch.int8: torch.qint8}
@@ -98,11 +97,6 @@ def _conv(
     )  # fmt: skip
 
 
-def _embedding(weight: Tensor, scale: Tensor, indices: Tensor) -> Tensor:
-    rows = torch.nn.functional.embedding(indices, weight).to(torch.float32)
-    return rows * torch.nn.functional.embedding(indices, scale.unsqueeze(-1))
-
-
 def _image_sizes(x: Tensor, weight: Tensor, *geometry: Any) -> list[Any]:
     stride, padding, dilation = geometry
     return [
@@ -127,15 +121,6 @@ def _fake_conv(x: Tensor, *args: Any) -> Tensor:
     return x.new_empty(shape, dtype=out_dtype).movedim(-1, 1)  # the kernel puts channels last
 
 
-def _fake_embedding(weight: Tensor, scale: Tensor, indices: Tensor) -> Tensor:
-    return scale.new_empty((*indices.shape, weight.shape[1]))
-
-
-def _fake_embedding_bag(weight: Tensor, scale: Tensor, *args: Any) -> Tensor:
-    offsets, include_last_offset = args[1], args[4]
-    return scale.new_empty((offsets.shape[0] - int(include_last_offset), weight.shape[1]))
-
-
 QUANTIZE_FAST = define_operator(
     "onednn_quantize(Tensor x, float scale, int zero_point, ScalarType dtype) -> Tensor",
     _quantize,
@@ -158,20 +143,5 @@ CONV = define_operator(
     _fake_conv,
     keys=("CPU",),
 )
-EMBEDDING = define_operator(
-    "int8_embedding(Tensor weight, Tensor scale, Tensor indices) -> Tensor",
-    _embedding,
-    _fake_embedding,
-    keys=("CPU",),
-)
-EMBEDDING_BAG = define_operator(
-    "int8_embedding_bag(Tensor weight, Tensor scale, Tensor indices, Tensor offsets, int mode, "
-    "Tensor? per_sample_weights, bool include_last_offset, int? padding_idx) -> Tensor",
-    bags_of_rows,
-    _fake_embedding_bag,
-    keys=("CPU",),
-)
-
-register_row_operator(EMBEDDING, 2)
 register_row_operator(QUANTIZE_FAST, 0)
 register_row_operator(LINEAR, 0)

@@ -1,5 +1,7 @@
 """LSTMs: what an int8 kernel computes, and what calibration has to know of the float one.
 
+Of every recurrent layer: how it is captured, what it counts, why it stays in float.
+
 i, f, g, o = W_ih x + W_hh h + b        sums of int8 products
 c = sigmoid(f) c + sigmoid(i) tanh(g)   float
 h = round_to_grid(sigmoid(o) tanh(c))   read by the next step and the next layer
@@ -7,6 +9,8 @@ h = round_to_grid(sigmoid(o) tanh(c))   read by the next step and the next layer
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +20,7 @@ from torch.nn import functional
 
 from torch_quant.core.plan import SitePlan
 from torch_quant.ops.arguments import arguments, retarget, set_arguments
+from torch_quant.ops.capturing import Capturing, register_capturing
 from torch_quant.ops.library import define_operator
 from torch_quant.ops.qdq import FAKE_QUANTIZE
 from torch_quant.ops.table import (
@@ -224,3 +229,72 @@ register_float(
         aten.rnn_relu_cell: _cell_macs, aten.mkldnn_rnn_layer: _mkldnn_macs,
     },
 )  # fmt: skip
+
+
+# While exporting, each is one operator, for any length: traced inside, the length is fixed
+
+_WHOLE = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+"""What ``torch.nn`` calls."""
+_OPTIONS = (
+    "Tensor[] params, bool has_biases, int num_layers, float dropout, bool train, "
+    "bool bidirectional, bool batch_first"
+)
+
+
+@contextlib.contextmanager
+def _exported_whole() -> Iterator[None]:
+    """Export an LSTM, GRU or RNN as one operator of ours, whose sizes are free.
+
+    :func:`_restore` puts PyTorch's operator in its place. Packed sequences are left alone.
+    """
+
+    def whole(kind: str) -> Any:
+        ours, own = getattr(torch.ops.torch_quant, f"whole_{kind}"), getattr(torch._VF, kind)
+
+        def call(*args: Any) -> Any:
+            return ours(*args) if isinstance(args[3], bool) else own(*args)
+
+        return call
+
+    for kind in _WHOLE:
+        setattr(torch._VF, kind, whole(kind))
+    try:
+        yield
+    finally:
+        for kind in _WHOLE:
+            delattr(torch._VF, kind)
+
+
+def _restore(graph: fx.Graph) -> None:
+    """Undo what :func:`_exported_whole` did to an exported graph."""
+    for kind in _WHOLE:
+        ours = getattr(torch.ops.torch_quant, f"whole_{kind}").default
+        for node in graph.find_nodes(op="call_function", target=ours):
+            node.target = getattr(torch.ops.aten, kind).input
+
+
+def _fake_output(x: Tensor, h: Tensor, options: tuple[Any, ...]) -> Tensor:
+    features = (2 if options[5] else 1) * h.shape[-1]
+    if options[6]:  # batch first: computed with the steps first
+        return x.new_empty((x.shape[1], x.shape[0], features)).transpose(0, 1)
+    return x.new_empty((*x.shape[:2], features))
+
+
+def _fake_whole_lstm(x: Tensor, hx: list[Tensor], *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_output(x, hx[0], options), torch.empty_like(hx[0]), torch.empty_like(hx[1])
+
+
+def _fake_whole_rnn(x: Tensor, hx: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    return _fake_output(x, hx, options), torch.empty_like(hx)
+
+
+for _kind in _WHOLE:
+    _two = _kind == "lstm"  # hidden and cell state
+    _hx, _results = ("Tensor[]", "Tensor, Tensor, Tensor") if _two else ("Tensor", "Tensor, Tensor")
+    define_operator(
+        f"whole_{_kind}(Tensor x, {_hx} hx, {_OPTIONS}) -> ({_results})",
+        getattr(torch.ops.aten, _kind).input,
+        _fake_whole_lstm if _two else _fake_whole_rnn,
+    )
+
+register_capturing(Capturing(exporting=_exported_whole, restore=_restore))
