@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -56,10 +57,10 @@ def test_shared_weights_and_objects_with_tensors_are_refused(tmp_path: Path) -> 
     class Listed(Branches):
         def __init__(self) -> None:
             super().__init__()
-            self.kept = [torch.ones(4)]
+            self.kept = [SimpleNamespace(ones=torch.ones(4))]
 
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) + self.kept[0]
+            return super().forward(x) + self.kept[0].ones
 
     model, x = seeded(Listed), normal(8, 8)
     quant_model = calibrated(model, [((x,), {})], backend="reference").quantize(model)
@@ -103,6 +104,11 @@ MARK = "tampered"
         lambda d: root(d).update(children=["nobody"]),
         lambda d: root(d).update(parameters={"x": True}),
         lambda d: root(d).update(buffers=[1]),
+        lambda d: root(d).update(nests={"x": [{"node": "tensor.0"}]}),
+        lambda d: root(d).update(nests={"x": {"node": "module.0"}}),
+        lambda d: root(d).update(nests={"forward": [1]}),
+        lambda d: root(d).update(nests={"_modules": {"dict": []}}),
+        lambda d: root(d).update(nests=[1]),
         lambda d: root(d).pop("runs"),
         lambda d: root(d).update(runs=None),
         lambda d: root(d)["runs"].update(backend="os"),

@@ -22,6 +22,7 @@ from torch_quant.graph.hooks import give_hooks, take_hooks, users_hooks
 from torch_quant.graph.twin import twin_of
 from torch_quant.io.data.fits import check_fit
 from torch_quant.io.data.graphs import read_graph, write_graph
+from torch_quant.io.data.nests import read_nest, write_nest
 from torch_quant.io.data.sizes import read_contract, write_contract
 from torch_quant.io.data.trees import read_kind, read_output, write_kind, write_output
 from torch_quant.io.data.values import decode, encode, entries, wrong
@@ -33,8 +34,9 @@ __all__ = ["read_model", "write_model"]
 _GRAPH = ("graph", "calls", "sizes", "outputs", "plan", "compiled")
 _RUNS = ("backend", "signature", "graphs", "runs_python", "in_pieces", "description", "plan",
          "calibration", "looked_at")  # fmt: skip
-_MODULE = ("class", "parameters", "buffers", "transient", "attributes", "values", "hooks",
-           "children", "runs")  # fmt: skip
+_MODULE = ("class", "parameters", "buffers", "transient", "attributes", "values", "nests",
+           "hooks", "children", "runs")  # fmt: skip
+_HELD = ("_modules", "_parameters", "_buffers")
 
 
 def write_model(model: QuantizedModule) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -69,15 +71,11 @@ def _written(
 ) -> dict[str, Any]:
     own = module._stands_for.attributes if isinstance(module, StandIn) else vars(module)
     attributes = {name: x for name, x in own.items() if isinstance(x, Tensor)}
-    for name, value in own.items():
-        if name not in ("_modules", "_parameters", "_buffers", *attributes) and holds_tensor(
-            value, twins
-        ):
-            where = f"{path}.{name}".strip(".")
-            raise InvalidConfig(
-                f"the attribute {where} holds tensors in an object of {path_of(type(value))}, "
-                "which is no data; save the quantizer (quantizer.save) and quantize again"
-            )
+    nests = {
+        name: write_nest(value, f"{path}.{name}".strip("."), tensors)
+        for name, value in own.items()
+        if name not in (*_HELD, *attributes) and holds_tensor(value, twins)
+    }
     held: dict[str, Mapping[str, Tensor | None]] = {
         "parameters": module._parameters, "buffers": module._buffers, "attributes": attributes
     }  # fmt: skip
@@ -89,7 +87,8 @@ def _written(
         "class": path_of(class_of(module)),
         **{what: {n: x is not None for n, x in each.items()} for what, each in held.items()},
         "transient": sorted(module._non_persistent_buffers_set),
-        "values": _values(module, own, path),
+        "values": {n: x for n, x in _values(module, own, path).items() if n not in nests},
+        "nests": nests,
         "hooks": bool(users_hooks(module)),
         "children": [name for name, child in module._modules.items() if child is not None],
         "runs": _running(module, path) if isinstance(module, QuantizedModule) else None,
@@ -283,8 +282,6 @@ class _Reader:
                 raise wrong(f"the {what} of {path}", found[what], "an object")
             for name, there in found[what].items():
                 at = f"{path}.{name}".strip(".")
-                if there and at not in self.tensors:
-                    raise wrong(f"the {what} of {path}", name, "the name of a saved tensor")
                 x = self._tensor(at, what == "parameters") if there else None
                 if what == "parameters":
                     module._parameters[name] = x  # type: ignore[assignment]
@@ -295,15 +292,22 @@ class _Reader:
         for name, value in found["values"].items():
             if not name.startswith("_") and name not in vars(nn.Module()):
                 vars(module)[name] = decode(value, f"{path}.{name}")
+        for name, value in found["nests"].items():
+            if name in _HELD or name in vars(nn.Module) or name.startswith("__"):
+                raise wrong(f"the attributes of {path}", name, "one that holds tensors")
+            vars(module)[name] = read_nest(value, f"{path}.{name}".strip("."), self._tensor)
         runs = found["runs"]
         if runs is not None and not runs["runs_python"]:
             for name, value in list(vars(module).items()):
                 listed = name.startswith("_") or name in found["attributes"]
+                listed = listed or name in found["nests"]
                 if not listed and holds_tensor(value):
                     del vars(module)[name]  # graphs have what they need of it
 
     def _tensor(self, name: str, parameter: bool) -> Tensor:
         """One object for each tensor, under however many names it was saved."""
+        if name not in self.tensors:
+            raise wrong("a tensor of the model", name, "the name of a saved tensor")
         x = self.tensors[name]
         if not parameter:
             return x
