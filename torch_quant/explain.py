@@ -227,7 +227,8 @@ class _Facts:
         if asked is None:
             return Decision("method", DEFAULT_METHOD, _DEFAULT)
         if refusal := method_refusal(asked, self.site):
-            return Decision("method", DEFAULT_METHOD, self.site.op, f"{asked}: {refusal}")
+            used = asked.elsewhere or DEFAULT_METHOD
+            return Decision("method", used, self.site.op, f"{asked}: {refusal}")
         return Decision("method", asked, source)
 
     def _observer(self, key: str) -> Decision:

@@ -29,7 +29,7 @@ from torch_quant.core.plan import FALLEN_BACK, PRECISIONS, QuantPlan
 from torch_quant.core.telling import told_together
 from torch_quant.errors import InvalidConfig, NotCalibrated, UnsupportedOp
 from torch_quant.explain import Explanation, explain
-from torch_quant.graph.annotate import tell_misfits
+from torch_quant.graph.annotate import tell_misfits, tell_refused
 from torch_quant.graph.dynamic import Dynamic, checked_dynamic
 from torch_quant.graph.examples import call_example, run_example
 from torch_quant.graph.identity import check_model, check_same
@@ -210,7 +210,7 @@ class QuantizerBase(Tied):
             run_example(session.captured.root, kept[0])
         sites = [site for site, _ in session.captured.sites()]
         plan = session.plan()
-        tell_misfits(session.captured.sites(), plan)
+        _tell(session, plan)
         whole = session.captured.plain_weights()
         with told_together(), torch.inference_mode(False):
             kept = pytree.tree_map_only(Tensor, plain, kept)
@@ -292,7 +292,7 @@ class QuantizerBase(Tied):
                 "no calibration data was seen: run it through the proxy of quantizer.calib(model)"
             )
         if not self.state.rounded:  # it was told then
-            tell_misfits(session.captured.sites(), plan)
+            _tell(session, plan)
         with told_together():
             return lowering.run(share=share)
 
@@ -315,6 +315,13 @@ class QuantizerBase(Tied):
                 f"{have} captured by this quantizer: quantizer.{method}(..., model)"
             )
         return known[0]
+
+
+def _tell(session: Session, plan: QuantPlan) -> None:
+    """Warn of what is not as it was asked for: sites in float, weights rounded by other methods."""
+    sites, settings = session.captured.sites(), session.settings
+    tell_misfits(sites, plan)
+    tell_refused(sites, session.model, plan, qconfig=settings.qconfig, overrides=settings.overrides)
 
 
 def _needs_ranges(plan: QuantPlan) -> bool:

@@ -64,9 +64,8 @@ class GPTQ(WeightMethod):
 
     Columns that no data excited are rounded to nearest, and so is a layer that no token reached (an
     expert, say), with a warning. Experts whose weights are one tensor share the moments of all
-    their rows after ``quantizer.calib``; :meth:`Quantizer.round_weights` has none of them, so that
-    they are rounded to nearest there. Codes lie in the plain order of the columns whatever the
-    options.
+    their rows after ``quantizer.calib``; :meth:`Quantizer.round_weights` has those of each.
+    Codes lie in the plain order of the columns whatever the options.
 
     Args:
         block_size: columns between two products with all errors so far; it changes the speed alone.

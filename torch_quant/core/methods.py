@@ -137,6 +137,20 @@ class WeightMethod(Method):
             QuantError: the weight cannot be quantized; says why.
         """
 
+    @property
+    def elsewhere(self) -> WeightMethod | None:
+        """What rounds the weights of sites that it refuses: the default, as None.
+
+        It is round to nearest over the full range for a method that uses that.
+
+        >>> from torch_quant import AutoRound
+        >>> AutoRound().elsewhere, AutoRound(full_range=True).elsewhere.full_range
+        (None, True)
+        """
+        if not getattr(self, "full_range", False):
+            return None
+        return read_weight_method({"name": "rtn", "full_range": True})
+
     def round_block(self, block: Block, layers: Sequence[Layer]) -> None:
         """Round the weights of a block; by default each by :meth:`quantize`, in their order.
 

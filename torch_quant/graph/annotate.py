@@ -21,7 +21,7 @@ from torch_quant.graph.sites import Site
 from torch_quant.module_filter import ModuleFilter
 from torch_quant.ops.table import OPERATORS
 
-__all__ = ["annotate", "method_refusal", "tell_misfits"]
+__all__ = ["annotate", "method_refusal", "tell_misfits", "tell_refused"]
 
 logger = logging.getLogger("torch_quant")
 
@@ -127,8 +127,9 @@ def _serving(transforms: Sequence[Transform], site: Site) -> tuple[Transform, ..
 
 
 def _method(config: QConfig, site: Site) -> WeightMethod | None:
-    refused = config.method is None or method_refusal(config.method, site)
-    return None if refused else config.method
+    if config.method is None or not method_refusal(config.method, site):
+        return config.method
+    return config.method.elsewhere
 
 
 def method_refusal(method: WeightMethod, site: Site) -> str:
@@ -167,6 +168,40 @@ def tell_misfits(sites: Sequence[tuple[Site, str]], plan: QuantPlan) -> None:
         (name, reason), *others = found.items()
         rest = f", and {len(others)} more" if others else ""
         logger.warning("stays in float: %s (%s)%s", name, reason, rest)
+
+
+def tell_refused(
+    sites: Sequence[tuple[Site, str]],
+    model: nn.Module,
+    plan: QuantPlan,
+    *,
+    qconfig: QConfig,
+    overrides: Overrides,
+) -> None:
+    """Log a warning of weights that the method asked for refuses, and what rounds them.
+
+    Args:
+        sites: as :func:`annotate` takes them.
+        model: likewise.
+        plan: what it gave.
+        qconfig: as there.
+        overrides: as there.
+    """
+    found: dict[str, list[str]] = {}
+    for site, _ in sites:
+        entry = plan.get(site.name)
+        if entry is None or not entry.quantized or entry.weight is None:
+            continue
+        rules = rules_for(site, modules_of(model, site), overrides)
+        config = rules[0].value if rules else qconfig
+        asked = None if config is None else config.method
+        if asked is not None and (reason := method_refusal(asked, site)):
+            by = f"{entry.method or 'rtn'}, as {asked.name} refuses them ({reason})"
+            found.setdefault(by, []).append(site.name)
+    for by, names in found.items():
+        names = list(dict.fromkeys(names))
+        rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        logger.warning("rounded by %s: %s%s", by, ", ".join(names[:3]), rest)
 
 
 def _check(

@@ -41,8 +41,9 @@ from torch_quant.rounding.chains import (
     replaced,
 )
 from torch_quant.rounding.exactness import as_it_was, check_scales, scale_exactly
+from torch_quant.rounding.experts import Experts, find_experts, round_experts
 from torch_quant.rounding.files import Folder
-from torch_quant.rounding.modules import computes_linear, own_buffers
+from torch_quant.rounding.modules import computes_linear, own_buffers, rounded_embeddings
 from torch_quant.rounding.producers import find_producers
 from torch_quant.rounding.report import BlockError, Rounding
 
@@ -88,14 +89,14 @@ def round_weights(
         )
     keeper = None if folder is None else Folder(folder, plan, kept, model)
     run = _Run(twin, plan, plain, kept, keeper)
-    experts = [
-        site.name
+    run.experts = [
+        site
         for site in _weighted(sites, plan, "grouped_linear")
-        if (method := plan[site.name].method) and (method.wants_statistics or method.wants_blocks)
+        if (method := plan[site.name].method) and method.wants_statistics
     ]
     with torch.no_grad():
-        run.embeddings = _embeddings(twin, _weighted(sites, plan, "embedding"), plan)
-        found = run.all(run.layers(wanted, experts), show_progress)
+        run.embeddings = rounded_embeddings(twin, _weighted(sites, plan, "embedding"), plan)
+        found = run.all(run.layers(wanted), show_progress)
         check_scales(model, found[0].scaled, kept)
         return found
 
@@ -107,24 +108,6 @@ def _weighted(sites: Iterable[Site], plan: QuantPlan, op: str) -> list[Site]:
         for site in sites
         if site.op == op and (entry := plan.get(site.name)) and entry.quantized and entry.weight
     ]
-
-
-def _embeddings(
-    twin: nn.Module, sites: Iterable[Site], plan: QuantPlan
-) -> dict[nn.Module, tuple[nn.Parameter, nn.Parameter]]:
-    """Module -> its weight, and that with the error of its format."""
-    found = {}
-    modules = dict(twin.named_modules())
-    for site in sites:
-        module, entry = modules.get(site.module), plan[site.name]
-        weight = None if module is None else module._parameters.get("weight")
-        if module is None or weight is None or weight.shape != site.weight_shape:
-            continue
-        assert entry.weight is not None
-        method = entry.method or DEFAULT_METHOD
-        rounded = dequantize(*method.quantize(weight.detach(), entry.weight.on(0), {}))
-        found[module] = weight, nn.Parameter(rounded, requires_grad=False)
-    return found
 
 
 class _Run:
@@ -155,15 +138,14 @@ class _Run:
         self.tied = frozenset(key for key, count in held.items() if count > 1)
         """Parameters that several modules have: a scale of one would be that of the other."""
         self.embeddings: dict[nn.Module, tuple[nn.Parameter, nn.Parameter]] = {}
+        self.experts: list[Site] = []
+        """Products with the matrices of all experts, whose methods want data."""
+        self.products: dict[str, list[Experts]] = {}
+        """Path of a block -> those in it."""
         self.errors: list[BlockError] = []
 
-    def layers(self, sites: Sequence[Site], experts: Sequence[str]) -> dict[str, Layer]:
-        """Path in the model -> layer; of sites that one module computes, the first.
-
-        Args:
-            sites: of linear layers.
-            experts: names of others, whose weights are several matrices.
-        """
+    def layers(self, sites: Sequence[Site]) -> dict[str, Layer]:
+        """Path in the model -> linear layer; of sites that one module computes, the first."""
         found: dict[str, Layer] = {}
         modules = dict(self.twin.named_modules())
         for site in sites:
@@ -192,12 +174,7 @@ class _Run:
                     "ranges would be wrong then; it serves float and dynamic activations only"
                 )
         missed = [site.name for site in sites if site.module not in found]
-        self.made.left_out = (*missed, *experts)
-        if experts:
-            logger.warning(
-                "the weights of experts, one tensor each, are rounded without data: %s%s",
-                ", ".join(experts[:3]), ", ..." if len(experts) > 3 else "",
-            )  # fmt: skip
+        self.made.left_out = tuple(missed)
         if missed:
             logger.warning(
                 "%d weights are no parameter of a module that only multiplies by them; they are "
@@ -225,6 +202,14 @@ class _Run:
                 self.chain(chain, layers, both, bar)
             if rest:
                 self.outside(rest, bar)
+        missed = [site.name for site in self.experts if site.name not in self.made.sites]
+        if missed:
+            self.made.left_out += tuple(missed)
+            logger.warning(
+                "the weights of experts, one tensor each, are rounded without data, as they are in "
+                "no block or multiplied by something else than grouped_mm: %s%s",
+                ", ".join(missed[:3]), ", ..." if len(missed) > 3 else "",
+            )  # fmt: skip
         return self.made, Rounding(tuple(self.errors))
 
     def embed(self, rounded: bool) -> None:
@@ -302,7 +287,7 @@ class _Run:
             for name, how in self.made.scaled.items():
                 if name.startswith(f"{path}."):
                     set_scaled(block, name.removeprefix(f"{path}."), how)
-            for layer in layers.values():
+            for layer in (*layers.values(), *self.products.get(path, ())):
                 known = self.made.sites[layer.site]
                 layer.set_weight(dequantize(known.codes, known.qparams))
             yield
@@ -326,29 +311,35 @@ class _Run:
         """Scale and round one block, or take what a folder has of it."""
         bar.set_postfix_str(block.path, refresh=False)
         start = time.monotonic()
-        sums = {layer.site: checksum(layer.weight) for layer in block.layers}
+        experts = self.products[block.path] = find_experts(block, self.experts, self.plan)
+        every: tuple[Layer | Experts, ...] = (*block.layers, *experts)
+        sums = {layer.site: checksum(layer.weight) for layer in every}
         sample = block.samples[0]
-        exact = block.run(sample) if block.layers else None
+        exact = block.run(sample) if every else None
         found = self.folder.read(block.path, sums) if self.folder is not None else None
         if found is not None:
-            found.apply(block)
+            found.apply(block, experts)
         else:
             scale_exactly(block)
             _round(block)
+            round_experts(block, experts)
         mine = RoundedWeights(scaled={_joined(block.path, p): x for p, x in block.scaled.items()})
-        for layer in block.layers:
+        for layer in every:
             assert layer.rounded is not None
             mine.sites[layer.site] = RoundedWeight.of(
                 *layer.rounded, layer.method, sums[layer.site]
             )
-            layer.rounded = layer.exact = None
+            layer.rounded = None
+        for each in block.layers:
+            each.exact = None
         if self.folder is not None and found is None:
             self.folder.write(block.path, mine)
         self.made.update(mine)
         names = [each.name for layer in block.layers for each in (*layer.transforms, layer.method)]
+        names += [each.method.name for each in experts]
         error = math.nan if exact is None else sqnr(exact, block.run(sample))
         seconds = time.monotonic() - start
-        sites = tuple(layer.site for layer in block.layers)
+        sites = tuple(layer.site for layer in every)
         self.errors.append(
             BlockError(block.path, sites, tuple(dict.fromkeys(names)), error, seconds)
         )

@@ -12,12 +12,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from torch_quant.algorithms.blocks import Block
+from torch_quant.algorithms.blocks import Block, Layer
 from torch_quant.core.plan import QuantPlan
 from torch_quant.core.rounded import RoundedWeights, checksum
 from torch_quant.errors import InvalidConfig
 from torch_quant.io.data.parted import joined, parted
 from torch_quant.io.folder import read_folder, write_folder
+from torch_quant.rounding.experts import Experts
 
 __all__ = ["Folder", "Found"]
 
@@ -30,12 +31,13 @@ class Found:
 
     weights: RoundedWeights
 
-    def apply(self, block: Block) -> None:
-        """Scale and round the block as it was when it was written."""
+    def apply(self, block: Block, experts: Iterable[Experts]) -> None:
+        """Scale and round the block, and experts in it, as it was when it was written."""
         for name, how in self.weights.scaled.items():
             path = name.removeprefix(f"{block.path}.") if block.path else name
             block.rescale(path, how)
-        for layer in block.layers:
+        every: tuple[Layer | Experts, ...] = (*block.layers, *experts)
+        for layer in every:
             rounded = self.weights.sites[layer.site]
             layer.round_to(rounded.codes, rounded.qparams)
 
