@@ -84,7 +84,7 @@ class Calibrated:
         except NotCalibrated:
             raise
         except QuantError as error:
-            raise QuantError(f"the weight of {site}: {error}; mend the model's weights") from error
+            raise QuantError(f"the weight of {site}: {error}; fix the model's weights") from error
 
     def _rounded(
         self, site: str, weight: Tensor, spec: QuantSpec, method: WeightMethod

@@ -161,7 +161,7 @@ class QuantState:
             except QuantError as error:
                 raise QuantError(
                     f"calibration batch {self.batches}, at {key.removeprefix(':')}: {error}. "
-                    "Nothing of this batch was recorded; leave it out or mend it and go on."
+                    "Nothing of this batch was recorded; leave it out or fix it and go on."
                 ) from error
 
     def copied(self) -> QuantState:

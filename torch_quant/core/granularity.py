@@ -324,6 +324,8 @@ def block_extremes(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]
         rows = block_rows(x, granularity)
         # Ten times faster than aminmax.
         low, high = rows.amin(dim=1).view(grid), rows.amax(dim=1).view(grid)
+    if low.dtype == torch.float32:
+        return low, high
     return low.to(torch.float32), high.to(torch.float32)
 
 

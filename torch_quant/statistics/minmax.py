@@ -35,8 +35,10 @@ class MinMaxObserver(Observer):
         self.max_val = torch.tensor(float("-inf"))
 
     def _record(self, x: Tensor, low: Tensor, high: Tensor) -> None:
-        self.min_val = torch.minimum(self.min_val.to(low.device), low)
-        self.max_val = torch.maximum(self.max_val.to(high.device), high)
+        if self.min_val.device != low.device:
+            self.min_val, self.max_val = self.min_val.to(low.device), self.max_val.to(low.device)
+        self.min_val = torch.minimum(self.min_val, low)
+        self.max_val = torch.maximum(self.max_val, high)
 
     def _range(self, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         return self.min_val, self.max_val
