@@ -84,11 +84,29 @@ class FillsObject(FillsDict):
         return super().forward(x, cache.cells)
 
 
+class SlotCells:
+    """A cache of a class without dictionaries, of which pytree knows nothing."""
+
+    __slots__ = ("cells",)
+
+    def __init__(self) -> None:
+        self.cells: dict[str, Tensor] = {}
+
+
+class ReplacesSlot(FillsDict):
+    def forward(self, x: Tensor, cache: Any) -> Tensor:
+        cells = dict(cache.cells)
+        y = super().forward(x, cells)
+        cache.cells = cells
+        return y
+
+
 WRITING: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], Callable[[Any], Any]]] = {
     "dictionary": (FillsDict, dict, lambda c: c),
     "list": (AppendsList, list, lambda c: c),
     "in pieces": (OuterCache, dict, lambda c: c),
     "registered object": (FillsObject, Cells, lambda c: c.cells),
+    "object with slots": (ReplacesSlot, SlotCells, lambda c: c.cells),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -78,6 +79,30 @@ class ArrayState(nn.Module):
         return self.linear(x) / float(self.count[0])
 
 
+class Slots:
+    __slots__ = ("h",)
+
+    def __init__(self) -> None:
+        self.h: Tensor | None = None
+
+
+class ObjectState(nn.Module):
+    """Keeps its state in an object without a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+        self.reset()
+
+    def reset(self) -> None:
+        self.kept = Slots()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        self.kept.h = y if self.kept.h is None else 0.5 * (y + self.kept.h)
+        return self.kept.h.clone()
+
+
 def nested(inner: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(nn.Linear(16, 16), inner(), nn.ReLU(), nn.Linear(16, 4))
 
@@ -87,6 +112,7 @@ STATEFUL = {
     "list": History,
     "buffer": BufferState,
     "array": ArrayState,
+    "slots": ObjectState,
     "attribute below": nested(Smoother),
     "list below": nested(History),
     "buffer below": nested(BufferState),
@@ -187,3 +213,42 @@ def test_a_module_without_parameters_that_is_replaced(
     with pytest.raises(NotCalibrated, match="class of act of the model changed"):
         quantizer.quantize(model)
     assert sqnr(model(x), quantizer.quantize(model, example_inputs=(x,))(x)) > 25
+
+
+class Hidden(nn.Module):
+    """Keeps its state where no attribute leads."""
+
+    shared: ClassVar[dict[str, Tensor]] = {}
+
+    def __init__(self, *, in_closure: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+        kept = {} if in_closure else self.shared
+        kept.clear()
+
+        def smoothed(y: Tensor) -> Tensor:
+            kept["h"] = 0.5 * (y + kept["h"]) if "h" in kept else y
+            return kept["h"]
+
+        self.smoothed = smoothed
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.smoothed(self.linear(x)).relu()
+
+
+@pytest.mark.parametrize("in_closure", [True, False])
+def test_tensors_that_only_code_finds_hold_values(in_closure: bool) -> None:
+    """Exported, they would be replaced by such without values, for good."""
+    calls = [normal(3, 16, salt=i) for i in range(4)]
+    reference = seeded(lambda: Hidden(in_closure=in_closure)).eval()
+    expected = [reference(x) for x in calls]
+    model, quantizer = seeded(lambda: Hidden(in_closure=in_closure)).eval(), Quantizer("reference")
+    calib_model = quantizer.calib(model)
+    for x, y in zip(calls, expected, strict=True):
+        assert torch.equal(calib_model(x), y)
+    assert "a global, a closure or a class" in calib_model.captured.root.failure
+    quant_model = quantizer.quantize(model)
+    assert quantizer.plan.quantized == ("linear",)
+    for _ in range(12):  # until nothing is left of what came before
+        found = quant_model(calls[0])
+    assert sqnr(model.linear(calls[0]).relu(), found) > 20

@@ -18,9 +18,9 @@ from torch_quant.core.plan import FloatOp, QuantPlan
 from torch_quant.errors import NotCalibrated
 from torch_quant.graph.capture import CapturedModule
 from torch_quant.graph.dynamic import check_arguments
-from torch_quant.graph.effects import attributes
 from torch_quant.graph.executor import owner_of
 from torch_quant.graph.export import CapturedGraph
+from torch_quant.graph.facts import attributes
 from torch_quant.graph.glance import Glance
 from torch_quant.graph.identity import fingerprint
 from torch_quant.graph.macs import GLUE

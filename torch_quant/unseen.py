@@ -18,7 +18,7 @@ from torch_quant.convert.quantized_graph import QuantizedGraph
 from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import CaptureFailed, InvalidConfig
 from torch_quant.graph.calls import Call
-from torch_quant.graph.effects import attributes
+from torch_quant.graph.facts import attributes
 from torch_quant.graph.kinds import Kind
 from torch_quant.graph.running import CAPTURING
 from torch_quant.passes.prepare import Prepared

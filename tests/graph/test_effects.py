@@ -15,7 +15,8 @@ from capturing import capture
 from models import normal
 from torch import Tensor, nn
 
-from torch_quant.graph.effects import KeepsState, Watch, assign, attributes
+from torch_quant.graph.effects import KeepsState, Watch, assign
+from torch_quant.graph.facts import attributes
 
 
 class Remembers(nn.Module):

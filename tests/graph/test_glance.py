@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_quant import QuantError, Quantizer
-from torch_quant.graph.effects import attributes
+from torch_quant.graph.facts import attributes
 from torch_quant.graph.glance import Glance
 from torch_quant.state import QuantState
 from torch_quant.statistics import MinMaxObserver

@@ -7,8 +7,9 @@ next call runs as Python; what a module does to its arguments is done to the cal
 from __future__ import annotations
 
 import enum
+import functools
+import sys
 import types
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -19,13 +20,22 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from torch_quant.errors import CaptureFailed
+from torch_quant.graph.hooks import records_outputs
 
-__all__ = ["KeepsState", "Watch", "assign", "attributes", "kept_between_calls"]
+__all__ = [
+    "CONTAINERS",
+    "KeepsState",
+    "Watch",
+    "assign",
+    "content_of",
+    "items_of",
+    "kept_between_calls",
+]
 
 Array = NDArray[Any]
 NOT_STATE = frozenset({"_parameters", "_buffers", "_modules", "training"})
 """Entries of a module's dictionary that others look after."""
-_CONTAINERS = (dict, list, set, deque)
+CONTAINERS = (dict, list, set, deque)
 _OPAQUE = (
     type, enum.Enum, types.ModuleType, types.FunctionType, types.MethodType, torch.Generator,
     torch.jit.ScriptModule,
@@ -46,6 +56,14 @@ class KeepsState(CaptureFailed):
         shown = ", ".join(names[:3]) + (" and more" if len(names) > 3 else "")
         super().__init__(f"it keeps {shown} from one call to the next")
         self.names = self.leaves_behind = names
+
+
+class KeepsElsewhere(KeepsState):
+    """A module leaves tensors where none of its attributes leads."""
+
+    def __init__(self) -> None:
+        super().__init__(("tensors in a global, a closure or a class",))
+        self.names = self.leaves_behind = ()
 
 
 class Watch:
@@ -96,9 +114,9 @@ class Watch:
         if isinstance(value, tuple):
             for i, item in enumerate(value):
                 self._walk(f"{path}.{i}", item, depth + 1)
-        elif (content := _content(value)) is not None:
+        elif (content := content_of(value)) is not None:
             self._saved.append((path, value, content))
-            for key, item in _items(content):
+            for key, item in items_of(content):
                 self._walk(f"{path}.{key}".strip("."), item, depth + 1)
             if isinstance(value, nn.Module):
                 # Graphs write to buffers in place; one that is replaced is another matter.
@@ -110,7 +128,7 @@ class Watch:
     def _differences(self) -> Iterator[tuple[str, Any, Any]]:
         """(path, object, key) of what is not as it was."""
         for path, value, before in self._saved:
-            now = _content(value)
+            now = content_of(value)
             if isinstance(value, (list, deque)):
                 if len(now) != len(before) or not all(map(_same, now, before)):
                     yield path, value, None
@@ -125,17 +143,26 @@ class Watch:
     def _written(self) -> list[tuple[str, Array, Array]]:
         return [each for each in self._arrays if not _equal(*each[1:])]
 
+    def _found(self) -> Iterator[tuple[str, Any, Any]]:
+        """What differs, but for the hooks by which transformers collects hidden states.
+
+        They are set at the first call that asks for such outputs, and compute nothing.
+        """
+        for path, value, key in self._differences():
+            if not records_outputs(key, None if key is None else content_of(value).get(key)):
+                yield path, value, key
+
     def changed(self) -> list[str]:
         """The paths of what is not as it was."""
-        found = [path for path, _, _ in self._differences()]
+        found = [path for path, _, _ in self._found()]
         found += [path for path, x, version, _ in self._tensors if x._version != version]
         return found + [path for path, _, _ in self._written()]
 
     def values(self) -> dict[str, Any]:
         """What stands now in the places that changed."""
         found = {
-            path: list(value) if key is None else _content(value).get(key)
-            for path, value, key in self._differences()
+            path: list(value) if key is None else content_of(value).get(key)
+            for path, value, key in self._found()
         }
         written = [(path, x) for path, x, version, _ in self._tensors if x._version != version]
         found |= {path: x.copy() for path, x, _ in self._written()}
@@ -144,8 +171,8 @@ class Watch:
     def spoil(self) -> None:
         """Write NaN over every tensor in the places that changed, so that reading it shows."""
         for _, value, key in list(self._differences()):
-            if key is not None and key in _content(value):
-                _put(value, key, _spoiled(_content(value)[key]))
+            if key is not None and key in content_of(value):
+                _put(value, key, _spoiled(content_of(value)[key]))
             elif isinstance(value, (list, deque)):
                 for i, item in enumerate(value):
                     value[i] = _spoiled(item)
@@ -168,9 +195,10 @@ class Watch:
                 value.clear()
                 value.update(before)
             else:
-                own = {key: x for key, x in vars(value).items() if key in NOT_STATE}
-                value.__dict__.clear()
-                value.__dict__.update(before | own)
+                for key in content_of(value).keys() - before.keys():
+                    _take(value, key)
+                for key, x in before.items():
+                    _put(value, key, x)
         for _, x, version, saved in self._tensors:
             if x._version != version:
                 x.copy_(saved)
@@ -184,9 +212,9 @@ def _one(path: str, value: Any, before: Any) -> Watch:
     return watch
 
 
-def _content(value: Any) -> Any:
+def content_of(value: Any) -> Any:
     """A copy of what a container or object holds itself; None for what holds nothing to change."""
-    if isinstance(value, _CONTAINERS):
+    if isinstance(value, CONTAINERS):
         return value.copy()
     if isinstance(value, _OPAQUE):
         return None
@@ -194,18 +222,43 @@ def _content(value: Any) -> Any:
         return {key: x for key, x in vars(value).items() if key not in NOT_STATE}
     if type(value).__module__.partition(".")[0] in _FOREIGN:
         return None
-    return dict(vars(value)) if hasattr(value, "__dict__") else None
+    slots = {name: getattr(value, name) for name in _slots(type(value)) if hasattr(value, name)}
+    if hasattr(value, "__dict__"):
+        return {**vars(value), **slots}
+    return slots if _slots(type(value)) else None
 
 
-def _items(content: Any) -> Iterator[tuple[Any, Any]]:
+@functools.cache
+def _slots(cls: type) -> tuple[str, ...]:
+    """The names of what objects of a class keep beside a dictionary."""
+    found: list[str] = []
+    for each in cls.__mro__:
+        names = vars(each).get("__slots__", ())
+        if each.__module__ not in sys.stdlib_module_names:  # paths and numbers keep caches so
+            for name in (names,) if isinstance(names, str) else names:
+                private = name.startswith("__") and not name.endswith("__")
+                found.append(f"_{each.__name__.lstrip('_')}{name}" if private else name)
+    return tuple(name for name in found if name not in ("__dict__", "__weakref__"))
+
+
+def items_of(content: Any) -> Iterator[tuple[Any, Any]]:
     return iter(content.items() if isinstance(content, dict) else enumerate(content))
 
 
 def _put(value: Any, key: Any, item: Any) -> None:
     if isinstance(value, dict):
         value[key] = item
+    elif key in _slots(type(value)):
+        object.__setattr__(value, key, item)
     else:
         value.__dict__[key] = item
+
+
+def _take(value: Any, key: str) -> None:
+    if key in _slots(type(value)):
+        object.__delattr__(value, key)
+    else:
+        del value.__dict__[key]
 
 
 def _same(x: Any, y: Any) -> bool:
@@ -248,8 +301,8 @@ def _equal(x: Any, y: Any) -> bool:
         return len(x) == len(y) and all(map(_equal, x, y))
     if isinstance(x, dict):
         return x.keys() == y.keys() and all(_equal(x[key], y[key]) for key in x)
-    if (content := _content(x)) is not None:
-        return _equal(content, _content(y))
+    if (content := content_of(x)) is not None:
+        return _equal(content, content_of(y))
     return bool(x == y)
 
 
@@ -297,80 +350,6 @@ def _equal_constants(x: Any, y: Any) -> bool:
     return _equal(x, y)
 
 
-class _Identity:
-    """Equal to itself only: stands for an object whose insides do not count."""
-
-    def __init__(self, value: Any) -> None:
-        self.key = id(value)
-        self.version = value._version if _has_version(value) else 0
-        try:  # what stands for a part of a model must not keep the model alive
-            self.get: Callable[[], Any] = weakref.ref(value)
-        except TypeError:
-            self.get = lambda: value
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Identity):
-            return False
-        value = self.get()
-        return value is not None and value is other.get() and self.version == other.version
-
-    def __hash__(self) -> int:
-        return self.key
-
-
-def _has_version(value: Any) -> bool:
-    return isinstance(value, Tensor) and not value.is_inference()
-
-
-def attributes(model: nn.Module) -> dict[str, Any]:
-    """What the forward of ``model`` may read beside parameters and buffers.
-
-    Returns:
-        ``child.attribute`` -> a fact that compares equal as long as the attribute is the same; and
-        ``class of child``.
-    """
-    tensors = (*model.named_parameters(), *model.named_buffers())
-    seen: dict[int, Any] = {id(x): name for name, x in tensors}  # which others look after
-    classes = {f"class of {prefix}": type(each) for prefix, each in model.named_modules() if prefix}
-    return classes | {
-        f"{prefix}.{name}".strip("."): fact_of(value, seen)
-        for prefix, module in model.named_modules()
-        if not isinstance(module, torch.jit.ScriptModule)
-        for name, value in vars(module).items()
-        if name not in NOT_STATE and not is_empty(name, value)
-    }
-
-
-def is_empty(name: str, value: Any) -> bool:
-    """A private container that holds nothing, as PyTorch's own of hooks."""
-    return name.startswith("_") and (
-        value is None or (isinstance(value, _CONTAINERS) and not value)
-    )
-
-
-def fact_of(value: Any, seen: dict[int, Any], depth: int = 0) -> Any:
-    """What compares equal as long as ``value`` is the same; ``seen`` has what was met already."""
-    if value is None or isinstance(value, PLAIN):
-        return value
-    if isinstance(value, nn.Module):
-        return id(value)  # others notice that it was replaced
-    if id(value) in seen:
-        return seen[id(value)]
-    if isinstance(value, types.MethodType):
-        return value.__func__
-    if isinstance(value, weakref.ReferenceType):
-        return "a weak reference"  # an LSTM keeps those of its first parameters
-    fact: Any = _Identity(value)
-    seen[id(value)] = fact
-    if isinstance(value, tuple):
-        fact = tuple(fact_of(item, seen, depth + 1) for item in value)
-    elif depth < _DEEPEST and (content := _content(value)) is not None:
-        items = [(key, fact_of(item, seen, depth + 1)) for key, item in _items(content)]
-        fact = (type(value), id(value), items)
-    seen[id(value)] = fact
-    return fact
-
-
 def assign(old: Any, new: Any) -> Any:
     """Make ``old``, a container or object of the caller's, what ``new`` is; returns the result.
 
@@ -390,10 +369,11 @@ def assign(old: Any, new: Any) -> Any:
     if type(old) is tuple and len(old) == len(new):
         merged_items = tuple(map(assign, old, new))
         return old if all(map(_same, old, merged_items)) else merged_items
-    if isinstance(old, (Tensor, nn.Module)) or _content(old) is None:
+    if isinstance(old, (Tensor, nn.Module)) or content_of(old) is None:
         return new
-    for key, x in vars(new).items():
-        old.__dict__[key] = assign(old.__dict__[key], x) if key in old.__dict__ else x
-    for key in old.__dict__.keys() - vars(new).keys():
-        del old.__dict__[key]
+    before, after = content_of(old), content_of(new)
+    for key, x in after.items():
+        _put(old, key, assign(before[key], x) if key in before else x)
+    for key in before.keys() - after.keys():
+        _take(old, key)
     return old

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from torch_quant.graph.effects import NOT_STATE, PLAIN, fact_of, is_empty
+from torch_quant.graph.effects import NOT_STATE, PLAIN
+from torch_quant.graph.facts import fact_of, is_empty
 
 __all__ = ["Glance"]
 

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["give_hooks", "hooked", "take_hooks", "users_hooks"]
+__all__ = ["CALLED", "give_hooks", "hooked", "records_outputs", "take_hooks", "users_hooks"]
 
 Hooks = dict[str, dict[int, Any]]
 """Entry of a module's dictionary -> what is registered there."""
 
-_CALLED = ("_forward_pre_hooks", "_forward_hooks")
+CALLED = ("_forward_pre_hooks", "_forward_hooks")
 _FLAGS = (
     "_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
 )  # fmt: skip
 _COMPUTES = ("torch.nn.utils", "transformers.")
 """Hooks that belong to the computation: PyTorch's own (weight norm, pruning) make weights, those of
 transformers collect hidden states for the outputs."""
+
+_RECORDED = "_output_capturing_hooks_installed"
+"""The attribute by which transformers knows that a model has its hooks."""
+
+
+def records_outputs(key: Any, value: Any) -> bool:
+    """Whether an entry of a module's or hook's dictionary only hands hidden states to the outputs.
+
+    transformers sets such hooks at the first call that asks for hidden states or attention maps;
+    they give nothing to later calls.
+    """
+    found = isinstance(value, types.FunctionType) and value.__module__.startswith("transformers.")
+    return key == _RECORDED or (isinstance(key, int) and found)
 
 
 def users_hooks(module: nn.Module) -> set[int]:
@@ -27,7 +41,7 @@ def users_hooks(module: nn.Module) -> set[int]:
         return set()
     return {
         key
-        for name in _CALLED
+        for name in CALLED
         for key, hook in vars(module)[name].items()
         if not (getattr(hook, "__module__", None) or "").startswith(_COMPUTES)
     }
@@ -44,7 +58,7 @@ def take_hooks(module: nn.Module) -> Hooks:
     taken: Hooks = {}
     if not keys:
         return taken
-    for name in (*_CALLED, *_FLAGS):
+    for name in (*CALLED, *_FLAGS):
         entries = vars(module)[name]
         taken[name] = {key: entries.pop(key) for key in list(entries) if key in keys}
     return taken

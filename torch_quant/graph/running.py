@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from torch_quant.graph.calls import Call
-from torch_quant.graph.effects import KeepsState, Watch, kept_between_calls
+from torch_quant.graph.effects import KeepsElsewhere, KeepsState, Watch, kept_between_calls
 from torch_quant.graph.foreign import ForeignOperators
 from torch_quant.graph.outputs import flatten_output
+from torch_quant.graph.survivors import Survivors
 from torch_quant.ops.capturing import running
 
 __all__ = [
@@ -147,7 +148,8 @@ def first_run(module: nn.Module, call: Call) -> FirstRun:
     """Run the module and watch what it does.
 
     Raises:
-        KeepsState: it reads what an earlier call of it left in an attribute.
+        KeepsState: it reads what an earlier call of it left in an attribute, or leaves tensors
+            where no attribute leads.
     """
     with frozen(module), running():
         args, kwargs = call.rebuild(copied(call).tensors)
@@ -172,7 +174,16 @@ def first_run(module: nn.Module, call: Call) -> FirstRun:
         left = tuple(dict.fromkeys(state.changed()))
         if left and (kept := kept_between_calls(state, expected, again)):
             raise KeepsState(kept)
+    if _keeps_elsewhere(module, call):
+        raise KeepsElsewhere
     return FirstRun(expected, writes, left)
+
+
+def _keeps_elsewhere(module: nn.Module, call: Call) -> bool:
+    """Whether tensors of a call exist when its outputs and all attributes are gone."""
+    with frozen(module), running(), Survivors() as made, contextlib.suppress(Exception):
+        _run(module, call, ())
+    return made.exist()
 
 
 def _flipped(call: Call) -> Call:
