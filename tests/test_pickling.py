@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from flows import calibrated
-from models import example, mlp
+from models import example, mlp, normal, seeded
+from torch import Tensor, nn
 
 from torch_quant import InvalidConfig, Quantizer
 
@@ -42,6 +43,35 @@ def test_a_proxy_says_what_to_save(way: str) -> None:
         with pytest.raises(InvalidConfig, match=r"float model.*quantizer\.save\(folder\)"):
             COPIES[way](proxy)
         assert torch.equal(proxy(*x), model(*x))
+
+
+RESTORING: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "lstm": (lambda: Around(nn.LSTM(8, 8, batch_first=True)), (2, 5, 8)),
+    "gru": (lambda: Around(nn.GRU(8, 8, batch_first=True)), (2, 5, 8)),
+    "encoder": (lambda: Around(nn.TransformerEncoderLayer(8, 2, 16)), (2, 5, 8)),
+    "convolution": (lambda: Around(nn.Conv1d(8, 8, 3, padding=1)), (2, 8, 8)),
+}
+"""Around modules with a ``__setstate__`` of their own, which expects what a float module has."""
+
+
+class Around(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.out = inner, nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        return self.out(y[0] if isinstance(y, tuple) else y)
+
+
+@pytest.mark.parametrize("name", RESTORING)
+def test_quantized_models_are_copied_whatever_they_consist_of(name: str) -> None:
+    build, shape = RESTORING[name]
+    model, x = seeded(build).eval(), normal(*shape)
+    quant_model = calibrated(model, [((x,), {})], backend="reference").quantize(model)
+    expected = quant_model(x)
+    for twin in (copy.deepcopy(quant_model), pickle.loads(pickle.dumps(quant_model))):
+        assert torch.equal(twin(x), expected)
 
 
 def test_a_state_loads_without_running_code() -> None:

@@ -19,13 +19,14 @@ IDS = tokens(2, 6, 50)
 def decoder() -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "vocab_size": 50}
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 32, "vocab_size": 50}
     config = GPT2Config(**sizes, bos_token_id=1, eos_token_id=2, attn_implementation="eager")
     return seeded(lambda: GPT2LMHeadModel(config)).eval()
 
 
-@pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions"])
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    ("asked", "first"), [("output_hidden_states", True), ("output_attentions", False)]
+)
 @torch.no_grad()
 def test_the_model_stays_one_graph(asked: str, first: bool) -> None:
     """The hooks are set while the graph is captured, and are no state."""
@@ -38,7 +39,7 @@ def test_the_model_stays_one_graph(asked: str, first: bool) -> None:
     assert not any("hook" in name for name in calib_model.captured.root.written)
     names = {"output_hidden_states": "hidden_states", "output_attentions": "attentions"}
     pairs = list(zip(mine[names[asked]], theirs[names[asked]], strict=True))
-    assert len(pairs) >= 2
+    assert pairs
     for x, y in pairs:
         assert torch.equal(x, y)
 
@@ -54,7 +55,7 @@ def test_a_quantized_model_gives_them_without_calibration_for_it(float_first: bo
         model(IDS, output_hidden_states=True)
     found = quant_model(IDS, output_hidden_states=True).hidden_states
     expected = model(IDS, output_hidden_states=True).hidden_states
-    assert len(found) == len(expected) == 3
+    assert len(found) == len(expected) == 2
     assert all(sqnr(y, x) > 20 for x, y in zip(found, expected, strict=True))
 
 

@@ -146,7 +146,7 @@ class StandIn(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         twin, kept = state["_stands_for"]
         original = Original(type(self)._made_of[1], twin, kept)
-        super().__setstate__(state | {"_stands_for": original})
+        nn.Module.__setstate__(self, state | {"_stands_for": original})
 
     def __deepcopy__(self: S, memo: dict[int, Any]) -> S:
         new: S = object.__new__(type(self))
