@@ -222,15 +222,20 @@ def content_of(value: Any) -> Any:
         return {key: x for key, x in vars(value).items() if key not in NOT_STATE}
     if type(value).__module__.partition(".")[0] in _FOREIGN:
         return None
-    slots = {name: getattr(value, name) for name in _slots(type(value)) if hasattr(value, name)}
+    slots = {name: getattr(value, name) for name in _slots(value) if hasattr(value, name)}
     if hasattr(value, "__dict__"):
         return {**vars(value), **slots}
-    return slots if _slots(type(value)) else None
+    return slots if _slots(value) else None
+
+
+def _slots(value: Any) -> tuple[str, ...]:
+    """The names of what an object keeps beside a dictionary."""
+    cls: Any = type(value)
+    return _slots_of(cls)
 
 
 @functools.cache
-def _slots(cls: type) -> tuple[str, ...]:
-    """The names of what objects of a class keep beside a dictionary."""
+def _slots_of(cls: Any) -> tuple[str, ...]:
     found: list[str] = []
     for each in cls.__mro__:
         names = vars(each).get("__slots__", ())
@@ -248,14 +253,14 @@ def items_of(content: Any) -> Iterator[tuple[Any, Any]]:
 def _put(value: Any, key: Any, item: Any) -> None:
     if isinstance(value, dict):
         value[key] = item
-    elif key in _slots(type(value)):
+    elif key in _slots(value):
         object.__setattr__(value, key, item)
     else:
         value.__dict__[key] = item
 
 
 def _take(value: Any, key: str) -> None:
-    if key in _slots(type(value)):
+    if key in _slots(value):
         object.__delattr__(value, key)
     else:
         del value.__dict__[key]

@@ -181,7 +181,8 @@ def first_run(module: nn.Module, call: Call) -> FirstRun:
 
 def _keeps_elsewhere(module: nn.Module, call: Call) -> bool:
     """Whether tensors of a call exist when its outputs and all attributes are gone."""
-    with frozen(module), running(), Survivors() as made, contextlib.suppress(Exception):
+    made = Survivors()
+    with frozen(module), running(), made, contextlib.suppress(Exception):
         _run(module, call, ())
     return made.exist()
 
