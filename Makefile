@@ -36,7 +36,7 @@ SAME := core sequences statistics tuning algorithms rounding checkpoints integra
   $(addprefix backends/test_,onnx.py float_and_dynamic.py formats.py) graph/test_annotate.py graph/test_rules.py \
   $(addprefix io/test_,files.py onnx_recurrent.py onnx_rewrites.py onnx_weights.py saved_quantizers.py summary.py \
   summary_mistakes.py) test_architecture.py \
-  $(addprefix qat/test_qat_,bad_input.py digits.py distributed.py trainer.py training.py) \
+  $(addprefix qat/test_qat_,adapters.py bad_input.py digits.py distributed.py lightning.py trainer.py training.py) \
   test_bad_input.py test_capture_policy.py test_capturing_once.py test_configuration.py test_contributing.py test_coverage.py \
   test_experts.py test_explain.py test_generate_llm.py test_merging.py test_public.py test_readme.py test_recipes.py \
   test_requirements.py test_saved_states.py test_typing.py
