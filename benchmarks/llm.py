@@ -70,6 +70,7 @@ FORMATS: dict[str, Callable[[], QConfig]] = {
     "uint3 g64, float zeros": lambda: with_float_zeros(3, 64),
     "int4 g32": lambda: recipes.int4_weight_only(group_size=32),
     "int4 g64": lambda: recipes.int4_weight_only(group_size=64),
+    "int4 g96": lambda: recipes.int4_weight_only(group_size=96),  # divides all layers of SmolLM2
     "int4 g128": lambda: recipes.int4_weight_only(group_size=128),
     "int3 g64": lambda: three_bits(64),
 }

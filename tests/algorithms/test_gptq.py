@@ -122,6 +122,18 @@ def test_dynamic_groups_follow_the_weight() -> None:
     assert not torch.equal(static[:, 1:], dynamic[:, 1:])
 
 
+@pytest.mark.parametrize("act_order", [True, False])
+def test_what_was_recorded_stays_as_it_is(act_order: bool) -> None:
+    """Layers that read one tensor share its Hessian: each finds it as it was."""
+    method, statistics = GPTQ(act_order=act_order), seen()
+    before = statistics[HESSIAN].sums.clone()
+    first = method.quantize(heavy(), GROUPED, statistics)
+    assert torch.equal(statistics[HESSIAN].sums, before)
+    again = method.quantize(heavy(), GROUPED, statistics)
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1].scale, again[1].scale)
+
+
 def test_a_channel_without_data_is_rounded_to_nearest() -> None:
     x = inputs()
     x[:, [3, 40]] = 0.0

@@ -163,21 +163,35 @@ class GPTQ(WeightMethod):
         if not hessian.rows:
             tell(_UNREACHED)
             return without_data(self).quantize(weight, spec, {})
-        moments, channels = hessian.mean.to(weight), weight.shape[-1]
-        if len(moments) != channels:
-            raise InvalidConfig(f"a Hessian of {len(moments)} channels, a weight of {channels}")
+        sums, channels = hessian.sums.to(weight), weight.shape[-1]
+        if len(sums) != channels:
+            raise InvalidConfig(f"a Hessian of {len(sums)} channels, a weight of {channels}")
         if hessian.rows < channels:
             tell(_FEW)
-        order = moments.diagonal().argsort(descending=True, stable=True) if self.act_order else None
-        factor = self._factor(moments if order is None else moments[order][:, order])
+        squares = sums.diagonal() / hessian.rows
+        order = torch.arange(channels, device=sums.device)
+        if self.act_order:
+            order = squares.argsort(descending=True, stable=True)
+        factor = self._factor(sums, order.flip(0), hessian.rows)
         if factor is None:
             tell(_SINGULAR)
             return without_data(self).quantize(weight, spec, {})
-        return _Rounding(self, weight, spec, moments.diagonal(), factor, order).run()
+        return _Rounding(self, weight, spec, squares, factor, order).run()
 
-    def _factor(self, moments: Tensor) -> Tensor | None:
-        """``U`` of ``H = (I + U) D (I + U)^T`` with a diagonal of ones; None if there is none."""
-        moments = moments.flip(0, 1)  # a copy; from the last column on, Cholesky's L is upper
+    def _factor(self, sums: Tensor, backwards: Tensor, rows: int) -> Tensor | None:
+        """``U`` of ``H = (I + U) D (I + U)^T`` with a diagonal of ones; None if there is none.
+
+        Of 8192 channels, ``H`` takes 268 MB: beside the sums, it and the result are all there is.
+
+        Args:
+            sums: ``H`` times ``rows``; it stays as it is.
+            backwards: the columns from the last to be rounded to the first, ``[in]``.
+            rows: how many vectors there were.
+
+        Returns:
+            ``I + U`` in that order of rows and columns, so that it is lower triangular.
+        """
+        moments = sums[backwards[:, None], backwards].div_(rows)
         diagonal = moments.diagonal()
         dead = diagonal <= 0
         diagonal[dead] = 1.0
@@ -188,9 +202,10 @@ class GPTQ(WeightMethod):
             diagonal += damping - added
             added = damping
             lower, failed = torch.linalg.cholesky_ex(moments)
-            if not int(failed) and bool(torch.isfinite(lower).all()):
-                unit: Tensor = lower / lower.diagonal()
-                return unit.flip(0, 1)
+            if not int(failed) and bool(torch.isfinite(lower.diagonal()).all()):
+                unit: Tensor = lower.div_(lower.diagonal().clone())
+                if bool(torch.isfinite(unit.sum())):
+                    return unit
         return None
 
 
@@ -203,8 +218,8 @@ class _Rounding:
         weight: ``[out, in]``.
         spec: the format.
         squares: mean square of each input channel, ``[in]``.
-        factor: ``I + U`` for the columns in order.
-        order: which column comes when; None for from the first to the last.
+        factor: ``I + U`` for the columns from the last to be rounded to the first.
+        order: which column comes when, ``[in]``.
     """
 
     method: GPTQ
@@ -212,7 +227,7 @@ class _Rounding:
     spec: QuantSpec
     squares: Tensor
     factor: Tensor
-    order: Tensor | None
+    order: Tensor
 
     def run(self) -> tuple[Tensor, QParams]:
         scale, zero_point = self._grids(self.weight, self.squares, self.spec)
@@ -220,7 +235,7 @@ class _Rounding:
         width = channels // count  # columns that share a scale
         static = self.method.act_order or self.method.static_groups or count == 1
         block = self.method.block_size if static else -(-self.method.block_size // width) * width
-        columns = torch.arange(channels) if self.order is None else self.order
+        columns = self.order
         group = (columns // width).tolist()
         scales, zeros = self._spread(scale), self._spread(zero_point)
         real = self.weight.T[columns].contiguous()  # a column is a row, whose numbers lie together
@@ -228,8 +243,11 @@ class _Rounding:
         for start in range(0, channels, block):
             rest = real[start : start + block].clone()
             end = start + len(rest)
+            first, last = channels - start, channels - end  # of the block, from behind
             if start:
-                rest.addmm_(self.factor[:start, start:end].T, errors[:start])
+                before = self.factor[first:, last:first].flip(0, 1)
+                rest.addmm_(before.T, errors[:start])
+            inside = self.factor[last:first, last:first].flip(0, 1)
             for at in range(start, end):
                 if not static and at % width == 0:
                     ends = at - start, at - start + width
@@ -244,7 +262,7 @@ class _Rounding:
                 torch.sub(real[at], rounded, out=errors[at])
                 real[at] = rounded
                 if at + 1 < end:
-                    rest[at - start + 1 :].addr_(self.factor[at, at + 1 : end], errors[at])
+                    rest[at - start + 1 :].addr_(inside[at - start, at - start + 1 :], errors[at])
         plain = torch.empty_like(real)
         plain[columns] = real
         return self._coded(plain, scale, zero_point)
