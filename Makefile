@@ -28,23 +28,30 @@ export PYTHONDONTWRITEBYTECODE :=
 export PYTHONPYCACHEPREFIX := $(CURDIR)/.venv-bytecode
 # Tests of one file stay together as far as possible, since they capture the same models.
 PYTEST := -m pytest -n 2 --dist worksteal
-# Arithmetic, bookkeeping and rules on the source, which are the same on every torch. All else runs on the oldest too, as
-# do new files: captures, passes, kernels, exports and the zoo depend on it.
-SAME := core sequences statistics tuning algorithms rounding checkpoints integrations native \
-  $(addprefix amp/test_,gram.py groups.py ranking.py selection.py sensitivity_report.py fallback_bad_input.py \
-  fallback_selection.py fallback_state.py amp_changes.py amp_infinite_gradient.py amp_loss.py probe_sites.py) \
-  $(addprefix backends/test_,onnx.py float_and_dynamic.py formats.py) graph/test_annotate.py graph/test_rules.py \
-  $(addprefix io/test_,files.py onnx_recurrent.py onnx_rewrites.py onnx_weights.py saved_quantizers.py summary.py \
-  summary_mistakes.py) test_architecture.py \
-  $(addprefix qat/test_qat_,adapters.py bad_input.py digits.py distributed.py lightning.py trainer.py training.py) \
-  test_bad_input.py test_capture_policy.py test_capturing_once.py test_configuration.py test_contributing.py test_coverage.py \
-  test_experts.py test_explain.py test_generate_llm.py test_merging.py test_public.py test_readme.py test_recipes.py \
-  test_requirements.py test_saved_states.py test_typing.py
+# Arithmetic, bookkeeping, files, training and rules on the source, which are the same on every torch. All else runs on the
+# oldest too, as do new files: captures, what is done with the operators in them, kernels, traces and IPEX depend on it.
+SAME := algorithms checkpoints core extensions integrations native rounding sequences statistics tuning \
+  $(addprefix amp/test_,allocation.py amp_changes.py amp_infinite_gradient.py amp_loss.py amp_recording.py amp_scores.py \
+  amp_without_gradient.py fallback_bad_input.py fallback_selection.py fallback_state.py gram.py groups.py probe_sites.py \
+  ranking.py selection.py sensitivity_report.py) \
+  $(addprefix backends/test_,float_and_dynamic.py formats.py names.py onednn_native.py onnx.py onnx_forms.py onnx_grids.py) \
+  $(addprefix convert/test_,load_state_dict.py looked_at.py ownership.py) \
+  $(addprefix graph/test_,annotate.py macs.py rules.py serialize.py sites.py) \
+  $(addprefix io/test_,files.py onnx_recurrent.py onnx_rewrites.py onnx_weights.py saved_data.py saved_models.py \
+  saved_quantizers.py summary.py summary_mistakes.py) \
+  $(addprefix passes/test_,constants.py fold_scales.py insert_qdq_weights.py keywords.py lower_precision.py pass_base.py \
+  prepare.py smoothing.py) \
+  $(addprefix qat/test_qat_,adapters.py bad_input.py batch_norm.py digits.py distillation.py distributed.py dropout.py \
+  edges.py gradients.py lightning.py observing.py tables.py trainer.py training.py transforms.py tuning.py) \
+  $(addprefix test_,architecture.py bad_input.py capture_policy.py capturing_once.py configuration.py contributing.py \
+  coverage.py decoding.py decoding_zoo.py experts.py experts_with_data.py explain.py generate_llm.py merging.py mistakes.py \
+  onnx_pretrained.py onnx_zoo.py public.py quantizer.py readme.py recipes.py requirements.py saved_states.py thinning.py \
+  typing.py)
 
 # The same, but for their tests on IPEX.
-ONLY_IPEX := $(addprefix tests/,amp/test_amp_outputs.py amp/test_fallback_execution.py test_example_inputs.py)
+ONLY_IPEX := $(addprefix tests/,amp/test_amp_outputs.py amp/test_fallback_execution.py test_example_inputs.py test_invariants.py)
 
-.PHONY: help lock demo demo-tuning demo-cnn demo-qat demo-llm test test-core test-ipex test-latest test-zoo test-sequences check format bench bench-ipex bench-llm clean
+.PHONY: help lock demo demo-tuning demo-cnn demo-qat demo-llm test test-core test-ipex test-latest test-long test-zoo test-sequences check format bench bench-ipex bench-llm clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort
@@ -118,14 +125,20 @@ test-latest:  ## the whole suite on the newest of everything that setup.cfg allo
 	$(LATEST_VENV)/bin/python -m pip freeze --exclude-editable
 	$(LATEST_VENV)/bin/python $(PYTEST)
 
-test-zoo: $(VENV)/ready $(IPEX_VENV)/ready  ## every architecture, also as ONNX file and on IPEX; `make test` takes one of each kind
-	ALL_ARCHITECTURES=1 $(BIN)/python $(PYTEST) tests/test_zoo.py tests/test_coverage.py tests/test_decoding.py \
-	  tests/test_decoding_zoo.py tests/test_onnx_zoo.py tests/test_onnx_pretrained.py
-	ALL_ARCHITECTURES=1 $(IPEX_VENV)/bin/python $(PYTEST) tests/test_ipex_zoo.py tests/test_zoo.py
+# How many random orders of calls the long run tries for each small model; `make test` takes the same few each time.
+SEQUENCES ?= 20
+LONG := LONG_TESTS=$(SEQUENCES)
+test-long: $(VENV)/ready $(IPEX_VENV)/ready  ## every case of all lists and grids, of which `make test` takes some (see tests/thinning.py)
+	$(LONG) $(BIN)/python $(PYTEST) --timeout=0
+	$(LONG) $(IPEX_VENV)/bin/python $(PYTEST) --timeout=0 $(SAME:%=--ignore tests/%)
 
-SEQUENCES ?= 200
-test-sequences: $(VENV)/ready  ## SEQUENCES (200) random orders of calls for each small model; `make test` takes the same few each time
-	LONG_SEQUENCES=$(SEQUENCES) $(BIN)/python -m pytest -n 2 --timeout=0 tests/sequences
+test-zoo: $(VENV)/ready $(IPEX_VENV)/ready  ## of the long run, every architecture, also as ONNX file and on IPEX
+	$(LONG) $(BIN)/python $(PYTEST) tests/test_zoo.py tests/test_coverage.py tests/test_decoding.py \
+	  tests/test_decoding_zoo.py tests/test_onnx_zoo.py tests/test_onnx_pretrained.py
+	$(LONG) $(IPEX_VENV)/bin/python $(PYTEST) tests/test_ipex_zoo.py tests/test_zoo.py
+
+test-sequences: $(VENV)/ready  ## of the long run, SEQUENCES (20) random orders of calls for each small model
+	$(LONG) $(BIN)/python -m pytest -n 2 --timeout=0 tests/sequences
 
 check: $(VENV)/ready  ## lint, types and the smoke tests
 	$(BIN)/ruff check .

@@ -12,6 +12,8 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else each import 
 
 import pytest
 import torch
+from capturing_once import shared_exports
+from thinning import LONG, MARKS, left_out
 
 from torch_quant import native
 
@@ -19,11 +21,18 @@ ONLY_IPEX = os.environ.get("ONLY_IPEX", "").split()
 """Files of which the tests on IPEX are run and no others."""
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    for mark in MARKS:
+        config.addinivalue_line("markers", mark)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what another torch runs as well."""
-    left = [each for each in items if _elsewhere(each, config)]
+    """Leave out what another torch runs as well, and what is for the long run."""
+    left = {each for each in items if _elsewhere(each, config)}
+    if not LONG:
+        left |= left_out([each for each in items if each not in left])
     if left:
-        config.hook.pytest_deselected(items=left)
+        config.hook.pytest_deselected(items=[*left])
         items[:] = [each for each in items if each not in left]
 
 
@@ -64,6 +73,20 @@ def operators_of_onnx_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(copied))
+        yield
+
+
+CAPTURES = ("tests/graph/", "tests/test_threads.py")
+"""Tests of captures themselves, which are made anew there."""
+
+
+@pytest.fixture(autouse=True)
+def exported_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A model that another test has captured on an equal call is not exported again."""
+    if request.node.nodeid.startswith(CAPTURES):
+        yield
+        return
+    with shared_exports():
         yield
 
 

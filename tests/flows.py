@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from awkward import AWKWARD
-from capturing_once import content, keep, restore
+from capturing_once import shared_exports
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from zoo import ZOO, samples
@@ -98,16 +98,12 @@ def run(model: nn.Module, inputs: Inputs) -> Any:
 
 
 def calibrated(model: nn.Module, batches: list[Inputs], **options: Any) -> Quantizer:
-    """A quantizer that has seen ``batches``; an equal model on equal batches is captured once."""
+    """A quantizer that has seen ``batches``; an equal model is exported once for an equal call."""
     quantizer = Quantizer(**options)
     calib_model = quantizer.calib(model)
-    submodule = calib_model.captured.root
-    key = content(model, batches)
-    restored = bool(submodule.graphs) or restore(key, submodule)
-    for inputs in batches:
-        run(calib_model, inputs)
-    if not restored:
-        keep(key, submodule)
+    with shared_exports():
+        for inputs in batches:
+            run(calib_model, inputs)
     return quantizer
 
 

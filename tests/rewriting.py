@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
+from capturing_once import exported
 from models import Compute, Two
 from torch import Tensor, fx, nn
 
@@ -17,7 +18,6 @@ from torch_quant.core.plan import QuantPlan, SitePlan
 from torch_quant.core.qparams import QParams, choose_qparams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.graph.calls import flatten_call
-from torch_quant.graph.export import export_graph
 from torch_quant.graph.sites import ORIGIN, find_sites, is_constant
 from torch_quant.graph.twin import twin_of
 from torch_quant.passes.base import Params, Pass, PassContext, copy_graph, run_passes
@@ -48,7 +48,7 @@ WEIGHT = QuantSpec.of(signed=True, symmetric=True, per_channel=True)
 
 def captured(model: nn.Module, *inputs: Any) -> fx.GraphModule:
     """The graph of ``model`` before any pass, as passes get it."""
-    gm = copy_graph(export_graph(twin_of(model), flatten_call(inputs, {})).gm)
+    gm = copy_graph(exported(twin_of(model), flatten_call(inputs, {})).gm)
     for node in gm.graph.nodes:
         node.meta[ORIGIN] = node.name
     return gm
@@ -56,7 +56,7 @@ def captured(model: nn.Module, *inputs: Any) -> fx.GraphModule:
 
 def canonical(model: nn.Module, *inputs: Any) -> fx.GraphModule:
     """The graph after the passes that every captured graph goes through."""
-    return canonicalize(export_graph(twin_of(model), flatten_call(inputs, {})).gm)
+    return canonicalize(exported(twin_of(model), flatten_call(inputs, {})).gm)
 
 
 def by_keywords(gm: fx.GraphModule) -> fx.GraphModule:

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "torch_quant"
 
@@ -104,24 +102,27 @@ def imported_layer(module: str) -> str:
     return name if name in LAYERS else "__init__"
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_every_file_has_a_layer(file: str) -> None:
-    assert layer_of(file) in (*LAYERS, "__init__"), (
-        f"torch_quant/{file}: say in tests/test_architecture.py where its layer belongs"
-    )
+# Each rule is one test that lists what breaks it: a test for each file would be two thousand.
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if layer_of(f) in LAYERS])
-def test_imports_go_one_way(file: str) -> None:
-    own = LAYERS.index(layer_of(file))
-    wrong = [
-        f"torch_quant/{file}:{found.line} imports {found.module}"
-        for found in imports_of(file)
-        if within(found.module, "torch_quant")
-        and (found.top or file not in SEAMS)
-        and ((name := imported_layer(found.module)) not in LAYERS or LAYERS.index(name) > own)
-    ]
-    assert not wrong, f"layer {LAYERS[own]} may import only from {', '.join(LAYERS[: own + 1])}"
+def test_every_file_has_a_layer() -> None:
+    without = [file for file in FILES if layer_of(file) not in (*LAYERS, "__init__")]
+    assert not without, "say in tests/test_architecture.py where their layer belongs"
+
+
+def test_imports_go_one_way() -> None:
+    wrong = []
+    for file in (each for each in FILES if layer_of(each) in LAYERS):
+        allowed = LAYERS[: LAYERS.index(layer_of(file)) + 1]
+        wrong += [
+            f"torch_quant/{file}:{found.line} imports {found.module}; "
+            f"layer {allowed[-1]} may import only from {', '.join(allowed)}"
+            for found in imports_of(file)
+            if within(found.module, "torch_quant")
+            and (found.top or file not in SEAMS)
+            and imported_layer(found.module) not in allowed
+        ]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_no_file_imports_itself_by_way_of_others() -> None:
@@ -157,35 +158,44 @@ def _files_of(module: str) -> list[str]:
     return [name for name in names if name in FILES][:1]
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_torch_ao_is_not_used(file: str) -> None:
+def test_torch_ao_is_not_used() -> None:
     ours = [
-        i for i in imports_of(file) if within(i.module, "torch.ao") or within(i.module, "torchao")
+        f"torch_quant/{file}:{i.line}"
+        for file in FILES
+        for i in imports_of(file)
+        if (within(i.module, "torch.ao") or within(i.module, "torchao"))
+        and (i.top or file not in AO)
     ]
-    assert not [i for i in ours if i.top or file not in AO]
+    assert not ours
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if f not in ADAPTERS])
-def test_optional_packages_are_imported_where_they_are_needed(file: str) -> None:
-    top = {found.module.partition(".")[0] for found in imports_of(file) if found.top}
-    assert not top & OPTIONAL
+def test_optional_packages_are_imported_where_they_are_needed() -> None:
+    early = [
+        f"torch_quant/{file}:{found.line} imports {found.module}"
+        for file in FILES
+        if file not in ADAPTERS
+        for found in imports_of(file)
+        if found.top and found.module.partition(".")[0] in OPTIONAL
+    ]
+    assert not early, "import it in the function that needs it"
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_files_are_short(file: str) -> None:
-    assert len((PACKAGE / file).read_text().splitlines()) <= MOST_LINES
+def test_files_are_short() -> None:
+    lines = {file: len((PACKAGE / file).read_text().splitlines()) for file in FILES}
+    assert not {file: count for file, count in lines.items() if count > MOST_LINES}
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if f != "cli.py"])
-def test_only_the_command_line_prints(file: str) -> None:
-    lines = [
-        node.lineno
+def test_only_the_command_line_prints() -> None:
+    prints = [
+        f"torch_quant/{file}:{node.lineno}"
+        for file in FILES
+        if file != "cli.py"
         for node in ast.walk(tree_of(file))
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Name)
         and node.func.id == "print"
     ]
-    assert not lines, "use logging.getLogger('torch_quant')"
+    assert not prints, "use logging.getLogger('torch_quant')"
 
 
 def words_of(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -220,10 +230,14 @@ def backends_named(file: str, tree: ast.AST) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if f not in REGISTRY])
-def test_code_names_no_backend_outside_of_its_room(file: str) -> None:
+def test_code_names_no_backend_outside_of_its_room() -> None:
     """What only one runtime wants stands in its room, or is a fact that each backend has."""
-    found = backends_named(file, ast.parse((PACKAGE / file).read_text()))
+    found = [
+        place
+        for file in FILES
+        if file not in REGISTRY
+        for place in backends_named(file, ast.parse((PACKAGE / file).read_text()))
+    ]
     assert not found, "\n".join(found)
 
 

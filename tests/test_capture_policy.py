@@ -172,6 +172,7 @@ def test_layers_of_one_make_are_exported_once(monkeypatch: pytest.MonkeyPatch) -
     assert exported == ["0.second", "4"]  # of "4" the call has no scale
 
 
+@pytest.mark.long("two captures of a deep model")
 @torch.no_grad()
 def test_a_deep_decoder_takes_a_fraction_of_the_time() -> None:
     model, ids = _causal("LlamaForCausalLM", **DEEP)(), tokens(2, 9, VOCABULARY)

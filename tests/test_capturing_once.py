@@ -2,26 +2,48 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from capturing_once import content, restore
+from capturing_once import content, exported_anew
 from flows import calibrated
 from models import MODELS, example
+from torch import Tensor, nn
 
 from torch_quant import Quantizer
+from torch_quant.graph import widen
+
+
+@pytest.fixture
+def exports(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The modules that are really exported, by class."""
+    made: list[str] = []
+    export = widen.export_graph
+
+    def noted(module: nn.Module, *args: Any, **options: Any) -> Any:
+        made.append(type(module).__name__)
+        return export(module, *args, **options)
+
+    monkeypatch.setattr(widen, "export_graph", noted)
+    return made
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
-def test_a_restored_capture_is_as_good_as_a_new_one(name: str) -> None:
+def test_a_shared_export_is_as_good_as_a_new_one(name: str, exports: list[str]) -> None:
     batches = [(example(name, 4), {})]
     models = [MODELS[name]() for _ in range(3)]
     calibrated(models[0], batches, backend="reference")
+    first = len(exports)
     with torch.no_grad():  # what becomes of the first model is nothing to the second
         for parameter in models[0].parameters():
             parameter.zero_()
     second = calibrated(models[1], batches, backend="reference")
+    assert len(exports) == first  # at most what no test before has exported
     new = Quantizer(backend="reference")
-    new.calib(models[2])(*batches[0][0])
+    with exported_anew():
+        new.calib(models[2])(*batches[0][0])
+    assert len(exports) > first
 
     graphs = second.calib(models[1]).captured.root.graphs
     own = {id(x) for x in (*models[1].parameters(), *models[1].buffers())}
@@ -35,6 +57,27 @@ def test_a_restored_capture_is_as_good_as_a_new_one(name: str) -> None:
     assert torch.equal(second.calib(models[1])(*x), new.calib(models[2])(*x))
     assert second.calib(models[1]).captured.root.graphs == graphs  # captured no more
     assert torch.equal(second.quantize(models[1])(*x), new.quantize(models[2])(*x))
+
+
+class Writing(nn.Module):
+    """Leaves something behind, which the next export must leave too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, seen: dict[str, Tensor]) -> Tensor:
+        seen["x"] = self.linear(x)
+        return seen["x"] + 1
+
+
+def test_what_writes_is_exported_each_time(exports: list[str]) -> None:
+    for turn in (1, 2):
+        torch.manual_seed(0)
+        seen: dict[str, Tensor] = {}
+        Quantizer(backend="reference").calib(Writing())(torch.ones(2, 4), seen)
+        assert seen.keys() == {"x"}
+        assert len(exports) == turn
 
 
 def test_what_differs_is_captured_anew() -> None:
@@ -61,11 +104,11 @@ def test_what_differs_is_captured_anew() -> None:
         assert key() not in keys
 
 
-def test_a_class_that_only_one_function_knows_is_captured_each_time() -> None:
-    class Own(torch.nn.Linear):
+def test_a_class_that_only_one_function_knows_is_exported_each_time(exports: list[str]) -> None:
+    class Own(nn.Linear):
         pass
 
-    model = Own(8, 8)
-    key = content(model, [])
-    assert key is None
-    assert not restore(key, Quantizer(backend="reference").calib(model).captured.root)
+    for turn in (1, 2):
+        torch.manual_seed(0)
+        Quantizer(backend="reference").calib(nn.Sequential(Own(8, 8), nn.ReLU()))(torch.ones(2, 8))
+        assert len(exports) == turn

@@ -37,6 +37,7 @@ def tensors(outputs: Any) -> list[Tensor]:
     return [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor)]
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("capture", ["whole", "modules"])
 @pytest.mark.parametrize(("name", "backend"), TRIED)
 def test_is_one_graph_with_the_same_outputs(name: str, backend: str, capture: str) -> None:

@@ -134,6 +134,7 @@ def ipex(model: nn.Module, example: Any, call: tuple[Any, ...], folder: Path) ->
     return quant_model(*call)
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("name", ENTRIES)
 @pytest.mark.parametrize("form", FORMS)
 def test_a_form_stands_for_one_call(form: str, name: str, tmp_path: Path) -> None:

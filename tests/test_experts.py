@@ -43,6 +43,7 @@ def tokens(*shape: int) -> Tensor:
     return torch.randint(0, 64, shape, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("capture", ["modules", "whole"])
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3", "gpt-oss"])
 def test_experts_are_quantized(kind: str, capture: str) -> None:
@@ -81,6 +82,7 @@ def test_the_operator_is_the_sum_over_each_expert() -> None:
 _CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3", "gpt-oss"])
 def test_experts_on_kernels(kind: str, symmetric: bool, tmp_path: Path) -> None:
@@ -133,6 +135,7 @@ def gates(plan: Any) -> list[Any]:
     return [site for site in plan.values() if site.op == "linear" and "experts" in site.reason]
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("recipe", ["int4", "int8", "dynamic"])
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3", "gpt-oss"])
 def test_what_picks_experts_stays_in_float(kind: str, recipe: str) -> None:
@@ -217,6 +220,7 @@ def in_float(model: nn.Module, capture: str) -> list[str]:
     return [site.name for site in quantizer.plan.values() if not site.quantized]
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("pick", [by_topk, by_the_largest, by_sorting, by_argmax])
 @pytest.mark.parametrize("capture", ["modules", "whole"])
 @pytest.mark.parametrize("kind", [Listed, AtOnce])

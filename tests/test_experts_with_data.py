@@ -50,6 +50,7 @@ def some() -> Any:
     return [{"input_ids": tokens(8, 12)}, {"input_ids": tokens(8, 12).flip(1)}]
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3", "gpt-oss"])
 @pytest.mark.parametrize(
     ("method", "transforms"),

@@ -78,6 +78,7 @@ def written(model: Any, ids: Tensor, mask: Tensor | None = None, **options: Any)
     return found
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("recipe", WEIGHT_ONLY)
 @pytest.mark.parametrize("name", NAMES)
 def test_reference_writes_what_a_float_model_of_the_rounded_weights_does(
@@ -91,6 +92,7 @@ def test_reference_writes_what_a_float_model_of_the_rounded_weights_does(
         assert torch.equal(written(quant_model, inputs["input_ids"], **options), expected), way
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("backend", sorted({"onednn"} & set(BACKENDS)))

@@ -33,6 +33,7 @@ def batches(name: str, sizes: tuple[int, ...] = (32, 64)) -> list[Any]:
     return [(example(name, size), {}) for size in sizes]
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("observer", sorted(OBSERVERS))
 @pytest.mark.parametrize("name", SOME)
 def test_1_calib_output_is_the_float_output(name: str, observer: str) -> None:
@@ -42,6 +43,7 @@ def test_1_calib_output_is_the_float_output(name: str, observer: str) -> None:
         assert torch.equal(calib_model(*example(name, size)), model(*example(name, size)))
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", SOME)
 def test_2_the_model_is_untouched(name: str, backend: str) -> None:
@@ -56,6 +58,7 @@ def test_2_the_model_is_untouched(name: str, backend: str) -> None:
     assert model.training
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("backend", EVERY_BACKEND)
 @pytest.mark.parametrize("name", SOME)
 def test_4_a_backend_is_as_good_as_its_simulation(name: str, backend: str) -> None:
@@ -70,6 +73,7 @@ def test_4_a_backend_is_as_good_as_its_simulation(name: str, backend: str) -> No
     assert sqnr(expected, real(*x)) >= sqnr(expected, simulated(*x)) - 0.5
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", SOME)
 def test_5_save_and_load(name: str, backend: str) -> None:
@@ -191,6 +195,7 @@ def test_8_with_everything_but_one_excluded_only_that_one_errs(backend: str) -> 
     assert 20 < sqnr(model(*x), quant_model(*x)) < float("inf")
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("backend", EVERY_BACKEND)
 @pytest.mark.parametrize("name", ["branch_on_data", "cache_argument", "routed_experts"])
 def test_pieces_are_copied_and_pickled(name: str, backend: str) -> None:

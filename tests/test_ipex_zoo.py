@@ -9,7 +9,8 @@ from flows import calibrated
 from onnx_files import tensors
 from processor import WEIGHT_BITS
 from quality import DEVIATION, LOSS, compare_quality
-from zoo import ARCHITECTURES, EVERYTHING, ONE_SIZE, ZooEntry, samples
+from thinning import LONG
+from zoo import ARCHITECTURES, ONE_SIZE, ZooEntry, samples
 
 from torch_quant import Backend, CaptureFailed
 from torch_quant.backends import ReferenceBackend
@@ -46,7 +47,7 @@ def test_architecture(entry: ZooEntry) -> None:
     else:
         sizes.append(entry.other)
     every = list(itertools.product(sizes, (2, 24)))
-    some = every if EVERYTHING else [every[0], every[-1]]
+    some = every if LONG else [every[0], every[-1]]
     for inputs, batch in (*some, every[0]):  # the first size once more: see hazard 14
         quality = compare_quality(
             model, lambda data: tensors(quant_model, data), simulation, inputs, batch, DEVIATION

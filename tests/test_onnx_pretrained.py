@@ -23,7 +23,6 @@ from onnx_files import (
 from onnx_steps import compare_steps
 from processor import WEIGHT_BITS
 from torch import Tensor, nn
-from zoo import EVERYTHING
 
 from torch_quant import Backend, Quantizer, cosine, sqnr
 from torch_quant.backends import ReferenceBackend
@@ -126,7 +125,7 @@ def test_minilm(minilm_data: object, tmp_path: Path) -> None:
         assert float(cosine(expected, found).mean()) >= 0.99
 
 
-@pytest.mark.skipif(not EVERYTHING, reason="half a minute: make test-zoo runs it")
+@pytest.mark.long("half a minute")
 def test_resnet50(tmp_path: Path) -> None:
     from transformers import ResNetConfig, ResNetModel
 

@@ -11,8 +11,9 @@ from flows import Inputs, calibrated
 from onnx_files import feeds, needs, run_session, session, written
 from onnx_steps import compare_steps
 from quality import DEVIATION, LOSS, compare_quality
+from thinning import LONG
 from torch import Tensor
-from zoo import ARCHITECTURES, EVERYTHING, ONE_SIZE, ZooEntry, samples
+from zoo import ARCHITECTURES, ONE_SIZE, ZooEntry, samples
 
 from torch_quant import Backend, CaptureFailed, sqnr
 from torch_quant.backends import ReferenceBackend
@@ -43,9 +44,9 @@ of two codes, which random layers carry on: two such errors, if independent, are
 
 PRETRAINED = {"bert", "gpt2", "resnet"}
 """Left to ``test_onnx_pretrained`` in every run, and GPT-2 to the other decoder."""
-LONG = {"whisper", "siglip", "convnext", "modernbert", "deberta"}
-"""Left to ``make test-zoo``: the rest has their operators."""
-TAKEN = [entry for entry in ARCHITECTURES if EVERYTHING or entry.name not in PRETRAINED | LONG]
+SLOW = {"whisper", "siglip", "convnext", "modernbert", "deberta"}
+"""Left to ``make test-long``: the rest has their operators."""
+TAKEN = [entry for entry in ARCHITECTURES if LONG or entry.name not in PRETRAINED | SLOW]
 
 
 @pytest.mark.parametrize("entry", TAKEN, ids=lambda entry: entry.name)
@@ -70,7 +71,7 @@ def test_file_of_an_architecture(entry: ZooEntry, tmp_path: Path) -> None:
     else:
         sizes.append(entry.other)
     every = list(itertools.product(sizes, (3, 24)))
-    for inputs, batch in every if EVERYTHING else [every[0], every[-1]]:
+    for inputs, batch in every if LONG else [every[0], every[-1]]:
         steps = compare_steps(file, quant_model, simulation, ((), inputs(batch)))
         assert max(steps.apart.values()) <= 1, steps.apart
         assert max(steps.error.values()) <= ERROR, steps.error

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from flows import BACKENDS, CASES, Case, assert_unchanged, run, snapshot
+from multiplications import counted
 from processor import COARSER
+from thinning import LONG
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from zoo import EVERYTHING, KINDS, ONE_SIZE, ZOO
+from zoo import KINDS, ONE_SIZE, ZOO
 from zoo_operators import SHOWN, operators_of, same_torch
 
 from torch_quant import Backend, Quantizer, UnsupportedOp, sqnr
@@ -56,9 +58,7 @@ def test_the_chosen_exist() -> None:
 
 
 TAKEN = () if torch.__version__.startswith("2.8.") else KINDS  # there test_ipex_zoo has some
-CHOSEN = {
-    name: case for name, case in CASES.items() if EVERYTHING or name in TAKEN or name not in ZOO
-}
+CHOSEN = {name: case for name, case in CASES.items() if LONG or name in TAKEN or name not in ZOO}
 """Architectures of each kind, on the oldest torch none, and all awkward models."""
 
 
@@ -99,6 +99,8 @@ def test_captured_calibrated_and_quantized(case: Case) -> None:
             )
             assert again >= 15.0  # the reference's own varies from 18 to 60 with the data
     check_amp(quantizer, model, case)
+    if case.name in ZOO:
+        assert quantizer.coverage(model).plan.macs == counted(case.build(), case.inputs(1)[1])
     if case.name in ZOO and same_torch:
         seen = operators_of(calib_model.captured.root)
         assert SHOWN.get(case.name, frozenset()) <= seen

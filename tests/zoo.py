@@ -11,9 +11,9 @@ model(**entry.inputs(3))
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
+from thinning import LONG
 from torch import nn
 from zoo_audio import AUDIO, MULTIMODAL
 from zoo_base import ZooEntry
@@ -23,7 +23,6 @@ from zoo_vision import VISION
 __all__ = [
     "ARCHITECTURES",
     "DIFFERENT",
-    "EVERYTHING",
     "KINDS",
     "ONE_SIZE",
     "ZOO",
@@ -53,22 +52,19 @@ DIFFERENT = {
     "bert", "deberta", "modernbert", "gpt2", "llama_cache", "mixtral", "resnet", "efficientnet",
     "convnext", "vit", "whisper", "siglip",
 }  # fmt: skip
-"""For what takes long in every run, as files and compilers do; ``make test-zoo`` takes all."""
+"""For what takes long in every run, as files and compilers do; ``make test-long`` takes all."""
 
 KINDS = DIFFERENT | {
-    "albert", "squeezebert", "funnel", "convbert", "deberta_v2", "fnet", "gpt_neo", "gptj", "phi3",
-    "gemma2", "bloom", "falcon", "mpt", "t5", "regnet", "mobilenet_v1", "convnextv2", "poolformer",
-    "beit", "dinov2", "yolos", "vit_mae", "swinv2", "mobilevitv2", "levit", "wav2vec2", "sew",
+    "funnel", "convbert", "deberta_v2", "fnet", "gemma2", "bloom", "falcon", "mpt", "t5",
+    "mobilenet_v1", "beit", "dinov2", "yolos", "vit_mae", "swinv2", "mobilevitv2", "levit", "sew",
     "speech_to_text", "hifigan", "clip",
 }  # fmt: skip
 """One of each kind, for every run of what is quicker; operators of the others are those of these,
 which ``zoo_operators`` proves.
 
-``make test-zoo`` takes all.
+``make test-long`` takes all.
 """
-EVERYTHING = "ALL_ARCHITECTURES" in os.environ
-
-ARCHITECTURES = [entry for name, entry in ZOO.items() if name in DIFFERENT or EVERYTHING]
+ARCHITECTURES = [entry for name, entry in ZOO.items() if name in DIFFERENT or LONG]
 """What every run takes, or all."""
 
 

@@ -1,7 +1,7 @@
 """Which architecture of those in every run shows an operator that some architecture has.
 
 ``test_zoo`` holds it from both sides: whatever is captured of an architecture stands here, which
-``make test-zoo`` tries with all of them, and each of these has what it is to show. So what every
+``make test-long`` tries with all of them, and each of these has what it is to show. So what every
 run leaves out has no operator that it does not try.
 """
 

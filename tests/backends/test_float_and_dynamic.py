@@ -239,6 +239,7 @@ def test_scales_are_chosen_once_for_all_that_read_a_tensor_alike() -> None:
     assert quantized(normal(5, 8, 8)).shape == (5, 8, 8)
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("name", ["tiny_transformer", "small_cnn", "attention_explicit"])
 @pytest.mark.parametrize("config", ["int8 weights", "dynamic", "tokens"])
 def test_every_operator_of_a_model(name: str, config: str) -> None:

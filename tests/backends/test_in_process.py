@@ -273,6 +273,7 @@ WEIGHT_ONLY = {
 }
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("recipe", WEIGHT_ONLY)
 @each_runtime
 def test_weights_alone(name: str, recipe: str) -> None:

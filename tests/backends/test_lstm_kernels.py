@@ -150,6 +150,7 @@ def data(
     return ((normal(*shape, 16) + 0.3) * size, *(state if given else ()))
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("given", [False, True], ids=["zeros", "given"])
 @pytest.mark.parametrize("form", FORMS)
 def test_every_backend_gives_the_numbers_of_the_reference(form: str, given: bool) -> None:
@@ -171,6 +172,7 @@ def test_every_backend_gives_the_numbers_of_the_reference(form: str, given: bool
                 assert sqnr(float_, got) > sqnr(float_, same) - 0.5
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size", [0.01, 100.0])
 def test_inputs_far_larger_or_smaller_than_hidden_states(backend: str, size: float) -> None:
@@ -201,6 +203,7 @@ def test_backends_without_a_kernel_say_so(backend: str) -> None:
     assert sqnr(model(x), quant_model(x)) > 25
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_an_lstm_that_fell_back_has_the_models_own_values(

@@ -96,6 +96,7 @@ def test_linear_with_integer_output(activation: str) -> None:
     assert float((actual - expected).abs().max()) <= 1.001 * step
 
 
+@pytest.mark.thin
 @pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")  # of the float module
 @pytest.mark.parametrize("conv", CONVS)
 @pytest.mark.parametrize("activation", ["none", "relu", "relu6", "silu", "hardswish", "gelu"])

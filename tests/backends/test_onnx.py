@@ -13,6 +13,7 @@ from flows import calibrated
 from models import example, mobile_cnn, normal, seeded, small_cnn, tiny_transformer
 from onnx_files import feeds, needs, operators, run_onnxruntime, run_openvino, tensors, written
 from processor import WEIGHT_BITS
+from thinning import rarely, some
 from torch import Tensor, nn
 
 from torch_quant import Backend, InvalidConfig, ModuleFilter, QConfig, QuantSpec, sqnr
@@ -33,6 +34,10 @@ OPS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv2d_grouped": (lambda: nn.Conv2d(8, 16, (3, 2), stride=(2, 1), groups=4), (3, 8, 9, 11)),
     "conv3d": (lambda: nn.Conv3d(4, 8, 3, padding=1), (2, 4, 5, 6, 7)),
 }
+FEW = (
+    "linear_2d", "linear_no_bias", "conv1d_same", "conv2d_depthwise", "conv2d_grouped", "conv3d",
+)  # fmt: skip
+"""Each rank, groups, a padding by name, no bias: the others are between them."""
 BEHIND: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "relu6": nn.ReLU6,
@@ -72,12 +77,13 @@ def check_one_step(
     return [site.kernel for site in report.fused]
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", some(OPS, *FEW))
 def test_each_product(name: str, tmp_path: Path) -> None:
     build, shape = OPS[name]
     check_one_step(seeded(build), shifted(*shape), tmp_path / "model.onnx")
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 @pytest.mark.parametrize("name", BEHIND)
 def test_what_stands_behind_a_product(name: str, kind: str, tmp_path: Path) -> None:
@@ -106,6 +112,7 @@ FORMATS = {
 }
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 @pytest.mark.parametrize("name", FORMATS)
 def test_formats(name: str, kind: str, tmp_path: Path) -> None:
@@ -152,7 +159,7 @@ def test_a_bias_that_dwarfs_its_weights_is_kept(tmp_path: Path) -> None:
 
 
 @needs("openvino")
-@pytest.mark.parametrize("build", [small_cnn, mobile_cnn, tiny_transformer])
+@pytest.mark.parametrize("build", [rarely(small_cnn), mobile_cnn, tiny_transformer])
 def test_networks_in_two_runtimes(build: Callable[[], nn.Module], tmp_path: Path) -> None:
     name, model = build.__name__, build()
     quantizer = calibrated(model, [(example(name, 32), {})], backend="onnx")
@@ -229,6 +236,7 @@ class Masked(nn.Module):
         return y.transpose(1, 2).flatten(2)
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("floating", [False, True], ids=["int8", "left_in_float"])
 @pytest.mark.parametrize("kind", ["none", "causal", "boolean", "float"])
 def test_masks_of_attention(kind: str, floating: bool, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from capturing_once import exported
 from models import Compute, Two
 from torch import fx, nn
 
@@ -15,7 +16,17 @@ from torch_quant.graph.sites import Site, find_sites
 from torch_quant.graph.twin import twin_of
 from torch_quant.passes.canonicalize import canonicalize
 
-__all__ = ["Compute", "Two", "canonical", "capture", "executor", "serve", "site_names", "sites_of"]
+__all__ = [
+    "Compute",
+    "Two",
+    "canonical",
+    "capture",
+    "executor",
+    "serve",
+    "shared",
+    "site_names",
+    "sites_of",
+]
 
 
 def capture(model: nn.Module, *args: Any, **kwargs: Any) -> CapturedGraph:
@@ -30,9 +41,14 @@ def serve(graph: CapturedGraph, *args: Any, **kwargs: Any) -> Any:
     return graph(call)
 
 
+def shared(model: nn.Module, *args: Any, **kwargs: Any) -> CapturedGraph:
+    """The same, for tests of what is done with it: equal models are exported once."""
+    return exported(twin_of(model), flatten_call(args, kwargs))
+
+
 def canonical(model: nn.Module, *args: Any, path: str = "", **kwargs: Any) -> fx.GraphModule:
     """The canonical graph of ``model`` for this call."""
-    return canonicalize(capture(model, *args, **kwargs).gm, path)
+    return canonicalize(shared(model, *args, **kwargs).gm, path)
 
 
 def sites_of(gm: fx.GraphModule) -> list[Site]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ PACKAGES = ("email", "asyncio", "unittest", "ctypes")
 LENGTH = 24
 
 
+@functools.cache
 def docstrings() -> list[dict[str, Any]]:
     """Docstrings of the standard library, as ids of words; the label is the package."""
     found = []

@@ -63,6 +63,7 @@ def _graph(kind: str, model: Any) -> fx.GraphModule:
     return fx.GraphModule(nn.ParameterDict(weights), graph)
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_both_runtimes_give_pytorchs_numbers(kind: str, form: str, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from onnx_files import (
     tensors,
     written,
 )
+from thinning import rarely
 from torch import Tensor, nn
 
 from torch_quant import sqnr
@@ -101,7 +102,9 @@ def test_both_runtimes_give_the_model(
                 assert sqnr(expected, found) > 40, (run_file, batch, size)
 
 
-@pytest.mark.parametrize("options", [{"stride": 3}, {"stride": 2}, {"stride": 2, "padding": 1}])
+@pytest.mark.parametrize(
+    "options", [{"stride": 3}, rarely({"stride": 2}), {"stride": 2, "padding": 1}]
+)
 def test_windows_over_the_end(options: dict[str, int], tmp_path: Path) -> None:
     model = seeded(
         lambda: nn.Sequential(
@@ -147,8 +150,8 @@ class Padded(nn.Module):
         (lambda: Padded(ceil_mode=True), 1, False),
         (lambda: Padded("relu"), 0, True),
         (lambda: Padded(count_include_pad=False), 0, True),
-        (lambda: Padded("nothing behind"), 1, False),
-        (lambda: Padded("concat"), 1, False),
+        rarely(lambda: Padded("nothing behind"), 1, False),
+        rarely(lambda: Padded("concat"), 1, False),
         (lambda: Padded("max pool"), 1, False),
     ],
     ids=["plain", "ceil", "relu", "not counted", "nothing behind", "concat", "max pool"],

@@ -11,6 +11,7 @@ import torch
 from checkpoint_models import DECODERS, IN_FLOAT, ids, quantized
 from models import normal, seeded
 from onnx_files import check_free_sizes, needs
+from thinning import rarely, some
 from torch import Tensor, nn
 
 from torch_quant import (
@@ -112,6 +113,7 @@ def near(found: list[Tensor], expected: list[Tensor]) -> None:
     assert all(sqnr(y, x) > 30 for x, y in zip(found, expected, strict=True))
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("matmul_nbits", [False, True], ids=["standard", "nbits"])
 @pytest.mark.parametrize("name", QCONFIGS)
 def test_runtimes_compute_it_on_kernels(name: str, matmul_nbits: bool, tmp_path: Path) -> None:
@@ -131,7 +133,7 @@ def test_runtimes_compute_it_on_kernels(name: str, matmul_nbits: bool, tmp_path:
 
 
 @needs("openvino")
-@pytest.mark.parametrize("name", QCONFIGS)
+@pytest.mark.parametrize("name", some(QCONFIGS, "int4", "int8-48"))
 def test_openvino_reads_the_same_file(name: str, tmp_path: Path) -> None:
     path, x = tmp_path / "net.onnx", normal(3, 7, 96)
     quant_model = written(net(), normal(2, 5, 96), path, QCONFIGS[name])
@@ -140,7 +142,7 @@ def test_openvino_reads_the_same_file(name: str, tmp_path: Path) -> None:
     close(openvino_gives(path, {"x": x}, DYNAMIC_QUANTIZATION_GROUP_SIZE="0"), expected)
 
 
-@pytest.mark.parametrize("name", ["qwen2", "tied"])
+@pytest.mark.parametrize("name", ["tied", rarely("qwen2")])
 def test_decoders(name: str, tmp_path: Path) -> None:
     path, example = tmp_path / "decoder.onnx", {**ids(), "use_cache": False}
     quant_model = written(DECODERS[name](), example, path)

@@ -16,6 +16,7 @@ import torch
 from awkward import AWKWARD
 from flows import BACKENDS, Inputs, calibrated, run
 from models import MODELS, example, normal, seeded
+from thinning import third
 from torch import Tensor, nn
 
 import torch_quant
@@ -44,6 +45,7 @@ def saved(model: nn.Module, inputs: list[Inputs], folder: Path, **options: Any) 
     return quant_model
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("backend", [*BACKENDS, "onnx"])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_same_outputs_names_and_class(name: str, backend: str, tmp_path: Path) -> None:
@@ -62,7 +64,7 @@ def test_the_same_outputs_names_and_class(name: str, backend: str, tmp_path: Pat
     assert "%" in repr(whole)
 
 
-@pytest.mark.parametrize("name", sorted(AWKWARD))
+@pytest.mark.parametrize("name", third(AWKWARD, 0))
 def test_awkward_models(name: str, tmp_path: Path) -> None:
     entry = AWKWARD[name]
     model, inputs = entry.build(), entry.inputs(3)

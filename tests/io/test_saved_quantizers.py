@@ -18,6 +18,7 @@ import torch
 from extending import kept_registries
 from flows import calibrated
 from models import MODELS, example
+from thinning import LONG
 from torch import nn
 
 from torch_quant import InvalidConfig, ModuleFilter, QConfig, Quantizer, QuantSpec, SmoothQuant
@@ -209,7 +210,7 @@ while True:
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX: run on Linux or macOS")
 def test_a_kill_while_saving_leaves_the_old_or_the_new(tmp_path: Path) -> None:
-    for turn in range(3):
+    for turn in range(3) if LONG else (2,):
         process = subprocess.Popen(
             [sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE
         )

@@ -28,6 +28,7 @@ def edit(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("observer", sorted(OBSERVERS))
 def test_there_and_back(tmp_path: Path, observer: str, backend: str) -> None:

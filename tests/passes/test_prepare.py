@@ -8,13 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from awkward import AWKWARD
+from capturing_once import exported
 from models import MODELS, example, normal, seeded
 from rewriting import Two, context_of, plan_for
 from torch import Tensor, nn
 
 from torch_quant import Quantizer, sqnr
 from torch_quant.graph.calls import flatten_call
-from torch_quant.graph.export import CapturedGraph, export_graph
+from torch_quant.graph.export import CapturedGraph
 from torch_quant.graph.twin import twin_of
 from torch_quant.ops.attention import sdpa_probabilities
 from torch_quant.passes.base import run_passes
@@ -39,7 +40,7 @@ def prepared(name: str) -> Prepared:
 
 
 def graph_of(model: nn.Module, *args: Any, **kwargs: Any) -> CapturedGraph:
-    return export_graph(twin_of(model), flatten_call(args, kwargs))
+    return exported(twin_of(model), flatten_call(args, kwargs))
 
 
 def observed(made: Prepared, *tensors: Tensor) -> tuple[Any, dict[str, Tensor]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from capturing_once import shared_exports
 from models import MODELS, example
 from qat_training import FOUR_BITS
 from torch import multiprocessing, nn
@@ -53,8 +54,9 @@ def _both(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    for observed in OBSERVED:
-        torch.save(_trained(rank, 2, observed), Path(folder) / f"{observed}_{rank}.pt")
+    with shared_exports():
+        for observed in OBSERVED:
+            torch.save(_trained(rank, 2, observed), Path(folder) / f"{observed}_{rank}.pt")
     torch.distributed.destroy_process_group()
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from models import MODELS, normal, tokens
 from qat_training import FOUR_BITS, calibrated, loss_of, quiet, simulation, skip_beside_ipex
+from thinning import some
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from zoo import samples, zoo_model
@@ -44,6 +45,7 @@ def _plain(outputs: Any) -> Any:
     return outputs.to_tuple() if hasattr(outputs, "to_tuple") else outputs
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("backend", SIMULATED)
 @pytest.mark.parametrize("name", MODELS)
 def test_it_is_the_reference(name: str, backend: str) -> None:
@@ -93,7 +95,7 @@ def test_every_format(name: str) -> None:
         assert parameter.grad.abs().sum() > 0, each
 
 
-@pytest.mark.parametrize("name", CHEAP)
+@pytest.mark.parametrize("name", some(CHEAP, "bert", "resnet", "gpt2"))
 def test_the_zoo(name: str) -> None:
     """And every parameter that has a gradient in float has a finite one after a step."""
     skip_beside_ipex()

@@ -1,17 +1,14 @@
-"""How long the sequences are: some for every run of the suite, many with ``LONG_SEQUENCES``.
+"""How long the sequences are: some for every run of the suite, many with ``LONG_TESTS``.
 
-    LONG_SEQUENCES=200 python -m pytest tests/sequences
+    LONG_TESTS=200 python -m pytest tests/sequences
 
 tries 200 sequences of each model, other ones each time, and makes what fails as short as it can.
 """
 
 from __future__ import annotations
 
-import os
-
 from hypothesis import HealthCheck, Phase, settings
-
-_LONG = int(os.environ.get("LONG_SEQUENCES", "0"))
+from thinning import LONG
 
 settings.register_profile(
     "every run",
@@ -27,10 +24,10 @@ settings.register_profile(
     "long",
     database=None,
     deadline=None,
-    max_examples=max(1, _LONG),
+    max_examples=max(LONG, 20),
     stateful_step_count=30,
     phases=[Phase.generate, Phase.shrink],
     report_multiple_bugs=False,
     suppress_health_check=list(HealthCheck),
 )
-settings.load_profile("long" if _LONG else "every run")
+settings.load_profile("long" if LONG else "every run")

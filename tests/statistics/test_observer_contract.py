@@ -271,6 +271,7 @@ def test_vectors_have_channels_too(cls: type[Observer]) -> None:
     assert low.shape == high.shape == (3,)
 
 
+@pytest.mark.thin("cls", "shape")
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize("shape", ["two_sided", "positive", "negative", "offset", "relu", "wild"])
 def test_range_is_inside_the_extremes(

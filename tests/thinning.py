@@ -1,0 +1,102 @@
+"""What ``make test`` takes of long lists of cases; ``make test-long`` (``LONG_TESTS=1``) takes all.
+
+What is left out is said where the cases stand, in one of these ways:
+
+    @pytest.mark.thin                      # each value of each parameter at least once
+    @pytest.mark.thin("bits", "backend")   # and each combination of these two
+    @pytest.mark.long("half a minute")     # nothing: the long run has it
+
+    some(MODELS, "bert", "resnet")         # of one list: these
+    third(MODELS, 0)                       # every third of one list
+    rarely(3, {"padding": 1})              # one of a list: the long run has it
+
+Longer lists have a short one beside them and ask :data:`LONG`. The choice depends on the
+parameters alone, so it is the same in each run and on each machine with the same backends.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import TypeVar
+
+import pytest
+from _pytest.mark import ParameterSet
+
+__all__ = ["LONG", "MARKS", "covering", "left_out", "rarely", "some", "third"]
+
+LONG = int(os.environ.get("LONG_TESTS", "0"))
+"""Whether everything is run; more than 1 is how many sequences of calls are tried."""
+
+MARKS = (
+    "thin(*together): make test takes each value once, and each combination of those named",
+    "long(reason): left to make test-long",
+)
+
+_Case = TypeVar("_Case")
+
+
+def some(values: Iterable[_Case], *chosen: _Case) -> list[_Case]:
+    """Those chosen, in the order of ``values``, which the long run has all."""
+    every = list(values)
+    assert set(chosen) <= set(every), sorted(set(chosen) - set(every))
+    return every if LONG else [each for each in every if each in chosen]
+
+
+def third(values: Iterable[_Case], first: int) -> list[_Case]:
+    """Every third from the place ``first``: three tests of one list take all of it between them."""
+    every = list(values)
+    return every if LONG else every[first::3]
+
+
+def rarely(*values: object) -> ParameterSet:
+    """A case of a list of parameters that only the long run takes."""
+    return pytest.param(*values, marks=pytest.mark.long("others of its list stand for it"))
+
+
+def left_out(items: Sequence[pytest.Item]) -> set[pytest.Item]:
+    """The tests that are for the long run alone."""
+    found = {each for each in items if each.get_closest_marker("long")}
+    grids: dict[Hashable, list[pytest.Item]] = {}
+    for each in items:
+        if each.get_closest_marker("thin") and each not in found:
+            grids.setdefault((each.path, each.parent, each.originalname), []).append(each)
+    for cases in grids.values():
+        kept = covering(cases, _values)
+        found.update(each for each in cases if each not in kept)
+    return found
+
+
+def covering(cases: Iterable[_Case], values: Callable[[_Case], set[Hashable]]) -> list[_Case]:
+    """As few of ``cases``, in order, as have all ``values`` that any case has.
+
+    The next one is always that which has most that is still missing; of several, that whose values
+    were taken least, the first of these.
+
+    >>> covering(["ab", "a", "bc", "c"], set)
+    ['ab', 'bc']
+    """
+    found = [(each, values(each)) for each in cases]
+    taken, kept = Counter[Hashable](), set[int]()
+    while missing := set().union(*(has for _, has in found)) - set(taken):
+        gains = [(len(has & missing), -sum(taken[value] for value in has)) for _, has in found]
+        best = gains.index(max(gains))
+        kept.add(best)
+        taken.update(found[best][1])
+    return [each for place, (each, _) in enumerate(found) if place in kept]
+
+
+def _values(item: pytest.Item) -> set[Hashable]:
+    """The values of a test's parameters; those that one list gives together are one."""
+    params, mark = item.callspec.params, item.get_closest_marker("thin")
+    assert set(mark.args) <= set(params), f"{item.nodeid}: {mark.args} among {sorted(params)}"
+    given = [_names(each.args[0]) for each in item.iter_markers("parametrize")]
+    fixtures = set(params) - set().union(*given)
+    axes = [*given, *((name,) for name in sorted(fixtures)), mark.args]
+    return {(names, *(id(params[name]) for name in names)) for names in axes}
+
+
+def _names(argnames: str | Sequence[str]) -> tuple[str, ...]:
+    listed = argnames.split(",") if isinstance(argnames, str) else argnames
+    return tuple(name.strip() for name in listed)
