@@ -78,12 +78,15 @@ def operators_of_onnx_once() -> Iterator[None]:
 
 CAPTURES = ("tests/graph/", "tests/test_threads.py")
 """Tests of captures themselves, which are made anew there."""
+USES = ("tests/graph/test_annotate.py", "tests/graph/test_macs.py", "tests/graph/test_rules.py")
+"""Tests beside them of what is done with captures."""
 
 
 @pytest.fixture(autouse=True)
 def exported_once(request: pytest.FixtureRequest) -> Iterator[None]:
     """A model that another test has captured on an equal call is not exported again."""
-    if request.node.nodeid.startswith(CAPTURES):
+    name = request.node.nodeid
+    if name.startswith(CAPTURES) and not name.startswith(USES):
         yield
         return
     with shared_exports():

@@ -11,6 +11,7 @@ from awkward import AWKWARD
 from capturing_once import exported
 from models import MODELS, example, normal, seeded
 from rewriting import Two, context_of, plan_for
+from thinning import third
 from torch import Tensor, nn
 
 from torch_quant import Quantizer, sqnr
@@ -22,7 +23,7 @@ from torch_quant.passes.base import run_passes
 from torch_quant.passes.insert_qdq import insert_qdq
 from torch_quant.passes.prepare import Prepared, insert_observers, prepare
 
-EXPORTED = [*MODELS, *(e.name for e in AWKWARD.values() if e.exports)]
+EXPORTED = [*MODELS, *third([e.name for e in AWKWARD.values() if e.exports], 0)]
 
 
 def build(name: str) -> nn.Module:
