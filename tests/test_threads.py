@@ -77,6 +77,51 @@ def test_threads_may_share_a_calib_proxy() -> None:
     assert torch.equal(quantizer.quantize(model)(x), alone.quantize(model)(x))
 
 
+class Stops(nn.Module):
+    """In pieces; may be stopped between its layers, in the middle of a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 4)
+        self.arrived, self.resume = threading.Event(), threading.Event()
+        self.resume.set()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        if y.detach().sum() > 1e9:
+            return y
+        self.arrived.set()
+        assert self.resume.wait(60)
+        return self.second(y)
+
+
+def test_quantizing_while_another_thread_calibrates_waits_for_its_batch() -> None:
+    model, quantizer = seeded(Stops).eval(), Quantizer("reference")
+    calib_model = quantizer.calib(model)
+    calib_model(normal(4, 16))
+    model.arrived.clear()
+    model.resume.clear()
+    found: list[str] = []
+
+    def asks() -> None:
+        found.append(str(quantizer.state_dict()))
+        quantizer.coverage(model)
+        quantizer.quantize(model)
+        found.append(quantizer.plan.summary)
+
+    jobs = [threading.Thread(target=lambda: calib_model(normal(4, 16, salt=1)))]
+    jobs[0].start()
+    assert model.arrived.wait(60)
+    jobs.append(threading.Thread(target=asks))
+    jobs[1].start()
+    jobs[1].join(1)  # long enough to read half a batch, if it did
+    model.resume.set()
+    for job in jobs:
+        job.join()
+    assert quantizer.state.batches == 2
+    assert found == [str(quantizer.state_dict()), quantizer.plan.summary]
+
+
 def test_only_a_model_without_products_is_called_empty() -> None:
     empty = nn.Sequential(nn.ReLU(), nn.Flatten())
     quantizer = Quantizer("reference")

@@ -394,6 +394,4 @@ class Quantizer(QuantizerTraining):
         >>> Quantizer("reference").coverage(nn.Linear(4, 2), torch.ones(8, 4)).share
         1.0
         """
-        chosen, session = self._ready(model, backend, example_inputs, "coverage")
-        captured, plan = session.captured, session.plan(chosen)
-        return Coverage.of(captured, captured.as_lowered(plan, chosen.name), repr(chosen))
+        return self._coverage(model, example_inputs, backend)

@@ -40,6 +40,7 @@ from torch_quant.module_filter import ModuleFilter
 from torch_quant.proxies.base import Proxy, Tied
 from torch_quant.proxies.calib import CalibModel
 from torch_quant.proxies.values import plain
+from torch_quant.report.coverage import Coverage
 from torch_quant.report.tuning import Tuning
 from torch_quant.rounding import Rounding, round_weights
 from torch_quant.session import Session
@@ -176,14 +177,24 @@ class QuantizerBase(Tied):
                 'the model: quantizer.explain("head", model)'
             )
         model = self._only(model, "explain")
-        chosen, session = self._ready(model, backend, example_inputs, "explain")
-        return explain(session, chosen, site)
+        with self.state.lock:
+            chosen, session = self._ready(model, backend, example_inputs, "explain")
+            return explain(session, chosen, site)
+
+    def _coverage(
+        self, model: nn.Module, example_inputs: Any, backend: Backend | str | None
+    ) -> Coverage:
+        with self.state.lock:
+            chosen, session = self._ready(model, backend, example_inputs, "coverage")
+            captured, plan = session.captured, session.plan(chosen)
+            return Coverage.of(captured, captured.as_lowered(plan, chosen.name), repr(chosen))
 
     def _amp(self, model: nn.Module, options: AmpOptions, example_inputs: Any) -> AmpModel:
         session = self._session(model)
         if example_inputs is not None:
             run_example(session.captured.root, example_inputs)
-        plan = session.plan()
+        with self.state.lock:
+            plan = session.plan()
         wanting = _needs_ranges(plan) if plan else self.qconfig.needs_ranges
         if self.state.batches == 0 and wanting:
             raise NotCalibrated(
@@ -253,6 +264,16 @@ class QuantizerBase(Tied):
         return data
 
     def _quantized(
+        self,
+        model: nn.Module,
+        backend: Backend | str | None,
+        example_inputs: Any,
+        share_float_weights: bool,
+    ) -> QuantizedModule:
+        with self.state.lock:  # another thread may calibrate
+            return self._made(model, backend, example_inputs, share_float_weights)
+
+    def _made(
         self,
         model: nn.Module,
         backend: Backend | str | None,

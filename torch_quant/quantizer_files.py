@@ -70,11 +70,12 @@ class QuantizerFiles(QuantizerBase):
         >>> sorted(Quantizer("reference").state_dict())
         ['fallback', 'model', 'state']
         """
-        return {
-            "state": self.state.state_dict(),
-            "model": dict(self.state.fingerprint),
-            "fallback": dict(self.fallen_back),
-        }
+        with self.state.lock:  # another thread may calibrate
+            return {
+                "state": self.state.state_dict(),
+                "model": dict(self.state.fingerprint),
+                "fallback": dict(self.fallen_back),
+            }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back :meth:`state_dict`; raises :class:`InvalidConfig` if it is something else.
@@ -86,9 +87,10 @@ class QuantizerFiles(QuantizerBase):
         >>> quantizer.load_state_dict(Quantizer("onednn").state_dict())
         """
         fingerprint, fallen = check_saved(state)
-        self.state.load_state_dict(state["state"])
-        self.state.fingerprint, self.fallen_back = fingerprint, fallen
-        self.plan = QuantPlan()
+        with self.state.lock:
+            self.state.load_state_dict(state["state"])
+            self.state.fingerprint, self.fallen_back = fingerprint, fallen
+            self.plan = QuantPlan()
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Save settings, ranges and what fell back, as JSON and safetensors; see :meth:`load`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -127,6 +128,33 @@ class WithLSTM(nn.Module):
         if float(y.sum()) > 1e9:
             y = y + 1
         return self.head(y) + self.shift
+
+
+class PlainTensors(nn.Module):
+    """Keeps tensors as attributes, beside buffers, and computes with them in Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+        self.shift, self.scales = torch.ones(8), {"all": [torch.full((8,), 2.0)]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x) * self.scales["all"][0]
+        if y.sum() > 1e9:
+            y = y + 1
+        return self.head(y + self.shift)
+
+
+@pytest.mark.parametrize("capture", ["whole", "modules"])
+def test_plain_tensors_of_python_code_are_part_of_the_snapshot(capture: Any) -> None:
+    model, x = seeded(PlainTensors).eval(), normal(3, 8)
+    quantizer = Quantizer("reference", capture=capture)
+    assert torch.equal(quantizer.calib(model)(x), model(x))
+    quant_model = quantizer.quantize(model)
+    expected = quant_model(x)
+    model.shift.add_(3)
+    model.scales["all"][0].mul_(-2)
+    assert torch.equal(quant_model(x), expected)
 
 
 def test_layers_in_pieces_are_part_of_the_snapshot() -> None:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from torch_quant.convert.ownership import Owner, SharedWeights
+from torch_quant.convert.ownership import Owner, SharedWeights, plain_tensors
 from torch_quant.convert.quantized import (
     Quantization,
     QuantizedModule,
@@ -93,6 +93,8 @@ class Lowering:
         """The tensors of the float model, and those that capturing found in its code."""
         module = self.captured.root.module
         theirs = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        for name, value in plain_tensors(module):
+            theirs.setdefault(name, value)
         for prepared in self.captured.graphs():
             gm = prepared.canonical
             for node in gm.graph.find_nodes(op="get_attr"):

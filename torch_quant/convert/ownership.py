@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -152,6 +152,25 @@ class Owner:
             items = [self.value(item) for item in x.values()]
             return dict(zip(x, items, strict=True)) if _differ(items, x.values()) else x
         return x
+
+
+def plain_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Tensors that modules keep as plain attributes, in lists and dictionaries too, by name."""
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        for name, value in vars(module).items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                for x in _held(value):
+                    yield f"{path}.{name}".strip("."), x
+
+
+def _held(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif type(value) in (list, tuple, dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _held(item)
 
 
 def _differ(new: Iterable[Any], old: Iterable[Any]) -> bool:

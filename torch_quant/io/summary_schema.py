@@ -26,6 +26,8 @@ of transforms SmoothQuant's alpha only, ``smooth``, version 3 did not say what w
 had ``stored`` for ``quantized_output``."""
 
 _LARGEST = 3.4e38
+_MOST = 2**63
+"""What tensors count up to."""
 """Beyond, a number is no float32."""
 _SITE = (
     "name", "op", "inputs", "activation", "weight", "quantized", "reason", "macs", "precision",
@@ -274,8 +276,8 @@ def _means(known: Any, place: Place, what: str, lines: Lines) -> None:
     check_kind(known, dict, place, what, lines)
     check_keys(known, place, ("batches", "rows", "sums"), what, lines)
     for name in ("batches", "rows"):
-        if not _integer(known[name]) or known[name] < 1:
-            message = f"{what}: {name!r} is {shown(known[name])}; expected 1 or more"
+        if not _integer(known[name]) or not 1 <= known[name] < _MOST:
+            message = f"{what}: {name!r} is {shown(known[name])}; expected 1 or more, below 2**63"
             raise lines.error((*place, name), message)
     sums = known["sums"]
     if not isinstance(sums, list) or not sums:
