@@ -14,7 +14,7 @@ from models import MODELS, example
 from torch import Tensor, fx, nn
 from zoo import ZOO, samples
 
-from torch_quant import InvalidConfig, ModuleFilter, QConfig, Quantizer, QuantSpec, sqnr
+from torch_quant import InvalidConfig, ModuleFilter, QConfig, Quantizer, QuantSpec, recipes, sqnr
 from torch_quant.statistics import from_ao
 
 
@@ -180,3 +180,17 @@ def test_code_is_made_of_a_graph_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fx.Graph, "python_code", noted)
     quant_model = quantizer.quantize(model)
     assert made == [quant_model.graphs[0].body.graph]
+
+
+def test_a_calib_proxy_records_what_the_present_settings_want() -> None:
+    """In the middle of calibration, as a proxy that is made then does."""
+    model = MODELS["mlp"]()
+    one, new = (Quantizer(recipes.fast(), backend="reference") for _ in range(2))
+    kept = one.calib(model)
+    for config in (recipes.fast(), recipes.int8_static(), recipes.fast()):
+        one.qconfig = new.qconfig = config
+        for proxy in (kept, new.calib(model)):
+            proxy(*example("mlp", 4))
+        assert str(one.state_dict()) == str(new.state_dict())
+    recorded = {what for found in one.state.statistics.values() for what in found}
+    assert recorded > {"range", "channels"}

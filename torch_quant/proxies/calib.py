@@ -41,6 +41,16 @@ class CalibModel(Proxy):
         self._graphs: dict[int, Callable[..., Any]] = {}
         self._keys: dict[int, frozenset[str]] = {}
         self._compared: set[Any] = set()
+        self._settings = self.session.settings.values()
+
+    def _follow(self) -> None:
+        """Changed settings may want other things recorded of the batches that come."""
+        super()._follow()
+        settings = self.session.settings.values()
+        if settings != self._settings:
+            self._graphs.clear()
+            self._keys.clear()
+            self._settings = settings
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the float model and records its ranges; same inputs and outputs as the model."""
