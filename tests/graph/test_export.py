@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from awkward import AWKWARD
 from capturing import Compute, Two, capture, executor, serve
 from models import MODELS, example, images, normal, seeded
+from thinning import third
 from torch import Tensor, nn
 
 from torch_quant.errors import CaptureFailed
@@ -33,9 +34,10 @@ def test_an_example_of_batch_1_serves_batch_3(name: str) -> None:
         assert torch.equal(serve(graph, *inputs), model(*inputs))
 
 
-@pytest.mark.parametrize(
-    "name", [*MODELS, *(e.name for e in AWKWARD.values() if e.exports and e.name != "batch_second")]
-)
+EXPORTED = [e.name for e in AWKWARD.values() if e.exports and e.name != "batch_second"]
+
+
+@pytest.mark.parametrize("name", [*MODELS, *third(EXPORTED, 2)])
 def test_an_example_of_batch_4_serves_batch_1(name: str) -> None:
     """Calibrated on batches, deployed on single inputs: without being captured again."""
     if name in MODELS:
