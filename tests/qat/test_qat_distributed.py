@@ -1,9 +1,13 @@
-"""Two processes that train on halves of a batch do what one does on the whole batch."""
+"""Two processes that train on halves of a batch do what one does on the whole batch.
+
+By DistributedDataParallel, and by FSDP2, where each has half of every weight.
+"""
 
 from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,9 @@ from capturing_once import shared_exports
 from models import MODELS, example
 from qat_training import FOUR_BITS
 from torch import multiprocessing, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_quant import QatSchedule, Quantizer
@@ -24,16 +31,35 @@ pytestmark = [
 STEPS = 3
 OBSERVED = (0, 2)
 """For how many steps ranges are observed."""
+SHARDED = "sharded"
 
 
-def _trained(rank: int, world: int, observed: int) -> dict[str, torch.Tensor]:
+def _sharded(qat_model: nn.Module) -> Callable[[], None]:
+    """Shard a QAT model, but for its scalar scales; what is to be called before each step."""
+    scalars = [each for each in qat_model.parameters() if each.dim() == 0]
+    fully_shard(qat_model, mesh=init_device_mesh("cpu", (2,)), ignored_params=set(scalars))
+
+    def reduce() -> None:
+        for scale in scalars:
+            assert scale.grad is not None
+            torch.distributed.all_reduce(scale.grad)
+            scale.grad /= 2
+
+    return reduce
+
+
+def _trained(
+    rank: int, world: int, observed: int, sharded: bool = False
+) -> dict[str, torch.Tensor]:
     """What one of ``world`` processes has after ``STEPS`` steps, on its part of the batch."""
     model, (x,) = MODELS["mobile_cnn"](), example("mobile_cnn", 8)
     quantizer = Quantizer("reference", qconfig=FOUR_BITS)
     with torch.no_grad():
         quantizer.calib(model)(x)
     qat_model = quantizer.qat(model).train()
-    trained: nn.Module = qat_model if world == 1 else DistributedDataParallel(qat_model)
+    reduce = _sharded(qat_model) if sharded else lambda: None
+    plain = sharded or world == 1
+    trained: nn.Module = qat_model if plain else DistributedDataParallel(qat_model)
     schedule = QatSchedule(qat_model, observe_until=observed, freeze_bn_at=0)
     groups = quantizer.parameter_groups(qat_model, lr=1e-2, scale_lr=1e-3)
     optimizer = torch.optim.SGD(groups, momentum=0.9)
@@ -41,13 +67,15 @@ def _trained(rank: int, world: int, observed: int) -> dict[str, torch.Tensor]:
     for _ in range(STEPS):
         optimizer.zero_grad()
         trained(part).square().mean().backward()
+        reduce()
         optimizer.step()
         schedule.step()
     if world > 1:
         # Before DDP goes, with this call, and the group behind it: DDP's destructor waits for
         # gloo's thread with Python's lock held, which that thread may be waiting for.
         torch.distributed.barrier()
-    return qat_model.state_dict()
+    found = qat_model.state_dict()
+    return {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in found.items()}
 
 
 def _both(rank: int, port: int, folder: str) -> None:
@@ -57,6 +85,7 @@ def _both(rank: int, port: int, folder: str) -> None:
     with shared_exports():
         for observed in OBSERVED:
             torch.save(_trained(rank, 2, observed), Path(folder) / f"{observed}_{rank}.pt")
+        torch.save(_trained(rank, 2, 0, sharded=True), Path(folder) / f"{SHARDED}_{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -74,13 +103,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("observed", OBSERVED)
-def test_two_processes_are_one(folder: Path, observed: int) -> None:
+@pytest.mark.parametrize("how", [*OBSERVED, SHARDED])
+def test_two_processes_are_one(folder: Path, how: int | str) -> None:
     """Batch norms are frozen: those of PyTorch normalize the part that each process has."""
-    one = _trained(0, 1, observed)
-    first, second = (
-        torch.load(folder / f"{observed}_{rank}.pt", weights_only=True) for rank in (0, 1)
-    )
+    one = _trained(0, 1, how if isinstance(how, int) else 0)
+    first, second = (torch.load(folder / f"{how}_{rank}.pt", weights_only=True) for rank in (0, 1))
     moved = 0
     for name, x in one.items():
         assert torch.equal(first[name], second[name]), name  # both have all gradients
