@@ -184,7 +184,9 @@ class QuantizedGraph(nn.Module):
         compiling = torch.compiler.is_compiling() and _is_compiled_here(tensors)
         if compiler.not_recorded and (recorded or compiling):
             if torch.compiler.is_dynamo_compiling():
-                return _outside(self, tensors)
+                from torch_quant.convert.outside import outside
+
+                return outside(self, tensors)
             raise InvalidConfig(f"{compiler!r}: {compiler.not_recorded}")
         if compiling:
             return self.body(*tensors)
@@ -215,9 +217,3 @@ class QuantizedGraph(nn.Module):
 def _is_compiled_here(tensors: tuple[torch.Tensor, ...]) -> bool:
     """Whether this thread compiles or exports: of one that exports, PyTorch tells all others."""
     return torch.compiler.is_dynamo_compiling() or detect_fake_mode(tensors) is not None
-
-
-@torch.compiler.disable(reason="the graph runs in a runtime outside of PyTorch")  # type: ignore[untyped-decorator]
-def _outside(graph: QuantizedGraph, tensors: tuple[torch.Tensor, ...]) -> Any:
-    """Where ``torch.compile`` leaves off and goes on behind."""
-    return graph._run(*tensors)
