@@ -67,7 +67,7 @@ DECODERS = {
 }  # fmt: skip
 
 
-KINDS = {"llama", "gemma3", "opt", "whisper"}
+KINDS = {"llama", "gemma3", "whisper"}
 """For every run. The others differ in biases and norms, slide a window as gemma3 does, or write
 texts in ``test_generate``: GPT-2 and T5."""
 

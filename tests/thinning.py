@@ -26,7 +26,7 @@ from _pytest.mark import ParameterSet
 
 __all__ = ["LONG", "MARKS", "covering", "left_out", "rarely", "some", "third"]
 
-LONG = int(os.environ.get("LONG_TESTS", "0"))
+LONG = int(os.environ.get("LONG_TESTS") or 0)
 """Whether everything is run; more than 1 is how many sequences of calls are tried."""
 
 MARKS = (

@@ -159,7 +159,7 @@ def test_a_bias_that_dwarfs_its_weights_is_kept(tmp_path: Path) -> None:
 
 
 @needs("openvino")
-@pytest.mark.parametrize("build", [rarely(small_cnn), mobile_cnn, tiny_transformer])
+@pytest.mark.parametrize("build", [rarely(small_cnn), rarely(mobile_cnn), tiny_transformer])
 def test_networks_in_two_runtimes(build: Callable[[], nn.Module], tmp_path: Path) -> None:
     name, model = build.__name__, build()
     quantizer = calibrated(model, [(example(name, 32), {})], backend="onnx")

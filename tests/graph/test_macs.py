@@ -140,6 +140,7 @@ def covered(model: nn.Module, *inputs: Tensor) -> Coverage:
     return quantizer.coverage(model)
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("split", [False, True], ids=["in a graph", "in Python"])
 @pytest.mark.parametrize("name", CASES)
 def test_everything_that_multiplies_counts(name: str, split: bool) -> None:
