@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from decoders import GROUPED, Decoder, data, decoder, quality, quantizer_of
+from thinning import third
 from torch import Tensor, nn
 from weights import SPECS, heavy
 
@@ -69,9 +70,10 @@ def test_an_offset_of_half_a_step_reaches_the_other_value(spec: QuantSpec) -> No
     assert bool((down <= plain + 1e-6).all())
 
 
-@pytest.mark.parametrize("spec", FORMATS.values(), ids=FORMATS)
-def test_autoround_pays(spec: QuantSpec) -> None:
+@pytest.mark.parametrize("name", third(FORMATS, 1))  # integers with zero points, floats
+def test_autoround_pays(name: str) -> None:
     """On data that it has not seen; its head alone has no more weights than samples."""
+    spec = FORMATS[name]
     plain, learned = quality(spec=spec), quality(AutoRound(iterations=100), spec=spec)
     assert learned > plain + 1.0
 

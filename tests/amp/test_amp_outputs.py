@@ -29,6 +29,7 @@ AWKWARD = [
 ]
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_the_output_is_the_float_output(name: str, backend: str) -> None:

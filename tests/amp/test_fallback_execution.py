@@ -21,6 +21,7 @@ from torch_quant import Backend, export_torchscript, sqnr
 BOTH = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("backend", EVERY_BACKEND)
 @pytest.mark.parametrize("name", ["mlp", "small_cnn", "tiny_transformer"])
 def test_everything_in_float_is_the_float_model(
@@ -86,6 +87,7 @@ def test_bfloat16_sites_compute_in_bfloat16(backend: str) -> None:
     assert not torch.equal(outputs, model(x))
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize(
     "backend", [pytest.param(b, marks=[needs_bfloat16] * (b == "ipex")) for b in EVERY_BACKEND]
 )
@@ -100,6 +102,7 @@ def test_bfloat16_is_close(name: str, backend: str) -> None:
     assert_unchanged(model, before)
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("precision", BOTH)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["small_cnn", "tiny_transformer"])
