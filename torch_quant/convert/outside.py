@@ -1,4 +1,4 @@
-"""Where ``torch.compile`` leaves off: imported by what it compiles, since Dynamo is slow to import."""
+"""Where ``torch.compile`` leaves off: imported by compiled code alone, since Dynamo takes long."""
 
 from __future__ import annotations
 
