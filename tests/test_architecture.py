@@ -20,8 +20,9 @@ LAYERS = (
     "version", "errors", "core", "ops", "native", "statistics", "config", "module_filter", "nn",
     "graph", "passes", "state", "model", "convert",
     "backends", "algorithms", "recipes", "io", "report", "settings", "calibrated", "session",
-    "rounding", "explain", "unseen", "configuration", "choices", "proxies",
-    "amp", "qat", "quantizer_base", "quantizer_files", "quantizer_training", "quantizer",
+    "profiling", "rounding", "explain", "unseen", "configuration", "choices", "proxies",
+    "amp", "qat", "quantizer_base", "quantizer_files", "quantizer_training", "quantizer_reports",
+    "quantizer",
     "tuning", "checkpoints", "integrations", "cli",
 )  # fmt: skip
 """Each is ``torch_quant/<name>.py`` or ``torch_quant/<name>/``, and may import from its left."""

@@ -15,8 +15,18 @@ from torch_quant.core.spec import FLOAT
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.rules import key_text
 
-__all__ = ["Choice", "check_keywords", "chosen_backend", "override", "overrides_of", "told"]
+__all__ = [
+    "FASTEST",
+    "Choice",
+    "check_keywords",
+    "chosen_backend",
+    "override",
+    "overrides_of",
+    "told",
+]
 
+FASTEST = "fastest"
+"""Stands for the backend that is measured to be the fastest, where there are inputs."""
 Choice = QConfig | str
 """A configuration, or the name of the recipe that gives it."""
 
@@ -159,7 +169,17 @@ def check_keywords(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
 def chosen_backend(
     backend: Backend | str | None,
 ) -> tuple[Backend | None, Backend, Backend | None]:
-    """The backend asked for, the one to take, and the same again if the environment forces it."""
+    """The backend asked for, the one to take, and the same again if the environment forces it.
+
+    Raises:
+        InvalidConfig: there is no such backend.
+        BackendUnavailable: it does not run on this machine.
+    """
+    if backend == FASTEST:
+        raise InvalidConfig(
+            'backend="fastest" is measured on a model and its inputs: quantizer.quantize(model, '
+            'backend="fastest", example_inputs=...)'
+        )
     asked = None if backend is None else Backend.get(backend)
     forced = backend_of_environment()
     if forced is None or (asked is not None and asked.name == forced.name):

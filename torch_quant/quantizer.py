@@ -20,10 +20,8 @@ from torch_quant.backends import Backend
 from torch_quant.config import OverrideKey, QConfig
 from torch_quant.convert.quantized import QuantizedModule
 from torch_quant.core.plan import QuantPlan
-from torch_quant.explain import Explanation
 from torch_quant.proxies.calib import CalibModel
-from torch_quant.quantizer_training import QuantizerTraining
-from torch_quant.report.coverage import Coverage
+from torch_quant.quantizer_reports import QuantizerReports
 from torch_quant.rounding import Rounding
 
 __all__ = ["Quantizer"]
@@ -31,7 +29,7 @@ __all__ = ["Quantizer"]
 logger = logging.getLogger("torch_quant")
 
 
-class Quantizer(QuantizerTraining):
+class Quantizer(QuantizerReports):
     """Makes proxies of a float model and keeps what they learn. The model is never changed.
 
     Args:
@@ -91,36 +89,6 @@ class Quantizer(QuantizerTraining):
         >>> quantizer.set(r"re:encoder\\.layer\\.\\d+", QConfig(transforms=[SmoothQuant(0.8)]))
         """
         self._set(pattern, config)
-
-    def explain(
-        self,
-        site: str,
-        model: nn.Module | None = None,
-        example_inputs: Any = None,
-        *,
-        backend: Backend | str | None = None,
-    ) -> Explanation:
-        """Which setting decided what about a site, and what the backend made of it.
-
-        Args:
-            site: its name, as :meth:`coverage` and summaries have it.
-            model: the model; the one that this quantizer has captured by default.
-            example_inputs: as for :meth:`calib`, needed if the model was not run yet.
-            backend: another backend than the quantizer's.
-
-        Raises:
-            InvalidConfig: there is no such site; or not one model that was captured.
-
-        >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
-        >>> quantizer = Quantizer("reference", overrides={"1": None, "op:linear": QConfig()})
-        >>> _ = quantizer.calib(model)(torch.ones(8, 4))
-        >>> quantizer.explain("1")
-        1 (linear) on Backend.REFERENCE: float32, left in float by an override
-          quantized       no                           override '1'
-                          left in float by an override
-          overrides that cover it, the first holds: '1', 'op:linear'
-        """
-        return self._explain(site, model, example_inputs, backend)
 
     def calib(self, model: nn.Module, example_inputs: Any = None) -> CalibModel:
         """A proxy that returns what ``model`` returns, bit for bit, and records ranges.
@@ -356,8 +324,10 @@ class Quantizer(QuantizerTraining):
         Args:
             model: the model that was calibrated, with its current weights; or what ``qat`` made.
             backend: another backend than the quantizer's; needs no second calibration.
-            example_inputs: as for :meth:`calib`, for a quantizer whose ranges were loaded, or to
-                have a backend that compiles do so now, not at the first call.
+                ``"fastest"`` takes the one that :meth:`profile` finds on this machine, and leaves
+                its table in ``quantizer.measured``.
+            example_inputs: as for :meth:`calib`, for a quantizer whose ranges were loaded, to
+                have a backend that compiles do so now, not at the first call, or to measure with.
             share_float_weights: save memory: large weights that stay in float are ``model``'s own.
                 Once an operator has changed one of them in place, as ``model.load_state_dict``
                 does, the quantized model refuses calls; changes through ``weight.data`` are not
@@ -373,25 +343,3 @@ class Quantizer(QuantizerTraining):
         torch.Size([8, 2])
         """
         return self._quantized(model, backend, example_inputs, share_float_weights)
-
-    def coverage(
-        self,
-        model: nn.Module,
-        example_inputs: Any = None,
-        *,
-        backend: Backend | str | None = None,
-    ) -> Coverage:
-        """What share of the model's multiply-accumulates runs in int8 and, per op, why not.
-
-        Args:
-            model: any model; it need not be calibrated.
-            example_inputs: as for :meth:`calib`, needed if the model was not run yet.
-            backend: another backend than the quantizer's.
-
-        Returns:
-            A report; ``print`` shows its tables.
-
-        >>> Quantizer("reference").coverage(nn.Linear(4, 2), torch.ones(8, 4)).share
-        1.0
-        """
-        return self._coverage(model, example_inputs, backend)

@@ -101,6 +101,8 @@ class Backend(ABC, metaclass=_ByName):
     """Whether its kernels come from :meth:`compile`, at the first call of each graph."""
     fixes_numbers: ClassVar[bool] = True
     """Whether what it compiles serves the numbers among the inputs that it was compiled with."""
+    has_kernels: ClassVar[bool] = True
+    """Whether it computes with integers, and not in float what those would give."""
     not_recorded: ClassVar[str] = ""
     """Why its graphs cannot be traced, compiled or exported and what to do, if they cannot."""
     not_in_torchscript: ClassVar[str] = ""

@@ -33,6 +33,7 @@ class ReferenceBackend(Backend):
     """
 
     name = "reference"
+    has_kernels = False
     devices: ClassVar[frozenset[str]] = frozenset({"cpu", "cuda", "mps", "xpu", "meta"})
 
     def __init__(self, simulates: Backend | None = None) -> None:

@@ -52,6 +52,7 @@ class OnnxBackend(Backend):
     name = "onnx"
     priority = -10  # a file format: for running in PyTorch, others are faster
     one_graph = True
+    has_kernels = False
     not_in_torchscript = (
         "a process that loads the file does not know its operators: export_onnx(...) writes it"
     )

@@ -60,6 +60,7 @@ class InProcessBackend(OnnxBackend):
     """
 
     compiles = True
+    has_kernels = True
     fixes_numbers = False
     package: ClassVar[str]
     """The name of the runtime's package."""

@@ -1,0 +1,168 @@
+"""What a quantizer says of a model: which setting decided what, how much is quantized, how fast."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from torch_quant.backends import Backend, available_backends, usable_backend
+from torch_quant.choices import FASTEST
+from torch_quant.convert.quantized import QuantizedModule
+from torch_quant.errors import InvalidConfig, UnsupportedOp
+from torch_quant.explain import Explanation
+from torch_quant.graph.running import frozen
+from torch_quant.profiling import profiled
+from torch_quant.quantizer_training import QuantizerTraining
+from torch_quant.report.coverage import Coverage
+from torch_quant.report.speed import Profile
+
+__all__ = ["QuantizerReports"]
+
+logger = logging.getLogger("torch_quant")
+
+
+class QuantizerReports(QuantizerTraining):
+    """The public methods of a :class:`Quantizer` that report."""
+
+    measured: Profile | None = None
+    """What ``quantize(model, backend="fastest")`` measured last."""
+
+    def explain(
+        self,
+        site: str,
+        model: nn.Module | None = None,
+        example_inputs: Any = None,
+        *,
+        backend: Backend | str | None = None,
+    ) -> Explanation:
+        """Which setting decided what about a site, and what the backend made of it.
+
+        Args:
+            site: its name, as :meth:`coverage` and summaries have it.
+            model: the model; the one that this quantizer has captured by default.
+            example_inputs: as for :meth:`calib`, needed if the model was not run yet.
+            backend: another backend than the quantizer's.
+
+        Raises:
+            InvalidConfig: there is no such site; or not one model that was captured.
+
+        >>> import torch
+        >>> from torch_quant import QConfig, Quantizer
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        >>> quantizer = Quantizer("reference", overrides={"1": None, "op:linear": QConfig()})
+        >>> _ = quantizer.calib(model)(torch.ones(8, 4))
+        >>> quantizer.explain("1")
+        1 (linear) on Backend.REFERENCE: float32, left in float by an override
+          quantized       no                           override '1'
+                          left in float by an override
+          overrides that cover it, the first holds: '1', 'op:linear'
+        """
+        return self._explain(site, model, example_inputs, backend)
+
+    def coverage(
+        self,
+        model: nn.Module,
+        example_inputs: Any = None,
+        *,
+        backend: Backend | str | None = None,
+    ) -> Coverage:
+        """What share of the model's multiply-accumulates runs in int8 and, per op, why not.
+
+        Args:
+            model: any model; it need not be calibrated.
+            example_inputs: as for :meth:`calib`, needed if the model was not run yet.
+            backend: another backend than the quantizer's.
+
+        Returns:
+            A report; ``print`` shows its tables.
+
+        >>> import torch
+        >>> from torch_quant import Quantizer
+        >>> Quantizer("reference").coverage(nn.Linear(4, 2), torch.ones(8, 4)).share
+        1.0
+        """
+        return self._coverage(model, example_inputs, backend)
+
+    def profile(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        *,
+        backends: Iterable[Backend | str] | None = None,
+        seconds: float = 5.0,
+        compiled: bool = False,
+    ) -> Profile:
+        """How long a call takes on this machine: in float, and quantized on each backend.
+
+        All are called in turns in this process, with PyTorch's present number of threads. A median
+        holds for these inputs: give the sizes that the model will serve.
+
+        Args:
+            model: the model that was calibrated.
+            example_inputs: as for :meth:`calib`.
+            backends: which; by default each that runs here and has kernels of its own.
+            seconds: about how long to measure, without what quantizing and compiling take.
+            compiled: also the float model by ``torch.compile``, which needs a C++ compiler.
+
+        Returns:
+            A report; ``print`` shows its table, ``profile.fastest`` is the fastest backend and
+            ``profile.gain`` how many times faster it is than the fastest float model.
+
+        Raises:
+            NotCalibrated: no data was seen, or the model has changed since.
+            BackendUnavailable: one of ``backends`` does not run on this machine.
+
+        >>> import torch
+        >>> from torch_quant import Quantizer
+        >>> model, x, quantizer = nn.Linear(64, 64), torch.ones(8, 64), Quantizer("reference")
+        >>> _ = quantizer.calib(model)(x)
+        >>> profile = quantizer.profile(model, x, backends=["reference"], seconds=0.01)
+        >>> [run.name for run in profile]
+        ['float32', 'bfloat16', 'quantized, Backend.REFERENCE']
+        """
+        if backends is None:
+            chosen = [each for each in available_backends() if each.has_kernels]
+        else:
+            chosen = [usable_backend(each) for each in backends]
+        made: dict[str, nn.Module | str] = {}
+        with frozen(model):  # what it counts and keeps stays as it was
+            for each in chosen:
+                try:
+                    example = copy.deepcopy(example_inputs)
+                    made[each.name] = super()._quantized(model, each, example, False)
+                except UnsupportedOp as error:
+                    made[each.name] = str(error)
+            names = {each.name: f"quantized, {each!r}" for each in chosen}
+            return profiled(
+                model, made, example_inputs, seconds=seconds, compiled=compiled, names=names
+            )
+
+    def _quantized(
+        self,
+        model: nn.Module,
+        backend: Backend | str | None,
+        example_inputs: Any,
+        share_float_weights: bool,
+    ) -> QuantizedModule:
+        if backend != FASTEST:
+            return super()._quantized(model, backend, example_inputs, share_float_weights)
+        if example_inputs is None:
+            raise InvalidConfig(
+                'quantize(model, backend="fastest") measures on inputs: give example_inputs, of '
+                "the sizes that the model will serve"
+            )
+        self.measured = found = self.profile(model, example_inputs)
+        if found.fastest is None:
+            raise UnsupportedOp(f"the model is quantized on no backend of this machine:\n{found}")
+        if found.gain < 1.0:
+            logger.warning(
+                "the fastest quantized model is slower than float, %.2f times as fast on %s: "
+                "print(quantizer.measured)",
+                found.gain,
+                found.fastest,
+            )
+        return super()._quantized(model, found.fastest, example_inputs, share_float_weights)
