@@ -180,9 +180,13 @@ def first_run(module: nn.Module, call: Call) -> FirstRun:
 
 
 def _keeps_elsewhere(module: nn.Module, call: Call) -> bool:
-    """Whether tensors of a call exist when its outputs and all attributes are gone."""
+    """Whether tensors of a call exist when its outputs and all attributes are gone.
+
+    `torch.cond` runs by Dynamo, which would remember the mode that is entered here; so it is off.
+    """
     made = Survivors()
-    with frozen(module), running(), made, contextlib.suppress(Exception):
+    eager = torch.compiler.set_stance("force_eager")
+    with frozen(module), running(), eager, made, contextlib.suppress(Exception):
         _run(module, call, ())
     return made.exist()
 
