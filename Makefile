@@ -28,8 +28,9 @@ export PYTHONDONTWRITEBYTECODE :=
 export PYTHONPYCACHEPREFIX := $(CURDIR)/.venv-bytecode
 # Tests of one file stay together as far as possible, since they capture the same models.
 PYTEST := -m pytest -n 2 --dist worksteal
-# Arithmetic, bookkeeping, files, training and rules on the source, which are the same on every torch. All else runs on the
-# oldest too, as do new files: captures, what is done with the operators in them, kernels, traces and IPEX depend on it.
+# What `make test` leaves to the newest torch: arithmetic, bookkeeping, files, training and rules on the source, which depend
+# on it least. All else runs on the oldest too, as do new files: captures, what is done with the operators in them, saved
+# graphs, kernels, traces and IPEX. `make test-long` leaves out nothing.
 SAME := algorithms checkpoints core extensions integrations native rounding sequences statistics tuning \
   $(addprefix amp/test_,allocation.py amp_changes.py amp_infinite_gradient.py amp_loss.py amp_recording.py amp_scores.py \
   amp_without_gradient.py fallback_bad_input.py fallback_selection.py fallback_state.py gram.py groups.py probe_sites.py \
@@ -37,15 +38,15 @@ SAME := algorithms checkpoints core extensions integrations native rounding sequ
   $(addprefix backends/test_,float_and_dynamic.py formats.py in_process.py in_process_limits.py names.py \
   onednn_native.py onnx.py onnx_forms.py onnx_grids.py) \
   $(addprefix convert/test_,load_state_dict.py looked_at.py ownership.py) \
-  $(addprefix graph/test_,annotate.py macs.py rules.py serialize.py sites.py) \
-  $(addprefix io/test_,files.py onnx_recurrent.py onnx_rewrites.py onnx_sizes.py onnx_weights.py saved_data.py \
-  saved_models.py saved_quantizers.py summary.py summary_mistakes.py) \
+  $(addprefix graph/test_,annotate.py macs.py rules.py sites.py) \
+  $(addprefix io/test_,files.py onnx_recurrent.py onnx_rewrites.py onnx_sizes.py onnx_weights.py saved_models.py \
+  saved_quantizers.py summary.py summary_mistakes.py) \
   $(addprefix passes/test_,constants.py fold_pads.py fold_scales.py insert_qdq_weights.py keywords.py lower_precision.py \
   pass_base.py prepare.py smoothing.py) \
   $(addprefix qat/test_qat_,adapters.py bad_input.py batch_norm.py digits.py distillation.py distributed.py dropout.py \
   edges.py gradients.py lightning.py observing.py tables.py trainer.py training.py transforms.py tuning.py) \
   $(addprefix test_,architecture.py bad_input.py capture_policy.py capturing_once.py configuration.py contributing.py \
-  coverage.py decoding.py decoding_zoo.py experts.py experts_with_data.py explain.py generate_llm.py merging.py mistakes.py \
+  coverage.py decoding_zoo.py experts.py explain.py generate_llm.py merging.py mistakes.py \
   onnx_pretrained.py onnx_steps.py onnx_zoo.py public.py quantizer.py readme.py recipes.py requirements.py \
   saved_states.py thinning.py typing.py)
 
@@ -128,10 +129,10 @@ test-latest:  ## the whole suite on the newest of everything that setup.cfg allo
 
 # How many random orders of calls the long run tries for each small model; `make test` takes the same few each time.
 SEQUENCES ?= 20
-LONG := LONG_TESTS=$(SEQUENCES)
+LONG := LONG_TESTS=1 SEQUENCES=$(SEQUENCES)
 test-long: $(VENV)/ready $(IPEX_VENV)/ready  ## every case of all lists and grids, of which `make test` takes some (see tests/thinning.py)
 	$(LONG) $(BIN)/python $(PYTEST) --timeout=0
-	$(LONG) $(IPEX_VENV)/bin/python $(PYTEST) --timeout=0 $(SAME:%=--ignore tests/%)
+	$(LONG) $(IPEX_VENV)/bin/python $(PYTEST) --timeout=0
 
 test-zoo: $(VENV)/ready $(IPEX_VENV)/ready  ## of the long run, every architecture, also as ONNX file and on IPEX
 	$(LONG) $(BIN)/python $(PYTEST) tests/test_zoo.py tests/test_coverage.py tests/test_decoding.py \

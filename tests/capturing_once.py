@@ -1,12 +1,13 @@
 """Each kind of model is exported once a process: that is most of what most tests cost.
 
 What is kept is a copy of the graph, under all that it was made of: the module's classes,
-attributes and tensors, the call, the graphs that the module had already, and what of PyTorch's
-state decides on kernels. Where all of that is the same, a new module gets a copy of its own, whose
-tensors are that module's. So no test sees another. Which module is a graph, which call it serves
-and what is in pieces is still worked out each time. Exported anew each time are modules that cannot
-be pickled, such as write to themselves or to their arguments, and those that take too long, as
-there is a warning then. Tests of captures export anew, but for what ``calibrated`` takes.
+attributes and tensors, its place in the model, the call and its free sizes, the graphs that the
+module had already, and what of PyTorch's state decides on kernels and paths. Where all of that is
+the same, a new module gets a copy of its own, whose tensors are that module's. So no test sees
+another. Which module is a graph, which call it serves and what is in pieces is still worked out
+each time. Exported anew each time are modules that cannot be pickled, such as write to themselves
+or to their arguments, and those that take too long, as there is a warning then. Tests of captures
+export anew, but for what ``calibrated`` takes.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from torch_quant.graph import capture, widen
 from torch_quant.graph.calls import Call
 from torch_quant.graph.export import CapturedGraph, export_graph
+from torch_quant.graph.running import fastpath_wanted
 from torch_quant.model import rebind
 
 __all__ = ["content", "exported", "exported_anew", "shared_exports"]
@@ -54,6 +56,7 @@ def content(module: nn.Module, call: Any) -> bytes | None:
         torch.is_grad_enabled(),
         torch.get_default_dtype(),
         torch.is_autocast_enabled("cpu"),
+        fastpath_wanted(),
         "intel_extension_for_pytorch" in sys.modules,  # it replaces kernels
     )
     buffer = io.BytesIO()
@@ -74,8 +77,8 @@ def shared_exports() -> Iterator[None]:
 
     def shared(module: nn.Module, call: Call, known: Any = (), **options: Any) -> Any:
         earlier = [(str(kind), repr(graph.contract)) for kind, graph in known]
-        free = options["free"](call)
-        key = content(module, (call.leaves, call.nesting, earlier, free))
+        given = {**options, "free": options["free"](call)}
+        key = content(module, (call.leaves, call.nesting, earlier, given))
         if key is None:
             return export(module, call, known, **options)
         if key in _KEPT:

@@ -12,7 +12,9 @@ from models import MODELS, example
 from torch import Tensor, nn
 
 from torch_quant import Quantizer
-from torch_quant.graph import widen
+from torch_quant.graph import capture, widen
+from torch_quant.graph.calls import flatten_call
+from torch_quant.graph.running import no_fastpath
 
 
 @pytest.fixture
@@ -102,6 +104,26 @@ def test_what_differs_is_captured_anew() -> None:
     assert len(set(keys)) == len(keys)
     with torch.enable_grad():
         assert key() not in keys
+    with no_fastpath():  # which is our own, and not what a user asked for
+        assert key() == keys[0]
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        assert key() not in keys
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+def test_other_options_are_exported_anew(exports: list[str]) -> None:
+    model, call = MODELS["mlp"](), flatten_call(example("mlp", 4), {})
+    next(model.parameters()).view(-1)[0] += 2  # which no other test has exported
+
+    def export(path: str, free: list[frozenset[int]] | None) -> None:
+        capture.export_call(model, call, path=path, free=lambda call: free)
+
+    for count, options in enumerate([("", None), ("inner", None), ("", [frozenset({0})])], start=1):
+        for _ in range(2):
+            export(*options)
+            assert len(exports) == count
 
 
 def test_a_class_that_only_one_function_knows_is_exported_each_time(exports: list[str]) -> None:

@@ -7,7 +7,7 @@ What is left out is said where the cases stand, in one of these ways:
     @pytest.mark.long("half a minute")     # nothing: the long run has it
 
     some(MODELS, "bert", "resnet")         # of one list: these
-    third(MODELS, 0)                       # every third of one list
+    third(MODELS, 0)                       # of one list: every third
     rarely(3, {"padding": 1})              # one of a list: the long run has it
 
 Longer lists have a short one beside them and ask :data:`LONG`. The choice depends on the
@@ -26,8 +26,8 @@ from _pytest.mark import ParameterSet
 
 __all__ = ["LONG", "MARKS", "covering", "left_out", "rarely", "some", "third"]
 
-LONG = int(os.environ.get("LONG_TESTS") or 0)
-"""Whether everything is run; more than 1 is how many sequences of calls are tried."""
+LONG = bool(int(os.environ.get("LONG_TESTS") or 0))
+"""Whether everything is run."""
 
 MARKS = (
     "thin(*together): make test takes each value once, and each combination of those named",
@@ -45,7 +45,11 @@ def some(values: Iterable[_Case], *chosen: _Case) -> list[_Case]:
 
 
 def third(values: Iterable[_Case], first: int) -> list[_Case]:
-    """Every third from the place ``first``: three tests of one list take all of it between them."""
+    """Every third from the place ``first``.
+
+    Other tests of the same list begin elsewhere, so that it is not always the same cases that are
+    left out; what one of them checks is still checked on its own third alone.
+    """
     every = list(values)
     return every if LONG else every[first::3]
 
@@ -75,7 +79,7 @@ def covering(cases: Iterable[_Case], values: Callable[[_Case], set[Hashable]]) -
     were taken least, the first of these.
 
     >>> covering(["ab", "a", "bc", "c"], set)
-    ['ab', 'bc']
+    ['ab', 'c']
     """
     found = [(each, values(each)) for each in cases]
     taken, kept = Counter[Hashable](), set[int]()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 import torch
 from flows import calibrated
-from thinning import LONG
+from thinning import LONG, covering
 from torch import Tensor, nn
 
 import torch_quant  # noqa: F401  # defines the operators
@@ -239,17 +240,49 @@ def test_every_operator_has_samples() -> None:
     assert runnable() == set(SAMPLES)
 
 
+def words(name: str) -> set[str]:
+    """What a sample is of: its shape or layout, its format, how it ends."""
+    return set(re.split(r"[- ]", name))
+
+
+def taken(names: Iterable[str]) -> list[str]:
+    """A few samples as they are; of many, as few as have each word of their names."""
+    every = list(names)
+    return covering(every, words) if len(every) > 4 else every
+
+
+@pytest.mark.parametrize("operator", sorted(SAMPLES))
+def test_every_run_takes_each_shape_format_and_ending(operator: str) -> None:
+    every = SAMPLES[operator]()
+    some = taken(every)
+    assert set(some) <= set(every)
+    assert set().union(*map(words, some)) == set().union(*map(words, every))
+    assert len(some) == len(every) if len(every) < 5 else len(some) < len(every)
+
+
+def test_what_every_run_takes_of_the_longest_lists() -> None:
+    def has(operator: str, *parts: str) -> bool:
+        names = taken(SAMPLES[operator]())
+        return all(any(part in name for name in names) for part in parts)
+
+    assert has("onednn_conv", *CONVS, "2d-", "1d-", "2d_strided_relu", "uint8", "float32")
+    assert has("onednn_linear", "3d", "2d", "1d", "transposed", "gelu", "uint8", "float32")
+    assert has("onednn_quantize", *(f"{layout}-" for layout in LAYOUTS), "torch.int8", "uint8")
+    assert has("choose_qparams", "per_tensor", "per_token", "per_group(1)", *FEW)
+    assert has("round_rows", "none", "gelu", "factors", *FEW)
+    for operator in ("quantize", "fake_quantize", "trained_fake_quantize"):
+        assert has(operator, "int8", "int4", "uint16", "float4_e2m1", "groups", "whole", *FEW)
+
+
 @pytest.mark.parametrize("operator", sorted(SAMPLES))
 def test_operators_are_what_they_say(operator: str) -> None:
     if operator.startswith("onednn") and Backend.ONEDNN.unavailable():
         pytest.skip(f"Backend.ONEDNN: {Backend.ONEDNN.unavailable()}; run on an x86 CPU")
-    samples = [*SAMPLES[operator]().items()]
-    if not LONG and len(samples) > 4:  # every third, as what they end in takes turns
-        samples = samples[::3]
-    for name, sample in samples:
+    samples = SAMPLES[operator]()
+    for name in samples if LONG else taken(samples):
         overload = getattr(torch.ops.torch_quant, operator).default
         try:
-            torch.library.opcheck(overload, sample)
+            torch.library.opcheck(overload, samples[name])
         except Exception as error:
             raise AssertionError(f"{operator}({name})") from error
 

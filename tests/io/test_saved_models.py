@@ -16,7 +16,6 @@ import torch
 from awkward import AWKWARD
 from flows import BACKENDS, Inputs, calibrated, run
 from models import MODELS, example, normal, seeded
-from thinning import third
 from torch import Tensor, nn
 
 import torch_quant
@@ -64,7 +63,7 @@ def test_the_same_outputs_names_and_class(name: str, backend: str, tmp_path: Pat
     assert "%" in repr(whole)
 
 
-@pytest.mark.parametrize("name", third(AWKWARD, 0))
+@pytest.mark.parametrize("name", AWKWARD)
 def test_awkward_models(name: str, tmp_path: Path) -> None:
     entry = AWKWARD[name]
     model, inputs = entry.build(), entry.inputs(3)
