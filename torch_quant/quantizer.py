@@ -37,7 +37,7 @@ class Quantizer(QuantizerReports):
             ``Quantizer("onednn")``, ``Quantizer(recipes.int8_dynamic())``,
             ``Quantizer("int8_dynamic")``.
         backend: where the quantized model will run, ``Backend.ONEDNN`` or its name; None for the
-            fastest that this machine has.
+            first of ``available_backends()``. ``quantize(model, backend="fastest")`` measures.
         qconfig: formats and observers where the backend's own should not be used, or the name of a
             recipe.
         overrides: exceptions to it, by site or module name (globs too), module class or op type;

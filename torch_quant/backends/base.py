@@ -286,7 +286,7 @@ def available_backends() -> list[Backend]:
 
 
 def best_backend() -> Backend:
-    """The fastest backend that needs nothing more than this machine has."""
+    """The default: of the backends that this machine has, the one of highest priority."""
     return available_backends()[0]
 
 
