@@ -20,6 +20,7 @@ from torch_quant import (
     Quantizer,
     QuantSpec,
     export_torchscript,
+    recipes,
     sqnr,
 )
 
@@ -147,6 +148,36 @@ def test_a_proxy_follows_replaced_parameters() -> None:
     calib_model(x)
     model.load_state_dict({k: v * 2 for k, v in model.state_dict().items()}, assign=True)
     assert torch.equal(calib_model(x), model(x))
+
+
+def test_a_part_that_is_called_follows_settings_that_changed() -> None:
+    class Coder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+            self.decoder = nn.Linear(8, 4)
+
+        def get_encoder(self) -> nn.Module:
+            return self.encoder
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.decoder(self.get_encoder()(x))
+            return y
+
+    def recorded(quantizer: Quantizer) -> set[tuple[str, str]]:
+        found = quantizer.state.statistics.items()
+        return {(key, what) for key, each in found for what in each}
+
+    model, x = seeded(Coder).eval(), normal(8, 8)
+    quantizer = Quantizer(recipes.fast(), backend="reference")
+    calib_model = quantizer.calib(model)
+    calib_model(x)
+    calib_model.get_encoder()(x)
+    quantizer.qconfig = recipes.int8_static()
+    calib_model.get_encoder()(x)
+    other = Quantizer(recipes.int8_static(), backend="reference")
+    other.calib(model).get_encoder()(x)
+    assert recorded(other) <= recorded(quantizer)
 
 
 @pytest.mark.skipif("onednn" not in BACKENDS, reason="Backend.ONEDNN needs an x86 CPU")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -85,6 +87,7 @@ class Stops(nn.Module):
         self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 4)
         self.arrived, self.resume = threading.Event(), threading.Event()
         self.resume.set()
+        self.fails = threading.Event()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.first(x)
@@ -92,6 +95,8 @@ class Stops(nn.Module):
             return y
         self.arrived.set()
         assert self.resume.wait(60)
+        if self.fails.is_set():
+            raise ArithmeticError
         return self.second(y)
 
 
@@ -99,8 +104,6 @@ def test_quantizing_while_another_thread_calibrates_waits_for_its_batch() -> Non
     model, quantizer = seeded(Stops).eval(), Quantizer("reference")
     calib_model = quantizer.calib(model)
     calib_model(normal(4, 16))
-    model.arrived.clear()
-    model.resume.clear()
     found: list[str] = []
 
     def asks() -> None:
@@ -109,17 +112,62 @@ def test_quantizing_while_another_thread_calibrates_waits_for_its_batch() -> Non
         quantizer.quantize(model)
         found.append(quantizer.plan.summary)
 
-    jobs = [threading.Thread(target=lambda: calib_model(normal(4, 16, salt=1)))]
+    in_the_middle_of_a_batch(model, calib_model, asks)
+    assert quantizer.state.batches == 2
+    assert found == [str(quantizer.state_dict()), quantizer.plan.summary]
+
+
+def test_merging_and_training_wait_for_the_batch_of_another_thread() -> None:
+    """Else the batch, which fails, takes away what was merged, or its half is trained on."""
+
+    def started() -> tuple[Stops, Quantizer, Any]:
+        model, quantizer = seeded(Stops).eval(), Quantizer("reference", qconfig=recipes.fast())
+        calib_model = quantizer.calib(model)
+        calib_model(normal(4, 16))
+        return model, quantizer, calib_model
+
+    _, other, calib_other = started()
+    calib_other(100 * normal(4, 16))
+    model, quantizer, calib_model = started()
+    model.fails.set()
+    in_the_middle_of_a_batch(model, calib_model, lambda: quantizer.merge(other))
+    ranges = {
+        key: (found["range"].min_val, found["range"].max_val)  # type: ignore[attr-defined]
+        for key, found in other.state.statistics.items()
+    }
+    merged = quantizer.state.statistics
+    assert quantizer.state.batches == 3
+    assert {
+        key: (found["range"].min_val, found["range"].max_val)  # type: ignore[attr-defined]
+        for key, found in merged.items()
+    } == ranges
+
+    model, quantizer, calib_model = started()
+    model.fails.set()
+    made: list[Any] = []
+    in_the_middle_of_a_batch(model, calib_model, lambda: made.append(quantizer.qat(model)))
+    model.fails.clear()
+    again = quantizer.qat(model)
+    assert float(made[0].first.input_scale) == float(again.first.input_scale)
+
+
+def in_the_middle_of_a_batch(model: Stops, calib_model: Any, job: Any) -> None:
+    """Call ``job`` from another thread while ``model`` stands in a batch, ten times larger."""
+    model.arrived.clear()
+    model.resume.clear()
+
+    def calibrates() -> None:
+        with contextlib.suppress(ArithmeticError):
+            calib_model(10 * normal(4, 16, salt=1))
+
+    jobs = [threading.Thread(target=calibrates), threading.Thread(target=job)]
     jobs[0].start()
     assert model.arrived.wait(60)
-    jobs.append(threading.Thread(target=asks))
     jobs[1].start()
     jobs[1].join(1)  # long enough to read half a batch, if it did
     model.resume.set()
-    for job in jobs:
-        job.join()
-    assert quantizer.state.batches == 2
-    assert found == [str(quantizer.state_dict()), quantizer.plan.summary]
+    for each in jobs:
+        each.join()
 
 
 def test_only_a_model_without_products_is_called_empty() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -168,9 +168,13 @@ class QuantizerFiles(QuantizerBase):
         >>> whole.state.batches
         2
         """
+        saved = [each if isinstance(each, Mapping) else each.state_dict() for each in others]
+        with self.state.lock:  # another thread may calibrate
+            self._merge(saved)
+
+    def _merge(self, parts: Sequence[Mapping[str, Any]]) -> None:
         state, fingerprint = self.state.copied(), dict(self.state.fingerprint)
-        for i, other in enumerate(others):
-            saved = other if isinstance(other, Mapping) else other.state_dict()
+        for i, saved in enumerate(parts):
             theirs, part = check_saved(saved)[0], QuantState()
             try:
                 part.load_state_dict(saved["state"])

@@ -19,7 +19,7 @@ from torch_quant.qat.making import (
     their_tensors,
     trainable,
 )
-from torch_quant.qat.methods import qat_method
+from torch_quant.qat.methods import QatMethod, qat_method
 from torch_quant.qat.model import QatModel, bond_of, scale_names
 from torch_quant.quantizer_files import QuantizerFiles
 
@@ -75,6 +75,12 @@ class QuantizerTraining(QuantizerFiles):
         True
         """
         chosen = qat_method(method)
+        with self.state.lock:  # another thread may calibrate
+            return self._qat(model, chosen, example_inputs, edge_bits)
+
+    def _qat(
+        self, model: nn.Module, chosen: QatMethod, example_inputs: Any, edge_bits: int | None
+    ) -> QatModel:
         backend, session = self._ready(model, None, example_inputs, "qat")
         session.tell_observers()
         if edge_bits is not None:

@@ -13,10 +13,11 @@ import pytest
 import torch
 from awkward import AWKWARD
 from capturing import Compute, Two, canonical, capture, shared
-from models import MODELS, example, normal
+from models import MODELS, example, normal, seeded
 from thinning import third
 from torch import Tensor, fx, nn
 
+from torch_quant import Quantizer
 from torch_quant.graph.calls import flatten_call
 from torch_quant.graph.serialize import pack, unpack
 from torch_quant.ops.qdq import DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
@@ -113,14 +114,33 @@ def test_graphs_that_hold_graphs() -> None:
     check(NoAutocast)
 
 
-def test_graphs_that_hold_branches() -> None:
+def alone(statement: str) -> None:
     """In a process of its own: Dynamo, which ``torch.cond`` runs, keeps what other tests traced."""
     here = Path(__file__).parent
-    code = "import test_serialize; test_serialize.check(test_serialize.Cond)"
+    code = f"import test_serialize; test_serialize.{statement}"
     paths = os.pathsep.join(map(str, (here, here.parent, here.parents[1])))
     subprocess.run(
         [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": paths}
     )
+
+
+def test_graphs_that_hold_branches() -> None:
+    alone("check(test_serialize.Cond)")
+
+
+def test_a_model_with_branches_is_one_graph_and_still_runs_afterwards() -> None:
+    alone("quantized_branches()")
+
+
+def quantized_branches() -> None:
+    model, x = seeded(Cond).eval(), normal(4, 16)
+    calib_model = Quantizer("reference").calib(model)
+    with torch.no_grad():
+        for each in (x, -x):
+            assert torch.equal(calib_model(each), model(each))
+        assert not calib_model.captured.root.failure
+        fresh = seeded(Cond, seed=1).eval()
+        assert fresh(x).shape == (4, 16)  # in the user's hands, torch.cond works as before
 
 
 def check(build: Callable[[], nn.Module]) -> None:

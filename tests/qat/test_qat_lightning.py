@@ -87,5 +87,6 @@ def test_resuming_from_a_checkpoint_changes_nothing(tmp_path: Path) -> None:
     checkpoint = fit(module, tmp_path / "first", 1)
     _, resumed, module = made()
     fit(module, tmp_path / "second", 2, checkpoint)
+    assert len(module.losses) == 10  # the steps of one epoch
     states = whole.state_dict(), resumed.state_dict()
     assert all(torch.equal(x, states[1][name]) for name, x in states[0].items())

@@ -31,8 +31,12 @@ def records_outputs(key: Any, value: Any) -> bool:
     transformers sets such hooks at the first call that asks for hidden states or attention maps;
     they give nothing to later calls.
     """
-    found = isinstance(value, types.FunctionType) and value.__module__.startswith("transformers.")
+    found = isinstance(value, types.FunctionType) and _module_of(value).startswith("transformers.")
     return key == _RECORDED or (isinstance(key, int) and found)
+
+
+def _module_of(hook: Any) -> str:
+    return getattr(hook, "__module__", None) or ""
 
 
 def users_hooks(module: nn.Module) -> set[int]:
@@ -43,7 +47,7 @@ def users_hooks(module: nn.Module) -> set[int]:
         key
         for name in CALLED
         for key, hook in vars(module)[name].items()
-        if not (getattr(hook, "__module__", None) or "").startswith(_COMPUTES)
+        if not _module_of(hook).startswith(_COMPUTES)
     }
 
 

@@ -25,8 +25,9 @@ from torch_quant.version import __version__
 
 __all__ = ["read_folder", "write_folder"]
 
-VERSION = 2
-"""Of the layout of folders and of what is in them; since 2, integers may be of few bits."""
+VERSION = 3
+"""Of the layout of folders and of what is in them. Since 2, integers may be of few bits; since 3,
+attributes may hold tensors in lists and dictionaries."""
 _TENSORS = "tensors-"
 _OURS = re.compile(rf"{_TENSORS}[0-9a-f]{{16}}\.safetensors")
 _CHUNK = 1 << 20

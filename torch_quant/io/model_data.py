@@ -37,6 +37,8 @@ _RUNS = ("backend", "signature", "graphs", "runs_python", "in_pieces", "descript
 _MODULE = ("class", "parameters", "buffers", "transient", "attributes", "values", "nests",
            "hooks", "children", "runs")  # fmt: skip
 _HELD = ("_modules", "_parameters", "_buffers")
+_KEPT = {*vars(nn.Module()), "quantization", "_stands_for"}
+"""What modules of ours and PyTorch's keep of themselves."""
 
 
 def write_model(model: QuantizedModule) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -235,6 +237,7 @@ class _Reader:
             if about["same"] not in self.made:
                 raise wrong(f"the module {path}", about["same"], "one that comes before")
             return self.made[about["same"]]
+        about = {"nests": {}, **about} if isinstance(about, dict) else about  # none before 3
         found = entries(about, f"the module {path or 'itself'}", *_MODULE)
         if not isinstance(found["children"], list):
             raise wrong(f"the children of {path}", found["children"], "names")
@@ -290,18 +293,17 @@ class _Reader:
                 else:
                     vars(module)[name] = x
         for name, value in found["values"].items():
-            if not name.startswith("_") and name not in vars(nn.Module()):
+            if not name.startswith("_") and name not in _KEPT:
                 vars(module)[name] = decode(value, f"{path}.{name}")
         for name, value in found["nests"].items():
-            if name in _HELD or name in vars(nn.Module) or name.startswith("__"):
+            if name in _KEPT or name.startswith("__") or hasattr(nn.Module, name):
                 raise wrong(f"the attributes of {path}", name, "one that holds tensors")
             vars(module)[name] = read_nest(value, f"{path}.{name}".strip("."), self._tensor)
         runs = found["runs"]
         if runs is not None and not runs["runs_python"]:
             for name, value in list(vars(module).items()):
-                listed = name.startswith("_") or name in found["attributes"]
-                listed = listed or name in found["nests"]
-                if not listed and holds_tensor(value):
+                listed = name in found["attributes"] or name in found["nests"]
+                if not listed and not name.startswith("_") and holds_tensor(value):
                     del vars(module)[name]  # graphs have what they need of it
 
     def _tensor(self, name: str, parameter: bool) -> Tensor:

@@ -26,9 +26,9 @@ of transforms SmoothQuant's alpha only, ``smooth``, version 3 did not say what w
 had ``stored`` for ``quantized_output``."""
 
 _LARGEST = 3.4e38
+"""Beyond, a number is no float32."""
 _MOST = 2**63
 """What tensors count up to."""
-"""Beyond, a number is no float32."""
 _SITE = (
     "name", "op", "inputs", "activation", "weight", "quantized", "reason", "macs", "precision",
     "quantized_output", "transforms", "method",

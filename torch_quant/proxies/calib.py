@@ -61,6 +61,10 @@ class CalibModel(Proxy):
     def _part(self, executor: Executor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A batch of its own: an encoder that ``generate()`` calls, say."""
         with self.session.state.lock:
+            version = self._version
+            self._follow()
+            if self._version != version:  # all executors are new
+                executor = self._executor_of(executor.submodule)
             if self.captured.root.by_choice:  # one layer of many: each alone is no batch
                 outputs = self._execute(executor, args, kwargs)
                 state = self.session.state

@@ -41,8 +41,8 @@ def write_nest(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
         return encode(value, refer)
     except InvalidConfig as error:
         raise InvalidConfig(
-            f"the attribute {where} holds tensors in an object of {path_of(type(value))}, which is "
-            "no data; save the quantizer (quantizer.save) and quantize again"
+            f"the attribute {where}, of {path_of(type(value))}, holds tensors beside what is no "
+            f"data: {error}"
         ) from error
 
 
