@@ -66,7 +66,7 @@ def test_shared_weights_and_objects_with_tensors_are_refused(tmp_path: Path) -> 
     quant_model = calibrated(model, [((x,), {})], backend="reference").quantize(model)
     with pytest.raises(
         InvalidConfig,
-        match="kept, of builtins.list, holds tensors beside .* of types.SimpleNamespace",
+        match=r"kept, of builtins\.list, holds tensors beside .* of types\.SimpleNamespace",
     ):
         save(quant_model, tmp_path / "x")
     assert not list(tmp_path.iterdir())
