@@ -124,6 +124,27 @@ def test_each_expert_has_the_moments_of_its_own_tokens(kind: str) -> None:
         assert (codes[number] != expected).float().mean() < 0.01
 
 
+def test_experts_whose_parameters_share_memory_are_rounded_with_data() -> None:
+    """As in models whose weights lie in one flat tensor: each is known by where it begins."""
+    codes = []
+    for flat in (False, True):
+        model = moe("gpt-oss")
+        for layer in model.model.layers if flat else ():
+            experts = layer.mlp.experts
+            named = [(name, x) for name, x in experts.named_parameters() if x.dim() == 3]
+            whole, start = torch.cat([x.detach().flatten() for _, x in named]), 0
+            for name, x in named:
+                part = whole[start : start + x.numel()].view(x.shape)
+                experts._parameters[name] = nn.Parameter(part)
+                start += x.numel()
+        quantizer = quantizer_of(GPTQ(full_range=True))
+        made = quantizer.round_weights(model, some(), progress=False)
+        assert sum("experts" in site for site in made.sites) == 4
+        state = quantizer.quantize(model, example_inputs={"input_ids": tokens(2, 12)}).state_dict()
+        codes.append(experts_of(model, state))
+    assert all(torch.equal(codes[0][name], codes[1][name]) for name in codes[0])
+
+
 def test_an_expert_without_tokens_is_rounded_to_nearest(caplog: pytest.LogCaptureFixture) -> None:
     model = moe("mixtral")
     few = [{"input_ids": torch.tensor([[5]])}]  # two experts of four

@@ -13,7 +13,7 @@ from models import normal
 from processor import exact_weights
 from torch import Tensor, nn
 
-from torch_quant import Backend, ModuleFilter, QConfig, Quantizer, QuantSpec, sqnr
+from torch_quant import Backend, ModuleFilter, QConfig, Quantizer, QuantSpec, load, save, sqnr
 from torch_quant.backends import IPEXBackend, available_backends
 from torch_quant.backends.ipex.lstm import LSTM_KERNEL
 
@@ -293,6 +293,57 @@ def test_what_ipex_leaves_in_float_is_right_and_named() -> None:
     assert "projections" in quantizer.plan["b"].reason
     assert IPEXBackend().verify(quant_model, (x,)).left_out == {"a": LSTM_KERNEL.missing}
     assert sqnr(model(x), quant_model(x)) > 30
+
+
+class LeftOut(nn.Module):
+    """A bag and an LSTM, beside others, that IPEX has no kernel for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums, self.largest = nn.EmbeddingBag(50, 16), nn.EmbeddingBag(50, 16, mode="max")
+        self.rnn, self.head = nn.LSTM(16, 16, batch_first=True), nn.Linear(16, 4)
+
+    def forward(self, ids: Tensor, offsets: Tensor, x: Tensor) -> Tensor:
+        y = self.sums(ids, offsets) + self.largest(ids, offsets) + self.rnn(x)[1][1][0]
+        return self.head(y)
+
+
+class Pieces(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = LeftOut()
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        y = self.part(*inputs)
+        return y + 1 if y.sum() > 1e9 else y
+
+
+@needs_ipex
+@pytest.mark.parametrize("build", [LeftOut, Pieces])
+def test_a_loaded_model_names_what_ipex_leaves_out(build: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = build().eval()
+    x = (torch.randint(0, 50, (12,)), torch.tensor([0, 4, 8]), normal(3, 5, 16))
+    quant_model = calibrated(model, [(x, {})], backend="ipex").quantize(model)
+    report = IPEXBackend().verify(quant_model, x)
+    save(quant_model, tmp_path / "saved")
+    loaded = load(tmp_path / "saved", model=model)
+    found = IPEXBackend().verify(loaded, x)
+    path = "part." if build is Pieces else ""
+    assert {f"{path}largest", f"{path}rnn"} <= set(report.left_out)
+    assert found.left_out == report.left_out
+    assert found.expected == report.expected
+
+
+@needs_ipex
+def test_a_loaded_layer_is_named_by_its_operator(tmp_path: Path) -> None:
+    model, x = nn.EmbeddingBag(50, 16, mode="max"), torch.randint(0, 50, (3, 4))
+    quant_model = calibrated(model, [((x,), {})], backend="ipex").quantize(model)
+    report = IPEXBackend().verify(quant_model, x)
+    save(quant_model, tmp_path / "saved")
+    found = IPEXBackend().verify(load(tmp_path / "saved"), x)
+    assert found.left_out == report.left_out
+    assert set(report.left_out) == {"embedding_bag"}
 
 
 @needs_ipex

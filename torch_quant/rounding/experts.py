@@ -189,7 +189,7 @@ class _Listening(TorchDispatchMode):
         super().__init__()
         self.heard = heard
         self.places = {
-            value.untyped_storage().data_ptr(): (path, name)
+            _place(value): (path, name)
             for path in paths
             for name, value in root.get_submodule(path)._parameters.items()
             if value is not None and value.dim() == 3
@@ -205,10 +205,15 @@ class _Listening(TorchDispatchMode):
         kwargs = kwargs or {}
         if (operands := _operands(func, args, kwargs)) is not None:
             x, matrices, ends = operands
-            place = self.places.get(matrices.untyped_storage().data_ptr())
+            place = self.places.get(_place(matrices))
             if place is not None and x.dim() == 2 and matrices.dim() == 3:
                 self.heard(*place, x, matrices, ends)
         return func(*args, **kwargs)
+
+
+def _place(matrices: Tensor) -> tuple[int, int]:
+    """Where they lie, also turned; parameters may be views of one storage."""
+    return matrices.data_ptr(), matrices.numel()
 
 
 def _operands(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +40,8 @@ ALONE = (LSTM_KERNEL, BAG_KERNEL)
 _OPS = {alone.kernel: alone.op for alone in ALONE}
 _FUNCTIONS = {function: alone.op for alone in ALONE for function in alone.functions}
 _MISSING = {alone.op: alone.missing for alone in ALONE}
+_WEIGHT = re.compile(r"(^|\.)weight(_ih_l0)?$")
+"""The last part of what a weight is called."""
 _PRODUCTS = {"scaled_dot_product_attention": ("matmul", "matmul")}
 
 
@@ -88,10 +92,14 @@ def verify(model: nn.Module, example_inputs: Any, plan: QuantPlan | None = None)
             for _ in range(2):
                 model(*tensors)
             return _compare_counts(model.graph_for(*tensors), plan)
-        ran: list[tuple[QuantizedGraph, tuple[Any, ...]]] = []
+        ran: list[tuple[str, QuantizedGraph, tuple[Any, ...]]] = []
+
+        def note(path: str, graph: Any, args: tuple[Any, ...]) -> None:
+            ran.append((path, graph, args))
+
         hooks = [
-            graph.register_forward_pre_hook(lambda graph, args: ran.append((graph, args)))
-            for _, graph in quantized_graphs(model)
+            graph.register_forward_pre_hook(partial(note, module.quantization.path))
+            for module, graph in quantized_graphs(model)
         ]
         try:
             call_example(model, example_inputs)
@@ -199,14 +207,27 @@ def _fingerprint(codes: Tensor) -> tuple[Any, ...]:
 # What should be
 
 
-def _expected(body: fx.GraphModule) -> Iterator[tuple[str, Product]]:
-    """Products of dequantized tensors in a lowered graph, each with a name."""
+def _site(node: fx.Node, path: str, codes: str, kind: str) -> str:
+    """The site of a product; the graphs of a loaded model name its weight alone.
+
+    Args:
+        node: of the product.
+        path: of the module whose graph it is in.
+        codes: where the graph has the int8 weight.
+        kind: of product, for a model that is one layer.
+    """
+    where = f"{path}.{codes}".strip(".")
+    return str(node.meta.get(KEY, _WEIGHT.sub("", where) or kind))
+
+
+def _expected(body: fx.GraphModule, path: str) -> Iterator[tuple[str, Product]]:
+    """Products of dequantized tensors in the lowered graph of a module, each with a name."""
     for node in body.graph.nodes:
         if (op := _FUNCTIONS.get(node.target)) is not None:
             codes = argument(node, "codes")
             first = codes[0] if isinstance(codes, (list, tuple)) else codes
             found = Product(op, (), _fingerprint(body.get_buffer(first.target)))
-            yield str(node.meta.get(KEY, node.name)), found
+            yield _site(node, path, first.target, op), found
         kind = _KINDS.get(str(getattr(node.target, "_opname", "")))
         if kind is None:
             continue
@@ -220,7 +241,7 @@ def _expected(body: fx.GraphModule) -> Iterator[tuple[str, Product]]:
             elif arg.target is ops.dequantize_weight:
                 codes = argument(arg, "codes").target
                 weight = _fingerprint(body.get_buffer(codes))
-                name = str(node.meta.get(KEY, codes.removesuffix(".weight")))
+                name = _site(node, path, codes, kind)
         if grids:
             yield name, Product(kind, tuple(grids), weight)
 
@@ -231,15 +252,15 @@ def _same(product: Product) -> tuple[Any, ...]:
     return product.kind, tuple(grids), product.weight
 
 
-def _compare(ran: list[tuple[QuantizedGraph, tuple[Any, ...]]]) -> IPEXReport:
+def _compare(ran: list[tuple[str, QuantizedGraph, tuple[Any, ...]]]) -> IPEXReport:
     partitions = 0
     int8: Counter[str] = Counter()
     expected: Counter[str] = Counter()
     left_out: dict[str, str] = {}
-    for graph, tensors in ran:
+    for path, graph, tensors in ran:
         fused = graph.compiled
         if fused is graph.body:
-            for name, product in _expected(graph.body):
+            for name, product in _expected(graph.body, path):
                 expected[product.kind] += 1
                 left_out[name] = f"its graph is not compiled: {WRITES}"
             continue
@@ -250,7 +271,7 @@ def _compare(ran: list[tuple[QuantizedGraph, tuple[Any, ...]]]) -> IPEXReport:
         partitions += found.partitions
         matched = Counter(_same(product) for product in found.fused)
         outside = {_same(product): kind for product, kind in found.unfused}
-        for name, product in _expected(graph.body):
+        for name, product in _expected(graph.body, path):
             expected[product.kind] += 1
             if matched[_same(product)]:
                 matched[_same(product)] -= 1
