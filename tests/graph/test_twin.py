@@ -129,6 +129,24 @@ def test_plain_attributes_lead_to_the_twin() -> None:
     assert len(model.listed) == 3
 
 
+def test_plain_attributes_that_lead_to_themselves() -> None:
+    model = Holder()
+    model.listed.append(model.listed)  # type: ignore[arg-type]
+    model.named["itself"] = model.named  # type: ignore[assignment]
+    model.paired = (model.second, [])  # type: ignore[assignment]
+    model.paired[1].append(model.paired)  # type: ignore[attr-defined]
+    model.again = model.listed
+    twin = twin_of(model)
+    assert twin.listed[:3] == [twin.first, twin.second, twin.first]
+    assert twin.listed[3] is twin.listed
+    assert twin.again is twin.listed
+    assert twin.listed is not model.listed
+    assert twin.named["itself"] is twin.named
+    assert twin.paired[0] is twin.second
+    assert twin.paired[1][0] is twin.paired
+    assert model.listed[3] is model.listed
+
+
 def test_a_child_that_knows_its_parent_knows_the_twin() -> None:
     model = nn.Module()
     model.child = nn.Linear(2, 2)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_quant.convert.mounting import place_in_memory
+from torch_quant.convert.nested import Replaced, tensors_in
 from torch_quant.errors import QuantError
 from torch_quant.nn.described import Described
 
@@ -69,11 +70,14 @@ class Owner:
 
     def __init__(self, theirs: Mapping[str, Tensor], shared: SharedWeights | None) -> None:
         self.names = {
-            x.untyped_storage()._cdata: name for name, x in reversed(list(theirs.items()))
+            x.untyped_storage()._cdata: name
+            for name, x in reversed(list(theirs.items()))
+            if x.layout == torch.strided
         }
         self.shared = shared
         self.made: dict[tuple[Any, ...], Tensor] = {}
         self.constants: dict[tuple[Any, ...], Tensor] = {}
+        self.held = Replaced()
 
     def put(self, x: Tensor, new: Tensor) -> None:
         """Have ``new`` in the place of a tensor of the float model."""
@@ -136,42 +140,24 @@ class Owner:
             self.attributes(module.__dict__)
 
     def attributes(self, values: dict[str, Any]) -> None:
-        """The same for the attributes of one module or object."""
+        """The same for what the attributes of one module lead to; see :class:`Replaced`."""
         for name, value in list(values.items()):
-            if name not in ("_parameters", "_buffers", "_modules"):
-                values[name] = self.value(value)
-
-    def value(self, x: Any) -> Any:
-        """``x`` with tensors of the float model replaced; the very ``x`` if it holds none."""
-        if isinstance(x, Tensor):
-            return self.tensor(x)
-        if type(x) in (list, tuple):
-            items = [self.value(item) for item in x]
-            return type(x)(items) if _differ(items, x) else x
-        if type(x) is dict:
-            items = [self.value(item) for item in x.values()]
-            return dict(zip(x, items, strict=True)) if _differ(items, x.values()) else x
-        return x
+            if _is_of_interest(name):
+                values[name] = self.held(value, self.tensor)
 
 
 def plain_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Tensors that modules keep as plain attributes, in lists and dictionaries too, by name."""
+    """Tensors that attributes of modules lead to, through containers and objects, by name."""
+    seen: set[int] = set()
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue
         for name, value in vars(module).items():
-            if name not in ("_parameters", "_buffers", "_modules"):
-                for x in _held(value):
+            if _is_of_interest(name):
+                for x in tensors_in(value, seen):
                     yield f"{path}.{name}".strip("."), x
 
 
-def _held(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif type(value) in (list, tuple, dict):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _held(item)
-
-
-def _differ(new: Iterable[Any], old: Iterable[Any]) -> bool:
-    return any(a is not b for a, b in zip(new, old, strict=True))
+def _is_of_interest(name: str) -> bool:
+    """Whether an attribute is the user's own; hooks belong to whoever has registered them."""
+    return name not in ("_parameters", "_buffers", "_modules") and "_hooks" not in name

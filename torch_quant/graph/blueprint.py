@@ -8,7 +8,6 @@ from __future__ import annotations
 import operator
 import types
 from collections import OrderedDict, deque
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -129,17 +128,18 @@ class _Identity:
         return id(self.value)
 
 
-def _fact(value: Any) -> Any:
+def _fact(value: Any, around: frozenset[int] = frozenset()) -> Any:
+    """What compares equal for equal values; ``around`` has the containers that it is in."""
     if isinstance(value, _CONSTANTS):
         return type(value), repr(value) if isinstance(value, (float, complex)) else value
+    if id(value) in around:  # a container that leads to itself is like no other
+        return _Identity(value)
+    inside = around | {id(value)}
     if type(value) in (list, tuple, set, frozenset, deque):
-        return type(value), tuple(map(_fact, value))
+        return type(value), tuple(_fact(item, inside) for item in value)
     if type(value) in (dict, OrderedDict):
-        return type(value), tuple(_items(value))
+        items = ((_fact(key, inside), _fact(item, inside)) for key, item in value.items())
+        return type(value), tuple(items)
     if isinstance(value, Tensor):
         return _Identity(value), value._version if not value.is_inference() else 0
     return _Identity(value)
-
-
-def _items(value: dict[Any, Any]) -> Iterator[Any]:
-    return ((_fact(key), _fact(item)) for key, item in value.items())

@@ -27,6 +27,7 @@ __all__ = [
     "KeepsState",
     "Watch",
     "assign",
+    "attributes_of",
     "content_of",
     "items_of",
     "kept_between_calls",
@@ -222,10 +223,13 @@ def content_of(value: Any) -> Any:
         return {key: x for key, x in vars(value).items() if key not in NOT_STATE}
     if type(value).__module__.partition(".")[0] in _FOREIGN:
         return None
+    return attributes_of(value) if hasattr(value, "__dict__") or _slots(value) else None
+
+
+def attributes_of(value: Any) -> dict[str, Any]:
+    """A copy of what an object keeps in its dictionary and in slots."""
     slots = {name: getattr(value, name) for name in _slots(value) if hasattr(value, name)}
-    if hasattr(value, "__dict__"):
-        return {**vars(value), **slots}
-    return slots if _slots(value) else None
+    return {**getattr(value, "__dict__", {}), **slots}
 
 
 def _slots(value: Any) -> tuple[str, ...]:

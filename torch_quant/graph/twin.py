@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,22 +54,32 @@ def twin_of(model: nn.Module, replace: Mapping[nn.Module, nn.Module] | None = No
 
     made = set(twins)
     result = twin(model)
+    containers: dict[int, Any] = {}
     # Plain attributes that hold modules (lists, dicts) must lead to the twins as well.
     for module in [new for old, new in twins.items() if old not in made]:
         for name, value in list(module.__dict__.items()):
             if name not in _OWN:
-                module.__dict__[name] = _redirect(value, twins)
+                module.__dict__[name] = _redirect(value, twins, containers)
     return result
 
 
-def _redirect(value: object, twins: dict[int, nn.Module]) -> object:
+def _redirect(value: object, twins: dict[int, nn.Module], made: dict[int, Any]) -> object:
+    """An attribute of the twin; ``made`` has the containers so far, which may hold themselves."""
     if isinstance(value, nn.Module):
         return twins.get(id(value), value)
     if isinstance(value, types.MethodType) and id(value.__self__) in twins:
         return types.MethodType(value.__func__, twins[id(value.__self__)])
-    if type(value) in (list, tuple):
-        items = [_redirect(item, twins) for item in value]  # type: ignore[attr-defined]
-        return items if isinstance(value, list) else tuple(items)
-    if type(value) is dict:
-        return {key: _redirect(item, twins) for key, item in value.items()}
-    return value
+    if id(value) in made:
+        return made[id(value)]
+    if type(value) is list:
+        items: list[object] = []
+        made[id(value)] = items
+        items.extend(_redirect(item, twins, made) for item in value)
+    elif type(value) is dict:
+        entries: dict[object, object] = {}
+        made[id(value)] = entries
+        entries.update((key, _redirect(item, twins, made)) for key, item in value.items())
+    elif type(value) is tuple:
+        found = tuple(_redirect(item, twins, made) for item in value)
+        made.setdefault(id(value), found)
+    return made.get(id(value), value)
