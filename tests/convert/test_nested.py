@@ -329,6 +329,34 @@ def test_an_object_of_several_modules_stays_one() -> None:
     assert quant_model[0].held is not model[0].held
 
 
+class Rotary(nn.Module):
+    """Reads several tensors of one attribute, of its own and of a child."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.tables = [torch.full((4,), 2.0), torch.full((4,), 3.0)]
+        self.head.tables = {"a": torch.full((4,), 4.0), "b": [Box(torch.full((4,), 5.0))]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        if y.sum() > 1e9:
+            y = y + 1
+        y = y * self.tables[0] + self.tables[1]
+        return self.head(y) * self.head.tables["a"] + self.head.tables["b"][0].scale
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_each_tensor_of_an_attribute_is_part_of_the_snapshot(number: int) -> None:
+    model, x = seeded(Rotary).eval(), normal(4, 4)
+    quantizer = Quantizer("reference")
+    quantizer.calib(model)(x)
+    quant_model = quantizer.quantize(model)
+    expected = quant_model(x)
+    list(tensors_in([model.tables, model.head.tables], set()))[number].mul_(-3)
+    assert torch.equal(quant_model(x), expected)
+
+
 class Neighbours(nn.Module):
     """Computes with a sparse tensor in Python."""
 

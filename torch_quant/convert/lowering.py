@@ -95,12 +95,12 @@ class Lowering:
         theirs = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         for name, value in plain_tensors(module):
             theirs.setdefault(name, value)
-        for prepared in self.captured.graphs():
+        for number, prepared in enumerate(self.captured.graphs()):
             gm = prepared.canonical
             for node in gm.graph.find_nodes(op="get_attr"):
                 value = operator.attrgetter(str(node.target))(gm)
                 if isinstance(value, Tensor):
-                    theirs.setdefault(f"{node.target} (a constant)", value)
+                    theirs.setdefault(f"{node.target} (a constant of graph {number})", value)
         return theirs
 
     def _graph(self, submodule: CapturedModule, kind: Kind, graph: CapturedGraph) -> QuantizedGraph:

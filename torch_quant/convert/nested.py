@@ -1,8 +1,8 @@
 """Tensors that containers and objects hold, and copies of those with other tensors.
 
 What is looked into: lists, tuples, dictionaries, deques and their subclasses, bound methods, and
-objects that keep attributes in a dictionary or in slots. Sets, keys, closures and the objects of
-other libraries (as :func:`content_of` knows them) are not.
+objects that keep attributes in a dictionary or in slots, up to 12 deep. Sets, keys, closures and
+the objects of other libraries (as :func:`content_of` knows them) are not.
 """
 
 from __future__ import annotations

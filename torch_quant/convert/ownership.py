@@ -154,8 +154,9 @@ def plain_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             continue
         for name, value in vars(module).items():
             if _is_of_interest(name):
-                for x in tensors_in(value, seen):
-                    yield f"{path}.{name}".strip("."), x
+                where = f"{path}.{name}".strip(".")
+                for number, x in enumerate(tensors_in(value, seen)):
+                    yield f"{where} ({number})" if number else where, x
 
 
 def _is_of_interest(name: str) -> bool:
