@@ -22,7 +22,7 @@ from thinning import LONG
 from torch import nn
 
 from torch_quant import InvalidConfig, ModuleFilter, QConfig, Quantizer, QuantSpec, SmoothQuant
-from torch_quant.io.folder import read_folder, write_folder
+from torch_quant.io.folder import VERSION, read_folder, write_folder
 from torch_quant.statistics import OBSERVERS, Statistic, register_statistic
 
 X = example("attention_explicit", 16)
@@ -149,7 +149,10 @@ def flip(folder: Path) -> None:
         (cut("json", 0.0), "quantizer.json is truncated"),
         (cut("safetensors", 0.7), "safetensors is truncated or was changed"),
         (flip, "safetensors is truncated or was changed"),
-        (edit(lambda d: d.update(version=3)), "version 3, of torch_quant .*install the newer"),
+        (
+            edit(lambda d: d.update(version=VERSION + 1)),
+            f"version {VERSION + 1}, of torch_quant .*install the newer",
+        ),
         (edit(lambda d: d.update(version="1")), "version '1'"),
         (edit(lambda d: d.update(format="torch_quant model")), "its format is 'torch_quant model'"),
         (edit(lambda d: d.clear()), "its format is None"),

@@ -23,7 +23,7 @@ from torch_quant.io.data.narrow import narrowed, widened
 from torch_quant.io.files import alone, staging
 from torch_quant.version import __version__
 
-__all__ = ["read_folder", "write_folder"]
+__all__ = ["VERSION", "read_folder", "write_folder"]
 
 VERSION = 3
 """Of the layout of folders and of what is in them. Since 2, integers may be of few bits; since 3,
