@@ -144,3 +144,15 @@ def test_forged_data_are_refused(change: Any, tmp_path: Path) -> None:
     rewritten(tmp_path, change)
     with pytest.raises(torch_quant.QuantError):
         load(tmp_path)
+
+
+def test_folders_from_before_attributes_could_hold_tensors_are_read(tmp_path: Path) -> None:
+    quant_model = saved(MODELS["mlp"](), [(example("mlp", 8), {})], tmp_path, backend="reference")
+
+    def older(data: dict[str, Any]) -> None:
+        for module in data["modules"].values():
+            module.pop("nests", None)
+
+    rewritten(tmp_path, older)
+    (x,) = example("mlp", 8)
+    assert torch.equal(load(tmp_path)(x), quant_model(x))
