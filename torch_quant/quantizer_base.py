@@ -25,8 +25,8 @@ from torch_quant.config import OverrideKey, QConfig
 from torch_quant.configuration import configuration, write_configuration
 from torch_quant.convert.lowering import Lowering
 from torch_quant.convert.quantized import QuantizedModule, plan_of
-from torch_quant.core.garbage import no_collection
 from torch_quant.core.plan import FALLEN_BACK, PRECISIONS, QuantPlan
+from torch_quant.core.switches import NO_COLLECTION
 from torch_quant.core.telling import told_together
 from torch_quant.errors import InvalidConfig, NotCalibrated, UnsupportedOp
 from torch_quant.explain import Explanation, explain
@@ -315,7 +315,7 @@ class QuantizerBase(Tied):
             )
         if not self.state.rounded:  # it was told then
             _tell(session, plan)
-        with told_together(), no_collection():
+        with told_together(), NO_COLLECTION:
             return lowering.run(share=share)
 
     def _described(self, quantized: QuantizedModule, backend: Backend) -> QuantizedModule:

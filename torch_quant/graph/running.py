@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from torch_quant.core.switches import Off
 from torch_quant.graph.calls import Call
 from torch_quant.graph.effects import KeepsElsewhere, KeepsState, Watch, kept_between_calls
 from torch_quant.graph.foreign import ForeignOperators
@@ -68,32 +69,7 @@ def seed() -> None:
         torch.default_generator.manual_seed(0)
 
 
-class _FastPath:
-    """Switches it off for as long as anybody wants that, in whatever thread."""
-
-    def __init__(self) -> None:
-        self._lock, self._users, self._before = threading.Lock(), 0, True
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._users == 0:
-                self._before = torch.backends.mha.get_fastpath_enabled()
-                torch.backends.mha.set_fastpath_enabled(False)
-            self._users += 1
-
-    def wanted(self) -> bool:
-        with self._lock:
-            enabled: bool = torch.backends.mha.get_fastpath_enabled()
-            return self._before if self._users else enabled
-
-    def __exit__(self, *error: object) -> None:
-        with self._lock:
-            self._users -= 1
-            if self._users == 0:
-                torch.backends.mha.set_fastpath_enabled(self._before)
-
-
-_FAST_PATH = _FastPath()
+_FAST_PATH = Off(torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled)
 
 
 def fastpath_wanted() -> bool:
