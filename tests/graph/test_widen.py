@@ -177,11 +177,74 @@ def test_a_string_that_is_read_stays_fixed(compute: Any) -> None:
     assert kinds(submodule) == [[str], [str]]
 
 
-def test_a_string_may_be_part_of_the_output() -> None:
-    model = Layer(lambda linear, x, name: {"name": name, "y": linear(x)})
-    run, _ = executor(model)
+class Record:
+    """A class that no library knows."""
+
+    def __init__(self, name: Any, y: Any) -> None:
+        self.name, self.y = name, y
+
+
+@pytest.mark.parametrize(
+    ("compute", "read"),
+    [
+        (lambda linear, x, name: {"name": name, "y": linear(x)}, lambda out: out["name"]),
+        (lambda linear, x, name: (linear(x), [name, name], x), lambda out: out[1][1]),
+        (lambda linear, x, name: Record(name, linear(x)), lambda out: out.name),
+    ],
+    ids=["dictionary", "nest", "object"],
+)
+def test_a_string_that_only_goes_into_the_output_makes_no_graph(
+    compute: Any, read: Callable[[Any], str]
+) -> None:
+    model = Layer(compute)
+    run, submodule = executor(model)
+    for name in ("a", "b", "a", b"bytes"):
+        assert read(run(X, name)) == name
+    assert kinds(submodule) == [[Unread], [Unread]]  # of the two types
+
+
+def test_a_string_that_a_module_writes_to_an_argument_makes_no_graph() -> None:
+    def compute(linear: nn.Module, out: dict[str, Any], x: Tensor, name: str) -> Any:
+        out["name"], out["y"] = name, linear(x)
+        return out, name
+
+    model = Layer(compute)
+    run, submodule = executor(model)
+    for name in ("a", "b"):
+        out: dict[str, Any] = {"before": name * 2}
+        again, given = run(out, X, name)
+        assert again is out
+        assert (out["name"], given, out["before"]) == (name, name, name * 2)
+    assert len(submodule.graphs) == 1
+
+
+def test_a_number_that_only_goes_into_the_output_makes_no_graph() -> None:
+    model = Layer(lambda linear, x, n, t: {"n": [n], "y": linear(x) * t, "t": t})
+    run, submodule = executor(model)
+    for n, t in [(1, 0.5), (7, -1.5), (0, 2.0), (2.5, 2.0), (-0.5, 0.25)]:
+        found, expected = run(X, n, t), model(X, n, t)
+        assert torch.equal(found["y"], expected["y"])
+        assert (found["n"], found["t"]) == ([n], t)
+        assert type(found["n"][0]) is type(n)
+    assert kinds(submodule) == [[Number, Number]] * 2
+
+
+def test_objects_of_the_call_s_own_numbers_and_strings_alone() -> None:
+    model = Layer(lambda linear, x, name, n: (linear(x), Record(name, n), Record("fixed", 3)))
+    run, submodule = executor(model)
+    for name, n in [("a", 1), ("b", 2), ("", 0)]:
+        found = run(X, name, n)
+        assert (found[1].name, found[1].y) == (name, n)
+        assert vars(found[2]) == {"name": "fixed", "y": 3}
+    assert kinds(submodule) == [[Unread, Number]]
+
+
+def test_a_string_that_changes_on_its_way_to_the_output_stays_fixed() -> None:
+    model = Layer(lambda linear, x, name: {"name": name + "!", "y": linear(x)})
+    run, submodule = executor(model)
     for name in ("a", "b", "a"):
-        assert run(X, name)["name"] == name
+        assert run(X, name)["name"] == name + "!"
+    assert kinds(submodule) == [[str], [str]]
 
 
 def test_a_model_that_hides_the_use_of_a_string() -> None:

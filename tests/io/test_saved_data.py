@@ -27,6 +27,7 @@ from torch_quant.graph.calls import flatten_call
 from torch_quant.graph.export import CapturedGraph
 from torch_quant.graph.outputs import flatten_output, leaf_names, unflatten_output
 from torch_quant.graph.twin import twin_of
+from torch_quant.graph.widen import export_call
 from torch_quant.io.data.graphs import read_graph, write_graph
 from torch_quant.io.data.sizes import read_contract, write_contract
 from torch_quant.io.data.trees import read_kind, read_output, write_kind, write_output
@@ -205,6 +206,23 @@ def test_outputs(output: Any) -> None:
     again = read_output(through(write_output(spec)), "model")
     assert leaf_names(again) == leaf_names(spec)
     assert repr(unflatten_output(leaves, again)) == repr(output)
+
+
+def test_outputs_that_hold_what_the_call_was_given() -> None:
+    class Named(nn.Module):
+        def forward(self, x: Tensor, name: str, n: int) -> Any:
+            return {"y": x + 1, "name": name, "n": (n,)}
+
+    call = flatten_call((normal(2, 3), "a", 5), {})
+    wide, graph = export_call(twin_of(Named()), call)
+    data = through(write_output(graph.out_spec))
+    again = read_output(data, "model", wide.signature)
+    leaves = graph.gm(*wide.tensors)
+    found = unflatten_output(leaves, again, ((normal(2, 3), "b", 7), {}))
+    assert (found["name"], found["n"]) == ("b", (7,))
+    for kind in (None, call.signature):  # where no call has such
+        with pytest.raises(InvalidConfig, match="expected a leaf, a constant or an object"):
+            read_output(data, "model", kind)
 
 
 def test_outputs_of_transformers_and_written_arguments() -> None:

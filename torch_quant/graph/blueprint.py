@@ -19,7 +19,7 @@ from torch_quant.graph.calls import Call
 from torch_quant.graph.export import CapturedGraph
 from torch_quant.graph.kinds import Kind
 from torch_quant.graph.macs import note_sizes
-from torch_quant.graph.outputs import flatten_output
+from torch_quant.graph.outputs import flatten_output, with_given
 from torch_quant.graph.running import copied, frozen, seed, written
 from torch_quant.ops.capturing import running
 
@@ -79,7 +79,7 @@ def _computes(graph: CapturedGraph, module: nn.Module, call: Call) -> bool:
             seed()
             tensors = copied(call).tensors
             note_sizes(graph.gm, tensors)
-            actual = graph.gm(*tensors)
+            actual = with_given(graph.gm(*tensors), graph.out_spec, call.constant)
     except (CaptureFailed, RuntimeError, ValueError, IndexError):
         return False  # exporting the module itself tells why
     pairs = zip(actual, expected, strict=False)

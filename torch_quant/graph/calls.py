@@ -111,6 +111,11 @@ class Call:
         positions = tuple(i for i in self.positions if i not in self.numbers)
         return Call(leaves, self.spec, positions, self.nesting, self.source)
 
+    def constant(self, position: int) -> Any:
+        """The number or string at a position, as Python has it."""
+        leaf = self.leaves[position]
+        return leaf.item() if position in self.numbers else leaf
+
     def rebuild(
         self, tensors: tuple[Tensor, ...], sealed: bool = False
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -121,13 +126,15 @@ class Call:
             sealed: put objects that raise :class:`ConstantRead` in the place of what is unread.
         """
         leaves = list(self.with_tensors(tensors).leaves)
+        if sealed:
+            self.uses.symbols.clear()  # of another attempt
         for i in self.numbers:
             leaves[i] = leaves[i].item()
             if isinstance(leaves[i], (torch.SymInt, torch.SymFloat)):
                 self.uses.symbols[str(leaves[i].node.expr)] = i
         if sealed:
             for i in self.unread:
-                leaves[i] = sealed_constant(leaves[i], partial(self.uses.read.add, i))
+                leaves[i] = sealed_constant(leaves[i], i, partial(self.uses.read.add, i))
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         return args, kwargs
 

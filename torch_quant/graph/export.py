@@ -101,7 +101,7 @@ class CapturedGraph:
 
     def output(self, leaves: Any, call: Call) -> Any:
         """The module's output from the graph's; arguments that it changes are changed."""
-        return unflatten_output(leaves, self.out_spec, call.source)
+        return unflatten_output(leaves, self.out_spec, call.source, call.constant)
 
 
 class _Flat(nn.Module):
@@ -117,7 +117,8 @@ class _Flat(nn.Module):
     def forward(self, *tensors: Tensor) -> list[Any]:
         args, kwargs = self._call.rebuild(tensors, sealed=True)
         output = getattr(self, _INNER)(*args, **kwargs)
-        leaves, spec = flatten_output(output, written(args, kwargs, self._writes))
+        symbols = self._call.uses.symbols
+        leaves, spec = flatten_output(output, written(args, kwargs, self._writes), symbols)
         self._record(spec)
         return leaves
 

@@ -33,8 +33,8 @@ def check_numbers(graph: fx.Graph) -> None:
         graph: as exported, checks included.
 
     Raises:
-        ConstantRead: a number decides a size or a check, is part of the output, or goes into an
-            operator that needs to know it.
+        ConstantRead: a number decides a size or a check, what is computed of one is part of the
+            output, or it goes into an operator that needs to know it.
     """
     for node in _readers(graph):
         name = str(node.target)

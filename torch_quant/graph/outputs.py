@@ -5,10 +5,11 @@ from __future__ import annotations
 import operator
 import types
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from functools import reduce
+from types import MappingProxyType
 from typing import Any
 
 from torch import SymBool, SymFloat, SymInt, Tensor, nn
@@ -16,11 +17,13 @@ from torch.utils import _pytree as pytree
 
 from torch_quant.errors import CaptureFailed
 from torch_quant.graph.effects import assign
+from torch_quant.graph.sealed import sealed_position
 from torch_quant.graph.trees import pack_tree, unpack_tree
 
 __all__ = [
     "ArgumentSpec",
     "ConstantSpec",
+    "GivenSpec",
     "LEAF",
     "ObjectSpec",
     "TreeOfSpecs",
@@ -28,6 +31,7 @@ __all__ = [
     "flatten_output",
     "leaf_names",
     "unflatten_output",
+    "with_given",
 ]
 
 _SYMBOLS = (SymInt, SymFloat, SymBool)
@@ -38,6 +42,17 @@ class ConstantSpec:
     """An output, or a part of one, that is the same at each call."""
 
     value: Any
+
+
+@dataclass(frozen=True)
+class GivenSpec:
+    """Stands in an output for a number or string of the call that goes there as it is.
+
+    Args:
+        position: of it among the leaves of the call.
+    """
+
+    position: int
 
 
 @dataclass(frozen=True)
@@ -109,58 +124,79 @@ _FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 
 
 def flatten_output(
-    output: Any, arguments: Mapping[int | str, Any] | None = None
+    output: Any,
+    arguments: Mapping[int | str, Any] | None = None,
+    symbols: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[list[Any], Any]:
     """(tensor and number leaves, spec). Other leaves are constants of the spec.
 
-    A leaf that is an object with a ``__dict__`` (a cache, say) is taken apart into its attributes,
-    and made again by :func:`unflatten_output`.
+    A constant of the call that was sealed is whatever a call will have in its place. A leaf that is
+    an object with a ``__dict__`` (a cache, say) is taken apart into its attributes, and made again
+    by :func:`unflatten_output`.
 
     Args:
         output: of a module.
         arguments: position or name -> an argument that the module has changed; its leaves follow.
+        symbols: while a module is exported, the symbol of each number of its call -> position.
     """
     leaves: list[Any] = []
+    flat = _Flattener(symbols)
     if not arguments:
-        return leaves, _flatten(output, leaves, depth=0)
+        return leaves, flat.nest(output, leaves)
     known = {id(value): key for key, value in arguments.items()}
-    spec = _flatten(output, leaves, depth=0, known=known)
-    written = {key: _flatten(value, leaves, depth=0) for key, value in arguments.items()}
+    spec = flat.nest(output, leaves, known=known)
+    written = {key: flat.nest(value, leaves) for key, value in arguments.items()}
     return leaves, WrittenSpec(spec, written)
 
 
-def _flatten(
-    value: Any, leaves: list[Any], depth: int, known: Mapping[int, int | str] | None = None
-) -> Any:
-    known = known or {}
-    items, tree = pytree.tree_flatten(value, is_leaf=lambda x: id(x) in known)
-    specs: list[Any] = []
-    for item in items:
-        if id(item) in known:
-            specs.append(ArgumentSpec(known[id(item)]))
-            continue
-        # Any number may be a size of this call, so none is taken for a constant.
-        if isinstance(item, (Tensor, int, float, *_SYMBOLS)) and not isinstance(item, bool):
-            leaves.append(item)
-            specs.append(LEAF)
-        else:
-            specs.append(_flatten_object(item, leaves, depth))
-    return TreeOfSpecs(tree, tuple(specs), tuple(_reordered(value)))
+@dataclass
+class _Flattener:
+    symbols: Mapping[str, int]
+    passed: int = 0
+    """How many of the call's own numbers and strings were met."""
 
+    def nest(
+        self,
+        value: Any,
+        leaves: list[Any],
+        depth: int = 0,
+        known: Mapping[int, int | str] = MappingProxyType({}),
+    ) -> TreeOfSpecs:
+        items, tree = pytree.tree_flatten(value, is_leaf=lambda x: id(x) in known)
+        specs: list[Any] = []
+        for item in items:
+            if id(item) in known:
+                specs.append(ArgumentSpec(known[id(item)]))
+            elif (position := self._given(item)) is not None:
+                specs.append(GivenSpec(position))
+                self.passed += 1
+            # Any number may be a size of this call, so none is taken for a constant.
+            elif isinstance(item, (Tensor, int, float, *_SYMBOLS)) and not isinstance(item, bool):
+                leaves.append(item)
+                specs.append(LEAF)
+            else:
+                specs.append(self._object(item, leaves, depth))
+        return TreeOfSpecs(tree, tuple(specs), tuple(_reordered(value)))
 
-def _flatten_object(item: Any, leaves: list[Any], depth: int) -> Any:
-    """An object that holds leaves, taken apart; anything else is a constant."""
-    if isinstance(item, (type, Enum, nn.Module, *_FUNCTIONS)):
-        return ConstantSpec(item)
-    if depth > 8:
-        raise CaptureFailed(f"an output nests objects more than 8 deep, down to {type(item)}")
-    inner: list[Any] = []
-    parts = _parts(item)
-    specs = tuple(_flatten(value, inner, depth + 1) for _, _, value in parts)
-    if not any(isinstance(leaf, (Tensor, *_SYMBOLS)) for leaf in inner):
-        return ConstantSpec(item)
-    leaves.extend(inner)
-    return ObjectSpec(type(item), tuple((how, key) for how, key, _ in parts), specs)
+    def _given(self, item: Any) -> int | None:
+        if type(item) in (SymInt, SymFloat):
+            return self.symbols.get(str(item.node.expr))
+        return sealed_position(item)
+
+    def _object(self, item: Any, leaves: list[Any], depth: int) -> Any:
+        """An object that holds leaves, taken apart; anything else is a constant."""
+        if isinstance(item, (type, Enum, nn.Module, *_FUNCTIONS)):
+            return ConstantSpec(item)
+        if depth > 8:
+            raise CaptureFailed(f"an output nests objects more than 8 deep, down to {type(item)}")
+        inner: list[Any] = []
+        parts, passed = _parts(item), self.passed
+        specs = tuple(self.nest(value, inner, depth + 1) for _, _, value in parts)
+        varies = any(isinstance(leaf, (Tensor, *_SYMBOLS)) for leaf in inner)
+        if not varies and self.passed == passed:
+            return ConstantSpec(item)
+        leaves.extend(inner)
+        return ObjectSpec(type(item), tuple((how, key) for how, key, _ in parts), specs)
 
 
 def _parts(item: Any) -> list[tuple[str, Any, Any]]:
@@ -179,24 +215,29 @@ def _parts(item: Any) -> list[tuple[str, Any, Any]]:
     return parts
 
 
-def unflatten_output(leaves: Any, spec: Any, source: Any = None) -> Any:
+def unflatten_output(
+    leaves: Any, spec: Any, source: Any = None, given: Callable[[int], Any] | None = None
+) -> Any:
     """Undo :func:`flatten_output`; the arguments that the module changes are changed likewise.
 
     Args:
         leaves: what a graph gives.
         spec: how they nest.
         source: the caller's ``(args, kwargs)``.
+        given: the number or string at a position of the call; by default those of ``source``.
     """
     if not isinstance(spec, WrittenSpec):
-        return _unflatten(iter(leaves), spec, {})
+        at = given or (lambda i: pytree.tree_leaves(source)[i])
+        return _unflatten(iter(leaves), spec, {}, at)
     leaves = list(leaves)
     rest = iter(leaves[_count(spec.output) :])
-    arguments = {key: _unflatten(rest, each, {}) for key, each in spec.arguments.items()}
+    at = given or pytree.tree_leaves(source).__getitem__  # before arguments are changed
+    arguments = {key: _unflatten(rest, each, {}, at) for key, each in spec.arguments.items()}
     if source is not None:
         args, kwargs = source
-        given = {key: args[key] if isinstance(key, int) else kwargs[key] for key in arguments}
-        arguments = {key: assign(given[key], new) for key, new in arguments.items()}
-    return _unflatten(iter(leaves), spec.output, arguments)
+        old = {key: args[key] if isinstance(key, int) else kwargs[key] for key in arguments}
+        arguments = {key: assign(old[key], new) for key, new in arguments.items()}
+    return _unflatten(iter(leaves), spec.output, arguments, at)
 
 
 def _count(spec: TreeOfSpecs) -> int:
@@ -205,7 +246,12 @@ def _count(spec: TreeOfSpecs) -> int:
     return sum(isinstance(item, str) for item in spec.leaves) + sum(map(_count, inner))
 
 
-def _unflatten(leaves: Any, spec: TreeOfSpecs, arguments: Mapping[int | str, Any]) -> Any:
+def _unflatten(
+    leaves: Any,
+    spec: TreeOfSpecs,
+    arguments: Mapping[int | str, Any],
+    at: Callable[[int], Any],
+) -> Any:
     items = []
     for item in spec.leaves:
         if isinstance(item, str):
@@ -214,10 +260,12 @@ def _unflatten(leaves: Any, spec: TreeOfSpecs, arguments: Mapping[int | str, Any
             items.append(item.value)
         elif isinstance(item, ArgumentSpec):
             items.append(arguments[item.key])
+        elif isinstance(item, GivenSpec):
+            items.append(at(item.position))
         else:
             new = item.cls.__new__(item.cls)
             for (how, key), inner in zip(item.parts, item.specs, strict=True):
-                value = _unflatten(leaves, inner, arguments)
+                value = _unflatten(leaves, inner, arguments, at)
                 if how == "item":
                     new[key] = value
                 elif how == "append":
@@ -230,6 +278,34 @@ def _unflatten(leaves: Any, spec: TreeOfSpecs, arguments: Mapping[int | str, Any
         for key in keys:
             reduce(operator.getitem, path, value).move_to_end(key)
     return value
+
+
+def with_given(leaves: Iterable[Any], spec: Any, given: Callable[[int], Any]) -> list[Any]:
+    """The leaves that :func:`flatten_output` gives for the output, the call's own numbers too.
+
+    Args:
+        leaves: what a graph gives.
+        spec: how they nest.
+        given: the number or string at a position of the call.
+    """
+    rest, found = iter(leaves), []
+
+    def walk(nest: TreeOfSpecs) -> None:
+        for item in nest.leaves:
+            if isinstance(item, str):
+                found.append(next(rest))
+            elif isinstance(item, GivenSpec):
+                if isinstance(value := given(item.position), (int, float)):
+                    found.append(value)
+            # An object of numbers and strings alone is a constant to flatten_output.
+            elif isinstance(item, ObjectSpec) and any(map(_count, item.specs)):
+                for each in item.specs:
+                    walk(each)
+
+    written = isinstance(spec, WrittenSpec)
+    for nest in (spec.output, *spec.arguments.values()) if written else (spec,):
+        walk(nest)
+    return found
 
 
 def leaf_names(spec: Any) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-__all__ = ["ConstantRead", "sealed_constant"]
+__all__ = ["ConstantRead", "sealed_constant", "sealed_position"]
 
 
 class ConstantRead(RuntimeError):
@@ -19,8 +19,9 @@ class _Sealed:
     ``type()`` tell the two apart without being noticed.
     """
 
-    def __init__(self, kind: type, read: Callable[[], Any]) -> None:
+    def __init__(self, kind: type, position: int, read: Callable[[], Any]) -> None:
         object.__setattr__(self, "_kind", kind)
+        object.__setattr__(self, "_position", position)
         object.__setattr__(self, "_read", read)
 
     def __getattribute__(self, name: str) -> Any:
@@ -50,11 +51,17 @@ for _name in _METHODS - _KEPT:
     setattr(_Sealed, _name, _refuse)
 
 
-def sealed_constant(value: Any, read: Callable[[], Any]) -> Any:
+def sealed_constant(value: Any, position: int, read: Callable[[], Any]) -> Any:
     """An object in the place of ``value``.
 
     Args:
         value: a constant.
+        position: of it among the leaves of its call.
         read: called when code asks for its value; then :class:`ConstantRead` is raised.
     """
-    return _Sealed(type(value), read)
+    return _Sealed(type(value), position, read)
+
+
+def sealed_position(value: Any) -> int | None:
+    """The position of the constant that ``value`` stands for, None if it is no such object."""
+    return object.__getattribute__(value, "_position") if type(value) is _Sealed else None

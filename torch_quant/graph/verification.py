@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from torch_quant.errors import CaptureFailed
 from torch_quant.graph.calls import Call
+from torch_quant.graph.outputs import with_given
 from torch_quant.graph.running import Writes, copied, frozen, run_module
 from torch_quant.graph.shapes import ShapeContract
 
@@ -166,7 +167,7 @@ def verify(graph: CapturedGraph, call: Call, expected: list[Any]) -> bool:
     """Whether the graph gives ``expected`` bit for bit; raises unless it does so up to rounding."""
     graph.contract.check(call)
     with frozen(graph.gm):
-        actual = list(graph.gm(*copied(call).tensors))
+        actual = with_given(graph.gm(*copied(call).tensors), graph.out_spec, call.constant)
     if len(actual) != len(expected):
         raise CaptureFailed(f"the graph gives {len(actual)} outputs, the module {len(expected)}")
     same = [_same(x, y) for x, y in zip(actual, expected, strict=True)]

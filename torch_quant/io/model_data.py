@@ -389,12 +389,8 @@ def _read_graph(data: Any, where: str, tensor: Any) -> QuantizedGraph:
     found = entries(data, f"a graph of {where}", *_GRAPH)
     body: fx.GraphModule = read_graph(found["graph"], where, tensor)
     compiler = None if found["compiled"] is None else Backend.get(found["compiled"])
-    made = QuantizedGraph(
-        body,
-        read_kind(found["calls"], where),
-        read_contract(found["sizes"], where),
-        read_output(found["outputs"], where),
-        compiler,
-    )
+    kind = read_kind(found["calls"], where)
+    outputs = read_output(found["outputs"], where, kind)
+    made = QuantizedGraph(body, kind, read_contract(found["sizes"], where), outputs, compiler)
     made.plan = QuantPlan.from_dict(found["plan"])
     return made

@@ -15,6 +15,7 @@ from torch_quant.graph.outputs import (
     LEAF,
     ArgumentSpec,
     ConstantSpec,
+    GivenSpec,
     ObjectSpec,
     TreeOfSpecs,
     WrittenSpec,
@@ -175,6 +176,8 @@ def _written_item(item: Any) -> Any:
         return {"constant": encode(item.value, _class)}
     if isinstance(item, ArgumentSpec):
         return {"argument": item.key}
+    if isinstance(item, GivenSpec):
+        return {"given": item.position}
     parts = [
         [how, encode(key), _written_specs(each)]
         for (how, key), each in zip(item.parts, item.specs, strict=True)
@@ -182,8 +185,14 @@ def _written_item(item: Any) -> Any:
     return {"object": [path_of(item.cls), parts]}
 
 
-def read_output(data: Any, what: str) -> Any:
-    """Undo :func:`write_output`; raises :class:`InvalidConfig` for anything else."""
+def read_output(data: Any, what: str, kind: Kind | None = None) -> Any:
+    """Undo :func:`write_output`; raises :class:`InvalidConfig` for anything else.
+
+    Args:
+        data: JSON.
+        what: the graph, for messages.
+        kind: of the calls whose numbers and strings may be in the output.
+    """
     if isinstance(data, dict) and "arguments" in data:
         found = entries(data, f"the outputs of {what}", "output", "arguments")
         if not isinstance(found["arguments"], list):
@@ -192,9 +201,9 @@ def read_output(data: Any, what: str) -> Any:
         for each in found["arguments"]:
             if not isinstance(each, list) or len(each) != 2 or type(each[0]) not in (int, str):
                 raise wrong(f"the outputs of {what}", each, "an argument and what it holds")
-            written[each[0]] = _read_specs(each[1], what)
-        return WrittenSpec(_read_specs(found["output"], what), written)
-    return _read_specs(entries(data, f"the outputs of {what}", "output")["output"], what)
+            written[each[0]] = _read_specs(each[1], what, kind)
+        return WrittenSpec(_read_specs(found["output"], what, kind), written)
+    return _read_specs(entries(data, f"the outputs of {what}", "output")["output"], what, kind)
 
 
 def _class_within(path: Any, package: str, what: str) -> type:
@@ -205,7 +214,7 @@ def _class_within(path: Any, package: str, what: str) -> type:
     return found
 
 
-def _read_specs(data: Any, what: str, package: str = "") -> TreeOfSpecs:
+def _read_specs(data: Any, what: str, kind: Kind | None, package: str = "") -> TreeOfSpecs:
     found = entries(data, f"the outputs of {what}", "nest", "leaves", "reordered")
     tree = unpack_tree(_read_tree(found["nest"], what))
     if not isinstance(found["leaves"], list) or not isinstance(found["reordered"], list):
@@ -214,11 +223,11 @@ def _read_specs(data: Any, what: str, package: str = "") -> TreeOfSpecs:
         raise wrong(f"the outputs of {what}", found["leaves"], f"{tree.num_leaves} leaves")
     reordered = tuple((decode(path, what), decode(keys, what)) for path, keys in found["reordered"])
     return TreeOfSpecs(
-        tree, tuple(_read_item(each, what, package) for each in found["leaves"]), reordered
+        tree, tuple(_read_item(each, what, kind, package) for each in found["leaves"]), reordered
     )
 
 
-def _read_item(data: Any, what: str, package: str) -> Any:
+def _read_item(data: Any, what: str, calls: Kind | None, package: str) -> Any:
     if data == LEAF:
         return LEAF
     if not isinstance(data, dict) or len(data) != 1:
@@ -228,6 +237,9 @@ def _read_item(data: Any, what: str, package: str) -> Any:
         return ConstantSpec(decode(inner, what, lambda path: _class_within(path, package, what)))
     if kind == "argument" and type(inner) in (int, str):
         return ArgumentSpec(inner)
+    given = [] if calls is None else [first in (Number, Unread) for first, _ in calls.leaves]
+    if kind == "given" and type(inner) is int and 0 <= inner < len(given) and given[inner]:
+        return GivenSpec(inner)
     if kind == "object" and isinstance(inner, list) and len(inner) == 2:
         path, parts = inner
         cls, pairs, specs = _object_class(path, what), [], []
@@ -236,6 +248,6 @@ def _read_item(data: Any, what: str, package: str) -> Any:
             if not isinstance(each, list) or len(each) != 3 or each[0] not in known:
                 raise wrong(f"an output of {what}", each, "a part of an object")
             pairs.append((each[0], decode(each[1], what)))
-            specs.append(_read_specs(each[2], what, cls.__module__.partition(".")[0]))
+            specs.append(_read_specs(each[2], what, calls, cls.__module__.partition(".")[0]))
         return ObjectSpec(cls, tuple(pairs), tuple(specs))
     raise wrong(f"an output of {what}", data, "a leaf, a constant or an object")
