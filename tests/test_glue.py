@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import logging
 
 import pytest
 import torch
@@ -46,6 +48,56 @@ def test_parts_of_a_child_that_glue_calls_are_quantized(backend: str) -> None:
     assert set(quantizer.plan.quantized) == {"head", "body.decoder.0", "body.proj"}
     assert sqnr(model(x), quant_model(x)) > 25
     assert torch.equal(copy.deepcopy(quant_model)(x), quant_model(x))
+
+
+class Walks(nn.Module):
+    """Its Python code counts parameters."""
+
+    def __init__(self, whole: bool) -> None:
+        super().__init__()
+        self.body, self.head, self.whole = Body(), nn.Linear(16, 4), whole
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 1e9:
+            return x
+        owner = self if self.whole else self.body.decoder[0]
+        count = sum(each.numel() for each in owner.parameters())  # here
+        return self.head(self.body.decoder(x)) * count
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_code_that_counts_parameters_is_told(whole: bool, caplog: pytest.LogCaptureFixture) -> None:
+    calib_model = Quantizer("reference").calib(Walks(whole).eval())
+    with caplog.at_level(logging.WARNING, "torch_quant"):
+        for _ in range(2):
+            calib_model(normal(8, 16))
+    lines, start = inspect.getsourcelines(Walks)
+    line = start + next(i for i, text in enumerate(lines) if "# here" in text)
+    told = [text for text in caplog.messages if "goes through all parameters" in text]
+    assert len(told) == 1
+    assert told[0].startswith(f"{__file__}:{line} ")
+
+
+class KnowsParameters(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 1e9:
+            return x
+        weight = self.get_parameter("linear.weight")
+        return self.linear(x) * (2 if isinstance(weight, nn.Parameter) else 3) * weight.shape[0]
+
+
+def test_what_stands_for_a_weight_is_a_parameter() -> None:
+    model, x = seeded(KnowsParameters).eval(), normal(8, 16)
+    quantizer = Quantizer("reference")
+    assert torch.equal(quantizer.calib(model)(x), model(x))
+    quant_model = quantizer.quantize(model)
+    assert quantizer.plan.quantized
+    assert sqnr(model(x), quant_model(x)) > 25
+    assert "weight" not in dict(quant_model.linear.named_parameters())
 
 
 class AsksItsDtype(nn.Module):

@@ -100,6 +100,16 @@ def values_as_array(self: Any, x: Tensor) -> Tensor:
 
 
 @decision
+def text(self: Any, x: Tensor) -> Tensor:
+    return x + len(f"{x[0, 0]:.3f}")  # here
+
+
+@decision
+def shown(self: Any, x: Tensor) -> Tensor:
+    return x + len(str(x.sum()))  # here
+
+
+@decision
 def comparison(self: Any, x: Tensor) -> Tensor:
     return x + 1 if torch.equal(x, x.relu()) else x  # here
 
@@ -271,6 +281,31 @@ def test_a_decision_by_sizes_is_told(tmp_path: Path, caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.WARNING, "torch_quant"):
         export_torchscript(model, normal(4, 8), tmp_path / "m.ts")
     assert "return x + 1 if x.shape[0] > 3 else x" in caplog.text
+
+
+class BySize(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + 1 if x.shape[1] > 3 else self.linear(x)
+
+
+@pytest.mark.parametrize(("length", "told"), [(4, True), (3, True), (9, True), (40, False)])
+def test_a_branch_on_a_size_inside_of_a_graph_is_told(
+    length: int, told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = BySize().eval()
+    x = normal(2, length, 8)
+    quant_model = calibrated(model, [((x,), {})], backend="reference").quantize(model)
+    with caplog.at_level(logging.WARNING, "torch_quant"):
+        export_torchscript(quant_model, x, tmp_path / "m.ts")
+    sizes = "is right where" in caplog.text
+    assert sizes == told  # 40 is far from the branch
+    if told:
+        assert "x.shape[1]" in caplog.text
+        assert "3" in caplog.text.partition("is right where")[2]
 
 
 def test_a_float_model_is_refused(tmp_path: Path) -> None:

@@ -85,6 +85,8 @@ class CapturedModule:
         """Code that was seen to ask parameters of it for dtype, device or sizes and no more."""
         self.computers: set[CodeType] = set()
         """Code that was seen to compute with them."""
+        self.walks: set[str] = set()
+        """Places of Python code that goes through all parameters or buffers of a part."""
         self.entered = False
         """Whether its own Python runs: it is in pieces, or others call methods and parts of it."""
         self.plain = False
@@ -218,7 +220,9 @@ class CapturedModule:
                 parts = callable_children(self.module)
             for name, child in parts:
                 path = f"{self.path}.{name}".strip(".")
-                self.children[path] = CapturedModule(child, path, blueprints=self.blueprints)
+                made = CapturedModule(child, path, blueprints=self.blueprints)
+                made.walks = self.walks
+                self.children[path] = made
             self.opened = True
 
     def distrust(self, call: Call | None) -> None:

@@ -25,6 +25,7 @@ from torch_quant.graph.hooks import give_hooks
 from torch_quant.graph.macs import MacCounter, counted, follow, uncounted
 from torch_quant.graph.running import CAPTURING, no_fastpath
 from torch_quant.graph.twin import twin_of
+from torch_quant.graph.walks import walked
 from torch_quant.nn.forward import SignedForward
 from torch_quant.nn.stand_in import class_of
 
@@ -132,7 +133,8 @@ class Executor(nn.Module):
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
         """Those of the float module: code around it asks ``next(self.parameters()).dtype``."""
-        yield from self.submodule.module.named_modules(memo, prefix, remove_duplicate)
+        modules = self.submodule.module.named_modules(memo, prefix, remove_duplicate)
+        yield from walked(self.submodule, modules)
 
     def __getattr__(self, name: str) -> Any:
         """Glue may reach into a child: for its attributes, or to call parts of it."""

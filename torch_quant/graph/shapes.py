@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -201,6 +202,19 @@ class ShapeContract:
         return bool(own) and all(
             any(_holds(c, {str(name): other}) is False for c in own) for other in others
         )
+
+    def relied_on(self, call: Call) -> list[str]:
+        """The conditions that sizes not far from those of ``call`` break, as text."""
+        values = self.values(call)
+        broken: dict[Any, None] = {}
+        for size in set(values.values()):
+            for change in (size + 1, 2 * size, 4 * size, 16 * size, size // 2, size // 4):
+                other = max(2, change)  # for all that are equal in the example
+                others = {name: other if n == size else n for name, n in values.items()}
+                broken |= dict.fromkeys(c for c in self.conditions if _holds(c, others) is False)
+        places = zip(self._places(), chain.from_iterable(self.shapes), strict=True)
+        names = {size: f"{self.names[i]}.shape[{axis}]" for (i, axis), size in places}
+        return [re.sub(r"\w+", lambda m: names.get(m[0], m[0]), str(each)) for each in broken]
 
     def describe(self) -> str:
         """The inputs and sizes it serves, for messages."""

@@ -14,8 +14,10 @@ from torch.utils import _pytree as pytree
 
 from torch_quant.backends import Backend
 from torch_quant.convert.quantized import QuantizedModule, check_finished, quantized_graphs
+from torch_quant.convert.quantized_graph import QuantizedGraph
 from torch_quant.core.metrics import sqnr
 from torch_quant.errors import InvalidConfig, QuantError
+from torch_quant.graph.calls import flatten_call
 from torch_quant.graph.examples import example_call
 from torch_quant.graph.outputs import flatten_output
 from torch_quant.io.files import checked_target, staging
@@ -41,8 +43,9 @@ def export_torchscript(
 
     The file holds integer weights and the graph that serves the example: other batch sizes and
     lengths too, but where the model has several graphs (other arguments, or other code for other
-    sizes), only that one. A process that loads it must ``import torch_quant`` first. The file is
-    loaded and compared with the model on the example before it gets its name.
+    sizes), only that one; a warning names sizes that the code asks for. A process that loads it
+    must ``import torch_quant`` first. The file is loaded and compared with the model on the example
+    before it gets its name.
 
     Args:
         quant_model: what ``Quantizer.quantize`` returned.
@@ -78,8 +81,14 @@ def export_torchscript(
         with staging(target) as folder:
             file = folder / target.name
             torch.jit.save(scripted, str(file))
-            _compare(quant_model, file, args, kwargs)
+            relied_on = _compare(quant_model, file, args, kwargs)
             os.replace(file, target)
+    if relied_on:
+        logger.warning(
+            "export_torchscript: the file does what the model does for the sizes of the example, "
+            "and is right where %s",
+            " and ".join(relied_on),
+        )
     return scripted
 
 
@@ -143,14 +152,32 @@ def _traced(
     return result
 
 
-def _compare(model: nn.Module, file: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise :class:`QuantError` unless the file gives what the model gives on the example."""
+def _compare(
+    model: nn.Module, file: Path, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[str]:
+    """The conditions on sizes that the model's graphs rely on.
+
+    Raises:
+        QuantError: the file does not give what the model gives on the example.
+    """
+    relied_on: dict[str, None] = {}
+
+    def note(graph: nn.Module, tensors: tuple[Tensor, ...]) -> None:
+        assert isinstance(graph, QuantizedGraph)
+        call = flatten_call(tensors, {})
+        relied_on.update(dict.fromkeys(graph.contract.relied_on(call)))
 
     def run(function: Any) -> list[Any]:
         again, named = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
         return flatten_output(function(*again, **named))[0]
 
-    expected, found = run(model), run(torch.jit.load(str(file)))
+    hooks = [graph.register_forward_pre_hook(note) for _, graph in quantized_graphs(model)]
+    try:
+        expected = run(model)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = run(torch.jit.load(str(file)))
     if len(expected) != len(found):
         raise QuantError(f"the traced model gives {len(found)} outputs, not {len(expected)}")
     for i, (x, y) in enumerate(zip(expected, found, strict=True)):
@@ -160,6 +187,7 @@ def _compare(model: nn.Module, file: Path, args: tuple[Any, ...], kwargs: dict[s
                 f"output {i} {reason}; nothing was written. torch_quant.save(quant_model, folder) "
                 "saves the model itself"
             )
+    return list(relied_on)
 
 
 def _difference(x: Tensor, y: Tensor) -> str:

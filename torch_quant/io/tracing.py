@@ -35,7 +35,7 @@ _READS = {
     "is_nonzero": "as a condition", "equal": "by torch.equal",
     "allclose": "by torch.allclose", "__contains__": "by `in`", "cond": "by torch.cond",
     "while_loop": "by torch.while_loop", "tensor": "by torch.tensor", "new_tensor": "by new_tensor",
-    "__len__": "by len()",
+    "__len__": "by len()", "__format__": "as text", "__repr__": "as text",
 }  # fmt: skip
 _COPIES = ("tensor", "new_tensor")
 """Make a constant of what they read."""

@@ -38,6 +38,7 @@ class Described(Tensor):
         """Makes one without memory."""
         new: Described = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         new.weight_path = path
+        new._is_param = True  # which isinstance(x, nn.Parameter) asks
         return new
 
     @classmethod
