@@ -16,6 +16,7 @@ import torch
 from awkward import AWKWARD
 from flows import BACKENDS, Inputs, calibrated, run
 from models import MODELS, example, normal, seeded
+from thinning import third
 from torch import Tensor, nn
 
 import torch_quant
@@ -63,7 +64,7 @@ def test_the_same_outputs_names_and_class(name: str, backend: str, tmp_path: Pat
     assert "%" in repr(whole)
 
 
-@pytest.mark.parametrize("name", AWKWARD)
+@pytest.mark.parametrize("name", third(AWKWARD, 2))
 def test_awkward_models(name: str, tmp_path: Path) -> None:
     entry = AWKWARD[name]
     model, inputs = entry.build(), entry.inputs(3)
