@@ -64,6 +64,7 @@ def with_float_zeros(bits: int, group: int) -> QConfig:
 FORMATS: dict[str, Callable[[], QConfig]] = {
     "int8_weight_only": recipes.int8_weight_only,
     "int8_dynamic": recipes.int8_dynamic,
+    "uint4 g32": lambda: recipes.int4_weight_only(group_size=32, symmetric=False),
     "uint4 g64": lambda: recipes.int4_weight_only(group_size=64, symmetric=False),
     "uint4 g64, float zeros": lambda: with_float_zeros(4, 64),
     "uint4 g32, float zeros": lambda: with_float_zeros(4, 32),

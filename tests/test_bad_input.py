@@ -26,6 +26,7 @@ from torch_quant import (
     QuantSpec,
     UnsupportedOp,
     export_torchscript,
+    recipes,
     sqnr,
     tune,
 )
@@ -345,3 +346,34 @@ def test_an_unwritable_path_leaves_nothing(tmp_path: Path) -> None:
         export_torchscript(quant_model, example("mlp", 2), tmp_path / "missing" / "model.pt")
     export_torchscript(quant_model, example("mlp", 2), tmp_path / "model.pt")
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
+class TiedHead(nn.Module):
+    """Looks tokens up in the weight that it multiplies by in the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(4096, 32)
+        self.head = nn.Linear(32, 4096, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.table(ids))
+
+
+def test_a_tied_weight_with_different_wishes(caplog: pytest.LogCaptureFixture) -> None:
+    """Each reader has what it is to have; equal wishes keep one tensor."""
+    model, ids = TiedHead().eval(), torch.arange(8)[None]
+    int4 = recipes.int4_weight_only(group_size=32)
+
+    def quantized(overrides: dict[str, Any]) -> nn.Module:
+        quantizer = Quantizer("reference", qconfig=int4, overrides=overrides)
+        return quantizer.quantize(model, example_inputs=(ids,))
+
+    same = quantized({})
+    assert same.table.weight.data_ptr() == same.head.weight.data_ptr()
+    assert "kept once for each" not in caplog.text
+    other = quantized({"head": recipes.int8_weight_only()})
+    assert int(other.table.weight.abs().max()) <= 8 < int(other.head.weight.abs().max())
+    assert "table and head share a weight of 131,072 numbers" in caplog.text
+    assert torch.equal(other(ids), other.head(other.table(ids)))

@@ -16,6 +16,7 @@ from torch_quant.core.rounded import RoundedWeight, RoundedWeights, checksum
 from torch_quant.core.spec import QuantSpec
 from torch_quant.core.telling import at_site
 from torch_quant.errors import InvalidConfig, NotCalibrated, QuantError
+from torch_quant.graph.annotate import weight_readers
 from torch_quant.graph.sites import Site
 from torch_quant.statistics import RANGE, Statistic
 
@@ -46,6 +47,9 @@ class Calibrated:
             for site, _ in prepared.sites:
                 self._sites.setdefault(site.name, []).append(site)
         self._shared: dict[Hashable, Any] = {}
+        every = (site for same in self._sites.values() for site in same)
+        readers = weight_readers(every, session.model).items()
+        self._tied = {x: w.data_ptr() for w, names in readers if len(names) > 1 for x in names}
 
     def activation(self, key: str, spec: QuantSpec) -> QParams:
         """Of the tensor ``key``; raises :class:`NotCalibrated` where no data passed it."""
@@ -58,6 +62,19 @@ class Calibrated:
         entry = self._plan[site]
         method = entry.method or DEFAULT_METHOD
         spec = spec.on(axis)
+        data = method.wants_statistics or method.wants_blocks or entry.transforms
+        if weight.data_ptr() == self._tied.get(site) and not data:
+            made: tuple[Tensor, QParams] = self.shared(
+                ("tied", weight.data_ptr(), weight.shape, weight.stride(), spec, method),
+                lambda: self._weight(site, weight, spec, method),
+            )
+            return made
+        return self._weight(site, weight, spec, method)
+
+    def _weight(
+        self, site: str, weight: Tensor, spec: QuantSpec, method: WeightMethod
+    ) -> tuple[Tensor, QParams]:
+        entry = self._plan[site]
         rounded = self._rounded(site, weight, spec, method)
         if rounded is not None:
             return rounded.codes, rounded.qparams

@@ -30,7 +30,7 @@ from torch_quant.core.switches import NO_COLLECTION
 from torch_quant.core.telling import told_together
 from torch_quant.errors import InvalidConfig, NotCalibrated, UnsupportedOp
 from torch_quant.explain import Explanation, explain
-from torch_quant.graph.annotate import tell_misfits, tell_refused
+from torch_quant.graph.annotate import tell_misfits, tell_refused, tell_tied
 from torch_quant.graph.dynamic import Dynamic, checked_dynamic
 from torch_quant.graph.examples import call_example, run_example
 from torch_quant.graph.identity import check_model, check_same
@@ -340,9 +340,10 @@ class QuantizerBase(Tied):
 
 
 def _tell(session: Session, plan: QuantPlan) -> None:
-    """Warn of what is not as it was asked for: sites in float, weights rounded by other methods."""
+    """Warn of what is not as was asked for: sites in float, other methods, a weight kept twice."""
     sites, settings = session.captured.sites(), session.settings
     tell_misfits(sites, plan)
+    tell_tied(sites, session.model, plan)
     tell_refused(sites, session.model, plan, qconfig=settings.qconfig, overrides=settings.overrides)
 
 

@@ -122,6 +122,21 @@ def test_other_formats_of_equal_sizes_are_named() -> None:
     refused(ours, quantized(1, qconfig=inputs).state_dict(), "other (formats|graphs)")
 
 
+def test_another_model_is_named_by_where_it_differs() -> None:
+    def stack(width: int, depth: int) -> Any:
+        layers = [nn.Sequential(nn.Linear(8, width), nn.Linear(width, 8)) for _ in range(depth)]
+        int8 = recipes.int8_weight_only()
+        quantizer = Quantizer("reference", qconfig=int8, capture="modules")
+        return quantizer.quantize(nn.Sequential(*layers).eval(), example_inputs=(X,))
+
+    ours = stack(16, 2)
+    refused(ours, stack(16, 3).state_dict(), r"of another model: it has 2\.0\.")
+    refused(ours, stack(16, 1).state_dict(), r"of another model: it lacks 1\.0\.")
+    wider = r"of another model: 0\.0\.bias is \(24,\) there; expected \(16,\)\."
+    refused(ours, stack(24, 2).state_dict(), wider)
+    assert_takes(ours, stack(16, 2))
+
+
 @pytest.mark.skipif("onednn" not in BACKENDS, reason="Backend.ONEDNN needs an x86 CPU")
 def test_scales_that_are_numbers_in_the_graphs() -> None:
     ours = quantized(0, "onednn")

@@ -2,9 +2,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
+from torch_quant.core import functional
 from torch_quant.core.functional import dequantize, fake_quantize, quantize
-from torch_quant.core.granularity import PerChannel, block_extremes
+from torch_quant.core.granularity import (
+    Granularity,
+    PerBlock,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    block_extremes,
+)
 from torch_quant.core.qparams import QParams, choose_qparams
 from torch_quant.core.spec import QuantSpec
 
@@ -75,3 +84,26 @@ def test_int16_codes() -> None:
     codes = quantize(bias, grid(1e-3, 0, QuantSpec.of("int16")))
     assert codes.dtype == torch.int16
     assert codes.tolist() == [1000, -2500, 0]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    "granularity", [PerTensor(), PerChannel(0), PerChannel(1), PerGroup(8).on(0), PerBlock((2, 8))],
+    ids=str,
+)  # fmt: skip
+def test_a_large_tensor_has_the_codes_of_its_rows(
+    granularity: Granularity, symmetric: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is computed in parts, the last of them smaller."""
+    spec = QuantSpec.of(bits=4, signed=True, symmetric=symmetric, granularity=granularity)
+    x = torch.randn(22, 16, generator=torch.Generator().manual_seed(0))
+    qparams = choose_qparams(*block_extremes(x, granularity), spec)
+    whole = quantize(x, qparams)
+    values = dequantize(whole, qparams)
+    monkeypatch.setattr(functional, "_PART", 100)
+    codes = quantize(x, qparams)
+    assert codes.dtype == whole.dtype
+    assert torch.equal(codes, whole)
+    assert torch.equal(dequantize(codes, qparams), values)
+    assert torch.equal(quantize(x.T.contiguous().T, qparams), whole)
+    assert torch.equal(quantize(nn.Parameter(x), qparams), whole)

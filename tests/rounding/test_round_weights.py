@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from torch_quant import (
+    GPTQ,
     InvalidConfig,
     NotCalibrated,
     QConfig,
@@ -299,7 +300,7 @@ def test_mistakes(registered: Any) -> None:
     with pytest.raises(InvalidConfig, match="got no batches"):
         quantizer_of().round_weights(model, [])
     everything = quantizer_of(overrides={"op:linear": None})
-    with pytest.raises(InvalidConfig, match="no weight of a linear layer"):
+    with pytest.raises(InvalidConfig, match=r"no weight of a linear layer.*: left in float by an"):
         everything.round_weights(model, data)
     static = QConfig(transforms=(Doubled(),))
     with pytest.raises(InvalidConfig, match="serves float and dynamic activations only"):
@@ -385,3 +386,18 @@ def test_blocks_that_are_called_alike_are_recorded_once(
     quantizer = quantizer_of()
     quantizer.round_weights(model, given, progress=False)
     assert len(ran) == recorded
+
+
+@pytest.mark.parametrize("kind", ["llama", "tied"])
+def test_a_head_that_needs_no_data_is_rounded_later(kind: str) -> None:
+    """Its float weight is large, and a rounded one beside it would be as large."""
+    int8 = recipes.int8_weight_only()
+    model, data = tiny(kind), batches(kind)
+    overrides = dict.fromkeys(("op:embedding", "lm_head"), int8)
+    quantizer = quantizer_of(qconfig=replace(INT4, method=GPTQ()), overrides=overrides)
+    report = quantizer.round_weights(model, data, progress=False)
+    assert not any("lm_head" in block.sites for block in report.blocks)
+    ours = quantizer.quantize(model)
+    theirs = quantizer_of(qconfig=int8).quantize(model, example_inputs=data[0])
+    assert torch.equal(ours.lm_head.weight, theirs.lm_head.weight)
+    assert torch.equal(ours.model.embed_tokens.weight, theirs.model.embed_tokens.weight)

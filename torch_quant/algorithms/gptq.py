@@ -173,6 +173,7 @@ class GPTQ(WeightMethod):
         if self.act_order:
             order = squares.argsort(descending=True, stable=True)
         factor = self._factor(sums, order.flip(0), hessian.rows)
+        del statistics, hessian, sums  # as large as the factor
         if factor is None:
             tell(_SINGULAR)
             return without_data(self).quantize(weight, spec, {})
@@ -181,7 +182,7 @@ class GPTQ(WeightMethod):
     def _factor(self, sums: Tensor, backwards: Tensor, rows: int) -> Tensor | None:
         """``U`` of ``H = (I + U) D (I + U)^T`` with a diagonal of ones; None if there is none.
 
-        Of 8192 channels, ``H`` takes 268 MB: beside the sums, it and the result are all there is.
+        Of 8192 channels, ``H`` takes 268 MB: the result takes its place, beside the sums.
 
         Args:
             sums: ``H`` times ``rows``; it stays as it is.
@@ -191,17 +192,17 @@ class GPTQ(WeightMethod):
         Returns:
             ``I + U`` in that order of rows and columns, so that it is lower triangular.
         """
-        moments = sums[backwards[:, None], backwards].div_(rows)
-        diagonal = moments.diagonal()
-        dead = diagonal <= 0
-        diagonal[dead] = 1.0
-        level = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
-        added = 0.0
+        squares = sums.diagonal()[backwards] / rows
+        dead = squares <= 0
+        level = float(squares[~dead].mean()) if not bool(dead.all()) else 1.0
+        failed = torch.empty(0, dtype=torch.int32, device=sums.device)
         for turn in range(_DAMPINGS + 1):
-            damping = self.damping * 10.0**turn * level
-            diagonal += damping - added
-            added = damping
-            lower, failed = torch.linalg.cholesky_ex(moments)
+            moments = sums[backwards[:, None], backwards].div_(rows)
+            diagonal = moments.diagonal()
+            diagonal[dead] = 1.0
+            diagonal += self.damping * 10.0**turn * level
+            lower = moments.T  # the same, and in the order in which it can be overwritten
+            torch.linalg.cholesky_ex(lower, out=(lower, failed))
             if not int(failed) and bool(torch.isfinite(lower.diagonal()).all()):
                 unit: Tensor = lower.div_(lower.diagonal().clone())
                 if bool(torch.isfinite(unit.sum())):

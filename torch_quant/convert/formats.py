@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,10 @@ __all__ = ["Formats", "fingerprint"]
 
 _ENTRY = "torch_quant"
 """Of a module's metadata in a ``state_dict``."""
+_ANOTHER = (
+    "{} was given a state_dict of another model: {}. Give it that of a model with the same layers "
+    "and sizes"
+)
 _KEEP = "torch_quant.save keeps all of a model, quantizer.save what quantizing again needs"
 
 
@@ -75,12 +79,20 @@ class Formats:
         graphs = {path: list(found) for path, found in self.graphs.items()}
         metadata[_ENTRY] = {"backend": self.backend, "sites": self.sites, "graphs": graphs}
 
-    def check(self, metadata: Mapping[str, Any], where: str) -> None:
+    def check(
+        self,
+        metadata: Mapping[str, Any],
+        where: str,
+        given: Mapping[str, Any],
+        own: Callable[[], Mapping[str, Tensor]],
+    ) -> None:
         """Raise :class:`InvalidConfig` unless the values fit.
 
         Args:
             metadata: of the module, in the ``state_dict``.
             where: the module.
+            given: the values, by their names in the module.
+            own: gives what the module has in their places.
         """
         if self.refusal:
             raise InvalidConfig(f"{where} takes no state_dict: {self.refusal}. {_KEEP}")
@@ -94,15 +106,35 @@ class Formats:
         for name in {**self.sites, **found["sites"]}:
             ours, theirs = self.sites.get(name, "float"), found["sites"].get(name, "float")
             if ours != theirs:
+                here, there = (_has(name, values) for values in (own(), given))
+                if here != there:
+                    which = "lacks" if here else "has"
+                    raise InvalidConfig(_ANOTHER.format(where, f"it {which} {name}"))
                 raise InvalidConfig(
                     f"{where} was given a state_dict of other formats: {name} is {theirs} there; "
                     f"expected {ours}. Quantize both models by one configuration"
                 )
         for path, ours_ in self.graphs.items():
             if not set(ours_) <= set(found["graphs"].get(path, ())):
+                same = found["backend"] == self.backend
+                if same and (sizes := _other_sizes(own(), given)):
+                    raise InvalidConfig(_ANOTHER.format(where, sizes))
+                backends = "" if same else f" ({found['backend']} there, {self.backend} here)"
                 raise InvalidConfig(
                     f"{where} was given a state_dict of other graphs, at {path or 'the root'}: "
-                    f"scales of activations may be numbers in them ({found['backend']} there, "
-                    f"{self.backend} here). Quantize both models for one backend, with the same "
-                    f"ranges and kinds of calls. {_KEEP}"
+                    f"scales of activations may be numbers in them{backends}. Quantize both models "
+                    f"for one backend, with the same ranges and kinds of calls. {_KEEP}"
                 )
+
+
+def _has(layer: str, values: Mapping[str, Any]) -> bool:
+    return any(name.startswith(f"{layer}.") for name in values)
+
+
+def _other_sizes(own: Mapping[str, Tensor], given: Mapping[str, Any]) -> str:
+    """The first tensor that is of another size there, in words; empty if there is none."""
+    for name, ours in own.items():
+        theirs = given.get(name)
+        if isinstance(theirs, Tensor) and theirs.shape != ours.shape and theirs.dtype == ours.dtype:
+            return f"{name} is {tuple(theirs.shape)} there; expected {tuple(ours.shape)}"
+    return ""

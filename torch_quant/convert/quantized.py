@@ -201,10 +201,12 @@ class QuantizedModule(StandIn):
     ) -> None:
         """What ``load_state_dict`` of a module around it calls; checked if there is a value."""
         how = self.quantization
-        if any(key.startswith(prefix) for key in state_dict):
+        given = {k.removeprefix(prefix): x for k, x in state_dict.items() if k.startswith(prefix)}
+        if given:
             if how.formats is None:
                 raise InvalidConfig(f"{how.path or 'the model'} is not made yet")
-            how.formats.check(local_metadata, how.path or "the quantized model")
+            where = how.path or "the quantized model"
+            how.formats.check(local_metadata, where, given, self.state_dict)
             how.formats.loaded = True
         nn.Module._load_from_state_dict(self, state_dict, prefix, local_metadata, *args)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torch_quant.core.element_type import ElementType
 from torch_quant.core.granularity import split_blocks
@@ -17,6 +19,11 @@ __all__ = [
     "quantize",
     "quantize_blocks",
 ]
+
+
+_PART = 2**20
+"""Elements that are computed together. Else the head of a language model would take the memory of
+three more for what is thrown away at once."""
 
 
 def _placed(values: Tensor, zero_point: Tensor) -> Tensor:
@@ -64,6 +71,36 @@ def fake_quantize_blocks(
     return values.mul_(scale).reshape(x.shape)
 
 
+def _in_parts(
+    compute: Callable[[Tensor, Tensor, Tensor, ElementType], Tensor], x: Tensor, qparams: QParams
+) -> Tensor:
+    """What ``compute`` makes of ``x``; of a large one some rows at a time, to save memory."""
+    scale, zero, element = qparams.scale, qparams.zero_point, qparams.spec.element
+    count = scale.shape[0] if scale.dim() else 1
+    parted = (
+        type(x) in (Tensor, nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and x.numel() > _PART
+        and x.dim() > 1
+        and x.is_contiguous()
+        and count in (1, len(x))
+        and zero.shape == scale.shape
+        and not (scale.requires_grad and torch.is_grad_enabled())
+    )
+    if not parted:
+        return compute(x, scale, zero, element)
+    size = max(1, _PART // x[0].numel())
+    made = None
+    for start in range(0, len(x), size):
+        part = slice(start, start + size)
+        where = part if count == len(x) and scale.dim() else ...
+        found = compute(x[part], scale[where], zero[where], element)
+        made = found.new_empty(x.shape) if made is None else made
+        made[part] = found
+    assert made is not None
+    return made
+
+
 def quantize(x: Tensor, qparams: QParams) -> Tensor:
     """Codes of ``x``: those of ``round(x / scale) + zero_point``, saturating, halves to even.
 
@@ -79,12 +116,12 @@ def quantize(x: Tensor, qparams: QParams) -> Tensor:
     Raises:
         InvalidConfig: the blocks do not divide it.
     """
-    return quantize_blocks(x, qparams.scale, qparams.zero_point, qparams.spec.element)
+    return _in_parts(quantize_blocks, x, qparams)
 
 
 def dequantize(codes: Tensor, qparams: QParams) -> Tensor:
     """Real values of ``codes``: ``scale * (value of the code - zero_point)``, float32."""
-    return dequantize_blocks(codes, qparams.scale, qparams.zero_point, qparams.spec.element)
+    return _in_parts(dequantize_blocks, codes, qparams)
 
 
 def fake_quantize(x: Tensor, qparams: QParams) -> Tensor:

@@ -177,13 +177,18 @@ class WeightMethod(Method):
             reached = {layer for group in groups for layer in group}
             groups.append([layer for layer in layers if layer not in reached])
         for group in groups:
-            statistics, weights = self.learned(block, group)
+            found, weights = self.learned(block, group)
+            statistics = dict(found)  # those of a layer go with it
+            del found
             for layer in group:
                 if layer.rounded is not None:
                     continue
-                known, weight = statistics.get(layer.site, {}), weights.get(layer, layer.weight)
+                weight = weights.get(layer, layer.weight).contiguous()
                 with at_site(layer.site):
-                    layer.round_to(*self.quantize(weight.contiguous(), layer.spec, known))
+                    codes, qparams = self.quantize(
+                        weight, layer.spec, statistics.pop(layer.site, {})
+                    )
+                    layer.round_to(codes, qparams)
 
     def learned(
         self, block: Block, layers: Sequence[Layer]

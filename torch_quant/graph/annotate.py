@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
@@ -21,10 +21,19 @@ from torch_quant.graph.sites import Site
 from torch_quant.module_filter import ModuleFilter
 from torch_quant.ops.table import OPERATORS
 
-__all__ = ["annotate", "method_refusal", "tell_misfits", "tell_refused"]
+__all__ = [
+    "annotate",
+    "method_refusal",
+    "tell_misfits",
+    "tell_refused",
+    "tell_tied",
+    "weight_readers",
+]
 
 logger = logging.getLogger("torch_quant")
 
+_LARGE = 2**16
+"""Numbers of a weight of which a second copy is told."""
 _ROUTER = "it picks experts, and a small error may send a token to others; an override quantizes it"
 
 
@@ -202,6 +211,56 @@ def tell_refused(
         names = list(dict.fromkeys(names))
         rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
         logger.warning("rounded by %s: %s%s", by, ", ".join(names[:3]), rest)
+
+
+def weight_readers(sites: Iterable[Site], model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """Parameter -> the sites whose modules hold it as their weight.
+
+    Args:
+        sites: some of the model.
+        model: the float model.
+
+    >>> from torch_quant.graph.sites import Site
+    >>> site = Site("0", "linear", (), module="0")
+    >>> [names for _, names in weight_readers([site], nn.Sequential(nn.Linear(2, 2))).items()]
+    [['0']]
+    """
+    readers: dict[nn.Parameter, list[str]] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for site in sites:
+        weight = getattr(modules.get(site.module), "weight", None)
+        if isinstance(weight, nn.Parameter):
+            names = readers.setdefault(weight, [])
+            names += [site.name] if site.name not in names else []
+    return readers
+
+
+def _wish(entry: SitePlan) -> str:
+    by = entry.method.name if entry.method else "rtn"
+    return f"{entry.weight} by {by}" if entry.quantized and entry.weight else "float"
+
+
+def tell_tied(sites: Sequence[tuple[Site, str]], model: nn.Module, plan: QuantPlan) -> None:
+    """Log a warning of large weights that sites share and that are kept once for each.
+
+    Sites of one weight share its integers where format and method are the same.
+
+    Args:
+        sites: as :func:`annotate` takes them.
+        model: likewise.
+        plan: what it gave.
+    """
+    for weight, names in weight_readers((site for site, _ in sites), model).items():
+        wishes = {name: _wish(plan[name]) for name in names if name in plan}
+        if len(set(wishes.values())) > 1 and weight.numel() >= _LARGE:
+            logger.warning(
+                "%s share a weight of %s numbers and are to have it in different ways, so that it "
+                "is kept once for each: %s; overrides that give them one format and method keep "
+                "it once",
+                " and ".join(wishes),
+                f"{weight.numel():,}",
+                "; ".join(f"{name} {wish}" for name, wish in wishes.items()),
+            )
 
 
 def _check(

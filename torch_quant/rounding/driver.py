@@ -43,7 +43,12 @@ from torch_quant.rounding.chains import (
 from torch_quant.rounding.exactness import as_it_was, check_scales, scale_exactly
 from torch_quant.rounding.experts import Experts, find_experts, round_experts
 from torch_quant.rounding.files import Folder
-from torch_quant.rounding.modules import computes_linear, own_buffers, rounded_embeddings
+from torch_quant.rounding.modules import (
+    RoundedTable,
+    computes_linear,
+    own_buffers,
+    rounded_embeddings,
+)
 from torch_quant.rounding.producers import find_producers
 from torch_quant.rounding.report import BlockError, Rounding
 
@@ -83,9 +88,11 @@ def round_weights(
     twin, sites = twin_of(model), list(sites)
     wanted = _weighted(sites, plan, "linear")
     if not wanted:
+        linear = [site.name for site in sites if site.op == "linear" and site.name in plan]
+        first = next((f" {x}: {why};" for x in linear if (why := plan[x].reason)), "")
         raise InvalidConfig(
-            "there is no weight of a linear layer to be rounded: print(quantizer.coverage(model)) "
-            "says why each site stays in float"
+            f"there is no weight of a linear layer to be rounded:{first} "
+            "print(quantizer.coverage(model)) says why each site stays in float"
         )
     keeper = None if folder is None else Folder(folder, plan, kept, model)
     run = _Run(twin, plan, plain, kept, keeper)
@@ -137,7 +144,7 @@ class _Run:
         held = Counter(id(x) for m in every for x in m._parameters.values())
         self.tied = frozenset(key for key, count in held.items() if count > 1)
         """Parameters that several modules have: a scale of one would be that of the other."""
-        self.embeddings: dict[nn.Module, tuple[nn.Parameter, nn.Parameter]] = {}
+        self.embeddings: dict[nn.Module, RoundedTable] = {}
         self.experts: list[Site] = []
         """Products with the matrices of all experts, whose methods want data."""
         self.products: dict[str, list[Experts]] = {}
@@ -194,6 +201,8 @@ class _Run:
             for path, layer in layers.items()
             if not any(path.startswith(f"{block}.") for block in inside)
         }
+        if any(map(_wants_data, layers.values())) and not any(map(_wants_data, rest.values())):
+            rest = {}  # rounded when the model is quantized: no second float weight of a large head
         both = any(_wants(layer, "targets", "floats") for layer in layers.values())
         total = sum(len(chain.paths) for chain in chains) + bool(rest)
         with tqdm(total=total, desc="rounding weights", unit="block", disable=hidden(show_progress),
@@ -201,6 +210,7 @@ class _Run:
             for chain in chains:
                 self.chain(chain, layers, both, bar)
             if rest:
+                self.embed(bool(chains))
                 self.outside(rest, bar)
         missed = [site.name for site in self.experts if site.name not in self.made.sites]
         if missed:
@@ -214,8 +224,8 @@ class _Run:
 
     def embed(self, rounded: bool) -> None:
         """Look tokens up in rounded embeddings, or in the model's own."""
-        for module, weights in self.embeddings.items():
-            module._parameters["weight"] = weights[rounded]
+        for module, table in self.embeddings.items():
+            table.put(module, rounded)
 
     def record(self, chain: Chain) -> list[Recorder]:
         """The calls of the blocks of a chain, with the model's embeddings as they are now."""
@@ -256,6 +266,7 @@ class _Run:
             floats = [sample.hidden for sample in self.record(chain)[0].calls]
         self.embed(True)
         recorders = self.record(chain)
+        self.embed(False)
         stream = [sample.hidden for sample in recorders[0].calls]
         producers: dict[str, str] | None = None
         for path, recorder in zip(chain.paths, recorders, strict=True):
@@ -361,6 +372,11 @@ def _round(block: Block) -> None:
 def _wants(layer: Layer, *what: str) -> bool:
     every = (*layer.transforms, layer.method)
     return any(getattr(each, f"wants_{key}") for each in every for key in what)
+
+
+def _wants_data(layer: Layer) -> bool:
+    method = layer.method
+    return bool(layer.transforms) or method.wants_statistics or method.wants_blocks
 
 
 def _inside(path: str, layers: dict[str, Layer]) -> dict[str, Layer]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +11,13 @@ from torch.nn import functional as F
 
 from torch_quant.algorithms import DEFAULT_METHOD
 from torch_quant.core.functional import dequantize
+from torch_quant.core.methods import WeightMethod
 from torch_quant.core.plan import QuantPlan
+from torch_quant.core.qparams import QParams
+from torch_quant.core.spec import QuantSpec
 from torch_quant.graph.sites import Site
 
-__all__ = ["computes_linear", "own_buffers", "rounded_embeddings"]
+__all__ = ["RoundedTable", "computes_linear", "own_buffers", "rounded_embeddings"]
 
 
 def own_buffers(twin: nn.Module) -> None:
@@ -38,10 +42,60 @@ def computes_linear(module: nn.Module, weight: Tensor) -> bool:
         return False
 
 
+@dataclass
+class RoundedTable:
+    """The weight of an embedding, of which rounded rows are made when they are looked up.
+
+    Args:
+        weight: the float weight.
+        spec: its format, bound to the rows.
+        method: what rounds it.
+        known: codes, ``[rows, columns]``, and what they stand for, while rows are looked up.
+    """
+
+    weight: nn.Parameter
+    spec: QuantSpec
+    method: WeightMethod
+    known: tuple[Tensor, QParams] | None = None
+
+    def rounded(self) -> tuple[Tensor, QParams]:
+        """Codes and what they stand for."""
+        if self.known is None:
+            self.known = self.method.quantize(self.weight.detach(), self.spec, {})
+        return self.known
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        """What the embedding gives, with the error of the format."""
+        codes, qparams = self.rounded()
+        rows = ids.reshape(-1)
+        if qparams.scale.dim() and len(qparams.scale) == len(codes):
+            scale, zero_point = qparams.scale[rows], qparams.zero_point[rows]
+            qparams = replace(qparams, scale=scale, zero_point=zero_point)
+        found = dequantize(codes[rows], qparams)
+        return found.reshape(*ids.shape, -1).to(self.weight.dtype)
+
+    def put(self, module: nn.Module, rounded: bool) -> None:
+        """Have an embedding of a twin give rounded rows, or its own.
+
+        One whose forward does more than to look up computes with a whole rounded weight.
+        """
+        self.known = None
+        if type(module) is nn.Embedding and module.max_norm is None:
+            module.__dict__.pop("forward", None)
+            if rounded:
+                module.__dict__["forward"] = self.look_up
+            return
+        module._parameters["weight"] = self.weight
+        if rounded:
+            made = dequantize(*self.method.quantize(self.weight.detach(), self.spec, {}))
+            made = made.to(self.weight.dtype)
+            module._parameters["weight"] = nn.Parameter(made, requires_grad=False)
+
+
 def rounded_embeddings(
     twin: nn.Module, sites: Iterable[Site], plan: QuantPlan
-) -> dict[nn.Module, tuple[nn.Parameter, nn.Parameter]]:
-    """Module -> its weight, and that with the error of its format."""
+) -> dict[nn.Module, RoundedTable]:
+    """Modules that look tokens up, and their rounded weights."""
     found = {}
     modules = dict(twin.named_modules())
     for site in sites:
@@ -50,7 +104,5 @@ def rounded_embeddings(
         if module is None or weight is None or weight.shape != site.weight_shape:
             continue
         assert entry.weight is not None
-        method = entry.method or DEFAULT_METHOD
-        rounded = dequantize(*method.quantize(weight.detach(), entry.weight.on(0), {}))
-        found[module] = weight, nn.Parameter(rounded, requires_grad=False)
+        found[module] = RoundedTable(weight, entry.weight.on(0), entry.method or DEFAULT_METHOD)
     return found
