@@ -16,7 +16,7 @@ try:
 except ImportError:  # setuptools before 70.1
     from wheel.bdist_wheel import bdist_wheel
 
-SOURCES = ["native", "plain", "avx2", "avxvnni", "avx512vnni"]
+SOURCES = ["native", "recurrent", "plain", "avx2", "avxvnni", "avx512vnni"]
 HEADERS = [
     "kernels",
     "loops",
@@ -26,6 +26,9 @@ HEADERS = [
     "rounding_loops",
     "rows",
     "row_loops",
+    "recurrent",
+    "recurrent_loops",
+    "work",
     "avx2",
 ]
 # No warnings: gcc 12 takes what its own AVX512 headers do for mistakes, thousands of times.

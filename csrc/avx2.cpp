@@ -1,5 +1,6 @@
 // AVX2 without VNNI.
 #include "product.h"
+#include "recurrent.h"
 #include "rounding.h"
 #include "rows.h"
 
@@ -41,12 +42,13 @@ inline __m256i dot_numbers_half(__m256i sum, __m256i x, __m256i y) {
 #include "product_loops.h"
 #include "rounding_loops.h"
 #include "row_loops.h"
+#include "recurrent_loops.h"
 
 }  // namespace
 
 const Kernels avx2_kernels = {"avx2", round, multiply, round_dynamic, multiply_dynamic,
                               DEPTH, pack_product, compute_product, finish_rows,
-                              round_to_grid, gradient_of_grid};
+                              round_to_grid, gradient_of_grid, run_steps};
 
 }  // namespace torch_quant
 

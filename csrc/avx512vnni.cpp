@@ -1,5 +1,6 @@
 // AVX512 with VNNI: a vector is one register.
 #include "product.h"
+#include "recurrent.h"
 #include "rounding.h"
 #include "rows.h"
 
@@ -148,12 +149,13 @@ inline void narrow(uint8_t* p, I32 x) {
 #include "product_loops.h"
 #include "rounding_loops.h"
 #include "row_loops.h"
+#include "recurrent_loops.h"
 
 }  // namespace
 
 const Kernels avx512vnni_kernels = {"avx512vnni", round, multiply, round_dynamic, multiply_dynamic,
                                     DEPTH, pack_product, compute_product, finish_rows,
-                                    round_to_grid, gradient_of_grid};
+                                    round_to_grid, gradient_of_grid, run_steps};
 
 }  // namespace torch_quant
 

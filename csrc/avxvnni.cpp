@@ -1,5 +1,6 @@
 // AVX2 with the VNNI of CPUs that have no AVX512.
 #include "product.h"
+#include "recurrent.h"
 #include "rounding.h"
 #include "rows.h"
 
@@ -31,12 +32,13 @@ inline __m256i dot_numbers_half(__m256i sum, __m256i u, __m256i s) {
 #include "product_loops.h"
 #include "rounding_loops.h"
 #include "row_loops.h"
+#include "recurrent_loops.h"
 
 }  // namespace
 
 const Kernels avxvnni_kernels = {"avxvnni", round, multiply, round_dynamic, multiply_dynamic,
                                  DEPTH, pack_product, compute_product, finish_rows,
-                                 round_to_grid, gradient_of_grid};
+                                 round_to_grid, gradient_of_grid, run_steps};
 
 }  // namespace torch_quant
 

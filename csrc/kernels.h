@@ -72,6 +72,7 @@ struct Dynamic {
 struct Product;   // of activations: product.h
 struct Rounding;  // to a grid, in training: rounding.h
 struct Rows;      // of floats: rows.h
+struct Recurrent;  // layers: recurrent.h
 
 // The kernels of one instruction set.
 struct Kernels {
@@ -86,6 +87,7 @@ struct Kernels {
   void (*finish_rows)(const Rows&, int64_t item, int64_t worker);
   void (*round_to_grid)(const Rounding&, int64_t item, int64_t worker);
   void (*gradient_of_grid)(const Rounding&, int64_t item, int64_t worker);
+  void (*run_steps)(const Recurrent&, int64_t item, int64_t worker);
 };
 
 extern const Kernels plain_kernels;

@@ -1,5 +1,6 @@
 // No instructions but those of any CPU: a vector is an array.
 #include "product.h"
+#include "recurrent.h"
 #include "rounding.h"
 #include "rows.h"
 
@@ -224,11 +225,12 @@ inline void narrow(T* p, const I32& x) {
 #include "product_loops.h"
 #include "rounding_loops.h"
 #include "row_loops.h"
+#include "recurrent_loops.h"
 
 }  // namespace
 
 const Kernels plain_kernels = {"plain", round, multiply, round_dynamic, multiply_dynamic,
                                DEPTH, pack_product, compute_product, finish_rows,
-                               round_to_grid, gradient_of_grid};
+                               round_to_grid, gradient_of_grid, run_steps};
 
 }  // namespace torch_quant

@@ -116,7 +116,59 @@ def whole(gates: int) -> dict[str, Sample]:
     return {"batch_first": make(0.0, False, True, True)}
 
 
+SIZES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+"""Kind of recurrent layer -> blocks of rows of its matrices."""
+
+
+def packed(kind: str) -> dict[str, Sample]:
+    cell = (floats(4 * SIZES[kind], 6), floats(4 * SIZES[kind], 4))
+    h = floats(1, 3, 4)
+    states = [h, h + 1] if kind == "lstm" else h
+    options = (False, 1, 0.0, False, False, False, torch.tensor([3, 2, 2]))
+    return {"": (floats(7, 6), states, [*cell], *options)}
+
+
+def stepping(integers: bool) -> dict[str, Sample]:
+    """Layers that round at each step: of floats, or of integers and their scales."""
+    found = {}
+    for kind, gates in SIZES.items():
+        h = floats(4, 3, 4)
+        states = [h, h + 1] if kind == "lstm" else [h]
+        rows = 4 * gates
+        for name, sizes in {"packed": torch.tensor([3, 2, 2]), "padded": None}.items():
+            x = floats(5, 3, 6) if sizes is None else floats(7, 6)
+            flags = (sizes, kind, True, True, False)
+            if integers:
+                widths = [6, 4, 6, 4, 8, 4, 8, 4]
+                pairs = [weight(rows, width) for width in widths]
+                some = [each for each, _ in pairs], [each for _, each in pairs]
+                biases = [floats(rows) for _ in widths]
+                found[f"{kind}-{name}"] = (x, states, some[0], *flags, some[1], biases, False)
+            else:
+                ends = (floats(rows), floats(rows))
+                cells = [(floats(rows, width), floats(rows, 4), *ends) for width in (6, 6, 8, 8)]
+                params = [each for cell in cells for each in cell]
+                found[f"{kind}-{name}"] = (x, states, params, *flags, *TOKENS)
+    return found
+
+
+def cells(integers: bool) -> dict[str, Sample]:
+    found = {}
+    for kind, gates in SIZES.items():
+        h, rows = floats(3, 4), 4 * gates
+        states = [h, h + 1] if kind == "lstm" else [h]
+        if integers:
+            pairs = [weight(rows, 6), weight(rows, 4)]
+            codes_, scales = ([pair[i] for pair in pairs] for i in (0, 1))
+            found[kind] = (floats(3, 6), states, codes_, kind, False, scales, [], True)
+        else:
+            params = [floats(rows, 6), floats(rows, 4)]
+            found[kind] = (floats(3, 6), states, params, kind, False, *TOKENS)
+    return found
+
+
 GRID = (0.1, 3, 0, 255)
+TOKENS = ("uint8", False, "per_token", "float32")
 TENSORS = (torch.tensor(0.1), torch.tensor(3, dtype=torch.int32), "uint8")
 TABLE = weight(12, 6)
 BAGS = (torch.tensor([1, 2, 4, 5, 4, 3]), torch.tensor([0, 2, 4]))
@@ -185,6 +237,15 @@ SAMPLES: dict[str, Callable[[], dict[str, Sample]]] = {
     "whole_gru": lambda: whole(3),
     "whole_rnn_tanh": lambda: whole(1),
     "whole_rnn_relu": lambda: whole(1),
+    "packed_zeros": lambda: {"": (floats(7, 6), torch.tensor([3, 2, 2]), 2, 4)},
+    "packed_lstm": lambda: packed("lstm"),
+    "packed_gru": lambda: packed("gru"),
+    "packed_rnn_tanh": lambda: packed("rnn_tanh"),
+    "packed_rnn_relu": lambda: packed("rnn_relu"),
+    "recurrent": lambda: stepping(False),
+    "dynamic_recurrent": lambda: stepping(True),
+    "recurrent_cell": lambda: cells(False),
+    "dynamic_cell": lambda: cells(True),
     "onednn_quantize": lambda: {
         f"{name}-{dtype}": (x, 0.1, 3, dtype)
         for name, x in LAYOUTS.items()

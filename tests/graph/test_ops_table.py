@@ -55,6 +55,16 @@ def convolved(kind: Callable[..., nn.Module], *shape: int, **options: Any) -> Ca
     return kind(4, 6, 3, **options), (normal(2, 4, *shape),), macs
 
 
+def relu() -> nn.RNN:
+    return nn.RNN(8, 6, nonlinearity="relu")
+
+
+def packed() -> nn.utils.rnn.PackedSequence:
+    """Three sequences of 7 rows in all."""
+    sequences = [normal(length, 8) for length in (2, 4, 1)]
+    return nn.utils.rnn.pack_sequence(sequences, enforce_sorted=False)
+
+
 CASES: dict[str, list[Case]] = {
     "aten.linear.default": [
         (nn.Linear(16, 8), (normal(3, 16),), 3 * 16 * 8),
@@ -114,6 +124,25 @@ CASES: dict[str, list[Case]] = {
             5 * 3 * 24 * 2 * (8 + 6 + 12 + 6),
         ),
     ],
+    "aten.gru.input": [
+        (nn.GRU(8, 6), (normal(5, 3, 8),), 5 * 3 * 18 * (8 + 6)),
+        (nn.GRU(8, 6, batch_first=True, bias=False), (normal(3, 5, 8),), 5 * 3 * 18 * (8 + 6)),
+    ],
+    "aten.rnn_tanh.input": [(nn.RNN(8, 6), (normal(5, 3, 8),), 5 * 3 * 6 * (8 + 6))],
+    "aten.rnn_relu.input": [(relu(), (normal(5, 3, 8),), 5 * 3 * 6 * (8 + 6))],
+    "torch_quant.packed_lstm.default": [(nn.LSTM(8, 6), (packed(),), 7 * 24 * (8 + 6))],
+    "torch_quant.packed_gru.default": [(nn.GRU(8, 6), (packed(),), 7 * 18 * (8 + 6))],
+    "torch_quant.packed_rnn_tanh.default": [(nn.RNN(8, 6), (packed(),), 7 * 6 * (8 + 6))],
+    "torch_quant.packed_rnn_relu.default": [(relu(), (packed(),), 7 * 6 * (8 + 6))],
+    "aten.lstm_cell.default": [
+        (nn.LSTMCell(8, 6), (normal(3, 8),), 3 * 24 * (8 + 6)),
+        (nn.LSTMCell(8, 6, bias=False), (normal(3, 8),), 3 * 24 * (8 + 6)),
+    ],
+    "aten.gru_cell.default": [(nn.GRUCell(8, 6), (normal(3, 8),), 3 * 18 * (8 + 6))],
+    "aten.rnn_tanh_cell.default": [(nn.RNNCell(8, 6), (normal(3, 8),), 3 * 6 * (8 + 6))],
+    "aten.rnn_relu_cell.default": [
+        (nn.RNNCell(8, 6, nonlinearity="relu"), (normal(3, 8),), 3 * 6 * (8 + 6))
+    ],
 }
 
 OVERLOADS = [(pattern, target) for pattern in OPERATORS.values() for target in pattern.targets]
@@ -132,7 +161,7 @@ def test_a_module_with_the_operator_has_exactly_that_site(pattern: Any, target: 
         assert len(site.inputs) == len(pattern.activations)
         assert len(site.internals) == len(pattern.internals)
         assert bool(site.weight_shape) == (pattern.weight is not None)
-        if pattern.name == "lstm":
+        if pattern.steps:
             matrices = [x for name, x in model.named_parameters() if name.startswith("weight")]
             assert site.weight_shape == (sum(x.numel() for x in matrices),)
         elif pattern.weight is not None:

@@ -10,12 +10,12 @@ from torch import Tensor, fx
 from torch_quant.backends.base import Backend, register_backend
 from torch_quant.backends.int8 import symmetric_weight
 from torch_quant.core.elements import element_type
-from torch_quant.core.granularity import split_blocks
+from torch_quant.core.granularity import PerTensor, PerToken, split_blocks
 from torch_quant.core.kernels import Accepts, Kernel, KernelTable
 from torch_quant.core.spec import QuantSpec
 from torch_quant.ops.arguments import argument, arguments
 from torch_quant.ops.qdq import DECODE, DEQUANTIZE, FAKE_QUANTIZE, QUANTIZE
-from torch_quant.ops.table import OPERATORS
+from torch_quant.ops.table import OPERATORS, OpPattern
 from torch_quant.passes.base import PassContext
 
 __all__ = ["ReferenceBackend"]
@@ -47,13 +47,7 @@ class ReferenceBackend(Backend):
 
     def _kernels(self) -> KernelTable:
         weight = Accepts(symmetric_weight(), any_format=True, floats=True)
-        whole, channels = (Accepts(x, floats=True) for x in (QuantSpec(), symmetric_weight()))
-        rows = (
-            Kernel(op, _activations(pattern.smoothable), weight)
-            if pattern.any_format
-            else Kernel(op, whole, channels)
-            for op, pattern in OPERATORS.items()
-        )
+        rows = [row for op, pattern in OPERATORS.items() for row in _rows(op, pattern, weight)]
         return KernelTable(self.name, tuple(rows))
 
     def lower(self, context: PassContext) -> fx.GraphModule:
@@ -69,6 +63,28 @@ class ReferenceBackend(Backend):
                 node.replace_all_uses_with(argument(node, "q"))  # float already
                 graph.erase_node(node)
         return context.gm
+
+
+def _rows(op: str, pattern: OpPattern, weight: Accepts) -> list[Kernel]:
+    """How an operator is computed."""
+    if pattern.any_format:
+        return [Kernel(op, _activations(pattern.smoothable), weight)]
+    found = []
+    if pattern.static:
+        found.append(Accepts(QuantSpec(), floats=True))
+    if pattern.steps:
+        tokens = QuantSpec.of("uint8", granularity=PerToken(), dynamic=True)
+        found.append(
+            Accepts(
+                tokens,
+                lambda spec: spec.dynamic and spec.granularity in (PerToken(), PerTensor()),
+                "activations have a scale per token, or one for all of a step, chosen at each call",
+                any_format=True,
+                floats=True,
+                dynamic=True,
+            )
+        )
+    return [Kernel(op, each, Accepts(symmetric_weight(), floats=True)) for each in found]
 
 
 def _activations(rows: bool) -> Accepts:

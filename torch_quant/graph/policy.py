@@ -23,7 +23,6 @@ _NORMS = (
     nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.LocalResponseNorm,
     getattr(nn, "RMSNorm", nn.LayerNorm),
 )  # fmt: skip
-_IN_FLOAT = (*_NORMS, nn.GRU, nn.RNN, nn.GRUCell, nn.RNNCell, nn.LSTMCell)
 """Modules with weights and no quantizable operator."""
 _AT_ONCE = (nn.MultiheadAttention,)
 """Modules that compute with weights of their own and with those of a child that they never call."""
@@ -105,7 +104,7 @@ def is_container(module: nn.Module) -> bool:
 
 def computes_with_weights(module: nn.Module) -> bool:
     """Whether a module is a leaf that holds a weight, as a linear layer or one of yours."""
-    if isinstance(module, (*_IN_FLOAT, torch.jit.ScriptModule)):
+    if isinstance(module, (*_NORMS, torch.jit.ScriptModule)):
         return False
     large = any(x is not None and x.dim() > 2 for x in module._parameters.values())
     if large and not any(computes_with_weights(child) for child in module.children()):

@@ -199,12 +199,12 @@ def operands(node: fx.Node, pattern: OpPattern) -> list[fx.Node]:
 
 
 def weights(node: fx.Node, pattern: OpPattern) -> list[Any]:
-    """What stands for the weight of a quantizable node: one argument, or each matrix of a list."""
+    """What stands for the weight of a quantizable node: arguments, or each matrix of a list."""
     if pattern.weight is None:
         return []
     found = argument(node, pattern.weight)
     if not isinstance(found, (list, tuple)):
-        return [found]
+        return [found, *(argument(node, place) for place in pattern.more_weights)]
     return [each for each in found if len(size_hints(each)) == 2]
 
 

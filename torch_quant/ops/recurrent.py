@@ -1,6 +1,6 @@
-"""LSTMs: what an int8 kernel computes, and what calibration has to know of the float one.
+"""Recurrent layers: their rows in the table, what they count, and how they are quantized.
 
-Of every recurrent layer: how it is captured, what it counts, why it stays in float.
+On grids that are chosen at each step all of them are (``ops/stepping.py``); on observed ones LSTMs:
 
 i, f, g, o = W_ih x + W_hh h + b        sums of int8 products
 c = sigmoid(f) c + sigmoid(i) tanh(g)   float
@@ -9,8 +9,7 @@ h = round_to_grid(sigmoid(o) tanh(c))   read by the next step and the next layer
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import operator
 from dataclasses import replace
 from typing import Any
 
@@ -19,10 +18,11 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from torch_quant.core.plan import SitePlan
-from torch_quant.ops.arguments import arguments, retarget, set_arguments
-from torch_quant.ops.capturing import Capturing, register_capturing
+from torch_quant.core.spec import QuantSpec
+from torch_quant.ops.arguments import argument, arguments, retarget, set_arguments
 from torch_quant.ops.library import define_operator
 from torch_quant.ops.qdq import FAKE_QUANTIZE
+from torch_quant.ops.stepping import RECURRENT, RECURRENT_CELL, cells_of
 from torch_quant.ops.table import (
     Inserter,
     OpPattern,
@@ -31,16 +31,11 @@ from torch_quant.ops.table import (
     register_float,
     register_operator,
 )
+from torch_quant.ops.whole import PACKED
 
-__all__ = ["LSTM", "cells_of", "hidden_states", "projected"]
+__all__ = ["LSTM", "hidden_states", "projected"]
 
 aten = torch.ops.aten
-
-
-def cells_of(params: Any, has_biases: bool) -> list[Any]:
-    """The parameters of each layer and direction, in order: W_ih, W_hh and the biases."""
-    count = 4 if has_biases else 2
-    return [params[i : i + count] for i in range(0, len(params), count)]
 
 
 def projected(node: fx.Node) -> str:
@@ -61,6 +56,7 @@ def hidden_states(
     train: bool,
     bidirectional: bool,
     batch_first: bool,
+    batch_sizes: Tensor | None = None,
 ) -> Tensor:
     """Every hidden state of ``aten.lstm``, the given ones and those of inner layers included."""
     h0, c0 = (list(each.split(2 if bidirectional else 1)) for each in hx)
@@ -68,8 +64,11 @@ def hidden_states(
     found = [hx[0].flatten()]
     for layer in range(num_layers):
         cell = params[layer * count : (layer + 1) * count]
-        flags = (has_biases, 1, 0.0, False, bidirectional, batch_first)
-        x = torch.lstm(x, (h0[layer], c0[layer]), cell, *flags)[0]
+        flags, states = (has_biases, 1, 0.0, False, bidirectional), (h0[layer], c0[layer])
+        if batch_sizes is None:
+            x = torch.lstm(x, states, cell, *flags, batch_first)[0]
+        else:
+            x = torch.lstm(x, batch_sizes, states, cell, *flags)[0]
         found.append(x.flatten())
     return torch.cat(found)
 
@@ -162,14 +161,18 @@ def _quantize(inserter: Inserter, node: fx.Node, entry: SitePlan) -> None:
     """Quantize an LSTM: input, matrices, and the hidden state at every step.
 
     Kernels sum ``W_ih x + W_hh h`` as integers, so a row of both matrices shares one scale, in
-    units of a step of ``x`` and of ``h``. Inner layers read ``h``. With float activations each
-    matrix has scales of its own.
+    units of a step of ``x`` and of ``h``. Inner layers read ``h``. With float activations, and
+    with scales that are chosen at each step, each matrix has scales of its own.
     """
     spec, hidden, given = entry.activation, entry.inputs[-1], arguments(node)
+    if spec is None or spec.dynamic:
+        _quantize_steps(inserter, node, entry)
+        return
+    if given.get("batch_sizes") is not None:
+        inserter.decline(node, _NO_PACKED)
+        return
     x, layers = given["input"], given["num_layers"]
-    ratio = torch.ones(())
-    if spec is not None:
-        ratio = inserter.scale(inserter.source(x), spec) / inserter.scale(hidden, spec)
+    ratio = inserter.scale(inserter.source(x), spec) / inserter.scale(hidden, spec)
     cells = cells_of(given["params"], given["has_biases"])
     new: list[Any] = []
     for i, (w_ih, w_hh, *biases) in enumerate(cells):
@@ -178,21 +181,14 @@ def _quantize(inserter: Inserter, node: fx.Node, entry: SitePlan) -> None:
             continue
         factor = torch.ones(()) if i >= len(cells) // layers else ratio
         values = [inserter.value(each) for each in (w_ih, w_hh)]
-        if spec is None:
-            parts = [inserter.rounded(entry, each) for each in values]
-        else:
-            joined = torch.cat([values[0] * factor, values[1]], 1)
-            both, qparams = inserter.rounded(entry, joined)
-            codes = both.split([each.shape[1] for each in values], 1)
-            grids = [replace(qparams, scale=qparams.scale / factor), qparams]
-            parts = list(zip(codes, grids, strict=True))
-        for old, role, (part, grid) in zip((w_ih, w_hh), ("ih", "hh"), parts, strict=True):
+        joined = torch.cat([values[0] * factor, values[1]], 1)
+        both, qparams = inserter.rounded(entry, joined)
+        codes = both.split([each.shape[1] for each in values], 1)
+        grids = [replace(qparams, scale=qparams.scale / factor), qparams]
+        for old, role, part, grid in zip((w_ih, w_hh), _ROLES, codes, grids, strict=True):
             name = f"weight_{role}_{i}"
             new.append(inserter.weight(node, old, name, part.contiguous(), grid))
         new += biases
-    if spec is None:  # the float operator, on dequantized matrices
-        set_arguments(node, {"params": new})
-        return
     inserter.activations(node, [x], entry)
     grid_of_h = inserter.grid(node, hidden, spec, "hidden")
     given = arguments(node)
@@ -201,10 +197,93 @@ def _quantize(inserter: Inserter, node: fx.Node, entry: SitePlan) -> None:
     retarget(node, LSTM, args)
 
 
+_ROLES = ("ih", "hh")
+
+
+def _rounded(
+    inserter: Inserter, node: fx.Node, entry: SitePlan, cell: Any, place: str
+) -> list[Any]:
+    """Parameters of a cell with rounded matrices."""
+    w_ih, w_hh, *biases = cell
+    if entry.weight is None:
+        return [w_ih, w_hh, *biases]
+    found: list[Any] = []
+    for old, role in zip((w_ih, w_hh), _ROLES, strict=True):
+        codes, grid = inserter.rounded(entry, inserter.value(old))
+        found.append(inserter.weight(node, old, f"weight_{role}{place}", codes, grid))
+    return [*found, *biases]
+
+
+def _how(spec: QuantSpec) -> tuple[Any, ...]:
+    """What ``choose_qparams`` takes."""
+    return spec.element.name, spec.symmetric, str(spec.granularity), spec.scale_type.value
+
+
+def _quantize_steps(inserter: Inserter, node: fx.Node, entry: SitePlan) -> None:
+    """Quantize layers of any kind: the matrices, and where activations are, each step."""
+    given = arguments(node)
+    cells = cells_of(given["params"], given["has_biases"])
+    new = [
+        each
+        for i, cell in enumerate(cells)
+        for each in _rounded(inserter, node, entry, cell, f"_{i}")
+    ]
+    if entry.activation is None:  # the float operator, on dequantized matrices
+        set_arguments(node, {"params": new})
+        return
+    inserter.activations(node, [given["input"]], entry)
+    given = arguments(node)
+    hx = given["hx"] if isinstance(given["hx"], (list, tuple)) else [given["hx"]]
+    flags = (given[name] for name in ("has_biases", "bidirectional", "batch_first"))
+    args = (
+        given["input"], list(hx), new, given.get("batch_sizes"), _KINDS[node.target], *flags,
+        *_how(entry.activation),
+    )  # fmt: skip
+    retarget(node, RECURRENT, args)
+
+
+def _quantize_cell(inserter: Inserter, node: fx.Node, entry: SitePlan) -> None:
+    """Quantize one step of a cell."""
+    given = arguments(node)
+    matrices, biases = ([given[f"{name}_{role}"] for role in _ROLES] for name in ("w", "b"))
+    biases = [each for each in biases if each is not None]
+    params = _rounded(inserter, node, entry, [*matrices, *biases], "")
+    if entry.activation is None:
+        set_arguments(node, {"w_ih": params[0], "w_hh": params[1]})
+        return
+    inserter.activations(node, [given["input"]], entry)
+    hx = given["hx"] if isinstance(given["hx"], (list, tuple)) else [given["hx"]]
+    args = (
+        argument(node, "input"), list(hx), params, _KINDS[node.target], bool(biases),
+        *_how(entry.activation),
+    )  # fmt: skip
+    one = not isinstance(given["hx"], (list, tuple))
+    retarget(node, RECURRENT_CELL, args)
+    if one:  # it gave a tensor
+        with node.graph.inserting_after(node):
+            state = node.graph.call_function(operator.getitem, (node, 0))
+        state.meta = dict(node.meta)
+        node.meta["val"] = [node.meta["val"]]
+        node.replace_all_uses_with(state, lambda user: user is not state)
+
+
+_NO_PACKED = (
+    "of packed sequences, activations are quantized on grids that are chosen at each call: "
+    "recipes.int8_dynamic()"
+)
+_NO_GRADIENT = "the quantized form of a recurrent layer has no gradient"
+_KINDS = {
+    aten.lstm.input: "lstm", aten.gru.input: "gru", aten.rnn_tanh.input: "rnn_tanh",
+    aten.rnn_relu.input: "rnn_relu", aten.lstm_cell.default: "lstm",
+    aten.gru_cell.default: "gru", aten.rnn_tanh_cell.default: "rnn_tanh",
+    aten.rnn_relu_cell.default: "rnn_relu",
+    **{target: kind for kind, target in PACKED.items()},
+}  # fmt: skip
+
 register_operator(
     OpPattern(
         "lstm",
-        (aten.lstm.input,),
+        (aten.lstm.input, PACKED["lstm"]),
         (0,),
         2,
         0,
@@ -214,87 +293,43 @@ register_operator(
         quantize=_quantize,
         untrainable="the quantized form of an LSTM has no gradient",
         any_format=False,  # what it multiplies by has to follow the rows of two matrices
+        steps=True,
     )
 )
 
-_NO_FORM = "of the recurrent layers, only LSTMs have an int8 form here"
+
+def _steps(name: str, *targets: Any, cell: bool = False) -> None:
+    register_operator(
+        OpPattern(
+            name,
+            targets,
+            (0,),
+            2,
+            0,
+            _cell_macs if cell else _macs,
+            quantize=_quantize_cell if cell else _quantize_steps,
+            untrainable=_NO_GRADIENT,
+            any_format=False,
+            more_weights=(3,) if cell else (),
+            steps=True,
+            static=False,
+        )
+    )
+
+
+_steps("gru", aten.gru.input, PACKED["gru"])
+_steps("rnn", aten.rnn_tanh.input, aten.rnn_relu.input, PACKED["rnn_tanh"], PACKED["rnn_relu"])
+_steps("lstm_cell", aten.lstm_cell.default, cell=True)
+_steps("gru_cell", aten.gru_cell.default, cell=True)
+_steps("rnn_cell", aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default, cell=True)
+
+_OUTSIDE = "packed sequences have no int8 form outside of a captured module"
 register_float(
-    {
-        aten.lstm.data: "packed sequences have no int8 form here",
-        aten.gru.input: _NO_FORM, aten.rnn_tanh.input: _NO_FORM, aten.rnn_relu.input: _NO_FORM,
-    },
+    {aten.lstm.data: _OUTSIDE, aten.gru.data: _OUTSIDE, aten.rnn_tanh.data: _OUTSIDE,
+     aten.rnn_relu.data: _OUTSIDE},
     {
         aten.lstm: _macs, aten.gru: _macs, aten.rnn_tanh: _macs, aten.rnn_relu: _macs,
         aten.lstm_cell: _cell_macs, aten.gru_cell: _cell_macs, aten.rnn_tanh_cell: _cell_macs,
         aten.rnn_relu_cell: _cell_macs, aten.mkldnn_rnn_layer: _mkldnn_macs,
     },
 )  # fmt: skip
-
-
-# While exporting, each is one operator, for any length: traced inside, the length is fixed
-
-_WHOLE = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-"""What ``torch.nn`` calls."""
-_OPTIONS = (
-    "Tensor[] params, bool has_biases, int num_layers, float dropout, bool train, "
-    "bool bidirectional, bool batch_first"
-)
-
-
-@contextlib.contextmanager
-def _exported_whole() -> Iterator[None]:
-    """Export an LSTM, GRU or RNN as one operator of ours, whose sizes are free.
-
-    :func:`_restore` puts PyTorch's operator in its place. Packed sequences are left alone.
-    """
-
-    def whole(kind: str) -> Any:
-        ours, own = getattr(torch.ops.torch_quant, f"whole_{kind}"), getattr(torch._VF, kind)
-
-        def call(*args: Any) -> Any:
-            return ours(*args) if isinstance(args[3], bool) else own(*args)
-
-        return call
-
-    for kind in _WHOLE:
-        setattr(torch._VF, kind, whole(kind))
-    try:
-        yield
-    finally:
-        for kind in _WHOLE:
-            delattr(torch._VF, kind)
-
-
-def _restore(graph: fx.Graph) -> None:
-    """Undo what :func:`_exported_whole` did to an exported graph."""
-    for kind in _WHOLE:
-        ours = getattr(torch.ops.torch_quant, f"whole_{kind}").default
-        for node in graph.find_nodes(op="call_function", target=ours):
-            node.target = getattr(torch.ops.aten, kind).input
-
-
-def _fake_output(x: Tensor, h: Tensor, options: tuple[Any, ...]) -> Tensor:
-    features = (2 if options[5] else 1) * h.shape[-1]
-    if options[6]:  # batch first: computed with the steps first
-        return x.new_empty((x.shape[1], x.shape[0], features)).transpose(0, 1)
-    return x.new_empty((*x.shape[:2], features))
-
-
-def _fake_whole_lstm(x: Tensor, hx: list[Tensor], *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_output(x, hx[0], options), torch.empty_like(hx[0]), torch.empty_like(hx[1])
-
-
-def _fake_whole_rnn(x: Tensor, hx: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    return _fake_output(x, hx, options), torch.empty_like(hx)
-
-
-for _kind in _WHOLE:
-    _two = _kind == "lstm"  # hidden and cell state
-    _hx, _results = ("Tensor[]", "Tensor, Tensor, Tensor") if _two else ("Tensor", "Tensor, Tensor")
-    define_operator(
-        f"whole_{_kind}(Tensor x, {_hx} hx, {_OPTIONS}) -> ({_results})",
-        getattr(torch.ops.aten, _kind).input,
-        _fake_whole_lstm if _two else _fake_whole_rnn,
-    )
-
-register_capturing(Capturing(exporting=_exported_whole, restore=_restore))

@@ -76,6 +76,10 @@ class OpPattern:
         quantize: puts pairs around a call of it, where that is more than quantizing what it reads
             and its weight. It gets the call and what is done with the site.
         any_format: whether its weight may be cut into blocks of any shape.
+        more_weights: argument positions of further matrices, where no list holds them.
+        steps: whether it is computed a step at a time and rounds what it reads at each: dynamic
+            activations then have a scale for each row, or one for all of a step.
+        static: whether grids that calibration found serve its activations.
         untrainable: why no gradient passes its quantized form, empty if it does.
     """
 
@@ -93,6 +97,9 @@ class OpPattern:
     obstacle: Callable[[fx.Node], str] = lambda node: ""
     quantize: Callable[[Inserter, fx.Node, SitePlan], None] | None = None
     any_format: bool = True
+    more_weights: tuple[int, ...] = ()
+    steps: bool = False
+    static: bool = True
     untrainable: str = ""
 
 
@@ -107,6 +114,9 @@ class Inserter(Protocol):
 
         Its scale is called after the site and ``role``.
         """
+
+    def decline(self, node: fx.Node, why: str) -> None:
+        """Leave a site in float, for a reason that reports give."""
 
     def scale(self, key: str, spec: QuantSpec) -> Tensor:
         """The scale of a tensor, as it is observed."""

@@ -103,6 +103,9 @@ class _Inserter:
             self.qparams[key, spec] = self.context.qparams(key, spec)
         return self.qparams[key, spec]
 
+    def decline(self, node: fx.Node, why: str) -> None:
+        self.context.decline(key_of(node), why)
+
     def scale(self, key: str, spec: QuantSpec) -> Tensor:
         return self._qparams(key, spec).scale
 

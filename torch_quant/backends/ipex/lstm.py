@@ -26,7 +26,8 @@ from torch_quant.graph.sites import local_name, results
 from torch_quant.ops.arguments import argument, part_of, positional, retarget
 from torch_quant.ops.functions import graph_function
 from torch_quant.ops.qdq import DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_TENSOR
-from torch_quant.ops.recurrent import LSTM, cells_of, projected
+from torch_quant.ops.recurrent import LSTM, projected
+from torch_quant.ops.stepping import cells_of
 from torch_quant.passes.base import PassContext
 from torch_quant.passes.constants import evaluate, new_constant
 from torch_quant.passes.fold_scales import number

@@ -18,6 +18,7 @@ from torch_quant.backends.onednn import ops
 from torch_quant.backends.onednn.endings import ending_of, replace
 from torch_quant.backends.onednn.native import native_kernels
 from torch_quant.backends.onednn.products import product_kernels
+from torch_quant.backends.onednn.recurrent import recurrent_kernels
 from torch_quant.backends.onednn.rows import round_in_one_pass
 from torch_quant.backends.onednn.tables import table_kernels
 from torch_quant.core.kernels import Accepts, Kernel, KernelTable
@@ -84,6 +85,7 @@ class OneDNNBackend(Backend):
                 *table_kernels(weight),
                 *product_kernels(activation),
                 *native_kernels(),
+                *recurrent_kernels(weight),
             ),
         )
 

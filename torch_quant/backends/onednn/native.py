@@ -22,13 +22,13 @@ from torch_quant.ops.qdq import DEQUANTIZE, DEQUANTIZE_PER_CHANNEL, QUANTIZE
 from torch_quant.passes.base import PassContext, call_like
 from torch_quant.passes.constants import name_of, new_constants
 
-__all__ = ["native_kernels"]
+__all__ = ["TOKENS", "is_token", "native_kernels"]
 
 _STEP = 32
 """A group of inputs with one scale is a multiple of this."""
 _WEIGHT = QuantSpec.of(bits=4, signed=True, symmetric=True, granularity=PerGroup(128))
 _INT8 = QuantSpec.of(bits=8, signed=True, symmetric=True, per_channel=True)
-_TOKENS = QuantSpec.of("uint8", granularity=PerToken(), dynamic=True)
+TOKENS = QuantSpec.of("uint8", granularity=PerToken(), dynamic=True)
 
 _NOTE = (
     "activations are rounded inside, for each token and 32 inputs: to 8 bits with weights of up to "
@@ -57,8 +57,8 @@ def native_kernels() -> tuple[Kernel, ...]:
         dynamic=True,
     )
     tokens = Accepts(
-        _TOKENS,
-        _is_token,
+        TOKENS,
+        is_token,
         "dynamic activations are uint8, or symmetric int8, with a scale per token",
         any_format=True,
         dynamic=True,
@@ -81,7 +81,7 @@ def _is_packed(spec: QuantSpec) -> bool:
     return spec.integer and spec.bits <= 8 and not spec.dynamic and (spec.per_channel or grouped)
 
 
-def _is_token(spec: QuantSpec) -> bool:
+def is_token(spec: QuantSpec) -> bool:
     whole = spec.full_range and spec.bits == 8 and (spec.symmetric or not spec.signed)
     tokens = spec.dynamic and isinstance(spec.granularity, PerToken)
     return whole and tokens and spec.scale_type is ScaleType.FLOAT32

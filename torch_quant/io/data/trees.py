@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from torch_quant.errors import InvalidConfig
@@ -72,7 +73,8 @@ def _named_tuple(data: Any, size: int, what: str) -> type:
     found = class_at(path, f"a named tuple of {what}")
     fields = getattr(found, "_fields", ())
     plain = issubclass(found, tuple) and found.__new__ is not tuple.__new__
-    if not plain or found.__bases__ != (tuple,) or len(fields) != size:
+    own = found.__bases__ == (tuple,) or found is PackedSequence
+    if not (plain and own) or len(fields) != size:
         raise wrong(f"a named tuple of {what}", path, f"a class with {size} fields")
     return found
 

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from torch_quant.ops.arguments import arguments, part_of
 from torch_quant.ops.library import define_operator
-from torch_quant.ops.recurrent import cells_of
+from torch_quant.ops.stepping import cells_of
 from torch_quant.passes.base import PassContext
 from torch_quant.passes.constants import place
 

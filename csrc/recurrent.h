@@ -1,0 +1,46 @@
+// Recurrent layers with int8 weights: what goes in and the hidden state are rounded at each step.
+//
+//   gates[t] = x[t] W_ih' + b_ih      products of integers, for many steps at a time
+//   state    = h W_hh' + b_hh         products of integers, a step at a time
+//   h, c     = what the cell makes of both, in float
+//
+// Each row of x and of h has a scale and a zero point of its own, so that no row depends on others.
+#pragma once
+
+#include "kernels.h"
+
+namespace torch_quant {
+
+enum Cell : int64_t { LSTM = 0, GRU = 1, TANH = 2, RELU = 3 };
+
+// One direction of a layer.
+struct Direction {
+  const int8_t *w_ih, *w_hh;   // [gates * size, in], [gates * size, size]
+  const float *s_ih, *s_hh;    // [gates * size]
+  const float *b_ih, *b_hh;    // likewise, or null
+  float* h;                    // [batch, size]: the state before, then the one behind
+  float* c;                    // likewise, of an LSTM
+};
+
+// One layer, as the caller gives it: all members have 8 bytes. Sequences are sorted by length: those that
+// a step has come first.
+struct RecurrentCall {
+  const float* x;              // [rows, in]
+  const int64_t* first;        // [steps + 1]: at which row a step begins
+  float* y;                    // [rows, directions * size]
+  Direction of[2];             // the second runs backwards
+  int64_t steps, batch, in, size, directions, cell, is_signed;
+};
+
+struct Recurrent : RecurrentCall {
+  int64_t wide, padded;        // gates * size; `size`, up to a multiple of 64
+  int64_t blocks, block;       // of a batch, and sequences of one
+  int64_t begin[2], end[2];    // the steps whose gates are there
+  const float* gates[2];       // [rows of them, wide]
+  int32_t* sums;               // [directions * blocks, wide]: of a row of W_hh
+  int64_t* known;              // [directions * blocks]: whether these are there
+  uint8_t* scratch;            // [threads, scratch_bytes]
+  int64_t scratch_bytes;       // codes, state, scales and zero points of a block
+};
+
+}  // namespace torch_quant

@@ -1,0 +1,128 @@
+// How work is cut up for threads, and where it finds memory.
+#pragma once
+
+#include <atomic>
+#include <cstdlib>
+#include <new>
+#include <thread>
+#include <vector>
+
+#include "kernels.h"
+
+#if defined(_MSC_VER)
+#include <malloc.h>
+#define EXPORT extern "C" __declspec(dllexport)
+#else
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+namespace torch_quant {
+
+// Those that are used now.
+const Kernels& kernels();
+
+// Threads: those of the OpenMP library that PyTorch has loaded, so that there are no others.
+
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+inline std::atomic<Parallel> parallel{nullptr};
+
+inline void in_parallel(int threads, void (*work)(void*), void* data) {
+  if (threads <= 1) return work(data);
+  if (Parallel run = parallel.load(std::memory_order_relaxed))
+    return run(work, data, static_cast<unsigned>(threads), 0);
+  std::vector<std::thread> others;
+  for (int i = 1; i < threads; i++) others.emplace_back(work, data);
+  work(data);
+  for (auto& each : others) each.join();
+}
+
+// Runs `each(job, i, worker)` for i below `count`; whoever is free takes the next. Workers count from 0.
+template <typename Job>
+struct Loop {
+  const Job* job;
+  int64_t count;
+  void (*each)(const Job&, int64_t, int64_t);
+  std::atomic<int64_t> next{0}, workers{0};
+
+  static void work(void* data) {
+    auto* loop = static_cast<Loop*>(data);
+    const int64_t worker = loop->workers.fetch_add(1, std::memory_order_relaxed);
+    for (int64_t i; (i = loop->next.fetch_add(1, std::memory_order_relaxed)) < loop->count;)
+      loop->each(*loop->job, i, worker);
+  }
+};
+
+template <typename Job>
+void for_each(int threads, const Job& job, int64_t count, void (*each)(const Job&, int64_t, int64_t)) {
+  Loop<Job> loop{&job, count, each};
+  in_parallel(threads < count ? threads : static_cast<int>(count), Loop<Job>::work, &loop);
+}
+
+// Of rounded activations, and of weights that meet all of these while they are in a core's cache.
+constexpr int64_t SLAB_BYTES = 512 << 10, BLOCK_BYTES = 256 << 10;
+constexpr int64_t DYNAMIC_SLAB_BYTES = 1 << 20, DYNAMIC_BLOCK_BYTES = 128 << 10;
+constexpr int64_t THREAD_BYTES = 64 << 10;  // of weights, read once, for which a thread pays
+
+inline int64_t least(int64_t x, int64_t y) { return x < y ? x : y; }
+inline int64_t most(int64_t x, int64_t y) { return x > y ? x : y; }
+inline int64_t whole(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+
+// 64-byte aligned memory, null where there is none.
+struct Memory {
+  void* start;
+  explicit Memory(int64_t size) : start(std::malloc(size + 64)) {}
+  ~Memory() { std::free(start); }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  uint8_t* get() const {
+    auto place = reinterpret_cast<uintptr_t>(start);
+    return start ? reinterpret_cast<uint8_t*>((place + 63) / 64 * 64) : nullptr;
+  }
+};
+
+// One slab of rows: all are rounded, then blocks of outputs multiplied.
+template <typename Job>
+struct Slab {
+  const Job* job;
+  void (*round)(const Job&, int64_t, int64_t);
+  void (*multiply)(const Job&, int64_t, int64_t, int64_t, int64_t);
+  int64_t row, rows, outs;
+};
+
+template <typename Job>
+void run_slabs(Slab<Job> slab, int64_t rows, int64_t out, int64_t row_bytes,
+               int64_t most_rows, int64_t block_bytes, int threads) {
+  const int64_t work = out * row_bytes * (1 + rows / 4);
+  threads = static_cast<int>(most(1, least(threads, work / THREAD_BYTES)));
+  // A multiple of the outputs of a tile; every thread gets some blocks.
+  slab.outs = most(8, least(most(block_bytes / most(row_bytes, 1), 8), out / (threads * 4)) / 8 * 8);
+  for (slab.row = 0; slab.row < rows; slab.row += most_rows) {
+    slab.rows = least(most_rows, rows - slab.row);
+    const int64_t roundings = (slab.rows + 3) / 4;
+    for_each<Slab<Job>>(roundings > 2 ? threads : 1, slab, roundings, [](const Slab<Job>& s, int64_t i, int64_t) {
+      for (int64_t m = i * 4; m < least(i * 4 + 4, s.rows); m++) s.round(*s.job, s.row + m, m);
+    });
+    const int64_t blocks = (out + slab.outs - 1) / slab.outs;
+    for_each<Slab<Job>>(threads, slab, blocks, [](const Slab<Job>& s, int64_t i, int64_t) {
+      const int64_t n = i * s.outs;
+      s.multiply(*s.job, s.row, s.rows, n, least(s.outs, s.job->out - n));
+    });
+  }
+}
+
+// Dynamic int8 products; false where memory is short.
+inline bool multiply_rounded(Dynamic j, int threads) {
+  j.padded = whole(j.in, 64);
+  const int64_t slab_rows = most(4, least(j.rows, DYNAMIC_SLAB_BYTES / most(j.padded, 1) / 4 * 4));
+  const Memory codes(slab_rows * j.padded), numbers(slab_rows * 8);
+  if (!codes.start || !numbers.start) return false;
+  j.codes = codes.get();
+  j.scales = reinterpret_cast<float*>(numbers.get());
+  j.zeros = reinterpret_cast<int32_t*>(numbers.get()) + slab_rows;
+  const Kernels& use = kernels();
+  run_slabs<Dynamic>({&j, use.round_dynamic, use.multiply_dynamic, 0, 0, 0}, j.rows, j.out, j.in, slab_rows,
+                     DYNAMIC_BLOCK_BYTES, threads);
+  return true;
+}
+
+}  // namespace torch_quant
