@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from flows import BACKENDS
 from test_decoding import VOCABULARY
 from test_generate import NEW, taught
 from torch import Tensor, nn
+from transformers import StaticCache
 
 import torch_quant
 from torch_quant import QConfig, Quantizer, recipes
@@ -181,3 +183,29 @@ def test_a_pipeline_takes_a_quantized_model(recipe: str) -> None:
         assert (
             found[1][-NEW:] == written(quant_model, inputs["input_ids"][1:, 1:])[0, -NEW:].tolist()
         )
+
+
+@pytest.mark.parametrize("recipe", ["int4_weight_only", "int8_dynamic"])
+def test_a_compiled_step_writes_the_same(recipe: str) -> None:
+    """A prompt and steps of one token with a static cache: one graph each, and no break."""
+    model, inputs = known("llama")
+    backend = "onednn" if "onednn" in BACKENDS else "reference"
+    quant_model, ids = quantized(model, RECIPES[recipe], backend), inputs["input_ids"][:1]
+    named = inspect.signature(model.forward).parameters
+    name = "cache" if "cache" in named else "past_key_values"
+
+    @torch.no_grad()
+    def write(each: Any) -> list[int]:
+        cache, at, token, tokens = StaticCache(model.config, max_cache_len=32), 0, ids, []
+        for _ in range(NEW):
+            places = torch.arange(at, at + token.shape[1])
+            out = each(input_ids=token, position_ids=places[None], **{name: cache})
+            at, token = at + token.shape[1], out.logits[:, -1:].argmax(-1)
+            tokens.append(int(token))
+        return tokens
+
+    torch._dynamo.reset()
+    compiled_model = torch.compile(quant_model, backend="aot_eager", fullgraph=True)
+    torch._dynamo.utils.counters.clear()
+    assert write(compiled_model) == write(quant_model)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2

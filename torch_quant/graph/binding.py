@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -30,8 +30,31 @@ class CallSignature(inspect.Signature):
             position.
     """
 
-    decorated = False
-    by_position = False
+    def __init__(
+        self,
+        parameters: Sequence[inspect.Parameter] | None = None,
+        *,
+        return_annotation: Any = inspect.Signature.empty,
+        decorated: bool = False,
+        by_position: bool = False,
+    ) -> None:
+        super().__init__(parameters, return_annotation=return_annotation)
+        self.decorated, self.by_position = decorated, by_position
+        # All of it now: a compiler cannot follow the lock of a property that is computed once.
+        every = list(self.parameters.values())
+        kinds, named = [p.kind for p in every], [p for p in every if p.kind in _NAMED]
+        by_name = [p.name for p in every if p.kind is not p.VAR_KEYWORD]
+        self.names = tuple(by_name) if len(by_name) == len(named) else None
+        """Its parameters, if all of them can go by name."""
+        self.positional = kinds.count(inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        """How many can also go by position."""
+        self.open = inspect.Parameter.VAR_KEYWORD in kinds
+        """Whether it takes any other name."""
+        self.required = frozenset(p.name for p in every if p.default is p.empty)
+        """Parameters without a default."""
+        constants = {p.name: p.default for p in named if _constant(p.default)}
+        self.defaults: dict[str, Any] = {} if decorated else constants
+        """Constants that an argument may be given as or left out, which is the same call."""
 
     def __reduce__(self) -> Any:
         parameters = list(self.parameters.values())
@@ -40,36 +63,6 @@ class CallSignature(inspect.Signature):
     def with_positions(self) -> CallSignature:
         """The same for a function that takes other names than it shows."""
         return _made(list(self.parameters.values()), self.return_annotation, self.decorated, True)
-
-    @cached_property
-    def names(self) -> tuple[str, ...] | None:
-        """Its parameters, if all of them can go by name."""
-        found = [p for p in self.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        return tuple(p.name for p in found) if all(p.kind in _NAMED for p in found) else None
-
-    @cached_property
-    def positional(self) -> int:
-        """How many can also go by position."""
-        kinds = [p.kind for p in self.parameters.values()]
-        return kinds.count(inspect.Parameter.POSITIONAL_OR_KEYWORD)
-
-    @cached_property
-    def open(self) -> bool:
-        """Whether it takes any other name."""
-        return any(p.kind is p.VAR_KEYWORD for p in self.parameters.values())
-
-    @cached_property
-    def required(self) -> frozenset[str]:
-        """Parameters without a default."""
-        return frozenset(p.name for p in self.parameters.values() if p.default is p.empty)
-
-    @cached_property
-    def defaults(self) -> dict[str, Any]:
-        """Constants that an argument may be given as or left out, which is the same call."""
-        if self.decorated:
-            return {}
-        named = (p for p in self.parameters.values() if p.kind in _NAMED)
-        return {p.name: p.default for p in named if _constant(p.default)}
 
 
 def signature_of(forward: Callable[..., Any]) -> CallSignature:
@@ -93,9 +86,9 @@ def _signature_of(forward: Callable[..., Any]) -> CallSignature:
 def _made(
     parameters: list[inspect.Parameter], result: Any, decorated: bool, by_position: bool = False
 ) -> CallSignature:
-    made = CallSignature(parameters, return_annotation=result)
-    made.decorated, made.by_position = decorated, by_position
-    return made
+    return CallSignature(
+        parameters, return_annotation=result, decorated=decorated, by_position=by_position
+    )
 
 
 def bind(

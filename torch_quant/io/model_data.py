@@ -359,10 +359,8 @@ class _Reader:
                     default=decode(default, where) if has_default else inspect.Parameter.empty,
                 )
             )
-        signature = CallSignature(parameters)
-        signature.decorated = hidden or found["decorated"] is True
-        signature.by_position = hidden
-        return signature
+        decorated = hidden or found["decorated"] is True
+        return CallSignature(parameters, decorated=decorated, by_position=hidden)
 
     def mount(self) -> None:
         """Have every graph read the tensors of the modules, as what was saved did."""
