@@ -11,7 +11,7 @@ from torch_quant.backends import Backend
 from torch_quant.config import QConfig
 from torch_quant.core.methods import Method, Transform, WeightMethod
 from torch_quant.core.naming import did_you_mean, matches_name
-from torch_quant.core.plan import FALLEN_BACK, SitePlan
+from torch_quant.core.plan import FALLEN_BACK, SLOWER, SitePlan
 from torch_quant.core.spec import FLOAT, FloatFormat, QuantSpec
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.annotate import method_refusal
@@ -166,6 +166,7 @@ class _Facts:
 
     def _quantized(self, override: str | None) -> Decision:
         entry, site = self.entry, self.site
+        slower = entry.reason.startswith(SLOWER)
         verdict = self.session.settings.module_filter.verdict(
             site.name, site.op, modules_of(self.session.captured.root.module, site)
         )
@@ -180,6 +181,8 @@ class _Facts:
             rule = "the model"
         elif verdict[0]:
             rule = f"module_filter, {verdict[1]}"
+        elif slower:
+            rule = "quantize(never_slower=True)"
         elif override:
             rule = override
         elif entry.reason == FALLEN_BACK and site.name in self.session.owner.fallen_back:

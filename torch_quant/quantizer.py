@@ -22,6 +22,7 @@ from torch_quant.convert.quantized import QuantizedModule
 from torch_quant.core.plan import QuantPlan
 from torch_quant.proxies.calib import CalibModel
 from torch_quant.quantizer_reports import QuantizerReports
+from torch_quant.regions import Measure
 from torch_quant.rounding import Rounding
 
 __all__ = ["Quantizer"]
@@ -258,13 +259,14 @@ class Quantizer(QuantizerReports):
         return names
 
     def reset_fallback(self) -> None:
-        """Quantize again what :meth:`fallback` took back to float.
+        """Quantize again what :meth:`fallback`, or ``never_slower``, took back to float.
 
         >>> quantizer = Quantizer("reference")
         >>> quantizer.reset_fallback(), quantizer.fallen_back
         (None, {})
         """
         self.fallen_back.clear()
+        self.slower.clear()
         self.plan = QuantPlan()
 
     def round_weights(
@@ -316,6 +318,9 @@ class Quantizer(QuantizerReports):
         backend: Backend | str | None = None,
         example_inputs: Any = None,
         share_float_weights: bool = False,
+        never_slower: bool | Measure = False,
+        seconds: float = 20.0,
+        progress: bool = True,
     ) -> QuantizedModule:
         """The quantized model, on real kernels: call it, trace it, export it, copy it, save it.
 
@@ -332,14 +337,29 @@ class Quantizer(QuantizerReports):
                 Once an operator has changed one of them in place, as ``model.load_state_dict``
                 does, the quantized model refuses calls; changes through ``weight.data`` are not
                 noticed.
+            never_slower: measure with ``example_inputs`` which parts of the model take longer
+                quantized than in float, by more than chance, and take them back to float; those
+                that an override names stay. What was found is in ``quantizer.slower``, for this
+                backend, and holds until :meth:`reset_fallback`; the table is in
+                ``quantizer.regions``. Instead of True, a function that measures, as on another
+                machine: it gets models by name and gives the milliseconds of calls of each, made
+                in turns.
+            seconds: about how long to measure for that, without what quantizing takes; at least 11
+                calls are made for each part.
+            progress: whether to show a progress bar while measuring.
 
         Raises:
             NotCalibrated: no data was seen, or the model has changed since.
             UnsupportedOp: nothing in the model can be quantized.
+            InvalidConfig: there is nothing to measure with.
 
         >>> model, x, quantizer = nn.Linear(4, 2), torch.ones(8, 4), Quantizer("reference")
         >>> _ = quantizer.calib(model)(x)
         >>> quantizer.quantize(model)(x).shape
         torch.Size([8, 2])
         """
+        if never_slower is not False:
+            backend = self._without_slower(
+                model, backend, example_inputs, never_slower, seconds, progress
+            )
         return self._quantized(model, backend, example_inputs, share_float_weights)

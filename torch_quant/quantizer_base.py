@@ -25,7 +25,7 @@ from torch_quant.config import OverrideKey, QConfig
 from torch_quant.configuration import configuration, write_configuration
 from torch_quant.convert.lowering import Lowering
 from torch_quant.convert.quantized import QuantizedModule, plan_of
-from torch_quant.core.plan import FALLEN_BACK, PRECISIONS, QuantPlan
+from torch_quant.core.plan import FALLEN_BACK, PRECISIONS, SLOWER, QuantPlan
 from torch_quant.core.switches import NO_COLLECTION
 from torch_quant.core.telling import told_together
 from torch_quant.errors import InvalidConfig, NotCalibrated, UnsupportedOp
@@ -86,6 +86,7 @@ class QuantizerBase(Tied):
         self.state = QuantState()
         self.plan = QuantPlan()
         self.fallen_back: dict[str, str] = {}  # site -> precision
+        self.slower: dict[str, dict[str, str]] = {}  # backend -> site -> reason
         self.tuning: Tuning | None = None
         self._sessions = weakref.WeakKeyDictionary[nn.Module, Session]()
 
@@ -295,7 +296,9 @@ class QuantizerBase(Tied):
     def _lowered(self, session: Session, lowering: Lowering, share: bool) -> QuantizedModule:
         """What ``lowering`` makes of a model; raises as :meth:`Quantizer.quantize` does."""
         plan = lowering.plan
-        if not plan.quantized and all(site.reason != FALLEN_BACK for site in plan.values()):
+        if not plan.quantized and not any(
+            site.reason.startswith((FALLEN_BACK, SLOWER)) for site in plan.values()
+        ):
             reasons = sorted({f"{site.op}: {site.reason}" for site in plan.values()})
             rest = f"; and {len(reasons) - 2} more reasons" if len(reasons) > 2 else ""
             raise UnsupportedOp(
@@ -305,8 +308,9 @@ class QuantizerBase(Tied):
             )
         if not plan.quantized:
             logger.warning(
-                "all %d sites are in float, since those that can be quantized fell back: the model "
-                "gains nothing. quantizer.reset_fallback() and then a smaller fallback quantize it",
+                "all %d sites are in float, since those that can be quantized fell back or are "
+                "faster so: the model gains nothing. quantizer.reset_fallback() quantizes it, and "
+                "a smaller fallback most of it",
                 len(plan),
             )
         if _needs_ranges(plan) and self.state.batches == 0:

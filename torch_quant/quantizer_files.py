@@ -68,13 +68,14 @@ class QuantizerFiles(QuantizerBase):
 
         >>> from torch_quant import Quantizer
         >>> sorted(Quantizer("reference").state_dict())
-        ['fallback', 'model', 'state']
+        ['fallback', 'model', 'slower', 'state']
         """
         with self.state.lock:  # another thread may calibrate
             return {
                 "state": self.state.state_dict(),
                 "model": dict(self.state.fingerprint),
                 "fallback": dict(self.fallen_back),
+                "slower": {name: dict(sites) for name, sites in self.slower.items()},
             }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -86,10 +87,11 @@ class QuantizerFiles(QuantizerBase):
         >>> quantizer = Quantizer("reference")
         >>> quantizer.load_state_dict(Quantizer("onednn").state_dict())
         """
-        fingerprint, fallen = check_saved(state)
+        fingerprint, fallen, slower = check_saved(state)
         with self.state.lock:
             self.state.load_state_dict(state["state"])
             self.state.fingerprint, self.fallen_back = fingerprint, fallen
+            self.slower = slower
             self.plan = QuantPlan()
 
     def save(self, folder: str | os.PathLike[str]) -> None:

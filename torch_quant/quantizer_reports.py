@@ -12,12 +12,16 @@ from torch import nn
 from torch_quant.backends import Backend, available_backends, usable_backend
 from torch_quant.choices import FASTEST
 from torch_quant.convert.quantized import QuantizedModule
+from torch_quant.core.plan import QuantPlan
+from torch_quant.core.telling import told_together
 from torch_quant.errors import InvalidConfig, UnsupportedOp
 from torch_quant.explain import Explanation
 from torch_quant.graph.running import frozen
-from torch_quant.profiling import profiled
+from torch_quant.profiling import checked_seconds, profiled
 from torch_quant.quantizer_training import QuantizerTraining
+from torch_quant.regions import Measure, find_slower, measured_regions, stopwatch
 from torch_quant.report.coverage import Coverage
+from torch_quant.report.regions import Regions
 from torch_quant.report.speed import Profile
 
 __all__ = ["QuantizerReports"]
@@ -28,6 +32,8 @@ logger = logging.getLogger("torch_quant")
 class QuantizerReports(QuantizerTraining):
     """The public methods of a :class:`Quantizer` that report."""
 
+    regions: Regions | None = None
+    """What ``quantize(model, never_slower=True)`` measured last."""
     measured: Profile | None = None
     """What ``quantize(model, backend="fastest")`` measured last."""
 
@@ -140,6 +146,92 @@ class QuantizerReports(QuantizerTraining):
             return profiled(
                 model, made, example_inputs, seconds=seconds, compiled=compiled, names=names
             )
+
+    def profile_regions(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        *,
+        by: str = "operator",
+        backend: Backend | str | None = None,
+        seconds: float = 20.0,
+        measure: Measure | None = None,
+        progress: bool = True,
+    ) -> Regions:
+        """What it gains to quantize each part of a model, with the quantizers around it.
+
+        Each part is measured by the whole model, quantized with it and without it, in turns.
+
+        Args:
+            model: the model that was calibrated.
+            example_inputs: as for :meth:`calib`, of the sizes that the model will serve.
+            by: ``"operator"``: operators of one kind and size are one part; or ``"module"``.
+            backend: another backend than the quantizer's.
+            seconds: about how long to measure, without what quantizing takes.
+            measure: how models are measured, as for :meth:`quantize`; here, by default.
+            progress: whether to show a progress bar.
+
+        Returns:
+            A report; ``print`` shows its table.
+
+        Raises:
+            NotCalibrated: no data was seen, or the model has changed since.
+            InvalidConfig: ``by`` or ``seconds`` is none of what may be.
+
+        >>> import torch
+        >>> from torch_quant import Quantizer
+        >>> model, x, quantizer = nn.Linear(64, 64), torch.ones(8, 64), Quantizer("reference")
+        >>> _ = quantizer.calib(model)(x)
+        >>> report = quantizer.profile_regions(model, x, seconds=0.01)
+        >>> [region.name for region in report]
+        ['linear 64x64 0.0328M']
+        """
+        with self.state.lock:
+            chosen, session = self._ready(model, backend, example_inputs, "profile_regions")
+            watch = measure or stopwatch(example_inputs, checked_seconds(seconds) / 20)
+            with frozen(model), told_together():
+                return measured_regions(session, chosen, by, watch, progress=progress)
+
+    def _without_slower(
+        self,
+        model: nn.Module,
+        backend: Backend | str | None,
+        example_inputs: Any,
+        how: bool | Measure,
+        seconds: float,
+        progress: bool,
+    ) -> Backend | str | None:
+        """Find what is slower quantized than in float; returns the backend that was measured."""
+        if how is not True and not callable(how):
+            raise InvalidConfig(
+                f"never_slower={how!r}: expected True, False, or a function that measures models"
+            )
+        if example_inputs is None:
+            raise InvalidConfig(
+                "quantize(model, never_slower=True) measures on inputs: give example_inputs, of "
+                "the sizes that the model will serve"
+            )
+        if backend == FASTEST:
+            self._quantized(model, backend, example_inputs, False)
+            assert self.measured is not None
+            backend = self.measured.fastest
+        each = checked_seconds(seconds) / 20
+        watch = stopwatch(example_inputs, each) if how is True else how
+        with self.state.lock:
+            chosen, session = self._ready(model, backend, example_inputs, "quantize")
+            with frozen(model), told_together():
+                found, self.regions = find_slower(session, chosen, watch, progress=progress)
+        self.slower = {**self.slower, chosen.name: found}
+        self.plan = QuantPlan()
+        if self.regions.against.certain:
+            logger.warning(
+                "the quantized model is slower than float on these inputs, by %.3g of %.3g ms, "
+                "whatever is taken back\n%s",
+                self.regions.against.milliseconds, self.regions.float32, self.regions,
+            )  # fmt: skip
+        else:
+            logger.info("never slower\n%s", self.regions)
+        return backend
 
     def _quantized(
         self,

@@ -46,6 +46,8 @@ class Owner(Protocol):
     def state(self) -> QuantState: ...
     @property
     def fallen_back(self) -> Mapping[str, str]: ...
+    @property
+    def slower(self) -> Mapping[str, Mapping[str, str]]: ...
 
 
 @dataclass(frozen=True)
@@ -57,19 +59,22 @@ class Snapshot:
         settings: what the user asked for.
         state: the ranges.
         fallen_back: site -> precision of what fell back to float.
+        slower: backend -> site -> why it is in float there, though it could be quantized.
     """
 
     backend: Backend
     settings: Settings
     state: QuantState
     fallen_back: Mapping[str, str]
+    slower: Mapping[str, Mapping[str, str]]
 
     @classmethod
     def of(cls, owner: Owner, backend: Backend) -> Snapshot:
         """A copy of what ``owner`` knows now, to run on ``backend``."""
         state = owner.state.copied()
         settings = replace(owner.settings, overrides=dict(owner.settings.overrides))
-        return cls(backend, settings, state, dict(owner.fallen_back))
+        slower = {name: dict(sites) for name, sites in owner.slower.items()}
+        return cls(backend, settings, state, dict(owner.fallen_back), slower)
 
 
 class Session:
@@ -132,6 +137,7 @@ class Session:
         fallen: Mapping[str, str] | None = None,
         *,
         optional: bool = True,
+        slower: Mapping[str, str] | None = None,
     ) -> QuantPlan:
         """What is done with every site.
 
@@ -139,14 +145,20 @@ class Session:
             backend: where it will run; the quantizer's by default.
             fallen: site -> precision of what fell back to float; the quantizer's by default.
             optional: have the optional transforms that help; else none.
+            slower: site -> why it is in float since that is faster; the quantizer's by default.
         """
-        return self._fallen(self._settled(self._asked(backend), optional), fallen)
+        plan = self._settled(self._asked(backend), optional)
+        if slower is None:
+            slower = self.owner.slower.get((backend or self.owner.backend).name, {})
+        return _in_float(self._fallen(plan, fallen), slower)
 
     def plans(self, backend: Backend | None = None) -> tuple[QuantPlan, QuantPlan]:
         """Of what is asked for, the plan without optional transforms, and :meth:`plan`."""
         asked = self._asked(backend)
-        plain = self._fallen(self._settled(asked, optional=False))
-        return plain, self._fallen(self._settled(asked))
+        slower = self.owner.slower.get((backend or self.owner.backend).name, {})
+        settled = (self._settled(asked, optional=False), self._settled(asked))
+        plain, planned = (_in_float(self._fallen(each), slower) for each in settled)
+        return plain, planned
 
     def _asked(self, backend: Backend | None) -> QuantPlan:
         """The plan with all optional transforms, before anything falls back."""
@@ -175,10 +187,14 @@ class Session:
         return plan
 
     def lowering(
-        self, backend: Backend | None = None, fallen: Mapping[str, str] | None = None
+        self,
+        backend: Backend | None = None,
+        fallen: Mapping[str, str] | None = None,
+        *,
+        slower: Mapping[str, str] | None = None,
     ) -> Lowering:
         """How the model is put on a backend, with the ranges as they are now; as :meth:`plan`."""
-        plan = self.plan(backend, fallen)
+        plan = self.plan(backend, fallen, slower=slower)
         backend, params = backend or self.owner.backend, Calibrated(self, plan)
         return Lowering(self.captured, plan, backend, params, self._scaled(plan))
 
@@ -351,3 +367,11 @@ def _deciding_on_ranges(key: str, using: list[Site]) -> list[Site]:
     """Of the sites that use a tensor, those that may quantize it; its maker if none does."""
     keys = {site: (*site.inputs, *site.internals, site.fused_output) for site in using}
     return [site for site in using if key in keys[site]] or using
+
+
+def _in_float(plan: QuantPlan, reasons: Mapping[str, str]) -> QuantPlan:
+    """``plan`` with some sites in float, for these reasons."""
+    for reason in dict.fromkeys(reasons.values()):
+        names = [name for name, why in reasons.items() if why == reason and name in plan]
+        plan = plan.without(names, reason=reason)
+    return plan

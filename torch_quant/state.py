@@ -280,14 +280,16 @@ class QuantState:
         self.take(loaded)
 
 
-def check_saved(state: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
-    """The fingerprint of the model and what fell back, of a saved ``Quantizer``.
+def check_saved(
+    state: Mapping[str, Any],
+) -> tuple[dict[str, str], dict[str, str], dict[str, dict[str, str]]]:
+    """The fingerprint of the model, what fell back and what is slower, of a saved ``Quantizer``.
 
     Raises:
         InvalidConfig: it is something else; says which entry is wrong.
     """
     try:
-        _check_entries(state, {"state", "model"}, {"fallback"})
+        _check_entries(state, {"state", "model"}, {"fallback", "slower"})
         fingerprint = _by_name(state, "model", str)
         fallen = _by_name(state, "fallback", str) if "fallback" in state else {}
         for name, precision in fallen.items():
@@ -295,11 +297,16 @@ def check_saved(state: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str
                 raise InvalidConfig(
                     f"'fallback' has {precision!r} for {name!r}; expected {' or '.join(PRECISIONS)}"
                 )
+        slower = _by_name(state, "slower", Mapping) if "slower" in state else {}
+        try:
+            found = {backend: _by_name(slower, backend, str) for backend in slower}
+        except InvalidConfig as error:
+            raise InvalidConfig(f"'slower': {error}") from error
     except InvalidConfig as error:
         raise InvalidConfig(
             f"not a Quantizer state: {error}; give what Quantizer.state_dict() returned"
         ) from error
-    return fingerprint, fallen
+    return fingerprint, fallen, found
 
 
 def _check_entries(state: Any, needed: set[str], optional: set[str]) -> None:

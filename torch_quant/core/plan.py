@@ -21,6 +21,7 @@ __all__ = [
     "FALLEN_BACK",
     "PRECISIONS",
     "FloatOp",
+    "SLOWER",
     "QuantPlan",
     "SitePlan",
     "is_share",
@@ -30,6 +31,8 @@ PRECISIONS = ("float32", "bfloat16")
 """Arithmetic that a site outside int8 may run in."""
 FALLEN_BACK = "fallen back"
 """The reason of a site that sensitivity analysis took back to float."""
+SLOWER = "slower quantized"
+"""How the reason of a site begins that was measured to be faster in float."""
 
 
 def is_share(value: Any) -> bool:
