@@ -247,11 +247,13 @@ EXPORT void torch_quant_round(int threads, const float* x, const float* scale, c
   for_each<Rounding>(threads, j, items(j), kernels().round_to_grid);
 }
 
-// The gradient of what was rounded so, and the sums that rounding_loops.h names, `sums` of [3, blocks]; 0,
-// or 1 where memory is short.
+// The gradient of what was rounded so; where they are not null, the sums that rounding_loops.h names, `sums` of
+// [3, blocks], and the gradient of the scales, `grad_scale` of [blocks]: (inside + outside) / scale * factor.
+// 0, or 1 where memory is short.
 EXPORT int torch_quant_round_gradient(int threads, const float* grad, const float* x, const float* rounded,
                                       const float* scale, const int32_t* zero, float* grad_x, float* sums,
-                                      int64_t blocks, int64_t block, int low, int high) {
+                                      float* grad_scale, int64_t blocks, int64_t block, int low, int high,
+                                      float factor) {
   Rounding j = {};
   j.grad = grad, j.x = x, j.rounded = rounded, j.scale = scale, j.zero = zero, j.grad_x = grad_x;
   j.blocks = blocks, j.block = block;
@@ -261,11 +263,56 @@ EXPORT int torch_quant_round_gradient(int threads, const float* grad, const floa
   if (!parts.start) return 1;
   j.sums = reinterpret_cast<float*>(parts.get());
   for_each<Rounding>(threads, j, items(j), kernels().gradient_of_grid);
-  for (int64_t b = 0; b < blocks; b++)
+  for (int64_t b = 0; b < blocks; b++) {
+    float found[SUMS];
     for (int s = 0; s < SUMS; s++) {
       double sum = 0.0;
       for (int64_t p = 0; p < j.pieces; p++) sum += j.sums[(b * j.pieces + p) * SUMS + s];
-      sums[s * blocks + b] = static_cast<float>(sum);
+      found[s] = static_cast<float>(sum);
+      if (sums) sums[s * blocks + b] = found[s];
     }
+    if (grad_scale) grad_scale[b] = (found[0] + found[1]) / scale[b] * factor;
+  }
+  return 0;
+}
+
+// A weight that is folded with a norm, rounded, and unfolded again: y = round(w f) / f, where f = gain / sqrt(var + eps)
+// is that of a channel; `gain` may be null. `folded`, `rounded`, `used` and `factor` are for the gradient. 0, or 1
+// where a factor is below `tiny`, and nothing was computed.
+EXPORT int torch_quant_refold(int threads, const float* weight, const float* gain, const float* var, const float* scale,
+                              const int32_t* zero, float* factor, float* folded, float* rounded, float* used, float* y,
+                              int64_t channels, int64_t blocks, int64_t count, int low, int high, float eps, float tiny,
+                              float smallest) {
+  for (int64_t c = 0; c < channels; c++) {
+    const float slope = 1.0f / std::sqrt(var[c] + eps);
+    factor[c] = gain ? gain[c] * slope : slope;
+    if (std::fabs(factor[c]) < tiny) return 1;
+  }
+  const int64_t each = count / channels;
+  for (int64_t c = 0; c < channels; c++)
+    for (int64_t i = c * each; i < (c + 1) * each; i++) folded[i] = weight[i] * factor[c];
+  torch_quant_round(threads, folded, scale, zero, rounded, used, blocks, count / blocks, low, high, smallest, 1, 0);
+  for (int64_t c = 0; c < channels; c++)
+    for (int64_t i = c * each; i < (c + 1) * each; i++) y[i] = rounded[i] / factor[c];
+  return 0;
+}
+
+// The gradient of what was rounded so; `grad_scale` may be null, and is multiplied by `share`. 0, or 1 where memory
+// is short.
+EXPORT int torch_quant_refold_gradient(int threads, const float* grad, const float* factor, const float* folded,
+                                       const float* rounded, const float* used, const int32_t* zero, float* grad_weight,
+                                       float* grad_scale, int64_t channels, int64_t blocks, int64_t count, int low,
+                                       int high, float share) {
+  const Memory inner(count * 4);
+  if (!inner.start) return 1;
+  float* grad_rounded = reinterpret_cast<float*>(inner.get());
+  const int64_t each = count / channels;
+  for (int64_t c = 0; c < channels; c++)
+    for (int64_t i = c * each; i < (c + 1) * each; i++) grad_rounded[i] = grad[i] / factor[c];
+  if (torch_quant_round_gradient(threads, grad_rounded, folded, rounded, used, zero, grad_weight, nullptr, grad_scale,
+                                 blocks, count / blocks, low, high, share))
+    return 1;
+  for (int64_t c = 0; c < channels; c++)
+    for (int64_t i = c * each; i < (c + 1) * each; i++) grad_weight[i] *= factor[c];
   return 0;
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import nn
@@ -24,6 +25,12 @@ from torch_quant.qat.model import QatModel, bond_of, scale_names
 from torch_quant.quantizer_files import QuantizerFiles
 
 __all__ = ["QuantizerTraining"]
+
+
+def _power_of_two(scale: nn.Parameter) -> float:
+    """The one next to the mean size of a scale, or of a zero point."""
+    mean = float(scale.detach().abs().mean())
+    return 2.0 ** round(math.log2(mean)) if mean > 0.0 else 1.0
 
 
 class QuantizerTraining(QuantizerFiles):
@@ -101,7 +108,7 @@ class QuantizerTraining(QuantizerFiles):
         return made
 
     def parameter_groups(
-        self, qat_model: QatModel, *, lr: float, scale_lr: float
+        self, qat_model: QatModel, *, lr: float, scale_lr: float, relative: bool = False
     ) -> list[dict[str, Any]]:
         """Groups for an optimizer: the model's own parameters, and the scales without weight decay.
 
@@ -110,6 +117,9 @@ class QuantizerTraining(QuantizerFiles):
             lr: learning rate of weights and biases.
             scale_lr: that of scales and zero points. Adam moves each by about this much in a step,
                 so it should be some hundredths of the scales, which are 1e-3 to 1e-1 at most sites.
+            relative: ``scale_lr`` is in units of what a scale is now, so that Adam moves each by
+                this share of itself. Scales are in a group for each power of two then, so call this
+                before a checkpoint is loaded, as when the run began.
 
         Raises:
             InvalidConfig: it is no QAT model, or every parameter of it is frozen.
@@ -127,16 +137,21 @@ class QuantizerTraining(QuantizerFiles):
             raise InvalidConfig(
                 f"expected what quantizer.qat(model) makes, got {type(qat_model).__name__}"
             )
-        scales = set(scale_names(qat_model))
+        names = set(scale_names(qat_model))
         found: tuple[list[nn.Parameter], list[nn.Parameter]] = [], []
         for name, parameter in qat_model.named_parameters():
             if parameter.requires_grad:
-                found[name in scales].append(parameter)
+                found[name in names].append(parameter)
         if not any(found):
             raise InvalidConfig("every parameter of the QAT model is frozen: nothing to train")
         groups: list[dict[str, Any]] = [{"params": found[0], "lr": lr}]
-        if found[1]:
-            groups.append({"params": found[1], "lr": scale_lr, "weight_decay": 0.0})
+        by_size: dict[float, list[nn.Parameter]] = {}
+        for scale in found[1]:
+            by_size.setdefault(_power_of_two(scale) if relative else 1.0, []).append(scale)
+        for size, scales_of_size in sorted(by_size.items()):
+            # They are many and tiny, so calls are what takes the time; "foreach" makes fewer.
+            how = {"lr": scale_lr * size, "weight_decay": 0.0, "foreach": True}
+            groups.append({"params": scales_of_size, **how})
         return [group for group in groups if group["params"]]
 
     def _quantized(

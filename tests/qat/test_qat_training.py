@@ -280,3 +280,26 @@ def test_dtypes_of_a_config_of_one_side() -> None:
     config: dict[str, Any] = {"qconfig": QConfig.from_dict(FOUR_BITS.to_dict())}
     quantizer, model, inputs = calibrated("mlp", **config)
     assert quiet(quantizer.qat(model), inputs).dtype == torch.float32
+
+
+def test_scales_move_by_a_share_of_themselves() -> None:
+    """Adam's first step moves a parameter by its rate, whatever the gradient is."""
+    quantizer, model, inputs = calibrated("mobile_cnn")
+    qat_model = quantizer.qat(model)
+    absolute = quantizer.parameter_groups(qat_model, lr=1e-3, scale_lr=0.01)
+    groups = quantizer.parameter_groups(qat_model, lr=1e-3, scale_lr=0.01, relative=True)
+    assert len(absolute) == 2
+    assert len(groups) > 3
+    scales = [scale for group in groups[1:] for scale in group["params"]]
+    assert {id(x) for x in scales} == {id(x) for x in absolute[1]["params"]}
+    before = [scale.detach().clone() for scale in scales]
+    optimizer = torch.optim.Adam(groups)
+    train(qat_model, inputs, optimizer, 1)
+    for scale, old in zip(scales, before, strict=True):
+        moved = scale.grad.abs() > 1e-6  # type: ignore[union-attr]
+        share = float((scale.detach() - old).abs()[moved].mean() / old.abs().mean())
+        if moved.any():
+            assert 0.007 < share < 0.0145  # 0.01, within half a power of two
+    with torch.no_grad():
+        scales[0].zero_()  # one that is 0 has no size
+    quantizer.parameter_groups(qat_model, lr=1e-3, scale_lr=0.01, relative=True)

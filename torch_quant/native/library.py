@@ -58,8 +58,12 @@ def _find(path: Path) -> tuple[ctypes.CDLL | None, str]:
     library.torch_quant_recurrent.argtypes = [_INT, _POINTER]
     rounding: list[Any] = [_INT, *[_POINTER] * 5, *[_SIZE] * 2, *[_INT] * 2, _FLOAT, *[_INT] * 2]
     library.torch_quant_round.argtypes, library.torch_quant_round.restype = rounding, None
-    gradient: list[Any] = [_INT, *[_POINTER] * 7, *[_SIZE] * 2, *[_INT] * 2]
+    gradient: list[Any] = [_INT, *[_POINTER] * 8, *[_SIZE] * 2, *[_INT] * 2, _FLOAT]
     library.torch_quant_round_gradient.argtypes = gradient
+    forward: list[Any] = [_INT, *[_POINTER] * 10, *[_SIZE] * 3, *[_INT] * 2, *[_FLOAT] * 3]
+    library.torch_quant_refold.argtypes = forward
+    backward: list[Any] = [_INT, *[_POINTER] * 8, *[_SIZE] * 3, *[_INT] * 2, _FLOAT]
+    library.torch_quant_refold_gradient.argtypes = backward
     library.torch_quant_parallel(_openmp())
     return library, ""
 

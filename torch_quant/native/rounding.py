@@ -15,7 +15,7 @@ from torch_quant.core.element_type import ElementType
 from torch_quant.core.elements import IntegerType
 from torch_quant.native import library as native
 
-__all__ = ["round_gradient", "round_to_grid", "serves"]
+__all__ = ["round_gradient", "round_to_grid", "serves", "straight_gradient"]
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -122,20 +122,66 @@ def round_gradient(
         in the shape of ``scale``: of ``grad * (rounded - x)`` inside, and of ``grad * rounded`` and
         of ``grad`` outside.
     """
+    sums = torch.empty((3, *scale.shape))
+    of_x = _gradients(grad, x, rounded, scale, zero_point, element, sums, None, 1.0)
+    inside, outside, ends = sums.unbind()
+    return of_x, inside, outside, ends
+
+
+def straight_gradient(
+    grad: Tensor,
+    x: Tensor,
+    rounded: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    element: ElementType,
+    factor: float | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of :func:`round_to_grid` where its rounding to the grid is taken for the identity.
+
+    Args:
+        grad: of a loss, with respect to ``rounded``.
+        x: what was rounded.
+        rounded: the result.
+        scale: as it was used.
+        zero_point: int32, same shape.
+        element: of integers.
+        factor: the scale's gradient is multiplied by it; None if it is not wanted.
+
+    Returns:
+        With respect to ``x``; and to ``scale``, ``(inside + outside) / scale * factor`` in the
+        words of :func:`round_gradient`.
+    """
+    of_scale = None if factor is None else torch.empty_like(scale)
+    how = grad, x, rounded, scale, zero_point, element, None, of_scale, factor or 0.0
+    return _gradients(*how), of_scale
+
+
+def _gradients(
+    grad: Tensor,
+    x: Tensor,
+    rounded: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    element: ElementType,
+    sums: Tensor | None,
+    of_scale: Tensor | None,
+    factor: float,
+) -> Tensor:
     assert isinstance(element, IntegerType)
     if grad.dtype is not torch.float32 or grad.stride() != x.stride() or grad.is_neg():
         grad = torch.empty_like(x).copy_(grad)
     of_x, blocks = torch.empty_like(x), scale.numel()
-    sums = torch.empty((3, *scale.shape))
     failed = _library().torch_quant_round_gradient(
         torch.get_num_threads(), grad.data_ptr(), x.data_ptr(), rounded.data_ptr(),
-        scale.data_ptr(), zero_point.data_ptr(), of_x.data_ptr(), sums.data_ptr(),
-        blocks, x.numel() // blocks, element.quant_min, element.quant_max,
+        scale.data_ptr(), zero_point.data_ptr(), of_x.data_ptr(),
+        None if sums is None else sums.data_ptr(),
+        None if of_scale is None else of_scale.data_ptr(),
+        blocks, x.numel() // blocks, element.quant_min, element.quant_max, factor,
     )  # fmt: skip
     if failed:
         raise MemoryError(f"no memory for the gradients of {blocks} scales")
-    inside, outside, ends = sums.unbind()
-    return of_x, inside, outside, ends
+    return of_x
 
 
 def _library() -> Any:

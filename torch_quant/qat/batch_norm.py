@@ -27,11 +27,11 @@ from torch import Tensor, fx, nn
 from torch_quant.ops.arguments import argument, positional, set_arguments
 from torch_quant.passes.fold_batch_norm import FoldedNorm
 
-__all__ = ["let_move", "norms_of"]
+__all__ = ["TINY", "let_move", "norms_of", "unfolded"]
 
 aten = torch.ops.aten
 
-_TINY = 1e-12
+TINY = 1e-12
 """A factor below is none to divide by: the norm multiplies by nothing there."""
 
 OwnerOf = Callable[[str], nn.Module]
@@ -43,7 +43,7 @@ def unfolded(rounded: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
 
     It has the type of ``rounded``, which is bfloat16 in a layer that fell back to it.
     """
-    tiny = factor.abs() < _TINY
+    tiny = factor.abs() < TINY
     return torch.where(tiny, weight, rounded / torch.where(tiny, 1.0, factor)).to(rounded.dtype)
 
 

@@ -15,7 +15,7 @@ from torch_quant.core.elements import element_type
 from torch_quant.core.granularity import split_blocks
 from torch_quant.core.qparams import MIN_SCALE
 from torch_quant.core.spec import QuantSpec, ScaleType
-from torch_quant.native.rounding import round_to_grid, serves
+from torch_quant.native.rounding import round_to_grid, serves, straight_gradient
 from torch_quant.ops.library import define_operator
 from torch_quant.ops.qdq import FAKE_QUANTIZE
 from torch_quant.qat.methods import INPUT, QAT_METHODS, WEIGHT, QatMethod, Rounding
@@ -112,6 +112,7 @@ class _FakeQuantize(torch.autograd.Function):
         element, role, name, native = ctx.how
         wants_x, wants_scale, wants_zero_point = ctx.needs_input_grad[:3]
         method: QatMethod = QAT_METHODS[name]
+        native = native and not torch.is_grad_enabled()  # else gradients of gradients are wanted
         split, blocks = split_blocks(x, scale.shape)
         rounding = Rounding(
             _as(grad, split.shape),
@@ -122,11 +123,17 @@ class _FakeQuantize(torch.autograd.Function):
             element,
             role,
             x.shape[0] if role == INPUT and x.dim() else 1,
-            native and not torch.is_grad_enabled(),  # else gradients of gradients are wanted
+            native,
         )
-        of_x = _as(method.input_gradient(rounding), x.shape) if wants_x else None
-        of_scale = of_zero_point = None
         factor = method.gradient_scale(rounding) if wants_scale or wants_zero_point else 1.0
+        of_x = of_scale = of_zero_point = None
+        if native and not wants_zero_point and method.is_straight:
+            of_x, of_scale = straight_gradient(
+                grad, x, rounded, scale, zero_point, element, factor if wants_scale else None
+            )
+            return of_x, of_scale, None, None, None, None, None
+        if wants_x:
+            of_x = _as(method.input_gradient(rounding), x.shape)
         if wants_scale:
             of_scale = _as(method.scale_gradient(rounding), scale.shape) * factor
         if wants_zero_point:

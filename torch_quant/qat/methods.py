@@ -192,6 +192,21 @@ class QatMethod:
     name: ClassVar[str]
     """What users call it."""
 
+    @property
+    def is_straight(self) -> bool:
+        """Whether the gradients of what is rounded and of its scales are those of this class.
+
+        The kernels then compute both in one pass.
+
+        >>> qat_method("lsq").is_straight, qat_method("pact").is_straight
+        (True, False)
+        """
+        cls = type(self)
+        return (
+            cls.input_gradient is QatMethod.input_gradient
+            and cls.scale_gradient is QatMethod.scale_gradient
+        )
+
     def learns_scale(self, role: str, spec: QuantSpec) -> bool:
         """Whether the scales of an ``"input"`` or a ``"weight"`` are parameters.
 

@@ -20,6 +20,7 @@ from torch_quant.qat.batch_norm import OwnerOf, let_move, norms_of
 from torch_quant.qat.dropout import dropouts, turn_on
 from torch_quant.qat.fake_quantize import TRAINED_FAKE_QUANTIZE
 from torch_quant.qat.observing import observe_ranges
+from torch_quant.qat.refolding import unite_folds
 from torch_quant.qat.tables import unrounded
 from torch_quant.qat.watching import insert_taps, insert_watches
 
@@ -153,10 +154,29 @@ def set_mode(
             _leave_unrounded(body)
         if mode.watches:
             insert_watches(body, graph.path)
+        else:
+            unite_folds(body)
         body.graph.eliminate_dead_code()
+        _shorten_names(body)
         body.recompile()
         graph.modes[key] = body
     graph.body, graph.mode = graph.modes[key], key
+
+
+def _shorten_names(body: fx.GraphModule) -> None:
+    """Have a body read tensors of a module below by one step in Python instead of one for each dot.
+
+    Bodies of modes are made anew for every copy, so the shortcuts are in no state.
+    """
+    shortcuts: dict[str, str] = {}
+    for node in body.graph.find_nodes(op="get_attr"):
+        path, _, name = str(node.target).rpartition(".")
+        if not path:
+            continue
+        if path not in shortcuts:
+            shortcuts[path] = f"_owner_{len(shortcuts)}"
+            body.__dict__[shortcuts[path]] = body.get_submodule(path)  # none of its submodules
+        node.target = f"{shortcuts[path]}.{name}"
 
 
 def _leave_unrounded(body: fx.GraphModule) -> None:
