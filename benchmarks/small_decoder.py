@@ -31,10 +31,13 @@ STEPS = 400
 VOCABULARY = 2048
 
 
-def small_decoder() -> tuple[nn.Module, Any, Text]:
+def small_decoder(blocks: int = 80) -> tuple[nn.Module, Any, Text]:
     """(A Llama of 5.2 M parameters in float32 and eval mode, its tokenizer, text in blocks of 256).
 
     Of every 20 source files, one is for evaluation only; calibration is on what it was trained on.
+
+    Args:
+        blocks: of the text to evaluate on, at most.
     """
     from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -44,7 +47,7 @@ def small_decoder() -> tuple[nn.Module, Any, Text]:
     training, held_out = _sources()
     text = Text(
         _blocks(tokenizer, training)[:256],
-        _blocks(tokenizer, held_out)[:80],
+        _blocks(tokenizer, held_out)[:blocks],
         f"source of {len(training)} and {len(held_out)} other files of the standard library",
     )
     return model.eval().requires_grad_(False), tokenizer, text

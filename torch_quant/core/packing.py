@@ -18,6 +18,10 @@ from torch_quant.errors import InvalidConfig
 __all__ = ["bits_of_storage", "pack", "pack_codes", "row_bytes", "unpack", "unpack_codes"]
 
 
+_PART = 2**20
+"""Codes that are looked at together, an even number: what is thrown away at once stays small."""
+
+
 def bits_of_storage(bits: int) -> int:
     """How many bits a code of ``bits`` takes: 2, 4 or 8.
 
@@ -36,12 +40,13 @@ def row_bytes(codes: int, bits: int) -> int:
     return -(-codes * bits // 8)
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
+def pack(codes: Tensor, bits: int, above: int = 0) -> Tensor:
     """Codes as bytes.
 
     Args:
-        codes: 0 to ``2**bits - 1``, shape ``[rows, n]``.
+        codes: shape ``[rows, n]``.
         bits: 1 to 8. A code of 3, 5, 6 or 7 bits may begin in one byte and end in the next.
+        above: what is added to the codes, so that they are 0 to ``2**bits - 1``.
 
     Returns:
         uint8, shape ``[rows, row_bytes(n, bits)]``; what is left of the last byte is 0.
@@ -49,6 +54,10 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     >>> pack(torch.tensor([[1, 2, 3]]), 4).tolist(), pack(torch.tensor([[1, 2, 7]]), 3).tolist()
     ([[33, 3]], [[209, 1]])
     """
+    if codes.numel() > _PART and len(codes) > 1:
+        parts = codes.split(max(1, _PART // codes.shape[1]))
+        return torch.cat([pack(part, bits, above) for part in parts])
+    codes = codes.to(torch.int16) + above if above else codes
     if 8 % bits:
         return _packed_across(codes, bits)
     per_byte = 8 // bits
@@ -130,8 +139,8 @@ def pack_codes(codes: Tensor, spec: QuantSpec) -> Tensor:
     """
     if not _packs(spec):
         return codes
-    from_zero = codes.reshape(1, -1).to(torch.int16) - int(spec.quant_min)
-    return pack(from_zero, _NIBBLE)[0]
+    parts = codes.reshape(1, -1).split(_PART, dim=1)
+    return torch.cat([pack(part, _NIBBLE, -int(spec.quant_min))[0] for part in parts])
 
 
 def unpack_codes(packed: Tensor, shape: Sequence[int], spec: QuantSpec) -> Tensor:
@@ -151,8 +160,10 @@ def unpack_codes(packed: Tensor, shape: Sequence[int], spec: QuantSpec) -> Tenso
         raise InvalidConfig(f"{packed.numel()} values hold no {spec} codes of shape {list(shape)}")
     if not _packs(spec):
         return packed.reshape(tuple(shape))
-    from_zero = unpack(packed, _NIBBLE, count).to(torch.int16)
-    return (from_zero + int(spec.quant_min)).to(spec.dtype).reshape(tuple(shape))
+    codes = torch.empty(count, dtype=spec.dtype)
+    for part, found in zip(packed.split(_PART // 2), codes.split(_PART), strict=True):
+        found.copy_(unpack(part, _NIBBLE, len(found)).to(torch.int16) + int(spec.quant_min))
+    return codes.reshape(tuple(shape))
 
 
 def _packs(spec: QuantSpec) -> bool:

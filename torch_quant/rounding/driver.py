@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch_quant.algorithms import DEFAULT_METHOD
 from torch_quant.algorithms.blocks import Block, Layer, Sample, first_float, set_scaled
 from torch_quant.core.functional import dequantize
+from torch_quant.core.memory import give_back
 from torch_quant.core.metrics import sqnr
 from torch_quant.core.plan import QuantPlan
 from torch_quant.core.rounded import RoundedWeight, RoundedWeights, checksum
@@ -354,6 +355,7 @@ class _Run:
         self.errors.append(
             BlockError(block.path, sites, tuple(dict.fromkeys(names)), error, seconds)
         )
+        give_back()
         bar.update(1)
 
 

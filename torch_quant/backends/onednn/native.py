@@ -169,7 +169,7 @@ def _above(spec: QuantSpec) -> int:
 
 def _values(codes: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> dict[str, Tensor]:
     bits, above = bits_of_storage(spec.bits), _above(spec)
-    packed = codes.contiguous() if bits == 8 else pack(codes.to(torch.int16) + above, bits)
+    packed = codes.contiguous() if bits == 8 else pack(codes, bits, above)
     values = {"": packed, "_scale": scale.contiguous()}
     if not spec.symmetric:
         floats = zero_point.is_floating_point()
