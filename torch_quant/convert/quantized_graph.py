@@ -13,6 +13,7 @@ from torch._guards import detect_fake_mode
 
 from torch_quant.convert.direct import Direct, direct, fixed_width
 from torch_quant.convert.mounting import linked, links
+from torch_quant.convert.reading import reading
 from torch_quant.convert.runtime import Runtime
 from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import InvalidConfig
@@ -67,6 +68,8 @@ class QuantizedGraph(nn.Module):
         """The bodies of modes that it had; None stands for what is deployed."""
         self._direct: tuple[Any, Direct | None] | None = None
         """For which body and signature, and the shortest way to it."""
+        self._reading: tuple[Any, Any, Callable[..., Any]] | None = None
+        """For which body and code, and the body as a function of its tensors."""
         self._width: tuple[Any, list[int] | None] | None = None
         """For which body, and the last size that it takes of tensors of any rank."""
 
@@ -82,6 +85,7 @@ class QuantizedGraph(nn.Module):
             "compiled": None,
             "variants": {},
             "_direct": None,
+            "_reading": None,
             "_width": None,
             "modes": {},
             "mode": None,
@@ -179,7 +183,7 @@ class QuantizedGraph(nn.Module):
     def _run(self, *tensors: torch.Tensor) -> Any:
         compiler = self.compiler
         if compiler is None:
-            return self.body(*tensors)
+            return self._function()(*tensors)
         recorded = torch._C._get_tracing_state() is not None
         compiling = torch.compiler.is_compiling() and _is_compiled_here(tensors)
         if compiler.not_recorded and (recorded or compiling):
@@ -196,6 +200,18 @@ class QuantizedGraph(nn.Module):
         if compiled is None or (compiler.fixes_numbers and self.kind.numbers):
             compiled = self.compiled = self._variant(compiler, tensors)
         return compiled(*tensors)
+
+    def _function(self) -> Callable[..., Any]:
+        """The body, or what computes the same without looking up each tensor by its path."""
+        body: Any = self._modules["body"]
+        recorded = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+        if recorded or body._forward_hooks or body._forward_pre_hooks:
+            return body  # type: ignore[no-any-return]
+        known, code = self._reading, type(body).forward
+        if known is None or known[0] is not body or known[1] is not code:
+            made = reading(body) if isinstance(body, fx.GraphModule) else None
+            known = self._reading = (body, code, made or body)
+        return known[2]
 
     def _variant(self, compiler: Runtime, tensors: tuple[torch.Tensor, ...]) -> Callable[..., Any]:
         """What is compiled for the numbers among ``tensors``: a compiler takes them for fixed."""

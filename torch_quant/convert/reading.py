@@ -1,0 +1,57 @@
+"""A graph as a function of its tensors, which are read from the dictionaries that hold them.
+
+A graph that is a module looks up each tensor by its path, a module at a time: for a transformer of
+six layers a thousand look-ups a call, which take as long as some of its kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+__all__ = ["reading"]
+
+
+def reading(body: fx.GraphModule) -> Callable[..., Any] | None:
+    """What gives the outputs of ``body``; None if it reads more than parameters and buffers.
+
+    What moves the model, or gives it other tensors, changes these dictionaries, so it is seen.
+
+    Args:
+        body: a graph whose modules are those of the model.
+
+    >>> import torch
+    >>> body = fx.symbolic_trace(torch.nn.Linear(4, 2))
+    >>> function, x = reading(body), torch.ones(3, 4)
+    >>> torch.equal(function(x), body(x))
+    True
+    """
+    if type(body.graph._codegen) is not fx.graph.CodeGen:
+        return None  # its arguments are not the placeholders
+    constants = list(body.graph.find_nodes(op="get_attr"))
+    held: dict[str, tuple[dict[str, Any], str]] = {}
+    for node in constants:
+        path, _, name = str(node.target).rpartition(".")
+        owner = body.get_submodule(path)
+        entries = next((d for d in (owner._parameters, owner._buffers) if name in d), None)
+        if entries is None:
+            return None
+        held[str(node.target)] = entries, name
+    graph, made = fx.Graph(), dict[fx.Node, fx.Node]()
+    given = {target: graph.placeholder(f"held_{i}") for i, target in enumerate(held)}
+    for node in body.graph.nodes:
+        if node.op == "call_module":
+            return None
+        if node.op == "get_attr":
+            made[node] = given[str(node.target)]
+        else:
+            made[node] = graph.node_copy(node, made.__getitem__)
+    function = fx.GraphModule({}, graph).forward
+    places = tuple(held.values())
+
+    def call(*tensors: Any) -> Any:
+        return function(*[entries[name] for entries, name in places], *tensors)
+
+    return call
