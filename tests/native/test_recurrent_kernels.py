@@ -236,3 +236,29 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
     for sizes in ([3, 3, 4, 3, 2], [3, 3, 3], []):
         with pytest.raises(InvalidConfig, match="which never grow"):
             layers.run(x.reshape(15, 12), hx, torch.tensor(sizes, dtype=torch.int64), False)
+
+
+@needs_kernels
+def test_what_is_known_of_a_cell_is_no_copy_of_it() -> None:
+    layers, x = Layers("gru", 12, 20), normal(3, 12)
+    hx = [each[0] for each in layers.states(3)]
+
+    def run(x: Tensor, scales: list[Tensor] | None = None) -> Tensor:
+        some = layers.scales if scales is None else scales
+        found = DYNAMIC_CELL(x, hx, layers.codes, "gru", True, some, layers.biases, False)
+        return found[0]  # type: ignore[no-any-return]
+
+    first = run(x)
+    assert torch.equal(run(x), first)
+    layers.scales[1].mul_(2.0)
+    expected = run(x, [each.clone() for each in layers.scales])
+    assert torch.equal(run(x), expected)
+    assert not torch.equal(expected, first)
+    assert torch.equal(run(x, [each.double() for each in layers.scales]), expected)
+    with pytest.raises(InvalidConfig, match="an int8 matrix of 60 x 11"):
+        run(normal(3, 11))
+    with pytest.raises(InvalidConfig, match="60 scales"):
+        run(x, [each[:8] for each in layers.scales])
+    with pytest.raises(InvalidConfig, match=r"states of \(2, 20\), got \(3, 20\)"):
+        run(x[:2])
+    assert torch.equal(run(x), expected)
