@@ -31,10 +31,15 @@ class Recurrent(nn.Module):
         return logits
 
 
+IN_FLOAT = {"inner": None, "outer": None}
+
+
 def test_tensors_in_lists_and_dictionaries(tmp_path: Path) -> None:
     """A layer in float runs its own code, on weights that it has a list of."""
     model, x = seeded(Recurrent), normal(2, 5, 8)
-    quantizer = Quantizer(torch_quant.recipes.int8_dynamic(), backend="reference")
+    quantizer = Quantizer(
+        torch_quant.recipes.int8_dynamic(), backend="reference", overrides=IN_FLOAT
+    )
     quant_model = quantizer.quantize(model, example_inputs=(x,))
     save(quant_model, tmp_path)
     loaded: Any = load(tmp_path, skeleton(model))
