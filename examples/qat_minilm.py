@@ -24,19 +24,20 @@ from minilm_data import embed, load_pairs, model_folder, retrieval
 from torch import Tensor
 from tqdm import tqdm
 
-from torch_quant import Distillation, QConfig, Quantizer, QuantSpec, recipes
+from torch_quant import Distillation, Quantizer, QuantSpec, RoundToNearest, recipes
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, help="a local folder with weights and a tokenizer")
     parser.add_argument("--weight-bits", type=int, default=4, help="default 4; activations have 8")
-    parser.add_argument("--smooth", action="store_true", help="begin smoothed, as the default does")
     parser.add_argument("--steps", type=int, default=200, help="default 200")
     parser.add_argument("--batch", type=int, default=8, help="texts in a batch (default 8)")
     parser.add_argument("--length", type=int, default=48, help="tokens of a text (default 48)")
-    parser.add_argument("--lr", type=float, default=1e-4, help="of weights (default 1e-4)")
-    parser.add_argument("--scale-lr", type=float, default=2e-5, help="of scales (default 2e-5)")
+    parser.add_argument("--lr", type=float, help="of weights (default 3e-4; 1e-5 for 8 bits)")
+    parser.add_argument(
+        "--scale-lr", type=float, default=0.01, help="of scales, in units of each (default 0.01)"
+    )
     parser.add_argument("--pairs", type=int, default=200, help="held-out pairs (default 200)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--json", type=Path, help="also write the figures there")
@@ -71,9 +72,10 @@ def main() -> None:
     floating = copy.deepcopy(model)  # training changes the weights
 
     weight = QuantSpec.of(bits=options.weight_bits, signed=True, symmetric=True, per_channel=True)
-    qconfig = (
-        replace(recipes.int8_static(), weight=weight) if options.smooth else QConfig(weight=weight)
-    )
+    few = options.weight_bits < 8
+    # Few bits for a weight's whole range waste some of them: scales begin where the error is least.
+    method = RoundToNearest(clip_search=True) if few else None
+    qconfig = replace(recipes.int8_static(), weight=weight, method=method)
     quantizer = Quantizer("reference", qconfig=qconfig)
     calib_model = quantizer.calib(model)
     for body in tqdm(data.calibration[:64], desc="calibrating", unit="text"):
@@ -83,7 +85,8 @@ def main() -> None:
     qat_model = quantizer.qat(model)
     layers = [f"encoder.layer.{i}" for i in range(model.config.num_hidden_layers)]
     distillation = Distillation(qat_model, hidden=layers)
-    groups = quantizer.parameter_groups(qat_model, lr=options.lr, scale_lr=options.scale_lr)
+    lr = options.lr or (3e-4 if few else 1e-5)
+    groups = quantizer.parameter_groups(qat_model, lr=lr, scale_lr=options.scale_lr, relative=True)
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     rates = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, [group["lr"] for group in groups], total_steps=options.steps, pct_start=0.1
