@@ -155,7 +155,7 @@ def peers() -> dict[str, Peer]:
             "llmcompressor", "llmcompressor", "int4 g64, GPTQ", llmcompressor
         ),
     }  # fmt: skip
-    for wanted in ("int8_weight_only", "int8_dynamic", "int4 g64"):
+    for wanted in ("int8_weight_only", "int8_dynamic", "int4 g64", "uint4 g64, float zeros"):
         methods = ["rtn"] if "int8" in wanted else METHODS
         for method in methods:
             name = f"torch_quant {wanted} {method}"
