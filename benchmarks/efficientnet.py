@@ -22,7 +22,7 @@ from harness import report
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from torch_quant import Distillation, QConfig, Quantizer, QuantSpec, recipes, sqnr
+from torch_quant import GPTQ, Distillation, QConfig, Quantizer, QuantSpec, recipes, sqnr
 
 SIZE = 224
 OUT = Path(__file__).parents[1] / "out"
@@ -36,7 +36,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--photos", type=Path, default=OUT / "photos", help="a folder of .jpg files"
     )
-    parser.add_argument("--steps", type=int, default=300, help="of QAT (default 300)")
+    parser.add_argument("--steps", type=int, default=300, help="of QAT (default 300); 0: none")
     parser.add_argument("--batch", type=int, default=8, help="crops in a step (default 8)")
     parser.add_argument("--lr", type=float, default=2e-4, help="of weights (default 2e-4)")
     parser.add_argument("--scale-lr", type=float, default=2e-5, help="of scales (default 2e-5)")
@@ -75,7 +75,10 @@ def photographs(folder: Path) -> list[Tensor]:
 
 
 def crops(photos: list[Tensor], count: int, seed: int) -> Tensor:
-    """Squares of every size from 224 pixels to the whole, some of them mirrored."""
+    """Squares of every size from 224 pixels to the whole, some of them mirrored.
+
+    Pixels have eight bits, as those of resized pictures do.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def number(low: int, high: int) -> int:
@@ -89,6 +92,7 @@ def crops(photos: list[Tensor], count: int, seed: int) -> Tensor:
         top, left = number(0, height - side), number(0, width - side)
         part = photo[None, :, top : top + side, left : left + side]
         part = F.interpolate(part, (SIZE, SIZE), mode="bilinear", antialias=True)
+        part = (part * 128.0).round() / 128.0
         found.append(part.flip(-1) if number(0, 1) else part)
     return torch.cat(found)
 
@@ -149,10 +153,15 @@ def main() -> None:
     for label, qconfig in (
         ("int8, fast()", recipes.fast()),
         ("int8, the default", recipes.int8_static()),
+        ('int8, method="gptq"', recipes.int8_static(method="gptq")),
         (f"{name}, calibrated", QConfig(weight=weight)),
+        (f"{name}, by GPTQ", QConfig(weight=weight, method=GPTQ())),
     ):
         quantizer = calibrated(qconfig, model, calibration)
         rows.append(compare(label, outputs(quantizer.quantize(model), held_out), expected))
+    if not options.steps:
+        return
+    quantizer = calibrated(QConfig(weight=weight), model, calibration)
     start = time.process_time()
     trained = train(quantizer, model, photos=seen, options=options)
     seconds = time.process_time() - start

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, fx
 
 from torch_quant.algorithms import DEFAULT_METHOD, without_data
 from torch_quant.core.methods import WeightMethod
-from torch_quant.core.plan import QuantPlan
+from torch_quant.core.plan import QuantPlan, SitePlan
 from torch_quant.core.qparams import QParams
 from torch_quant.core.rounded import RoundedWeight, RoundedWeights, checksum
 from torch_quant.core.spec import QuantSpec
@@ -89,19 +89,28 @@ class Calibrated:
                 f"{site}: {blocks[0]} works on blocks of the model: run "
                 "quantizer.round_weights(model, batches) before quantizer.quantize(model)"
             )
-        changing = [each for each in entry.transforms if each.changes_input]
-        if changing and method.wants_statistics:
-            raise InvalidConfig(
-                f"{site}: {method} asks for statistics of the layer's input, which "
-                f"{changing[0]} changes; use one of them there"
-            )
         try:
             with at_site(site):
-                return method.quantize(weight, spec, self._known(method, site))
+                return method.quantize(weight, spec, self._behind(method, entry))
         except NotCalibrated:
             raise
         except QuantError as error:
             raise QuantError(f"the weight of {site}: {error}; fix the model's weights") from error
+
+    def _behind(self, method: WeightMethod, entry: SitePlan) -> Mapping[str, Statistic]:
+        """What was recorded for a weight method, as the layer reads its input behind transforms."""
+        found: Mapping[str, Statistic] = self._known(method, entry.name)
+        for each in entry.transforms if found else ():
+            if not each.changes_input:
+                continue
+            moved = each.moved(found, entry.inputs[0], self)
+            if moved is None:
+                raise InvalidConfig(
+                    f"{entry.name}: {method} asks for statistics of the layer's input, which "
+                    f"{each} changes; use one of them there"
+                )
+            found = moved
+        return found
 
     def _rounded(
         self, site: str, weight: Tensor, spec: QuantSpec, method: WeightMethod

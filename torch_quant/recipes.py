@@ -43,8 +43,12 @@ def int8_static(
     smooth: float | Literal["auto"] | None = "auto",
     correct_bias: bool = True,
     observer: str | None = None,
+    method: WeightMethod | str | None = None,
 ) -> QConfig:
     """int8 weights and activations, with scales from calibration: the default.
+
+    ``method="gptq"`` is more accurate, for convolutions with few inputs by far; calibration takes
+    up to twice as long then, and the quantized model the same time.
 
     Args:
         smooth: SmoothQuant's alpha, 0 to 1, for every linear layer; ``"auto"`` for 0.8 where it is
@@ -53,10 +57,11 @@ def int8_static(
         correct_bias: take what rounding a weight adds to the mean of an output off the bias, see
             :class:`BiasCorrection`; it costs nothing at run time.
         observer: name of the statistics taken of activations.
+        method: how weights are rounded; None for round to nearest.
 
     Raises:
-        InvalidConfig: ``smooth`` is none of these, ``correct_bias`` is no bool, or the observer is
-            unknown.
+        InvalidConfig: ``smooth`` is none of these, ``correct_bias`` is no bool, or the observer or
+            the method is unknown.
 
     >>> print(int8_static().transforms[0])
     smoothquant(alpha=0.8, min_gain=1.25)
@@ -72,7 +77,7 @@ def int8_static(
         transforms = [SmoothQuant(smooth)]
     if correct_bias:
         transforms.append(BiasCorrection(always=False))
-    return QConfig(observer=observer, transforms=transforms)
+    return QConfig(observer=observer, transforms=transforms, method=_method(method))
 
 
 @register_recipe

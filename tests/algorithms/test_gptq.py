@@ -228,8 +228,8 @@ def test_without_calibration_it_says_so() -> None:
         quantizer.quantize(nn.Linear(64, 32), example_inputs=inputs(count=2))
 
 
-def test_a_convolution_is_rounded_to_nearest() -> None:
-    model = nn.Conv2d(8, 8, 3).requires_grad_(False)
+def test_a_transposed_convolution_is_rounded_to_nearest() -> None:
+    model = nn.ConvTranspose2d(8, 8, 3).requires_grad_(False)
     quantizer = Quantizer("reference", qconfig=recipes.int8_weight_only(method="gptq"))
     quantizer.calib(model)(torch.randn(2, 8, 6, 6))
     quantizer.quantize(model)

@@ -8,15 +8,18 @@ equations 2 to 4: what column ``j`` is rounded by moves to the columns behind it
     q_j = round(w_j + sum over i < j of (w_i - q_i) U_ij)
 
 (Chee et al., "QuIP: 2-Bit Quantization of Large Language Models With Guarantees", 2023, theorem 6),
-which takes one Cholesky factorization and no inverse. Columns go in blocks: inside one, each error
+which takes one Cholesky factorization and no inverse. A convolution is a linear layer that reads
+patches of an image, each group of channels for itself. Columns go in blocks: inside one, each error
 is added to what follows at once; those of all blocks before come as one product. What is rounded
 can make up for the layers before, too (:mod:`torch_quant.algorithms.drift`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,15 +27,17 @@ from torch import Tensor
 from torch_quant.algorithms.blocks import Block, Layer
 from torch_quant.algorithms.clipping import searched_qparams
 from torch_quant.algorithms.drift import drifts, made_up_for
+from torch_quant.algorithms.gptq_groups import factors, round_groups
 from torch_quant.algorithms.rtn import without_data
 from torch_quant.core.functional import quantize
+from torch_quant.core.granularity import PerChannel
 from torch_quant.core.methods import Wanted, WeightMethod, register_weight_method
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.core.telling import tell
 from torch_quant.errors import InvalidConfig, NotCalibrated
 from torch_quant.graph.sites import Site
-from torch_quant.statistics import HESSIAN, Hessian, Statistic
+from torch_quant.statistics import HESSIAN, Hessian, Patches, Statistic, patches
 
 __all__ = ["GPTQ"]
 
@@ -41,6 +46,10 @@ _SWITCHES = (
 )  # fmt: skip
 _DAMPINGS = 4
 """How often the damping is raised, tenfold, until the factorization succeeds."""
+_BLOCKS = (
+    "the weight of a convolution is rounded to nearest where it has other scales than one, or one "
+    "for each output channel"
+)
 _ENOUGH = 2
 """Vectors for each input channel; with fewer, a fit to the float model's would be one to noise."""
 _UNREACHED = (
@@ -60,7 +69,10 @@ _SINGULAR = (
 @register_weight_method
 @dataclass(frozen=True)
 class GPTQ(WeightMethod):
-    """Error feedback along the columns of a linear layer's weight, by what calibration saw.
+    """Error feedback along the columns of a weight, by what calibration saw.
+
+    It rounds linear layers and convolutions, the latter with one scale, or one for each output
+    channel.
 
     Columns that no data excited are rounded to nearest, and so is a layer that no token reached (an
     expert, say), with a warning. Experts whose weights are one tensor share the moments of all
@@ -117,13 +129,16 @@ class GPTQ(WeightMethod):
                 raise InvalidConfig(f"GPTQ({name}={value!r}): expected True or False")
 
     def refusal(self, site: Site) -> str:
-        if site.smoothable:
+        if site.smoothable or site.window is not None:
             return ""
         return (
-            "only linear layers whose input's last dimension is as it was computed have a Hessian"
+            "only linear layers whose input's last dimension is as it was computed, and "
+            "convolutions whose image is, have a Hessian"
         )
 
     def statistics(self, site: Site) -> Wanted:
+        if site.window is not None:
+            return {site.inputs[0]: {patches(site.window): partial(Patches, site.window)}}
         return {site.inputs[0]: {HESSIAN: Hessian}}
 
     @property
@@ -156,6 +171,9 @@ class GPTQ(WeightMethod):
             InvalidConfig: the Hessian is that of another number of channels.
             NotCalibrated: it is not there.
         """
+        images = next((each for each in statistics.values() if isinstance(each, Patches)), None)
+        if images is not None:
+            return self._convolution(weight, spec, images)
         hessian = statistics.get(HESSIAN)
         if hessian is None:
             raise NotCalibrated("GPTQ needs the Hessian of the layer's input")
@@ -178,6 +196,48 @@ class GPTQ(WeightMethod):
             tell(_SINGULAR)
             return without_data(self).quantize(weight, spec, {})
         return _Rounding(self, weight, spec, squares, factor, order).run()
+
+    def _convolution(
+        self, weight: Tensor, spec: QuantSpec, images: Patches
+    ) -> tuple[Tensor, QParams]:
+        """Of a weight ``[out, channels of a group, *kernel]``."""
+        grid, groups = spec.granularity.grid(weight.shape), images.window.groups
+        flat = weight.reshape(len(weight), -1)
+        if not images.rows or math.prod(grid) not in (1, len(weight)):
+            tell(_UNREACHED if not images.rows else _BLOCKS)
+            return without_data(self).quantize(weight, spec, {})
+        if images.sums.shape[1] != flat.shape[1]:
+            raise InvalidConfig(
+                f"patches of {images.sums.shape[1]} numbers, a weight of {flat.shape[1]}"
+            )
+        rows = replace(spec, granularity=PerChannel(0)) if math.prod(grid) > 1 else spec
+        if groups == 1:
+            hessian = Hessian()
+            hessian.sums, hessian.rows, hessian.batches = images.sums[0], images.rows, 1
+            codes, found = self.quantize(flat, rows, {HESSIAN: hessian})
+        else:
+            codes, found = self._groups(flat, rows, images)
+        scale, zero_point = found.scale.reshape(grid), found.zero_point.reshape(grid)
+        return codes.reshape(weight.shape), QParams(spec, scale, zero_point)
+
+    def _groups(self, weight: Tensor, spec: QuantSpec, images: Patches) -> tuple[Tensor, QParams]:
+        """Of a weight ``[out, n]`` whose rows are of several groups, in their order."""
+        moments, groups = images.mean.to(weight), images.window.groups
+        squares = moments.diagonal(dim1=1, dim2=2)
+        order = torch.arange(weight.shape[1], device=weight.device).expand_as(squares)
+        if self.act_order:
+            order = squares.argsort(dim=1, descending=True, stable=True)
+        factor = factors(moments, order, self.damping, _DAMPINGS)
+        if factor is None:
+            tell(_SINGULAR)
+            return without_data(self).quantize(weight, spec, {})
+        each = len(weight) // groups
+        scale, zero_point = _grids(self, weight, squares.repeat_interleave(each, 0), spec)
+        both = (x.expand(len(weight), 1).reshape(groups, each) for x in (scale, zero_point))
+        scales, zeros = both
+        parts = weight.reshape(groups, each, -1)
+        real = round_groups(parts, factor, order, lambda x: _nearest(spec, x, scales, zeros))
+        return _coded(real.reshape(weight.shape), spec, scale, zero_point)
 
     def _factor(self, sums: Tensor, backwards: Tensor, rows: int) -> Tensor | None:
         """``U`` of ``H = (I + U) D (I + U)^T`` with a diagonal of ones; None if there is none.
@@ -231,7 +291,7 @@ class _Rounding:
     order: Tensor
 
     def run(self) -> tuple[Tensor, QParams]:
-        scale, zero_point = self._grids(self.weight, self.squares, self.spec)
+        scale, zero_point = _grids(self.method, self.weight, self.squares, self.spec)
         channels, count = self.weight.shape[1], scale.shape[1]
         width = channels // count  # columns that share a scale
         static = self.method.act_order or self.method.static_groups or count == 1
@@ -259,48 +319,59 @@ class _Rounding:
                         whole[:, group[at]] = new
                         spread[group[at]] = self._spread(new[:, None])[0]
                 column = rest[at - start]
-                rounded = self._rounded(column, scales[group[at]], zeros[group[at]])
+                rounded = _nearest(self.spec, column, scales[group[at]], zeros[group[at]])
                 torch.sub(real[at], rounded, out=errors[at])
                 real[at] = rounded
                 if at + 1 < end:
                     rest[at - start + 1 :].addr_(inside[at - start, at - start + 1 :], errors[at])
         plain = torch.empty_like(real)
         plain[columns] = real
-        return self._coded(plain, scale, zero_point)
+        return _coded(plain.T.contiguous(), self.spec, scale, zero_point)
 
     def _spread(self, grid: Tensor) -> Tensor:
         """``[rows of blocks, k]`` as ``[k, out]``."""
         return grid.repeat_interleave(len(self.weight) // len(grid), 0).T.contiguous()
 
-    def _coded(self, real: Tensor, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, QParams]:
-        """The codes of real values that the format has, and what they stand for."""
-        grid = self.spec.granularity.grid(self.weight.shape)
-        zero_point = zero_point.reshape(grid).to(self.spec.zero_point_dtype)
-        qparams = QParams(self.spec, scale.reshape(grid), zero_point)
-        return quantize(real.T.contiguous(), qparams), qparams
-
-    def _rounded(self, column: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        """The values of the format nearest to a column, ``[out]``."""
-        values = column / scale
-        if self.spec.integer:
-            values = values if self.spec.float_zero_points else values.round_()
-            values = self.spec.round(values.add_(zero_point)).sub_(zero_point)
-        else:
-            values = self.spec.round(values)
-        return values.mul_(scale)
-
-    def _grids(self, weight: Tensor, squares: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-        """Scales and zero points as floats, ``[rows of blocks, columns of blocks]``."""
-        full_range = self.method.full_range
-        if self.method.clip_search:
-            found = searched_qparams(weight, spec, importance=squares, full_range=full_range)
-        else:
-            found = without_data(self.method).quantize(weight, spec, {})[1]
-        shape = found.scale.shape if found.scale.dim() else (1, 1)
-        return found.scale.reshape(shape).clone(), found.zero_point.reshape(shape).float()
-
     def _group(self, columns: Tensor, at: int) -> tuple[Tensor, Tensor]:
         """Scales and zero points of the columns from ``at`` on, ``[rows of blocks]``."""
         squares = self.squares[at : at + len(columns)]
-        scale, zero_point = self._grids(columns.T.contiguous(), squares, self.spec)
+        scale, zero_point = _grids(self.method, columns.T.contiguous(), squares, self.spec)
         return scale[:, 0], zero_point[:, 0]
+
+
+def _coded(
+    real: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor
+) -> tuple[Tensor, QParams]:
+    """The codes of real values that the format has, ``[out, in]``, and what they stand for."""
+    grid = spec.granularity.grid(real.shape)
+    zero_point = zero_point.reshape(grid).to(spec.zero_point_dtype)
+    qparams = QParams(spec, scale.reshape(grid), zero_point)
+    return quantize(real, qparams), qparams
+
+
+def _nearest(spec: QuantSpec, column: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """The values of the format nearest to a column, all of one shape."""
+    values = column / scale
+    if spec.integer:
+        values = values if spec.float_zero_points else values.round_()
+        values = spec.round(values.add_(zero_point)).sub_(zero_point)
+    else:
+        values = spec.round(values)
+    return values.mul_(scale)
+
+
+def _grids(method: GPTQ, weight: Tensor, squares: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Scales and zero points as floats, ``[rows of blocks, columns of blocks]``.
+
+    Args:
+        method: its options.
+        weight: ``[out, in]``.
+        squares: mean square of each input, ``[in]`` or ``[out, in]``.
+        spec: the format.
+    """
+    if method.clip_search:
+        found = searched_qparams(weight, spec, importance=squares, full_range=method.full_range)
+    else:
+        found = without_data(method).quantize(weight, spec, {})[1]
+    shape = found.scale.shape if found.scale.dim() else (1, 1)
+    return found.scale.reshape(shape).clone(), found.zero_point.reshape(shape).float()

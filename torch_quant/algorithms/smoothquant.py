@@ -31,7 +31,7 @@ than ``n`` of which the largest was ``r_j`` exceeds a limit ``L`` with a probabi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
@@ -41,7 +41,7 @@ from torch import Tensor, fx
 from torch_quant.core.granularity import PerChannel
 from torch_quant.core.methods import Transform, Wanted, register_transform
 from torch_quant.core.plan import QuantPlan, is_share
-from torch_quant.errors import InvalidConfig, NotCalibrated
+from torch_quant.errors import InvalidConfig, NotCalibrated, QuantError
 from torch_quant.graph.sites import KEY, Site, local_name
 from torch_quant.ops.arguments import argument, set_arguments
 from torch_quant.passes.base import Params, PassContext
@@ -52,6 +52,7 @@ from torch_quant.statistics import (
     MEAN_SQUARE,
     RANGE,
     ChannelMean,
+    Hessian,
     MeanSquare,
     MinMaxObserver,
     Statistic,
@@ -287,6 +288,15 @@ class SmoothQuant(Transform):
         mul.meta = {**x.meta, KEY: made}
         return mul, factor
 
+    def moved(
+        self, statistics: Mapping[str, Statistic], key: str, params: Params
+    ) -> Mapping[str, Statistic] | None:
+        """Second moments of the channels divided by their factors; of others nothing is known."""
+        if not all(isinstance(each, (Hessian, MeanSquare)) for each in statistics.values()):
+            return None
+        factor = params.kept((self, key), _not_smoothed)
+        return {what: _divided(each, factor) for what, each in statistics.items()}
+
     def _groups(self, plan: QuantPlan, params: Params) -> dict[str, _Group]:
         """Key of a tensor -> who smooths it, over all graphs of the model."""
         groups: dict[str, _Group] = {}
@@ -342,6 +352,19 @@ def _means(context: PassContext, key: str, factor: Tensor) -> dict[str, Statisti
         return {}
     assert isinstance(known, ChannelMean)
     return {channel_mean(-1): known.scaled(1 / factor)}
+
+
+def _not_smoothed() -> Tensor:
+    raise QuantError("the weight of a layer is rounded before its input was smoothed")
+
+
+def _divided(statistic: Statistic, factor: Tensor) -> Statistic:
+    """Moments of channels that are divided by ``factor``."""
+    assert isinstance(statistic, (Hessian, MeanSquare))
+    if not statistic.rows:  # no data reached the layer
+        return statistic
+    inverse = 1 / factor.to(statistic.sums)
+    return statistic.scaled(inverse)
 
 
 def _weight(gm: fx.GraphModule, node: fx.Node) -> Tensor:

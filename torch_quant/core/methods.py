@@ -280,6 +280,27 @@ class Transform(Method):
             NotCalibrated: a statistic is missing; from ``context.statistic``.
         """
 
+    def moved(
+        self, statistics: Mapping[str, Statistic], key: str, params: Params
+    ) -> Mapping[str, Statistic] | None:
+        """What was recorded of a layer's input, as the layer reads it behind the transform.
+
+        Args:
+            statistics: by what for.
+            key: of the tensor as it was recorded.
+            params: has what the transform computed.
+
+        Returns:
+            None if that cannot be said of one of them, as by default.
+
+        >>> from torch_quant import SmoothQuant
+        >>> from torch_quant.passes.base import NoParams
+        >>> from torch_quant.statistics import MinMaxObserver
+        >>> SmoothQuant().moved({"range": MinMaxObserver()}, "x", NoParams()) is None
+        True
+        """
+        return None
+
     def scale_block(self, block: Block, layers: Sequence[Layer]) -> None:
         """Scale a block before its weights are rounded; nothing by default.
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import fx
 
+from torch_quant.core.window import Window
 from torch_quant.graph.picks import decisive
 from torch_quant.ops.arguments import argument, part_of, positional
 from torch_quant.ops.table import (
@@ -70,6 +71,8 @@ class Site:
         channels: the axis of the input's channels, counted from the end, if they lie so in its
             source too.
         picks: whether something is picked by its result, as experts by a router.
+        window: what it reads for each of its results, if that is a part of an image that lies in
+            the source of its input as in the input itself.
     """
 
     name: str
@@ -84,6 +87,7 @@ class Site:
     smoothable: bool = False
     channels: int | None = None
     picks: bool = False
+    window: Window | None = None
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -245,6 +249,12 @@ def _channels(pattern: OpPattern, node: fx.Node) -> int | None:
     return pattern.channels if kept else None
 
 
+def _window(pattern: OpPattern, node: fx.Node) -> Window | None:
+    if pattern.window is None or _channels(pattern, node) is None:
+        return None
+    return pattern.window(node)
+
+
 def find_sites(graph: fx.Graph) -> Iterator[tuple[fx.Node, OpPattern, Site]]:
     """Every site of a canonical graph in order: its node, its row and its description.
 
@@ -279,5 +289,6 @@ def find_sites(graph: fx.Graph) -> Iterator[tuple[fx.Node, OpPattern, Site]]:
             smoothable=pattern.smoothable and _keeps_channels(operands(node, pattern)[0]),
             channels=_channels(pattern, node),
             picks=node in picking,
+            window=_window(pattern, node),
         )
         yield node, pattern, site

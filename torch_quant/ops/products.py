@@ -6,8 +6,19 @@ import math
 from typing import Any
 
 import torch
+from torch import fx
 
-from torch_quant.ops.table import RECTIFIERS, OpPattern, call_sizes, numel, register_operator
+from torch_quant.core.window import Window
+from torch_quant.ops.arguments import argument
+from torch_quant.ops.table import (
+    RECTIFIERS,
+    OpPattern,
+    call_sizes,
+    numel,
+    padding_sizes,
+    register_operator,
+    spread,
+)
 
 aten = torch.ops.aten
 
@@ -22,6 +33,21 @@ def _conv_macs(args: Any, out: Any) -> int:
 
 def _transposed_macs(args: Any, out: Any) -> int:
     return numel(args[0]) * math.prod(call_sizes(args[1])[1:])
+
+
+def _window(node: fx.Node) -> Window:
+    kernel = call_sizes(argument(node, "weight"))[2:]
+    dims, dilation = len(kernel), argument(node, "dilation")
+    sides, far = padding_sizes(argument(node, "padding"), kernel, dilation)
+    added = list(reversed(far[1::2])) or [0] * dims
+    return Window(
+        kernel,
+        tuple(spread(argument(node, "stride"), dims)),
+        tuple(sides),
+        tuple(side + more for side, more in zip(sides, added, strict=True)),
+        tuple(spread(dilation, dims)),
+        argument(node, "groups"),
+    )
 
 
 _CONVS: dict[str, tuple[Any, ...]] = {
@@ -60,6 +86,7 @@ for _dims, (_name, _targets) in enumerate(_CONVS.items(), 1):
             bias=2,
             channels=-1 - _dims,
             output=RECTIFIERS,
+            window=_window,
         )
     )
 for _name, _target in _TRANSPOSED.items():

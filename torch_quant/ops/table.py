@@ -17,6 +17,7 @@ from torch import SymInt, Tensor, fx
 from torch_quant.core.plan import SitePlan
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
+from torch_quant.core.window import Window
 from torch_quant.errors import InvalidConfig
 
 __all__ = [
@@ -81,6 +82,7 @@ class OpPattern:
             activations then have a scale for each row, or one for all of a step.
         static: whether grids that calibration found serve its activations.
         untrainable: why no gradient passes its quantized form, empty if it does.
+        window: what a call reads for each of its results, where that is a part of an image.
     """
 
     name: str
@@ -101,6 +103,7 @@ class OpPattern:
     steps: bool = False
     static: bool = True
     untrainable: str = ""
+    window: Callable[[fx.Node], Window] | None = None
 
 
 class Inserter(Protocol):

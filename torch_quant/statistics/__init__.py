@@ -25,6 +25,7 @@ from torch_quant.statistics.moments import (
     channel_mean,
 )
 from torch_quant.statistics.moving_average import MovingAverageObserver
+from torch_quant.statistics.patches import Patches, patches
 from torch_quant.statistics.percentile import PercentileObserver
 
 __all__ = [
@@ -46,8 +47,10 @@ __all__ = [
     "MeanSquare",
     "MinMaxObserver",
     "MovingAverageObserver",
+    "Patches",
     "PercentileObserver",
     "DEFAULT_OBSERVER",
     "channel_mean",
     "from_ao",
+    "patches",
 ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,9 @@ HESSIAN = "hessian"
 """What a statistic is for: the second moments of the input's channels, which GPTQ wants."""
 MEAN_SQUARE = "mean_square"
 """The mean square of each of the input's channels."""
+
+
+_S = TypeVar("_S", bound="_Moments")
 
 
 class _Moments(Statistic):
@@ -95,10 +98,20 @@ class _Moments(Statistic):
         """The sums over the number of vectors, float32; empty where there was none."""
         return self.sums / max(self.rows, 1)
 
-    def __deepcopy__(self, memo: Any) -> _Moments:
+    def __deepcopy__(self: _S, memo: Any) -> _S:
         copied = type(self)()
         copied.batches, copied.rows, copied.sums = self.batches, self.rows, self.sums
         return copied
+
+    def scaled(self: _S, factor: Tensor) -> _S:
+        """That of the channels times ``factor``, shape ``[channels]``."""
+        made = self.__deepcopy__({})
+        made.sums = self._times(factor)
+        return made
+
+    @abstractmethod
+    def _times(self, factor: Tensor) -> Tensor:
+        """The sums of channels times ``factor``."""
 
     def _merge(self, other: _Moments) -> None:
         if self.sums.shape != other.sums.shape:
@@ -148,6 +161,9 @@ class Hessian(_Moments):
     def _finite(self, sums: Tensor) -> bool:
         return bool(torch.isfinite(sums.diagonal()).all())  # no other is larger than two of these
 
+    def _times(self, factor: Tensor) -> Tensor:
+        return self.sums * factor * factor[:, None]
+
 
 @register_statistic
 class MeanSquare(_Moments):
@@ -166,6 +182,9 @@ class MeanSquare(_Moments):
     def _summed(self, sums: Tensor | None, rows: Tensor) -> Tensor:
         found = rows.square().sum(0)
         return found if sums is None else sums + found
+
+    def _times(self, factor: Tensor) -> Tensor:
+        return self.sums * factor.square()
 
 
 @register_statistic
@@ -198,17 +217,13 @@ class ChannelMean(_Moments):
         found = rows.sum(0)
         return found if sums is None else sums + found
 
+    def _times(self, factor: Tensor) -> Tensor:
+        return self.sums * factor
+
     def __deepcopy__(self, memo: Any) -> ChannelMean:
         copied = super().__deepcopy__(memo)
-        assert isinstance(copied, ChannelMean)
         copied.axis = self.axis
         return copied
-
-    def scaled(self, factor: Tensor) -> ChannelMean:
-        """That of the channels times ``factor``, shape ``[channels]``."""
-        made = self.__deepcopy__({})
-        made.sums = self.sums * factor
-        return made
 
     def _merge(self, other: _Moments) -> None:
         if not isinstance(other, ChannelMean) or other.axis != self.axis:
