@@ -155,7 +155,7 @@ def test_an_activation_function_is_fused_only_if_nothing_else_reads_the_product(
     assert first.output == "l0"
 
 
-@pytest.mark.parametrize("name", ["dynamic_weight", "integer_math", "gru_middle", "einsums"])
+@pytest.mark.parametrize("name", ["dynamic_weight", "integer_math", "einsums"])
 def test_what_is_no_site(name: str) -> None:
     """Weights that are activations count as a second operand; integers and einsum not at all."""
     entry = AWKWARD[name]
@@ -168,7 +168,6 @@ def test_what_is_no_site(name: str) -> None:
             "mix": "linear",
             "head": "linear",
         },
-        "gru_middle": {"stem": "linear", "head": "linear"},
         "einsums": {},
     }
     assert {site.name: site.op for site in sites} == expected[name]
