@@ -25,11 +25,10 @@ import torch
 from torch import Tensor
 
 from torch_quant.algorithms.blocks import Block, Layer
-from torch_quant.algorithms.clipping import searched_qparams
 from torch_quant.algorithms.drift import drifts, made_up_for
+from torch_quant.algorithms.gptq_grids import coded, grids, nearest
 from torch_quant.algorithms.gptq_groups import factors, round_groups
 from torch_quant.algorithms.rtn import without_data
-from torch_quant.core.functional import quantize
 from torch_quant.core.granularity import PerChannel
 from torch_quant.core.methods import Wanted, WeightMethod, register_weight_method
 from torch_quant.core.qparams import QParams
@@ -232,12 +231,30 @@ class GPTQ(WeightMethod):
             tell(_SINGULAR)
             return without_data(self).quantize(weight, spec, {})
         each = len(weight) // groups
-        scale, zero_point = _grids(self, weight, squares.repeat_interleave(each, 0), spec)
+        scale, zero_point = self.grids(weight, squares.repeat_interleave(each, 0), spec)
         both = (x.expand(len(weight), 1).reshape(groups, each) for x in (scale, zero_point))
         scales, zeros = both
         parts = weight.reshape(groups, each, -1)
-        real = round_groups(parts, factor, order, lambda x: _nearest(spec, x, scales, zeros))
-        return _coded(real.reshape(weight.shape), spec, scale, zero_point)
+        real = round_groups(parts, factor, order, lambda x: nearest(spec, x, scales, zeros))
+        return coded(real.reshape(weight.shape), spec, scale, zero_point)
+
+    def grids(self, weight: Tensor, squares: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+        """See :func:`torch_quant.algorithms.gptq_grids.grids`.
+
+        >>> scale, _ = GPTQ(clip_search=False).grids(
+        ...     torch.tensor([[7.0, 1.0]]), torch.ones(2), QuantSpec.of("int4")
+        ... )
+        >>> scale
+        tensor([[1.]])
+        """
+        return grids(
+            weight,
+            squares,
+            spec,
+            search=self.clip_search,
+            full_range=self.full_range,
+            plain=without_data(self),
+        )
 
     def _factor(self, sums: Tensor, backwards: Tensor, rows: int) -> Tensor | None:
         """``U`` of ``H = (I + U) D (I + U)^T`` with a diagonal of ones; None if there is none.
@@ -291,7 +308,7 @@ class _Rounding:
     order: Tensor
 
     def run(self) -> tuple[Tensor, QParams]:
-        scale, zero_point = _grids(self.method, self.weight, self.squares, self.spec)
+        scale, zero_point = self.method.grids(self.weight, self.squares, self.spec)
         channels, count = self.weight.shape[1], scale.shape[1]
         width = channels // count  # columns that share a scale
         static = self.method.act_order or self.method.static_groups or count == 1
@@ -319,14 +336,14 @@ class _Rounding:
                         whole[:, group[at]] = new
                         spread[group[at]] = self._spread(new[:, None])[0]
                 column = rest[at - start]
-                rounded = _nearest(self.spec, column, scales[group[at]], zeros[group[at]])
+                rounded = nearest(self.spec, column, scales[group[at]], zeros[group[at]])
                 torch.sub(real[at], rounded, out=errors[at])
                 real[at] = rounded
                 if at + 1 < end:
                     rest[at - start + 1 :].addr_(inside[at - start, at - start + 1 :], errors[at])
         plain = torch.empty_like(real)
         plain[columns] = real
-        return _coded(plain.T.contiguous(), self.spec, scale, zero_point)
+        return coded(plain.T.contiguous(), self.spec, scale, zero_point)
 
     def _spread(self, grid: Tensor) -> Tensor:
         """``[rows of blocks, k]`` as ``[k, out]``."""
@@ -335,43 +352,5 @@ class _Rounding:
     def _group(self, columns: Tensor, at: int) -> tuple[Tensor, Tensor]:
         """Scales and zero points of the columns from ``at`` on, ``[rows of blocks]``."""
         squares = self.squares[at : at + len(columns)]
-        scale, zero_point = _grids(self.method, columns.T.contiguous(), squares, self.spec)
+        scale, zero_point = self.method.grids(columns.T.contiguous(), squares, self.spec)
         return scale[:, 0], zero_point[:, 0]
-
-
-def _coded(
-    real: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor
-) -> tuple[Tensor, QParams]:
-    """The codes of real values that the format has, ``[out, in]``, and what they stand for."""
-    grid = spec.granularity.grid(real.shape)
-    zero_point = zero_point.reshape(grid).to(spec.zero_point_dtype)
-    qparams = QParams(spec, scale.reshape(grid), zero_point)
-    return quantize(real, qparams), qparams
-
-
-def _nearest(spec: QuantSpec, column: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """The values of the format nearest to a column, all of one shape."""
-    values = column / scale
-    if spec.integer:
-        values = values if spec.float_zero_points else values.round_()
-        values = spec.round(values.add_(zero_point)).sub_(zero_point)
-    else:
-        values = spec.round(values)
-    return values.mul_(scale)
-
-
-def _grids(method: GPTQ, weight: Tensor, squares: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Scales and zero points as floats, ``[rows of blocks, columns of blocks]``.
-
-    Args:
-        method: its options.
-        weight: ``[out, in]``.
-        squares: mean square of each input, ``[in]`` or ``[out, in]``.
-        spec: the format.
-    """
-    if method.clip_search:
-        found = searched_qparams(weight, spec, importance=squares, full_range=method.full_range)
-    else:
-        found = without_data(method).quantize(weight, spec, {})[1]
-    shape = found.scale.shape if found.scale.dim() else (1, 1)
-    return found.scale.reshape(shape).clone(), found.zero_point.reshape(shape).float()

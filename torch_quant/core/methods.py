@@ -283,21 +283,14 @@ class Transform(Method):
     def moved(
         self, statistics: Mapping[str, Statistic], key: str, params: Params
     ) -> Mapping[str, Statistic] | None:
-        """What was recorded of a layer's input, as the layer reads it behind the transform.
+        """``statistics`` of a layer's input (by what for), as the layer reads it behind this.
 
-        Args:
-            statistics: by what for.
-            key: of the tensor as it was recorded.
-            params: has what the transform computed.
+        None, the default, where that cannot be said. ``key`` is that of the tensor that was
+        recorded, and ``params`` has what the transform computed.
 
-        Returns:
-            None if that cannot be said of one of them, as by default.
-
-        >>> from torch_quant import SmoothQuant
+        >>> from torch_quant import BiasCorrection
         >>> from torch_quant.passes.base import NoParams
-        >>> from torch_quant.statistics import MinMaxObserver
-        >>> SmoothQuant().moved({"range": MinMaxObserver()}, "x", NoParams()) is None
-        True
+        >>> BiasCorrection().moved({}, "x", NoParams())
         """
         return None
 
