@@ -16,6 +16,7 @@ from capturing_once import shared_exports
 from thinning import LONG, MARKS, left_out
 
 from torch_quant import native
+from torch_quant.ops.decomposed import decomposed
 
 ONLY_IPEX = os.environ.get("ONLY_IPEX", "").split()
 """Files of which the tests on IPEX are run and no others."""
@@ -66,6 +67,7 @@ def operators_of_onnx_once() -> Iterator[None]:
     read = functools.cache(ONNXRegistry.from_torchlib)
 
     def copied(*args: int, **kwargs: int) -> ONNXRegistry:
+        decomposed()  # forms of operators that are not defined yet would be left out
         new, known = ONNXRegistry(), read(*args, **kwargs)
         vars(new).update(vars(known))
         new.functions = {target: [*forms] for target, forms in known.functions.items()}
