@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from flows import BACKENDS
 from models import normal, seeded
 from torch import Tensor, nn
 
-from torch_quant import Quantizer, sqnr
+from torch_quant import Quantizer, load, save, sqnr
 
 
 class Reaches(nn.Module):
@@ -87,17 +88,23 @@ class KnowsParameters(nn.Module):
         if x.sum() > 1e9:
             return x
         weight = self.get_parameter("linear.weight")
-        return self.linear(x) * (2 if isinstance(weight, nn.Parameter) else 3) * weight.shape[0]
+        factor = (2 if isinstance(weight, nn.Parameter) else 3) * weight.shape[0]
+        return self.linear(x) * (factor if weight.requires_grad else -factor)
 
 
-def test_what_stands_for_a_weight_is_a_parameter() -> None:
-    model, x = seeded(KnowsParameters).eval(), normal(8, 16)
+@pytest.mark.parametrize("trained", [True, False])
+def test_what_stands_for_a_weight_is_a_parameter(trained: bool, tmp_path: Path) -> None:
+    model, x = seeded(KnowsParameters).eval().requires_grad_(trained), normal(8, 16)
     quantizer = Quantizer("reference")
     assert torch.equal(quantizer.calib(model)(x), model(x))
     quant_model = quantizer.quantize(model)
     assert quantizer.plan.quantized
     assert sqnr(model(x), quant_model(x)) > 25
     assert "weight" not in dict(quant_model.linear.named_parameters())
+    save(quant_model, tmp_path / "model")
+    loaded = load(tmp_path / "model", model=model)
+    for each in (copy.deepcopy(quant_model), loaded, quant_model.to("cpu")):
+        assert torch.equal(each(x), quant_model(x))
 
 
 class AsksItsDtype(nn.Module):

@@ -215,7 +215,7 @@ class _Build:
         looked_at = {}
         if not (free or pieces or submodule.entered):
             looked_at = {
-                name: (x.dtype, tuple(x.shape))
+                name: (x.dtype, tuple(x.shape), x.requires_grad)
                 for name in submodule.readers.keys() - self.read(submodule)
                 if (x := twin._parameters.get(name)) is not None
             }

@@ -80,8 +80,9 @@ class Quantization:
     calibration: dict[str, Any] = field(default_factory=dict)
     state: tuple[str, ...] = ()
     """Attributes that its Python code keeps from one call to the next."""
-    looked_at: dict[str, tuple[torch.dtype, tuple[int, ...]]] = field(default_factory=dict)
-    """Parameters of which code around it asks for dtype and sizes, and no float copy is kept."""
+    looked_at: dict[str, tuple[torch.dtype, tuple[int, ...], bool]] = field(default_factory=dict)
+    """Parameters of which code around it asks for dtype, sizes or whether they are trained, and no
+    float copy is kept."""
     formats: Formats | None = None
     """Of the whole model; None while it is made."""
     traceable: bool = True
@@ -147,19 +148,19 @@ class QuantizedModule(StandIn):
         """Show dtype, device and sizes of weights that are integers to code that asks for them."""
         how = self.quantization
         tensors = (*self.buffers(), *self.parameters()) if how.looked_at else ()
-        for name, (dtype, shape) in how.looked_at.items():
+        for name, (dtype, shape, trains) in how.looked_at.items():
             where = f"{how.path}.{name}".strip(".")
-            self.__dict__[name] = Described(shape, dtype, tensors[0].device, where)
+            self.__dict__[name] = Described(shape, dtype, tensors[0].device, where, trains)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModule:
         """What ``to`` and its kin do; raises :class:`InvalidConfig` for another dtype."""
         self._check_dtype(fn)
         nn.Module._apply(self, fn, recurse)
-        for name, (dtype, shape) in self.quantization.looked_at.items():
+        for name, (dtype, shape, trains) in self.quantization.looked_at.items():
             old: Described = self.__dict__[name]
             new = fn(torch.empty(0, dtype=dtype, device=old.device))
-            self.quantization.looked_at[name] = new.dtype, shape
-            self.__dict__[name] = Described(shape, new.dtype, new.device, old.weight_path)
+            self.quantization.looked_at[name] = new.dtype, shape, trains
+            self.__dict__[name] = Described(shape, new.dtype, new.device, old.weight_path, trains)
         return self
 
     def _check_dtype(self, fn: Callable[[Tensor], Tensor]) -> None:

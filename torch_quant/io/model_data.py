@@ -140,7 +140,10 @@ def _running(module: QuantizedModule, path: str) -> dict[str, Any]:
         "description": how.description,
         "plan": how.plan.to_dict(),
         "calibration": how.calibration,
-        "looked_at": {n: [encode(kind), [*sizes]] for n, (kind, sizes) in how.looked_at.items()},
+        "looked_at": {
+            n: [encode(kind), [*sizes], trains]
+            for n, (kind, sizes, trains) in how.looked_at.items()
+        },
     }
 
 
@@ -331,8 +334,9 @@ class _Reader:
         how.in_pieces, how.description = runs["in_pieces"] is True, str(runs["description"])
         how.plan = QuantPlan.from_dict(runs["plan"])
         how.calibration = runs["calibration"]
-        for name, (dtype, sizes) in runs["looked_at"].items():
-            how.looked_at[name] = decode(dtype, f"the dtype of {name}"), tuple(map(int, sizes))
+        for name, (dtype, sizes, *trains) in runs["looked_at"].items():  # earlier ones say no more
+            kind = decode(dtype, f"the dtype of {name}")
+            how.looked_at[name] = kind, tuple(map(int, sizes)), trains == [True]
         how.graphs = [_read_graph(each, where, self._reading(path)) for each in runs["graphs"]]
         return how
 

@@ -23,6 +23,7 @@ class Described(Tensor):
         dtype: its type.
         device: where its integers are.
         path: its path in the model.
+        trains: what it says of ``requires_grad``; nothing is differentiated by it.
 
     >>> weight = Described((4, 2), torch.float32, torch.device("cpu"), "wo.weight")
     >>> weight.dtype, weight.shape[0], weight.is_floating_point()
@@ -30,14 +31,20 @@ class Described(Tensor):
     """
 
     weight_path: str
+    _trains: bool
 
     @staticmethod
     def __new__(
-        cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, path: str
+        cls,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        path: str,
+        trains: bool = False,
     ) -> Described:
         """Makes one without memory."""
         new: Described = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        new.weight_path = path
+        new.weight_path, new._trains = path, trains
         new._is_param = True  # which isinstance(x, nn.Parameter) asks
         return new
 
@@ -57,11 +64,20 @@ class Described(Tensor):
             f"Quantizer(overrides={{{where.rpartition('.')[0]!r}: None}})"
         )
 
+    @property
+    def requires_grad(self) -> bool:  # type: ignore[override]
+        """As the float weight says."""
+        return self._trains
+
+    @property
+    def _facts(self) -> tuple[Any, ...]:
+        return tuple(self.shape), self.dtype, self.device, self.weight_path, self._trains
+
     def __deepcopy__(self, memo: Any) -> Described:
-        return Described(tuple(self.shape), self.dtype, self.device, self.weight_path)
+        return Described(*self._facts)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return Described, (tuple(self.shape), self.dtype, self.device, self.weight_path)
+        return Described, self._facts
 
     def __repr__(  # type: ignore[override]
         self, *, tensor_contents: Any = None
@@ -69,7 +85,7 @@ class Described(Tensor):
         return f"Described({self.weight_path}: {tuple(self.shape)}, {self.dtype}, {self.device})"
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return [], (tuple(self.shape), self.dtype, self.device, self.weight_path)
+        return [], self._facts
 
     @staticmethod
     def __tensor_unflatten__(inner: Any, context: Any, size: Any, stride: Any) -> Described:
