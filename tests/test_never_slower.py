@@ -250,3 +250,10 @@ def test_bad_input() -> None:
         with pytest.raises(InvalidConfig, match=r"slower|reference"):
             quantizer.load_state_dict(state | {"slower": wrong})
     assert not quantizer.slower
+
+
+def test_a_model_in_training_is_refused() -> None:
+    quantizer, model, x = calibrated()
+    qat_model = quantizer.qat(model)
+    with pytest.raises(InvalidConfig, match=r"first, then qat\(model\)"):
+        quantizer.quantize(qat_model, never_slower=True, example_inputs=x)

@@ -89,9 +89,10 @@ class Calibrated:
                 f"{site}: {blocks[0]} works on blocks of the model: run "
                 "quantizer.round_weights(model, batches) before quantizer.quantize(model)"
             )
+        known = self._behind(method, entry)
         try:
             with at_site(site):
-                return method.quantize(weight, spec, self._behind(method, entry))
+                return method.quantize(weight, spec, known)
         except NotCalibrated:
             raise
         except QuantError as error:

@@ -18,6 +18,7 @@ from torch_quant.errors import InvalidConfig, UnsupportedOp
 from torch_quant.explain import Explanation
 from torch_quant.graph.running import frozen
 from torch_quant.profiling import checked_seconds, profiled
+from torch_quant.qat.model import QatModel
 from torch_quant.quantizer_training import QuantizerTraining
 from torch_quant.regions import Measure, find_slower, measured_regions, stopwatch
 from torch_quant.report.coverage import Coverage
@@ -205,6 +206,11 @@ class QuantizerReports(QuantizerTraining):
         if how is not True and not callable(how):
             raise InvalidConfig(
                 f"never_slower={how!r}: expected True, False, or a function that measures models"
+            )
+        if isinstance(model, QatModel):
+            raise InvalidConfig(
+                "never_slower measures a float model, and this is one in training: "
+                "quantize(model, never_slower=True, example_inputs=...) first, then qat(model)"
             )
         if example_inputs is None:
             raise InvalidConfig(

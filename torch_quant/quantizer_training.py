@@ -28,9 +28,9 @@ __all__ = ["QuantizerTraining"]
 
 
 def _power_of_two(scale: nn.Parameter) -> float:
-    """The one next to the mean size of a scale, or of a zero point."""
+    """The one next to the mean size of a scale, or of a zero point; 1 for 0 and for no number."""
     mean = float(scale.detach().abs().mean())
-    return 2.0 ** round(math.log2(mean)) if mean > 0.0 else 1.0
+    return 2.0 ** round(math.log2(mean)) if 0.0 < mean < math.inf else 1.0
 
 
 class QuantizerTraining(QuantizerFiles):

@@ -177,6 +177,9 @@ def test_the_recipe_on_a_network_with_norms_smoothing_and_corrections(
     again.load_state_dict(quantizer.state_dict())
     loaded = again.quantize(model, example_inputs=x)
     assert torch.equal(loaded(x), quantizer.quantize(model)(x))
+    qat_model = quantizer.qat(copy.deepcopy(model), example_inputs=x)
+    assert torch.equal(qat_model(x), qat_model(x))
+    assert sqnr(model(x), qat_model(x)) > 20
     amp_model = quantizer.amp(model)
     assert torch.equal(amp_model(x), model(x))
     quantizer.fallback(amp_model, 1)

@@ -229,6 +229,25 @@ def test_a_number_that_only_goes_into_the_output_makes_no_graph() -> None:
     assert kinds(submodule) == [[Number, Number]] * 2
 
 
+def test_an_int_that_no_tensor_holds_is_a_constant() -> None:
+    model = Layer(lambda linear, x, n: {"n": n, "y": linear(x)})
+    run, submodule = executor(model)
+    for n in (3, 2**63 + 7, -(2**63), 2**63 + 7, 2**64):
+        found = run(X, n)
+        assert found["n"] == n
+        assert torch.equal(found["y"], model(X, n)["y"])
+    assert kinds(submodule) == [[Number], [int], [int]]
+
+
+def test_a_number_that_is_nan_is_as_any_other() -> None:
+    model = Layer(lambda linear, x, t: {"t": t, "y": linear(x)})
+    run, submodule = executor(model)
+    for t in (math.nan, 0.5, math.inf, math.nan):
+        found = run(X, t)["t"]
+        assert found == t or (math.isnan(found) and math.isnan(t))
+    assert kinds(submodule) == [[Number]]
+
+
 def test_objects_of_the_call_s_own_numbers_and_strings_alone() -> None:
     model = Layer(lambda linear, x, name, n: (linear(x), Record(name, n), Record("fixed", 3)))
     run, submodule = executor(model)

@@ -160,7 +160,7 @@ def unpack_codes(packed: Tensor, shape: Sequence[int], spec: QuantSpec) -> Tenso
         raise InvalidConfig(f"{packed.numel()} values hold no {spec} codes of shape {list(shape)}")
     if not _packs(spec):
         return packed.reshape(tuple(shape))
-    codes = torch.empty(count, dtype=spec.dtype)
+    codes = torch.empty(count, dtype=spec.dtype, device=packed.device)
     for part, found in zip(packed.split(_PART // 2), codes.split(_PART), strict=True):
         found.copy_(unpack(part, _NIBBLE, len(found)).to(torch.int16) + int(spec.quant_min))
     return codes.reshape(tuple(shape))

@@ -221,7 +221,7 @@ def weight_readers(sites: Iterable[Site], model: nn.Module) -> dict[nn.Parameter
         model: the float model.
 
     >>> from torch_quant.graph.sites import Site
-    >>> site = Site("0", "linear", (), module="0")
+    >>> site = Site("0", "linear", "0", ("x",), (), "0", 4, (2, 2))
     >>> [names for _, names in weight_readers([site], nn.Sequential(nn.Linear(2, 2))).items()]
     [['0']]
     """

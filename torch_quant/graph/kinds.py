@@ -15,7 +15,7 @@ from torch_quant.graph.trees import pack_tree, unpack_tree
 if TYPE_CHECKING:
     from torch_quant.graph.calls import Call
 
-__all__ = ["Kind", "Number", "Unread", "equal", "fits", "wanted"]
+__all__ = ["Kind", "Number", "Unread", "equal", "fits", "fits_a_tensor", "wanted"]
 
 
 class Number:
@@ -115,9 +115,20 @@ def _is_tensor(leaf: tuple[Any, Any]) -> bool:
 
 def fits(value: Any, first: Any, second: Any) -> bool:
     """Whether a constant is what a :class:`Kind` has in its place."""
-    if first is Number or first is Unread:
+    if first is Number:
+        return type(value) is second and fits_a_tensor(value)
+    if first is Unread:
         return type(value) is second
     return type(value) is first and equal(value, second)
+
+
+def fits_a_tensor(number: int | float) -> bool:
+    """Whether a graph can take it as a 0-dim tensor: not an int of more than 64 bits.
+
+    >>> fits_a_tensor(2**63 - 1), fits_a_tensor(2**63), fits_a_tensor(1e300)
+    (True, False, True)
+    """
+    return isinstance(number, float) or -(2**63) <= number < 2**63
 
 
 def equal(x: Any, y: Any) -> bool:

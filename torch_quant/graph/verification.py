@@ -177,7 +177,7 @@ def verify(graph: CapturedGraph, call: Call, expected: list[Any]) -> bool:
 def difference(actual: Any, expected: Any) -> tuple[bool, str]:
     """How one output compares: whether it is bit-equal, and what differs beyond float rounding."""
     if not isinstance(expected, Tensor):
-        if actual != expected:
+        if actual != expected and not actual != actual != expected != expected:
             return False, f"the graph gives {actual!r} where the module gives {expected!r}"
         return True, ""
     if not isinstance(actual, Tensor):

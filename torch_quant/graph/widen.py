@@ -13,7 +13,7 @@ from torch_quant.errors import CaptureFailed
 from torch_quant.graph.calls import Call
 from torch_quant.graph.effects import KeepsState
 from torch_quant.graph.export import CapturedGraph, ModelRefuses, NumbersUntried, export_graph
-from torch_quant.graph.kinds import Kind
+from torch_quant.graph.kinds import Kind, fits_a_tensor
 from torch_quant.graph.running import run_module
 from torch_quant.graph.verification import verify
 
@@ -50,8 +50,9 @@ def export_call(
         KeepsState: it keeps something between calls.
         CaptureFailed: as for :func:`export_graph`.
     """
-    numbers = {i for i, x in enumerate(call.leaves) if type(x) in (int, float)}
-    unread = {i for i, x in enumerate(call.leaves) if type(x) in (str, bytes)}
+    leaves = list(enumerate(call.leaves))
+    numbers = {i for i, x in leaves if type(x) in (int, float) and fits_a_tensor(x)}
+    unread = {i for i, x in leaves if type(x) in (str, bytes)}
     while numbers or unread:
         wide = call.widened(sorted(numbers), sorted(unread))
         try:

@@ -150,6 +150,7 @@ class LearnedParams:
         if key not in self.facts:
             self.facts[key] = make()
         found: V = self.facts[key]
+        self._start.kept(key, lambda: found)  # which rounds the weights that training begins with
         return found
 
     def keys_of(self, value: Any) -> tuple[Hashable, ...]:
