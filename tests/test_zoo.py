@@ -54,10 +54,13 @@ def leaves(outputs: Any) -> Any:
 
 def test_the_chosen_exist() -> None:
     assert not (KINDS | set(ONE_SIZE)) - set(ZOO)
+    assert SLOW <= KINDS
     assert set(SHOWN) <= KINDS
 
 
-TAKEN = () if torch.__version__.startswith("2.8.") else KINDS  # there test_ipex_zoo has some
+SLOW = {"mobilevitv2", "funnel", "speech_to_text", "sew", "gemma2", "siglip", "whisper"}
+"""Left to ``make test-long``: others of their kinds are here, and decoders in ``test_decoding``."""
+TAKEN = () if torch.__version__.startswith("2.8.") else KINDS - SLOW  # there test_ipex_zoo has some
 CHOSEN = {name: case for name, case in CASES.items() if LONG or name in TAKEN or name not in ZOO}
 """Architectures of each kind, on the oldest torch none, and all awkward models."""
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from decoders import GROUPED, Decoder, data, decoder, quality, quantizer_of
-from thinning import third
+from thinning import rarely, third
 from torch import Tensor, nn
 from weights import SPECS, heavy
 
@@ -130,7 +130,9 @@ def test_scales_go_into_what_comes_before(transform: Transform) -> None:
     assert torch.equal(model.layers[0].norm.weight, loud().layers[0].norm.weight)
 
 
-@pytest.mark.parametrize("method", [GPTQ(), AutoRound(iterations=50)], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "method", [GPTQ(), rarely(AutoRound(iterations=50))], ids=["gptq", "autoround"]
+)
 def test_what_rounds_comes_after_what_scales(method: WeightMethod) -> None:
     alone = quality(method, model=loud())
     both = quality(method, (AWQ(clip=False),), model=loud())
@@ -138,6 +140,7 @@ def test_what_rounds_comes_after_what_scales(method: WeightMethod) -> None:
     assert both > quality(transforms=(AWQ(clip=False),), model=loud()) + 1.0
 
 
+@pytest.mark.long("a quarter of a minute")
 def test_a_searched_start_and_the_full_range_pay() -> None:
     paper, searched, full = (
         quality(AutoRound(iterations=100, clip_search=search, full_range=full))

@@ -203,6 +203,7 @@ def test_copies_files_and_threads(pack: bool, backend: str, tmp_path: Path) -> N
         torch.set_num_threads(threads)
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", LAYERS)
 @torch.no_grad()
