@@ -124,7 +124,7 @@ class _Search:
     def candidates(self, plan: QuantPlan) -> dict[str, tuple[str, ...]]:
         """What may be slower: an operator of one size, all of a kind, a module, everything."""
         kept = self.asked_for(plan)
-        kinds: dict[str, tuple[str, ...]] = {"all that is quantized": plan.quantized}
+        kinds: dict[str, tuple[str, ...]] = {"everything": plan.quantized}
         for name in plan.quantized:
             label = f"every {plan[name].op}"
             kinds[label] = (*kinds.get(label, ()), name)
@@ -198,8 +198,8 @@ def find_slower(
 ) -> tuple[dict[str, str], Regions]:
     """The sites that are slower quantized, each with the reason, and the table of what was tried.
 
-    What gains most is taken back to float first, and the others are measured again without it,
-    until nothing takes longer quantized by more than chance.
+    Of what is slow throughout, what gains most is taken back to float first, and the others are
+    measured again without it, until nothing takes longer quantized by more than chance.
 
     Args:
         session: of the model.
@@ -227,7 +227,8 @@ def find_slower(
             losers = {label: each for label, each in tried.items() if each[1].certain}
             if not losers:
                 break
-            worst = max(losers, key=lambda label: losers[label][1].milliseconds)
+            parts = _slow_throughout({label: {*waiting[label]} - taken for label in losers})
+            worst = max(parts, key=lambda label: losers[label][1].milliseconds)
             gain, loss = losers[worst]
             now = [name for name in waiting[worst] if name not in taken]
             table[worst] = replace(table[worst], gain=gain, loss=loss, in_float=True)
@@ -255,10 +256,27 @@ def find_slower(
     return reasons, _report(found, backend, whole, against)
 
 
+def _slow_throughout(losers: Mapping[str, set[str]]) -> list[str]:
+    """Those that have no slower part, or that consist of such parts.
+
+    Another one has parts beside the slow ones, which may well be faster quantized.
+    """
+    least = {
+        label: sites
+        for label, sites in losers.items()
+        if not any(other < sites for other in losers.values())
+    }
+    return [
+        label
+        for label, sites in losers.items()
+        if sites == set().union(*(part for part in least.values() if part <= sites))
+    ]
+
+
 def _reason(label: str, loss: Difference) -> str:
     return (
-        f"{SLOWER}: a call takes {loss.milliseconds:.3g} ms more with {label} quantized "
-        f"({loss.whole:.3g} ms without)"
+        f"{SLOWER}: a call takes {loss.milliseconds:.3g} ms more than with {label} in float "
+        f"({loss.whole:.3g} ms)"
     )
 
 
