@@ -64,15 +64,19 @@ class RoundedTable:
             self.known = self.method.quantize(self.weight.detach(), self.spec, {})
         return self.known
 
-    def look_up(self, ids: Tensor) -> Tensor:
-        """What the embedding gives, with the error of the format."""
+    def look_up(self, input: Tensor) -> Tensor:
+        """What the embedding gives, with the error of the format; its argument has its name."""
         codes, qparams = self.rounded()
-        rows = ids.reshape(-1)
-        if qparams.scale.dim() and len(qparams.scale) == len(codes):
-            scale, zero_point = qparams.scale[rows], qparams.zero_point[rows]
-            qparams = replace(qparams, scale=scale, zero_point=zero_point)
-        found = dequantize(codes[rows], qparams)
-        return found.reshape(*ids.shape, -1).to(self.weight.dtype)
+        rows = input.reshape(-1)
+        count = len(qparams.scale) if qparams.scale.dim() else 1
+        if count not in (1, len(codes)):  # some rows share scales
+            found = dequantize(codes, qparams)[rows]
+        else:
+            if count > 1:
+                scale, zero_point = qparams.scale[rows], qparams.zero_point[rows]
+                qparams = replace(qparams, scale=scale, zero_point=zero_point)
+            found = dequantize(codes[rows], qparams)
+        return found.reshape(*input.shape, -1).to(self.weight.dtype)
 
     def put(self, module: nn.Module, rounded: bool) -> None:
         """Have an embedding of a twin give rounded rows, or its own.
