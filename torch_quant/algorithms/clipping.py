@@ -19,7 +19,7 @@ from torch_quant.core.granularity import PerChannel, block_rows
 from torch_quant.core.qparams import QParams, choose_qparams, storable_scale
 from torch_quant.core.spec import QuantSpec, ScaleType
 
-__all__ = ["full_range_qparams", "longer_side", "searched_qparams"]
+__all__ = ["full_range_qparams", "longer_side", "rounded_steps", "searched_qparams"]
 
 _FACTORS = (1.0, *(1.0 - 0.05 * i for i in range(1, 11)), 0.4, 0.3, 0.2, 0.1)
 """Of the range of a block."""
@@ -75,6 +75,18 @@ def searched_qparams(
     ]
     scale, zero_point = (torch.cat([each[k] for each in found]) for k in (0, 1))
     return QParams(spec, scale.reshape(grid), zero_point.reshape(grid).to(spec.zero_point_dtype))
+
+
+def rounded_steps(values: Tensor, spec: QuantSpec, zero_point: Tensor) -> Tensor:
+    """Values in steps of their scale, written over by the nearest that the format has.
+
+    >>> rounded_steps(torch.tensor([1.4, 9.0]), QuantSpec.of("int4"), torch.tensor(0.0))
+    tensor([1., 7.])
+    """
+    if not spec.integer:
+        return spec.round(values)
+    values = values if spec.float_zero_points else values.round_()
+    return spec.round(values.add_(zero_point)).sub_(zero_point)
 
 
 def full_range_qparams(weight: Tensor, spec: QuantSpec) -> QParams:
@@ -142,11 +154,7 @@ class _Search:
 
     def values(self, scale: Tensor, zero_point: Tensor) -> Tensor:
         """The rounded values in units of the scale."""
-        values = self.rows / scale
-        if not self.spec.integer:
-            return self.spec.round(values)
-        values = values if self.spec.float_zero_points else values.round_()
-        return self.spec.round(values.add_(zero_point)).sub_(zero_point)
+        return rounded_steps(self.rows / scale, self.spec, zero_point)
 
     def run(self, full_range: bool) -> tuple[Tensor, Tensor]:
         powers = self.spec.scale_type is ScaleType.E8M0

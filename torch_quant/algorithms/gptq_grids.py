@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from torch_quant.algorithms.clipping import searched_qparams
+from torch_quant.algorithms.clipping import rounded_steps, searched_qparams
 from torch_quant.core.functional import quantize
 from torch_quant.core.methods import WeightMethod
 from torch_quant.core.qparams import QParams
@@ -25,13 +25,7 @@ def coded(
 
 def nearest(spec: QuantSpec, column: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """The values of the format nearest to a column, all of one shape."""
-    values = column / scale
-    if spec.integer:
-        values = values if spec.float_zero_points else values.round_()
-        values = spec.round(values.add_(zero_point)).sub_(zero_point)
-    else:
-        values = spec.round(values)
-    return values.mul_(scale)
+    return rounded_steps(column / scale, spec, zero_point).mul_(scale)
 
 
 def grids(

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torch_quant.algorithms.clipping import rounded_steps
 from torch_quant.core.functional import quantize
 from torch_quant.core.granularity import PerChannel, block_rows
 from torch_quant.core.methods import WeightMethod, register_weight_method
@@ -116,12 +117,7 @@ class HQQ(WeightMethod):
         least = torch.full_like(scale, float("inf"))
         beta = self.beta
         for turn in range(self.iterations + 1):
-            values = rows / scale
-            if spec.integer:
-                values = values if spec.float_zero_points else values.round_()
-                values = spec.round(values.add_(zero_point)).sub_(zero_point)
-            else:
-                values = spec.round(values)
+            values = rounded_steps(rows / scale, spec, zero_point)
             error = torch.addcmul(rows, values, scale, value=-1).div_(unit)
             size = error.abs().clamp_(min=_SMALLEST)
             slope = size.pow(self.p - 1)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from torch_quant.convert.reading import held_in
 from torch_quant.graph.binding import CallSignature, bind
 from torch_quant.graph.calls import flatten_call
 from torch_quant.graph.kinds import Kind
@@ -89,12 +90,10 @@ def _in_one_call(body: fx.GraphModule) -> Callable[[Tensor], Any] | None:
         elif each.op == "placeholder":
             places.append(i)
         else:
-            path, _, name = str(each.target).rpartition(".")
-            owner = body.get_submodule(path)
-            entries = next((d for d in (owner._buffers, owner._parameters) if name in d), None)
-            if entries is None:
+            place = held_in(body, each.target)
+            if place is None:
                 return None
-            held.append((i, entries, name))
+            held.append((i, *place))
     target: Any = call.target
 
     def function(x: Tensor) -> tuple[Any]:

@@ -11,7 +11,23 @@ from typing import Any
 
 from torch import fx
 
-__all__ = ["reading"]
+__all__ = ["held_in", "reading"]
+
+
+def held_in(body: fx.GraphModule, target: Any) -> tuple[dict[str, Any], str] | None:
+    """The dictionary that holds a tensor of a graph's modules, and its name there.
+
+    Args:
+        body: the graph.
+        target: of a node that reads the tensor, a dotted path.
+
+    Returns:
+        None if it is neither a parameter nor a buffer.
+    """
+    path, _, name = str(target).rpartition(".")
+    owner = body.get_submodule(path)
+    entries = next((d for d in (owner._parameters, owner._buffers) if name in d), None)
+    return None if entries is None else (entries, name)
 
 
 def reading(body: fx.GraphModule) -> Callable[..., Any] | None:
@@ -33,12 +49,10 @@ def reading(body: fx.GraphModule) -> Callable[..., Any] | None:
     constants = list(body.graph.find_nodes(op="get_attr"))
     held: dict[str, tuple[dict[str, Any], str]] = {}
     for node in constants:
-        path, _, name = str(node.target).rpartition(".")
-        owner = body.get_submodule(path)
-        entries = next((d for d in (owner._parameters, owner._buffers) if name in d), None)
-        if entries is None:
+        place = held_in(body, node.target)
+        if place is None:
             return None
-        held[str(node.target)] = entries, name
+        held[str(node.target)] = place
     graph, made = fx.Graph(), dict[fx.Node, fx.Node]()
     given = {target: graph.placeholder(f"held_{i}") for i, target in enumerate(held)}
     for node in body.graph.nodes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 __all__ = ["Window"]
@@ -33,10 +34,7 @@ class Window:
     @property
     def elements(self) -> int:
         """How many elements of each channel a window has."""
-        found = 1
-        for size in self.kernel:
-            found *= size
-        return found
+        return math.prod(self.kernel)
 
     def places(self, image: tuple[int, ...]) -> tuple[int, ...]:
         """How many windows an image of that size has, by dimension.

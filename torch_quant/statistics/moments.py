@@ -24,7 +24,16 @@ from torch_quant.statistics.base import (
     register_statistic,
 )
 
-__all__ = ["HESSIAN", "MEAN_SQUARE", "ChannelMean", "Hessian", "MeanSquare", "channel_mean"]
+__all__ = [
+    "HESSIAN",
+    "MEAN_SQUARE",
+    "ChannelMean",
+    "Hessian",
+    "MeanSquare",
+    "channel_mean",
+    "check_sums",
+    "require_finite_squares",
+]
 
 
 def channel_mean(axis: int) -> str:
@@ -40,6 +49,31 @@ HESSIAN = "hessian"
 """What a statistic is for: the second moments of the input's channels, which GPTQ wants."""
 MEAN_SQUARE = "mean_square"
 """The mean square of each of the input's channels."""
+
+
+def require_finite_squares(x: Tensor, *, saturates: bool = False) -> None:
+    """Raise :class:`QuantError` for a tensor whose squares have no finite sum; says why.
+
+    Args:
+        x: what was observed.
+        saturates: whether squares that are too large for float32 will do.
+    """
+    if not bool(torch.isfinite(x).all()):
+        what = "NaN" if bool(torch.isnan(x).any()) else "Inf"
+        raise QuantError(f"the tensor holds {what}, shape {tuple(x.shape)}")
+    if not saturates:
+        raise QuantError(
+            "the tensor holds numbers whose squares are too large for float32, shape "
+            f"{tuple(x.shape)}"
+        )
+
+
+def check_sums(sums: Tensor, rows: int, batches: int) -> None:
+    """Raise :class:`InvalidConfig` unless sums of a state are finite and fit their counts."""
+    if not bool(torch.isfinite(sums).all()):
+        raise InvalidConfig("'sums' is not finite")
+    if (batches > 0) != (rows > 0) or (rows > 0) != (sums.numel() > 0):
+        raise InvalidConfig(f"'rows' is {rows} and 'batches' {batches}")
 
 
 _S = TypeVar("_S", bound="_Moments")
@@ -71,14 +105,7 @@ class _Moments(Statistic):
             )
         sums = self._summed(self.sums.to(rows.device) if self.batches else None, rows)
         if not self._finite(sums):
-            if not bool(torch.isfinite(x).all()):
-                what = "NaN" if bool(torch.isnan(x).any()) else "Inf"
-                raise QuantError(f"the tensor holds {what}, shape {tuple(x.shape)}")
-            if not self.saturates:
-                raise QuantError(
-                    "the tensor holds numbers whose squares are too large for float32, shape "
-                    f"{tuple(x.shape)}"
-                )
+            require_finite_squares(x, saturates=self.saturates)
             sums = torch.nan_to_num(sums)
         self.sums, self.rows, self.batches = sums, self.rows + len(rows), self.batches + 1
 
@@ -133,10 +160,7 @@ class _Moments(Statistic):
                 f"'sums' is of shape {tuple(sums.shape)} and {sums.dtype}; expected {wanted} "
                 "and torch.float32"
             )
-        if not bool(torch.isfinite(sums).all()):
-            raise InvalidConfig("'sums' is not finite")
-        if (batches > 0) != (rows > 0) or (rows > 0) != (sums.numel() > 0):
-            raise InvalidConfig(f"'rows' is {rows} and 'batches' {batches}")
+        check_sums(sums, rows, batches)
         self.batches, self.rows, self.sums = batches, rows, sums
 
 

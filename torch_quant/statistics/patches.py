@@ -27,6 +27,7 @@ from torch_quant.statistics.base import (
     entry,
     register_statistic,
 )
+from torch_quant.statistics.moments import check_sums, require_finite_squares
 
 __all__ = ["Patches", "patches"]
 
@@ -85,13 +86,7 @@ class Patches(Statistic):
         moments = found.transpose(1, 2) @ found
         sums = self.sums.to(moments.device) + moments if self.batches else moments
         if not bool(torch.isfinite(sums).all()):
-            if not bool(torch.isfinite(x).all()):
-                what = "NaN" if bool(torch.isnan(x).any()) else "Inf"
-                raise QuantError(f"the tensor holds {what}, shape {tuple(x.shape)}")
-            raise QuantError(
-                "the tensor holds numbers whose squares are too large for float32, shape "
-                f"{tuple(x.shape)}"
-            )
+            require_finite_squares(x)
         self.sums, self.rows = sums, self.rows + found.shape[1]
         self.batches += 1
 
@@ -150,10 +145,7 @@ class Patches(Statistic):
                 f"'sums' is of shape {tuple(sums.shape)} and {sums.dtype}; expected [groups, n, n] "
                 f"and torch.float32, for the window {window}"
             )
-        if not bool(torch.isfinite(sums).all()):
-            raise InvalidConfig("'sums' is not finite")
-        if (batches > 0) != (rows > 0) or (rows > 0) != (sums.numel() > 0):
-            raise InvalidConfig(f"'rows' is {rows} and 'batches' {batches}")
+        check_sums(sums, rows, batches)
         self.window, self.batches, self.rows, self.sums = window, batches, rows, sums
 
 
