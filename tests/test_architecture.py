@@ -6,7 +6,7 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -77,6 +77,7 @@ def _walk(node: ast.AST, top: bool) -> Iterator[tuple[ast.AST, bool]]:
         yield from _walk(child, top and not later)
 
 
+@cache
 def imports_of(file: str, tree: ast.Module | None = None) -> list[Import]:
     """Every import in ``file``, at any depth; ``from a import b`` counts as ``a.b``."""
     found = []
@@ -214,6 +215,12 @@ def words_of(tree: ast.AST) -> Iterator[tuple[int, str]]:
                     yield getattr(node, "lineno", 0), each
 
 
+@cache
+def words_in(file: str) -> list[tuple[int, str]]:
+    """Those of a file of the package; its tree is not kept, which docstrings are taken out of."""
+    return [*words_of(ast.parse((PACKAGE / file).read_text()))]
+
+
 def rooms_of(file: str) -> set[str]:
     """The runtimes that a file may name."""
     rooms = {name for start, name in FORMATS.items() if file.startswith(start)}
@@ -223,12 +230,12 @@ def rooms_of(file: str) -> set[str]:
     return rooms | ({READERS[room]} if room in READERS else set())
 
 
-def backends_named(file: str, tree: ast.AST) -> list[str]:
+def backends_named(file: str, found: Iterable[tuple[int, str]]) -> list[str]:
     """What code of ``file`` says of runtimes whose rooms it is not in."""
     words = BACKENDS.keys() - rooms_of(file)
     return [
         f"torch_quant/{file}:{line}: {text!r}"
-        for line, text in words_of(tree)
+        for line, text in found
         if any(word in text.lower() for word in words)
     ]
 
@@ -239,7 +246,7 @@ def test_code_names_no_backend_outside_of_its_room() -> None:
         place
         for file in FILES
         if file not in REGISTRY
-        for place in backends_named(file, ast.parse((PACKAGE / file).read_text()))
+        for place in backends_named(file, words_in(file))
     ]
     assert not found, "\n".join(found)
 
@@ -273,7 +280,7 @@ def test_an_operator_or_method_is_known_by_its_own_files(words: str) -> None:
     naming = {
         file
         for file in FILES
-        for _, text in words_of(ast.parse((PACKAGE / file).read_text()))
+        for _, text in words_in(file)
         if re.search(words, text, re.IGNORECASE)
     }
     assert naming - LISTS - MENTIONS == KNOWN_BY[words]
@@ -285,21 +292,22 @@ def test_the_reader_of_backends_names_sees_all_kinds() -> None:
     for line in ("from .onnx import f", "x = 'onnxruntime'", "f(ipex=1)", "y.ONEDNN", "global Onnx",
                  "def g(ipex): 1", "class Openvino: 1"):  # fmt: skip
         source += f"{line}\n"
-    tree = ast.parse(source)
-    assert [hit.split(":")[1] for hit in sorted(backends_named("graph/made_up.py", tree))] == [
-        *"23456789"
-    ]
-    assert not backends_named("io/onnx.py", ast.parse("onnx = 1"))
-    assert backends_named("io/onnx.py", ast.parse("ipex = 1"))
-    assert not backends_named("backends/ipex/made_up.py", ast.parse("ipex = 1"))
-    assert backends_named("backends/ipex/made_up.py", ast.parse("onednn = 1"))
+
+    def named(file: str, source: str) -> list[str]:
+        return backends_named(file, words_of(ast.parse(source)))
+
+    assert [hit.split(":")[1] for hit in sorted(named("graph/made_up.py", source))] == [*"23456789"]
+    assert not named("io/onnx.py", "onnx = 1")
+    assert named("io/onnx.py", "ipex = 1")
+    assert not named("backends/ipex/made_up.py", "ipex = 1")
+    assert named("backends/ipex/made_up.py", "onednn = 1")
     for known in ("onnx = 1", "onnxruntime = 1", "import openvino"):
-        assert not backends_named("backends/onnx/made_up.py", ast.parse(known))
+        assert not named("backends/onnx/made_up.py", known)
     for known in ("onnx = 1", "from torch_quant.backends.onnx import x", "openvino = 1"):
-        assert not backends_named("backends/openvino/made_up.py", ast.parse(known))
-    assert backends_named("backends/openvino/made_up.py", ast.parse("onnxruntime = 1"))
-    assert backends_named("backends/onnxruntime/made_up.py", ast.parse("openvino = 1"))
-    assert not backends_named("backends/onnxruntime/made_up.py", ast.parse("onnxruntime = 1"))
+        assert not named("backends/openvino/made_up.py", known)
+    assert named("backends/openvino/made_up.py", "onnxruntime = 1")
+    assert named("backends/onnxruntime/made_up.py", "openvino = 1")
+    assert not named("backends/onnxruntime/made_up.py", "onnxruntime = 1")
 
 
 def test_the_reader_of_imports_sees_all_kinds() -> None:

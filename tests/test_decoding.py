@@ -145,7 +145,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
 from torch_quant import Quantizer
 
-config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
                      num_attention_heads=4, num_key_value_heads=2)
 torch.manual_seed(0)
 model = LlamaForCausalLM(config).eval()

@@ -75,8 +75,8 @@ def trainer_of(model: nn.Module, folder: Path, **options: Any) -> Any:
     from transformers import Trainer, TrainingArguments
 
     settings: dict[str, Any] = {
-        "output_dir": str(folder), "max_steps": 60, "per_device_train_batch_size": 32,
-        "learning_rate": 3e-3, "save_steps": 30, "report_to": [], "use_cpu": True,
+        "output_dir": str(folder), "max_steps": 48, "per_device_train_batch_size": 32,
+        "learning_rate": 3e-3, "save_steps": 24, "report_to": [], "use_cpu": True,
         "disable_tqdm": True, "seed": 0, "dataloader_pin_memory": False, "logging_steps": 1000,
     }  # fmt: skip
     examples = docstrings()
@@ -144,7 +144,7 @@ def test_training_resuming_and_quantizing(trained: dict[str, torch.Tensor], tmp_
     def attached() -> tuple[Any, QuantizationCallback]:
         trainer = trainer_of(with_weights(trained), tmp_path, learning_rate=1e-3)
         callback = QuantizationCallback(
-            Quantizer("reference", qconfig=FEW_BITS), batches=4, observe_until=20
+            Quantizer("reference", qconfig=FEW_BITS), batches=4, observe_until=16
         )
         return trainer, callback.attach(trainer)
 
@@ -155,7 +155,7 @@ def test_training_resuming_and_quantizing(trained: dict[str, torch.Tensor], tmp_
     after = trainer.evaluate()
     assert after["eval_loss"] < before["eval_loss"]
     assert after["eval_accuracy"] > before["eval_accuracy"] - 0.02
-    assert trainer.model.qat_switches.tolist() == [60, 0, 1, 0]
+    assert trainer.model.qat_switches.tolist() == [48, 0, 1, 0]
     batch = trainer.data_collator(docstrings()[:16])
     del batch["labels"]
     quantized = callback.quantized
@@ -165,7 +165,7 @@ def test_training_resuming_and_quantizing(trained: dict[str, torch.Tensor], tmp_
         assert torch.equal(logits, trainer.model.eval()(**batch).logits)
 
     resumed, other = attached()
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-30"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-24"))
     for name, x in trainer.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], x), name
     assert other.quantized is not None
