@@ -58,7 +58,7 @@ ONLY_IPEX := $(addprefix tests/,amp/test_amp_outputs.py amp/test_fallback_execut
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort
 
-$(VENV)/ready: requirements/core.txt requirements/torch.txt setup.py $(KERNELS)
+$(VENV)/ready: requirements/core.txt requirements/torch.txt setup.py setup.cfg $(KERNELS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(INSTALL) --require-hashes -r requirements/core.txt
 	$(BIN)/python -m pip install --quiet --no-compile -c requirements/torch.txt -r requirements/torch.in
@@ -66,7 +66,7 @@ $(VENV)/ready: requirements/core.txt requirements/torch.txt setup.py $(KERNELS)
 	$(BIN)/python -m pip check
 	touch $@
 
-$(IPEX_VENV)/ready: requirements/ipex.txt setup.py $(KERNELS)
+$(IPEX_VENV)/ready: requirements/ipex.txt setup.py setup.cfg $(KERNELS)
 	@test "$$(uname -s) $$(uname -m)" = "Linux x86_64" || { \
 	  echo "IPEX is for x86 Linux, this is $$(uname -sm): run 'make test' on such a machine," \
 	    "or 'make test-core' for all but IPEX"; exit 1; }

@@ -15,15 +15,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "torch_quant"
+COMMANDS = ROOT / "torch_quant_cli"
+"""The command line, which stands to the right of all layers."""
 
 LAYERS = (
     "version", "errors", "core", "ops", "native", "statistics", "config", "module_filter", "nn",
     "graph", "passes", "state", "model", "convert",
     "backends", "algorithms", "recipes", "io", "report", "settings", "calibrated", "session",
     "profiling", "rounding", "explain", "unseen", "configuration", "choices", "proxies",
-    "amp", "qat", "regions", "quantizer_base", "quantizer_files", "quantizer_training",
+    "amp", "qat", "regions", "comparing", "quantizer_base", "quantizer_files", "quantizer_training",
     "quantizer_reports", "quantizer",
-    "tuning", "checkpoints", "integrations", "cli",
+    "tuning", "checkpoints", "integrations",
 )  # fmt: skip
 """Each is ``torch_quant/<name>.py`` or ``torch_quant/<name>/``, and may import from its left."""
 
@@ -52,6 +54,7 @@ FORMATS = {"io/onnx": "onnx", "io/ipex": "ipex"}
 """Files that write or read what belongs to one runtime: how their paths begin -> its name."""
 
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+OF_COMMANDS = sorted(f"../{path.relative_to(ROOT).as_posix()}" for path in COMMANDS.rglob("*.py"))
 
 
 @dataclass(frozen=True)
@@ -185,21 +188,43 @@ def test_optional_packages_are_imported_where_they_are_needed() -> None:
 
 
 def test_files_are_short() -> None:
-    lines = {file: len((PACKAGE / file).read_text().splitlines()) for file in FILES}
+    lines = {
+        file: len((PACKAGE / file).read_text().splitlines()) for file in [*FILES, *OF_COMMANDS]
+    }
     assert not {file: count for file, count in lines.items() if count > MOST_LINES}
 
 
-def test_only_the_command_line_prints() -> None:
+def test_commands_import_what_is_slow_when_they_run() -> None:
+    """So ``--help`` and a shell that completes a word need not wait for PyTorch."""
+    quick = {*sys.stdlib_module_names, "click", "torch_quant_cli"}
+    slow = [
+        f"{file}:{found.line} imports {found.module}"
+        for file in OF_COMMANDS
+        for found in imports_of(file)
+        if found.top and found.module.partition(".")[0] not in quick
+    ]
+    assert not slow, "import it in the function that needs it"
+
+
+def test_the_package_knows_nothing_of_its_commands() -> None:
+    assert not [
+        f"torch_quant/{file}:{found.line}"
+        for file in FILES
+        for found in imports_of(file)
+        if within(found.module, COMMANDS.name)
+    ]
+
+
+def test_nothing_prints() -> None:
     prints = [
         f"torch_quant/{file}:{node.lineno}"
-        for file in FILES
-        if file != "cli.py"
+        for file in [*FILES, *OF_COMMANDS]
         for node in ast.walk(tree_of(file))
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Name)
         and node.func.id == "print"
     ]
-    assert not prints, "use logging.getLogger('torch_quant')"
+    assert not prints, "use logging.getLogger('torch_quant'), or click.echo in a command"
 
 
 def words_of(tree: ast.AST) -> Iterator[tuple[int, str]]:

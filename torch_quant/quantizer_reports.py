@@ -11,16 +11,19 @@ from torch import nn
 
 from torch_quant.backends import Backend, available_backends, usable_backend
 from torch_quant.choices import FASTEST
+from torch_quant.comparing import compared
 from torch_quant.convert.quantized import QuantizedModule
 from torch_quant.core.plan import QuantPlan
 from torch_quant.core.telling import told_together
 from torch_quant.errors import InvalidConfig, UnsupportedOp
 from torch_quant.explain import Explanation
+from torch_quant.graph.progress import hidden
 from torch_quant.graph.running import frozen
 from torch_quant.profiling import checked_seconds, profiled
 from torch_quant.qat.model import QatModel
 from torch_quant.quantizer_training import QuantizerTraining
 from torch_quant.regions import Measure, find_slower, measured_regions, stopwatch
+from torch_quant.report.comparison import Comparison
 from torch_quant.report.coverage import Coverage
 from torch_quant.report.regions import Regions
 from torch_quant.report.speed import Profile
@@ -93,6 +96,55 @@ class QuantizerReports(QuantizerTraining):
         1.0
         """
         return self._coverage(model, example_inputs, backend)
+
+    def compare(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        *,
+        backend: Backend | str | None = None,
+        progress: bool = True,
+    ) -> Comparison:
+        """Where the error comes in: the result of each layer beside float, all before it quantized.
+
+        :meth:`sensitivity` tells what each layer alone does to the outputs; this is what becomes of
+        the errors of all of them on the way.
+
+        Args:
+            model: the model that was calibrated.
+            batches: inputs, each as for :meth:`calib`. Memory is that of one batch's activations.
+            backend: another backend than the quantizer's.
+            progress: show a bar on stderr.
+
+        Returns:
+            A report; ``print`` shows its table, ``comparison.worst`` has those first that add most.
+
+        Raises:
+            NotCalibrated: no data was seen, or the model has changed since.
+            InvalidConfig: there are no batches.
+
+        >>> import torch
+        >>> from torch_quant import Quantizer
+        >>> model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), torch.rand(16, 8)
+        >>> quantizer = Quantizer("reference")
+        >>> _ = quantizer.calib(model)(x)
+        >>> found = quantizer.compare(model, [x])
+        >>> [each.site for each in found], found.outputs == found.layers[-1].after
+        (['0', '1'], True)
+        """
+        from tqdm import tqdm
+
+        kept = list(batches)
+        example = kept[0] if kept else None
+        chosen = self.backend if backend is None else usable_backend(backend)
+
+        def shown(each: Iterable[Any]) -> Iterable[Any]:
+            return tqdm(each, desc="comparing", unit="batch", disable=hidden(progress))
+
+        with frozen(model):
+            quantized = super()._quantized(model, chosen, copy.deepcopy(example), False)
+            with self.state.lock:
+                return compared(self._session(model, chosen), chosen, quantized, kept, shown)
 
     def profile(
         self,

@@ -36,6 +36,7 @@ __all__ = [
     "available_backends",
     "backend_of_environment",
     "best_backend",
+    "known_backends",
     "register_backend",
     "register_kernel",
     "usable_backend",
@@ -283,6 +284,15 @@ def available_backends() -> list[Backend]:
     """
     usable = [backend for backend in _REGISTRY.values() if backend.unavailable() is None]
     return sorted(usable, key=lambda backend: -backend.priority)
+
+
+def known_backends() -> list[Backend]:
+    """Every backend that is registered, whether it runs on this machine or not, best first.
+
+    >>> set(available_backends()) <= set(known_backends())
+    True
+    """
+    return sorted(_REGISTRY.values(), key=lambda backend: -backend.priority)
 
 
 def best_backend() -> Backend:

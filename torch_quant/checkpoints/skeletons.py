@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from torch_quant.checkpoints.files import CheckpointFiles
 from torch_quant.core.packages import missing_packages
 from torch_quant.errors import BackendUnavailable, InvalidConfig
 
@@ -24,7 +24,15 @@ _NOT_READ = (
 """Of config.json: what quantization adds, and what may name code of a repository to be fetched."""
 
 
-def built(files: CheckpointFiles) -> nn.Module:
+class Description(Protocol):
+    """A folder of a model of transformers."""
+
+    folder: Path
+    config: dict[str, Any]
+    """What its ``config.json`` holds."""
+
+
+def built(files: Description) -> nn.Module:
     """A model of the class and sizes that ``config.json`` names; its weights have no values yet.
 
     Raises:

@@ -17,7 +17,7 @@ try:
 except ImportError:  # not on Windows, where nothing tells a writer that was killed from a slow one
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["alone", "checked_target", "staging", "write_atomically"]
+__all__ = ["alone", "checked_target", "new_folder", "staging", "write_atomically"]
 
 _MARK = "torch_quant-"
 
@@ -104,6 +104,36 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[str], Any]) 
         name = folder / target.name
         write(str(name))
         os.replace(name, target)
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iterator[Path]:
+    """A folder to fill, which becomes ``path`` at the end: whole or not at all.
+
+    Args:
+        path: the folder; it may exist if it is empty.
+        replace: put it in the place of one that holds something.
+
+    Raises:
+        InvalidConfig: it exists, or nothing can be written there.
+    """
+    target = Path(path)
+    if target.exists() and not (target.is_dir() and (replace or not any(target.iterdir()))):
+        raise InvalidConfig(f"cannot write {target}: it exists already; give a new folder")
+    if not target.absolute().parent.is_dir():
+        raise InvalidConfig(f"cannot write {target}: give a folder in one that exists")
+    with staging(target.with_name(f"{target.name}.json")) as stage:
+        made = stage / target.name
+        made.mkdir()
+        yield made
+        if target.exists():
+            os.replace(target, stage / "earlier")
+        try:
+            os.replace(made, target)
+        except OSError:
+            if (stage / "earlier").exists():
+                os.replace(stage / "earlier", target)
+            raise
 
 
 def _prefix(target: Path) -> str:

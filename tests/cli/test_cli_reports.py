@@ -1,0 +1,162 @@
+"""``inspect``, ``compare``, ``bench``, ``export`` and ``generate`` on folders of ``quantize``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from commands import data_of, entries, make_home, run
+from transformers import AutoModelForCausalLM
+
+import torch_quant
+from torch_quant import Quantizer, sqnr
+from torch_quant_cli.artifact import Artifact
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the examples of ``--help`` speak of."""
+    home = tmp_path_factory.mktemp("reports")
+    make_home(home)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        patch.syspath_prepend(str(home))
+        net = ("net:make", "--data", "inputs.npz")
+        run("quantize", *net, "--float", "second", "--out", "net-int8")
+        run("quantize", *net, "--out", "whole-int8")
+        run("quantize", "my-bert", "--data", "texts.txt", "--out", "my-bert-int8")
+        run("quantize", "my-llm", "--recipe", "int8_weight_only", "--out", "my-llm-int8")
+    return home
+
+
+@pytest.fixture(autouse=True)
+def there(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    monkeypatch.syspath_prepend(str(home))
+
+
+def test_inspect_tells_formats_ranges_and_reasons() -> None:
+    found = data_of("inspect", "net-int8")
+    first, second = found["sites"]
+    assert (first["name"], first["format"], first["quantized"]) == ("first", "int8", True)
+    x = numpy.load("inputs.npz")["x"]  # all 64 samples calibrated
+    low, high = first["range"]
+    assert low == pytest.approx(x.min(), rel=1e-5)
+    assert high == pytest.approx(x.max(), rel=1e-5)
+    assert second["reason"] == "left in float by an override"
+    text = run("inspect", "net-int8").stdout
+    assert "second: left in float by an override" in text
+    assert "calibrated on 64 samples of inputs.npz" in text.replace("\n  ", " ")
+    assert "first " not in run("inspect", "net-int8", "--float").stdout.partition("layer")[2]
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_reports_fit_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for command in (
+        ["inspect", "my-bert-int8"],
+        ["compare", "my-bert", "my-bert-int8", "--data", "texts.txt", "--samples", "1"],
+        ["bench", "my-bert-int8", "--seconds", "0.01", "--backend", "onednn"],
+    ):
+        lines = run(*command).stdout.splitlines()
+        assert max(map(len, lines)) <= columns, command
+
+
+def test_inspect_reads_what_the_package_saves(tmp_path: Path) -> None:
+    quantizer = Quantizer("reference")
+    model = torch.nn.Linear(8, 4)
+    quantizer.calib(model)(torch.randn(16, 8))
+    torch_quant.save(quantizer.quantize(model), tmp_path / "model")
+    quantizer.save(tmp_path / "ranges")
+    found = data_of("inspect", str(tmp_path / "model"))
+    assert found["coverage"] == 1.0
+    assert found["sites"][0]["range"] is None
+    assert data_of("inspect", str(tmp_path / "ranges"))["calibration"]["batches"] == 1
+
+
+def test_compare_finds_the_layer_where_the_error_comes_in() -> None:
+    found = data_of("compare", "net:make", "net-int8", "--data", "inputs.npz", "--samples", "64")
+    (layers,) = found["layers"].values()
+    first, second = layers["layers"]
+    assert first["share"] == 1.0
+    assert first["before_db"] is None  # nothing was quantized before
+    assert second["format"] == "float32"
+    assert found["outputs"]["sqnr_db"] == pytest.approx(layers["outputs_db"], abs=1e-6)
+    assert second["after_db"] == pytest.approx(layers["simulated_db"], abs=1e-3)
+    same = data_of("compare", "net-int8", "net-int8", "--outputs-only")
+    assert same["outputs"]["equal"]
+    run("compare", "net:make", "net-int8", "--min-sqnr", "10", "--outputs-only")
+    short = run("compare", "net:make", "net-int8", "--min-sqnr", "90", "--outputs-only", expect=4)
+    assert "short of --min-sqnr 90" in short.stdout
+    other = run("compare", "net:make", "my-llm-int8", "--data", "net:inputs", expect=1)
+    assert "Traceback" not in other.stderr
+
+
+def test_bench_calls_all_in_turns() -> None:
+    found = data_of("bench", "net-int8", "--backend", "onednn", "--backend", "reference",
+                    "--seconds", "0.01")  # fmt: skip
+    assert [each["backend"] for each in found["runs"]] == [None, None, "onednn", "reference"]
+    assert all(each["median_ms"] > 0 for each in found["runs"])
+    assert found["inputs"] == "x: float32 [8, 32]"
+
+
+def test_export_to_files(tmp_path: Path) -> None:
+    x = Artifact("whole-int8").example()["x"]
+    expected = Artifact("whole-int8").quant_model()(x)
+    run("export", "whole-int8", "--to", "torchscript", "--out", str(tmp_path / "net.pt"))
+    assert torch.equal(torch.jit.load(tmp_path / "net.pt")(x), expected)
+    run("export", "whole-int8", "--to", "pt2", "--out", str(tmp_path / "net.pt2"))
+    program = torch.export.load(tmp_path / "net.pt2").module()
+    assert torch.equal(program(x=x), expected)
+    assert torch.equal(program(x=x[:3]), expected[:3])
+    onnxruntime = pytest.importorskip("onnxruntime")
+    run("export", "whole-int8", "--to", "onnx", "--out", str(tmp_path / "net.onnx"))
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    (found,) = session.run(None, {"x": x.numpy()})
+    assert sqnr(expected, torch.from_numpy(found)) > 30.0
+    held = data_of("inspect", str(tmp_path / "net.onnx"))
+    assert held["left_out_by_onnxruntime"] == {}
+    assert [each["quantized"] for each in held["sites"]] == [True, True]
+    openvino = pytest.importorskip("openvino")
+    made = data_of("export", "whole-int8", "--to", "openvino", "--out", str(tmp_path / "net.xml"))
+    assert [Path(each).suffix for each in made["files"]] == [".xml", ".bin"]
+    compiled = openvino.Core().compile_model(str(tmp_path / "net.xml"), "CPU")
+    assert sqnr(expected, torch.from_numpy(compiled(x.numpy())[0])) > 30.0
+    before = entries(tmp_path)
+    run("export", "whole-int8", "--to", "openvino", "--out", str(tmp_path / "net.xml"), expect=2)
+    assert entries(tmp_path) == before
+
+
+def test_a_checkpoint_writes_what_the_folder_writes(tmp_path: Path) -> None:
+    for layout in ("compressed-tensors", "gptq"):
+        out = str(tmp_path / layout)
+        run("export", "my-llm-int8", "--to", layout, "--out", out)
+        assert data_of("inspect", out)["kind"] == "checkpoint"
+        loaded = torch_quant.load_checkpoint(out)
+        ids = torch.arange(6)[None]
+        expected = Artifact("my-llm-int8").quant_model()(ids).logits
+        assert sqnr(expected, loaded(ids).logits) > 30.0
+        config = json.loads((tmp_path / layout / "config.json").read_text())
+        assert config["quantization_config"]["quant_method"] == layout
+    said = data_of("generate", out, "--prompt", "the model", "--max-new-tokens", "4")
+    ids = torch.tensor([said["tokens"]])
+    model = AutoModelForCausalLM.from_pretrained("my-llm")
+    prompt = torch.tensor([[2, 5]])  # "the", "model"
+    expected = model.generate(prompt, max_new_tokens=4, do_sample=False, pad_token_id=1)
+    assert torch.equal(expected[:, 2:], ids)
+
+
+def test_a_folder_of_something_else_is_no_checkpoint(tmp_path: Path) -> None:
+    said = run("export", "net-int8", "--to", "gptq", "--out", str(tmp_path / "x"), expect=2).stderr
+    assert "pt2 or torchscript" in " ".join(said.split())
+    assert not entries(tmp_path)
+
+
+def test_the_prompt_may_come_from_a_pipe() -> None:
+    words = ("--prompt", "-", "--max-new-tokens", "2")
+    found = run("generate", "my-llm-int8", *words, stdin="the cat")
+    assert found.stdout.startswith("the cat ")
+    assert "2 tokens in" in found.stdout

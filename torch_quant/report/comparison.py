@@ -1,0 +1,108 @@
+"""Where the error of a quantized model comes in: layer by layer, in the order they run."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+__all__ = ["Comparison", "LayerError"]
+
+_NAME = 36
+_WORST = 3
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """How far the result of one site is from float, with everything before it quantized too.
+
+    Args:
+        site: its name.
+        op: its op type.
+        format: what its numbers are, ``"float32"`` if it is not quantized.
+        before: SQNR of what it is given, the worst of its inputs, in dB; ``inf`` where nothing was
+            quantized before.
+        after: SQNR of its result, in dB.
+        share: what the site itself adds, of all that the sites add: noise over signal of the result
+            beyond that of its inputs; 0 to 1. What is in float adds nothing.
+    """
+
+    site: str
+    op: str
+    format: str
+    before: float
+    after: float
+    share: float = 0.0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What :meth:`Quantizer.compare` found; ``print`` it.
+
+    Args:
+        layers: in the order that they run.
+        outputs: SQNR of the outputs, on the kernels of the backend, in dB.
+        simulated: the same of the same plan in float arithmetic: what lies between is the kernels'.
+        backend: where it ran.
+        batches: how many.
+        unseen: how many sites no call reached, or have no result of their own.
+    """
+
+    layers: tuple[LayerError, ...]
+    outputs: float
+    simulated: float
+    backend: str
+    batches: int
+    unseen: int = 0
+
+    def __iter__(self) -> Iterator[LayerError]:
+        return iter(self.layers)
+
+    @property
+    def worst(self) -> tuple[LayerError, ...]:
+        """The layers, those that add most first."""
+        return tuple(sorted(self.layers, key=lambda each: -each.share))
+
+    def __str__(self) -> str:
+        from tabulate import tabulate
+
+        rows = [
+            {
+                "layer": _cut(each.site),
+                "format": each.format.replace(" weights", " w"),
+                "before dB": _decibels(each.before),
+                "after dB": _decibels(each.after),
+                "adds": f"{each.share:.1%}" if each.share >= 0.0005 else "",
+            }
+            for each in self.layers
+        ]
+        lines = [
+            f"outputs on {self.backend}: SQNR {_decibels(self.outputs)} dB",
+            f"the same plan in float arithmetic: {_decibels(self.simulated)} dB",
+        ]
+        if rows:
+            lines += ["", tabulate(rows, headers="keys", disable_numparse=True)]
+        most = [each for each in self.worst[:_WORST] if each.share > 0]
+        if most:
+            names = ", ".join(each.site for each in most)
+            lines += ["", *textwrap.wrap(f"most comes in at {names}", 78, subsequent_indent="  ")]
+        if self.unseen:
+            lines.append(f"{self.unseen} sites have no result of their own, or were not called")
+        return "\n".join(lines)
+
+
+def _cut(name: str, most: int = _NAME) -> str:
+    """A name in few columns, without its middle.
+
+    >>> _cut("encoder.layer.0.attention.output.dense", 20)
+    'encoder....put.dense'
+    """
+    if len(name) <= most:
+        return name
+    head = (most - 3) // 2
+    return f"{name[:head]}...{name[len(name) - (most - 3 - head) :]}"
+
+
+def _decibels(value: float) -> str:
+    return "equal" if math.isinf(value) and value > 0 else f"{value:.1f}"

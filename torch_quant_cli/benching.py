@@ -1,0 +1,86 @@
+"""``torch-quant bench``: how fast the model is here, in float and quantized."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from torch_quant_cli.artifact import Artifact
+from torch_quant_cli.options import data_options, inputs_for, model_options, reading_of
+from torch_quant_cli.running import Result, command, finite
+
+__all__ = ["cli"]
+
+
+@click.command(
+    "bench",
+    short_help="How fast it is here, in float and quantized.",
+    context_settings={"max_content_width": 100},
+)
+@click.argument("folder")
+@data_options(8)
+@model_options
+@click.option(
+    "--backend",
+    "backends",
+    multiple=True,
+    help="Which to measure; may be repeated.  [default: all that run here]",
+)
+@click.option(
+    "--seconds",
+    default=5.0,
+    show_default=True,
+    type=click.FloatRange(min=0, min_open=True),
+    help="About how long to measure.",
+)
+@click.option("--compiled", is_flag=True, help="Also the float model by torch.compile.")
+@command
+def cli(
+    folder: str, data: str | None, model: str | None, factory: str | None,
+    backends: tuple[str, ...], seconds: float, compiled: bool, **options: Any,
+) -> Result:  # fmt: skip
+    """Measure FOLDER's model on this machine: float32, bfloat16, and quantized, in turns.
+
+    The inputs are the first batch of --data, or the batch that FOLDER keeps: give those that the
+    model will serve. Sizes decide what is fastest.
+
+    \b
+    Examples:
+      torch-quant bench my-bert-int8
+      torch-quant bench my-bert-int8 --data texts.txt --batch-size 8 --threads 1
+    """
+    how = reading_of(options)
+    artifact = Artifact(folder, model, factory)
+    quantizer, floating = artifact.quantizer(), artifact.float_model()
+    inputs = inputs_for(artifact, floating, data, how)[0]
+    found = quantizer.profile(
+        floating, inputs, backends=backends or None, seconds=seconds, compiled=compiled
+    )
+    from torch_quant_cli.data import shapes
+
+    runs = [
+        {
+            "name": each.name,
+            "backend": each.backend,
+            "median_ms": each.median,
+            "p90_ms": each.p90,
+            "sqnr_db": finite(each.sqnr),
+            "why_not": each.why_not,
+        }
+        for each in found
+    ]
+    text = f"{found}\ninputs: {shapes(inputs)}"
+    if found.fastest is not None:
+        text += f"\nfastest: {found.fastest}, {found.gain:.2f} times the fastest float"
+    return Result(
+        text,
+        {
+            "runs": runs,
+            "fastest": found.fastest,
+            "gain": found.gain,
+            "threads": found.threads,
+            "rounds": found.rounds,
+            "inputs": shapes(inputs),
+        },
+    )

@@ -1,0 +1,367 @@
+"""``torch-quant quantize``: from a float model and a file of data to a folder that runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from torch_quant_cli.artifact import check_out, write_artifact
+from torch_quant_cli.data import batches, check_data, inputs_of, shapes
+from torch_quant_cli.exits import SHORT, Failed
+from torch_quant_cli.models import Source, float_model, source_of
+from torch_quant_cli.options import data_options, folder_of, reading_of
+from torch_quant_cli.running import Result, bar, command, finite, wrapped
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from torch_quant import Quantizer
+
+__all__ = ["cli"]
+
+_HELD_OUT = 4
+"""Batches behind those that calibrate, to compare the outputs on."""
+
+
+@click.command(
+    "quantize",
+    short_help="Quantize a model; write a folder that loads and runs.",
+    context_settings={"max_content_width": 100},
+)
+@click.argument("model")
+@data_options(128)
+@click.option("--factory", help="The function that makes the model: package.module:function.")
+@click.option("--recipe", help="Formats by name, as int8_static or int4_weight_only.")
+@click.option(
+    "-o",
+    "--option",
+    "options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="An option of the recipe, as group_size=32; may be repeated.",
+)
+@click.option("--config", type=click.Path(), help="A quantizer's settings, as YAML or JSON.")
+@click.option("--backend", help="Where it will run; 'fastest' measures.  [default: the best here]")
+@click.option(
+    "--float",
+    "in_float",
+    multiple=True,
+    metavar="NAME",
+    help="A layer, glob or re: that stays in float; may be repeated.",
+)
+@click.option(
+    "--fallback",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Take the N most sensitive layers back to float.",
+)
+@click.option(
+    "--min-sqnr",
+    type=float,
+    metavar="DB",
+    help="Take as few layers back to float as give this SQNR of the outputs.",
+)
+@click.option(
+    "--never-slower", is_flag=True, help="Measure, and take back to float what is slower quantized."
+)
+@click.option("--out", required=True, help="The folder to write.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier result at --out.")
+@click.option("--no-example", is_flag=True, help="Keep no batch of the data in the folder.")
+@command
+def cli(**given: Any) -> Result:
+    """Quantize MODEL and write a folder that loads, runs, and can be exported.
+
+    MODEL is a Hugging Face folder; a .pt2 of torch.export; weights (.safetensors) with --factory;
+    or package.module:function, which makes a model that has its weights.
+
+    A run that rounds weights block by block (method=gptq, awq ... with weights alone) and is
+    interrupted goes on where it was when the same command is given again.
+
+    \b
+    Examples:
+      torch-quant quantize my-bert --data texts.txt --out my-bert-int8
+      torch-quant quantize my-bert --data texts.txt --fallback 3 --out my-bert-mixed
+      torch-quant quantize my-llm --recipe int8_weight_only --out my-llm-int8
+      torch-quant quantize my-llm --recipe int4_weight_only -o group_size=32 -o method=gptq \\
+          --data texts.txt --out my-llm-int4
+      torch-quant quantize net:make --data inputs.npz --config q.yaml --out net-int8
+    """
+    how = reading_of(given)
+    out = check_out(given["out"], given["overwrite"])
+    source = source_of(given["model"], given["factory"])
+    if given["data"] is not None:
+        check_data(given["data"])
+    quantizer = _quantizer(given)
+    measured = given["backend"] == "fastest"
+    model = float_model(source)
+    folder = folder_of(source.path) if source.kind == "folder" else None
+    found: list[Any] = []
+    if given["data"] is not None:
+        size = how.batch_size or 8
+        more = type(how)(**{**vars(how), "samples": how.samples + _HELD_OUT * size})
+        found = batches(given["data"], model, folder, more)
+    run = _Run(quantizer, model, given, found, how.samples)
+    quant_model = run.quantized(out, measured)
+    about = run.about(quant_model)
+    example = None if given["no_example"] else run.example
+    click.get_current_context().find_root().meta["interrupted"] = "nothing was written"
+    write_artifact(out, quantizer, quant_model, source, about, example)
+    shutil.rmtree(run.resuming(out), ignore_errors=True)
+    return _result(out, source, about, given)
+
+
+def _quantizer(given: Mapping[str, Any]) -> Quantizer:
+    """The quantizer that the options ask for."""
+    from torch_quant.backends import usable_backend
+    from torch_quant.configuration import read_configuration
+    from torch_quant.quantizer import Quantizer
+
+    config, recipe, backend = given["config"], given["recipe"], given["backend"]
+    arguments: dict[str, Any] = {}
+    if config is not None:
+        if not Path(config).is_file():
+            raise Failed(f"--config {config}: there is no such file")
+        arguments = read_configuration(config)
+    pairs = dict(_pair(each) for each in given["options"])
+    if pairs and recipe is None:
+        raise Failed(f"-o {given['options'][0]} is an option of a recipe: give --recipe too")
+    if recipe is not None:
+        read = {"qconfig": {"recipe": recipe, **pairs}}
+        try:
+            arguments["qconfig"] = read_configuration(read)["qconfig"]
+        except Exception as error:
+            message = str(error).removeprefix("the configuration: ").removeprefix("'qconfig': ")
+            raise Failed(f"--recipe {recipe}: {message}") from error
+    if backend not in (None, "fastest"):
+        arguments["backend"] = usable_backend(backend)
+    if given["in_float"]:
+        more = dict.fromkeys(given["in_float"])
+        arguments["overrides"] = {**arguments.get("overrides", {}), **more}
+    return Quantizer(**arguments)
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise Failed(f"-o {text}: expected KEY=VALUE, as group_size=32")
+    if value.lower() in ("true", "false", "none", "null"):
+        return name, {"true": True, "false": False}.get(value.lower())
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+class _Run:
+    """One model on its way through calibration, fallback and lowering.
+
+    Args:
+        quantizer: has the settings.
+        model: the float one.
+        given: the options of the command.
+        found: batches of the data; those behind the first ``samples`` samples are held out.
+        samples: how many calibrate.
+    """
+
+    def __init__(
+        self,
+        quantizer: Quantizer,
+        model: nn.Module,
+        given: Mapping[str, Any],
+        found: list[Any],
+        samples: int,
+    ) -> None:
+        self.quantizer, self.model, self.given = quantizer, model, given
+        self.fallen: list[str] = []
+        count, seen = 0, 0
+        while count < len(found) and seen < samples:
+            seen += _rows(found[count])
+            count += 1
+        self.batches, held_out = found[:count], found[count:]
+        self.compared = (held_out or self.batches)[:_HELD_OUT]
+        self.held_out = bool(held_out)
+        self.samples = seen
+
+    @property
+    def example(self) -> Any:
+        """A call of the model."""
+        return self.batches[0] if self.batches else self._made_up()
+
+    def _made_up(self) -> Any:
+        """Inputs for recipes without data: what captures the model need not be typical."""
+        from torch_quant.checkpoints.loading import example_of
+
+        if not hasattr(self.model, "config"):
+            raise Failed(
+                "one sample is needed to see how the model is called: give --data, of any size"
+            )
+        return example_of(self.model)
+
+    def quantized(self, out: Path, fastest: bool) -> nn.Module:
+        """Calibrate, let the worst fall back, quantize."""
+        quantizer, given = self.quantizer, self.given
+        self._check_first()
+        if self._wants_rounding():
+            unfinished = self.resuming(out)
+            self._needs("rounding weights with data (method=...)")
+            click.get_current_context().find_root().meta["interrupted"] = (
+                f"finished blocks are in {unfinished}, and the same command goes on from there"
+            )
+            quantizer.round_weights(self.model, self.batches, folder=unfinished)
+        elif quantizer.qconfig.needs_ranges:
+            self._needs("calibration finds the ranges of activations, so it")
+            self._through(quantizer.calib(self.model), "calibrating")
+        count, target = given["fallback"], given["min_sqnr"]
+        if count and target is not None:
+            raise Failed("--fallback and --min-sqnr both say what falls back: give one of them")
+        if count or target is not None:
+            self._needs("measuring what each layer costs")
+            amp_model = quantizer.amp(self.model, example_inputs=self.example)
+            self._through(amp_model, "measuring sensitivity")
+            self.fallen = quantizer.fallback(amp_model, num=count, min_sqnr=target)
+        return quantizer.quantize(
+            self.model,
+            backend="fastest" if fastest else None,
+            example_inputs=self.example,
+            never_slower=given["never_slower"],
+        )
+
+    def resuming(self, out: Path) -> Path:
+        """Where finished blocks are kept until the whole is done."""
+        return out.with_name(f"{out.name}.unfinished")
+
+    def _wants_rounding(self) -> bool:
+        config = self.quantizer.qconfig
+        methods = [*config.transforms, *([config.method] if config.method is not None else [])]
+        return not config.needs_ranges and any(
+            each.wants_blocks or each.wants_statistics for each in methods
+        )
+
+    def _needs(self, what: str) -> None:
+        if not self.batches:
+            raise Failed(
+                f"{what} needs data: give --data, some hundred samples. Without data: --recipe "
+                "int8_dynamic, int8_weight_only or int4_weight_only"
+            )
+
+    def _check_first(self) -> None:
+        """Run the float model once, so that what does not fit is said before any work."""
+        if self.batches:
+            self._call(self.model, self.batches[0], 0)
+
+    def _through(self, proxy: nn.Module, what: str) -> None:
+        for number, each in enumerate(bar(self.batches, what, "batch")):
+            self._call(proxy, each, number)
+
+    def _call(self, model: nn.Module, inputs: Any, number: int) -> Any:
+        from torch_quant.errors import QuantError
+        from torch_quant.graph.examples import call_example
+
+        try:
+            return call_example(model, inputs)
+        except (QuantError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            names = ", ".join(inputs_of(self.model)[0])
+            first = (str(error).strip().splitlines() or [""])[0][:200]
+            raise Failed(
+                f"the model does not take batch {number} of --data {self.given['data']} "
+                f"({shapes(inputs)}): {type(error).__name__}: {first}. Its inputs are {names}: "
+                "give arrays of their shapes and under their names"
+            ) from error
+
+    def about(self, quant_model: nn.Module) -> dict[str, Any]:
+        """What is to be known of the result."""
+        from torch_quant.convert.quantized import plan_of
+        from torch_quant.core.metrics import float_leaves
+        from torch_quant.graph.examples import call_example
+
+        quantizer, plan = self.quantizer, plan_of(quant_model)  # type: ignore[arg-type]
+        outputs: dict[str, Any] | None = None
+        if self.compared:
+            pairs = [
+                (call_example(self.model, each), call_example(quant_model, each))
+                for each in bar(self.compared, "comparing outputs", "batch")
+            ]
+            outputs = _distance([(float_leaves(a), float_leaves(b)) for a, b in pairs])
+            outputs["held_out"] = self.held_out
+            outputs["batches"] = len(pairs)
+        return {
+            "recipe": self.given["recipe"] or ("(--config)" if self.given["config"] else None),
+            "backend": quant_model.quantization.backend,  # type: ignore[union-attr]
+            "settings": quantizer.to_config(),
+            "data": self.given["data"],
+            "samples": self.samples,
+            "coverage": plan.coverage,
+            "summary": plan.summary,
+            "sites": len(plan),
+            "quantized": len(plan.quantized),
+            "fallen_back": dict(quantizer.fallen_back),
+            "slower": sorted({x for sites in quantizer.slower.values() for x in sites}),
+            "bytes": {"float": _bytes(self.model), "quantized": _bytes(quant_model)},
+            "outputs": outputs,
+        }
+
+
+def _rows(inputs: Any) -> int:
+    from torch import Tensor
+    from torch.utils import _pytree as pytree
+
+    sizes = [x.shape[0] for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()]
+    return max(sizes[0], 1) if sizes else 1
+
+
+def _bytes(model: nn.Module) -> int:
+    tensors = {id(x): x for x in model.state_dict().values() if hasattr(x, "numel")}
+    return sum(x.numel() * x.element_size() for x in tensors.values())
+
+
+def _distance(pairs: list[tuple[list[Any], list[Any]]]) -> dict[str, Any]:
+    """SQNR of all outputs together, and the mean cosine of the first one's rows."""
+    from torch_quant.core.metrics import cosine, sqnr
+
+    floats = [x for each, _ in pairs for x in each]
+    others = [x for _, each in pairs for x in each]
+    angles = [cosine(a[0].reshape(-1, a[0].shape[-1]), b[0].reshape(-1, b[0].shape[-1]))
+              for a, b in pairs if a and a[0].dim()]  # fmt: skip
+    mean = sum(float(each.mean()) for each in angles) / len(angles) if angles else None
+    return {"sqnr_db": finite(sqnr(floats, others)), "cosine": finite(mean)}
+
+
+def _result(out: Path, source: Source, about: dict[str, Any], given: Mapping[str, Any]) -> Result:
+    size = sum(each.stat().st_size for each in out.iterdir() if each.name.startswith("tensors-"))
+    before, after = (about["bytes"][x] for x in ("float", "quantized"))
+    lines = [
+        wrapped(f"{source.shown} on {about['backend']}: {about['summary']}", "  "),
+        f"weights: {before / 1e6:.1f} MB in float, {after / 1e6:.1f} MB quantized "
+        f"({after / max(before, 1):.1%})",
+    ]
+    outputs, code = about["outputs"], 0
+    if outputs:
+        where = "that calibration did not see" if outputs["held_out"] else "of the calibration"
+        sqnr, angle = outputs["sqnr_db"], outputs["cosine"]
+        lines.append(
+            f"outputs against float, {outputs['batches']} batches {where}: "
+            f"{'equal' if sqnr is None else f'SQNR {sqnr:.1f} dB'}"
+            + (f", cosine {angle:.4f}" if angle is not None else "")
+        )
+        goal = given["min_sqnr"]
+        if goal is not None and sqnr is not None and sqnr < goal and not outputs["held_out"]:
+            code = SHORT
+            lines.append(f"--min-sqnr {goal:g} is not reached")
+    if about["fallen_back"]:
+        lines.append(wrapped(f"back in float: {', '.join(about['fallen_back'])}", "  "))
+    if about["slower"]:
+        lines.append(wrapped(f"faster in float: {', '.join(about['slower'])}", "  "))
+    lines += [
+        f"wrote {out} ({size / 1e6:.1f} MB of tensors)",
+        "",
+        f"  torch-quant inspect {out}   what is in float, and why",
+        f"  torch-quant bench {out}     how fast it is here",
+    ]
+    return Result("\n".join(lines), {"out": str(out), "model": source.to_dict(), **about}, code)
