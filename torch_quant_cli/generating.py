@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,14 +48,14 @@ def cli(
       torch-quant generate my-llm-int8 --prompt "the model of the" --max-new-tokens 8
       echo "the cat" | torch-quant generate my-llm-int8 --prompt - --json
     """
-    text = click.get_text_stream("stdin").read() if prompt == "-" else prompt
+    text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise Failed("--prompt is empty: give the text that the model goes on from")
     model, home = _loaded(folder)
     import torch
 
-    writer: Any = model
-    if not (hasattr(writer, "can_generate") and writer.can_generate()):
+    able = getattr(model, "can_generate", None)
+    if not (callable(able) and able()):
         kind = type(model).__name__
         raise Failed(f"the model of {folder} writes no text: {kind} has no language model head")
     tokenizer = tokenizer_of(home, "--prompt")
@@ -71,7 +72,7 @@ def cli(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     start = time.perf_counter()
     with torch.no_grad():
-        found = writer.generate(
+        found = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
@@ -94,7 +95,7 @@ def _seq2seq(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
-def _loaded(folder: str) -> tuple[nn.Module, Path | None]:
+def _loaded(folder: str) -> tuple[Any, Path | None]:
     """The model, and the folder with its tokenizer."""
     import json
 
