@@ -11,6 +11,7 @@ import argparse
 import inspect
 import time
 import warnings
+from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from harness import report
 from torch import nn
 
-from torch_quant import Quantizer
+from torch_quant import Quantizer, recipes
 
 
 def smollm(layers: int) -> nn.Module:
@@ -63,6 +64,26 @@ class Decoding:
         return took
 
 
+class FixedCache(Decoding):
+    """With a cache that has room for ``length`` tokens from the start, as compiled steps want."""
+
+    def __init__(self, model: Any, cached: str, prompt: torch.Tensor, length: int) -> None:
+        from transformers import StaticCache
+
+        self.fixed, self.at = StaticCache(model.config, max_cache_len=length), 0
+        super().__init__(model, cached, prompt)
+
+    def __call__(self) -> float:
+        """As :class:`Decoding` does; at the first two calls, a compiled model is compiled."""
+        places = torch.arange(self.at, self.at + self.ids.shape[1])
+        start = time.perf_counter()
+        given = {"position_ids": places[None], self.cached: self.fixed}
+        logits = self.model(input_ids=self.ids, **given).logits
+        took = 1e3 * (time.perf_counter() - start)
+        self.at, self.ids = self.at + len(places), logits[:, -1:].argmax(-1)
+        return took
+
+
 def cache_name(model: nn.Module) -> str:
     """Of the argument and of the output; it changed in transformers 5.24."""
     takes = inspect.signature(model.forward).parameters
@@ -72,12 +93,31 @@ def cache_name(model: nn.Module) -> str:
 def measure(models: dict[str, Any], cached: str, tokens: int) -> dict[str, float]:
     """Median milliseconds a token of each model, taken in turns."""
     prompt = torch.arange(1, 33).reshape(1, -1)
-    running = {name: Decoding(model, cached, prompt) for name, model in models.items()}
-    times: dict[str, list[float]] = {name: [] for name in models}
+    return in_turns({n: Decoding(model, cached, prompt) for n, model in models.items()}, tokens)
+
+
+def in_turns(running: Mapping[str, Decoding], tokens: int) -> dict[str, float]:
+    """Median milliseconds a token of each, the first two left out."""
+    times: dict[str, list[float]] = {name: [] for name in running}
     for _ in range(tokens):
         for name, decode in running.items():
             times[name].append(decode())
     return {name: median(found[2:]) for name, found in times.items()}
+
+
+def compiled(model: nn.Module, cached: str, backend: str | None, tokens: int) -> dict[str, float]:
+    """Milliseconds a token of float and int4 weights, eager and compiled."""
+    prompt = torch.arange(1, 33).reshape(1, -1)
+    recipe = recipes.int4_weight_only(group_size=64)
+    quantizer = Quantizer(backend, qconfig=recipe, capture="modules")
+    int4 = quantizer.quantize(model, example_inputs={"input_ids": prompt})
+    running: dict[str, Decoding] = {}
+    for name, each in (("float32", model), ("int4", int4)):
+        running[name] = Decoding(each, cached, prompt)
+        running[f"{name}, fixed cache"] = FixedCache(each, cached, prompt, tokens + 34)
+        step = torch.compile(each, fullgraph=True)
+        running[f"{name}, compiled"] = FixedCache(step, cached, prompt, tokens + 34)
+    return in_turns(running, tokens)
 
 
 def quantized(model: nn.Module, cached: str, backend: str | None) -> Any:
@@ -94,20 +134,25 @@ def main() -> None:
     parser.add_argument("--backend", help="default: the best of this machine")
     parser.add_argument("--layers", type=int, default=30, help="of the decoder")
     parser.add_argument("--tokens", type=int, default=40, help="decoded with each model")
+    parser.add_argument("--compiled", action="store_true", help="int4 weights, eager and compiled")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*quantize_per_tensor")
     torch.set_num_threads(1)
     model = smollm(options.layers)
     cached = cache_name(model)
-    models = {"float32": model, "int8, in pieces": quantized(model, cached, options.backend)}
-    register_cache(model)
-    models["int8, whole"] = quantized(model, cached, options.backend)
-    times = measure(models, cached, options.tokens)
+    if options.compiled:
+        times = compiled(model, cached, options.backend, options.tokens)
+    else:
+        models = {"float32": model, "int8, in pieces": quantized(model, cached, options.backend)}
+        register_cache(model)
+        models["int8, whole"] = quantized(model, cached, options.backend)
+        times = measure(models, cached, options.tokens)
     rows = [
         {"model": name, "ms a token": time, "speed-up": times["float32"] / time}
         for name, time in times.items()
     ]
-    report("decoding", rows, layers=options.layers)
+    name = "decoding_compiled" if options.compiled else "decoding"
+    report(name, rows, layers=options.layers)
 
 
 def register_cache(model: nn.Module) -> None:

@@ -15,6 +15,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -118,20 +119,47 @@ def auto_round(iterations: int) -> Make:
     return make
 
 
-def llmcompressor(model: Any, tokenizer: Any, calibration: Tensor) -> Any:
-    from llmcompressor import oneshot
-    from llmcompressor.modifiers.gptq import GPTQModifier
+def llmcompressor(method: str) -> Make:
+    def make(model: Any, tokenizer: Any, calibration: Tensor) -> Any:
+        from llmcompressor import oneshot
+        from llmcompressor.modifiers.gptq import GPTQModifier
+        from llmcompressor.modifiers.quantization import QuantizationModifier
+        from llmcompressor.modifiers.transform.awq import AWQModifier
 
-    weights = {"num_bits": 4, "symmetric": True, "strategy": "group", "group_size": GROUP}
-    scheme = {"group_0": {"targets": ["Linear"], "weights": weights}}
-    blocks = [{"input_ids": block} for block in calibration]
-    return oneshot(
-        model=model,
-        dataset=torch.utils.data.DataLoader(blocks, batch_size=1),
-        recipe=GPTQModifier(config_groups=scheme, ignore=["lm_head"]),
-        num_calibration_samples=len(blocks),
-        max_seq_length=calibration.shape[1],
-    )
+        weights = {"num_bits": 4, "symmetric": True, "strategy": "group", "group_size": GROUP}
+        given = {
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+            "ignore": ["lm_head"],
+        }
+        rounding = GPTQModifier if method == "gptq" else QuantizationModifier
+        blocks = [{"input_ids": block} for block in calibration]
+        return oneshot(
+            model=model,
+            dataset=torch.utils.data.DataLoader(blocks, batch_size=1),
+            recipe=[*([AWQModifier()] if method == "awq" else []), rounding(**given)],
+            num_calibration_samples=len(blocks),
+            max_seq_length=calibration.shape[1],
+        )
+
+    return make
+
+
+def gptqmodel(model: Any, tokenizer: Any, calibration: Tensor) -> Any:
+    """It takes a folder and writes one, which its own kernel for a CPU reads."""
+    from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+
+    with tempfile.TemporaryDirectory() as parent:
+        for each in (model, tokenizer):
+            each.save_pretrained(f"{parent}/float")
+        config = QuantizeConfig(bits=4, group_size=GROUP, sym=True, desc_act=True)
+        made = GPTQModel.load(f"{parent}/float", config, device="cpu", backend=BACKEND.TORCH)
+        made.quantize(
+            [{"input_ids": x.tolist(), "attention_mask": [1] * len(x)} for x in calibration],
+            batch_size=1,
+        )
+        made.save(f"{parent}/int4")
+        read = GPTQModel.load(f"{parent}/int4", device="cpu", backend=BACKEND.TORCH)
+        return read.model
 
 
 def peers() -> dict[str, Peer]:
@@ -151,9 +179,13 @@ def peers() -> dict[str, Peer]:
         "nncf gptq": Peer("nncf", "nncf", "int4 g64, GPTQ; head int8", nncf(gptq=True)),
         "auto-round 0": Peer("auto-round", "auto_round", "int4 g64, rounding", auto_round(0)),
         "auto-round 20": Peer("auto-round", "auto_round", "int4 g64, 20 steps", auto_round(20)),
-        "llmcompressor gptq": Peer(
-            "llmcompressor", "llmcompressor", "int4 g64, GPTQ", llmcompressor
-        ),
+        **{
+            f"llmcompressor {method}": Peer(
+                "llmcompressor", "llmcompressor", f"int4 g64, {method}", llmcompressor(method)
+            )
+            for method in ("rtn", "awq", "gptq")
+        },
+        "gptqmodel": Peer("gptqmodel", "gptqmodel", "int4 g64, GPTQ, act-order", gptqmodel),
     }  # fmt: skip
     for wanted in ("int8_weight_only", "int8_dynamic", "int4 g64", "uint4 g64, float zeros"):
         methods = ["rtn"] if "int8" in wanted else METHODS

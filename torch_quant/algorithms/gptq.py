@@ -26,10 +26,12 @@ from torch import Tensor
 
 from torch_quant.algorithms.blocks import Block, Layer
 from torch_quant.algorithms.drift import drifts, made_up_for
+from torch_quant.algorithms.gptq_factor import unit_factor
 from torch_quant.algorithms.gptq_grids import coded, grids, nearest
 from torch_quant.algorithms.gptq_groups import factors, round_groups
 from torch_quant.algorithms.rtn import without_data
 from torch_quant.core.granularity import PerChannel
+from torch_quant.core.memory import give_back
 from torch_quant.core.methods import Wanted, WeightMethod, register_weight_method
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
@@ -45,6 +47,8 @@ _SWITCHES = (
 )  # fmt: skip
 _DAMPINGS = 4
 """How often the damping is raised, tenfold, until the factorization succeeds."""
+_LARGE = 2**20
+"""Numbers of a weight behind which freed memory is given back: that takes milliseconds."""
 _BLOCKS = (
     "the weight of a convolution is rounded to nearest where it has other scales than one, or one "
     "for each output channel"
@@ -180,21 +184,28 @@ class GPTQ(WeightMethod):
         if not hessian.rows:
             tell(_UNREACHED)
             return without_data(self).quantize(weight, spec, {})
-        sums, channels = hessian.sums.to(weight), weight.shape[-1]
-        if len(sums) != channels:
-            raise InvalidConfig(f"a Hessian of {len(sums)} channels, a weight of {channels}")
+        channels = weight.shape[-1]
+        if len(hessian.sums) != channels:
+            raise InvalidConfig(
+                f"a Hessian of {len(hessian.sums)} channels, a weight of {channels}"
+            )
         if hessian.rows < channels:
             tell(_FEW)
-        squares = sums.diagonal() / hessian.rows
-        order = torch.arange(channels, device=sums.device)
+        squares = hessian.sums.diagonal().to(weight) / hessian.rows
+        order = torch.arange(channels, device=weight.device)
         if self.act_order:
             order = squares.argsort(descending=True, stable=True)
-        factor = self._factor(sums, order.flip(0), hessian.rows)
-        del statistics, hessian, sums  # as large as the factor
+        rows, sums = hessian.rows, hessian.taken().to(weight)
+        factor = unit_factor(sums, order, rows, self.damping, _DAMPINGS)
         if factor is None:
             tell(_SINGULAR)
             return without_data(self).quantize(weight, spec, {})
-        return _Rounding(self, weight, spec, squares, factor, order).run()
+        rounding = _Rounding(self, weight, spec, squares, factor, order)
+        del sums, factor  # it lets go of it
+        made = rounding.run()
+        if weight.numel() >= _LARGE:
+            give_back()
+        return made
 
     def _convolution(
         self, weight: Tensor, spec: QuantSpec, images: Patches
@@ -256,36 +267,6 @@ class GPTQ(WeightMethod):
             plain=without_data(self),
         )
 
-    def _factor(self, sums: Tensor, backwards: Tensor, rows: int) -> Tensor | None:
-        """``U`` of ``H = (I + U) D (I + U)^T`` with a diagonal of ones; None if there is none.
-
-        Of 8192 channels, ``H`` takes 268 MB: the result takes its place, beside the sums.
-
-        Args:
-            sums: ``H`` times ``rows``; it stays as it is.
-            backwards: the columns from the last to be rounded to the first, ``[in]``.
-            rows: how many vectors there were.
-
-        Returns:
-            ``I + U`` in that order of rows and columns, so that it is lower triangular.
-        """
-        squares = sums.diagonal()[backwards] / rows
-        dead = squares <= 0
-        level = float(squares[~dead].mean()) if not bool(dead.all()) else 1.0
-        failed = torch.empty(0, dtype=torch.int32, device=sums.device)
-        for turn in range(_DAMPINGS + 1):
-            moments = sums[backwards[:, None], backwards].div_(rows)
-            diagonal = moments.diagonal()
-            diagonal[dead] = 1.0
-            diagonal += self.damping * 10.0**turn * level
-            lower = moments.T  # the same, and in the order in which it can be overwritten
-            torch.linalg.cholesky_ex(lower, out=(lower, failed))
-            if not int(failed) and bool(torch.isfinite(lower.diagonal()).all()):
-                unit: Tensor = lower.div_(lower.diagonal().clone())
-                if bool(torch.isfinite(unit.sum())):
-                    return unit
-        return None
-
 
 @dataclass
 class _Rounding:
@@ -341,8 +322,11 @@ class _Rounding:
                 real[at] = rounded
                 if at + 1 < end:
                     rest[at - start + 1 :].addr_(inside[at - start, at - start + 1 :], errors[at])
+        del errors, rest, inside
+        self.factor = self.factor[:0]
         plain = torch.empty_like(real)
         plain[columns] = real
+        del real
         return coded(plain.T.contiguous(), self.spec, scale, zero_point)
 
     def _spread(self, grid: Tensor) -> Tensor:

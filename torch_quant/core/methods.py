@@ -178,17 +178,18 @@ class WeightMethod(Method):
             groups.append([layer for layer in layers if layer not in reached])
         for group in groups:
             found, weights = self.learned(block, group)
-            statistics = dict(found)  # those of a layer go with it
+            statistics, made = dict(found), []  # statistics of a layer go with it
             del found
-            for layer in group:
-                if layer.rounded is not None:
-                    continue
+            for layer in (each for each in group if each.rounded is None):
                 weight = weights.get(layer, layer.weight).contiguous()
+                mine = statistics.pop(layer.site, {})
+                shared = {id(each) for other in statistics.values() for each in other.values()}
+                for each in mine.values():
+                    each.disposable = id(each) not in shared
                 with at_site(layer.site):
-                    codes, qparams = self.quantize(
-                        weight, layer.spec, statistics.pop(layer.site, {})
-                    )
-                    layer.round_to(codes, qparams)
+                    made.append((layer, self.quantize(weight, layer.spec, mine)))
+            for layer, (codes, qparams) in made:  # rounded weights take four times as much
+                layer.round_to(codes, qparams)
 
     def learned(
         self, block: Block, layers: Sequence[Layer]

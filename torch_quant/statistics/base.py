@@ -123,6 +123,8 @@ class Statistic(ABC):
     in_place: ClassVar[bool] = True
     """Whether :meth:`observe` may write to what it holds. A class that only replaces it says False,
     for itself and not for classes below it: a batch that may be taken back costs less then."""
+    disposable = False
+    """Whether who reads it next may write to what it holds, as nobody will read it after."""
 
     def __init__(self) -> None:
         self.batches = 0

@@ -182,6 +182,21 @@ class Hessian(_Moments):
     def _summed(self, sums: Tensor | None, rows: Tensor) -> Tensor:
         return rows.T @ rows if sums is None else torch.addmm(sums, rows.T, rows)
 
+    def taken(self) -> Tensor:
+        """Sums that may be written to: if ``disposable`` its own, and it is empty then.
+
+        >>> hessian = Hessian()
+        >>> hessian.observe(torch.ones(2, 2))
+        >>> hessian.disposable = True
+        >>> hessian.taken().shape, hessian.rows
+        (torch.Size([2, 2]), 0)
+        """
+        if not self.disposable:
+            return self.sums.clone()
+        sums = self.sums
+        self.sums, self.rows, self.batches = torch.zeros(0, 0), 0, 0
+        return sums
+
     def _finite(self, sums: Tensor) -> bool:
         return bool(torch.isfinite(sums.diagonal()).all())  # no other is larger than two of these
 
