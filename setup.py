@@ -16,7 +16,7 @@ try:
 except ImportError:  # setuptools before 70.1
     from wheel.bdist_wheel import bdist_wheel
 
-SOURCES = ["native", "recurrent", "plain", "avx2", "avxvnni", "avx512vnni"]
+SOURCES = ["native", "recurrent", "static", "plain", "avx2", "avxvnni", "avx512vnni"]
 HEADERS = [
     "kernels",
     "loops",
@@ -28,6 +28,8 @@ HEADERS = [
     "row_loops",
     "recurrent",
     "recurrent_loops",
+    "static",
+    "static_loops",
     "work",
     "avx2",
 ]

@@ -21,6 +21,7 @@ from harness import report
 from torch import Tensor
 
 from torch_quant import native
+from torch_quant.backends.onednn.ops import LINEAR
 from torch_quant.native.ops import DYNAMIC_LINEAR, WEIGHT_ONLY_LINEAR
 
 SHAPES = ((4096, 4096), (1536, 576), (576, 1536), (49152, 576))
@@ -105,6 +106,32 @@ def dynamic(outputs: int, inputs: int) -> Product:
     return lambda x: DYNAMIC_LINEAR(x, codes, scales, None, False)
 
 
+def known_grids(own: bool) -> Callable[[int, int], Product]:
+    """Codes in and codes out, as in a static model."""
+
+    def made(outputs: int, inputs: int) -> Product:
+        weight = torch.randint(-128, 128, (outputs, inputs)).to(torch.int8)
+        scales, x_grid, y_grid = torch.rand(outputs), (0.02, 120), (0.05, 110, torch.uint8)
+        of_rows: dict[int, Tensor] = {}
+        packed = torch.ops.onednn.qlinear_prepack(weight, None)
+        zeros = torch.zeros(outputs, dtype=torch.int32)
+
+        def product(x: Tensor) -> Tensor:
+            if len(x) not in of_rows:
+                of_rows[len(x)] = torch.randint(0, 256, x.shape, dtype=torch.uint8)
+            codes = of_rows[len(x)]
+            if own:
+                options = (weight, scales, None, *y_grid, "none", [], "none")
+                return LINEAR(codes, *x_grid, *options)  # type: ignore[no-any-return]
+            return torch.ops.onednn.qlinear_pointwise(  # type: ignore[no-any-return]
+                codes, *x_grid, packed, scales, zeros, None, *y_grid, "none", [], "none"
+            )
+
+        return product
+
+    return made
+
+
 KINDS: dict[str, tuple[Callable[[int, int], Product], float]] = {
     "float32": (float32, 4.0),
     "bfloat16": (bfloat16, 2.0),
@@ -116,6 +143,8 @@ KINDS: dict[str, tuple[Callable[[int, int], Product], float]] = {
     "int8": (ours(8, None), 1.0),
     "int8, groups of 32": (ours(8, 32), 1.0),
     "int8 dynamic": (dynamic, 1.0),
+    "int8 static": (known_grids(own=True), 1.0),
+    "oneDNN int8 static": (known_grids(own=False), 1.0),
 }
 """How a layer is made, and the bytes of a weight."""
 

@@ -184,3 +184,8 @@ inline void narrow(uint8_t* p, I32 x) {
   const __m128i a = _mm256_castsi256_si128(low), b = _mm256_extracti128_si256(low, 1);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(a, b));
 }
+inline void narrow_some(uint8_t* p, I32 x, int64_t count) {
+  uint8_t some[LANES];
+  narrow(some, x);
+  memcpy(p, some, count);
+}

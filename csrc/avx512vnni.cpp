@@ -3,6 +3,7 @@
 #include "recurrent.h"
 #include "rounding.h"
 #include "rows.h"
+#include "static.h"
 
 #if TORCH_QUANT_X86
 #include <immintrin.h>
@@ -144,18 +145,23 @@ inline F32 where_set(const uint8_t* p, F32 yes, F32 no) {
 inline void narrow(uint8_t* p, I32 x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
 }
+inline void narrow_some(uint8_t* p, I32 x, int64_t count) {
+  _mm_mask_storeu_epi8(p, first_lanes(count), _mm512_cvtepi32_epi8(x));
+}
 
 #include "loops.h"
 #include "product_loops.h"
 #include "rounding_loops.h"
 #include "row_loops.h"
 #include "recurrent_loops.h"
+#include "static_loops.h"
 
 }  // namespace
 
 const Kernels avx512vnni_kernels = {"avx512vnni", round, multiply, round_dynamic, multiply_dynamic,
                                     DEPTH, pack_product, compute_product, finish_rows,
-                                    round_to_grid, gradient_of_grid, run_steps};
+                                    round_to_grid, gradient_of_grid, run_steps, pack_weight,
+                                    compute_static};
 
 }  // namespace torch_quant
 

@@ -3,6 +3,7 @@
 #include "recurrent.h"
 #include "rounding.h"
 #include "rows.h"
+#include "static.h"
 
 #if TORCH_QUANT_X86
 #include <immintrin.h>
@@ -33,12 +34,14 @@ inline __m256i dot_numbers_half(__m256i sum, __m256i u, __m256i s) {
 #include "rounding_loops.h"
 #include "row_loops.h"
 #include "recurrent_loops.h"
+#include "static_loops.h"
 
 }  // namespace
 
 const Kernels avxvnni_kernels = {"avxvnni", round, multiply, round_dynamic, multiply_dynamic,
                                  DEPTH, pack_product, compute_product, finish_rows,
-                                 round_to_grid, gradient_of_grid, run_steps};
+                                 round_to_grid, gradient_of_grid, run_steps, pack_weight,
+                                 compute_static};
 
 }  // namespace torch_quant
 

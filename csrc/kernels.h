@@ -73,6 +73,7 @@ struct Product;   // of activations: product.h
 struct Rounding;  // to a grid, in training: rounding.h
 struct Rows;      // of floats: rows.h
 struct Recurrent;  // layers: recurrent.h
+struct Static;    // linear layers between known grids: static.h
 
 // The kernels of one instruction set.
 struct Kernels {
@@ -88,6 +89,9 @@ struct Kernels {
   void (*round_to_grid)(const Rounding&, int64_t item, int64_t worker);
   void (*gradient_of_grid)(const Rounding&, int64_t item, int64_t worker);
   void (*run_steps)(const Recurrent&, int64_t item, int64_t worker);
+  void (*pack_weight)(const int8_t* weight, int64_t out, int64_t in, int64_t zero, uint8_t* packed,
+                      int32_t* first);
+  void (*compute_static)(const Static&, int64_t item, int64_t worker);
 };
 
 extern const Kernels plain_kernels;

@@ -3,6 +3,7 @@
 #include "recurrent.h"
 #include "rounding.h"
 #include "rows.h"
+#include "static.h"
 
 namespace torch_quant {
 namespace {
@@ -220,17 +221,22 @@ template <typename T>
 inline void narrow(T* p, const I32& x) {
   for (int l = 0; l < LANES; l++) p[l] = static_cast<T>(x.at[l]);
 }
+inline void narrow_some(uint8_t* p, const I32& x, int64_t count) {
+  for (int64_t l = 0; l < count; l++) p[l] = static_cast<uint8_t>(x.at[l]);
+}
 
 #include "loops.h"
 #include "product_loops.h"
 #include "rounding_loops.h"
 #include "row_loops.h"
 #include "recurrent_loops.h"
+#include "static_loops.h"
 
 }  // namespace
 
 const Kernels plain_kernels = {"plain", round, multiply, round_dynamic, multiply_dynamic,
                                DEPTH, pack_product, compute_product, finish_rows,
-                               round_to_grid, gradient_of_grid, run_steps};
+                               round_to_grid, gradient_of_grid, run_steps, pack_weight,
+                               compute_static};
 
 }  // namespace torch_quant

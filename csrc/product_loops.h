@@ -193,15 +193,10 @@ void pack_product(const Product& j, int64_t slot, int64_t worker) {
               static_cast<int32_t>(-j.p_zero), sums + j.wide);
 }
 
-// M rows times N blocks of columns; sums begin with those of `first`, if there are such.
+// Adds M rows times N blocks of columns.
 template <int M, int N>
-inline void product_tile(const uint8_t* left, int64_t left_bytes, const uint8_t* right, int64_t block,
-                         int64_t groups, const int32_t* first, int32_t* y, int64_t y_row) {
-  I32 sums[M][N];
-  UNROLL
-  for (int n = 0; n < N; n++)
-    UNROLL
-    for (int m = 0; m < M; m++) sums[m][n] = first ? load_i32(first + n * LANES) : zero();
+inline void add_products(I32 (&sums)[M][N], const uint8_t* left, int64_t left_bytes, const uint8_t* right,
+                         int64_t block, int64_t groups) {
   for (int64_t g = 0; g < groups; g++) {
     U8 r[N];
     UNROLL
@@ -215,6 +210,18 @@ inline void product_tile(const uint8_t* left, int64_t left_bytes, const uint8_t*
       for (int n = 0; n < N; n++) sums[m][n] = dot_numbers(sums[m][n], l, r[n]);
     }
   }
+}
+
+// M rows times N blocks of columns; sums begin with those of `first`, if there are such.
+template <int M, int N>
+inline void product_tile(const uint8_t* left, int64_t left_bytes, const uint8_t* right, int64_t block,
+                         int64_t groups, const int32_t* first, int32_t* y, int64_t y_row) {
+  I32 sums[M][N];
+  UNROLL
+  for (int n = 0; n < N; n++)
+    UNROLL
+    for (int m = 0; m < M; m++) sums[m][n] = first ? load_i32(first + n * LANES) : zero();
+  add_products<M, N>(sums, left, left_bytes, right, block, groups);
   UNROLL
   for (int m = 0; m < M; m++)
     UNROLL

@@ -25,7 +25,7 @@ VARIABLE = "TORCH_QUANT_KERNELS"
 """The environment variable that chooses instructions: a name of :func:`instruction_sets`."""
 
 _NAME = "kernels.dll" if sys.platform == "win32" else "kernels.so"
-_VERSION = 6
+_VERSION = 7
 """Of the interface; a library that was built from other sources has another."""
 _BUILD = (
     "build them with a C++ compiler: pip install -e . in a checkout, or pip install torch_quant"
@@ -56,6 +56,9 @@ def _find(path: Path) -> tuple[ctypes.CDLL | None, str]:
     library.torch_quant_product.argtypes = [_INT, _POINTER]
     library.torch_quant_rows.argtypes = [_INT, _POINTER]
     library.torch_quant_recurrent.argtypes = [_INT, _POINTER]
+    library.torch_quant_pack.argtypes = [_POINTER, *[_SIZE] * 3, *[_POINTER] * 2]
+    library.torch_quant_pack.restype = None
+    library.torch_quant_static.argtypes = [_INT, *[_POINTER] * 2, _SIZE, _POINTER]
     rounding: list[Any] = [_INT, *[_POINTER] * 5, *[_SIZE] * 2, *[_INT] * 2, _FLOAT, *[_INT] * 2]
     library.torch_quant_round.argtypes, library.torch_quant_round.restype = rounding, None
     gradient: list[Any] = [_INT, *[_POINTER] * 8, *[_SIZE] * 2, *[_INT] * 2, _FLOAT]

@@ -1,4 +1,4 @@
-"""Weights packed for oneDNN's kernels, made at the first call and kept beside the int8 ones.
+"""Weights packed for kernels, made at the first call and kept beside the int8 ones.
 
 How a convolution's weight lies best depends on the size of the image: packed for another one, it
 may be reordered at every call, which can take a hundred times as long as the convolution. But most
@@ -44,7 +44,7 @@ class _Weight:
     storage: torch.UntypedStorage
     version: int
     zero_points: Tensor
-    layouts: dict[tuple[int, ...], _Layout] = field(default_factory=dict)
+    layouts: dict[Hashable, _Layout] = field(default_factory=dict)
     variants: dict[Hashable, _Layout] = field(default_factory=dict)
 
     @property
@@ -66,11 +66,14 @@ def _version(weight: Tensor) -> int:
     return 0 if weight.is_inference() else weight._version
 
 
-def _describe(packed: Tensor) -> tuple[int, ...]:
+def _describe(packed: Tensor, variant: Hashable) -> Hashable:
     """The layout of a packed weight: sizes, strides and blocks, as numbers below 2**32.
 
-    They stand in words of 8 bytes. Some upper halves are padding that nobody has written to.
+    They stand in words of 8 bytes. Some upper halves are padding that nobody has written to. Plain
+    bytes have no description, and belong to one variant.
     """
+    if not packed.is_mkldnn:
+        return variant
     description: Tensor = torch.ops.mkldnn._get_mkldnn_serialized_md(packed)
     whole = description[: len(description) // 8 * 8].clone().view(torch.int32)
     return tuple(whole[::2].tolist())
@@ -148,10 +151,10 @@ class PackedWeights:
         self.packs += 1
         if len(known.variants) >= self.most_variants:
             known.variants = {}
-        description = _describe(packed)
+        description = _describe(packed, variant)
         layout = known.layouts.get(description)
         if layout is None:
-            size = torch.ops.mkldnn._nbytes(packed)
+            size = torch.ops.mkldnn._nbytes(packed) if packed.is_mkldnn else packed.nbytes
             layout = known.layouts[description] = _Layout(packed, size, next(self._clock))
         known.variants[variant] = layout
         if len(known.layouts) > 1:

@@ -1,7 +1,8 @@
 """Operators over PyTorch's oneDNN int8 kernels that can be traced, copied, exported and saved.
 
 The kernels want a weight packed for the machine, an opaque tensor that none of these can carry. So
-the operators take the plain int8 weight and pack it at the first call, into a cache.
+the operators take the plain int8 weight and pack it at the first call, into a cache. Linear layers,
+and convolutions of single pixels, run on this package's own kernel where that is faster.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from torch_quant.backends.onednn.cache import PackedWeights
+from torch_quant.native import static
 from torch_quant.ops.library import define_operator
 from torch_quant.ops.rows import register_row_operator
 
@@ -41,6 +43,15 @@ def _quantize(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> T
     return torch.empty(0, dtype=dtype).set_(q.untyped_storage(), 0, q.shape, q.stride())
 
 
+def _packed(weight: Tensor, x_zero_point: int, depth: int) -> Tensor:
+    """A weight packed for this package's own kernel."""
+    return PACKED.get(
+        weight,
+        ("static", x_zero_point, depth),
+        lambda: static.pack_weight(weight, x_zero_point, depth),
+    )[0]
+
+
 def _linear(
     x: Tensor,
     x_scale: float,
@@ -55,13 +66,17 @@ def _linear(
     post_args: list[float],
     algorithm: str,
 ) -> Tensor:
+    ending = (out_scale, out_zero_point, out_dtype, post_op, post_args, algorithm)
+    depth = static.packed_for()
+    if depth and static.takes(x, weight, weight_scale, bias, out_dtype, post_op, algorithm):
+        ours = _packed(weight, x_zero_point, depth)
+        return static.multiply(x, x_scale, ours, weight_scale, bias, *ending)
     packed, zero_points = PACKED.get(
         weight, (), lambda: torch.ops.onednn.qlinear_prepack(weight, None)
     )
     y: Tensor = torch.ops.onednn.qlinear_pointwise(
-        x, x_scale, x_zero_point, packed, weight_scale, zero_points, bias,
-        out_scale, out_zero_point, out_dtype, post_op, post_args, algorithm,
-    )  # fmt: skip
+        x, x_scale, x_zero_point, packed, weight_scale, zero_points, bias, *ending
+    )
     return y if x.numel() else y.reshape(*x.shape[:-1], y.shape[-1])  # it gives [0, out] there
 
 
@@ -82,6 +97,18 @@ def _conv(
     post_op: str,
     post_args: list[float],
 ) -> Tensor:
+    depth = static.packed_for() if groups == 1 and x.dim() == 4 else 0
+    if depth and _of_pixels(weight, stride, padding):
+        rows = x.permute(0, 2, 3, 1)
+        if rows.is_contiguous() and static.takes(
+            rows, weight, weight_scale, bias, out_dtype, post_op, ""
+        ):
+            ours = _packed(weight, x_zero_point, depth)
+            y = static.multiply(
+                rows, x_scale, ours, weight_scale, bias, out_scale, out_zero_point, out_dtype,
+                post_op, post_args, "",
+            )  # fmt: skip
+            return y.permute(0, 3, 1, 2)
     geometry = (stride, padding, dilation, groups)
     sizes = tuple(x.shape)
     packed, zero_points = PACKED.get(
@@ -95,6 +122,15 @@ def _conv(
         x, x_scale, x_zero_point, packed, weight_scale, zero_points, bias, *geometry,
         out_scale, out_zero_point, out_dtype, post_op, post_args, "",
     )  # fmt: skip
+
+
+def _of_pixels(weight: Tensor, stride: list[int], padding: list[int]) -> bool:
+    """Whether a convolution multiplies each pixel on its own."""
+    return (
+        all(size == 1 for size in weight.shape[2:])
+        and all(step == 1 for step in stride)
+        and not any(padding)
+    )
 
 
 def _image_sizes(x: Tensor, weight: Tensor, *geometry: Any) -> list[Any]:
