@@ -3,7 +3,7 @@
 //
 //   sums[m, n] = sum over k of (x[m, k] - zero) * w[n, k]
 //   v          = f(sums * x_scale * scale[n] + bias[n])
-//   y          = v, or v / y_scale + y_zero, rounded, halves to even
+//   y          = v, or v * factors[n] / y_scale + y_zero, rounded, halves to even
 //
 // Weights are packed as the right matrix of a product is (product.h), once for each layer. What the zero
 // point adds up to is a constant of each output, and is where its sum begins.
@@ -24,6 +24,7 @@ struct StaticCall {
   const int32_t* first;           // [wide]: the sums of inputs that are all the code of 0
   const float* scale;             // [out]
   const float* bias;              // [out], or null
+  const float* factors;           // likewise, for codes
   int64_t in, out, function, is_float;
   double x_scale, inverse;        // `inverse` of the scale of y
   double low, high;               // of CLAMP; the slope of LEAKY_RELU is `low`

@@ -10,9 +10,10 @@ void pack_weight(const int8_t* weight, int64_t out, int64_t in, int64_t zero, ui
 }
 
 template <int FUNCTION>
-inline F32 function_of(F32 x, F32 slope) {
+inline F32 function_of(F32 x, F32 low, F32 high) {
   switch (FUNCTION) {
-    case LEAKY_RELU: return plus_product(largest(x, zeros()), least(x, zeros()), slope);
+    case CLAMP: return least(largest(x, low), high);
+    case LEAKY_RELU: return plus_product(largest(x, zeros()), least(x, zeros()), low);
     case ERF_GELU: return gelu(x);
     case TANH_GELU: {  // x / (1 + exp(-2 sqrt(2 / pi) (x + 0.044715 x^3)))
       const F32 inner = plus_product(all(1.0f), product(x, x), all(0.044715f));
@@ -28,17 +29,16 @@ inline F32 function_of(F32 x, F32 slope) {
   }
 }
 
-// What 16 sums become. Without a function between, that is one product and a sum: the grid of y is part of
-// the scale, of the bias and of the ends between which it lies.
+// What 16 sums become. Without a function or factors between, that is one product and a sum: the grid of y
+// is part of the scale, of the bias and of the ends between which it lies.
 template <bool REAL>
 struct Ending {
   F32 low, high;
   I32 zero;
   float by;
 
-  explicit Ending(const Static& j) {
+  Ending(const Static& j, bool clamps) {
     by = static_cast<float>(REAL ? 1.0 : j.inverse);
-    const bool clamps = j.function == CLAMP;
     double least_value = clamps ? j.low * by : -INFINITY, most_value = clamps ? j.high * by : INFINITY;
     if (!REAL) {
       least_value = least_value > -j.zero ? least_value : -j.zero;
@@ -95,7 +95,7 @@ inline void ended_rows(const Static& j, const Ending<REAL>& ending, const uint8_
 template <bool REAL>
 inline void ended_product(const Static& j, int64_t rows, const uint8_t* left, int64_t left_bytes,
                           const uint8_t* right, int64_t groups, int64_t row, int64_t n, int64_t outs) {
-  const Ending<REAL> ending(j);
+  const Ending<REAL> ending(j, j.function == CLAMP);
   int64_t m = 0;
 #define TAKE(M)                                                                                        \
   for (; m + M <= rows; m += M)                                                                        \
@@ -112,20 +112,24 @@ inline void ended_product(const Static& j, int64_t rows, const uint8_t* left, in
 // A row of sums that go through a function, from output `n` on.
 template <bool REAL, int FUNCTION>
 inline void finish_outputs(const Static& j, const int32_t* sums, int64_t row, int64_t n, int64_t count) {
-  const Ending<REAL> ending(j);
-  const F32 x_scale = all(static_cast<float>(j.x_scale)), slope = all(static_cast<float>(j.low));
+  const Ending<REAL> ending(j, false);
+  const F32 x_scale = all(static_cast<float>(j.x_scale)), by = all(ending.by);
+  const F32 low = all(static_cast<float>(j.low)), high = all(static_cast<float>(j.high));
   for (int64_t k = 0; k < count; k += LANES) {
     const int64_t left = count - k;
     const F32 scale = product(take(j.scale + n + k, left), x_scale);
     const F32 bias = j.bias ? take(j.bias + n + k, left) : zeros();
-    const F32 v = function_of<FUNCTION>(plus_product(bias, to_float(load_i32(sums + k)), scale), slope);
-    ending.put_values(j, row * j.out + n + k, REAL ? v : product(v, all(ending.by)), left);
+    F32 v = function_of<FUNCTION>(plus_product(bias, to_float(load_i32(sums + k)), scale), low, high);
+    if (!REAL) v = product(v, j.factors ? product(take(j.factors + n + k, left), by) : by);
+    ending.put_values(j, row * j.out + n + k, v, left);
   }
 }
 
 template <bool REAL>
 inline void finish_outputs(const Static& j, const int32_t* sums, int64_t row, int64_t n, int64_t count) {
   switch (j.function) {
+    case NO_FUNCTION: return finish_outputs<REAL, NO_FUNCTION>(j, sums, row, n, count);
+    case CLAMP: return finish_outputs<REAL, CLAMP>(j, sums, row, n, count);
     case LEAKY_RELU: return finish_outputs<REAL, LEAKY_RELU>(j, sums, row, n, count);
     case ERF_GELU: return finish_outputs<REAL, ERF_GELU>(j, sums, row, n, count);
     case TANH_GELU: return finish_outputs<REAL, TANH_GELU>(j, sums, row, n, count);
@@ -141,7 +145,7 @@ inline void static_rows(const Static& j, int64_t rows, const uint8_t* left, int6
                         int64_t outs, int32_t* sums) {
   const int64_t groups = groups_of(j.in), blocks = (outs + LANES - 1) / LANES;
   const uint8_t* packed = j.packed + n / LANES * groups * 64;
-  if (j.function == NO_FUNCTION || j.function == CLAMP)
+  if ((j.function == NO_FUNCTION || j.function == CLAMP) && !j.factors)
     return ended_product<REAL>(j, rows, left, bytes, packed, groups, row, n, outs);
   product_of(rows, left, bytes, packed, groups * 64, groups, blocks, j.first + n, sums, blocks * LANES);
   for (int64_t r = 0; r < rows; r++) finish_outputs<REAL>(j, sums + r * blocks * LANES, row + r, n, outs);

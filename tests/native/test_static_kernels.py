@@ -61,6 +61,7 @@ class Layer:
         self.weight_scale = torch.rand(outputs, generator=made) * 1e-3 + 1e-4
         self.bias = torch.randn(outputs, generator=made) if bias else None
         self.x_scale, self.x_zero = 0.02, 117
+        self.factor: Tensor | None = None
 
     def exact(self, function: Any = lambda x: x) -> Tensor:
         """In float64, of what the operator gets."""
@@ -72,7 +73,7 @@ class Layer:
         post_op, args, algorithm, _ = FUNCTIONS[function]
         return ops.LINEAR(  # type: ignore[no-any-return]
             self.x, self.x_scale, self.x_zero, self.weight, self.weight_scale, self.bias, *out,
-            post_op, args, algorithm,
+            post_op, args, algorithm, self.factor,
         )  # fmt: skip
 
 
@@ -112,6 +113,14 @@ def test_functions(function: str, instructions: str) -> None:
     torch.testing.assert_close(layer.run(function).double(), exact, rtol=1e-4, atol=1e-5)
     near(layer.run(function, (0.02, 90, torch.uint8)), exact, 0.02, 90)
     near(layer.run(function, (0.02, 255, torch.uint8)), exact, 0.02, 255)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_factors_of_what_is_rounded(function: str, instructions: str) -> None:
+    layer = Layer(9, 40, 37)
+    layer.factor = torch.linspace(-0.5, 2.0, 37)
+    exact = layer.exact(FUNCTIONS[function][3]) * layer.factor.double()
+    near(layer.run(function, (0.02, 90, torch.uint8)), exact, 0.02, 90)
 
 
 def test_sums_fill_32_bits(instructions: str) -> None:
@@ -212,6 +221,10 @@ def test_what_the_kernel_lacks_goes_to_onednn(monkeypatch: pytest.MonkeyPatch) -
         layer.run()
     monkeypatch.setattr(static, "packed_for", lambda: 0)  # AMX, no VNNI, no library
     torch.testing.assert_close(layer.run(), ours, rtol=1e-5, atol=1e-5)
+    layer.factor = torch.linspace(0.5, 2.0, 4)
+    for name, (_, _, _, function) in FUNCTIONS.items():
+        found = layer.run(name, (0.02, 90, torch.uint8))
+        near(found, layer.exact(function) * layer.factor.double(), 0.02, 90)
 
 
 def test_without_the_library_the_numbers_are_the_same() -> None:

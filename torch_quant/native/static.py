@@ -18,7 +18,7 @@ from torch_quant.native.ops import MOST_INPUTS
 
 __all__ = ["multiply", "pack_weight", "packed_for", "takes"]
 
-_CALL = struct.Struct("@8q4dq")
+_CALL = struct.Struct("@9q4dq")
 """``StaticCall`` of ``csrc/static.h``."""
 _LANES = 16
 _GROUP_BYTES = 64
@@ -59,6 +59,7 @@ def takes(
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
+    factor: Tensor | None,
     out_dtype: torch.dtype,
     post_op: str,
     algorithm: str,
@@ -69,7 +70,7 @@ def takes(
         x: codes of any shape.
         weight: ``[out, in]``, or with further dimensions of 1.
         weight_scale: what should be ``[out]`` of float32.
-        bias: likewise, or None.
+        bias, factor: likewise, or None.
         out_dtype: of the result.
         post_op, algorithm: oneDNN's names of the function behind the product.
     """
@@ -82,6 +83,7 @@ def takes(
         and weight_scale.numel() == outputs > 0
         and weight_scale.is_contiguous()
         and (bias is None or (bias.dtype is torch.float32 and bias.is_contiguous()))
+        and (factor is None or (factor.dtype is torch.float32 and factor.is_contiguous()))
         and out_dtype in _OUT
         and _post_op(post_op, algorithm) is not None
     )
@@ -118,6 +120,7 @@ def multiply(
     packed: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
+    factor: Tensor | None,
     out_scale: float,
     out_zero_point: int,
     out_dtype: torch.dtype,
@@ -133,6 +136,7 @@ def multiply(
         packed: :func:`pack_weight`.
         weight_scale: ``[out]``.
         bias: ``[out]``, or None.
+        factor: likewise, of what is rounded.
         out_scale, out_zero_point, out_dtype: the grid of the result, for uint8.
         post_op, post_args, algorithm: the function behind the product.
 
@@ -153,8 +157,9 @@ def multiply(
     low, high = (0.0, math.inf) if post_op == "relu" else (*post_args, 0.0, 0.0)[:2]
     call = _CALL.pack(
         place, place + packed.numel() - sums, weight_scale.data_ptr(),
-        0 if bias is None else bias.data_ptr(), inputs, outputs, function,
-        out_dtype is torch.float32, x_scale, 1.0 / out_scale, low, high, out_zero_point,
+        0 if bias is None else bias.data_ptr(), 0 if factor is None else factor.data_ptr(),
+        inputs, outputs, function, out_dtype is torch.float32,
+        x_scale, 1.0 / out_scale, low, high, out_zero_point,
     )  # fmt: skip
     failed = library.torch_quant_static(
         torch.get_num_threads(), x.data_ptr(), y.data_ptr(), x.numel() // inputs, call

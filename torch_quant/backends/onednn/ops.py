@@ -17,6 +17,7 @@ from torch._prims_common import suggest_memory_format
 
 from torch_quant.backends.onednn.cache import PackedWeights
 from torch_quant.native import static
+from torch_quant.native.rows import ROUND_ROWS
 from torch_quant.ops.library import define_operator
 from torch_quant.ops.rows import register_row_operator
 
@@ -65,19 +66,27 @@ def _linear(
     post_op: str,
     post_args: list[float],
     algorithm: str,
+    factor: Tensor | None = None,
 ) -> Tensor:
     ending = (out_scale, out_zero_point, out_dtype, post_op, post_args, algorithm)
     depth = static.packed_for()
-    if depth and static.takes(x, weight, weight_scale, bias, out_dtype, post_op, algorithm):
+    if depth and static.takes(x, weight, weight_scale, bias, factor, out_dtype, post_op, algorithm):
         ours = _packed(weight, x_zero_point, depth)
-        return static.multiply(x, x_scale, ours, weight_scale, bias, *ending)
+        return static.multiply(x, x_scale, ours, weight_scale, bias, factor, *ending)
+    if factor is not None:  # oneDNN has none
+        gelu = (post_op, algorithm) == ("gelu", "none")
+        real = (1.0, 0, torch.float32, "none" if gelu else post_op, post_args, algorithm)
+        y = _linear(x, x_scale, x_zero_point, weight, weight_scale, bias, *real)
+        grid = (out_scale, out_zero_point, out_dtype)
+        return ROUND_ROWS(y, factor, "gelu" if gelu else "none", *grid)  # type: ignore[no-any-return]
     packed, zero_points = PACKED.get(
         weight, (), lambda: torch.ops.onednn.qlinear_prepack(weight, None)
     )
-    y: Tensor = torch.ops.onednn.qlinear_pointwise(
+    y = torch.ops.onednn.qlinear_pointwise(
         x, x_scale, x_zero_point, packed, weight_scale, zero_points, bias, *ending
     )
-    return y if x.numel() else y.reshape(*x.shape[:-1], y.shape[-1])  # it gives [0, out] there
+    # It gives [0, out] where there are no rows.
+    return y if x.numel() else y.reshape(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
 
 
 def _conv(
@@ -101,12 +110,12 @@ def _conv(
     if depth and _of_pixels(weight, stride, padding):
         rows = x.permute(0, 2, 3, 1)
         if rows.is_contiguous() and static.takes(
-            rows, weight, weight_scale, bias, out_dtype, post_op, ""
+            rows, weight, weight_scale, bias, None, out_dtype, post_op, ""
         ):
             ours = _packed(weight, x_zero_point, depth)
             y = static.multiply(
-                rows, x_scale, ours, weight_scale, bias, out_scale, out_zero_point, out_dtype,
-                post_op, post_args, "",
+                rows, x_scale, ours, weight_scale, bias, None, out_scale, out_zero_point,
+                out_dtype, post_op, post_args, "",
             )  # fmt: skip
             return y.permute(0, 3, 1, 2)
     geometry = (stride, padding, dilation, groups)
@@ -166,7 +175,7 @@ QUANTIZE_FAST = define_operator(
 LINEAR = define_operator(
     "onednn_linear(Tensor x, float x_scale, int x_zero_point, Tensor weight, Tensor weight_scale, "
     "Tensor? bias, float out_scale, int out_zero_point, ScalarType out_dtype, "
-    "str post_op, float[] post_args, str algorithm) -> Tensor",
+    "str post_op, float[] post_args, str algorithm, Tensor? factor=None) -> Tensor",
     _linear,
     _fake_linear,
     keys=("CPU",),

@@ -115,14 +115,16 @@ def _lower_norm(node: fx.Node, norm: fx.Node, factor: fx.Node | None, grid: list
 
 
 def _lower_round(node: fx.Node, x: fx.Node, factor: fx.Node, grid: list[Any]) -> None:
-    """A quantizer and the factor before it; GELU too where a linear layer has computed it."""
-    graph, function = node.graph, "none"
-    gelu = x.target is LINEAR and (argument(x, "post_op"), argument(x, "algorithm"))
-    if gelu == ("gelu", "none") and len(x.users) == 1:
-        set_arguments(x, {"post_op": "none"})
-        function = "gelu"
-    with graph.inserting_before(node):
-        new = graph.call_function(ROUND_ROWS, (x, factor, function, *grid))
+    """A quantizer and the factor before it, by the linear layer before where there is one."""
+    if x.target is LINEAR and len(x.users) == 1 and grid[-1] is torch.uint8:
+        args = {"out_scale": grid[0], "out_zero_point": grid[1], "out_dtype": grid[2]}
+        set_arguments(x, args | {"factor": factor})
+        if x < factor:
+            x.prepend(factor)
+        new = x
+    else:
+        with node.graph.inserting_before(node):
+            new = node.graph.call_function(ROUND_ROWS, (x, factor, "none", *grid))
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
     _erase(node)
