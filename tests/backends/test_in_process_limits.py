@@ -45,6 +45,29 @@ def test_what_cannot_be_recorded(name: str) -> None:
         torch.compile(lambda x: quant_model(x) + 1.0, backend="eager", fullgraph=True)(x)
 
 
+class Unread(nn.Module):
+    """Reads the second of three inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 8)
+
+    def forward(self, ids: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+@each_runtime
+def test_inputs_that_nothing_reads(name: str) -> None:
+    model, rest = seeded(Unread), (torch.arange(3), torch.ones(2, 2))
+    quantizer = calibrated(model, [((rest[0], normal(32, 16), rest[1]), {})], backend=name)
+    quant_model = quantizer.quantize(model)
+    simulation = quantizer.quantize(model, backend="reference")
+    for rows in (4, 7):
+        inputs = rest[0], normal(rows, 16), rest[1]
+        assert torch_quant.sqnr(simulation(*inputs), quant_model(*inputs)) > 30
+    compiled(quant_model)
+
+
 class Unrolled(nn.Module):
     """ONNX has no LSTM with projections: the exporter writes it out for the example's steps."""
 

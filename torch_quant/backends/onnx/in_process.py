@@ -97,11 +97,12 @@ class InProcessBackend(OnnxBackend):
             return ""
 
     @abstractmethod
-    def open(self, program: bytes | Path) -> Session:
+    def open(self, program: bytes | Path, inputs: Sequence[str]) -> Session:
         """A session of an ONNX program.
 
         Args:
             program: what the file holds, or the file where it is too large for that.
+            inputs: the names of its inputs, in the order in which tensors come.
 
         Raises:
             UnsupportedOp: the runtime does not take it; says why.
@@ -291,13 +292,14 @@ def _compare(
 def _loaded(backend: InProcessBackend, program: Any) -> Session:
     import onnx_ir as ir
 
+    inputs = [str(value.name) for value in program.model.graph.inputs]
     size = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
     if size <= _LARGEST:
-        return backend.open(ir.serde.serialize_model(program.model).SerializeToString())
+        return backend.open(ir.serde.serialize_model(program.model).SerializeToString(), inputs)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         ir.save(program.model, file, external_data="model.data")
-        return backend.open(file)
+        return backend.open(file, inputs)
 
 
 def _fixed(graph: QuantizedGraph, program: Any) -> tuple[tuple[int, int, int], ...]:

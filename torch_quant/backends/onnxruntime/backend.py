@@ -34,7 +34,7 @@ class OnnxRuntimeBackend(InProcessBackend):
     name = "onnxruntime"
     package = "onnxruntime"
 
-    def open(self, program: bytes | Path) -> Session:
+    def open(self, program: bytes | Path, inputs: Sequence[str]) -> Session:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()

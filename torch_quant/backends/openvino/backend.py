@@ -60,7 +60,7 @@ class OpenVINOBackend(InProcessBackend):
         own = {} if self.device == "CPU" else {"device": self.device}
         return super().options() | own | ({"cache_dir": self.cache_dir} if self.cache_dir else {})
 
-    def open(self, program: bytes | Path) -> Session:
+    def open(self, program: bytes | Path, inputs: Sequence[str]) -> Session:
         import openvino
 
         properties: dict[str, Any] = {
@@ -84,7 +84,7 @@ class OpenVINOBackend(InProcessBackend):
             compiled = core.compile_model(model, self.device, properties | self.settings)
         except Exception as error:  # OpenVINO raises RuntimeError, whatever the matter is
             raise UnsupportedOp(f"OpenVINO does not load it: {error}") from error
-        return _OvSession(compiled)
+        return _OvSession(compiled, inputs)
 
     def _exists(self, devices: list[str]) -> bool:
         """Whether the device is one of ``devices``, a kind of them, or a choice among them."""
@@ -94,10 +94,23 @@ class OpenVINOBackend(InProcessBackend):
 
 
 class _OvSession:
-    """A compiled model that takes and gives PyTorch's tensors."""
+    """A compiled model that takes and gives PyTorch's tensors.
 
-    def __init__(self, compiled: Any) -> None:
+    Args:
+        compiled: it has no place for an input that nothing reads.
+        inputs: names in the order of the tensors.
+    """
+
+    def __init__(self, compiled: Any, inputs: Sequence[str]) -> None:
         self.compiled, self.count = compiled, len(compiled.outputs)
+        known = [each.get_names() for each in compiled.inputs]
+        self.places = [
+            (i, place)
+            for i, name in enumerate(inputs)
+            for place, names in enumerate(known)
+            if name in names
+        ]
+        """Of each input that is read: its place among the tensors, and in the model."""
         self.requests: list[Any] = []
         """Those that no call has now."""
 
@@ -106,8 +119,8 @@ class _OvSession:
             request = self.requests.pop()
         except IndexError:
             request = self.compiled.create_infer_request()
-        for i, x in enumerate(tensors):
-            request.set_input_tensor(i, _shared(x))
+        for i, place in self.places:
+            request.set_input_tensor(place, _shared(tensors[i]))
         request.infer()
         results = [_taken(request.get_output_tensor(i)) for i in range(self.count)]
         self.requests.append(request)
