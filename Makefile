@@ -31,7 +31,7 @@ PYTEST := -m pytest -n 2 --dist worksteal
 # What `make test` leaves to the newest torch: arithmetic, bookkeeping, files, training and rules on the source, which depend
 # on it least. All else runs on the oldest too, as do new files: captures, what is done with the operators in them, saved
 # graphs, kernels, traces and IPEX. `make test-long` leaves out nothing.
-SAME := algorithms checkpoints core extensions integrations native rounding sequences statistics tuning \
+SAME := algorithms checkpoints cli core extensions integrations native rounding sequences statistics tuning \
   $(addprefix amp/test_,allocation.py amp_changes.py amp_infinite_gradient.py amp_loss.py amp_recording.py amp_scores.py \
   amp_without_gradient.py fallback_bad_input.py fallback_selection.py fallback_state.py gram.py groups.py probe_sites.py \
   ranking.py selection.py sensitivity_report.py) \

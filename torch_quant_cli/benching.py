@@ -2,15 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from torch_quant_cli.artifact import Artifact
 from torch_quant_cli.options import data_options, inputs_for, model_options, reading_of
-from torch_quant_cli.running import Result, command, finite
+from torch_quant_cli.running import Result, command, finite, wrapped
+
+if TYPE_CHECKING:
+    from torch_quant.report.speed import Profile
 
 __all__ = ["cli"]
+
+
+def _table(found: Profile) -> str:
+    """As the report has it, in 80 columns."""
+    from tabulate import tabulate
+
+    whole = found.runs[0].median or 0.0
+    rows = [
+        {
+            "model": each.name.replace("quantized, Backend.", "").lower(),
+            "median ms": "-" if each.median is None else f"{each.median:.3g}",
+            "p90 ms": "-" if each.p90 is None else f"{each.p90:.3g}",
+            "x float32": "-" if each.median is None else f"{whole / each.median:.2f}",
+            "SQNR dB": "-" if each.sqnr is None else f"{each.sqnr:.1f}",
+        }
+        for each in found
+    ]
+    lines = [tabulate(rows, headers="keys", disable_numparse=True)]
+    lines += [wrapped(f"{x.name} does not run: {x.why_not}", "  ") for x in found if x.why_not]
+    threads = "1 thread" if found.threads == 1 else f"{found.threads} threads"
+    lines.append(f"{threads}, {found.rounds} calls of each in turns")
+    return "\n".join(lines)
+
+
+def _padded(inputs: Any) -> bool:
+    mask = inputs.get("attention_mask") if isinstance(inputs, dict) else None
+    return mask is not None and not bool(mask.all())
 
 
 @click.command(
@@ -70,7 +100,9 @@ def cli(
         }
         for each in found
     ]
-    text = f"{found}\ninputs: {shapes(inputs)}"
+    text = f"{_table(found)}\n{wrapped(f'inputs: {shapes(inputs)}', '  ')}"
+    if _padded(inputs):
+        text += "\nthe inputs are padded, and SQNR counts what the model gives at padding too"
     if found.fastest is not None:
         text += f"\nfastest: {found.fastest}, {found.gain:.2f} times the fastest float"
     return Result(

@@ -107,11 +107,27 @@ def _onnx(
     artifact: Artifact, floating: nn.Module | None, inputs: Any, target: Path, dtype: str
 ) -> list[Path]:
     needed("onnx", "onnxscript", what="--to onnx")
-    from torch_quant import export_onnx
+    from torch_quant import Backend, export_onnx
 
     assert floating is not None
-    quant_model = artifact.quantizer().quantize(floating, backend="onnx", example_inputs=inputs)
+    quantizer = artifact.quantizer()
+    if quantizer.state.rounded and artifact.hugging_face is not None:
+        quant_model = _by_checkpoint(artifact, inputs)
+    else:
+        quantizer.backend = Backend.get("onnx")  # so that the model is captured as one graph
+        quant_model = quantizer.quantize(floating, example_inputs=inputs)
     return export_onnx(quant_model, inputs, target)
+
+
+def _by_checkpoint(artifact: Artifact, inputs: Any) -> nn.Module:
+    """The model for ONNX with the very codes that were rounded block by block."""
+    import tempfile
+
+    from torch_quant import export_checkpoint, load_checkpoint
+
+    with tempfile.TemporaryDirectory() as parent:
+        folder = export_checkpoint(artifact.quant_model(), Path(parent) / "codes")
+        return load_checkpoint(folder, backend="onnx", example_inputs=inputs)
 
 
 def _openvino(

@@ -235,7 +235,7 @@ def _table(sites: Iterable[Mapping[str, Any]]) -> str:
     rows = [
         {
             "layer": each["name"],
-            "op": _short(each["op"], 12),
+            "op": _op(each["op"]),
             "format": each["format"].replace(" weights", " w"),
             "work": "" if each["share"] is None else f"{each['share']:.1%}",
             "input range": ""
@@ -253,6 +253,15 @@ def _table(sites: Iterable[Mapping[str, Any]]) -> str:
     for row in rows:
         row["layer"] = _short(row["layer"], most)
     return tabulate(rows, headers="keys", disable_numparse=True)
+
+
+def _op(name: str) -> str:
+    """An op type in a word.
+
+    >>> _op("scaled_dot_product_attention"), _op("embedding_bag")
+    ('attention', 'embedding_bag')
+    """
+    return name if len(name) <= 14 else name.rpartition("_")[2]
 
 
 def _short(name: str, most: int) -> str:

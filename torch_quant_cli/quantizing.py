@@ -333,6 +333,10 @@ def _distance(pairs: list[tuple[list[Any], list[Any]]]) -> dict[str, Any]:
     return {"sqnr_db": finite(sqnr(floats, others)), "cosine": finite(mean)}
 
 
+def _count(batches: int) -> str:
+    return "1 batch" if batches == 1 else f"{batches} batches"
+
+
 def _result(out: Path, source: Source, about: dict[str, Any], given: Mapping[str, Any]) -> Result:
     size = sum(each.stat().st_size for each in out.iterdir() if each.name.startswith("tensors-"))
     before, after = (about["bytes"][x] for x in ("float", "quantized"))
@@ -346,7 +350,7 @@ def _result(out: Path, source: Source, about: dict[str, Any], given: Mapping[str
         where = "that calibration did not see" if outputs["held_out"] else "of the calibration"
         sqnr, angle = outputs["sqnr_db"], outputs["cosine"]
         lines.append(
-            f"outputs against float, {outputs['batches']} batches {where}: "
+            f"outputs against float, {_count(outputs['batches'])} {where}: "
             f"{'equal' if sqnr is None else f'SQNR {sqnr:.1f} dB'}"
             + (f", cosine {angle:.4f}" if angle is not None else "")
         )

@@ -149,6 +149,19 @@ def test_a_checkpoint_writes_what_the_folder_writes(tmp_path: Path) -> None:
     assert torch.equal(expected[:, 2:], ids)
 
 
+def test_rounded_codes_reach_an_onnx_file(tmp_path: Path) -> None:
+    """A graph of the whole decoder would have them rounded again, to nearest."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    folder, file = str(tmp_path / "int4"), str(tmp_path / "int4.onnx")
+    run("quantize", "my-llm", "--recipe", "int4_weight_only", "-o", "group_size=32", "-o",
+        "method=gptq", "--data", "texts.txt", "--length", "32", "--out", folder)  # fmt: skip
+    run("export", folder, "--to", "onnx", "--out", file)
+    ids = Artifact(folder).example()["input_ids"]
+    expected = Artifact(folder).quant_model()(ids).logits
+    found = onnxruntime.InferenceSession(file).run(["logits"], {"input_ids": ids.numpy()})[0]
+    assert sqnr(expected, torch.from_numpy(found)) > 25.0
+
+
 def test_a_folder_of_something_else_is_no_checkpoint(tmp_path: Path) -> None:
     said = run("export", "net-int8", "--to", "gptq", "--out", str(tmp_path / "x"), expect=2).stderr
     assert "pt2 or torchscript" in " ".join(said.split())
