@@ -15,8 +15,8 @@ from harness import minilm, report  # makes the examples importable
 # isort: split
 from digits_cnn_ptq import ResidualCNN, accuracy
 from digits_data import load_digits_split, train
+from digits_networks import DepthwiseCNN, SmallViT
 from minilm_data import embed, load_pairs, model_folder, retrieval
-from networks import DepthwiseCNN, SmallViT
 
 from torch_quant import QConfig, Quantizer, cosine, sqnr
 from torch_quant.statistics import OBSERVERS

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from harness import interleaved_latency, minilm, report  # makes the examples importable
-from networks import DepthwiseCNN, SmallViT
 from scipy.stats import spearmanr
 from torch import nn
 from tqdm import tqdm
 
 # isort: split
 from digits_data import load_digits_split, train
+from digits_networks import DepthwiseCNN, SmallViT
 from minilm_data import load_pairs, model_folder
 
 from torch_quant import Quantizer, sqnr

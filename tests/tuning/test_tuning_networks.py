@@ -13,7 +13,7 @@ from flows import assert_unchanged, snapshot
 from thinning import rarely
 from torch import nn
 
-from benchmarks.networks import DepthwiseCNN, SmallViT
+from examples.digits_networks import DepthwiseCNN, SmallViT
 from torch_quant import QConfig, Quantizer, QuantSpec, sqnr, tune
 
 if TYPE_CHECKING:

@@ -33,20 +33,25 @@ ROWS = 9
 """The place of the argument ``rows``; the next is ``padding``."""
 
 
-def label(key: str, spec: QuantSpec) -> str:
-    """What a call in a graph rounds: the key of an activation or the name of a site, the format."""
-    return json.dumps({"key": key, "spec": spec.to_dict()}, sort_keys=True)
+def label(keys: Sequence[str], spec: QuantSpec) -> str:
+    """What a call in a graph rounds, and to which format.
+
+    Args:
+        keys: the key of an activation, or the names of all sites that share a weight.
+        spec: the format.
+    """
+    return json.dumps({"keys": list(keys), "spec": spec.to_dict()}, sort_keys=True)
 
 
 @functools.cache
-def read_label(text: str) -> tuple[str, QuantSpec]:
+def read_label(text: str) -> tuple[tuple[str, ...], QuantSpec]:
     """Undo :func:`label`.
 
-    >>> read_label(label("head", QuantSpec())) == ("head", QuantSpec())
+    >>> read_label(label(["head"], QuantSpec())) == (("head",), QuantSpec())
     True
     """
     data = json.loads(text)
-    return data["key"], QuantSpec.from_dict(data["spec"])
+    return tuple(data["keys"]), QuantSpec.from_dict(data["spec"])
 
 
 def stored_scale(scale: Tensor, scale_type: ScaleType, role: str) -> Tensor:
@@ -192,7 +197,8 @@ Args:
     scale_type: the value of a :class:`ScaleType`.
     role: ``"input"`` or ``"weight"``.
     method: the name of a method, which gives the gradients.
-    label: for who reads the graph: what is rounded; see :func:`read_label`.
+    label: for who reads the graph: what is rounded; see :func:`read_label`. Empty where the scale
+        is chosen at each call.
     ends: of an activation with a scale that is kept, the range observed, float32 of shape ``[2]``;
         the scale is set by it while the model observes, and nothing here reads it.
     rows: of a table with a scale for each row or more, which rows are wanted: these alone are

@@ -72,7 +72,7 @@ class LearnedParams:
         self._start, self._plan, self._method = start, plan, method
         self._weights = {x.untyped_storage()._cdata for x in model.parameters() if _plain(x)}
         self._made: dict[Hashable, QParams] = {}
-        self._labels: dict[int, tuple[str, QuantSpec]] = {}
+        self._rounds: dict[int, tuple[dict[str, None], QuantSpec]] = {}
         self._ends: dict[int, Tensor] = {}
         self.facts: dict[Hashable, Any] = {}
         """What transforms have computed from the weights that training began with."""
@@ -102,7 +102,9 @@ class LearnedParams:
         name = which, spec, self._plan[site].method
         if name not in self._made:
             self._learn(name, site, WEIGHT, self._start.weight(site, weight, spec, axis)[1])
-        return weight, self._made[name]
+        found = self._made[name]
+        self._rounds[id(found.scale)][0][site] = None
+        return weight, found
 
     def _learn(self, name: Hashable, key: str, role: str, qparams: QParams) -> None:
         spec, scale, zero_point = qparams.spec, qparams.scale.clone(), qparams.zero_point.clone()
@@ -114,7 +116,7 @@ class LearnedParams:
             if isinstance(each, nn.Parameter):
                 self.places[place_in_memory(each)] = each
         self._made[name] = _LearnedGrid(spec, scale, zero_point)
-        self._labels[id(scale)] = label(key, spec), spec
+        self._rounds[id(scale)] = {key: None}, spec
         if role == INPUT:
             self._ends[id(scale)] = range_of(qparams)
 
@@ -127,7 +129,8 @@ class LearnedParams:
 
     def known(self, scale: Any) -> tuple[str, QuantSpec] | None:
         """What the scale in a graph is for, as a label, and its format; None if not from here."""
-        return self._labels.get(id(scale))
+        found = self._rounds.get(id(scale))
+        return None if found is None else (label(list(found[0]), found[1]), found[1])
 
     def ends(self, scale: Any) -> Tensor:
         """The range that an activation's scale begins with, to be moved: one tensor for each."""

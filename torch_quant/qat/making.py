@@ -223,9 +223,11 @@ class _Trained(Calibrated):
     def weight(
         self, site: str, weight: Tensor, spec: QuantSpec, axis: int
     ) -> tuple[Tensor, QParams]:
-        """The current weight, rounded to nearest on the trained scale."""
+        """The current weight, rounded to nearest on the trained scale; that of all its calls."""
         spec = spec.on(axis)
-        found = self._learned.get((WEIGHT, site, spec))
+        names = site, site.partition("@")[0]
+        known = (self._learned.get((WEIGHT, each, spec)) for each in names)
+        found = next((each for each in known if each is not None), None)
         if found is None:
             return super().weight(site, weight, spec, axis)
         return quantize(weight, found), found

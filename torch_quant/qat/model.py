@@ -257,13 +257,16 @@ def learned_qparams(model: QatModel) -> Learned:
     found: dict[tuple[str, str, QuantSpec], QParams] = {}
     for body, _, node in _calls(model):
         _, scale, zero_point, element, _, role, _, text, *_ = node.args
-        key, spec = read_label(text)
-        if spec.dynamic or (role, key, spec) in found:
+        if not text:
+            continue  # chosen at each call
+        keys, spec = read_label(text)
+        new = [(role, key, spec) for key in keys if (role, key, spec) not in found]
+        if not new:
             continue
         step, code = (_read(body, each) for each in (scale, zero_point))
         used = stored_scale(step, spec.scale_type, role).clone()
         zero_point = stored_zero_point(code, element, role).clone()
-        found[role, key, spec] = QParams(spec, used, zero_point)
+        found |= dict.fromkeys(new, QParams(spec, used, zero_point))
     return found
 
 
