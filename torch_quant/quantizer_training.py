@@ -60,6 +60,9 @@ class QuantizerTraining(QuantizerFiles):
                 :meth:`to_config` follow; a layer that has an override keeps it. None leaves them.
             example_inputs: as for :meth:`calib`, for a quantizer whose ranges were loaded.
 
+        Where weights are rounded by data (GPTQ), training begins with the codes of that: a constant
+        is added to each weight, so that nearest rounding gives them.
+
         SmoothQuant's factors are those of the weights that training begins with, and stay; the
         weights behind them are trained. An optional bias correction is left out: biases learn.
 

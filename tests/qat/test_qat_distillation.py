@@ -20,6 +20,8 @@ def test_the_teacher_is_the_float_model_and_stays() -> None:
     qat_model = quantizer.qat(model, edge_bits=None).train()
     switch(qat_model, freeze_bn=True)
     distillation = Distillation(qat_model, hidden=["block", "conv"])
+    # From the start, for those who have a loss of their own. Norms are folded, see below.
+    torch.testing.assert_close(quiet(distillation.teacher, inputs), expected, rtol=1e-3, atol=1e-3)
     optimizer = torch.optim.Adam(quantizer.parameter_groups(qat_model, lr=1e-3, scale_lr=2e-3))
     losses = []
     for _ in range(30):

@@ -91,6 +91,7 @@ class Distillation:
         self.teacher = copy.deepcopy(qat_model).eval().requires_grad_(False)
         self._theirs = switches_of(self.teacher)
         self._theirs.never_rounds = True
+        follow(self.teacher)
         self.distances: dict[str, float] = {}
         """Of the last call: squared error in units of the teacher's square."""
 

@@ -163,12 +163,15 @@ def _forward(
     ends: Tensor | None = None,
     rows: Tensor | None = None,
     padding: int = -1,
+    offset: Tensor | None = None,
 ) -> Tensor:
     if rows is not None:
         x, scale, zero_point = (
             torch.ops.aten.embedding(each, rows, padding) for each in (x, scale, zero_point)
         )
     x = x.to(torch.float32)
+    if offset is not None:
+        x = x + offset
     rounded: Tensor = _FakeQuantize.apply(x, scale, zero_point, element, scale_type, role, method)
     return rounded.contiguous() if role == WEIGHT else rounded
 
@@ -182,7 +185,7 @@ def _shaped(x: Tensor, *args: Any) -> Tensor:
 TRAINED_FAKE_QUANTIZE = define_operator(
     "trained_fake_quantize(Tensor x, Tensor scale, Tensor zero_point, str element, "
     "str scale_type, str role, str method, str label, Tensor? ends=None, Tensor? rows=None, "
-    "int padding=-1) -> Tensor",
+    "int padding=-1, Tensor? offset=None) -> Tensor",
     _forward,
     _shaped,
     keys=("Autograd", "CompositeExplicitAutograd"),  # one: compilers see through the first
@@ -204,4 +207,5 @@ Args:
     rows: of a table with a scale for each row or more, which rows are wanted: these alone are
         rounded, and given in the place of ``x``.
     padding: the row that gets no gradient.
+    offset: of a weight, a constant of its shape that is added before it is rounded; without rows.
 """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -22,6 +22,7 @@ from torch_quant.convert.mounting import place_in_memory
 from torch_quant.convert.ownership import Owner, SharedWeights
 from torch_quant.convert.quantized import Quantization, QuantizedModule, quantized_module
 from torch_quant.convert.quantized_graph import QuantizedGraph
+from torch_quant.core.functional import dequantize, quantize
 from torch_quant.core.plan import QuantPlan
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
@@ -41,12 +42,15 @@ from torch_quant.qat.observing import range_of
 from torch_quant.qat.tables import round_read_rows
 from torch_quant.statistics import Statistic
 
-__all__ = ["LearnedParams", "QatLowering", "TrainingBackend"]
+__all__ = ["LearnedParams", "QatLowering", "TrainingBackend", "weight_offset"]
 
 logger = logging.getLogger("torch_quant")
 
 V = TypeVar("V")
 
+_OFFSET = "offset"
+"""Of weights, what is kept: what is added to them, so that nearest rounding gives the codes that
+training begins with."""
 _FACTS = "torch_quant_facts"
 """Entry of ``node.meta`` of a constant: the keys that its value is kept under."""
 
@@ -101,8 +105,15 @@ class LearnedParams:
         which = place_in_memory(weight) if tied else site.partition("@")[0]
         name = which, spec, self._plan[site].method
         if name not in self._made:
-            self._learn(name, site, WEIGHT, self._start.weight(site, weight, spec, axis)[1])
+            codes, qparams = self._start.weight(site, weight, spec, axis)
+            self._learn(name, site, WEIGHT, qparams)
+            method = self._plan[site].method
+            by_data = method is not None and (method.wants_statistics or method.wants_blocks)
+            if by_data or not torch.equal(codes, quantize(weight, qparams)):
+                self.facts[_OFFSET, site, spec] = dequantize(codes, qparams) - weight
         found = self._made[name]
+        if (offset := self.offset(found.scale)) is not None:
+            self.facts[_OFFSET, site, spec] = offset
         self._rounds[id(found.scale)][0][site] = None
         return weight, found
 
@@ -119,6 +130,11 @@ class LearnedParams:
         self._rounds[id(scale)] = {key: None}, spec
         if role == INPUT:
             self._ends[id(scale)] = range_of(qparams)
+
+    def offset(self, scale: Any) -> Tensor | None:
+        """What is added to the weight that a scale rounds; None for nothing."""
+        sites, spec = self._rounds[id(scale)]
+        return weight_offset(self.facts, sites, spec)
 
     def derived(self, key: str, spec: QuantSpec, found: QParams) -> QParams:
         """Of a tensor that a transform made: it begins as ``found``."""
@@ -161,6 +177,20 @@ class LearnedParams:
         return tuple(key for key, fact in self.facts.items() if fact is value)
 
 
+def weight_offset(
+    facts: Mapping[Hashable, Any], sites: Iterable[str], spec: QuantSpec
+) -> Tensor | None:
+    """What is added to a weight before it is rounded; None for nothing.
+
+    Args:
+        facts: what is kept.
+        sites: that read the weight.
+        spec: the format.
+    """
+    known = (facts.get((_OFFSET, site, spec)) for site in sites)
+    return next((each for each in known if each is not None), None)
+
+
 class TrainingBackend(ReferenceBackend):
     """REFERENCE with gradients. It is none that users choose.
 
@@ -198,7 +228,7 @@ class TrainingBackend(ReferenceBackend):
     def _round(self, gm: fx.GraphModule, node: fx.Node, role: str, params: LearnedParams) -> None:
         x, scale, zero_point, element = node.args
         assert isinstance(scale, fx.Node)
-        scale_type, text, ends = "float32", "", None
+        scale_type, text, ends, offset = "float32", "", None, None
         if scale.op == "get_attr":
             known = params.known(_value(scale))
             assert known is not None, f"{scale.target} was not made for training"
@@ -207,9 +237,12 @@ class TrainingBackend(ReferenceBackend):
             if role == INPUT:
                 value = params.ends(_value(scale))
                 ends = constant_beside(gm, scale, "_range", value, node)
+            elif (start := params.offset(_value(scale))) is not None:
+                offset = constant_beside(gm, scale, "_offset", start, node)
         node.target = TRAINED_FAKE_QUANTIZE
         how = element, scale_type, role, self.method.name, text
         node.args = (x, scale, zero_point, *how, ends)
+        node.kwargs = {} if offset is None else {"offset": offset}
 
 
 def _with_scales_by_row(graph: fx.Graph) -> frozenset[fx.Node]:
@@ -217,6 +250,8 @@ def _with_scales_by_row(graph: fx.Graph) -> frozenset[fx.Node]:
     found = []
     for node in graph.find_nodes(op="call_function", target=TRAINED_FAKE_QUANTIZE):
         table, scale = node.args[:2]
+        if node.kwargs:
+            continue
         if table.op == scale.op == "get_attr":
             x, step = _value(table), _value(scale)
             if x.dim() == step.dim() == 2 and x.shape[0] == step.shape[0]:

@@ -22,7 +22,7 @@ from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import CaptureFailed, InvalidConfig
 from torch_quant.ops.table import OPERATORS
 from torch_quant.qat.edges import finer_edges
-from torch_quant.qat.lowering import LearnedParams, QatLowering, TrainingBackend
+from torch_quant.qat.lowering import LearnedParams, QatLowering, TrainingBackend, weight_offset
 from torch_quant.qat.methods import INPUT, WEIGHT, QatMethod
 from torch_quant.qat.model import (
     Bond,
@@ -223,14 +223,15 @@ class _Trained(Calibrated):
     def weight(
         self, site: str, weight: Tensor, spec: QuantSpec, axis: int
     ) -> tuple[Tensor, QParams]:
-        """The current weight, rounded to nearest on the trained scale; that of all its calls."""
+        """The current weight as training has it, on the trained scale; that of all its calls."""
         spec = spec.on(axis)
         names = site, site.partition("@")[0]
         known = (self._learned.get((WEIGHT, each, spec)) for each in names)
         found = next((each for each in known if each is not None), None)
         if found is None:
             return super().weight(site, weight, spec, axis)
-        return quantize(weight, found), found
+        offset = weight_offset(self._facts, names, spec)
+        return quantize(weight if offset is None else weight + offset, found), found
 
 
 @dataclass(frozen=True)

@@ -166,6 +166,7 @@ def _unite(node: fx.Node) -> bool:
     if (
         rounded.target is not TRAINED_FAKE_QUANTIZE
         or len(rounded.users) != 1
+        or rounded.kwargs
         or not isinstance(folded, fx.Node)
         or folded.target is not aten.mul.Tensor
         or folded.args != (weight, factor)
