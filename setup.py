@@ -30,6 +30,7 @@ HEADERS = [
     "recurrent_loops",
     "static",
     "static_loops",
+    "dynamic_loops",
     "work",
     "avx2",
 ]

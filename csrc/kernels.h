@@ -92,6 +92,7 @@ struct Kernels {
   void (*pack_weight)(const int8_t* weight, int64_t out, int64_t in, int64_t zero, uint8_t* packed,
                       int32_t* first);
   void (*compute_static)(const Static&, int64_t item, int64_t worker);
+  void (*multiply_packed)(const Dynamic&, int64_t row, int64_t rows, int64_t out, int64_t outs, uint8_t* room);
 };
 
 extern const Kernels plain_kernels;

@@ -231,12 +231,13 @@ inline void narrow_some(uint8_t* p, const I32& x, int64_t count) {
 #include "row_loops.h"
 #include "recurrent_loops.h"
 #include "static_loops.h"
+#include "dynamic_loops.h"
 
 }  // namespace
 
 const Kernels plain_kernels = {"plain", round, multiply, round_dynamic, multiply_dynamic,
                                DEPTH, pack_product, compute_product, finish_rows,
                                round_to_grid, gradient_of_grid, run_steps, pack_weight,
-                               compute_static};
+                               compute_static, multiply_packed};
 
 }  // namespace torch_quant

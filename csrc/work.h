@@ -61,6 +61,8 @@ void for_each(int threads, const Job& job, int64_t count, void (*each)(const Job
 // Of rounded activations, and of weights that meet all of these while they are in a core's cache.
 constexpr int64_t SLAB_BYTES = 512 << 10, BLOCK_BYTES = 256 << 10;
 constexpr int64_t DYNAMIC_SLAB_BYTES = 1 << 20, DYNAMIC_BLOCK_BYTES = 128 << 10;
+constexpr int64_t PACKED_INPUTS = 2048;                // beyond which rows and weights leave the cache
+constexpr int64_t PACKED_BYTES = 128 << 10, TILE = 8;  // of packed weights, and rows that are summed at once
 constexpr int64_t THREAD_BYTES = 64 << 10;  // of weights, read once, for which a thread pays
 
 inline int64_t least(int64_t x, int64_t y) { return x < y ? x : y; }
@@ -110,6 +112,39 @@ void run_slabs(Slab<Job> slab, int64_t rows, int64_t out, int64_t row_bytes,
   }
 }
 
+// Whether it pays to pack a weight for one call: a row for 16 inputs, and what a row alone costs otherwise.
+inline bool packing_pays(const Dynamic& j) { return j.in <= PACKED_INPUTS && j.rows >= 32 + j.in / 16; }
+
+// Rounded rows of a slab times blocks of outputs whose weights are packed; false where memory is short.
+inline bool multiply_packed(const Dynamic& j, int64_t most_rows, int threads) {
+  const Kernels& use = kernels();
+  const int64_t groups_bytes = whole(j.in, 4) * LANES;  // of 16 outputs
+  threads = static_cast<int>(most(1, least(threads, j.out * j.in * (1 + j.rows / 4) / THREAD_BYTES)));
+  struct {
+    const Dynamic& job;
+    const Kernels& use;
+    int64_t row, rows, outs, bytes;
+    uint8_t* room;
+  } slab = {j, use, 0, 0, 0, 0, nullptr};
+  using Slab = decltype(slab);
+  slab.outs = most(LANES, least(PACKED_BYTES / groups_bytes, whole(j.out, LANES) / LANES / threads) * LANES);
+  slab.bytes = whole(slab.outs / LANES * groups_bytes + (1 + TILE) * slab.outs * 4, 64);
+  const Memory room(threads * slab.bytes);
+  if (!room.start) return false;
+  slab.room = room.get();
+  for (slab.row = 0; slab.row < j.rows; slab.row += most_rows) {
+    slab.rows = least(most_rows, j.rows - slab.row);
+    for_each<Slab>(threads, slab, (slab.rows + 3) / 4, [](const Slab& s, int64_t i, int64_t) {
+      for (int64_t m = i * 4; m < least(i * 4 + 4, s.rows); m++) s.use.round_dynamic(s.job, s.row + m, m);
+    });
+    for_each<Slab>(threads, slab, (j.out + slab.outs - 1) / slab.outs, [](const Slab& s, int64_t i, int64_t worker) {
+      const int64_t n = i * s.outs;
+      s.use.multiply_packed(s.job, s.row, s.rows, n, least(s.outs, s.job.out - n), s.room + worker * s.bytes);
+    });
+  }
+  return true;
+}
+
 // Dynamic int8 products; false where memory is short.
 inline bool multiply_rounded(Dynamic j, int threads) {
   j.padded = whole(j.in, 64);
@@ -120,6 +155,7 @@ inline bool multiply_rounded(Dynamic j, int threads) {
   j.scales = reinterpret_cast<float*>(numbers.get());
   j.zeros = reinterpret_cast<int32_t*>(numbers.get()) + slab_rows;
   const Kernels& use = kernels();
+  if (use.depth == 4 && packing_pays(j)) return multiply_packed(j, slab_rows, threads);
   run_slabs<Dynamic>({&j, use.round_dynamic, use.multiply_dynamic, 0, 0, 0}, j.rows, j.out, j.in, slab_rows,
                      DYNAMIC_BLOCK_BYTES, threads);
   return true;

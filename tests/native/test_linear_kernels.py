@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 
 import pytest
@@ -176,7 +177,28 @@ def test_more_rows_than_are_rounded_at_once(instructions: str) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("sizes", [(70, 37), (64, 300), (1, 1), (2047, 18)], ids=str)
+@pytest.mark.parametrize("signed", [False, True])
+def test_many_rows_pack_the_weight_and_few_do_not(
+    instructions: str, sizes: tuple[int, int], signed: bool
+) -> None:
+    """The same floats to the last bit, and more rows than are rounded at once."""
+    inputs, outputs = sizes
+    x = normal(1100, inputs)
+    x[3, 0], x[700, -1], x[5] = math.inf, math.nan, 0.0
+    int8 = torch.randint(-128, 128, (outputs, inputs), dtype=torch.int8)
+    for bias in (None, normal(outputs)):
+        rest = int8, normal(outputs).abs() + 0.1, bias, signed
+        parts = torch.cat([DYNAMIC_LINEAR(rows, *rest) for rows in x.split(11)])
+        torch.testing.assert_close(
+            DYNAMIC_LINEAR(x, *rest), parts, rtol=0.0, atol=0.0, equal_nan=True
+        )
+        assert parts[3].isnan().all()
+        assert parts[6].isfinite().all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [1, 40, 200])
 def test_threads(instructions: str, rows: int) -> None:
     """Enough work for several: they give the same numbers as one."""
     x, weight = normal(rows, 1024), Weight(515, 1024, 4, 128)

@@ -1,0 +1,34 @@
+// Dynamic int8 products of many rows, over the vectors of one instruction set. A block of the weight is
+// packed as the right matrix of a product is (product.h), which pays where hundreds of rows meet it; the
+// numbers are those of `multiply_dynamic`. Whoever includes this file has included row_loops.h before.
+
+// A row of sums, from output `n` on, as floats.
+inline void finish_dynamic(const Dynamic& j, const int32_t* sums, const int32_t* of_weights, int64_t slot,
+                           int64_t row, int64_t n, int64_t count) {
+  const F32 x_scale = all(j.scales[slot]);
+  for (int64_t k = 0; k < count; k += LANES) {
+    const int64_t left = count - k;
+    const I32 sum = add(load_i32(sums + k), times(load_i32(of_weights + k), -j.zeros[slot]));
+    F32 y = product(to_float(sum), product(x_scale, take(j.scale + n + k, left)));
+    if (j.bias) y = plus(y, take(j.bias + n + k, left));
+    put(j.y + row * j.out + n + k, y, left);
+  }
+}
+
+// `rows` rounded rows, the first of which is `row`, times outputs from `n` on.
+void multiply_packed(const Dynamic& j, int64_t row, int64_t rows, int64_t n, int64_t outs, uint8_t* room) {
+  const int64_t groups = groups_of(j.in), blocks = (outs + LANES - 1) / LANES, wide = blocks * LANES;
+  uint8_t* packed = room;
+  auto* of_weights = reinterpret_cast<int32_t*>(packed + blocks * groups * 64);
+  int32_t* sums = of_weights + wide;
+  Operand o = {};
+  o.data = j.weight + n * j.in, o.element = INT8, o.of_row = j.in;
+  pack_columns(o, 0, 0, outs, j.in, packed, nullptr);
+  column_sums(packed, blocks, groups, j.in, 0, 1, of_weights);
+  for (int64_t m = 0; m < rows; m += TILE_ROWS) {
+    const int64_t some = rows - m < TILE_ROWS ? rows - m : TILE_ROWS;
+    product_of(some, j.codes + m * j.padded, j.padded, packed, groups * 64, groups, blocks, nullptr, sums, wide);
+    for (int64_t r = 0; r < some; r++)
+      finish_dynamic(j, sums + r * wide, of_weights, m + r, row + m + r, n, outs);
+  }
+}
