@@ -13,6 +13,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -146,6 +147,7 @@ def llmcompressor(method: str) -> Make:
 
 def gptqmodel(model: Any, tokenizer: Any, calibration: Tensor) -> Any:
     """It takes a folder and writes one, which its own kernel for a CPU reads."""
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # it refuses one, its choice on two cores
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
     with tempfile.TemporaryDirectory() as parent:
