@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["cli"]
 
+_WRITTEN, _PROMPT, _NEW = 2, 32, 4
+"""Of models that write: batches to write behind, the tokens of them, and those that are written."""
 _HELD_OUT = 4
 """Batches behind those that calibrate, to compare the outputs on."""
 
@@ -215,7 +217,9 @@ class _Run:
             quantizer.round_weights(self.model, self.batches, folder=unfinished)
         elif quantizer.qconfig.needs_ranges:
             self._needs("calibration finds the ranges of activations, so it")
-            self._through(quantizer.calib(self.model), "calibrating")
+            calib_model = quantizer.calib(self.model)
+            self._through(calib_model, "calibrating")
+            self._write(calib_model)
         count, target = given["fallback"], given["min_sqnr"]
         if count and target is not None:
             raise Failed("--fallback and --min-sqnr both say what falls back: give one of them")
@@ -257,6 +261,19 @@ class _Run:
     def _through(self, proxy: nn.Module, what: str) -> None:
         for number, each in enumerate(bar(self.batches, what, "batch")):
             self._call(proxy, each, number)
+
+    def _write(self, proxy: Any) -> None:
+        """Have a model that writes text do so: it calls its parts, and with a cache."""
+        able: Any = getattr(self.model, "can_generate", None)
+        if not (callable(able) and able()):
+            return
+        for each in bar(self.batches[:_WRITTEN], "calibrating generate()", "batch"):
+            ids = each.get("input_ids") if isinstance(each, Mapping) else None
+            if ids is not None:
+                ids = ids[:, :_PROMPT]
+                mask = each.get("attention_mask", ids * 0 + 1)[:, :_PROMPT]
+                options = {"max_new_tokens": _NEW, "do_sample": False, "pad_token_id": 0}
+                proxy.generate(ids, attention_mask=mask, **options)
 
     def _call(self, model: nn.Module, inputs: Any, number: int) -> Any:
         from torch_quant.errors import QuantError

@@ -128,6 +128,15 @@ def test_weights_alone_need_no_data(home: Path) -> None:
     assert written["tokens"] == again["tokens"]
 
 
+def test_a_model_that_writes_does_so_after_loading(home: Path) -> None:
+    """With the prompt, and with each token behind it and a cache, which are other calls."""
+    how = ("--data", "texts.txt", "--samples", "2", "--length", "16", "--recipe", "fast")
+    data_of("quantize", "my-llm", *how, "--out", "int8")
+    ask = ("--prompt", "the cat sees", "--max-new-tokens", "3")
+    found, expected = (data_of("generate", each, *ask) for each in ("int8", "my-llm"))
+    assert found["tokens"] == expected["tokens"]
+
+
 def test_rounding_goes_on_where_it_was_interrupted(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
