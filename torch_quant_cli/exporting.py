@@ -209,7 +209,7 @@ def _checkpoint(
 ) -> list[Path]:  # fmt: skip
     import torch
 
-    from torch_quant import export_checkpoint
+    from torch_quant import InvalidConfig, export_checkpoint
     from torch_quant_cli.texts import TOKENIZER_FILES, tokenizer_of
 
     folder = artifact.hugging_face
@@ -221,9 +221,15 @@ def _checkpoint(
     held = any((folder / name).is_file() for name in TOKENIZER_FILES)
     tokenizer = tokenizer_of(folder, "the checkpoint") if held else None
     kind = getattr(torch, dtype)
-    made = export_checkpoint(
-        artifact.quant_model(), target, layout, dtype=kind, tokenizer=tokenizer
-    )
+    try:
+        made = export_checkpoint(
+            artifact.quant_model(), target, layout, dtype=kind, tokenizer=tokenizer
+        )
+    except InvalidConfig as error:
+        raise Failed(
+            f"{error}\nCheckpoints hold what --recipe int8_weight_only and int4_weight_only give, "
+            "and compressed-tensors int8_dynamic too: quantize with one of these"
+        ) from error
     return [made]
 
 

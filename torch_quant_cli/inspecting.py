@@ -261,7 +261,9 @@ def _op(name: str) -> str:
     >>> _op("scaled_dot_product_attention"), _op("embedding_bag")
     ('attention', 'embedding_bag')
     """
-    return name if len(name) <= 14 else name.rpartition("_")[2]
+    if len(name) <= 14:
+        return name
+    return "attention" if "attention" in name else _short(name, 14)
 
 
 def _short(name: str, most: int) -> str:

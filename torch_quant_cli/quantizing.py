@@ -350,6 +350,11 @@ def _distance(pairs: list[tuple[list[Any], list[Any]]]) -> dict[str, Any]:
     return {"sqnr_db": finite(sqnr(floats, others)), "cosine": finite(mean)}
 
 
+def _listed(names: list[str], most: int = 8) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
 def _count(batches: int) -> str:
     return "1 batch" if batches == 1 else f"{batches} batches"
 
@@ -376,9 +381,9 @@ def _result(out: Path, source: Source, about: dict[str, Any], given: Mapping[str
             code = SHORT
             lines.append(f"--min-sqnr {goal:g} is not reached")
     if about["fallen_back"]:
-        lines.append(wrapped(f"back in float: {', '.join(about['fallen_back'])}", "  "))
+        lines.append(wrapped(f"back in float: {_listed([*about['fallen_back']])}", "  "))
     if about["slower"]:
-        lines.append(wrapped(f"faster in float: {', '.join(about['slower'])}", "  "))
+        lines.append(wrapped(f"faster in float: {_listed(about['slower'])}", "  "))
     lines += [
         f"wrote {out} ({size / 1e6:.1f} MB of tensors)",
         "",

@@ -3,21 +3,66 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import numpy
 import pytest
 import torch
 from commands import data_of, entries, make_home, run
+from thinning import rarely
 from transformers import AutoModelForCausalLM
 
 import torch_quant
 from torch_quant import Quantizer, sqnr
 from torch_quant_cli.artifact import Artifact
+from torch_quant_cli.main import COMMANDS, cli
+
+PAGE = Path(__file__).parents[2] / "docs" / "command_line.md"
+
+
+def _joined(text: str) -> str:
+    return re.sub(r"\\\n\s*", "", text)
+
+
+def _of_help() -> list[str]:
+    found = []
+    for name in COMMANDS:
+        command = cli.get_command(click.Context(cli), name)
+        assert command is not None
+        text = _joined(command.help or "")
+        found += [line.strip() for line in text.splitlines() if "torch-quant " in line]
+    return [line for line in found if re.match(r"(echo .*\| )?torch-quant ", line)]
+
+
+def _of_page() -> list[str]:
+    blocks = re.findall(r"```\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    lines = [line for block in blocks for line in _joined(block).splitlines()]
+    return [line for line in lines if line.startswith("torch-quant ")]
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def examples(home: Path) -> set[str]:
+    """Every example that ``--help`` and the documentation show runs as it stands there."""
+    done: set[str] = set()
+    for line in [*_of_help(), *_of_page()]:
+        command = line.partition(" >> ")[0].strip()
+        if command in done:
+            continue
+        done.add(command)
+        typed, _, piped = command.rpartition("| ")
+        arguments = shlex.split(piped)[1:]
+        if arguments[0] == "bench":
+            arguments += ["--seconds", "0.01", "--backend", "onednn"]
+        run(*arguments, stdin=shlex.split(typed)[1] if typed else None)
+    return done
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder that the examples of ``--help`` speak of."""
     home = tmp_path_factory.mktemp("reports")
     make_home(home)
@@ -25,21 +70,24 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(home)
         patch.syspath_prepend(str(home))
         net = ("net:make", "--data", "inputs.npz")
-        run("quantize", *net, "--float", "second", "--out", "net-int8")
+        run("quantize", *net, "--float", "second", "--out", "one-int8")
         run("quantize", *net, "--out", "whole-int8")
-        run("quantize", "my-bert", "--data", "texts.txt", "--out", "my-bert-int8")
-        run("quantize", "my-llm", "--recipe", "int8_weight_only", "--out", "my-llm-int8")
-    return home
+        yield home
 
 
 @pytest.fixture(autouse=True)
-def there(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(home)
-    monkeypatch.syspath_prepend(str(home))
+def there(home: Path, examples: set[str]) -> None:
+    """All tests run where the examples ran, and on what these wrote."""
+
+
+def test_examples_are_shown_for_all_commands(examples: set[str]) -> None:
+    shown = {each.rpartition("| ")[2].split()[1] for each in examples}
+    assert shown == {*COMMANDS}
+    assert len(examples) > 15
 
 
 def test_inspect_tells_formats_ranges_and_reasons() -> None:
-    found = data_of("inspect", "net-int8")
+    found = data_of("inspect", "one-int8")
     first, second = found["sites"]
     assert (first["name"], first["format"], first["quantized"]) == ("first", "int8", True)
     x = numpy.load("inputs.npz")["x"]  # all 64 samples calibrated
@@ -47,13 +95,13 @@ def test_inspect_tells_formats_ranges_and_reasons() -> None:
     assert low == pytest.approx(x.min(), rel=1e-5)
     assert high == pytest.approx(x.max(), rel=1e-5)
     assert second["reason"] == "left in float by an override"
-    text = run("inspect", "net-int8").stdout
+    text = run("inspect", "one-int8").stdout
     assert "second: left in float by an override" in text
     assert "calibrated on 64 samples of inputs.npz" in text.replace("\n  ", " ")
-    assert "first " not in run("inspect", "net-int8", "--float").stdout.partition("layer")[2]
+    assert "first " not in run("inspect", "one-int8", "--float").stdout.partition("layer")[2]
 
 
-@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("columns", [80, rarely(120)])
 def test_reports_fit_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
     for command in (
@@ -78,7 +126,7 @@ def test_inspect_reads_what_the_package_saves(tmp_path: Path) -> None:
 
 
 def test_compare_finds_the_layer_where_the_error_comes_in() -> None:
-    found = data_of("compare", "net:make", "net-int8", "--data", "inputs.npz", "--samples", "64")
+    found = data_of("compare", "net:make", "one-int8", "--data", "inputs.npz", "--samples", "64")
     (layers,) = found["layers"].values()
     first, second = layers["layers"]
     assert first["share"] == 1.0
@@ -86,17 +134,17 @@ def test_compare_finds_the_layer_where_the_error_comes_in() -> None:
     assert second["format"] == "float32"
     assert found["outputs"]["sqnr_db"] == pytest.approx(layers["outputs_db"], abs=1e-6)
     assert second["after_db"] == pytest.approx(layers["simulated_db"], abs=1e-3)
-    same = data_of("compare", "net-int8", "net-int8", "--outputs-only")
+    same = data_of("compare", "one-int8", "one-int8", "--outputs-only")
     assert same["outputs"]["equal"]
-    run("compare", "net:make", "net-int8", "--min-sqnr", "10", "--outputs-only")
-    short = run("compare", "net:make", "net-int8", "--min-sqnr", "90", "--outputs-only", expect=4)
+    run("compare", "net:make", "one-int8", "--min-sqnr", "10", "--outputs-only")
+    short = run("compare", "net:make", "one-int8", "--min-sqnr", "90", "--outputs-only", expect=4)
     assert "short of --min-sqnr 90" in short.stdout
     other = run("compare", "net:make", "my-llm-int8", "--data", "net:inputs", expect=1)
     assert "Traceback" not in other.stderr
 
 
 def test_bench_calls_all_in_turns() -> None:
-    found = data_of("bench", "net-int8", "--backend", "onednn", "--backend", "reference",
+    found = data_of("bench", "one-int8", "--backend", "onednn", "--backend", "reference",
                     "--seconds", "0.01")  # fmt: skip
     assert [each["backend"] for each in found["runs"]] == [None, None, "onednn", "reference"]
     assert all(each["median_ms"] > 0 for each in found["runs"])
@@ -149,21 +197,20 @@ def test_a_checkpoint_writes_what_the_folder_writes(tmp_path: Path) -> None:
     assert torch.equal(expected[:, 2:], ids)
 
 
+@pytest.mark.long("three seconds: a whole decoder as a graph, and its file")
 def test_rounded_codes_reach_an_onnx_file(tmp_path: Path) -> None:
     """A graph of the whole decoder would have them rounded again, to nearest."""
     onnxruntime = pytest.importorskip("onnxruntime")
-    folder, file = str(tmp_path / "int4"), str(tmp_path / "int4.onnx")
-    run("quantize", "my-llm", "--recipe", "int4_weight_only", "-o", "group_size=32", "-o",
-        "method=gptq", "--data", "texts.txt", "--length", "32", "--out", folder)  # fmt: skip
-    run("export", folder, "--to", "onnx", "--out", file)
-    ids = Artifact(folder).example()["input_ids"]
-    expected = Artifact(folder).quant_model()(ids).logits
+    file = str(tmp_path / "int4.onnx")
+    run("export", "my-llm-int4", "--to", "onnx", "--out", file)
+    ids = Artifact("my-llm-int4").example()["input_ids"]
+    expected = Artifact("my-llm-int4").quant_model()(ids).logits
     found = onnxruntime.InferenceSession(file).run(["logits"], {"input_ids": ids.numpy()})[0]
     assert sqnr(expected, torch.from_numpy(found)) > 25.0
 
 
 def test_a_folder_of_something_else_is_no_checkpoint(tmp_path: Path) -> None:
-    said = run("export", "net-int8", "--to", "gptq", "--out", str(tmp_path / "x"), expect=2).stderr
+    said = run("export", "one-int8", "--to", "gptq", "--out", str(tmp_path / "x"), expect=2).stderr
     assert "pt2 or torchscript" in " ".join(said.split())
     assert not entries(tmp_path)
 
@@ -173,3 +220,10 @@ def test_the_prompt_may_come_from_a_pipe() -> None:
     found = run("generate", "my-llm-int8", *words, stdin="the cat")
     assert found.stdout.startswith("the cat ")
     assert "2 tokens in" in found.stdout
+
+
+def test_a_checkpoint_of_static_int8_names_the_recipes_that_it_holds(tmp_path: Path) -> None:
+    out = ("--to", "gptq", "--out", str(tmp_path / "x"))
+    said = " ".join(run("export", "my-bert-int8", *out, expect=2).stderr.split())
+    assert "--recipe int8_weight_only and int4_weight_only" in said
+    assert not entries(tmp_path)
