@@ -26,6 +26,7 @@ EXCEPTIONS: dict[str, str] = {}
 LOWER: dict[tuple[str, str], float] = {
     # Results of convolutions are quantized too; 19.6 to 21 dB by the last digit of float sums.
     ("mobilevit", "onnx"): 18.0,
+    ("focalnet", "onnx"): 18.0,  # likewise: 19.5, REFERENCE 21.0
 }
 """Output SQNR, dB, where a backend cannot be held to 20, each with the reason."""
 NOTHING: dict[tuple[str, str], str] = {

@@ -69,7 +69,7 @@ def rename(
     for value in (*model.graph.inputs, *model.graph.outputs):
         value.name = names[id(value)]
     _name_weights(model.graph, path)
-    _name_sizes(program, tensors)
+    _name_sizes(program, tensors, graph.contract.shapes)
 
 
 def _once(outputs: Sequence[str], inputs: Sequence[str]) -> list[str]:
@@ -111,18 +111,26 @@ def _name_weights(graph: Any, path: str) -> None:
                     call(value, f"{codes.name}_{role}")
 
 
-def _name_sizes(program: Any, tensors: tuple[Tensor, ...]) -> None:
+def _name_sizes(
+    program: Any, tensors: tuple[Tensor, ...], shapes: Sequence[Sequence[int | str]]
+) -> None:
     """``batch`` for the first dimension, ``sequence`` for a text's second, else input and axis.
 
-    One name means one size: where the example has two, they are numbered.
+    One name means one size: where the example has two, they are numbered. Sizes that the model
+    wants to be equal (``shapes``, of its inputs) have one name, whatever the exporter says.
     """
     import onnx_ir as ir
 
     renamed: dict[str, str] = {}
     sizes: dict[str, int] = {}
-    for value, x in zip(program.model.graph.inputs, tensors, strict=True):
+    equal: dict[int | str, str] = {}
+    for value, x, wanted in zip(program.model.graph.inputs, tensors, shapes, strict=True):
         for axis, size in enumerate(value.shape or ()):
             if isinstance(size, ir.SymbolicDim) and size.value and size.value not in renamed:
+                own = wanted[axis]
+                if own in equal:
+                    renamed[size.value] = equal[own]
+                    continue
                 text = axis == 1 and value.dtype in (ir.DataType.INT64, ir.DataType.INT32)
                 base = "batch" if axis == 0 else "sequence" if text else f"{value.name}_{axis}"
                 name, count = base, 1
@@ -130,6 +138,8 @@ def _name_sizes(program: Any, tensors: tuple[Tensor, ...]) -> None:
                     count += 1
                     name = f"{base}_{count}"
                 renamed[size.value] = name
+                if isinstance(own, str):
+                    equal[own] = name
     values = [value for node in program.model.graph for value in node.outputs]
     for value in (*program.model.graph.inputs, *values):
         if value.shape is None or not any(isinstance(d, ir.SymbolicDim) for d in value.shape):

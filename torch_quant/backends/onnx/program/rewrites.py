@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from torch_quant.backends.onnx.program.axes import kept_axes, second_axis, split_rows
 from torch_quant.backends.onnx.program.nodes import producer
 from torch_quant.backends.onnx.program.pads import take_padding
 from torch_quant.backends.onnx.program.sizes import hidden_size, whole_windows
@@ -32,6 +33,12 @@ def rewrite(model: Any) -> None:
             whole_windows(model.graph, node)
         elif node.op_type == "Shape":
             hidden_size(model.graph, node)
+        elif node.op_type.startswith("Reduce"):
+            kept_axes(model.graph, node)
+        elif node.op_type == "Gemm":
+            split_rows(model.graph, node)
+        elif node.op_type == "DFT":
+            second_axis(model.graph, node)
     _drop_unread(model.graph)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from torch_quant.backends.onnx.program.nodes import producer
+from torch_quant.backends.onnx.program.nodes import constant, producer
 
 __all__ = ["hidden_size", "whole_windows"]
 
@@ -48,7 +48,7 @@ def hidden_size(graph: Any, shape: Any) -> None:
     chosen = np.zeros(len(x.shape), np.int64)
     chosen[begin] = 1
     tape = ir.tape.Tape()
-    picked = _constant(graph, tape, f"{size.name}_of_all", chosen)
+    picked = constant(graph, tape, f"{size.name}_of_all", chosen)
     product = tape.op("Mul", [tape.op("Shape", [x]), picked])
     found = tape.op("ReduceSum", [product], {"keepdims": 1})
     graph.insert_before(shape, tape.nodes)
@@ -103,10 +103,10 @@ def _padded_before(graph: Any, pool: Any, given: dict[str, Any]) -> bool:
     if not over and not _off_zero(pool.inputs[0]):
         return False
     tape, name = ir.tape.Tape(), f"{pool.outputs[0].name}_padding"
-    sizes = _constant(graph, tape, name, np.array([0, 0, *begins, 0, 0, *ends]))
+    sizes = constant(graph, tape, name, np.array([0, 0, *begins, 0, 0, *ends]))
     if real is None:
         kind = (pool.inputs[0].dtype or ir.DataType.FLOAT).numpy()
-        least = _constant(graph, tape, f"{name}_value", np.array(_LEAST).astype(kind))
+        least = constant(graph, tape, f"{name}_value", np.array(_LEAST).astype(kind))
         padded = tape.op("Pad", [pool.inputs[0], sizes, least])
     else:
         codes, scale, zero_point = real.inputs
@@ -118,16 +118,6 @@ def _padded_before(graph: Any, pool: Any, given: dict[str, Any]) -> bool:
     if real is not None and not real.outputs[0].uses() and not real.outputs[0].is_graph_output():
         graph.remove(real, safe=True)
     return True
-
-
-def _constant(graph: Any, tape: Any, name: str, value: Any) -> Any:
-    import onnx_ir as ir
-
-    while name in graph.initializers:
-        name += "_"
-    made = tape.initializer(ir.tensor(value), name)
-    graph.register_initializer(made)
-    return made
 
 
 def _off_zero(value: Any) -> bool:
