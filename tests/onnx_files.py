@@ -155,6 +155,12 @@ def _resized(x: Tensor, axis: int, size: int) -> Tensor:
     return torch.cat([x] * times, axis).narrow(axis, 0, size).contiguous()
 
 
+def _others(size: int) -> tuple[int, ...]:
+    """Those that are tried in place of ``size``; models serve some of them."""
+    near = size + 1, size - 1, 2 * size, size // 2, size + 2, size - 2, size + 4, 3 * size
+    return tuple(each for each in near if each > 0)
+
+
 def check_free_sizes(
     path: Path,
     quant_model: QuantizedModule,
@@ -185,7 +191,7 @@ def check_free_sizes(
     for name, places in found.items():
         first, axis = places[0]
         now, tried = example[first].shape[axis], 0
-        for size in dict.fromkeys((now + 1, now - 1, 2 * now, now // 2, now + 2, now + 4, 3 * now)):
+        for size in dict.fromkeys(_others(now)):
             feed = dict(example)
             for place, at in places:
                 feed[place] = _resized(feed[place], at, max(size, 1))
