@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from flows import calibrated
 from processor import without_kernels
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torch_quant import Backend, native
+from torch_quant import Backend, InvalidConfig, export_torchscript, native
 from torch_quant.backends.onednn import ops
 from torch_quant.native import library, static
 
@@ -225,6 +227,44 @@ def test_what_the_kernel_lacks_goes_to_onednn(monkeypatch: pytest.MonkeyPatch) -
     for name, (_, _, _, function) in FUNCTIONS.items():
         found = layer.run(name, (0.02, 90, torch.uint8))
         near(found, layer.exact(function) * layer.factor.double(), 0.02, 90)
+
+
+@pytest.mark.parametrize("wrong", ["fewer inputs", "more inputs", "bias", "factor", "scale"])
+def test_sizes_that_do_not_fit_are_errors(wrong: str) -> None:
+    layer = Layer(3, 32, 8)
+    if wrong.endswith("inputs"):
+        width = 16 if wrong.startswith("fewer") else 4000
+        layer.x = torch.zeros(3, width, dtype=torch.uint8)
+    elif wrong == "bias":
+        layer.bias = torch.zeros(3)
+    elif wrong == "factor":
+        layer.factor = torch.zeros(3)
+    else:
+        layer.weight_scale = torch.ones(3)
+    out = (0.05, 110, torch.uint8)
+    with pytest.raises(InvalidConfig, match=f"expected .*(32 inputs|{wrong} of 8), got"):
+        layer.run(out=out)
+    if wrong.endswith("inputs"):
+        image = layer.x[:1, :, None, None].contiguous(memory_format=torch.channels_last)
+        with pytest.raises(InvalidConfig, match="expected 32 inputs, got"):
+            convolved(image, layer.weight[:, :, None, None], layer, [1, 1], [0, 0], [1, 1], 1)
+
+
+def test_a_file_without_guards_refuses_other_widths(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64))
+    x = torch.randn(4, 32)
+    quant_model = calibrated(model, [((x,), {})], backend="onednn").quantize(model)
+    export_torchscript(quant_model, x, tmp_path / "model.pt")
+    loaded = torch.jit.load(str(tmp_path / "model.pt"))
+    assert torch.equal(loaded(x), quant_model(x))
+    for width in (20, 40, 100_000):
+        with pytest.raises(Exception, match=f"expected 32 inputs, got {width}"):
+            loaded(torch.randn(4, width))
+    free = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
+    program = torch.export.export(quant_model, (x,), dynamic_shapes=free)
+    assert torch.equal(program.module()(x), quant_model(x))
+    with pytest.raises(Exception, match="32"):
+        program.module()(torch.randn(4, 20))
 
 
 def test_without_the_library_the_numbers_are_the_same() -> None:

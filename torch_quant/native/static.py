@@ -54,6 +54,10 @@ def packed_for() -> int:
     return depth if depth == 4 else 0
 
 
+def _is_vector(x: Tensor, size: int) -> bool:
+    return x.dtype is torch.float32 and x.shape == (size,) and x.is_contiguous()
+
+
 def takes(
     x: Tensor,
     weight: Tensor,
@@ -64,10 +68,10 @@ def takes(
     post_op: str,
     algorithm: str,
 ) -> bool:
-    """Whether the kernel has what a layer asks for.
+    """Whether the kernel has what a layer asks for, and all sizes fit; oneDNN says which do not.
 
     Args:
-        x: codes of any shape.
+        x: codes, ``[..., in]``.
         weight: ``[out, in]``, or with further dimensions of 1.
         weight_scale: what should be ``[out]`` of float32.
         bias, factor: likewise, or None.
@@ -79,11 +83,13 @@ def takes(
         x.dtype is torch.uint8
         and weight.dtype is torch.int8
         and 0 < inputs <= MOST_INPUTS
+        and x.dim() > 0
+        and x.shape[-1] == inputs
         and weight_scale.dtype is torch.float32
         and weight_scale.numel() == outputs > 0
         and weight_scale.is_contiguous()
-        and (bias is None or (bias.dtype is torch.float32 and bias.is_contiguous()))
-        and (factor is None or (factor.dtype is torch.float32 and factor.is_contiguous()))
+        and (bias is None or _is_vector(bias, outputs))
+        and (factor is None or _is_vector(factor, outputs))
         and out_dtype in _OUT
         and _post_op(post_op, algorithm) is not None
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from torch_quant.backends.onednn.cache import PackedWeights
+from torch_quant.errors import InvalidConfig
 from torch_quant.native import static
 from torch_quant.native.rows import ROUND_ROWS
 from torch_quant.ops.library import define_operator
@@ -44,6 +45,18 @@ def _quantize(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> T
     return torch.empty(0, dtype=dtype).set_(q.untyped_storage(), 0, q.shape, q.stride())
 
 
+def _check(inputs: int, wanted: int, weight: Tensor, *vectors: tuple[str, Tensor | None]) -> None:
+    """Sizes that do not fit; files of other formats call the operators without any guard."""
+    if inputs != wanted:
+        raise InvalidConfig(f"a quantized layer: expected {wanted} inputs, got {inputs}")
+    outputs = weight.shape[0]
+    for name, vector in vectors:
+        if vector is not None and vector.numel() != outputs:
+            raise InvalidConfig(
+                f"a quantized layer: expected a {name} of {outputs}, got {tuple(vector.shape)}"
+            )
+
+
 def _packed(weight: Tensor, x_zero_point: int, depth: int) -> Tensor:
     """A weight packed for this package's own kernel."""
     return PACKED.get(
@@ -68,6 +81,8 @@ def _linear(
     algorithm: str,
     factor: Tensor | None = None,
 ) -> Tensor:
+    vectors = ("scale", weight_scale), ("bias", bias), ("factor", factor)
+    _check(x.shape[-1] if x.dim() else 0, weight.shape[1], weight, *vectors)
     ending = (out_scale, out_zero_point, out_dtype, post_op, post_args, algorithm)
     depth = static.packed_for()
     if depth and static.takes(x, weight, weight_scale, bias, factor, out_dtype, post_op, algorithm):
@@ -106,6 +121,8 @@ def _conv(
     post_op: str,
     post_args: list[float],
 ) -> Tensor:
+    channels = weight.shape[1] * groups
+    _check(x.shape[1], channels, weight, ("scale", weight_scale), ("bias", bias))
     depth = static.packed_for() if groups == 1 and x.dim() == 4 else 0
     if depth and _of_pixels(weight, stride, padding):
         rows = x.permute(0, 2, 3, 1)
@@ -157,11 +174,13 @@ def _fake_quantize(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype)
 
 def _fake_linear(x: Tensor, *args: Any) -> Tensor:
     weight, out_dtype = args[2], args[7]
+    torch._check(x.shape[-1] == weight.shape[1])
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype)
 
 
 def _fake_conv(x: Tensor, *args: Any) -> Tensor:
-    weight, geometry, out_dtype = args[2], args[5:8], args[11]
+    weight, geometry, groups, out_dtype = args[2], args[5:8], args[8], args[11]
+    torch._check(x.shape[1] == weight.shape[1] * groups)
     shape = (x.shape[0], *_image_sizes(x, weight, *geometry), weight.shape[0])
     return x.new_empty(shape, dtype=out_dtype).movedim(-1, 1)  # the kernel puts channels last
 
