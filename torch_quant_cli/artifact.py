@@ -8,10 +8,13 @@ what it was made of.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import click
 
 from torch_quant_cli.exits import Failed
 from torch_quant_cli.models import ARTIFACT, Source, float_model, skeleton, source_of
@@ -27,6 +30,10 @@ __all__ = ["Artifact", "check_out", "is_artifact", "write_artifact"]
 VERSION = 1
 _EXAMPLE = "example.safetensors"
 _COPIED = (*TOKENIZER_FILES, "config.json", "generation_config.json", "preprocessor_config.json")
+_NAMED = "|".join(
+    re.escape(name) for name in (ARTIFACT, _EXAMPLE, *_COPIED, "model.json", "quantizer.json")
+)
+_OURS = re.compile(rf"{_NAMED}|tensors-[0-9a-f]+\.safetensors|\..*\.torch_quant-.*")
 
 
 def is_artifact(path: str) -> bool:
@@ -36,7 +43,11 @@ def is_artifact(path: str) -> bool:
 
 def check_out(out: str, overwrite: bool) -> Path:
     """The folder to write; raises :class:`Failed` if there is something, before any work."""
-    path = Path(out)
+    try:
+        path = Path(out).resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise Failed(f"--out {out}: {error}; give the name of a new folder") from error
+    _put_back(path)
     if path.is_dir() and any(path.iterdir()):
         if not is_artifact(out):
             raise Failed(
@@ -45,11 +56,29 @@ def check_out(out: str, overwrite: bool) -> Path:
             )
         if not overwrite:
             raise Failed(f"--out {out} exists: give another name, or --overwrite to replace it")
+        if strange := sorted(x.name for x in path.iterdir() if not _OURS.fullmatch(x.name)):
+            named = ", ".join(strange[:5]) + (" ..." if len(strange) > 5 else "")
+            raise Failed(
+                f"--out {out} holds {named} too, which --overwrite would remove: move it away, or "
+                "give another name"
+            )
     elif path.exists() and not path.is_dir():
         raise Failed(f"--out {out} is a file: give the name of a new folder")
-    if not path.absolute().parent.is_dir():
-        raise Failed(f"--out {out}: there is no folder {path.parent}; mkdir -p {path.parent}")
+    if not path.parent.is_dir():
+        above = Path(out).parent if not Path(out).is_symlink() else path.parent
+        raise Failed(f"--out {out}: there is no folder {above}; mkdir -p {above}")
     return path
+
+
+def _put_back(path: Path) -> None:
+    """What an overwrite that was killed had moved away; it is to be overwritten on purpose only."""
+    prefix = f".{path.name}.json.torch_quant-"
+    if path.exists() or not path.parent.is_dir():
+        return
+    if any(each.name.startswith(prefix) for each in path.parent.iterdir()):
+        from torch_quant.io.files import put_back
+
+        put_back(path)
 
 
 def write_artifact(
@@ -137,6 +166,7 @@ class Artifact:
             raise Failed(f"{file} is damaged ({error}): quantize the model again") from error
         if version > VERSION:
             raise Failed(f"{file} is of torch_quant {self.about.get('torch_quant')}: install that")
+        self._told = model is not None
         if model is not None:
             self.source = source_of(model, factory)
 
@@ -147,13 +177,22 @@ class Artifact:
 
     def float_model(self) -> nn.Module:
         """The model that was quantized."""
+        self._tell()
         return float_model(self.source)
 
     def quant_model(self) -> nn.Module:
         """The quantized model, as it was saved."""
         import torch_quant
 
+        self._tell()
         return torch_quant.load(self.folder, skeleton(self.source, self.folder))
+
+    def _tell(self) -> None:
+        """Name, once, the function that the folder says and that is going to be called."""
+        if self.source.kind == "factory" and not self._told:
+            file = self.folder / ARTIFACT
+            click.echo(f"{file} names {self.source.factory}, which is called", err=True)
+        self._told = True
 
     def quantizer(self) -> Quantizer:
         """What calibrated it."""

@@ -8,6 +8,7 @@ import click
 
 from torch_quant_cli.artifact import Artifact, is_artifact
 from torch_quant_cli.data import batches
+from torch_quant_cli.distances import Distance, distance
 from torch_quant_cli.exits import FAILED, SHORT, Failed
 from torch_quant_cli.models import float_model, source_of
 from torch_quant_cli.options import data_options, folder_of, inputs_for, reading_of
@@ -62,10 +63,10 @@ def cli(
         inputs = inputs_for(first, models[a], data, how)
     else:
         inputs = batches(str(data), models[a], folder_of(a), how)
-    sqnr, angle = _outputs(models[a], models[b], inputs, (a, b))
+    apart = _outputs(models[a], models[b], inputs, (a, b))
     lines = [
         f"{b} against {a}, {len(inputs)} {'batch' if len(inputs) == 1 else 'batches'}: "
-        + ("equal" if sqnr == float("inf") else f"SQNR {sqnr:.1f} dB, cosine {angle:.4f}")
+        + apart.shown
     ]
     found: dict[str, Any] = {}
     for name, artifact in artifacts.items() if not outputs_only else ():
@@ -82,11 +83,10 @@ def cli(
                 for x in report
             ],
         }  # fmt: skip
-    short = min_sqnr is not None and sqnr < min_sqnr
+    short = not apart.reaches(min_sqnr)
     if short:
         lines += ["", f"short of --min-sqnr {min_sqnr:g}"]
-    outputs = {"sqnr_db": finite(sqnr), "equal": sqnr == float("inf"), "cosine": angle}
-    data_ = {"a": a, "b": b, "batches": len(inputs), "outputs": outputs, "layers": found}
+    data_ = {"a": a, "b": b, "batches": len(inputs), "outputs": apart.to_dict(), "layers": found}
     return Result("\n".join(lines), data_, SHORT if short else 0)
 
 
@@ -96,11 +96,8 @@ def _model(given: str, artifact: Artifact | None, factory: str | None) -> nn.Mod
     return float_model(source_of(given, factory))
 
 
-def _outputs(
-    a: nn.Module, b: nn.Module, inputs: list[Any], names: tuple[str, str]
-) -> tuple[float, float | None]:
-    """SQNR of all outputs, and the mean cosine of the first one's rows."""
-    from torch_quant.core.metrics import cosine, float_leaves, sqnr
+def _outputs(a: nn.Module, b: nn.Module, inputs: list[Any], names: tuple[str, str]) -> Distance:
+    from torch_quant.core.metrics import float_leaves
     from torch_quant.graph.examples import call_example
 
     pairs = []
@@ -113,8 +110,4 @@ def _outputs(
                 FAILED,
             )
         pairs.append((first, second))
-    angles = [cosine(x[0].flatten(0, -2), y[0].flatten(0, -2)).mean()
-              for x, y in pairs if x and x[0].dim() > 1]  # fmt: skip
-    mean = float(sum(angles) / len(angles)) if angles else None
-    floats = [x for each, _ in pairs for x in each], [x for _, each in pairs for x in each]
-    return sqnr(*floats), mean
+    return distance(pairs)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch_quant_cli.exits import Failed
 from torch_quant_cli.images import IMAGES, images
 from torch_quant_cli.models import imported
-from torch_quant_cli.texts import Texts, tokenized
+from torch_quant_cli.texts import Texts, spans, tokenized
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -35,6 +35,7 @@ class Reading:
         length: the most tokens of a text; None for 128, and 512 where a model writes text.
         text_field: of the objects of a ``.jsonl``.
         image_size: of images; None for what the model's folder says.
+        cut: samples that no batch holds together with those behind them.
     """
 
     samples: int = 128
@@ -43,6 +44,7 @@ class Reading:
     length: int | None = None
     text_field: str = "text"
     image_size: int | None = None
+    cut: int | None = None
 
 
 def check_data(data: str) -> None:
@@ -183,8 +185,8 @@ def _arrays(tensors: dict[str, Tensor], path: Path, model: nn.Module, how: Readi
         )
     size = how.batch_size or 8
     found: list[Any] = []
-    for start in range(0, count, size):
-        part = {name: _as_input(x[start : min(start + size, count)]) for name, x in tensors.items()}
+    for start, end in spans(count, size, how.cut):
+        part = {name: _as_input(x[start:end]) for name, x in tensors.items()}
         found.append(_as_call(part, model) if by_name else tuple(part.values()))
     return found
 
@@ -215,20 +217,20 @@ def _named(tensors: list[Tensor], model: nn.Module, how: Reading, name: str) -> 
 
     known = name in inputs_of(model)[0]
     size = how.batch_size or 8
-    stacked = [torch.stack(tensors[i : i + size]) for i in range(0, len(tensors), size)]
+    stacked = [torch.stack(tensors[i:j]) for i, j in spans(len(tensors), size, how.cut)]
     return [{name: x} if known else x for x in stacked]
 
 
 def _of_lines(path: Path, model: nn.Module, folder: Path | None, how: Reading) -> list[Any]:
     """Text, or JSON objects a line."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise Failed(
             f"--data {path} is no text of UTF-8. Data is a .npz, a .safetensors, a .jsonl or text "
             "file, a folder of images, or module:iterator"
         ) from error
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [line for line in text.split("\n") if line.strip()]
     if path.suffix == ".jsonl":
         objects = [_json(line, number, path) for number, line in enumerate(lines, 1)]
         if objects and isinstance(objects[0], dict) and how.text_field not in objects[0]:
@@ -238,7 +240,7 @@ def _of_lines(path: Path, model: nn.Module, folder: Path | None, how: Reading) -
         return []
     return tokenized(
         lines,
-        Texts(str(path), how.tokenizer, how.length, how.samples, how.batch_size or 1),
+        Texts(str(path), how.tokenizer, how.length, how.samples, how.batch_size or 1, how.cut),
         model,
         folder,
         inputs_of(model)[0],

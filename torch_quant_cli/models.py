@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch_quant_cli.exits import Failed
+from torch_quant_cli.programs import check_pickles
 from torch_quant_cli.running import needed
 
 if TYPE_CHECKING:
@@ -206,6 +207,7 @@ def _of_transformers(folder: Path) -> nn.Module:
 def _of_program(file: Path) -> nn.Module:
     import torch
 
+    check_pickles(file)
     try:
         program = torch.export.load(file)
     except Exception as error:

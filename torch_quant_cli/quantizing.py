@@ -12,10 +12,12 @@ import click
 
 from torch_quant_cli.artifact import check_out, write_artifact
 from torch_quant_cli.data import batches, check_data, inputs_of, shapes
+from torch_quant_cli.distances import Distance, distance
 from torch_quant_cli.exits import SHORT, Failed
 from torch_quant_cli.models import Source, float_model, source_of
 from torch_quant_cli.options import data_options, folder_of, reading_of
-from torch_quant_cli.running import Result, bar, command, finite, wrapped
+from torch_quant_cli.resuming import checked_unfinished
+from torch_quant_cli.running import Result, bar, command, wrapped
 
 if TYPE_CHECKING:
     from torch import nn
@@ -100,21 +102,22 @@ def cli(**given: Any) -> Result:
         check_data(given["data"])
     quantizer = _quantizer(given)
     measured = given["backend"] == "fastest"
+    unfinished = checked_unfinished(out) if _wants_rounding(quantizer) else None
     model = float_model(source)
     folder = folder_of(source.path) if source.kind == "folder" else None
     found: list[Any] = []
     if given["data"] is not None:
         size = how.batch_size or 8
-        more = type(how)(**{**vars(how), "samples": how.samples + _HELD_OUT * size})
-        found = batches(given["data"], model, folder, more)
+        more = {"samples": how.samples + _HELD_OUT * size, "cut": how.samples}
+        found = batches(given["data"], model, folder, type(how)(**{**vars(how), **more}))
     run = _Run(quantizer, model, given, found, how.samples)
-    quant_model = run.quantized(out, measured)
+    quant_model = run.quantized(unfinished, measured)
     about = run.about(quant_model)
     example = None if given["no_example"] else run.example
-    click.get_current_context().find_root().meta["interrupted"] = "nothing was written"
     write_artifact(out, quantizer, quant_model, source, about, example)
-    shutil.rmtree(run.resuming(out), ignore_errors=True)
-    return _result(out, source, about, given)
+    if unfinished is not None:  # of this run, which has put all of it into the folder
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return _result(Path(given["out"]), source, about, given, run.distance)
 
 
 def _quantizer(given: Mapping[str, Any]) -> Quantizer:
@@ -145,6 +148,14 @@ def _quantizer(given: Mapping[str, Any]) -> Quantizer:
         more = dict.fromkeys(given["in_float"])
         arguments["overrides"] = {**arguments.get("overrides", {}), **more}
     return Quantizer(**arguments)
+
+
+def _wants_rounding(quantizer: Quantizer) -> bool:
+    config = quantizer.qconfig
+    methods = [*config.transforms, *([config.method] if config.method is not None else [])]
+    return not config.needs_ranges and any(
+        each.wants_blocks or each.wants_statistics for each in methods
+    )
 
 
 def _pair(text: str) -> tuple[str, Any]:
@@ -180,6 +191,7 @@ class _Run:
     ) -> None:
         self.quantizer, self.model, self.given = quantizer, model, given
         self.fallen: list[str] = []
+        self.distance: Distance | None = None
         count, seen = 0, 0
         while count < len(found) and seen < samples:
             seen += _rows(found[count])
@@ -204,12 +216,11 @@ class _Run:
             )
         return example_of(self.model)
 
-    def quantized(self, out: Path, fastest: bool) -> nn.Module:
-        """Calibrate, let the worst fall back, quantize."""
+    def quantized(self, unfinished: Path | None, fastest: bool) -> nn.Module:
+        """Calibrate or round, let the worst fall back, quantize."""
         quantizer, given = self.quantizer, self.given
         self._check_first()
-        if self._wants_rounding():
-            unfinished = self.resuming(out)
+        if unfinished is not None:
             self._needs("rounding weights with data (method=...)")
             click.get_current_context().find_root().meta["interrupted"] = (
                 f"finished blocks are in {unfinished}, and the same command goes on from there"
@@ -233,17 +244,6 @@ class _Run:
             backend="fastest" if fastest else None,
             example_inputs=self.example,
             never_slower=given["never_slower"],
-        )
-
-    def resuming(self, out: Path) -> Path:
-        """Where finished blocks are kept until the whole is done."""
-        return out.with_name(f"{out.name}.unfinished")
-
-    def _wants_rounding(self) -> bool:
-        config = self.quantizer.qconfig
-        methods = [*config.transforms, *([config.method] if config.method is not None else [])]
-        return not config.needs_ranges and any(
-            each.wants_blocks or each.wants_statistics for each in methods
         )
 
     def _needs(self, what: str) -> None:
@@ -305,7 +305,8 @@ class _Run:
                 (call_example(self.model, each), call_example(quant_model, each))
                 for each in bar(self.compared, "comparing outputs", "batch")
             ]
-            outputs = _distance([(float_leaves(a), float_leaves(b)) for a, b in pairs])
+            self.distance = distance([(float_leaves(a), float_leaves(b)) for a, b in pairs])
+            outputs = self.distance.to_dict()
             outputs["held_out"] = self.held_out
             outputs["batches"] = len(pairs)
         return {
@@ -338,18 +339,6 @@ def _bytes(model: nn.Module) -> int:
     return sum(x.numel() * x.element_size() for x in tensors.values())
 
 
-def _distance(pairs: list[tuple[list[Any], list[Any]]]) -> dict[str, Any]:
-    """SQNR of all outputs together, and the mean cosine of the first one's rows."""
-    from torch_quant.core.metrics import cosine, sqnr
-
-    floats = [x for each, _ in pairs for x in each]
-    others = [x for _, each in pairs for x in each]
-    angles = [cosine(a[0].reshape(-1, a[0].shape[-1]), b[0].reshape(-1, b[0].shape[-1]))
-              for a, b in pairs if a and a[0].dim()]  # fmt: skip
-    mean = sum(float(each.mean()) for each in angles) / len(angles) if angles else None
-    return {"sqnr_db": finite(sqnr(floats, others)), "cosine": finite(mean)}
-
-
 def _listed(names: list[str], most: int = 8) -> str:
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
@@ -359,7 +348,13 @@ def _count(batches: int) -> str:
     return "1 batch" if batches == 1 else f"{batches} batches"
 
 
-def _result(out: Path, source: Source, about: dict[str, Any], given: Mapping[str, Any]) -> Result:
+def _result(
+    out: Path,
+    source: Source,
+    about: dict[str, Any],
+    given: Mapping[str, Any],
+    found: Distance | None,
+) -> Result:
     size = sum(each.stat().st_size for each in out.iterdir() if each.name.startswith("tensors-"))
     before, after = (about["bytes"][x] for x in ("float", "quantized"))
     lines = [
@@ -368,16 +363,11 @@ def _result(out: Path, source: Source, about: dict[str, Any], given: Mapping[str
         f"({after / max(before, 1):.1%})",
     ]
     outputs, code = about["outputs"], 0
-    if outputs:
+    if outputs and found is not None:
         where = "that calibration did not see" if outputs["held_out"] else "of the calibration"
-        sqnr, angle = outputs["sqnr_db"], outputs["cosine"]
-        lines.append(
-            f"outputs against float, {_count(outputs['batches'])} {where}: "
-            f"{'equal' if sqnr is None else f'SQNR {sqnr:.1f} dB'}"
-            + (f", cosine {angle:.4f}" if angle is not None else "")
-        )
+        lines.append(f"outputs against float, {_count(outputs['batches'])} {where}: {found.shown}")
         goal = given["min_sqnr"]
-        if goal is not None and sqnr is not None and sqnr < goal and not outputs["held_out"]:
+        if not found.reaches(goal):
             code = SHORT
             lines.append(f"--min-sqnr {goal:g} is not reached")
     if about["fallen_back"]:

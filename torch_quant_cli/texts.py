@@ -12,7 +12,7 @@ from torch_quant_cli.running import needed
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["TOKENIZER_FILES", "Texts", "tokenized", "tokenizer_of"]
+__all__ = ["TOKENIZER_FILES", "Texts", "spans", "tokenized", "tokenizer_of"]
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -32,6 +32,7 @@ class Texts:
         length: the most tokens; None for 128, and 512 where the model writes text.
         samples: how many at most.
         batch_size: texts in a call.
+        cut: samples that no batch holds together with those behind them.
     """
 
     source: str
@@ -39,6 +40,18 @@ class Texts:
     length: int | None
     samples: int
     batch_size: int
+    cut: int | None = None
+
+
+def spans(count: int, size: int, cut: int | None) -> list[tuple[int, int]]:
+    """Where batches begin and end; none reaches over ``cut``.
+
+    >>> spans(7, 3, 4), spans(4, 3, None)
+    ([(0, 3), (3, 4), (4, 7)], [(0, 3), (3, 4)])
+    """
+    first = count if cut is None else min(cut, count)
+    parts = ((0, first), (first, count))
+    return [(i, min(i + size, end)) for begin, end in parts for i in range(begin, end, size)]
 
 
 def tokenizer_of(folder: Path | None, what: str) -> Any:
@@ -87,9 +100,9 @@ def tokenized(
         raise Failed("--batch-size: the tokenizer has no padding token, so texts go one by one")
     found: list[Any] = []
     texts = lines[: how.samples]
-    for start in range(0, len(texts), how.batch_size):
+    for start, end in spans(len(texts), how.batch_size, how.cut):
         encoded = tokenizer(
-            texts[start : start + how.batch_size],
+            texts[start:end],
             padding=how.batch_size > 1,
             truncation=True,
             max_length=length,
@@ -124,6 +137,5 @@ def _windows(lines: list[str], tokenizer: Any, how: Texts, length: int) -> list[
         return []
     rows = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)][: how.samples]
     return [
-        {"input_ids": torch.tensor(rows[i : i + how.batch_size])}
-        for i in range(0, len(rows), how.batch_size)
+        {"input_ids": torch.tensor(rows[i:j])} for i, j in spans(len(rows), how.batch_size, how.cut)
     ]

@@ -17,7 +17,7 @@ from torch_quant import Backend, InvalidConfig, export_onnx, export_torchscript
 from torch_quant.amp.gram import NoiseGram
 from torch_quant.amp.ranking import Ranking
 from torch_quant.amp.report import SensitivityReport
-from torch_quant.io.files import write_atomically
+from torch_quant.io.files import new_folder, write_atomically
 
 WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty": (lambda folder: "", "the path ''"),
@@ -110,7 +110,7 @@ def test_a_folder_that_may_not_be_written_to(writer: str, tmp_path: Path) -> Non
 WRITE = """
 import sys, time
 from pathlib import Path
-from torch_quant.io.files import write_atomically
+from torch_quant.io.files import new_folder, write_atomically
 def write(name):
     Path(name).write_text("half")
     print("writing", flush=True)
@@ -167,3 +167,43 @@ def test_a_writer_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
         write_atomically(path, fail)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+# Folders that take the place of others
+
+
+@pytest.mark.parametrize("interrupted", [0, 1])
+@pytest.mark.parametrize("moved", [False, True], ids=["before", "after"])
+def test_an_interruption_of_a_replacement_loses_no_folder(
+    interrupted: int, moved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before or after either of the two steps."""
+    target = tmp_path / "int8"
+    target.mkdir()
+    (target / "a").write_text("old")
+    replace, calls = os.replace, 0
+
+    def stopped(source: Any, place: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if moved or calls != interrupted + 1:
+            replace(source, place)
+        if calls == interrupted + 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", stopped)
+    with pytest.raises(KeyboardInterrupt), new_folder(target, replace=True) as made:
+        (made / "a").write_text("new")
+    expected = "new" if moved and interrupted else "old"
+    assert (target / "a").read_text() == expected
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_what_a_killed_replacement_moved_away_is_put_back(tmp_path: Path) -> None:
+    target, stage = tmp_path / "int8", tmp_path / ".int8.json.torch_quant-1"
+    (stage / "earlier").mkdir(parents=True)
+    (stage / "earlier" / "a").write_text("old")
+    with pytest.raises(InvalidConfig, match="exists already"), new_folder(target):
+        pass
+    assert (target / "a").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]

@@ -17,9 +17,11 @@ try:
 except ImportError:  # not on Windows, where nothing tells a writer that was killed from a slow one
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["alone", "checked_target", "new_folder", "staging", "write_atomically"]
+__all__ = ["alone", "checked_target", "new_folder", "put_back", "staging", "write_atomically"]
 
 _MARK = "torch_quant-"
+_EARLIER = "earlier"
+"""What a new folder replaces, as long as that takes."""
 
 
 def checked_target(path: str | os.PathLike[str]) -> Path:
@@ -118,22 +120,29 @@ def new_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iterat
         InvalidConfig: it exists, or nothing can be written there.
     """
     target = Path(path)
+    target = target if target.name else target.absolute()
+    put_back(target)
     if target.exists() and not (target.is_dir() and (replace or not any(target.iterdir()))):
         raise InvalidConfig(f"cannot write {target}: it exists already; give a new folder")
     if not target.absolute().parent.is_dir():
         raise InvalidConfig(f"cannot write {target}: give a folder in one that exists")
-    with staging(target.with_name(f"{target.name}.json")) as stage:
+    beside = target.with_name(f"{target.name}.json")
+    with staging(beside) as stage:
         made = stage / target.name
         made.mkdir()
         yield made
-        if target.exists():
-            os.replace(target, stage / "earlier")
         try:
+            if target.exists():
+                os.replace(target, stage / _EARLIER)
             os.replace(made, target)
-        except OSError:
-            if (stage / "earlier").exists():
-                os.replace(stage / "earlier", target)
+        except BaseException:  # an interruption too
+            _put_back(stage, beside)
             raise
+
+
+def put_back(folder: Path) -> None:
+    """Put back what :func:`new_folder` had moved away when its process was killed, if it was."""
+    _remove_stale(folder.with_name(f"{folder.name}.json"))
 
 
 def _prefix(target: Path) -> str:
@@ -192,5 +201,19 @@ def _remove_stale(target: Path) -> None:
         except BlockingIOError:
             continue  # somebody is writing
         if lock is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # what cannot be put back is not removed
+                _put_back(folder, target)
+            if not (folder / _EARLIER).is_dir() or _folder_of(target).exists():
+                shutil.rmtree(folder, ignore_errors=True)
             os.close(lock)
+
+
+def _folder_of(beside: Path) -> Path:
+    return beside.with_name(beside.name.removesuffix(".json"))
+
+
+def _put_back(stage: Path, beside: Path) -> None:
+    """The folder that was moved away for another, if that has not come into its place."""
+    target, earlier = _folder_of(beside), stage / _EARLIER
+    if earlier.is_dir() and not target.exists():
+        os.replace(earlier, target)
