@@ -51,7 +51,8 @@ def read_label(text: str) -> tuple[tuple[str, ...], QuantSpec]:
     True
     """
     data = json.loads(text)
-    return tuple(data["keys"]), QuantSpec.from_dict(data["spec"])
+    keys = data["keys"] if "keys" in data else [data["key"]]  # pickled when a weight had one name
+    return tuple(keys), QuantSpec.from_dict(data["spec"])
 
 
 def stored_scale(scale: Tensor, scale_type: ScaleType, role: str) -> Tensor:
