@@ -123,7 +123,8 @@ def test_runtimes_compute_it_on_kernels(name: str, matmul_nbits: bool, tmp_path:
     assert report.complete, report
     assert {each.kernel for each in report.sites} == {"MatMulNBits"}
     assert len(report.sites) == 5
-    assert report.opset == (20 if matmul_nbits else 21)
+    usual = 18 if torch.__version__.startswith("2.8.") else 20  # of PyTorch's exporter
+    assert report.opset == (usual if matmul_nbits else 21)
     check_free_sizes(path, quant_model, ((normal(2, 5, 96),), {}), 30.0)
     x = normal(3, 7, 96)
     expected, feeds = list(quant_model(x)), {"x": x}
