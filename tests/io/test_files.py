@@ -199,6 +199,28 @@ def test_an_interruption_of_a_replacement_loses_no_folder(
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_what_cannot_be_put_back_stays_for_the_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "int8"
+    target.mkdir()
+    (target / "a").write_text("old")
+    replace = os.replace
+
+    def failing(source: Any, place: Any) -> None:
+        if Path(place) == target:
+            raise OSError(5, "Input/output error")
+        replace(source, place)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", failing)
+        with pytest.raises(OSError, match="Input/output"), new_folder(target, replace=True):
+            pass
+    assert not target.exists()
+    with new_folder(target, replace=True):
+        assert (target / "a").read_text() == "old"
+
+
 def test_what_a_killed_replacement_moved_away_is_put_back(tmp_path: Path) -> None:
     target, stage = tmp_path / "int8", tmp_path / ".int8.json.torch_quant-1"
     (stage / "earlier").mkdir(parents=True)

@@ -86,7 +86,7 @@ def staging(path: str | os.PathLike[str]) -> Iterator[Path]:
                 raise InvalidConfig(
                     f"cannot write {target}: {error.strerror}; give a writable folder"
                 ) from error
-            stack.callback(shutil.rmtree, made, ignore_errors=True)
+            stack.callback(_discard, made, target)
             try:
                 stack.callback(_release, _lock(made))
             except BlockingIOError:
@@ -131,13 +131,9 @@ def new_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iterat
         made = stage / target.name
         made.mkdir()
         yield made
-        try:
-            if target.exists():
-                os.replace(target, stage / _EARLIER)
-            os.replace(made, target)
-        except BaseException:  # an interruption too
-            _put_back(stage, beside)
-            raise
+        if target.exists():
+            os.replace(target, stage / _EARLIER)  # staging puts it back, whatever ends this
+        os.replace(made, target)
 
 
 def put_back(folder: Path) -> None:
@@ -201,19 +197,16 @@ def _remove_stale(target: Path) -> None:
         except BlockingIOError:
             continue  # somebody is writing
         if lock is not None:
-            with contextlib.suppress(OSError):  # what cannot be put back is not removed
-                _put_back(folder, target)
-            if not (folder / _EARLIER).is_dir() or _folder_of(target).exists():
-                shutil.rmtree(folder, ignore_errors=True)
+            _discard(folder, target)
             os.close(lock)
 
 
-def _folder_of(beside: Path) -> Path:
-    return beside.with_name(beside.name.removesuffix(".json"))
-
-
-def _put_back(stage: Path, beside: Path) -> None:
-    """The folder that was moved away for another, if that has not come into its place."""
-    target, earlier = _folder_of(beside), stage / _EARLIER
+def _discard(stage: Path, beside: Path) -> None:
+    """Remove it, but for a folder that was moved into it for another that has not come."""
+    target, earlier = beside.with_name(beside.name.removesuffix(".json")), stage / _EARLIER
     if earlier.is_dir() and not target.exists():
-        os.replace(earlier, target)
+        try:
+            os.replace(earlier, target)
+        except OSError:  # what cannot be put back stays, for the next time
+            return
+    shutil.rmtree(stage, ignore_errors=True)
