@@ -44,7 +44,8 @@ SAME := algorithms checkpoints cli core extensions integrations native rounding 
   $(addprefix passes/test_,constants.py fold_pads.py fold_scales.py insert_qdq_weights.py keywords.py lower_precision.py \
   pass_base.py prepare.py smoothing.py) \
   $(addprefix qat/test_qat_,adapters.py bad_input.py batch_norm.py digits.py distillation.py distributed.py dropout.py \
-  edges.py gradients.py lightning.py observing.py tables.py trainer.py training.py transforms.py tuning.py) \
+  edges.py gradients.py lightning.py observing.py tables.py trainer.py training.py transforms.py tuning.py \
+  sharing.py starts.py) \
   $(addprefix test_,architecture.py bad_input.py capture_policy.py capturing_once.py configuration.py contributing.py \
   coverage.py decoding_zoo.py experts.py explain.py generate_llm.py merging.py mistakes.py \
   onnx_pretrained.py onnx_steps.py onnx_zoo.py public.py quantizer.py readme.py recipes.py requirements.py \
