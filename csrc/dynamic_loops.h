@@ -1,6 +1,6 @@
 // Dynamic int8 products of many rows, over the vectors of one instruction set. A block of the weight is
 // packed as the right matrix of a product is (product.h), which pays where hundreds of rows meet it; the
-// numbers are those of `multiply_dynamic`. Whoever includes this file has included row_loops.h before.
+// numbers are those of `multiply_dynamic`. Whoever includes this file has included static_loops.h before.
 
 // A row of sums, from output `n` on, as floats.
 inline void finish_dynamic(const Dynamic& j, const int32_t* sums, const int32_t* of_weights, int64_t slot,
@@ -21,10 +21,7 @@ void multiply_packed(const Dynamic& j, int64_t row, int64_t rows, int64_t n, int
   uint8_t* packed = room;
   auto* of_weights = reinterpret_cast<int32_t*>(packed + blocks * groups * 64);
   int32_t* sums = of_weights + wide;
-  Operand o = {};
-  o.data = j.weight + n * j.in, o.element = INT8, o.of_row = j.in;
-  pack_columns(o, 0, 0, outs, j.in, packed, nullptr);
-  column_sums(packed, blocks, groups, j.in, 0, 1, of_weights);
+  pack_weight(j.weight + n * j.in, outs, j.in, -1, packed, of_weights);
   for (int64_t m = 0; m < rows; m += TILE_ROWS) {
     const int64_t some = rows - m < TILE_ROWS ? rows - m : TILE_ROWS;
     product_of(some, j.codes + m * j.padded, j.padded, packed, groups * 64, groups, blocks, nullptr, sums, wide);

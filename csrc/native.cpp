@@ -174,8 +174,11 @@ EXPORT int torch_quant_linear(int threads, const float* x, const void* weight, c
   }
   j.first = first, j.offset = offset;
   const Kernels& use = kernels();
-  run_slabs<Linear>({&j, use.round, use.multiply, 0, 0, 0}, rows, out, row_bytes, slab_rows,
-                    BLOCK_BYTES, threads);
+  threads = threads_for(rows, out, row_bytes, threads);
+  const auto multiply = [&](int64_t row, int64_t some, int64_t n, int64_t outs, int64_t) {
+    use.multiply(j, row, some, n, outs);
+  };
+  run_slabs(j, use.round, multiply, slab_rows, outs_of_block(out, row_bytes, BLOCK_BYTES, threads), threads);
   return 0;
 }
 

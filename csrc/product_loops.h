@@ -240,15 +240,12 @@ inline void product_rows(const uint8_t* left, int64_t left_bytes, const uint8_t*
                        first ? first + n * LANES : nullptr, y + n * LANES, y_row);
 }
 
-// Rows of a tile times `blocks` of 16 columns, over the first `groups` of a packed block.
-inline void product_of(int64_t rows, const uint8_t* left, int64_t left_bytes, const uint8_t* right,
-                       int64_t block, int64_t groups, int64_t blocks, const int32_t* first, int32_t* y,
-                       int64_t y_row) {
+// Calls `each` for some rows at a time: their number, a constant, and the first.
+template <typename Each>
+inline void in_tiles(int64_t rows, const Each& each) {
   int64_t m = 0;
-#define TAKE(M)                                                                                       \
-  for (; m + M <= rows; m += M)                                                                       \
-    product_rows<M>(left + m * left_bytes, left_bytes, right, block, groups, blocks, first, y + m * y_row, \
-                    y_row);
+#define TAKE(M) \
+  for (; m + M <= rows; m += M) each(std::integral_constant<int, M>{}, m);
   if (PRODUCT_ROWS > 4) {
     TAKE(PRODUCT_ROWS)
   }
@@ -256,6 +253,16 @@ inline void product_of(int64_t rows, const uint8_t* left, int64_t left_bytes, co
   TAKE(2)
   TAKE(1)
 #undef TAKE
+}
+
+// Rows of a tile times `blocks` of 16 columns, over the first `groups` of a packed block.
+inline void product_of(int64_t rows, const uint8_t* left, int64_t left_bytes, const uint8_t* right,
+                       int64_t block, int64_t groups, int64_t blocks, const int32_t* first, int32_t* y,
+                       int64_t y_row) {
+  in_tiles(rows, [&](auto tile, int64_t m) {
+    product_rows<tile()>(left + m * left_bytes, left_bytes, right, block, groups, blocks, first, y + m * y_row,
+                         y_row);
+  });
 }
 
 // 2^x for -126 <= x <= 0, to 3e-6: 2^n times a polynomial of what is left, -0.5 to 0.5.

@@ -1,7 +1,7 @@
 // Linear layers between two known grids, over the vectors of one instruction set; static.h says what they
 // are. Whoever includes this file has included recurrent_loops.h before.
 
-// Packs a weight, [out, in], and sums up what codes of 0 give.
+// Packs a weight, [out, in], and sums up what inputs of -zero give.
 void pack_weight(const int8_t* weight, int64_t out, int64_t in, int64_t zero, uint8_t* packed, int32_t* first) {
   Operand o = {};
   o.data = weight, o.element = INT8, o.of_row = in;
@@ -96,17 +96,9 @@ template <bool REAL>
 inline void ended_product(const Static& j, int64_t rows, const uint8_t* left, int64_t left_bytes,
                           const uint8_t* right, int64_t groups, int64_t row, int64_t n, int64_t outs) {
   const Ending<REAL> ending(j, j.function == CLAMP);
-  int64_t m = 0;
-#define TAKE(M)                                                                                        \
-  for (; m + M <= rows; m += M)                                                                        \
-    ended_rows<REAL, M>(j, ending, left + m * left_bytes, left_bytes, right, groups, row + m, n, outs);
-  if (PRODUCT_ROWS > 4) {
-    TAKE(PRODUCT_ROWS)
-  }
-  TAKE(4)
-  TAKE(2)
-  TAKE(1)
-#undef TAKE
+  in_tiles(rows, [&](auto tile, int64_t m) {
+    ended_rows<REAL, tile()>(j, ending, left + m * left_bytes, left_bytes, right, groups, row + m, n, outs);
+  });
 }
 
 // A row of sums that go through a function, from output `n` on.

@@ -7,7 +7,7 @@
 #include <thread>
 #include <vector>
 
-#include "kernels.h"
+#include "product.h"
 
 #if defined(_MSC_VER)
 #include <malloc.h>
@@ -61,8 +61,8 @@ void for_each(int threads, const Job& job, int64_t count, void (*each)(const Job
 // Of rounded activations, and of weights that meet all of these while they are in a core's cache.
 constexpr int64_t SLAB_BYTES = 512 << 10, BLOCK_BYTES = 256 << 10;
 constexpr int64_t DYNAMIC_SLAB_BYTES = 1 << 20, DYNAMIC_BLOCK_BYTES = 128 << 10;
-constexpr int64_t PACKED_INPUTS = 2048;                // beyond which rows and weights leave the cache
-constexpr int64_t PACKED_BYTES = 128 << 10, TILE = 8;  // of packed weights, and rows that are summed at once
+constexpr int64_t PACKED_INPUTS = 2048;       // beyond which rows and weights leave the cache
+constexpr int64_t PACKED_BYTES = 128 << 10;   // of weights that are packed for one call
 constexpr int64_t THREAD_BYTES = 64 << 10;  // of weights, read once, for which a thread pays
 
 inline int64_t least(int64_t x, int64_t y) { return x < y ? x : y; }
@@ -82,32 +82,39 @@ struct Memory {
   }
 };
 
+// How many threads pay for reading the weights of `rows` rows.
+inline int threads_for(int64_t rows, int64_t out, int64_t row_bytes, int threads) {
+  return static_cast<int>(most(1, least(threads, out * row_bytes * (1 + rows / 4) / THREAD_BYTES)));
+}
+
+// Outputs of a block: a multiple of those of a tile; every thread gets some blocks.
+inline int64_t outs_of_block(int64_t out, int64_t row_bytes, int64_t block_bytes, int threads) {
+  return most(8, least(most(block_bytes / most(row_bytes, 1), 8), out / (threads * 4)) / 8 * 8);
+}
+
 // One slab of rows: all are rounded, then blocks of outputs multiplied.
-template <typename Job>
+template <typename Job, typename Multiply>
 struct Slab {
-  const Job* job;
+  const Job& job;
   void (*round)(const Job&, int64_t, int64_t);
-  void (*multiply)(const Job&, int64_t, int64_t, int64_t, int64_t);
-  int64_t row, rows, outs;
+  const Multiply& multiply;  // (row, rows, out, outs, worker)
+  int64_t outs, row, rows;
 };
 
-template <typename Job>
-void run_slabs(Slab<Job> slab, int64_t rows, int64_t out, int64_t row_bytes,
-               int64_t most_rows, int64_t block_bytes, int threads) {
-  const int64_t work = out * row_bytes * (1 + rows / 4);
-  threads = static_cast<int>(most(1, least(threads, work / THREAD_BYTES)));
-  // A multiple of the outputs of a tile; every thread gets some blocks.
-  slab.outs = most(8, least(most(block_bytes / most(row_bytes, 1), 8), out / (threads * 4)) / 8 * 8);
-  for (slab.row = 0; slab.row < rows; slab.row += most_rows) {
-    slab.rows = least(most_rows, rows - slab.row);
+template <typename Job, typename Multiply>
+void run_slabs(const Job& j, void (*round)(const Job&, int64_t, int64_t), const Multiply& multiply,
+               int64_t most_rows, int64_t outs, int threads) {
+  using Some = Slab<Job, Multiply>;
+  Some slab = {j, round, multiply, outs, 0, 0};
+  for (; slab.row < j.rows; slab.row += most_rows) {
+    slab.rows = least(most_rows, j.rows - slab.row);
     const int64_t roundings = (slab.rows + 3) / 4;
-    for_each<Slab<Job>>(roundings > 2 ? threads : 1, slab, roundings, [](const Slab<Job>& s, int64_t i, int64_t) {
-      for (int64_t m = i * 4; m < least(i * 4 + 4, s.rows); m++) s.round(*s.job, s.row + m, m);
+    for_each<Some>(roundings > 2 ? threads : 1, slab, roundings, [](const Some& s, int64_t i, int64_t) {
+      for (int64_t m = i * 4; m < least(i * 4 + 4, s.rows); m++) s.round(s.job, s.row + m, m);
     });
-    const int64_t blocks = (out + slab.outs - 1) / slab.outs;
-    for_each<Slab<Job>>(threads, slab, blocks, [](const Slab<Job>& s, int64_t i, int64_t) {
+    for_each<Some>(threads, slab, (j.out + outs - 1) / outs, [](const Some& s, int64_t i, int64_t worker) {
       const int64_t n = i * s.outs;
-      s.multiply(*s.job, s.row, s.rows, n, least(s.outs, s.job->out - n));
+      s.multiply(s.row, s.rows, n, least(s.outs, s.job.out - n), worker);
     });
   }
 }
@@ -119,29 +126,16 @@ inline bool packing_pays(const Dynamic& j) { return j.in <= PACKED_INPUTS && j.r
 inline bool multiply_packed(const Dynamic& j, int64_t most_rows, int threads) {
   const Kernels& use = kernels();
   const int64_t groups_bytes = whole(j.in, 4) * LANES;  // of 16 outputs
-  threads = static_cast<int>(most(1, least(threads, j.out * j.in * (1 + j.rows / 4) / THREAD_BYTES)));
-  struct {
-    const Dynamic& job;
-    const Kernels& use;
-    int64_t row, rows, outs, bytes;
-    uint8_t* room;
-  } slab = {j, use, 0, 0, 0, 0, nullptr};
-  using Slab = decltype(slab);
-  slab.outs = most(LANES, least(PACKED_BYTES / groups_bytes, whole(j.out, LANES) / LANES / threads) * LANES);
-  slab.bytes = whole(slab.outs / LANES * groups_bytes + (1 + TILE) * slab.outs * 4, 64);
-  const Memory room(threads * slab.bytes);
+  threads = threads_for(j.rows, j.out, j.in, threads);
+  const int64_t blocks = least(PACKED_BYTES / groups_bytes, whole(j.out, LANES) / LANES / threads);
+  const int64_t outs = most(1, blocks) * LANES;
+  const int64_t bytes = whole(outs / LANES * groups_bytes + (1 + TILE_ROWS) * outs * 4, 64);
+  const Memory room(threads * bytes);
   if (!room.start) return false;
-  slab.room = room.get();
-  for (slab.row = 0; slab.row < j.rows; slab.row += most_rows) {
-    slab.rows = least(most_rows, j.rows - slab.row);
-    for_each<Slab>(threads, slab, (slab.rows + 3) / 4, [](const Slab& s, int64_t i, int64_t) {
-      for (int64_t m = i * 4; m < least(i * 4 + 4, s.rows); m++) s.use.round_dynamic(s.job, s.row + m, m);
-    });
-    for_each<Slab>(threads, slab, (j.out + slab.outs - 1) / slab.outs, [](const Slab& s, int64_t i, int64_t worker) {
-      const int64_t n = i * s.outs;
-      s.use.multiply_packed(s.job, s.row, s.rows, n, least(s.outs, s.job.out - n), s.room + worker * s.bytes);
-    });
-  }
+  const auto multiply = [&](int64_t row, int64_t rows, int64_t n, int64_t some, int64_t worker) {
+    use.multiply_packed(j, row, rows, n, some, room.get() + worker * bytes);
+  };
+  run_slabs(j, use.round_dynamic, multiply, most_rows, outs, threads);
   return true;
 }
 
@@ -156,8 +150,12 @@ inline bool multiply_rounded(Dynamic j, int threads) {
   j.zeros = reinterpret_cast<int32_t*>(numbers.get()) + slab_rows;
   const Kernels& use = kernels();
   if (use.depth == 4 && packing_pays(j)) return multiply_packed(j, slab_rows, threads);
-  run_slabs<Dynamic>({&j, use.round_dynamic, use.multiply_dynamic, 0, 0, 0}, j.rows, j.out, j.in, slab_rows,
-                     DYNAMIC_BLOCK_BYTES, threads);
+  threads = threads_for(j.rows, j.out, j.in, threads);
+  const auto multiply = [&](int64_t row, int64_t rows, int64_t n, int64_t outs, int64_t) {
+    use.multiply_dynamic(j, row, rows, n, outs);
+  };
+  run_slabs(j, use.round_dynamic, multiply, slab_rows, outs_of_block(j.out, j.in, DYNAMIC_BLOCK_BYTES, threads),
+            threads);
   return true;
 }
 
