@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import pytest
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import save_file
@@ -118,6 +119,16 @@ def make_home(home: Path) -> None:
         tokenizer().save_pretrained(home / folder)
     lines = [" ".join(random.choice(WORDS, size=5 + i % 12)) for i in range(40)]
     (home / "texts.txt").write_text("\n".join(lines) + "\n")
+
+
+def linked(models: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of a test's own, in which it works and in which what is in ``models`` lies too."""
+    for each in models.iterdir():
+        if each.name != "__pycache__":
+            (home / each.name).symlink_to(each)
+    monkeypatch.chdir(home)
+    monkeypatch.syspath_prepend(str(home))
+    return home
 
 
 def run(*arguments: str, expect: int = 0, stdin: str | None = None) -> Result:

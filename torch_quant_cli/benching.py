@@ -46,7 +46,6 @@ def _padded(inputs: Any) -> bool:
 @click.command(
     "bench",
     short_help="How fast it is here, in float and quantized.",
-    context_settings={"max_content_width": 100},
 )
 @click.argument("folder")
 @data_options(8)

@@ -23,7 +23,6 @@ __all__ = ["cli"]
 @click.command(
     "compare",
     short_help="Outputs of two models, then layer by layer.",
-    context_settings={"max_content_width": 100},
 )
 @click.argument("a")
 @click.argument("b")

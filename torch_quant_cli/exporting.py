@@ -26,7 +26,6 @@ logger = logging.getLogger("torch_quant")
 @click.command(
     "export",
     short_help="Write it for onnxruntime, OpenVINO, vLLM, C++ ...",
-    context_settings={"max_content_width": 100},
 )
 @click.argument("folder")
 @click.option(

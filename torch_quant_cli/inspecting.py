@@ -232,6 +232,8 @@ def _text(data: dict[str, Any], every: bool, only_float: bool) -> str:
 def _table(sites: Iterable[Mapping[str, Any]]) -> str:
     from tabulate import tabulate
 
+    from torch_quant.report.names import shortened
+
     rows = [
         {
             "layer": each["name"],
@@ -251,7 +253,7 @@ def _table(sites: Iterable[Mapping[str, Any]]) -> str:
     taken = sum(2 + max(len(name) + 2, *(len(row[name]) for row in rows)) for name in columns)
     most = max(shutil.get_terminal_size().columns, 80) - taken
     for row in rows:
-        row["layer"] = _short(row["layer"], most)
+        row["layer"] = shortened(row["layer"], most)
     return tabulate(rows, headers="keys", disable_numparse=True)
 
 
@@ -261,21 +263,11 @@ def _op(name: str) -> str:
     >>> _op("scaled_dot_product_attention"), _op("embedding_bag")
     ('attention', 'embedding_bag')
     """
+    from torch_quant.report.names import shortened
+
     if len(name) <= 14:
         return name
-    return "attention" if "attention" in name else _short(name, 14)
-
-
-def _short(name: str, most: int) -> str:
-    """A name in few columns, without its middle: both ends tell layers apart.
-
-    >>> _short("encoder.layer.0.attention", 17)
-    'encoder...tention'
-    """
-    if len(name) <= most:
-        return name
-    head = (most - 3) // 2
-    return f"{name[:head]}...{name[len(name) - (most - 3 - head) :]}"
+    return "attention" if "attention" in name else shortened(name, 14)
 
 
 def _reasons(sites: Iterable[Mapping[str, Any]]) -> list[str]:

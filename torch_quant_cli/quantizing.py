@@ -35,7 +35,6 @@ _HELD_OUT = 4
 @click.command(
     "quantize",
     short_help="Quantize a model; write a folder that loads and runs.",
-    context_settings={"max_content_width": 100},
 )
 @click.argument("model")
 @data_options(128)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy
 import pytest
-from commands import data_of, entries, make_home, run
+from commands import data_of, entries, linked, make_home, run
 
 from torch_quant.backends import known_backends
 
@@ -21,12 +21,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def home(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for each in models.iterdir():
-        if each.name != "__pycache__":
-            (tmp_path / each.name).symlink_to(each)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return tmp_path
+    return linked(models, tmp_path, monkeypatch)
 
 
 MISTAKES = {

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from commands import NET, Net, data_of, entries, make_home, run
+from commands import NET, Net, data_of, entries, linked, make_home, run
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, ViTConfig, ViTModel
@@ -29,12 +29,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def home(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of the test's own in which the models of the module lie."""
-    for each in models.iterdir():
-        if each.name != "__pycache__":
-            (tmp_path / each.name).symlink_to(each)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return tmp_path
+    return linked(models, tmp_path, monkeypatch)
 
 
 def _float() -> Net:

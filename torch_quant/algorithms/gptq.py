@@ -31,7 +31,7 @@ from torch_quant.algorithms.gptq_grids import coded, grids, nearest
 from torch_quant.algorithms.gptq_groups import factors, round_groups
 from torch_quant.algorithms.rtn import without_data
 from torch_quant.core.granularity import PerChannel
-from torch_quant.core.memory import give_back
+from torch_quant.core.memory import give_back_behind
 from torch_quant.core.methods import Wanted, WeightMethod, register_weight_method
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
@@ -47,8 +47,6 @@ _SWITCHES = (
 )  # fmt: skip
 _DAMPINGS = 4
 """How often the damping is raised, tenfold, until the factorization succeeds."""
-_LARGE = 2**20
-"""Numbers of a weight behind which freed memory is given back: that takes milliseconds."""
 _BLOCKS = (
     "the weight of a convolution is rounded to nearest where it has other scales than one, or one "
     "for each output channel"
@@ -203,8 +201,7 @@ class GPTQ(WeightMethod):
         rounding = _Rounding(self, weight, spec, squares, factor, order)
         del sums, factor  # it lets go of it
         made = rounding.run()
-        if weight.numel() >= _LARGE:
-            give_back()
+        give_back_behind(weight)
         return made
 
     def _convolution(

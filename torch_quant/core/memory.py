@@ -6,7 +6,12 @@ import ctypes
 import functools
 from collections.abc import Callable
 
-__all__ = ["give_back"]
+from torch import Tensor
+
+__all__ = ["give_back", "give_back_behind"]
+
+_LARGE = 2**20
+"""Numbers of a weight behind which freed memory is given back: that takes milliseconds."""
 
 
 def give_back() -> None:
@@ -20,6 +25,12 @@ def give_back() -> None:
     trim = _trim()
     if trim is not None:
         trim(0)
+
+
+def give_back_behind(weight: Tensor) -> None:
+    """:func:`give_back`, if the weight that was worked on is large enough for that to pay."""
+    if weight.numel() >= _LARGE:
+        give_back()
 
 
 @functools.cache

@@ -27,7 +27,7 @@ _POST_OPS: dict[tuple[str, str], int] = {
     ("gelu", "none"): 3, ("gelu", "tanh"): 4, ("swish", ""): 5, ("tanh", ""): 6,
     ("hardswish", ""): 7,
 }  # fmt: skip
-"""oneDNN's name of a function and its algorithm -> ``PostOp`` of ``csrc/static.h``."""
+"""oneDNN's name of a function and its algorithm -> ``Between`` of ``csrc/static.h``."""
 _OUT = (torch.uint8, torch.float32)
 
 

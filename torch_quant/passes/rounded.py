@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from torch_quant.core.memory import give_back
+from torch_quant.core.memory import give_back_behind
 from torch_quant.core.plan import SitePlan
 from torch_quant.core.qparams import QParams
 from torch_quant.ops.arguments import argument
@@ -14,9 +14,6 @@ from torch_quant.passes.base import PassContext
 from torch_quant.passes.constants import evaluate, expression
 
 __all__ = ["rounded_weight"]
-
-_LARGE = 2**20
-"""Numbers of a weight behind which freed memory is given back: that takes milliseconds."""
 
 
 @torch.no_grad()
@@ -47,6 +44,5 @@ def rounded_weight(
         value = evaluate(context.gm, old).detach() if value is None else value
         codes, qparams = context.params.weight(site.name, value, site.weight, axis)
         context.weights[memo] = codes.contiguous(), qparams  # as kernels pack it
-        if codes.numel() >= _LARGE:
-            give_back()
+        give_back_behind(codes)
     return context.weights[memo]

@@ -7,6 +7,8 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from torch_quant.report.names import shortened
+
 __all__ = ["Comparison", "LayerError"]
 
 _NAME = 36
@@ -69,7 +71,7 @@ class Comparison:
 
         rows = [
             {
-                "layer": _cut(each.site),
+                "layer": shortened(each.site, _NAME),
                 "format": each.format.replace(" weights", " w"),
                 "before dB": _decibels(each.before),
                 "after dB": _decibels(each.after),
@@ -90,18 +92,6 @@ class Comparison:
         if self.unseen:
             lines.append(f"{self.unseen} sites have no result of their own, or were not called")
         return "\n".join(lines)
-
-
-def _cut(name: str, most: int = _NAME) -> str:
-    """A name in few columns, without its middle.
-
-    >>> _cut("encoder.layer.0.attention.output.dense", 20)
-    'encoder....put.dense'
-    """
-    if len(name) <= most:
-        return name
-    head = (most - 3) // 2
-    return f"{name[:head]}...{name[len(name) - (most - 3 - head) :]}"
 
 
 def _decibels(value: float) -> str:

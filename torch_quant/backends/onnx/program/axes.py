@@ -35,14 +35,9 @@ def kept_axes(graph: Any, reduction: Any) -> None:
     if result.is_graph_output() or getattr(result.dtype, "name", "") not in _FLOATS:
         return
     tape = ir.tape.Tape()
-    squeezed = tape.op("Squeeze", [result, reduction.inputs[1]])
-    squeezed.shape, squeezed.type = result.shape, result.type
-    for node, place in list(result.uses()):
-        if node is not squeezed.producer():
-            node.replace_input_with(place, squeezed)
+    _put_behind(graph, tape, result, tape.op("Squeeze", [result, reduction.inputs[1]]))
     reduction.attributes["keepdims"] = ir.AttrInt64("keepdims", 1)
     result.shape = None
-    graph.insert_after(reduction, tape.nodes)
 
 
 def second_axis(graph: Any, transform: Any) -> None:
@@ -103,8 +98,13 @@ def split_rows(graph: Any, product: Any) -> None:
     tape = ir.tape.Tape()
     least = np.full(outputs, _LEAST, result.dtype.numpy())
     added = tape.op("Add", [result, constant(graph, tape, f"{result.name}_least", least)])
-    added.shape, added.type = result.shape, result.type
-    for node, place in list(result.uses()):
-        if node is not added.producer():
-            node.replace_input_with(place, added)
-    graph.insert_after(product, tape.nodes)
+    _put_behind(graph, tape, result, added)
+
+
+def _put_behind(graph: Any, tape: Any, value: Any, made: Any) -> None:
+    """Have all that reads a value read what was made of it on ``tape``, of the same form."""
+    made.shape, made.type = value.shape, value.type
+    for node, place in list(value.uses()):
+        if node is not made.producer():
+            node.replace_input_with(place, made)
+    graph.insert_after(value.producer(), tape.nodes)
