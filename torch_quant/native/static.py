@@ -54,8 +54,8 @@ def packed_for() -> int:
     return depth if depth == 4 else 0
 
 
-def _is_vector(x: Tensor, size: int) -> bool:
-    return x.dtype is torch.float32 and x.shape == (size,) and x.is_contiguous()
+def _read_in_place(vector: Tensor | None) -> bool:
+    return vector is None or (vector.dtype is torch.float32 and vector.is_contiguous())
 
 
 def takes(
@@ -68,12 +68,12 @@ def takes(
     post_op: str,
     algorithm: str,
 ) -> bool:
-    """Whether the kernel has what a layer asks for, and all sizes fit; oneDNN says which do not.
+    """Whether the kernel has what a layer asks for. It reads as far as these sizes say.
 
     Args:
         x: codes, ``[..., in]``.
         weight: ``[out, in]``, or with further dimensions of 1.
-        weight_scale: what should be ``[out]`` of float32.
+        weight_scale: ``[out]``.
         bias, factor: likewise, or None.
         out_dtype: of the result.
         post_op, algorithm: oneDNN's names of the function behind the product.
@@ -83,13 +83,10 @@ def takes(
         x.dtype is torch.uint8
         and weight.dtype is torch.int8
         and 0 < inputs <= MOST_INPUTS
-        and x.dim() > 0
-        and x.shape[-1] == inputs
-        and weight_scale.dtype is torch.float32
-        and weight_scale.numel() == outputs > 0
-        and weight_scale.is_contiguous()
-        and (bias is None or _is_vector(bias, outputs))
-        and (factor is None or _is_vector(factor, outputs))
+        and outputs > 0
+        and _read_in_place(weight_scale)
+        and _read_in_place(bias)
+        and _read_in_place(factor)
         and out_dtype in _OUT
         and _post_op(post_op, algorithm) is not None
     )
