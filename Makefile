@@ -47,7 +47,7 @@ SAME := algorithms checkpoints cli core extensions integrations native rounding 
   edges.py gradients.py lightning.py observing.py tables.py trainer.py training.py transforms.py tuning.py \
   sharing.py starts.py) \
   $(addprefix test_,architecture.py bad_input.py capture_policy.py capturing_once.py configuration.py contributing.py \
-  coverage.py decoding_zoo.py experts.py explain.py generate_llm.py merging.py mistakes.py \
+  coverage.py decoding_zoo.py experts.py experts_with_data.py explain.py generate_llm.py merging.py mistakes.py \
   onnx_pretrained.py onnx_steps.py onnx_zoo.py public.py quantizer.py readme.py recipes.py requirements.py \
   saved_states.py thinning.py typing.py)
 

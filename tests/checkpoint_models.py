@@ -13,7 +13,7 @@ from torch_quant import Quantizer, recipes
 from torch_quant.checkpoints.weights import quantized_weights
 
 SIZES = {
-    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
 }  # fmt: skip
 

@@ -31,7 +31,7 @@ SATURATION = 0.0 if WEIGHT_BITS == 8 else 2.0
 """dB that attention may lose where products of two 8-bit activations saturate: without VNNI."""
 
 
-FEW = {"bert", "whisper", "resnet", "efficientnet", "convnext"}
+FEW = {"bert", "whisper", "efficientnet"}
 """Of each family; the others, which IPEX takes a while to compile, have their operators."""
 TAKEN = [entry for entry in ARCHITECTURES if LONG or entry.name in FEW]
 

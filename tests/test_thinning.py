@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from thinning import LONG, covering, left_out, rarely, some
+from thinning import LONG, OLDEST, covering, left_out, rarely, some
 
 
 @pytest.fixture(params=["x", "y", "z"])
@@ -38,6 +38,11 @@ def test_in_the_long_run() -> None:
     assert LONG
 
 
+@pytest.mark.newest("to see where it is left out")
+def test_on_the_newest() -> None:
+    assert LONG or not OLDEST
+
+
 def test_what_every_run_takes_of_these(request: pytest.FixtureRequest) -> None:
     module = request.node.getparent(pytest.Module)
     items = [each for each in module.collect() if isinstance(each, pytest.Function)]
@@ -58,6 +63,7 @@ def test_what_every_run_takes_of_these(request: pytest.FixtureRequest) -> None:
     assert {c for c, *_ in pairs} == set("0123")
     assert taken["test_rarely"] == [["1"], ["3"]]
     assert "test_in_the_long_run" not in taken
+    assert ("test_on_the_newest" in taken) is not OLDEST
 
 
 def test_few_cases_have_all_values() -> None:

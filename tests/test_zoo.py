@@ -61,7 +61,7 @@ def test_the_chosen_exist() -> None:
 
 SLOW = {
     "mobilevitv2", "funnel", "speech_to_text", "sew", "gemma2", "siglip", "whisper", "t5", "clip",
-    "swinv2",
+    "swinv2", "levit", "mobilenet_v1", "yolos", "convbert", "modernbert",
 }  # fmt: skip
 """Left to ``make test-long``: others of their kinds are here, and decoders in ``test_decoding``."""
 TAKEN = () if torch.__version__.startswith("2.8.") else KINDS - SLOW  # there test_ipex_zoo has some

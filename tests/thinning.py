@@ -5,6 +5,7 @@ What is left out is said where the cases stand, in one of these ways:
     @pytest.mark.thin                      # each value of each parameter at least once
     @pytest.mark.thin("bits", "backend")   # and each combination of these two
     @pytest.mark.long("half a minute")     # nothing: the long run has it
+    @pytest.mark.newest("a minute")        # nothing on the oldest torch
 
     some(MODELS, "bert", "resnet")         # of one list: these
     third(MODELS, 0)                       # of one list: every third
@@ -22,16 +23,21 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypeVar
 
 import pytest
+import torch
 from _pytest.mark import ParameterSet
 
-__all__ = ["LONG", "MARKS", "covering", "left_out", "rarely", "some", "third"]
+__all__ = ["LONG", "MARKS", "OLDEST", "covering", "left_out", "rarely", "some", "third"]
 
 LONG = bool(int(os.environ.get("LONG_TESTS") or 0))
 """Whether everything is run."""
 
+OLDEST = torch.__version__.startswith("2.8.")
+"""Whether this is the oldest torch, beside which the newest runs the same tests."""
+
 MARKS = (
     "thin(*together): make test takes each value once, and each combination of those named",
     "long(reason): left to make test-long",
+    "newest(reason): on the oldest torch left to make test-long",
 )
 
 _Case = TypeVar("_Case")
@@ -61,7 +67,8 @@ def rarely(*values: object) -> ParameterSet:
 
 def left_out(items: Sequence[pytest.Item]) -> set[pytest.Item]:
     """The tests that are for the long run alone."""
-    found = {each for each in items if each.get_closest_marker("long")}
+    marks = ("long", "newest") if OLDEST else ("long",)
+    found = {each for each in items if any(map(each.get_closest_marker, marks))}
     grids: dict[Hashable, list[pytest.Item]] = {}
     for each in items:
         if each.get_closest_marker("thin") and each not in found:

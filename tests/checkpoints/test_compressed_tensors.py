@@ -99,7 +99,7 @@ def test_several_formats_and_layers_in_float(tmp_path: Path) -> None:
     folder = export_checkpoint(quant_model, tmp_path / "model")
     config = about(folder)["quantization_config"]
     assert config["ignore"] == ["model.layers.0.self_attn.o_proj", "lm_head"]
-    assert [len(each["targets"]) for each in config["config_groups"].values()] == [11, 2]
+    assert [len(each["targets"]) for each in config["config_groups"].values()] == [5, 1]
     again = loaded(folder)
     assert same_integers(again, quant_model)
     assert torch.equal(again(**ids()).logits, quant_model(**ids()).logits)
@@ -335,6 +335,6 @@ def test_what_the_library_itself_writes_is_read(
             tensors |= {f"{path}.{key}": x for key, x in found.items()}
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
     again = loaded(folder)
-    assert len(integers(again)) == 15
+    assert len(integers(again)) == 8
     # The same values by another order of operations: (q - z) * s in both, so nothing but sums.
     torch.testing.assert_close(again(**ids()).logits, model(**ids()).logits, rtol=1e-6, atol=1e-6)

@@ -124,12 +124,9 @@ def alone(statement: str) -> None:
     )
 
 
-def test_graphs_that_hold_branches() -> None:
-    alone("check(test_serialize.Cond)")
-
-
+@pytest.mark.newest("a process of four seconds")
 def test_a_model_with_branches_is_one_graph_and_still_runs_afterwards() -> None:
-    alone("quantized_branches()")
+    alone("check(test_serialize.Cond); test_serialize.quantized_branches()")
 
 
 def quantized_branches() -> None:

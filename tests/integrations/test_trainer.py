@@ -60,7 +60,7 @@ def classifier() -> nn.Module:
 
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=512, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=512, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=64, num_labels=len(PACKAGES), hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )  # fmt: skip

@@ -28,7 +28,10 @@ from torch_quant import (
 )
 from torch_quant.io import onnx as onnx_io
 
-pytestmark = needs("onnx", "onnxscript", "onnxruntime")
+pytestmark = [
+    needs("onnx", "onnxscript", "onnxruntime"),
+    pytest.mark.newest("the exporter is tested on the newest torch"),
+]
 
 
 def small() -> tuple[Any, Tensor]:

@@ -149,7 +149,7 @@ def test_decoders(name: str, tmp_path: Path) -> None:
     quant_model = written(DECODERS[name](), example, path)
     report = Backend.ONNX.verify(path)
     assert report.complete, report
-    assert len(report.fused) == 15
+    assert len(report.fused) == 8
     found = onnxruntime_gives(path, ids(3, 9), 0)
     close(found, [quant_model(**ids(3, 9), use_cache=False).logits])
 

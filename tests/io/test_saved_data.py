@@ -128,6 +128,7 @@ def check_branches() -> None:
         assert torch.equal(again(x)[0], gm(x)[0])
 
 
+@pytest.mark.newest("a process of four seconds")
 def test_graphs_inside_of_graphs() -> None:
     """In a process of its own: Dynamo, which ``torch.cond`` runs, keeps what other tests traced."""
     here = Path(__file__).parent

@@ -214,7 +214,7 @@ def test_a_cache_among_the_outputs_needs_its_class_imported(tmp_path: Path) -> N
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
         num_attention_heads=4, num_key_value_heads=2,
     )  # fmt: skip
     model = seeded(lambda: LlamaForCausalLM(config))

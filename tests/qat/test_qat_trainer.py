@@ -42,7 +42,7 @@ def classifier() -> nn.Module:
 
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=64, num_labels=2,
     )  # fmt: skip
     return BertForSequenceClassification(config).eval()
