@@ -118,7 +118,8 @@ class Calibrated:
     ) -> RoundedWeight | None:
         """What :meth:`Quantizer.round_weights` made of a weight; its later calls share it."""
         made = self._made
-        rounded = made.sites.get(site) or made.sites.get(site.partition("@")[0])
+        name = site if site in made.sites else site.partition("@")[0]
+        rounded = made.sites.get(name)
         again = "run quantizer.round_weights(model, batches) again"
         if rounded is None:
             paths = {f"{each.module}.weight" for each in self._sites[site]}
@@ -135,6 +136,7 @@ class Calibrated:
             )
         if rounded.checksum != checksum(weight):
             raise InvalidConfig(f"the weight of {site} has changed since it was rounded: {again}")
+        made.check(name)
         return rounded
 
     def _known(self, method: WeightMethod, name: str) -> dict[str, Statistic]:

@@ -196,7 +196,8 @@ class Session:
         """How the model is put on a backend, with the ranges as they are now; as :meth:`plan`."""
         plan = self.plan(backend, fallen, slower=slower)
         backend, params = backend or self.owner.backend, Calibrated(self, plan)
-        return Lowering(self.captured, plan, backend, params, self._scaled(plan))
+        held = self.state.rounded.tensors()
+        return Lowering(self.captured, plan, backend, params, self._scaled(plan), held)
 
     def _scaled(self, plan: QuantPlan) -> dict[str, Scaling]:
         """What is scaled of the parameters that stay in float."""

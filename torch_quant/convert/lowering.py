@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MethodType, ModuleType
 from typing import Any, ClassVar
@@ -55,6 +55,8 @@ class Lowering:
     params: Params
     scaled: Mapping[str, Scaling] = field(default_factory=dict)
     """Parameters of the model that are other ones in the quantized model."""
+    held: Sequence[Tensor] = ()
+    """Tensors of the quantizer that may be those of the quantized model, see :mod:`lending`."""
     live: ClassVar[bool] = False
     """Whether graphs read the float model's parameters, which are then kept."""
     declined: dict[str, str] = field(default_factory=dict)
@@ -83,7 +85,7 @@ class Lowering:
         return quantized_module(twin, how, QuantizedModule)
 
     def _owner(self, shared: SharedWeights | None) -> Owner:
-        owner = Owner(self._theirs(), shared)
+        owner = Owner(self._theirs(), shared, self.held)
         parameters = dict(self.captured.root.module.named_parameters()) if self.scaled else {}
         for name, how in self.scaled.items():
             owner.put(parameters[name], how.apply(parameters[name].detach()))

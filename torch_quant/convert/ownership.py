@@ -6,7 +6,6 @@ Large float weights may stay shared, on request. Then a change of them is notice
 from __future__ import annotations
 
 import copy
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from torch_quant.convert.mounting import place_in_memory
 from torch_quant.convert.nested import Replaced, tensors_in
+from torch_quant.core.lending import Lender, content
 from torch_quant.errors import QuantError
 from torch_quant.nn.described import Described
 
@@ -66,15 +66,22 @@ class Owner:
     Args:
         theirs: name -> tensor of the float model.
         shared: notes the large float tensors, which are then not copied.
+        held: the quantizer's own tensors. Large ones are lent, as long as no other model has them.
     """
 
-    def __init__(self, theirs: Mapping[str, Tensor], shared: SharedWeights | None) -> None:
+    def __init__(
+        self,
+        theirs: Mapping[str, Tensor],
+        shared: SharedWeights | None,
+        held: Iterable[Tensor] = (),
+    ) -> None:
         self.names = {
             x.untyped_storage()._cdata: name
             for name, x in reversed(list(theirs.items()))
             if x.layout == torch.strided
         }
         self.shared = shared
+        self.lender = Lender(held)
         self.made: dict[tuple[Any, ...], Tensor] = {}
         self.constants: dict[tuple[Any, ...], Tensor] = {}
         self.held = Replaced()
@@ -102,11 +109,12 @@ class Owner:
     def _once(self, x: Tensor) -> Tensor:
         """``x``, or an equal constant: integers of tied weights are tied."""
         if x.nbytes < _LARGE or x.device.type != "cpu":
-            return x
-        values: Any = x.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-        key = (zlib.crc32(values), x.dtype, x.shape, x.stride())
-        found = self.constants.setdefault(key, x)
-        return found if torch.equal(found, x) else x
+            return self.lender.own(x)
+        key = (content(x), x.shape, x.stride())
+        if key not in self.constants:
+            self.constants[key] = self.lender.lent(x, key[0])
+        found = self.constants[key]
+        return found if torch.equal(found, x) else self.lender.own(x)
 
     def _new(self, name: str | None, x: Tensor) -> Tensor:
         if name is None:

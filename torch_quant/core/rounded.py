@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_quant.core.lending import was_changed
 from torch_quant.core.methods import WeightMethod, read_weight_method
 from torch_quant.core.packing import pack_codes, unpack_codes
 from torch_quant.core.qparams import QParams
@@ -93,6 +94,11 @@ class RoundedWeight:
         return cls(packed, qparams, tuple(codes.shape), method, checksum)
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Packed codes, scales and zero points."""
+        return self.packed, self.qparams.scale, self.qparams.zero_point
+
+    @property
     def codes(self) -> Tensor:
         """One code an element, in ``qparams.spec.dtype``."""
         return unpack_codes(self.packed, self.shape, self.qparams.spec)
@@ -115,6 +121,19 @@ class RoundedWeights:
     def __bool__(self) -> bool:
         return bool(self.sites)
 
+    def tensors(self) -> list[Tensor]:
+        """All that the sites have."""
+        return [x for each in self.sites.values() for x in each.tensors]
+
+    def check(self, site: str) -> None:
+        """Raise :class:`InvalidConfig` if a quantized model's owner has written to what is lent."""
+        if any(map(was_changed, self.sites[site].tensors)):
+            raise InvalidConfig(
+                f"the codes of {site} were written to, in a quantized model that computes with "
+                "the quantizer's own: run quantizer.round_weights(model, batches) again; "
+                "quant_model.load_state_dict(...) and copies of a model do not reach the quantizer"
+            )
+
     def copied(self) -> RoundedWeights:
         """A copy that later changes do not reach; tensors are shared."""
         return RoundedWeights(dict(self.sites), dict(self.scaled), self.left_out)
@@ -130,6 +149,8 @@ class RoundedWeights:
         >>> RoundedWeights().state_dict()
         {'left_out': [], 'sites': {}, 'scaled': {}}
         """
+        for site in self.sites:
+            self.check(site)
         return {
             "left_out": list(self.left_out),
             "sites": {

@@ -174,7 +174,9 @@ def settle_names(gm: fx.GraphModule) -> Draft:
             names |= {id(x): f"{placed}{ending}" for ending, x in new.items()}
     for node, value in values.items():
         node.target = names[id(value)]
-    return Draft(root, gm.graph)
+    made = Draft(root, gm.graph)
+    root.graph.owning_module = None  # else all its tensors live on until cycles are looked for
+    return made
 
 
 def _buffer(value: Any) -> Any:
