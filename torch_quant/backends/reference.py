@@ -68,7 +68,7 @@ class ReferenceBackend(Backend):
 def _rows(op: str, pattern: OpPattern, weight: Accepts) -> list[Kernel]:
     """How an operator is computed."""
     if pattern.any_format:
-        return [Kernel(op, _activations(pattern.smoothable), weight)]
+        return [Kernel(op, _activations(pattern), weight)]
     found = []
     if pattern.static:
         found.append(Accepts(QuantSpec(), floats=True))
@@ -87,29 +87,34 @@ def _rows(op: str, pattern: OpPattern, weight: Accepts) -> list[Kernel]:
     return [Kernel(op, each, Accepts(symmetric_weight(), floats=True)) for each in found]
 
 
-def _activations(rows: bool) -> Accepts:
-    """What an operator takes; of its input's last dimension, ``rows`` of a weight are summed.
+def _activations(pattern: OpPattern) -> Accepts:
+    """What an operator takes: more scales than one where each is of all that is summed up together.
 
-    There a token or a group has one scale for all that is summed up together.
+    That is a token, or a group, of what a weight's rows are multiplied with, and a token of a
+    product of activations.
     """
     wants = "activations have one scale for the whole tensor"
-    if not rows:
-        return Accepts(
-            QuantSpec(),
-            lambda spec: spec.per_tensor,
-            wants,
-            any_format=True,
-            floats=True,
-            dynamic=True,
-        )
-    return Accepts(
-        QuantSpec(),
-        lambda spec: spec.per_tensor or spec.dynamic,
-        f"{wants}, or dynamic ones for tokens or groups",
-        any_format=True,
-        floats=True,
-        dynamic=True,
-    )
+    if pattern.smoothable:
+        fits = _static_or_dynamic
+        wants = f"{wants}, or dynamic ones for tokens or groups"
+    elif pattern.columns is not None:
+        fits = _static_or_tokens
+        wants = f"{wants}, or dynamic ones for tokens"
+    else:
+        fits = _one_scale
+    return Accepts(QuantSpec(), fits, wants, any_format=True, floats=True, dynamic=True)
+
+
+def _one_scale(spec: QuantSpec) -> bool:
+    return spec.per_tensor
+
+
+def _static_or_dynamic(spec: QuantSpec) -> bool:
+    return spec.per_tensor or spec.dynamic
+
+
+def _static_or_tokens(spec: QuantSpec) -> bool:
+    return spec.per_tensor or (spec.dynamic and isinstance(spec.granularity, PerToken))
 
 
 def _plain_dequantize(node: fx.Node) -> None:

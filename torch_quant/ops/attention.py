@@ -137,5 +137,6 @@ register_operator(
         _macs,
         internals={"probabilities": sdpa_probabilities},
         quantize=_quantize,
+        columns=(2,),
     )
 )

@@ -99,5 +99,6 @@ register_operator(
         None,
         0,
         _gemm_macs,
+        columns=(1,),
     )
 )

@@ -83,6 +83,9 @@ class OpPattern:
         static: whether grids that calibration found serve its activations.
         untrainable: why no gradient passes its quantized form, empty if it does.
         window: what a call reads for each of its results, where that is a part of an image.
+        columns: of a product of activations, those that it sums over the columns of, as positions;
+            None for other operators. A dynamic scale per token is one for each vector that is
+            summed over, so these have one for each column.
     """
 
     name: str
@@ -104,6 +107,7 @@ class OpPattern:
     static: bool = True
     untrainable: str = ""
     window: Callable[[fx.Node], Window] | None = None
+    columns: tuple[int, ...] | None = None
 
 
 class Inserter(Protocol):

@@ -11,6 +11,10 @@ Dynamic ones are chosen from the tensor at each call, as the consumer reads it:
 
     source -> reshape -> choose_qparams, quantize -> dequantize -> product
 
+Of what a product sums over the columns of, "per token" is one scale for each column:
+
+    source -> transpose -> choose_qparams, quantize -> dequantize -> transpose -> product
+
 Where weights are ``live``, they are rounded in the graph: parameters -> fake_quantize -> product.
 """
 
@@ -37,12 +41,14 @@ from torch_quant.graph.sites import (
 )
 from torch_quant.ops.arguments import argument, set_arguments
 from torch_quant.ops.qdq import CHOOSE_QPARAMS, DEQUANTIZE, FAKE_QUANTIZE, QUANTIZE
-from torch_quant.ops.table import OpPattern
+from torch_quant.ops.table import OpPattern, pattern_of, size_hints
 from torch_quant.passes.base import PassContext
 from torch_quant.passes.constants import evaluate, name_of, new_constant, new_constants
 from torch_quant.passes.rounded import rounded_weight
 
 __all__ = ["insert_qdq"]
+
+aten = torch.ops.aten
 
 _CONSTANTS = ("placeholder", "get_attr")
 
@@ -60,14 +66,34 @@ class _Inserter:
         default_factory=dict
     )
     """Tensor and dynamic format -> its codes, scale and zero point."""
+    turned: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    """Matrices -> their transposes."""
 
     def activations(self, user: fx.Node, args: list[fx.Node], entry: SitePlan) -> None:
         """Make ``user`` read ``args`` quantized; one tensor may stand in several places."""
-        assert entry.activation is not None
+        spec = entry.activation
+        assert spec is not None
+        for place in _by_columns(user, spec):  # first: one tensor may be read both ways
+            set_arguments(user, {place: self._columns(user, argument(user, place), spec)})
         for i, arg in enumerate(args):
-            if arg not in args[:i]:
+            if arg not in args[:i] and arg in user.all_input_nodes:
                 role = f"input_{i}" if i else "input"
-                self.activation(user, arg, self.source(arg), entry.activation, role)
+                self.activation(user, arg, self.source(arg), spec, role)
+
+    def _columns(self, user: fx.Node, x: fx.Node, spec: QuantSpec) -> fx.Node:
+        """The matrices ``x`` with a dynamic scale for each column, for ``user``."""
+        if x not in self.turned:
+            with x.graph.inserting_before(_behind_constants(x.next)):
+                self.turned[x] = x.graph.call_function(aten.transpose.int, (x, -2, -1))
+            self.turned[x].meta["val"] = x.meta["val"]  # a float tensor, which is all that is asked
+        codes, grid = self._met(self.turned[x], spec)
+        with x.graph.inserting_before(user):
+            args: Any = (codes, *grid, spec.element.name)
+            real = x.graph.call_function(DEQUANTIZE, args)
+            back = x.graph.call_function(aten.transpose.int, (real, -2, -1))
+        for each in (real, back):
+            each.meta["val"] = x.meta["val"]
+        return back
 
     def activation(self, user: fx.Node, arg: fx.Node, key: str, spec: QuantSpec, role: str) -> None:
         """Make ``user`` read ``arg`` quantized to ``spec``.
@@ -194,6 +220,14 @@ class _Inserter:
             if live:
                 return user.graph.call_function(FAKE_QUANTIZE, (old, *constants, element))
             return user.graph.call_function(DEQUANTIZE, (*constants, element))
+
+
+def _by_columns(node: fx.Node, spec: QuantSpec) -> list[int]:
+    """The positions of what a product sums over the columns of, where scales are of vectors."""
+    pattern = pattern_of(node)
+    if pattern is None or not pattern.columns or not spec.dynamic or spec.per_tensor:
+        return []
+    return [each for each in pattern.columns if len(size_hints(argument(node, each))) > 1]
 
 
 def _behind_constants(node: fx.Node) -> fx.Node:
