@@ -22,6 +22,7 @@ __all__ = [
     "CASES",
     "EVERY_BACKEND",
     "IN_PROCESS",
+    "QUICK",
     "Case",
     "Inputs",
     "assert_unchanged",
@@ -35,10 +36,13 @@ __all__ = [
 
 EVERY_BACKEND = [backend.name for backend in available_backends()]
 """Names of those that run on this machine."""
-IN_PROCESS = [each.name for each in available_backends() if each.not_recorded]
-"""Runtimes outside of PyTorch: a new session for each graph takes a second or two."""
+IN_PROCESS = [each.name for each in available_backends() if not each.fixes_numbers]
+"""Runtimes outside of PyTorch's dispatcher: a session for each graph takes seconds."""
 BACKENDS = [name for name in EVERY_BACKEND if name not in IN_PROCESS]
 """Names of those that compute in PyTorch, which can be traced and exported."""
+
+QUICK = [name for name in EVERY_BACKEND if name != "inductor"]
+"""Of these, those whose compiler does not take five seconds for each graph: for every run."""
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -6,7 +6,8 @@ import pytest
 from torch import nn
 
 from torch_quant.backends import OnnxRuntimeBackend, OpenVINOBackend
-from torch_quant.backends.onnx.in_process import InProcess, InProcessBackend
+from torch_quant.backends.in_process import InProcess
+from torch_quant.backends.onnx.in_process import InProcessBackend
 
 __all__ = ["RUNTIMES", "compiled", "each_runtime"]
 

@@ -46,11 +46,12 @@ BACKENDS = {
     if (path / "__init__.py").exists()
 }
 """Name of a runtime that has a room of its own -> the room."""
-READERS = {"onnxruntime": "onnx", "openvino": "onnx"}
-"""Name of a runtime that reads files of a format -> the room of the format, which knows it."""
+READERS = {"onnxruntime": "onnx", "openvino": "onnx", "inductor": "onednn"}
+"""Name of a runtime that reads files of a format, or calls kernels of another -> the room of the
+format or the kernels, which knows it."""
 REGISTRY = {"__init__.py", "backends/__init__.py", "backends/base.py"}
 """Where backends are listed, with their types."""
-FORMATS = {"io/onnx": "onnx", "io/ipex": "ipex"}
+FORMATS = {"io/onnx": "onnx", "io/ipex": "ipex", "io/inductor": "inductor"}
 """Files that write or read what belongs to one runtime: how their paths begin -> its name."""
 
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))

@@ -14,6 +14,7 @@ from flows import (
     BACKENDS,
     CASES,
     EVERY_BACKEND,
+    QUICK,
     assert_unchanged,
     calibrated,
     run,
@@ -60,7 +61,7 @@ def test_2_the_model_is_untouched(name: str, backend: str) -> None:
 
 
 @pytest.mark.thin
-@pytest.mark.parametrize("backend", EVERY_BACKEND)
+@pytest.mark.parametrize("backend", some(EVERY_BACKEND, *QUICK))
 @pytest.mark.parametrize("name", SOME)
 def test_4_a_backend_is_as_good_as_its_simulation(name: str, backend: str) -> None:
     from torch_quant.backends import ReferenceBackend
@@ -168,7 +169,7 @@ def test_7_memory_does_not_grow_with_the_data(observer: str) -> None:
     assert abs(size() - before) < 2048  # the pickled batch counts grow by a few digits
 
 
-@pytest.mark.parametrize("backend", EVERY_BACKEND)
+@pytest.mark.parametrize("backend", some(EVERY_BACKEND, *QUICK))
 def test_8_excluded_ops_compute_with_the_same_values(backend: str) -> None:
     model = MODELS["mlp"]()
     quantizer = calibrated(
@@ -184,7 +185,7 @@ def test_8_excluded_ops_compute_with_the_same_values(backend: str) -> None:
     assert quantizer.plan["4"].reason == "excluded by name"
 
 
-@pytest.mark.parametrize("backend", EVERY_BACKEND)
+@pytest.mark.parametrize("backend", some(EVERY_BACKEND, *QUICK))
 def test_8_with_everything_but_one_excluded_only_that_one_errs(backend: str) -> None:
     model = MODELS["mlp"]()
     quantizer = calibrated(

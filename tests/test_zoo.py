@@ -11,7 +11,7 @@ import torch
 from flows import BACKENDS, CASES, Case, assert_unchanged, run, snapshot
 from multiplications import counted
 from processor import COARSER
-from thinning import LONG
+from thinning import LONG, OLDEST
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from zoo import KINDS, ONE_SIZE, ZOO
@@ -64,9 +64,15 @@ SLOW = {
     "swinv2", "levit", "mobilenet_v1", "yolos", "convbert", "modernbert",
 }  # fmt: skip
 """Left to ``make test-long``: others of their kinds are here, and decoders in ``test_decoding``."""
-TAKEN = () if torch.__version__.startswith("2.8.") else KINDS - SLOW  # there test_ipex_zoo has some
-CHOSEN = {name: case for name, case in CASES.items() if LONG or name in TAKEN or name not in ZOO}
-"""Architectures of each kind, on the oldest torch none, and all awkward models."""
+TAKEN = set() if OLDEST else KINDS - SLOW  # there test_ipex_zoo has some
+AWKWARD = [name for name in CASES if name not in ZOO]
+CHOSEN = {
+    name: case
+    for name, case in CASES.items()
+    if LONG or name in TAKEN or name in (AWKWARD[::3] if OLDEST else AWKWARD)
+}
+"""Architectures of each kind and all awkward models; on the oldest torch a third of these, since
+``tests/graph`` captures them there."""
 
 
 @pytest.mark.parametrize("case", CHOSEN.values(), ids=list(CHOSEN))

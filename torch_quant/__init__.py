@@ -48,6 +48,7 @@ from torch_quant.errors import (
     QuantError,
     UnsupportedOp,
 )
+from torch_quant.io.inductor import export_inductor
 from torch_quant.io.onnx import export_onnx
 from torch_quant.io.saving import load, save
 from torch_quant.io.torchscript import export_torchscript
@@ -104,6 +105,7 @@ __all__ = [
     "cosine",
     "detect_nonfinite",
     "export_checkpoint",
+    "export_inductor",
     "export_onnx",
     "export_torchscript",
     "load",

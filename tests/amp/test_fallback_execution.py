@@ -11,9 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from amp_proxies import achieved, analysed
-from flows import BACKENDS, EVERY_BACKEND, assert_unchanged, calibrated, settled, snapshot
+from flows import BACKENDS, EVERY_BACKEND, QUICK, assert_unchanged, calibrated, settled, snapshot
 from models import example
 from processor import needs_bfloat16
+from thinning import some
 from torch import Tensor, nn
 
 from torch_quant import Backend, export_torchscript, sqnr
@@ -22,7 +23,7 @@ BOTH = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @pytest.mark.thin
-@pytest.mark.parametrize("backend", EVERY_BACKEND)
+@pytest.mark.parametrize("backend", some(EVERY_BACKEND, *QUICK))
 @pytest.mark.parametrize("name", ["mlp", "small_cnn", "tiny_transformer"])
 def test_everything_in_float_is_the_float_model(
     name: str, backend: str, caplog: pytest.LogCaptureFixture
@@ -89,7 +90,8 @@ def test_bfloat16_sites_compute_in_bfloat16(backend: str) -> None:
 
 @pytest.mark.thin
 @pytest.mark.parametrize(
-    "backend", [pytest.param(b, marks=[needs_bfloat16] * (b == "ipex")) for b in EVERY_BACKEND]
+    "backend",
+    [pytest.param(b, marks=[needs_bfloat16] * (b == "ipex")) for b in some(EVERY_BACKEND, *QUICK)],
 )
 @pytest.mark.parametrize("name", ["small_cnn", "tiny_transformer", "attention_explicit"])
 def test_bfloat16_is_close(name: str, backend: str) -> None:

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 import torch_quant
 from torch_quant import InvalidConfig, Quantizer, export_onnx, recipes
-from torch_quant.backends import OnnxRuntimeBackend
-from torch_quant.backends.onnx import in_process
+from torch_quant.backends import OnnxRuntimeBackend, in_process
 
 pytestmark = needs("onnx", "onnxscript", "onnxruntime", "openvino")
 

@@ -12,6 +12,7 @@ from torch_quant.backends.base import (
     register_kernel,
     usable_backend,
 )
+from torch_quant.backends.inductor import InductorBackend
 from torch_quant.backends.ipex import IPEXBackend
 from torch_quant.backends.onednn import OneDNNBackend
 from torch_quant.backends.onnx import OnnxBackend
@@ -23,6 +24,7 @@ __all__ = [
     "VARIABLE",
     "Backend",
     "IPEXBackend",
+    "InductorBackend",
     "OneDNNBackend",
     "OnnxBackend",
     "OnnxRuntimeBackend",

@@ -21,6 +21,7 @@ from torch_quant.ops.table import OPERATORS
 from torch_quant.passes.base import PassContext
 
 if TYPE_CHECKING:  # the types of what is registered, for type checkers and editors
+    from torch_quant.backends.inductor import InductorBackend
     from torch_quant.backends.ipex import IPEXBackend
     from torch_quant.backends.onednn import OneDNNBackend
     from torch_quant.backends.onnx import OnnxBackend
@@ -86,6 +87,7 @@ class Backend(ABC, metaclass=_ByName):
     """
 
     ONEDNN: ClassVar[OneDNNBackend]
+    INDUCTOR: ClassVar[InductorBackend]
     IPEX: ClassVar[IPEXBackend]
     ONNX: ClassVar[OnnxBackend]
     ONNXRUNTIME: ClassVar[OnnxRuntimeBackend]

@@ -47,14 +47,15 @@ class Progress:
     Args:
         bar: it has no steps; it only shows a description and the time.
         what: what is captured.
+        doing: what is done with it.
     """
 
-    def __init__(self, bar: Any, what: str) -> None:
-        self._bar, self._what = bar, what
+    def __init__(self, bar: Any, what: str, doing: str) -> None:
+        self._bar, self._what = bar, f"{doing} {what}"
 
     def say(self, step: str) -> None:
         """Show another step from now on."""
-        self._bar.set_description_str(f"capturing {self._what}: {step}", refresh=False)
+        self._bar.set_description_str(f"{self._what}: {step}", refresh=False)
         self.tick()
 
     def tick(self) -> None:
@@ -63,7 +64,7 @@ class Progress:
 
 
 @contextlib.contextmanager
-def progress(what: str) -> Iterator[Progress]:
+def progress(what: str, doing: str = "capturing") -> Iterator[Progress]:
     """A line for what runs inside; it is removed at the end."""
     from tqdm import tqdm
 
@@ -75,4 +76,5 @@ def progress(what: str) -> Iterator[Progress]:
         mininterval=INTERVAL,
         leave=False,
     ) as bar:
-        yield Progress(bar, what)
+        bar.set_description_str(f"{doing} {what}", refresh=False)
+        yield Progress(bar, what, doing)

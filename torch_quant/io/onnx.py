@@ -7,19 +7,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from torch_quant.backends.onnx.program.names import describe
 from torch_quant.backends.onnx.program.translate import LOWEST_OPSET, program_of
 from torch_quant.convert.quantized import QuantizedModule, check_finished, quantized_graphs
-from torch_quant.convert.quantized_graph import QuantizedGraph
 from torch_quant.core.packages import missing_packages
 from torch_quant.errors import BackendUnavailable, InvalidConfig
-from torch_quant.graph.binding import bind
-from torch_quant.graph.calls import flatten_call
-from torch_quant.graph.examples import example_call
 from torch_quant.graph.progress import hidden
+from torch_quant.io.called import graphs_called
 from torch_quant.io.files import checked_target, staging
 
 __all__ = ["export_onnx"]
@@ -95,7 +91,7 @@ def export_onnx(
             f"the model was quantized for {backend}, whose operators have no ONNX "
             "form: quantizer.quantize(model, backend=Backend.ONNX)"
         )
-    calls = _graphs_called(quant_model, example_inputs)
+    calls = graphs_called(quant_model, example_inputs)
     whole = [name for name, *_ in calls] == [""]
     if not whole and not pieces:
         raise InvalidConfig(_in_pieces(quant_model, target))
@@ -130,40 +126,6 @@ def export_onnx(
             _save(program, file)
             bar.update()
     return files
-
-
-# Which graphs
-
-
-def _graphs_called(
-    model: QuantizedModule, example_inputs: Any
-) -> list[tuple[str, QuantizedGraph, tuple[Tensor, ...]]]:
-    """(name, graph, tensors) of each graph that the example takes, in order, once each."""
-    args, kwargs = example_call(example_inputs)
-    how = model.quantization
-    if how.glue is None:
-        call = flatten_call(*bind(how.signature, args, kwargs))
-        for graph in how.graphs:
-            accepted = graph.accept(call)
-            if accepted is not None:
-                return [("", graph, accepted.tensors)]
-    names: dict[QuantizedGraph, str] = {}
-    for submodule, graph in quantized_graphs(model):
-        i = submodule.quantization.graphs.index(graph)
-        names[graph] = submodule.quantization.path + (f".{i}" if i else "")
-    found: dict[QuantizedGraph, tuple[Tensor, ...]] = {}
-
-    def note(graph: Any, tensors: tuple[Tensor, ...]) -> None:
-        found.setdefault(graph, tensors)
-
-    hooks = [graph.register_forward_pre_hook(note) for graph in names]
-    try:
-        with torch.no_grad():
-            model(*args, **kwargs)  # raises, saying why, where no graph serves the example
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [(names[graph], graph, tensors) for graph, tensors in found.items()]
 
 
 def _in_pieces(model: QuantizedModule, target: Path) -> str:

@@ -30,8 +30,9 @@ from torch_quant.ops.table import padding_sizes, size_hints, spread
 from torch_quant.passes.base import PassContext
 from torch_quant.passes.fold_pads import zeros_around
 from torch_quant.passes.fold_scales import fold_scales
+from torch_quant.passes.unsigned import unsigned_activations
 
-__all__ = ["OneDNNBackend"]
+__all__ = ["OneDNNBackend", "accepted_weight", "missing_kernels"]
 
 aten = torch.ops.aten
 
@@ -48,6 +49,26 @@ _CONV_POST_OPS: dict[int, set[str]] = {
 """What the kernels fuse, by the number of spatial dimensions."""
 
 
+def missing_kernels() -> str | None:
+    """Why this machine cannot run PyTorch's oneDNN kernels, or None."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return f"its kernels are for x86 CPUs, this is {platform.machine()}"
+    if not (
+        torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
+    ):
+        return "this build of torch has no oneDNN; pip install torch>=2.8 has"
+    return None
+
+
+def accepted_weight() -> Accepts:
+    """What they take: 7 bits where sums of two products of 8 bits would saturate."""
+    return Accepts(
+        symmetric_weight(bits=8 if has_vnni() else 7),
+        lambda spec: spec.signed and spec.symmetric and spec.per_channel,
+        "oneDNN wants a signed symmetric per-channel weight",
+    )
+
+
 @register_backend
 class OneDNNBackend(Backend):
     """Kernels of ``torch.ops.onednn``.
@@ -60,21 +81,10 @@ class OneDNNBackend(Backend):
     priority = 10
 
     def unavailable(self) -> str | None:
-        if platform.machine().lower() not in ("x86_64", "amd64"):
-            return f"its kernels are for x86 CPUs, this is {platform.machine()}"
-        if not (
-            torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")
-        ):
-            return "this build of torch has no oneDNN; pip install torch>=2.8 has"
-        return None
+        return missing_kernels()
 
     def _kernels(self) -> KernelTable:
-        activation = Accepts(QuantSpec())
-        weight = Accepts(
-            symmetric_weight(bits=8 if has_vnni() else 7),
-            lambda spec: spec.signed and spec.symmetric and spec.per_channel,
-            "oneDNN wants a signed symmetric per-channel weight",
-        )
+        activation, weight = Accepts(QuantSpec()), accepted_weight()
         return KernelTable(
             self.name,
             (
@@ -91,32 +101,13 @@ class OneDNNBackend(Backend):
 
     def lower(self, context: PassContext) -> fx.GraphModule:
         fold_scales(context)
-        _unsigned_activations(context)
+        unsigned_activations(context)
         _pad_codes(context)
         self.emit(context)
         for node in context.graph.find_nodes(op="call_function", target=QUANTIZE_PER_TENSOR):
             _lower_quantize(node)
         round_in_one_pass(context)
         return context.gm
-
-
-def _unsigned_activations(context: PassContext) -> None:
-    """Signed 8-bit codes as unsigned ones, 128 higher: the same numbers on another grid.
-
-    Convolutions take no signed codes, and without AMX a linear layer of them runs on a reference
-    kernel, hundreds of times slower.
-    """
-    for node in context.graph.find_nodes(op="call_function", target=DEQUANTIZE_PER_TENSOR):
-        origin, zero_point = argument(node, "q"), argument(node, "zero_point")
-        while origin.op == "call_function" and origin.target is not QUANTIZE_PER_TENSOR:
-            origin = argument(origin, 0)
-        if origin.target is QUANTIZE_PER_TENSOR and argument(origin, "dtype") is torch.int8:
-            set_arguments(node, {"zero_point": zero_point + 128})
-    for node in context.graph.find_nodes(op="call_function", target=QUANTIZE_PER_TENSOR):
-        if argument(node, "dtype") is torch.int8:
-            moved = ("zero_point", "quant_min", "quant_max")
-            values = {name: argument(node, name) + 128 for name in moved}
-            set_arguments(node, values | {"dtype": torch.uint8})
 
 
 def _pad_codes(context: PassContext) -> None:

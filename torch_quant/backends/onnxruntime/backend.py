@@ -10,7 +10,8 @@ from torch import Tensor, from_numpy
 from torch.utils.dlpack import from_dlpack
 
 from torch_quant.backends.base import register_backend
-from torch_quant.backends.onnx.in_process import InProcessBackend, Session
+from torch_quant.backends.in_process import Session
+from torch_quant.backends.onnx.in_process import InProcessBackend
 from torch_quant.errors import UnsupportedOp
 
 __all__ = ["OnnxRuntimeBackend"]

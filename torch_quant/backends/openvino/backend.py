@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from torch_quant.backends.base import register_backend
-from torch_quant.backends.onnx.in_process import InProcessBackend, Session
+from torch_quant.backends.in_process import Session
+from torch_quant.backends.onnx.in_process import InProcessBackend
 from torch_quant.errors import BackendUnavailable, UnsupportedOp
 
 __all__ = ["OpenVINOBackend"]

@@ -7,29 +7,34 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from torch_quant.backends.onnx.program.names import rename
 from torch_quant.backends.onnx.program.ops import own_forms
 from torch_quant.backends.onnx.program.recurrent import recurrent_layers, unrolled
 from torch_quant.backends.onnx.program.rewrites import rewrite
 from torch_quant.backends.onnx.program.weights import needed_opset, write_blocked
+from torch_quant.convert.exporting import (
+    OnlyTensors,
+    Tell,
+    exported_at_once,
+    exported_with_free_sizes,
+)
 from torch_quant.convert.quantized_graph import QuantizedGraph
 from torch_quant.errors import InvalidConfig, UnsupportedOp
-from torch_quant.graph.export import size_oblivious
 from torch_quant.graph.sites import KEY
-from torch_quant.passes.base import PassContext, copy_graph, run_passes
+from torch_quant.passes.base import Pass
 
 __all__ = ["LOWEST_OPSET", "program_of"]
 
 LOWEST_OPSET = 18
 """The lowest that PyTorch's exporter writes."""
 
-Tell = Callable[[str], None]
+_PASSES: tuple[Pass, ...] = (recurrent_layers,)
 
 
 def _untold(_: str) -> None:
@@ -80,29 +85,13 @@ def program_of(
     return program
 
 
-class _Tensors(nn.Module):
-    """A graph whose outputs that are no tensors are left out, and repeated ones are their own."""
-
-    def __init__(self, body: fx.GraphModule) -> None:
-        super().__init__()
-        self.body = copy_graph(body)
-        run_passes(PassContext(self.body), (recurrent_layers,))
-
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        seen: set[int] = {id(x) for x in tensors}
-        outputs = []
-        for x in self.body(*tensors):
-            if isinstance(x, Tensor):
-                outputs.append(x.clone() if id(x) in seen else x)
-                seen.add(id(x))
-        return tuple(outputs)
-
-
 def _captured(graph: QuantizedGraph, tensors: tuple[Tensor, ...], dynamic: bool, tell: Tell) -> Any:
     """The graph as a program of PyTorch's exporter."""
     with torch.no_grad(), _quiet():
         exported = (
-            _with_free_sizes(graph, tensors, tell) if dynamic else _traced(graph, tensors, "static")
+            _with_free_sizes(graph, tensors, tell)
+            if dynamic
+            else exported_at_once(graph, tensors, "static", _PASSES)
         )
     # The translation would evaluate them on the example, which can fix a size in the file.
     exported._guards_code = []
@@ -110,8 +99,8 @@ def _captured(graph: QuantizedGraph, tensors: tuple[Tensor, ...], dynamic: bool,
 
 
 def _with_free_sizes(graph: QuantizedGraph, tensors: tuple[Tensor, ...], tell: Tell) -> Any:
-    """A batch of 1 may have to be repeated for that."""
-    left = unrolled(_Tensors(graph.body).body)
+    """Or those of the example, where an operator is written out step by step."""
+    left = unrolled(OnlyTensors(graph.body, _PASSES).body)
     if left:
         places = ", ".join(f"{_op_name(each)} at {each.meta.get(KEY, each.name)}" for each in left)
         tell(
@@ -122,58 +111,12 @@ def _with_free_sizes(graph: QuantizedGraph, tensors: tuple[Tensor, ...], tell: T
 
         kinds = {each.target for each in left}
         steps = {kind: decomposition_table[kind] for kind in kinds if kind in decomposition_table}
-        return _traced(graph, tensors, "static").run_decompositions(steps)
-    twice = tuple(torch.cat([x, x]) if x.dim() and x.shape[0] == 1 else x for x in tensors)
-    reasons: list[Exception] = []
-    for example, mode in ((tensors, "oblivious"), (twice, "oblivious"), (twice, "dynamic")):
-        try:
-            exported = _traced(graph, example, mode)
-            _tell_fixed(exported, graph, tell)
-            return exported
-        except Exception as error:  # torch.export raises errors of many unrelated classes
-            reasons.append(error)
+        fixed = exported_at_once(graph, tensors, "static", _PASSES)
+        return fixed.run_decompositions(steps)
     try:
-        exported = _traced(graph, tensors, "static")
-    except Exception as error:
-        raise _without_form(reasons[0], graph.body) from error
-    tell(f"sizes as in the example only: {reasons[0]}")
-    return exported
-
-
-def _tell_fixed(exported: Any, graph: QuantizedGraph, tell: Tell) -> None:
-    """Tell of sizes that the exporter fixes though the quantized model leaves them free."""
-    names = exported.graph_signature.user_inputs
-    values = {node.name: node.meta["val"] for node in exported.graph.find_nodes(op="placeholder")}
-    for name, mine, sizes in zip(names, graph.contract.names, graph.contract.shapes, strict=True):
-        for axis, size in enumerate(sizes):
-            found = values[name].shape[axis]
-            free = isinstance(size, str) and isinstance(found, int)
-            if free and not graph.contract.fixes(size, found):
-                tell(
-                    f"{mine}.shape[{axis}] = {found} only: an operator is exported for the "
-                    "example's size"
-                )
-
-
-def _traced(graph: QuantizedGraph, tensors: tuple[Tensor, ...], mode: str) -> Any:
-    from torch.export import Dim
-
-    shapes = tuple(
-        {
-            i: Dim.AUTO
-            for i, size in enumerate(sizes)
-            if isinstance(size, str) and not graph.contract.fixes(size, x.shape[i])
-        }
-        or None
-        for x, sizes in zip(tensors, graph.contract.shapes, strict=True)
-    )
-    with size_oblivious(mode == "oblivious"):
-        return torch.export.export(
-            _Tensors(graph.body),
-            tuple(x.clone() for x in tensors),
-            dynamic_shapes=None if mode == "static" else {"tensors": shapes},
-            strict=False,
-        )
+        return exported_with_free_sizes(graph, tensors, tell, _PASSES)
+    except Exception as error:  # torch.export raises errors of many unrelated classes
+        raise _without_form(error, graph.body) from error
 
 
 def _translated(exported: Any, graph: QuantizedGraph, opset: int | None) -> Any:

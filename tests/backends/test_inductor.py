@@ -1,0 +1,139 @@
+"""PyTorch's compiler as a backend: calls, numbers, what is fused, copies, what fails."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flows import calibrated
+from models import images, normal, seeded
+from runtimes import compiled
+from test_in_process import Everything, Result, everything
+from thinning import OLDEST
+from torch import Tensor, nn
+
+import torch_quant
+from torch_quant import (
+    Backend,
+    BackendUnavailable,
+    InvalidConfig,
+    QConfig,
+    Quantizer,
+    QuantSpec,
+    sqnr,
+)
+from torch_quant.backends import InductorBackend, ReferenceBackend
+
+MISSING = Backend.INDUCTOR.unavailable()
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"Backend.INDUCTOR: {MISSING}")
+
+
+def meant(quantizer: Quantizer, model: nn.Module) -> Any:
+    return quantizer.quantize(model, backend=ReferenceBackend(Backend.INDUCTOR))
+
+
+@pytest.mark.skipif(
+    OLDEST,
+    reason="Inductor of torch 2.8 writes C++ for numbers among the inputs that does not compile, "
+    "and the graph runs in PyTorch: use a newer one",
+)
+def test_calls_of_any_form_and_size() -> None:
+    """Compiled once; inputs and outputs are those of the model, and numbers are inputs."""
+    model = seeded(Everything)
+    quantizer = calibrated(model, [everything(4), everything(6)], backend="inductor")
+    quant_model, reference = quantizer.quantize(model), meant(quantizer, model)
+    kept = []
+    for batch in (5, 1, 0, 7):
+        (x, mask), options = everything(batch)
+        found, expected = quant_model(x, mask, **options), reference(x, mask, **options)
+        result = found["result"]
+        assert isinstance(result, Result)
+        assert result.x is x
+        assert result.rows == batch
+        assert result.y is found["again"]
+        torch.testing.assert_close(result.y, expected["again"], rtol=0.0, atol=1e-4)
+        assert torch.equal(found["ids"], expected["ids"])
+        kept.append((result.y, expected["again"]))
+    other = quant_model(x, mask, scale=0.5)["again"]
+    torch.testing.assert_close(other, found["again"] / 5)
+    for mine, theirs in kept:
+        torch.testing.assert_close(mine, theirs, rtol=0.0, atol=1e-4)
+    wide = torch.zeros(7, 5, 40)
+    wide[:, :, 3:19] = x
+    torch.testing.assert_close(quant_model(wide[:, :, 3:19], mask, scale=0.5)["again"], other)
+    assert len(compiled(quant_model).opened) == 1
+
+
+class Convs(nn.Module):
+    """Of one and two dimensions, by depth, with functions, a residual sum and a mean behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16)
+        self.depth, self.point = nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.Conv2d(16, 16, 1)
+        self.line, self.head = nn.Conv1d(16, 24, 3, padding=1), nn.Linear(24, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x)).relu()
+        x = x + nn.functional.hardswish(self.point(nn.functional.relu6(self.depth(x))))
+        return self.head(self.line(x.flatten(2)).relu().mean(-1))
+
+
+def test_convolutions_and_signed_activations_are_fused(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    model = seeded(Convs).eval()
+    signed = QConfig(input=QuantSpec.of(bits=8, signed=True, symmetric=True))
+    quantizer = Quantizer("inductor", overrides={"point": signed})
+    quantizer.calib(model)(images(16, 32))
+    quant_model, reference = quantizer.quantize(model), meant(quantizer, model)
+    assert quantizer.plan.coverage == 1.0
+    with caplog.at_level(logging.WARNING, "torch_quant"):
+        for batch in (4, 1, 7):
+            x = images(batch, 32)
+            assert sqnr(reference(x), quant_model(x)) > 60
+            assert sqnr(model(x), quant_model(x)) > 20
+    told = [each for each in caplog.records if each.name == "torch_quant"]
+    assert not told  # nothing runs in float, and no size is fixed
+    assert copy.deepcopy(quant_model).graphs[0].compiled is None
+    torch_quant.save(quant_model, tmp_path)
+    again = torch_quant.load(tmp_path)
+    assert "INDUCTOR" in repr(again)
+    with pytest.raises(InvalidConfig, match="compiles its kernels with the weights"):
+        again.load_state_dict(quant_model.state_dict())
+
+
+def test_it_can_be_exported_as_what_it_computes() -> None:
+    """Without a compiler: the graph itself, in operators of PyTorch."""
+    model, x = seeded(lambda: nn.Sequential(nn.Linear(16, 8), nn.ReLU())), normal(4, 16)
+    quant_model = calibrated(model, [((normal(32, 16),), {})], backend="inductor").quantize(model)
+    program = torch.export.export(quant_model, (x,))
+    assert torch.equal(program.module()(x), quant_model.graphs[0].body(x)[0])
+    with pytest.raises(InvalidConfig, match=r"export_inductor\(...\) writes a package"):
+        torch_quant.export_torchscript(quant_model, x, "model.pt")
+
+
+def test_a_compiler_that_fails_is_quoted_and_the_graph_runs_in_pytorch(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, x = seeded(lambda: nn.Linear(16, 8)), normal(4, 16)
+    backend = InductorBackend(settings={"no_such_setting": True})
+    quantizer = calibrated(model, [((normal(32, 16),), {})], backend=backend)
+    quant_model = quantizer.quantize(model)
+    assert "settings={'no_such_setting': True}" in repr(quantizer)
+    with caplog.at_level(logging.WARNING, "torch_quant"):
+        assert torch.equal(quant_model(x), meant(quantizer, model)(x))
+        quant_model(x)
+    (told,) = (each for each in caplog.messages if "INDUCTOR" in each)
+    assert "runs in PyTorch, in float arithmetic: Inductor does not compile it" in told
+    assert "no_such_setting" in told
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(BackendUnavailable, match=r"there is no no-such-compiler: install one"):
+        Quantizer("inductor")

@@ -1,0 +1,5 @@
+"""PyTorch's compiler."""
+
+from torch_quant.backends.inductor.backend import InductorBackend
+
+__all__ = ["InductorBackend"]

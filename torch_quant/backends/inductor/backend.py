@@ -1,0 +1,146 @@
+"""Graphs that PyTorch's compiler fuses into C++: no Python between their operators."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, fx
+
+from torch_quant.backends.base import Backend, register_backend
+from torch_quant.backends.in_process import Fixed, InProcess, Session, fixed_sizes
+from torch_quant.backends.inductor.packages import (
+    PRODUCTS,
+    PackagedSession,
+    compile_package,
+    planned_products,
+)
+from torch_quant.backends.onednn.backend import accepted_weight, missing_kernels
+from torch_quant.convert.exporting import exported_with_free_sizes, input_shapes
+from torch_quant.convert.quantized_graph import QuantizedGraph
+from torch_quant.core.kernels import Accepts, Kernel, KernelTable
+from torch_quant.core.spec import QuantSpec
+from torch_quant.errors import UnsupportedOp
+from torch_quant.passes.base import PassContext, run_passes
+from torch_quant.passes.decomposed import to_decomposed
+from torch_quant.passes.fold_scales import fold_scales
+from torch_quant.passes.unsigned import unsigned_activations
+
+__all__ = ["InductorBackend"]
+
+logger = logging.getLogger("torch_quant")
+
+
+@register_backend
+class InductorBackend(Backend):
+    """Graphs compiled ahead of time by AOTInductor, with oneDNN's int8 products in them.
+
+    A graph is compiled at its first call, which takes 5 to 60 seconds, and needs a C++ compiler.
+    What stands between the products is fused; attention is PyTorch's own, in float.
+    ``torch_quant.export_inductor`` writes what runs here as a file that needs no Python.
+
+    Args:
+        settings: of Inductor, by its own names, ``{"max_autotune": True}``; they go before those
+            chosen here.
+
+    >>> InductorBackend(settings={"max_autotune": True}).has_options
+    True
+    """
+
+    name = "inductor"
+    priority = -5  # compiling takes its time: for those who ask for it
+    one_graph = True
+    compiles = True
+    fixes_numbers = False
+    meant: ClassVar[str] = "ReferenceBackend(Backend.INDUCTOR)"
+    not_in_torchscript = (
+        "a process that loads the file does not know its operators: export_inductor(...) writes a "
+        "package that needs none"
+    )
+
+    def __init__(self, *, settings: Mapping[str, Any] | None = None) -> None:
+        self.settings = dict(settings or {})
+
+    def unavailable(self) -> str | None:
+        if missing := missing_kernels():
+            return missing
+        compiler = os.environ.get("CXX", "g++")
+        if shutil.which(compiler) is None:
+            return (
+                f"it needs a C++ compiler, and there is no {compiler}: install one "
+                "(apt-get install g++), or name yours in the environment variable CXX"
+            )
+        return None
+
+    def _kernels(self) -> KernelTable:
+        activation, weight = Accepts(QuantSpec()), accepted_weight()
+        return KernelTable(self.name, tuple(Kernel(each, activation, weight) for each in PRODUCTS))
+
+    def lower(self, context: PassContext) -> fx.GraphModule:
+        run_passes(context, (fold_scales, unsigned_activations, to_decomposed))
+        return context.gm
+
+    def compile(self, graph: QuantizedGraph, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
+        return InProcess(self, graph)
+
+    def session(self, graph: QuantizedGraph, tensors: tuple[Tensor, ...]) -> tuple[Session, Fixed]:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "graph.pt2"
+            shapes = self.package(graph, tensors, file)
+            return PackagedSession(file), fixed_sizes(graph, shapes)
+
+    def package(
+        self,
+        graph: QuantizedGraph,
+        tensors: tuple[Tensor, ...],
+        file: Path,
+        metadata: Mapping[str, str] | None = None,
+    ) -> list[tuple[Any, ...]]:
+        """Compile a graph into a file.
+
+        Args:
+            graph: that :meth:`lower` made.
+            tensors: an example of its inputs.
+            file: where to write.
+            metadata: kept in the file.
+
+        Returns:
+            The sizes of each input, numbers where the file fixes them.
+
+        Raises:
+            UnsupportedOp: the graph cannot be exported or compiled; says why.
+        """
+        try:
+            exported = exported_with_free_sizes(graph, tensors, _untold)
+        except Exception as error:  # torch.export raises errors of many unrelated classes
+            raise UnsupportedOp(f"torch.export does not take it: {error}") from error
+        what = f"a graph of {graph.contract.describe()}"
+        settings = {**self.settings, "aot_inductor.metadata": dict(metadata or {})}
+        fused = compile_package(exported, file, settings, what)
+        planned = planned_products(graph.body)
+        if fused < planned:
+            logger.warning(
+                "%r: %d of %d products of %s run in float, since Inductor found no int8 form",
+                self,
+                planned - fused,
+                planned,
+                what,
+            )
+        return input_shapes(exported)
+
+    @property
+    def has_options(self) -> bool:
+        return bool(self.settings)
+
+    def __repr__(self) -> str:
+        given = f" with settings={self.settings!r}" if self.settings else ""
+        return super().__repr__() + given
+
+
+def _untold(_: str) -> None:
+    """``InProcess`` tells of sizes that are fixed."""
