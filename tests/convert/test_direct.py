@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_quant
 from torch_quant import (
@@ -22,6 +25,8 @@ from torch_quant import (
     recipes,
 )
 from torch_quant.convert import direct as module
+from torch_quant.native.ops import WEIGHT_ONLY_LINEAR
+from torch_quant.ops import library
 
 
 class Layers(nn.Module):
@@ -271,3 +276,74 @@ def test_results_that_nest_go_the_long_way(kind: Any) -> None:
     found = quant_model(x)
     assert quant_model.graphs[0].direct(quant_model.signature) is None
     assert type(found) is type(model(x))
+
+
+class Names(TorchDispatchMode):
+    """The operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def on_kernels() -> tuple[Any, Tensor]:
+    """A layer on this package's kernels, whose operators are functions."""
+    if reason := Backend.ONEDNN.unavailable():
+        pytest.skip(reason)
+    quantizer = Quantizer(recipes.int4_weight_only(group_size=32), backend="onednn")
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
+    return quantizer.quantize(Layers().eval(), example_inputs=x), x
+
+
+def test_operators_are_called_as_functions_unless_somebody_follows_them() -> None:
+    model, x = on_kernels()
+    before, calls = model(x), []
+    real = library._PLAIN[WEIGHT_ONLY_LINEAR]
+    assert module.plain_function(WEIGHT_ONLY_LINEAR) is real
+    with Names() as names:
+        assert torch.equal(model(x), before)
+    assert names.found.count("torch_quant.weight_only_linear.default") == 2
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model(x)
+    calls = [each for each in profile.events() if each.name == "torch_quant::weight_only_linear"]
+    assert len(calls) == 2
+    traced = torch.jit.trace(model, x)
+    assert torch.equal(traced(x), before)
+
+
+def test_gradients_other_devices_and_vmap_are_the_operators_business() -> None:
+    model, x = on_kernels()
+    with torch.enable_grad():
+        given = x.clone().requires_grad_()
+        (way,) = (graph.direct(model.a.quantization.signature) for graph in model.a.graphs)
+        by_operator = _by_operator(model.a, given)
+        (made,) = way.function(given)
+    assert made.requires_grad == by_operator.requires_grad
+    assert torch.equal(made, by_operator)
+    mapped = torch.vmap(model.a, in_dims=0)
+    try:
+        expected = torch.vmap(lambda row: _by_operator(model.a, row))(x)
+    except RuntimeError as error:
+        with pytest.raises(RuntimeError, match=re.escape(str(error)[:40])):
+            mapped(x)
+    else:
+        assert torch.equal(mapped(x), expected)
+    weight = model.a.weight.to("meta")
+    assert library.unwatched([x, model.a.weight])
+    assert not library.unwatched([x, weight])  # a kernel would read an address
+
+
+def _by_operator(layer: Any, x: Tensor) -> Tensor:
+    made: Tensor = WEIGHT_ONLY_LINEAR(x, layer.weight, layer.weight_scale, None, layer.bias, 4, 8)
+    return made
+
+
+def test_functions_take_what_their_operators_take() -> None:
+    assert len(library._PLAIN) > 8
+    for operator, function in library._PLAIN.items():
+        names = [each.name for each in operator._schema.arguments]
+        assert len(inspect.signature(function).parameters) == len(names), operator

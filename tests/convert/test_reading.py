@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from flows import calibrated
+from flows import BACKENDS, calibrated
 from models import normal, seeded
 from torch import Tensor, fx, nn
 
 from torch_quant.convert.reading import reading
+from torch_quant.ops.library import plain_function
 
 
 class Shared(nn.Module):
@@ -109,3 +110,20 @@ def test_what_is_no_tensor_of_a_module_is_left_to_the_graph(what: str) -> None:
     else:
         graph.output(graph.call_function(torch.add, (x, graph.get_attr("value"))))
     assert reading(fx.GraphModule(root, graph)) is None
+
+
+@pytest.mark.parametrize("backend", sorted({"onednn"} & set(BACKENDS)))
+def test_functions_in_the_place_of_operators_give_the_same(backend: str) -> None:
+    """Static layers, a norm that is rounded, and one in float."""
+    model, inputs = seeded(Shared).eval(), (normal(3, 16), normal(2))
+    quant_model = calibrated(model, [(inputs, {})], backend=backend).quantize(model)
+    (graph,) = quant_model.quantization.graphs
+    assert any(plain_function(node.target) for node in graph.body.graph.nodes)
+    plain = quant_model(*inputs)[0]
+    assert torch.equal(plain, by_body(quant_model, inputs))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        assert torch.equal(quant_model(*inputs)[0], plain)
+    assert any(each.name.startswith("torch_quant::") for each in profile.events())
+    with torch.enable_grad():
+        seen = quant_model(inputs[0].clone().requires_grad_(), inputs[1])[0]
+    assert torch.equal(seen, plain)

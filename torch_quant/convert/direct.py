@@ -19,6 +19,7 @@ from torch_quant.graph.calls import flatten_call
 from torch_quant.graph.kinds import Kind
 from torch_quant.graph.outputs import flatten_output
 from torch_quant.graph.shapes import ShapeContract
+from torch_quant.ops.library import plain_function, unwatched
 from torch_quant.ops.rows import computes_rows
 
 __all__ = ["Direct", "direct", "fixed_width"]
@@ -45,9 +46,9 @@ class Direct:
         if type(x) is not Tensor or x.dtype is not self.dtype:
             return False
         shape = x.shape
-        if self.rank is None:
-            return all(shape[axis:] == (size,) for axis, size in self.fixed)
-        return len(shape) == self.rank and all(shape[axis] == size for axis, size in self.fixed)
+        if self.rank is not None and len(shape) != self.rank:
+            return False
+        return not [1 for axis, size in self.fixed if not shape or shape[axis] != size]
 
 
 def fixed_width(body: fx.GraphModule, kind: Kind, contract: ShapeContract) -> list[int] | None:
@@ -95,13 +96,17 @@ def _in_one_call(body: fx.GraphModule) -> Callable[[Tensor], Any] | None:
                 return None
             held.append((i, *place))
     target: Any = call.target
+    plain = plain_function(target)
 
     def function(x: Tensor) -> tuple[Any]:
-        given = arguments.copy()
+        given, read = arguments.copy(), [x]
         for i in places:
             given[i] = x
         for i, entries, name in held:
-            given[i] = entries[name]
+            given[i] = value = entries[name]
+            read.append(value)
+        if plain is not None and unwatched(read):
+            return (plain(*given),)
         return (target(*given),)
 
     return function

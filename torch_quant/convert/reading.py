@@ -6,10 +6,13 @@ six layers a thousand look-ups a call, which take as long as some of its kernels
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import fx
+
+from torch_quant.ops.arguments import arguments
+from torch_quant.ops.library import plain_function, unwatched
 
 __all__ = ["held_in", "reading"]
 
@@ -34,6 +37,7 @@ def reading(body: fx.GraphModule) -> Callable[..., Any] | None:
     """What gives the outputs of ``body``; None if it reads more than parameters and buffers.
 
     What moves the model, or gives it other tensors, changes these dictionaries, so it is seen.
+    Operators that are one function on a CPU are called as such, unless somebody follows them.
 
     Args:
         body: a graph whose modules are those of the model.
@@ -46,26 +50,43 @@ def reading(body: fx.GraphModule) -> Callable[..., Any] | None:
     """
     if type(body.graph._codegen) is not fx.graph.CodeGen:
         return None  # its arguments are not the placeholders
-    constants = list(body.graph.find_nodes(op="get_attr"))
     held: dict[str, tuple[dict[str, Any], str]] = {}
-    for node in constants:
+    for node in body.graph.find_nodes(op="get_attr"):
         place = held_in(body, node.target)
         if place is None:
             return None
         held[str(node.target)] = place
+    if any(node.op == "call_module" for node in body.graph.nodes):
+        return None
+    function, places = _of_tensors(body, held, plain=False), tuple(held.values())
+    if all(plain_function(node.target) is None for node in body.graph.nodes):
+        return lambda *tensors: function(*[entries[name] for entries, name in places], *tensors)
+    quick = _of_tensors(body, held, plain=True)
+
+    def call(*tensors: Any) -> Any:
+        given = [*[entries[name] for entries, name in places], *tensors]
+        return quick(*given) if unwatched(given) else function(*given)
+
+    return call
+
+
+def _of_tensors(body: fx.GraphModule, held: Iterable[str], *, plain: bool) -> Callable[..., Any]:
+    """The graph as a function of tensors that it holds, and then of its inputs.
+
+    Args:
+        body: the graph.
+        held: the targets of what reads those.
+        plain: call the functions in place of operators.
+    """
     graph, made = fx.Graph(), dict[fx.Node, fx.Node]()
     given = {target: graph.placeholder(f"held_{i}") for i, target in enumerate(held)}
     for node in body.graph.nodes:
-        if node.op == "call_module":
-            return None
         if node.op == "get_attr":
             made[node] = given[str(node.target)]
-        else:
-            made[node] = graph.node_copy(node, made.__getitem__)
-    function = fx.GraphModule({}, graph).forward
-    places = tuple(held.values())
-
-    def call(*tensors: Any) -> Any:
-        return function(*[entries[name] for entries, name in places], *tensors)
-
-    return call
+            continue
+        made[node] = new = graph.node_copy(node, made.__getitem__)
+        function = plain_function(node.target) if plain else None
+        if function is not None:
+            new.args, new.kwargs = tuple(arguments(new).values()), {}
+            new.target = function
+    return fx.GraphModule({}, graph).forward

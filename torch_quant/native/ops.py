@@ -45,14 +45,20 @@ def _address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def _check_linear(name: str, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
-    if not (x.is_floating_point() and x.dim()):
-        _check(False, name, "a floating-point x with a dimension of inputs", (x.dtype, x.shape))
+def _check_weight(name: str, weight: Tensor, scale: Tensor) -> None:
     if weight.dim() != 2:
         _check(False, name, "a weight of two dimensions", tuple(weight.shape))
     outputs, scales = weight.shape[0], scale.numel()
     if outputs and (not scales or scales % outputs):
         _check(False, name, f"scales for {outputs} outputs", tuple(scale.shape))
+
+
+def _check_rows(name: str, x: Tensor) -> None:
+    if not (x.is_floating_point() and x.dim()):
+        _check(False, name, "a floating-point x with a dimension of inputs", (x.dtype, x.shape))
+
+
+def _check_bias(name: str, bias: Tensor | None, outputs: int) -> None:
     if bias is not None and bias.shape != (outputs,):
         _check(False, name, f"a bias of {outputs}", tuple(bias.shape))
 
@@ -95,6 +101,7 @@ def _layout(
     if known is not None and known.given == given and known.weight() is weight:
         return known
     name = "weight_only_linear"
+    _check_weight(name, weight, scale)
     _check(bits in (2, 4, 8), name, "bits=2, 4 or 8", bits)
     outputs, width = weight.shape
     bytes_ = (torch.uint8, torch.int8) if bits == 8 else (torch.uint8,)
@@ -146,9 +153,11 @@ def _weight_only_linear(
     bits: int,
     zero: int,
 ) -> Tensor:
-    name, inputs = "weight_only_linear", x.shape[-1] if x.dim() else 0
-    _check_linear(name, x, weight, scale, bias)
+    name, shape = "weight_only_linear", x.shape
+    _check_rows(name, x)
+    inputs = shape[-1]
     layout = _layout(weight, scale, zero_point, inputs, bits, zero)
+    _check_bias(name, bias, layout.outputs)
     kernels = native.kernels()
     if kernels is None:
         real = _dequantized(_codes(weight, bits, inputs), scale, zero_point, zero)
@@ -156,10 +165,10 @@ def _weight_only_linear(
     rows = _plain(x, torch.float32)
     if bias is not None:
         bias = _plain(bias, torch.float32)
-    y = rows.new_empty((*x.shape[:-1], layout.outputs))
+    y = rows.new_empty(*shape[:-1], layout.outputs)  # faster than of a tuple
     if not inputs:
         return _sums_of_nothing(y, bias, x.dtype)
-    count = x.numel() // inputs
+    count = rows.numel() // inputs
     failed = kernels.torch_quant_linear(
         torch.get_num_threads(), rows.data_ptr(), *layout.pointers, _address(bias), y.data_ptr(),
         count, inputs, layout.outputs, *layout.options,
@@ -172,9 +181,11 @@ def _weight_only_linear(
 def _dynamic_linear(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, signed: bool
 ) -> Tensor:
-    name, inputs = "dynamic_linear", x.shape[-1] if x.dim() else 0
-    _check_linear(name, x, weight, scale, bias)
-    outputs, width = weight.shape
+    name = "dynamic_linear"
+    _check_rows(name, x)
+    _check_weight(name, weight, scale)
+    inputs, (outputs, width) = x.shape[-1], weight.shape
+    _check_bias(name, bias, outputs)
     if not (weight.dtype is torch.int8 and width == inputs <= MOST_INPUTS) or (
         scale.numel() != outputs
     ):
