@@ -32,7 +32,9 @@ logger = logging.getLogger("torch_quant")
     "--to",
     "form",
     required=True,
-    type=click.Choice(["onnx", "openvino", "pt2", "torchscript", "compressed-tensors", "gptq"]),
+    type=click.Choice(
+        ["onnx", "openvino", "inductor", "pt2", "torchscript", "compressed-tensors", "gptq"]
+    ),
     help="The format.",
 )
 @click.option("--out", required=True, help="The file, or for checkpoints the folder, to write.")
@@ -53,10 +55,10 @@ def cli(
 ) -> Result:  # fmt: skip
     """Write FOLDER's model for another program.
 
-    onnx (.onnx) and openvino (.xml) need the float model again, since they lower it anew with the
-    calibration of FOLDER. pt2 and torchscript hold this package's operators: import torch_quant
-    before loading. compressed-tensors and gptq are Hugging Face folders for weight-only models
-    (vLLM, transformers).
+    onnx (.onnx), openvino (.xml) and inductor (.pt2, compiled, for C++ too) need the float model
+    again, since they lower it anew with the calibration of FOLDER. pt2 and torchscript hold this
+    package's operators: import torch_quant before loading. compressed-tensors and gptq are Hugging
+    Face folders for weight-only models (vLLM, transformers).
 
     \b
     Examples:
@@ -116,6 +118,23 @@ def _onnx(
         quantizer.backend = Backend.get("onnx")  # so that the model is captured as one graph
         quant_model = quantizer.quantize(floating, example_inputs=inputs)
     return export_onnx(quant_model, inputs, target)
+
+
+def _inductor(
+    artifact: Artifact, floating: nn.Module | None, inputs: Any, target: Path, dtype: str
+) -> list[Path]:
+    from torch_quant import Backend, export_inductor
+    from torch_quant.backends import ReferenceBackend
+
+    assert floating is not None
+    quantizer = artifact.quantizer()
+    if missing := Backend.get("inductor").unavailable():
+        raise Failed(f"--to inductor: {missing}")
+    quantizer.backend = Backend.get("inductor")
+    # Captured with a backend that compiles nothing, so that what is compiled is the file alone.
+    quantizer.quantize(floating, backend=ReferenceBackend(quantizer.backend), example_inputs=inputs)
+    export_inductor(quantizer.quantize(floating), inputs, target)
+    return [target]
 
 
 def _by_checkpoint(artifact: Artifact, inputs: Any) -> nn.Module:
@@ -235,17 +254,19 @@ def _checkpoint(
 _FORMS: dict[str, Callable[..., list[Path]]] = {
     "onnx": _onnx,
     "openvino": _openvino,
+    "inductor": _inductor,
     "pt2": _pt2,
     "torchscript": _torchscript,
     "compressed-tensors": partial(_checkpoint, layout="compressed-tensors"),
     "gptq": partial(_checkpoint, layout="gptq"),
 }
-_LOWERED_ANEW = ("onnx", "openvino")
+_LOWERED_ANEW = ("onnx", "openvino", "inductor")
 _CHECKPOINTS = ("compressed-tensors", "gptq")
-_ENDINGS = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2"}
+_ENDINGS = {"onnx": ".onnx", "openvino": ".xml", "inductor": ".pt2", "pt2": ".pt2"}
 _NEXT = {
     "onnx": "  torch-quant inspect {out}   what onnxruntime runs in int8",
     "openvino": "  openvino.Core().compile_model({out!r}, 'CPU')",
+    "inductor": "  torch._inductor.aoti_load_package({out!r}), or examples/cpp/run_package.cpp",
     "pt2": "  import torch_quant; torch.export.load({out!r}).module()",
     "torchscript": "  import torch_quant; torch.jit.load({out!r})",
     "compressed-tensors": "  torch_quant.load_checkpoint({out!r}), or vllm serve {out}",

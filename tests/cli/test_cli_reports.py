@@ -178,6 +178,16 @@ def test_export_to_files(tmp_path: Path) -> None:
     assert entries(tmp_path) == before
 
 
+@pytest.mark.long("a C++ compiler's time; tests/io/test_export_inductor.py is in every run")
+@pytest.mark.filterwarnings("ignore")  # PyTorch's own, about how packages were loaded once
+def test_export_to_a_compiled_package(tmp_path: Path) -> None:
+    x = Artifact("whole-int8").example()["x"]
+    expected = Artifact("whole-int8").quant_model()(x)
+    run("export", "whole-int8", "--to", "inductor", "--out", str(tmp_path / "net.pt2"))
+    (found,) = torch._inductor.aoti_load_package(str(tmp_path / "net.pt2"))(x)
+    assert sqnr(expected, found) > 30.0
+
+
 def test_a_checkpoint_writes_what_the_folder_writes(tmp_path: Path) -> None:
     for layout in ("compressed-tensors", "gptq"):
         out = str(tmp_path / layout)
