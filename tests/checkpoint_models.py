@@ -10,7 +10,7 @@ from models import tokens
 from torch import Tensor, nn
 
 from torch_quant import Quantizer, recipes
-from torch_quant.checkpoints.weights import quantized_weights
+from torch_quant.convert.codes import quantized_weights
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,

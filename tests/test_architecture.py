@@ -23,8 +23,8 @@ LAYERS = (
     "graph", "passes", "state", "model", "convert",
     "backends", "algorithms", "recipes", "io", "report", "settings", "calibrated", "session",
     "profiling", "rounding", "explain", "unseen", "configuration", "choices", "proxies",
-    "amp", "qat", "regions", "comparing", "quantizer_base", "quantizer_files", "quantizer_training",
-    "quantizer_reports", "quantizer",
+    "amp", "qat", "regions", "comparing", "reporting", "quantizer_base", "quantizer_files",
+    "quantizer_training", "quantizer_reports", "quantizer_page", "quantizer",
     "tuning", "checkpoints", "integrations",
 )  # fmt: skip
 """Each is ``torch_quant/<name>.py`` or ``torch_quant/<name>/``, and may import from its left."""

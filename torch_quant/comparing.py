@@ -29,7 +29,7 @@ from torch_quant.proxies.values import copied
 from torch_quant.report.comparison import Comparison, LayerError
 from torch_quant.session import Session
 
-__all__ = ["compared", "simulation"]
+__all__ = ["Seen", "compared", "simulated_model", "simulation"]
 
 Seen = dict[str, list[Tensor]]
 """Tensor key -> its values, one for each time it was computed."""
@@ -45,12 +45,21 @@ def simulation(backend: Backend) -> Backend:
     return reference if backend is reference else ReferenceBackend(simulates=backend)
 
 
+def simulated_model(session: Session, backend: Backend) -> QuantizedModule:
+    """The model under the plan of ``backend``, in float arithmetic."""
+    slower = session.owner.slower.get(backend.name, {})
+    return session.lowering(simulation(backend), slower=slower).run(share=True)
+
+
 def compared(
     session: Session,
     backend: Backend,
     quantized: nn.Module,
     batches: Iterable[Any],
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    *,
+    simulated: QuantizedModule | None = None,
+    watch: Callable[[Seen], None] | None = None,
 ) -> Comparison:
     """Run the float model and the quantized one side by side.
 
@@ -60,12 +69,13 @@ def compared(
         quantized: the model on its kernels.
         batches: inputs, each as for :meth:`Quantizer.calib`.
         progress: goes through them.
+        simulated: the same plan in float arithmetic; made if it is not given.
+        watch: is shown the tensors of the simulated model, batch by batch.
 
     Raises:
         InvalidConfig: there are no batches.
     """
-    slower = session.owner.slower.get(backend.name, {})
-    simulated = session.lowering(simulation(backend), slower=slower).run(share=True)
+    simulated = simulated or simulated_model(session, backend)
     plan = session.plan(backend)
     sums: dict[str, _Sum] = {}
     outputs, simulation_outputs, count = _Sum(), _Sum(), 0
@@ -76,6 +86,8 @@ def compared(
         reference = call_example(_float(session, expected), copied(batch))
         with _recorded(simulated, found):
             result = call_example(simulated, copied(batch))
+        if watch is not None:
+            watch(found)
         simulation_outputs.add_all(float_leaves(reference), float_leaves(result))
         actual = call_example(quantized, copied(batch))
         outputs.add_all(float_leaves(reference), float_leaves(actual))

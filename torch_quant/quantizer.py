@@ -21,7 +21,7 @@ from torch_quant.config import OverrideKey, QConfig
 from torch_quant.convert.quantized import QuantizedModule
 from torch_quant.core.plan import QuantPlan
 from torch_quant.proxies.calib import CalibModel
-from torch_quant.quantizer_reports import QuantizerReports
+from torch_quant.quantizer_page import QuantizerPage
 from torch_quant.regions import Measure
 from torch_quant.rounding import Rounding
 
@@ -30,7 +30,7 @@ __all__ = ["Quantizer"]
 logger = logging.getLogger("torch_quant")
 
 
-class Quantizer(QuantizerReports):
+class Quantizer(QuantizerPage):
     """Makes proxies of a float model and keeps what they learn. The model is never changed.
 
     Args:

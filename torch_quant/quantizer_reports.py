@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -28,7 +28,7 @@ from torch_quant.report.coverage import Coverage
 from torch_quant.report.regions import Regions
 from torch_quant.report.speed import Profile
 
-__all__ = ["QuantizerReports"]
+__all__ = ["QuantizerReports", "comparing_bar"]
 
 logger = logging.getLogger("torch_quant")
 
@@ -132,18 +132,13 @@ class QuantizerReports(QuantizerTraining):
         >>> [each.site for each in found], found.outputs == found.layers[-1].after
         (['0', '1'], True)
         """
-        from tqdm import tqdm
-
         kept = list(batches)
         example = kept[0] if kept else None
         chosen = self.backend if backend is None else usable_backend(backend)
-
-        def shown(each: Iterable[Any]) -> Iterable[Any]:
-            return tqdm(each, desc="comparing", unit="batch", disable=hidden(progress))
-
         with frozen(model):
             quantized = super()._quantized(model, chosen, copy.deepcopy(example), False)
             with self.state.lock:
+                shown = comparing_bar(progress)
                 return compared(self._session(model, chosen), chosen, quantized, kept, shown)
 
     def profile(
@@ -316,3 +311,13 @@ class QuantizerReports(QuantizerTraining):
                 found.fastest,
             )
         return super()._quantized(model, found.fastest, example_inputs, share_float_weights)
+
+
+def comparing_bar(wanted: bool) -> Callable[[Iterable[Any]], Iterable[Any]]:
+    """What goes through batches, with a bar on stderr if that is wanted."""
+    from tqdm import tqdm
+
+    def shown(each: Iterable[Any]) -> Iterable[Any]:
+        return tqdm(each, desc="comparing", unit="batch", disable=hidden(wanted))
+
+    return shown

@@ -20,6 +20,7 @@ COMMANDS = {
     "inspect": "inspecting",
     "compare": "comparing",
     "bench": "benching",
+    "report": "reporting",
     "export": "exporting",
     "generate": "generating",
     "completion": "completing",

@@ -19,7 +19,7 @@ from torch_quant import (
     load_checkpoint,
     recipes,
 )
-from torch_quant.checkpoints.weights import quantized_weights
+from torch_quant.convert.codes import quantized_weights
 
 MISSING = "compressed-tensors is missing: pip install compressed-tensors (it brings loguru, psutil)"
 

@@ -23,7 +23,7 @@ from torch_quant import (
     load_checkpoint,
     recipes,
 )
-from torch_quant.checkpoints.weights import quantized_weights
+from torch_quant.convert.codes import quantized_weights
 
 QUERY = "model.layers.0.self_attn.q_proj"
 

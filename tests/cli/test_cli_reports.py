@@ -101,6 +101,33 @@ def test_inspect_tells_formats_ranges_and_reasons() -> None:
     assert "first " not in run("inspect", "one-int8", "--float").stdout.partition("layer")[2]
 
 
+def test_report_shows_what_inspect_and_compare_say(tmp_path: Path) -> None:
+    found = data_of("report", "one-int8", "--out", str(tmp_path / "page.html"))
+    first, second = found["layers"]
+    assert second["reason"] == data_of("inspect", "one-int8")["sites"][1]["reason"]
+    compared = data_of("compare", "net:make", "one-int8")["layers"]["one-int8"]
+    assert found["comparison"]["outputs"] == pytest.approx(compared["outputs_db"], rel=1e-4)
+    assert first["error"]["after"] == pytest.approx(compared["layers"][0]["after_db"], rel=1e-4)
+    assert found["command"].startswith("torch-quant quantize net:make --data inputs.npz")
+    assert (tmp_path / "page.html").stat().st_size == found["bytes_written"]
+    text = Path("bert.html").read_text(encoding="utf-8")
+    kept = json.loads(text.partition('id="data">')[2].partition("</script>")[0])
+    assert kept["metrics"] == [{"name": "accuracy", "float": 0.912, "quantized": 0.908}]
+    assert kept["sensitivity"]["batches"] == 8
+
+
+def test_report_says_what_cannot_be_written(tmp_path: Path) -> None:
+    for arguments, message in (
+        (["one-int8", "--out", str(tmp_path)], "it is a folder"),
+        (["one-int8", "--out", "page.pdf"], "expected a name that ends in .html"),
+        (["my-bert-int8"], "--overwrite to replace it"),
+        (["my-bert"], "expected a folder that torch-quant quantize wrote"),
+        (["one-int8", "--metric", "accuracy=1"], "as accuracy=0.912,0.908"),
+    ):
+        stderr = " ".join(run("report", *arguments, expect=2).stderr.split())
+        assert message in stderr, stderr
+
+
 @pytest.mark.parametrize("columns", [80, rarely(120)])
 def test_reports_fit_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch_quant.amp.ranking import Ranking, Sensitivity
 from torch_quant.errors import BackendUnavailable
 from torch_quant.io.files import checked_target, write_atomically
+from torch_quant.report.tables import html_page_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,18 +73,27 @@ class SensitivityReport(Ranking):
             )
         return rows
 
-    def __str__(self) -> str:
-        from tabulate import tabulate
-
+    @property
+    def _headline(self) -> str:
         meaning = {
             "output": "by the noise it adds to the outputs (output dB: SQNR there if only this "
             "site is quantized)",
             "loss": "by its effect on the loss",
             "sqnr": "by the noise it adds to its own result",
         }[self.metric]
-        parts = [
+        return (
             f"{len(self)} {'site' if len(self) == 1 else 'sites'} ranked {meaning}, from "
-            f"{self.batches} {'batch' if self.batches == 1 else 'batches'}, worst first",
+            f"{self.batches} {'batch' if self.batches == 1 else 'batches'}, worst first"
+        )
+
+    def _repr_html_(self) -> str:
+        return html_page_table(self._headline, self.note, self.table())
+
+    def __str__(self) -> str:
+        from tabulate import tabulate
+
+        parts = [
+            self._headline,
             tabulate(self.table()[: self.rows], headers="keys", disable_numparse=True),
         ]
         if len(self) > self.rows:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch_quant.checkpoints.files import CheckpointFiles
 from torch_quant.checkpoints.layout import FLOATS, Stored, common_refusal, group_size, wrong_entry
 from torch_quant.checkpoints.packing import packed, unpacked
-from torch_quant.checkpoints.weights import QuantizedWeight
+from torch_quant.convert.codes import QuantizedWeight
 from torch_quant.core.granularity import Granularity, PerChannel, PerGroup
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_quant.checkpoints.files import CheckpointFiles
-from torch_quant.checkpoints.weights import QuantizedWeight
+from torch_quant.convert.codes import QuantizedWeight
 from torch_quant.core.granularity import PerChannel, PerGroup
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec

@@ -16,7 +16,7 @@ from torch_quant.checkpoints.files import CONFIG, WEIGHTS
 from torch_quant.checkpoints.layout import Layout
 from torch_quant.checkpoints.skeletons import config_of, tensors_of, tied_names
 from torch_quant.checkpoints.stored import LAYOUTS
-from torch_quant.checkpoints.weights import QuantizedWeight, quantized_weights
+from torch_quant.convert.codes import QuantizedWeight, quantized_weights
 from torch_quant.convert.quantized import QuantizedModule
 from torch_quant.core.naming import did_you_mean
 from torch_quant.errors import InvalidConfig

@@ -25,8 +25,8 @@ from torch_quant.checkpoints.compressed_tensors import OWN
 from torch_quant.checkpoints.loading import example_of, quantized_from
 from torch_quant.checkpoints.skeletons import placeholder
 from torch_quant.checkpoints.stored import Checkpoint, opened
-from torch_quant.checkpoints.weights import QuantizedWeight, weights_of
 from torch_quant.config import OverrideKey, QConfig
+from torch_quant.convert.codes import QuantizedWeight, weights_of
 from torch_quant.convert.quantized import QuantizedModule
 from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import InvalidConfig

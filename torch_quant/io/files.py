@@ -24,8 +24,12 @@ _EARLIER = "earlier"
 """What a new folder replaces, as long as that takes."""
 
 
-def checked_target(path: str | os.PathLike[str]) -> Path:
+def checked_target(path: str | os.PathLike[str], example: str = "model.pt") -> Path:
     """``path``, if a file can be written there; to be asked before any work.
+
+    Args:
+        path: of the file.
+        example: what messages name.
 
     Raises:
         InvalidConfig: the path is empty, a folder or a device, or its folder does not exist or may
@@ -41,10 +45,10 @@ def checked_target(path: str | os.PathLike[str]) -> Path:
     if not isinstance(text, str) or not text or "\0" in text:
         named = path is None or isinstance(path, (str, bytes, int))
         got = repr(path) if named else f"of type {type(path).__name__}"
-        raise InvalidConfig(f'cannot write to the path {got}; give a file, as "model.pt"')
+        raise InvalidConfig(f'cannot write to the path {got}; give a file, as "{example}"')
     target = Path(text)
     try:
-        reason = _obstacle(text, target)
+        reason = _obstacle(text, target, example)
     except OSError as error:  # a name that is too long, a folder that may not be entered
         reason = f"{error.strerror}; give another path"
     if reason:
@@ -52,10 +56,10 @@ def checked_target(path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def _obstacle(text: str, target: Path) -> str:
+def _obstacle(text: str, target: Path, example: str) -> str:
     """Why ``target`` cannot be written, with the fix, or an empty string."""
     if target.is_dir() or text.endswith(("/", os.sep)):
-        return f"it is a folder; give a file in it, as {str(target / 'model.pt')!r}"
+        return f"it is a folder; give a file in it, as {str(target / example)!r}"
     if target.exists() and not target.is_file():
         return "it is no regular file; give another path"
     if not target.parent.is_dir():

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch_quant.report.names import shortened
+from torch_quant.report.tables import html_page_table
 
 __all__ = ["Comparison", "LayerError"]
 
 _NAME = 36
+_WHOLE = 1000
 _WORST = 3
 
 
@@ -66,12 +68,10 @@ class Comparison:
         """The layers, those that add most first."""
         return tuple(sorted(self.layers, key=lambda each: -each.share))
 
-    def __str__(self) -> str:
-        from tabulate import tabulate
-
-        rows = [
+    def _rows(self, most: int) -> list[dict[str, str]]:
+        return [
             {
-                "layer": shortened(each.site, _NAME),
+                "layer": shortened(each.site, most),
                 "format": each.format.replace(" weights", " w"),
                 "before dB": _decibels(each.before),
                 "after dB": _decibels(each.after),
@@ -79,10 +79,21 @@ class Comparison:
             }
             for each in self.layers
         ]
-        lines = [
+
+    def _headline(self) -> list[str]:
+        return [
             f"outputs on {self.backend}: SQNR {_decibels(self.outputs)} dB",
             f"the same plan in float arithmetic: {_decibels(self.simulated)} dB",
         ]
+
+    def _repr_html_(self) -> str:
+        first, *rest = self._headline()
+        return html_page_table(first, "\n".join(rest), self._rows(_WHOLE))
+
+    def __str__(self) -> str:
+        from tabulate import tabulate
+
+        rows, lines = self._rows(_NAME), self._headline()
         if rows:
             lines += ["", tabulate(rows, headers="keys", disable_numparse=True)]
         most = [each for each in self.worst[:_WORST] if each.share > 0]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch_quant.core.plan import FloatOp, QuantPlan, SitePlan
 from torch_quant.model import CapturedModel
+from torch_quant.report.tables import html_page_table
 
 __all__ = ["Coverage"]
 
@@ -89,23 +90,32 @@ class Coverage:
         sites = [site for site in self.plan.values() if not site.quantized]
         return sorted([*sites, *self.float_ops], key=lambda each: -each.macs)
 
-    def __str__(self) -> str:
-        from tabulate import tabulate
-
+    def _left_rows(self) -> list[dict[str, object]]:
+        """A row for each site and operator in float, those with most work first."""
         total = self.plan.macs or 1
 
         def share(left: SitePlan | FloatOp) -> str:
             known = left.macs or isinstance(left, SitePlan)
             return f"{left.macs / total:.1%}" if known else "?"
 
-        parts = [
-            f"{self.backend}: {self.plan.summary}{self._not_counted()}",
-            tabulate(self.by_op(), headers="keys"),
-        ]
-        rows = [
+        return [
             {"left in float": left.name, "op": left.op, "share": share(left), "why": left.reason}
             for left in self._left()
         ]
+
+    @property
+    def _headline(self) -> str:
+        return f"{self.backend}: {self.plan.summary}{self._not_counted()}"
+
+    def _repr_html_(self) -> str:
+        glue = [{"not captured as a graph": name, "why": why} for name, why in self.glue]
+        return html_page_table(self._headline, "", self.by_op(), self._left_rows(), glue)
+
+    def __str__(self) -> str:
+        from tabulate import tabulate
+
+        parts = [self._headline, tabulate(self.by_op(), headers="keys")]
+        rows = self._left_rows()
         if rows:
             parts.append(tabulate(rows[: self.rows], headers="keys"))
         if len(rows) > self.rows:

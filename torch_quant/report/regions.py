@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch_quant.errors import InvalidConfig
+from torch_quant.report.tables import html_page_table
 
 __all__ = ["Difference", "Region", "Regions"]
 
@@ -136,10 +137,8 @@ class Regions:
         """The sites that were taken back to float."""
         return tuple(name for each in self.regions if each.in_float for name in each.sites)
 
-    def __str__(self) -> str:
-        from tabulate import tabulate
-
-        rows = [
+    def _rows(self) -> list[dict[str, object]]:
+        return [
             {
                 "region": each.name,
                 "sites": len(each.sites),
@@ -149,12 +148,24 @@ class Regions:
             }
             for each in self.regions
         ]
-        lines = [tabulate(rows, headers="keys", disable_numparse=True)] if rows else []
-        lines.append(
+
+    def _notes(self) -> list[str]:
+        lines = [
             f"{self.backend}, {self.threads} threads: a call takes {self.whole:.3g} ms quantized, "
             f"{self.float32:.3g} ms in float32"
-        )
+        ]
         if self.slower:
             now = self.float32 + self.against.milliseconds
             lines.append(f"with {len(self.slower)} sites taken back to float, {now:.3g} ms")
-        return "\n".join(lines)
+        return lines
+
+    def _repr_html_(self) -> str:
+        first, *rest = self._notes()
+        return html_page_table(first, "\n".join(rest), self._rows())
+
+    def __str__(self) -> str:
+        from tabulate import tabulate
+
+        rows = self._rows()
+        lines = [tabulate(rows, headers="keys", disable_numparse=True)] if rows else []
+        return "\n".join([*lines, *self._notes()])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from torch_quant.report.tables import html_page_table
+
 __all__ = ["Profile", "Run"]
 
 
@@ -61,11 +63,9 @@ class Profile:
                 times[run.backend is None].append(run.median)
         return min(times[True]) / min(times[False]) if times[False] else 0.0
 
-    def __str__(self) -> str:
-        from tabulate import tabulate
-
+    def _rows(self) -> list[dict[str, str]]:
         float32 = self.runs[0].median
-        rows = [
+        return [
             {
                 "model": run.name,
                 "median ms": _number(run.median),
@@ -77,10 +77,19 @@ class Profile:
             }
             for run in self.runs
         ]
-        lines = [tabulate(rows, headers="keys", disable_numparse=True)]
-        lines += [f"{run.name} does not run: {run.why_not}" for run in self.runs if run.why_not]
-        lines.append(f"{self.threads} threads, {self.rounds} calls of each in turns")
-        return "\n".join(lines)
+
+    def _notes(self) -> list[str]:
+        lines = [f"{run.name} does not run: {run.why_not}" for run in self.runs if run.why_not]
+        return [*lines, f"{self.threads} threads, {self.rounds} calls of each in turns"]
+
+    def _repr_html_(self) -> str:
+        return html_page_table("time of a call", "\n".join(self._notes()), self._rows())
+
+    def __str__(self) -> str:
+        from tabulate import tabulate
+
+        table = tabulate(self._rows(), headers="keys", disable_numparse=True)
+        return "\n".join([table, *self._notes()])
 
 
 def _number(value: float | None) -> str:
