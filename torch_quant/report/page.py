@@ -28,7 +28,7 @@ def page(data: Mapping[str, Any]) -> str:
     >>> "<b>" in page({"title": "<b>"})
     False
     """
-    room = files("torch_quant.report") / "page"
+    room = files("torch_quant.report") / "web"
 
     def read(name: str) -> str:
         return (room / name).read_text(encoding="utf-8")
