@@ -33,6 +33,17 @@ function treeOf(layers) {
   return finish(root, 0, null);
 }
 
+/** Gives `holder` these children, and touches only what is not in its place. */
+function arrange(holder, wanted) {
+  const kept = new Set(wanted);
+  for (const each of [...holder.children]) if (!kept.has(each)) each.remove();
+  let at = holder.firstElementChild;
+  for (const each of wanted) {
+    if (each === at) at = at.nextElementSibling;
+    else holder.insertBefore(each, at);
+  }
+}
+
 const sum = (values) => values.reduce((a, b) => a + b, 0);
 const FEW = 60;
 
@@ -150,17 +161,21 @@ function layerTable(layers) {
       const row = rowOf(node), tree = view === "tree";
       const inside = tree && node.children.length > 0;
       const expanded = inside ? isOpen(node) : shown.has(node);
-      row.setAttribute("aria-expanded", String(expanded));
-      row.setAttribute("aria-level", tree ? node.level : 1);
-      row.tabIndex = node === current ? 0 : -1;
-      const [turn, label] = row.firstElementChild.children;
-      turn.textContent = expanded ? "▾" : "▸";
-      label.replaceChildren(...breaking(tree ? node.label : node.layer.name));
-      row.firstElementChild.style.paddingLeft = tree ? `${Math.min(node.level - 1, 12) * 0.9}rem` : "0";
+      const state = `${tree} ${expanded} ${node === current}`;
+      if (row.state !== state) {
+        row.state = state;
+        row.setAttribute("aria-expanded", String(expanded));
+        row.setAttribute("aria-level", tree ? node.level : 1);
+        row.tabIndex = node === current ? 0 : -1;
+        const [turn, label] = row.firstElementChild.children;
+        turn.textContent = expanded ? "▾" : "▸";
+        label.replaceChildren(...breaking(tree ? node.label : node.layer.name));
+        row.firstElementChild.style.paddingLeft = tree ? `${Math.min(node.level - 1, 12) * 0.9}rem` : "0";
+      }
       parts.push(row);
       if (shown.has(node) && node.layer) parts.push(panelOf(node));
     }
-    body.replaceChildren(...(parts.length ? parts : [h("div", { class: "none" }, "No layer matches: clear the search, or show all.")]));
+    arrange(body, parts.length ? parts : [h("div", { class: "none" }, "No layer matches: clear the search, or show all.")]);
     const found = layers.filter(matches).length;
     status.textContent = filtered() ? `${found} of ${plural(layers.length, "layer")}` : plural(layers.length, "layer");
     heads.forEach((each, i) => {
@@ -176,6 +191,7 @@ function layerTable(layers) {
     if (current && rows.has(current)) rows.get(current).tabIndex = -1;
     current = node;
     const row = rowOf(node);
+    row.state = null;
     row.tabIndex = 0;
     row.focus();
     row.scrollIntoView({ block: "nearest" });
