@@ -69,8 +69,9 @@ class Opened:
         self.page.wait_for_selector("html[data-ready]")
 
     def rows(self) -> list[str]:
-        found: list[str] = self.page.locator(".body .row .name").all_inner_texts()
-        return [" ".join(each.split()) for each in found]
+        texts = "all => all.map(name => [...name.children].map(each => each.textContent).join(' '))"
+        found: list[str] = self.page.locator(".body .row .name").evaluate_all(texts)
+        return found
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
