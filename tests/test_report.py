@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from report_models import EVIL, Known
-from torch import nn
+from torch import Tensor, nn
 
 from torch_quant import InvalidConfig, NotCalibrated, QConfig, Quantizer, recipes
 from torch_quant.report.comparison import Comparison
@@ -121,6 +121,30 @@ def test_formats_without_ranges_have_weights_alone() -> None:
     assert len(layer["weight"]["codes"]["counts"]) == 16
 
 
+class Tied(nn.Module):
+    """An embedding and a head that share their weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(20, 16), nn.Linear(16, 20, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.embed(ids)))
+
+
+def test_a_weight_that_layers_share_is_shown_at_each() -> None:
+    torch.manual_seed(0)
+    model, ids = Tied().eval(), torch.arange(20)[None]
+    quantizer = Quantizer("reference", qconfig=QConfig())
+    quantizer.calib(model)(ids)
+    report = quantizer.report(batches=[ids])
+    assert report.data["notes"] == []
+    embed, head = (report.layer(name)["weight"] for name in ("embed", "head"))
+    assert embed == head
+    assert embed["shape"] == [20, 16]
+
+
 def test_it_changes_nothing_and_comes_out_the_same_twice(known: Known) -> None:
     x = known.batches[0]
     before = known.quantizer.quantize(known.model)(x)
@@ -193,13 +217,22 @@ def test_paths_that_cannot_be_written_are_refused_before_any_work(tmp_path: Path
             quantizer.report(tmp_path / "report.html", untouched)
 
 
-def test_what_is_missing_is_said(known: Known) -> None:
+def test_what_is_missing_is_said(known: Known, tmp_path: Path) -> None:
     with pytest.raises(InvalidConfig, match="no model was captured by this quantizer"):
         Quantizer("reference").report()
     model = nn.Linear(2, 2)
     with pytest.raises(NotCalibrated, match=r"quantizer\.calib\(model\)"):
         Quantizer("reference").report(model=model, batches=[torch.ones(1, 2)])
+    known.quantizer.save(tmp_path / "kept")
+    loaded = Quantizer.load(tmp_path / "kept")
+    with pytest.raises(
+        NotCalibrated, match=r"quantizer\.report\(path, model, batches=\[\.\.\.\]\)"
+    ):
+        loaded.report(None, known.model)
+    assert len(loaded.report(None, known.model, known.batches[:1]).data["layers"]) == 6
     report = known.quantizer.report
+    with pytest.raises(InvalidConfig, match="the file comes first, and then the model"):
+        report(known.model)  # type: ignore[arg-type]
     with pytest.raises(InvalidConfig, match="expected name -> "):
         report(metrics={"accuracy": 0.5})  # type: ignore[dict-item]
     with pytest.raises(InvalidConfig, match=r"quantizer\.profile\(model, example_inputs\) returns"):

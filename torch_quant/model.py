@@ -187,6 +187,8 @@ class CapturedModel:
             return
         site = "site, " if method == "explain" else ""
         call = f"{method}({site}model, example_inputs=...)"
+        if method == "report":
+            call = "report(path, model, batches=[...])"
         if self.altered:
             raise NotCalibrated(
                 f"{', '.join(self.altered)} of the model changed since it was calibrated: run data "
@@ -195,7 +197,7 @@ class CapturedModel:
             )
         raise NotCalibrated(
             "no calibration data was seen: run it through what quantizer.calib(model) returns"
-            if no_data and method in ("quantize", "qat")
+            if no_data and method in ("quantize", "qat", "report")
             else "this model object is not captured yet (it was not calibrated, its ranges were "
             f"loaded, or it is a copy): quantizer.{call}"
         )

@@ -73,6 +73,11 @@ class QuantizerPage(QuantizerReports):
         >>> [layer["format"] for layer in report.data["layers"]]
         ['int8', 'int8']
         """
+        if isinstance(path, nn.Module):
+            raise InvalidConfig(
+                f"report({type(path).__name__}): the file comes first, and then the model: "
+                'quantizer.report("report.html", model)'
+            )
         if path is not None:
             checked_report(path)
         if profile is not None and not isinstance(profile, Profile):
@@ -85,6 +90,8 @@ class QuantizerPage(QuantizerReports):
         kept = list(batches)
         chosen = self.backend if backend is None else usable_backend(backend)
         ranking = self._ranking(sensitivity)
+        if not kept:
+            self._ready(model, chosen, None, "report")
         with frozen(model):
             example = copy.deepcopy(kept[0]) if kept else None
             quantized = super()._quantized(model, chosen, example, False)

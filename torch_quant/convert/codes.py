@@ -116,9 +116,10 @@ def weights_of(model: nn.Module, plan: QuantPlan) -> dict[str, QuantizedWeight]:
 
 def _codes_of(body: fx.GraphModule) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
     """The buffers of codes that a graph reads, each with its grid, which is called like it."""
-    known = {str(node.target): node for node in body.graph.find_nodes(op="get_attr")}
-    for name, node in known.items():
-        names = [f"{name}{ending}" for ending in ("_scale", "_zero_point")]
+    nodes = list(body.graph.find_nodes(op="get_attr"))  # several may read one tied weight
+    known = {str(node.target): node for node in nodes}
+    for node in nodes:
+        names = [f"{node.target}{ending}" for ending in ("_scale", "_zero_point")]
         grid = [known[each] for each in names if each in known]
         if grid and _tensor(body, node).dtype != torch.float32:
             yield node, grid
