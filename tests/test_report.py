@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from report_models import EVIL, Known
+from thinning import LONG
 from torch import Tensor, nn
 
 from torch_quant import InvalidConfig, NotCalibrated, QConfig, Quantizer, recipes
@@ -246,8 +247,9 @@ def test_what_is_missing_is_said(known: Known, tmp_path: Path) -> None:
 def test_figures_for_notebooks(known: Known, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason=PLOT)
     report = known.report
-    assert len(report.plot_layer("head", tmp_path / "head.png").axes) == 2
-    assert (tmp_path / "head.png").stat().st_size > 1000
+    file = tmp_path / "head.png" if LONG else None
+    assert len(report.plot_layer("head", file).axes) == 2
+    assert file is None or file.stat().st_size > 1000
     assert len(report.plot_error().axes) == 2
     bars = report.plot_sensitivity().axes[0].get_yticklabels()
     assert bars[0].get_text() == known.quantizer.sensitivity(known.amp_model)[0].name
