@@ -11,7 +11,7 @@ from qat_training import FOUR_BITS, calibrated, loss_of, quiet, simulation, skip
 from thinning import some
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from zoo import samples, zoo_model
+from zoo import ZOO, samples, zoo_model
 
 from torch_quant import (
     FLOAT,
@@ -29,8 +29,6 @@ from torch_quant.qat.model import QatModel
 pytestmark = pytest.mark.usefixtures("grad")
 
 SIMULATED = ("reference", "onednn")
-CHEAP = ("bert", "resnet", "gpt2", "convnext", "albert", "regnet", "bit", "t5")
-"""Models of the zoo that are captured within seconds: texts, images, batch norms, a decoder."""
 
 
 def assert_same(actual: Any, expected: Any) -> None:
@@ -95,7 +93,7 @@ def test_every_format(name: str) -> None:
         assert parameter.grad.abs().sum() > 0, each
 
 
-@pytest.mark.parametrize("name", some(CHEAP, "resnet", "gpt2"))
+@pytest.mark.parametrize("name", some(ZOO, "resnet", "gpt2"))
 def test_the_zoo(name: str) -> None:
     """And every parameter that has a gradient in float has a finite one after a step."""
     skip_beside_ipex()
