@@ -13,7 +13,7 @@ from flows import calibrated
 from models import images, normal, seeded
 from runtimes import compiled
 from test_in_process import Everything, Result, everything
-from thinning import OLDEST
+from thinning import LONG, OLDEST
 from torch import Tensor, nn
 
 import torch_quant
@@ -69,20 +69,27 @@ def test_calls_of_any_form_and_size() -> None:
 
 
 class Convs(nn.Module):
-    """Of one and two dimensions, by depth, with functions, a residual sum and a mean behind."""
+    """By depth, by name and with zeros around; functions, a residual sum, a mean, a window."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.norm = nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16)
+        self.stem, self.norm = nn.Conv2d(3, 16, 3, 2, bias=False), nn.BatchNorm2d(16)
         self.depth, self.point = nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.Conv2d(16, 16, 1)
+        self.even = nn.Conv2d(16, 16, 4, padding="same")
+        self.pool = nn.AvgPool2d((100, 1), ceil_mode=True)
         self.line, self.head = nn.Conv1d(16, 24, 3, padding=1), nn.Linear(24, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(self.stem(x)).relu()
+        x = self.norm(self.stem(nn.functional.pad(x, (0, 1, 0, 1)))).relu()
         x = x + nn.functional.hardswish(self.point(nn.functional.relu6(self.depth(x))))
+        x = self.pool(self.even(x))
         return self.head(self.line(x.flatten(2)).relu().mean(-1))
 
 
+EVEN = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+
+
+@EVEN
 def test_convolutions_and_signed_activations_are_fused(
     caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
@@ -92,19 +99,60 @@ def test_convolutions_and_signed_activations_are_fused(
     quantizer.calib(model)(images(16, 32))
     quant_model, reference = quantizer.quantize(model), meant(quantizer, model)
     assert quantizer.plan.coverage == 1.0
+    batches = (4, 1, 7) if LONG else (4,)
     with caplog.at_level(logging.WARNING, "torch_quant"):
-        for batch in (4, 1, 7):
+        for batch in (*batches, 4):
             x = images(batch, 32)
             assert sqnr(reference(x), quant_model(x)) > 60
             assert sqnr(model(x), quant_model(x)) > 20
-    told = [each for each in caplog.records if each.name == "torch_quant"]
-    assert not told  # nothing runs in float, and no size is fixed
+    told = [each.message for each in caplog.records if each.name == "torch_quant"]
+    assert ["makes a session for each size" in each for each in told] == [True]  # none in float
+    assert len(compiled(quant_model).opened) == len(batches)
     assert copy.deepcopy(quant_model).graphs[0].compiled is None
     torch_quant.save(quant_model, tmp_path)
     again = torch_quant.load(tmp_path)
     assert "INDUCTOR" in repr(again)
     with pytest.raises(InvalidConfig, match="compiles its kernels with the weights"):
         again.load_state_dict(quant_model.state_dict())
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(0, 1) + self.layer(x).transpose(0, 1) + self.layer(x.transpose(0, 1))
+
+
+@EVEN
+def test_graphs_in_the_form_that_is_fused_well() -> None:
+    """Sums beside a product, whose operand may lie the other way round; paddings in numbers."""
+    model = seeded(Residual)
+    quantizer = calibrated(model, [((normal(6, 5, 16),), {})], backend="inductor")
+    (graph,) = quantizer.quantize(model).graphs
+    targets = [node.target for node in graph.body.graph.nodes]
+    assert targets.count(torch.ops.aten.sub.Tensor) == 1  # the transposed product is another's
+    assert torch.equal(graph.body(normal(3, 2, 16))[0], meant(quantizer, model)(normal(3, 2, 16)))
+    assert not Backend.INDUCTOR.fixes_sizes(graph)
+    assert InductorBackend(dynamic=False).fixes_sizes(graph)
+    assert repr(InductorBackend(dynamic=False)) == "Backend.INDUCTOR with dynamic=False"
+    with pytest.raises(InvalidConfig, match="dynamic='no'"):
+        InductorBackend(dynamic="no")  # type: ignore[arg-type]
+    convs = seeded(Convs).eval()
+    (graph,) = (
+        calibrated(convs, [((images(4, 32),), {})], backend="inductor").quantize(convs).graphs
+    )
+    assert Backend.INDUCTOR.fixes_sizes(graph)
+    assert not InductorBackend(dynamic=True).fixes_sizes(graph)
+    args = {
+        node.args[1].args[0].target.partition(".")[0]: node.args[3:6]
+        for node in graph.body.graph.find_nodes(
+            op="call_function", target=torch.ops.aten.conv2d.default
+        )
+    }
+    assert args["stem"] == ([2, 2], [0, 0], [1, 1])
+    assert args["even"] == ([1, 1], [1, 1], [1, 1])  # and a row and a column of codes more
 
 
 def test_it_can_be_exported_as_what_it_computes() -> None:

@@ -14,18 +14,21 @@ from torch import Tensor, fx
 
 from torch_quant.backends.base import Backend, register_backend
 from torch_quant.backends.in_process import Fixed, InProcess, Session, fixed_sizes
+from torch_quant.backends.inductor.convolutions import plain_convolutions, wants_one_size
 from torch_quant.backends.inductor.packages import (
     PRODUCTS,
     PackagedSession,
     compile_package,
     planned_products,
 )
-from torch_quant.backends.onednn.backend import accepted_weight, missing_kernels
-from torch_quant.convert.exporting import exported_with_free_sizes, input_shapes
+from torch_quant.backends.inductor.sums import sums_apart
+from torch_quant.backends.inductor.windows import narrow_windows
+from torch_quant.backends.onednn.backend import accepted_weight, missing_kernels, pad_codes
+from torch_quant.convert.exporting import exported_at_once, exported_with_free_sizes, input_shapes
 from torch_quant.convert.quantized_graph import QuantizedGraph
 from torch_quant.core.kernels import Accepts, Kernel, KernelTable
 from torch_quant.core.spec import QuantSpec
-from torch_quant.errors import UnsupportedOp
+from torch_quant.errors import InvalidConfig, UnsupportedOp
 from torch_quant.passes.base import PassContext, run_passes
 from torch_quant.passes.decomposed import to_decomposed
 from torch_quant.passes.fold_scales import fold_scales
@@ -45,6 +48,9 @@ class InductorBackend(Backend):
     ``torch_quant.export_inductor`` writes what runs here as a file that needs no Python.
 
     Args:
+        dynamic: True: sizes stay free that the model leaves free, and one code serves all; False:
+            each size is compiled for itself, 8 at most; None: each size where a convolution wants
+            its weight packed for one, as the kernel would pack it again at each call.
         settings: of Inductor, by its own names, ``{"max_autotune": True}``; they go before those
             chosen here.
 
@@ -63,8 +69,14 @@ class InductorBackend(Backend):
         "package that needs none"
     )
 
-    def __init__(self, *, settings: Mapping[str, Any] | None = None) -> None:
-        self.settings = dict(settings or {})
+    def __init__(
+        self, *, dynamic: bool | None = None, settings: Mapping[str, Any] | None = None
+    ) -> None:
+        if dynamic not in (None, False, True):
+            raise InvalidConfig(
+                f"InductorBackend(dynamic={dynamic!r}): expected True, False or None"
+            )
+        self.dynamic, self.settings = dynamic, dict(settings or {})
 
     def unavailable(self) -> str | None:
         if missing := missing_kernels():
@@ -82,7 +94,17 @@ class InductorBackend(Backend):
         return KernelTable(self.name, tuple(Kernel(each, activation, weight) for each in PRODUCTS))
 
     def lower(self, context: PassContext) -> fx.GraphModule:
-        run_passes(context, (fold_scales, unsigned_activations, to_decomposed))
+        run_passes(
+            context,
+            (
+                fold_scales,
+                unsigned_activations,
+                pad_codes,
+                plain_convolutions,
+                to_decomposed,
+                sums_apart,
+            ),
+        )
         return context.gm
 
     def compile(self, graph: QuantizedGraph, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
@@ -93,6 +115,10 @@ class InductorBackend(Backend):
             file = Path(folder) / "graph.pt2"
             shapes = self.package(graph, tensors, file)
             return PackagedSession(file), fixed_sizes(graph, shapes)
+
+    def fixes_sizes(self, graph: QuantizedGraph) -> bool:
+        """Whether a lowered graph is compiled for the sizes of one call."""
+        return wants_one_size(graph.body) if self.dynamic is None else not self.dynamic
 
     def package(
         self,
@@ -116,9 +142,13 @@ class InductorBackend(Backend):
             UnsupportedOp: the graph cannot be exported or compiled; says why.
         """
         try:
-            exported = exported_with_free_sizes(graph, tensors, _untold)
+            if self.fixes_sizes(graph):
+                exported = exported_at_once(graph, tensors, "static")
+            else:
+                exported = exported_with_free_sizes(graph, tensors, _untold)
         except Exception as error:  # torch.export raises errors of many unrelated classes
             raise UnsupportedOp(f"torch.export does not take it: {error}") from error
+        narrow_windows(exported)
         what = f"a graph of {graph.contract.describe()}"
         settings = {**self.settings, "aot_inductor.metadata": dict(metadata or {})}
         fused = compile_package(exported, file, settings, what)
@@ -138,8 +168,9 @@ class InductorBackend(Backend):
         return bool(self.settings)
 
     def __repr__(self) -> str:
-        given = f" with settings={self.settings!r}" if self.settings else ""
-        return super().__repr__() + given
+        given = {"dynamic": self.dynamic, "settings": self.settings or None}
+        told = ", ".join(f"{name}={x!r}" for name, x in given.items() if x is not None)
+        return f"{super().__repr__()} with {told}" if told else super().__repr__()
 
 
 def _untold(_: str) -> None:

@@ -32,7 +32,7 @@ from torch_quant.passes.fold_pads import zeros_around
 from torch_quant.passes.fold_scales import fold_scales
 from torch_quant.passes.unsigned import unsigned_activations
 
-__all__ = ["OneDNNBackend", "accepted_weight", "missing_kernels"]
+__all__ = ["OneDNNBackend", "accepted_weight", "missing_kernels", "pad_codes"]
 
 aten = torch.ops.aten
 
@@ -102,7 +102,7 @@ class OneDNNBackend(Backend):
     def lower(self, context: PassContext) -> fx.GraphModule:
         fold_scales(context)
         unsigned_activations(context)
-        _pad_codes(context)
+        pad_codes(context)
         self.emit(context)
         for node in context.graph.find_nodes(op="call_function", target=QUANTIZE_PER_TENSOR):
             _lower_quantize(node)
@@ -110,8 +110,9 @@ class OneDNNBackend(Backend):
         return context.gm
 
 
-def _pad_codes(context: PassContext) -> None:
+def pad_codes(context: PassContext) -> int:
     """Round first, then pad with the code of 0: the kernel before may round, and bytes are few."""
+    changed = 0
     for node in context.graph.find_nodes(op="call_function", target=QUANTIZE_PER_TENSOR):
         pad = argument(node, "x")
         dims = len(size_hints(pad))
@@ -127,6 +128,8 @@ def _pad_codes(context: PassContext) -> None:
         node.replace_all_uses_with(padded)
         set_arguments(padded, {0: node})
         node.graph.erase_node(pad)
+        changed += 1
+    return changed
 
 
 def _is_quantized(node: fx.Node) -> bool:
