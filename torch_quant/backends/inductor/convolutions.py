@@ -7,8 +7,6 @@ ResNet-50 takes five times as long.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 
@@ -23,13 +21,7 @@ __all__ = ["plain_convolutions", "wants_one_size"]
 
 aten = torch.ops.aten
 
-_CONVS: dict[Any, Any] = {
-    aten.conv1d.default: aten.conv1d.default,
-    aten.conv2d.default: aten.conv2d.default,
-    aten.conv1d.padding: aten.conv1d.default,
-    aten.conv2d.padding: aten.conv2d.default,
-}
-"""Operator -> the same with paddings as numbers."""
+_CONVS = (aten.conv2d.default, aten.conv2d.padding)
 
 
 def plain_convolutions(context: PassContext) -> int:
@@ -53,7 +45,7 @@ def plain_convolutions(context: PassContext) -> int:
                 )
                 x = node.graph.call_function(DEQUANTIZE_PER_TENSOR, (codes, scale, zero_point))
         args = (x, weight, bias, spread(stride, dims), sides, spread(dilation, dims), groups)
-        retarget(node, _CONVS[node.target], args)
+        retarget(node, aten.conv2d.default, args)
         changed += 1
     return changed
 

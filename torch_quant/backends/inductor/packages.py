@@ -21,8 +21,11 @@ from torch_quant.ops.table import OPERATORS
 
 __all__ = ["PRODUCTS", "PackagedSession", "compile_package", "planned_products"]
 
-PRODUCTS = ("linear", "conv1d", "conv2d")
-"""Operators that Inductor puts on int8 kernels."""
+PRODUCTS = ("linear", "conv2d")
+"""Operators that Inductor puts on int8 kernels.
+
+It would take ``conv1d`` too, but believes that the result is as much longer as zeros are around it.
+"""
 
 _SETTINGS: dict[str, Any] = {"freezing": True, "cpp.dynamic_threads": True}
 """Weights are constants, without which no product is fused; threads are those of the call."""
