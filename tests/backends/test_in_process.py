@@ -14,7 +14,7 @@ import torch
 from flows import calibrated
 from models import example, mlp, normal, seeded, small_cnn
 from onnx_files import feeds, needs, run_onnxruntime, run_openvino
-from runtimes import RUNTIMES, compiled, each_runtime
+from runtimes import RUNTIMES, by_onnxruntime, by_openvino, compiled, each_runtime
 from torch import Tensor, nn
 
 import torch_quant
@@ -87,7 +87,7 @@ def test_calls_of_any_form_and_size(name: str) -> None:
     assert len(compiled(quant_model).opened) == 1
 
 
-@each_runtime
+@by_openvino
 def test_it_runs_what_the_file_holds(name: str, tmp_path: Path) -> None:
     model, x = small_cnn(), example("small_cnn", 3)
     quantizer = calibrated(model, [(example("small_cnn", 16), {})], backend=name)
@@ -98,7 +98,7 @@ def test_it_runs_what_the_file_holds(name: str, tmp_path: Path) -> None:
     assert torch.equal(quant_model(*x), expected)
 
 
-@each_runtime
+@by_onnxruntime
 def test_memory_that_is_handed_over(name: str) -> None:
     """Transposed, offset, expanded and differentiable inputs; none of them is written to."""
     model = seeded(lambda: nn.Sequential(nn.Linear(16, 8), nn.ReLU()))
@@ -147,7 +147,7 @@ def test_threads_may_share_a_model(name: str) -> None:
     assert len(compiled(quant_model).opened) == 1
 
 
-@each_runtime
+@by_openvino
 def test_copies_pickles_and_saved_models(name: str, tmp_path: Path) -> None:
     model, x = mlp(), example("mlp", 3)
     quantizer = calibrated(model, [(example("mlp", 32), {})], backend=name)
@@ -254,7 +254,7 @@ class Pieces(nn.Module):
         return self.second(x.relu())
 
 
-@each_runtime
+@by_onnxruntime
 def test_a_model_in_pieces(name: str) -> None:
     model = seeded(Pieces)
     quantizer = calibrated(model, [((normal(32, 16),), {})], backend=name)

@@ -11,7 +11,7 @@ import torch
 from flows import calibrated
 from models import normal, seeded
 from onnx_files import needs
-from runtimes import RUNTIMES, compiled, each_runtime
+from runtimes import RUNTIMES, by_onnxruntime, by_openvino, compiled, each_runtime
 from torch import Tensor, nn
 
 import torch_quant
@@ -21,7 +21,7 @@ from torch_quant.backends import OnnxRuntimeBackend, in_process
 pytestmark = needs("onnx", "onnxscript", "onnxruntime", "openvino")
 
 
-@each_runtime
+@by_onnxruntime
 def test_what_cannot_be_recorded(name: str) -> None:
     model = seeded(lambda: nn.Sequential(nn.Linear(16, 8), nn.ReLU()))
     quant_model = calibrated(model, [((normal(32, 16),), {})], backend=name).quantize(model)
@@ -55,7 +55,7 @@ class Unread(nn.Module):
         return self.layer(x)
 
 
-@each_runtime
+@by_openvino
 def test_inputs_that_nothing_reads(name: str) -> None:
     model, rest = seeded(Unread), (torch.arange(3), torch.ones(2, 2))
     quantizer = calibrated(model, [((rest[0], normal(32, 16), rest[1]), {})], backend=name)
@@ -153,7 +153,7 @@ def test_a_runtime_that_computes_something_else(
     assert "gives another result than the quantized graph" in caplog.text
 
 
-@each_runtime
+@by_onnxruntime
 def test_dynamic_activations_have_no_form_in_the_file(name: str) -> None:
     model = seeded(lambda: nn.Linear(16, 8))
     coverage = Quantizer(recipes.int8_dynamic(), backend=name).coverage(model, normal(2, 16))
