@@ -151,11 +151,12 @@ def train_quantized(
     *,
     epochs: int,
     method: str,
+    lr: float = 2e-3,
     batch: int = 64,
 ) -> tuple[nn.Module, Progress]:
     """Train ``model`` through its quantization; returns the QAT model in eval mode."""
     qat_model = quantizer.qat(model, method)
-    groups = quantizer.parameter_groups(qat_model, lr=2e-3, scale_lr=1e-3)
+    groups = quantizer.parameter_groups(qat_model, lr=lr, scale_lr=lr / 2)
     optimizer = torch.optim.AdamW(groups)
     steps = epochs * (len(data.labels) // batch)
     rates = torch.optim.lr_scheduler.OneCycleLR(
@@ -190,6 +191,7 @@ def run(
     epochs: int = 15,
     qat_epochs: int = 30,
     method: str = "lsq",
+    lr: float = 2e-3,
     plot: Path | None = None,
 ) -> Result:
     """The whole comparison for one seed; the edges have 8 bits when trained."""
@@ -205,7 +207,7 @@ def run(
     calibrated = accuracy(quantizer.quantize(network), held_out)
     start = time.perf_counter()
     qat_model, progress = train_quantized(
-        quantizer, network, training, held_out, epochs=qat_epochs, method=method
+        quantizer, network, training, held_out, epochs=qat_epochs, method=method, lr=lr
     )
     seconds = time.perf_counter() - start
     if plot is not None:
@@ -225,6 +227,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--qat-epochs", type=int, default=30)
     parser.add_argument("--method", default="lsq")
+    parser.add_argument("--lr", type=float, default=2e-3, help="of weights (default 2e-3)")
     parser.add_argument("--plot", type=Path, help="an image of the last seed: loss, scales, ...")
     parser.add_argument("--json", type=Path, help="also write every seed's figures there")
     options = parser.parse_args()
@@ -239,6 +242,7 @@ def main() -> None:
             epochs=options.epochs,
             qat_epochs=options.qat_epochs,
             method=options.method,
+            lr=options.lr,
             plot=options.plot,
         )
         for seed in range(options.seeds)
