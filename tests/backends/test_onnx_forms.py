@@ -14,7 +14,6 @@ from torch import Tensor, fx, nn
 
 from torch_quant.backends.onnx.forms.attention import attention_forms
 from torch_quant.backends.onnx.forms.biases import integer_bias
-from torch_quant.backends.onnx.forms.embeddings import embedding_forms
 from torch_quant.backends.onnx.forms.linears import linear_forms_2d
 from torch_quant.backends.onnx.forms.move_codes import move_codes
 from torch_quant.backends.onnx.forms.paddings import explicit_padding
@@ -22,6 +21,7 @@ from torch_quant.backends.onnx.forms.pools import padding_before_pools
 from torch_quant.core.spec import QuantSpec
 from torch_quant.ops.qdq import DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
 from torch_quant.passes.base import Pass
+from torch_quant.passes.embeddings import embedding_forms
 from torch_quant.passes.fold_scales import fold_scales
 from torch_quant.passes.insert_qdq import insert_qdq
 

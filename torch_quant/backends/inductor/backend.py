@@ -31,6 +31,7 @@ from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig, UnsupportedOp
 from torch_quant.passes.base import PassContext, run_passes
 from torch_quant.passes.decomposed import to_decomposed
+from torch_quant.passes.embeddings import embedding_forms
 from torch_quant.passes.fold_scales import fold_scales
 from torch_quant.passes.unsigned import unsigned_activations
 
@@ -91,7 +92,8 @@ class InductorBackend(Backend):
 
     def _kernels(self) -> KernelTable:
         activation, weight = Accepts(QuantSpec()), accepted_weight()
-        return KernelTable(self.name, tuple(Kernel(each, activation, weight) for each in PRODUCTS))
+        products = [Kernel(each, activation, weight) for each in PRODUCTS]
+        return KernelTable(self.name, (*products, Kernel("embedding", None, weight)))
 
     def lower(self, context: PassContext) -> fx.GraphModule:
         run_passes(
@@ -101,6 +103,7 @@ class InductorBackend(Backend):
                 unsigned_activations,
                 pad_codes,
                 plain_convolutions,
+                embedding_forms,
                 to_decomposed,
                 sums_apart,
             ),

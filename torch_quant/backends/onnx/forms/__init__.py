@@ -7,7 +7,6 @@ change numbers, so a simulation applies them too.
 from torch_quant.backends.onnx.forms.attention import attention_forms
 from torch_quant.backends.onnx.forms.biases import integer_bias
 from torch_quant.backends.onnx.forms.blocked_weights import blocked_weights
-from torch_quant.backends.onnx.forms.embeddings import embedding_forms
 from torch_quant.backends.onnx.forms.keep_grids import keep_grids
 from torch_quant.backends.onnx.forms.linears import linear_forms_2d
 from torch_quant.backends.onnx.forms.move_codes import move_codes
@@ -16,6 +15,7 @@ from torch_quant.backends.onnx.forms.pools import padding_before_pools
 from torch_quant.backends.onnx.forms.read_codes import read_codes
 from torch_quant.passes.base import Pass
 from torch_quant.passes.decomposed import to_decomposed
+from torch_quant.passes.embeddings import embedding_forms
 from torch_quant.passes.fold_scales import fold_scales
 
 __all__ = ["FORMS", "GRIDS"]
