@@ -4,7 +4,8 @@ Each is timed with one size, and with two in turn, as servers see them. ResNet-5
 architecture with random weights; its latency does not depend on them.
 For the backend ``onnx`` int8 is the exported file in onnxruntime, beside float in eager PyTorch;
 ``onnx_runtimes.py`` has both in onnxruntime and OpenVINO, and other tools' files. ``--runtimes``
-adds the runtimes in this process, and the exported file in each, called without us.
+adds the runtimes in this process and PyTorch's compiler, and the exported file in the runtimes,
+called without us.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def in_runtimes(
             None, {k: x.numpy() for k, x in given.items()}
         ),
     }
-    for name in ("openvino", "onnxruntime"):
+    for name in ("openvino", "onnxruntime", "inductor"):
         quant_model = quantizer.quantize(model, backend=name)
         start = time.perf_counter()
         quant_model(**inputs)
@@ -104,7 +105,7 @@ def measure(
         if quantizer.backend is Backend.ONNX:  # in PyTorch it computes in float
             deployed = "int8 onnxruntime"
             runs[deployed] = onnxruntime(quant_model, sizes[0], Path(folder))
-        elif quantizer.backend.not_recorded:
+        elif quantizer.backend.not_in_torchscript:
             deployed = "int8"
             runs[deployed] = lambda given: dict(quant_model(**given))
         else:
@@ -133,7 +134,9 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backend", help="default: the best of this machine")
-    parser.add_argument("--runtimes", action="store_true", help="openvino and onnxruntime too")
+    parser.add_argument(
+        "--runtimes", action="store_true", help="openvino, onnxruntime and inductor too"
+    )
     options = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*quantize_per_tensor")
     torch.set_num_threads(1)
