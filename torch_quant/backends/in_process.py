@@ -116,8 +116,13 @@ class InProcess:
         assert graph is not None
         return graph
 
-    @torch.no_grad()
     def __call__(self, *tensors: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self._run(tensors)
+        return self._run(tensors)
+
+    def _run(self, tensors: tuple[Tensor, ...]) -> Any:
         if self.in_pytorch or any(not x.numel() for x in tensors):
             return self.graph.body(*tensors)
         ready = [self._ready(x, i) for i, x in enumerate(tensors)]
@@ -138,6 +143,8 @@ class InProcess:
             )
         if type(x) is not Tensor or x.requires_grad:
             x = x.detach()
+        if x.is_contiguous() and not x.is_conj() and not x.is_neg():
+            return x
         return x.resolve_conj().resolve_neg().contiguous()
 
     def _open(self, tensors: tuple[Tensor, ...], ready: Sequence[Tensor]) -> Opened | None:

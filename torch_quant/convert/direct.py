@@ -126,6 +126,7 @@ def direct(
     signature: Any,
     *,
     width: list[int] | None = None,
+    function: Callable[[Tensor], Any] | None = None,
 ) -> Direct | None:
     """The direct way to a graph, None if its calls are no single tensor, or sizes are conditional.
 
@@ -136,6 +137,7 @@ def direct(
         out_spec: how its outputs nest.
         signature: of the module.
         width: what :func:`fixed_width` gives, None if its rank counts.
+        function: computes it in another way than the graph.
     """
     if len(kind.leaves) != 1 or not isinstance(kind.leaves[0][0], torch.dtype):
         return None
@@ -151,7 +153,7 @@ def direct(
         return None
     if out_spec != flatten_output(x)[1]:
         return None
-    function = _in_one_call(body) or body.forward
+    function = function or _in_one_call(body) or body.forward
     if width is not None:
         return Direct(function, dtype, None, tuple((-1, size) for size in width))
     fixed = tuple((axis, size) for axis, size in enumerate(sizes) if isinstance(size, int))

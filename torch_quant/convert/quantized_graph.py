@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -115,9 +116,10 @@ class QuantizedGraph(nn.Module):
         known = self._direct
         if known is None or known[0] is not body:
             made = None
-            if self.compiler is None and isinstance(body, fx.GraphModule):
+            if isinstance(body, fx.GraphModule):
                 facts = self.kind, self.contract, self.out_spec, signature
-                made = direct(body, *facts, width=self._fixed_width())
+                other = None if self.compiler is None else _weak(self)
+                made = direct(body, *facts, width=self._fixed_width(), function=other)
             known = self._direct = (body, made)
         return known[1]
 
@@ -228,6 +230,18 @@ class QuantizedGraph(nn.Module):
             if len(self.variants) > _MOST_VARIANTS:
                 del self.variants[next(iter(self.variants))]
         return found
+
+
+def _weak(graph: QuantizedGraph) -> Callable[[torch.Tensor], Any]:
+    """What runs a graph and does not keep it."""
+    found = weakref.ref(graph)
+
+    def function(x: torch.Tensor) -> Any:
+        owner = found()
+        assert owner is not None
+        return owner._run(x)
+
+    return function
 
 
 def _is_compiled_here(tensors: tuple[torch.Tensor, ...]) -> bool:
