@@ -153,3 +153,15 @@ def test_mistakes(batches: list[Tensor]) -> None:
     quantizer = _calibrated(model, batches, backend="reference")
     with pytest.raises(InvalidConfig, match="no batches"):
         quantizer.compare(model, [])
+
+
+def test_a_layer_without_a_signal_adds_all() -> None:
+    """Float products cancel to 0 there, and rounded weights, 1 and -64 / 127, leave something."""
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Tanh(), nn.Linear(2, 2)).eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([1.0, -0.5]).expand(2, 2))
+    x = torch.tensor([[1.0, 2.0], [2.0, 4.0]])
+    quantizer = _calibrated(model, [x], backend="reference")
+    first, second = quantizer.compare(model, [x])
+    assert (first.before, first.after, first.share) == (math.inf, -math.inf, 1.0)
+    assert (second.before, second.share) == (-math.inf, 0.0)

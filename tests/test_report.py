@@ -6,8 +6,12 @@ import json
 import math
 import os
 import re
+import shutil
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +20,7 @@ from thinning import LONG
 from torch import Tensor, nn
 
 from torch_quant import InvalidConfig, NotCalibrated, QConfig, Quantizer, recipes
+from torch_quant.report import whole
 from torch_quant.report.comparison import Comparison
 from torch_quant.report.page import page
 from torch_quant.report.whole import ModelReport
@@ -46,7 +51,7 @@ def test_it_says_what_compare_and_sensitivity_say(known: Known) -> None:
     errors = {each["name"]: each["error"] for each in known.layers if each["error"]}
     assert list(errors) == [each.site for each in found]
     for each in found:
-        after = None if math.isinf(each.after) else pytest.approx(each.after, rel=1e-4)
+        after = "inf" if each.after == math.inf else pytest.approx(each.after, rel=1e-4)
         assert errors[each.site]["after"] == after
         assert errors[each.site]["adds"] == pytest.approx(each.share, rel=1e-4, abs=1e-9)
     assert known.report.data["comparison"]["outputs"] == pytest.approx(found.outputs, rel=1e-4)
@@ -95,6 +100,115 @@ def test_weights_are_counted_by_code(known: Known) -> None:
     assert weight["scale"][0] == pytest.approx(float(scale.min()), rel=1e-5)
     assert weight["scale"][-1] == pytest.approx(float(scale.max()), rel=1e-5)
     assert known.report.layer("body.2")["weight"] is None
+
+
+class Near(nn.Module):
+    """What is left of a layer beside its own float results, which one batch gives to the bit."""
+
+    def __init__(self, x: Tensor, then: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner, self.then = nn.Linear(16, 16), then
+        self.register_buffer("known", self.inner(x).detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.then(self.inner(x) - self.known)
+
+
+@pytest.mark.parametrize(
+    ("then", "word", "shown"),
+    [
+        (lambda x: torch.sqrt(x + 1e-5), "nan", "not a number"),
+        (torch.relu, "-inf", "no signal"),
+    ],
+    ids=["nan", "no signal"],
+)
+def test_outputs_without_decibels_are_not_equal(
+    then: Callable[[Tensor], Tensor], word: str, shown: str
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 16)
+    model = Near(x, then).eval()
+    assert bool(model(x).isfinite().all())
+    quantizer = Quantizer("reference")
+    quantizer.calib(model)(x)
+    report = quantizer.report(None, model, [x])
+    found = report.data["comparison"]
+    assert (found["outputs"], found["simulated"], found["equal"]) == (word, word, False)
+    assert shown in str(report)
+    assert "equal" not in str(report)
+    assert ModelReport(json.loads(json.dumps(report.data))).facts() == report.facts()
+    lines = str(quantizer.compare(model, [x])).splitlines()
+    assert lines[0].endswith(f"SQNR {shown}")
+    assert lines[1].endswith(f"arithmetic: {shown}")
+
+
+def test_batches_of_nan_are_not_equal() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 16)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)).eval()
+    quantizer = Quantizer("reference")
+    quantizer.calib(model)(x)
+    nothing = torch.full_like(x, math.nan)
+    report = quantizer.report(None, model, [nothing])
+    assert [each["error"]["after"] for each in report.data["layers"]] == ["nan", "nan"]
+    assert [each["error"]["adds"] for each in report.data["layers"]] == [0.0, 0.0]
+    assert "not a number" in str(report)
+    found = quantizer.compare(model, [x, nothing])  # what can be compared is
+    assert all(20.0 < each.after < 80.0 for each in found)
+
+
+def test_metrics_may_be_infinite_and_of_any_number(known: Known, tmp_path: Path) -> None:
+    metrics: Any = {
+        "perplexity": (torch.tensor(8.5), math.inf),
+        "loss": (torch.linspace(0, 1, 3).numpy()[1], math.nan),
+    }
+    report = known.quantizer.report(tmp_path / "page.html", known.model, metrics=metrics)
+    assert report.data["metrics"] == [
+        {"name": "perplexity", "float": 8.5, "quantized": "inf"},
+        {"name": "loss", "float": 0.5, "quantized": "nan"},
+    ]
+    assert [[*row.values()] for row in report.facts()[-2:]] == [
+        ["perplexity", "8.5", "inf"],
+        ["loss", "0.5", "nan"],
+    ]
+    for wrong in (True, torch.ones(2), 1j, 10**400):
+        with pytest.raises(InvalidConfig, match="expected name -> "):
+            known.quantizer.report(metrics={"loss": (0.5, wrong)})  # type: ignore[dict-item]
+
+
+def test_the_page_has_words_for_what_is_no_number() -> None:
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("there is no node to run the page's functions: apt-get install nodejs")
+    web = Path(whole.__file__).parent / "web"
+    base, start = ((web / name).read_text(encoding="utf-8") for name in ("base.js", "start.js"))
+    functions = base.partition("/** Round places")[0]
+    functions += re.findall("^const exact = .*$", start, re.M)[0]
+    code = (
+        'const document = {getElementById: () => ({textContent: "{}"})};'
+        f"{functions}\nconst all = [21.26, 'inf', '-inf', 'nan', null];"
+        "console.log(JSON.stringify([decibels, short, exact].map((each) => all.map(each))))"
+    )
+    ran = subprocess.run([node, "-e", code], capture_output=True, text=True, check=True)
+    shown, _, metrics = json.loads(ran.stdout)
+    assert shown == ["21.3 dB", "equal", "no signal", "not a number", "\u2013"]
+    assert metrics[:4] == ["21.26", "inf", "-inf", "nan"]
+
+
+def test_titles_that_no_file_can_hold_are_mended(known: Known, tmp_path: Path) -> None:
+    title = f"run {chr(0xDC80)}"
+    report = known.quantizer.report(tmp_path / "page.html", known.model, title=title)
+    assert report.data["title"] == "run \ufffd"
+    assert "<title>run \ufffd" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert str(report).encode()
+    assert page({**report.data, "title": title}).encode()
+
+
+def test_batches_that_are_none_are_refused(known: Known) -> None:
+    for method in ("report", "compare"):
+        ask: Any = getattr(known.quantizer, method)
+        with pytest.raises(InvalidConfig, match=rf"{method}: batches is of type NoneType; .*\[x\]"):
+            ask(model=known.model, batches=None)
 
 
 def test_a_histogram_of_calibration_needs_no_batches() -> None:
@@ -258,6 +372,14 @@ def test_figures_for_notebooks(known: Known, tmp_path: Path) -> None:
     drawn = report.plot_ranges().axes[0].lines
     grids = [x["grid"] for each in known.layers for x in each["inputs"]]
     assert [*drawn[-1].get_ydata()] == [grids[-1]["low"], grids[-1]["high"]]
+    for draw in (report.plot_error, known.quantizer.sensitivity(known.amp_model).plot):
+        with pytest.raises(InvalidConfig, match=r"does not write \.html; expected .*\.pdf"):
+            draw(tmp_path / "figure.html")
+    assert not (tmp_path / "figure.html").exists()
+    lost = {"before": 20.0, "after": "nan", "adds": 1.0}
+    first = report.layer("head") | {"error": {"before": "inf", "after": 20.0, "adds": 0.0}}
+    half = ModelReport({**report.data, "layers": [first, first | {"error": lost}]})
+    assert [*half.plot_error().axes[0].lines[0].get_ydata()] == [20.0]
     with pytest.raises(InvalidConfig, match=r"body.2 has no grid to draw: left in float"):
         report.plot_layer("body.2")
     bare = ModelReport({**report.data, "layers": [report.layer("body.2") | {"error": None}]})

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from torch_quant.proxies.values import copied
 from torch_quant.report.comparison import Comparison, LayerError
 from torch_quant.session import Session
 
-__all__ = ["Seen", "compared", "simulated_model", "simulation"]
+__all__ = ["Seen", "compared", "listed", "simulated_model", "simulation"]
 
 Seen = dict[str, list[Tensor]]
 """Tensor key -> its values, one for each time it was computed."""
@@ -49,6 +50,20 @@ def simulated_model(session: Session, backend: Backend) -> QuantizedModule:
     """The model under the plan of ``backend``, in float arithmetic."""
     slower = session.owner.slower.get(backend.name, {})
     return session.lowering(simulation(backend), slower=slower).run(share=True)
+
+
+def listed(batches: Any, caller: str) -> list[Any]:
+    """``batches`` as a list; raises :class:`InvalidConfig` for what holds none.
+
+    >>> listed(iter([1, 2]), "compare")
+    [1, 2]
+    """
+    if not isinstance(batches, Iterable):
+        raise InvalidConfig(
+            f"{caller}: batches is of type {type(batches).__name__}; expected a list of inputs of "
+            f"the model, as quantizer.{caller}(..., batches=[x])"
+        )
+    return list(batches)
 
 
 def compared(
@@ -102,20 +117,20 @@ def compared(
             site.name,
             site.op,
             site.format if site.quantized else site.precision,
-            min((sums[key].decibels for key in site.inputs if key in sums), default=math.inf),
-            sums[site.name].decibels,
+            _decibels(_before(sums, site.inputs)),
+            _decibels(sums[site.name].ratio),
             _added(sums, site.name, site.inputs) if site.quantized else 0.0,
         )
         for site in plan.values()
         if site.name in sums
     ]
-    whole = sum(each.share for each in layers) or 1.0
     return Comparison(
         tuple(
-            LayerError(x.site, x.op, x.format, x.before, x.after, x.share / whole) for x in layers
+            replace(each, share=share)
+            for each, share in zip(layers, _shares([x.share for x in layers]), strict=True)
         ),
-        outputs.decibels,
-        simulation_outputs.decibels,
+        _decibels(outputs.ratio),
+        _decibels(simulation_outputs.ratio),
         repr(backend),
         count,
         len(plan) - len(layers),
@@ -127,30 +142,64 @@ class _Sum:
 
     def __init__(self) -> None:
         self.signal = self.noise = 0.0
+        self.unknown = False
+        """Whether numbers were seen, and none that can be compared."""
+        self._known = False
 
     def add_all(self, values: Iterable[Tensor], others: Iterable[Tensor]) -> None:
         for x, y in zip(values, others, strict=True):
             if x.shape != y.shape:
                 continue
             exact = x.detach().double()
+            other = y.detach().double()
             finite = torch.isfinite(exact)
+            self._known = self._known or bool((finite | (exact == other)).any())
+            self.unknown = not self._known and (self.unknown or exact.numel() > 0)
             self.signal += float(exact[finite].square().sum())
-            self.noise += float((exact - y.detach().double())[finite].square().sum())
+            self.noise += float((exact - other)[finite].square().sum())
 
     @property
     def ratio(self) -> float:
-        """Noise by signal."""
-        return self.noise / self.signal if self.signal else 0.0
+        """Noise by signal; infinite for noise alone, NaN where nothing can be compared."""
+        if self.unknown:
+            return math.nan
+        if self.signal:
+            return self.noise / self.signal
+        return self.noise if math.isnan(self.noise) or not self.noise else math.inf
 
-    @property
-    def decibels(self) -> float:
-        return -10.0 * math.log10(self.ratio) if self.ratio else math.inf
+
+def _decibels(ratio: float) -> float:
+    """Of noise by signal."""
+    return -10.0 * math.log10(ratio) if ratio else math.inf
+
+
+def _before(sums: dict[str, _Sum], inputs: tuple[str, ...]) -> float:
+    """Noise by signal of the worst input."""
+    ratios = [sums[key].ratio for key in inputs if key in sums]
+    return math.nan if any(map(math.isnan, ratios)) else max(ratios, default=0.0)
 
 
 def _added(sums: dict[str, _Sum], site: str, inputs: tuple[str, ...]) -> float:
-    """Noise by signal of a result beyond that of what it is made of."""
-    before = max((sums[key].ratio for key in inputs if key in sums), default=0.0)
-    return max(sums[site].ratio - before, 0.0)
+    """Noise by signal of a result beyond that of what it is made of.
+
+    Infinite where a result is the first that is no number, or has no signal.
+    """
+    before, after = _before(sums, inputs), sums[site].ratio
+    if not math.isfinite(before):
+        return 0.0
+    return max(after - before, 0.0) if math.isfinite(after) else math.inf
+
+
+def _shares(added: list[float]) -> list[float]:
+    """Of the whole; what is infinite is all of it.
+
+    >>> _shares([1.0, 3.0]), _shares([1.0, float("inf")])
+    ([0.25, 0.75], [0.0, 1.0])
+    """
+    if math.inf in added:
+        added = [1.0 if each == math.inf else 0.0 for each in added]
+    whole = sum(added) or 1.0
+    return [each / whole for each in added]
 
 
 class _Recorder(fx.Interpreter):

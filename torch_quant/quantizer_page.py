@@ -12,6 +12,7 @@ from torch import nn
 from torch_quant.amp.proxy import AmpModel
 from torch_quant.amp.ranking import Ranking
 from torch_quant.backends import Backend, usable_backend
+from torch_quant.comparing import listed
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.running import frozen
 from torch_quant.quantizer_reports import QuantizerReports, comparing_bar
@@ -51,7 +52,8 @@ class QuantizerPage(QuantizerReports):
             sensitivity: a proxy of :meth:`amp` that data was run through, or what
                 :meth:`sensitivity` gave.
             profile: what :meth:`profile` gave.
-            metrics: a metric of yours -> its value for the float model and the quantized one.
+            metrics: a metric of yours -> its value for the float model and the quantized one;
+                numbers, of NumPy or as tensors too, which may be infinite or NaN.
             title: the headline.
             backend: another backend than the quantizer's.
             progress: show a bar on stderr.
@@ -62,7 +64,8 @@ class QuantizerPage(QuantizerReports):
 
         Raises:
             NotCalibrated: no data was seen, or the model has changed since.
-            InvalidConfig: ``path`` cannot be written; not one model is known; ``metrics`` are none.
+            InvalidConfig: ``path`` cannot be written; not one model is known; ``metrics`` or
+                ``batches`` are none.
 
         >>> import torch
         >>> from torch_quant import Quantizer
@@ -87,7 +90,7 @@ class QuantizerPage(QuantizerReports):
             )
         checked = checked_metrics(metrics)
         model = self._only(model, "report")
-        kept = list(batches)
+        kept = listed(batches, "report")
         chosen = self.backend if backend is None else usable_backend(backend)
         ranking = self._ranking(sensitivity)
         if not kept:

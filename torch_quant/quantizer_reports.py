@@ -11,7 +11,7 @@ from torch import nn
 
 from torch_quant.backends import Backend, available_backends, usable_backend
 from torch_quant.choices import FASTEST
-from torch_quant.comparing import compared
+from torch_quant.comparing import compared, listed
 from torch_quant.convert.quantized import QuantizedModule
 from torch_quant.core.plan import QuantPlan
 from torch_quant.core.telling import told_together
@@ -132,7 +132,7 @@ class QuantizerReports(QuantizerTraining):
         >>> [each.site for each in found], found.outputs == found.layers[-1].after
         (['0', '1'], True)
         """
-        kept = list(batches)
+        kept = listed(batches, "compare")
         example = kept[0] if kept else None
         chosen = self.backend if backend is None else usable_backend(backend)
         with frozen(model):

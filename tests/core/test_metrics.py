@@ -39,6 +39,18 @@ def test_sqnr_ignores_masked_positions() -> None:
     assert sqnr(x, y) == pytest.approx(20.0, abs=1e-4)
 
 
+def test_sqnr_of_what_is_no_number() -> None:
+    x, nothing = torch.ones(3), torch.full((3,), math.nan)
+    masked = torch.full((3,), -math.inf)
+    assert math.isnan(sqnr(x, nothing))
+    assert math.isnan(sqnr(0.0 * x, nothing))
+    assert math.isnan(sqnr(nothing, x))
+    assert math.isnan(sqnr(nothing, nothing))
+    assert sqnr(masked, masked) == math.inf
+    assert sqnr([nothing, x], [x, x]) == math.inf
+    assert sqnr([], []) == math.inf
+
+
 def test_sqnr_needs_one_structure() -> None:
     with pytest.raises(ValueError, match="zip"):
         sqnr([torch.ones(2), torch.ones(2)], [torch.ones(2)])

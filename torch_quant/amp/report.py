@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch_quant.amp.ranking import Ranking, Sensitivity
 from torch_quant.errors import BackendUnavailable
 from torch_quant.io.files import checked_target, write_atomically
+from torch_quant.report.plots import checked_ending
 from torch_quant.report.tables import html_page_table
 
 if TYPE_CHECKING:
@@ -166,18 +167,18 @@ class SensitivityReport(Ranking):
             InvalidConfig: the path cannot be written.
         """
         if path is not None:
-            checked_target(path)
+            checked_target(path, "figure.png")
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise BackendUnavailable("plotting needs it: pip install matplotlib") from error
         count = min(sites, len(self))
         figure = Figure(figsize=(13, max(4.0, 1.6 + 0.24 * count)), layout="constrained")
+        suffix = "" if path is None else checked_ending(path, figure)
         bars, curve = figure.subplots(1, 2, width_ratios=(3, 2))
         self.plot_bars(bars, sites)
         self.plot_curve(curve)
         if path is not None:
-            suffix = os.path.splitext(os.fspath(path))[1].removeprefix(".") or "png"
             write_atomically(path, lambda name: figure.savefig(name, format=suffix, dpi=120))
         return figure
 

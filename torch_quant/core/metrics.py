@@ -28,20 +28,26 @@ def sqnr(reference: Any, actual: Any) -> float:
         actual: the same nesting.
 
     Returns:
-        Decibels; ``inf`` where both are equal.
+        Decibels; ``inf`` where both are equal, ``-inf`` where the reference is 0 and the other is
+        not, NaN where that is NaN, or where no number of the reference can be compared. Positions
+        where the reference is not finite do not count.
 
     >>> round(sqnr(torch.ones(4), 0.9 * torch.ones(4)), 3)
     20.0
     """
     signal = noise = 0.0
+    known, total = False, 0
     for pair in zip(float_leaves(reference), float_leaves(actual), strict=True):
         x, y = (each.detach().reshape(-1).split(_SLICE) for each in pair)
         for part, other in zip(x, y, strict=True):
-            exact = part.double()
+            exact, total = part.double(), total + part.numel()
             finite = torch.isfinite(exact)  # masked positions, -inf in both, carry no noise
+            known = known or bool((finite | (exact == other.double())).any())
             exact = exact[finite]
             signal += float(exact.square().sum())
             noise += float((exact - other.double()[finite]).square().sum())
+    if noise != noise or (total and not known):
+        return float("nan")
     if noise == 0.0:
         return float("inf")
     return float("-inf") if signal == 0.0 else 10.0 * float(torch.tensor(signal / noise).log10())

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch_quant.report.names import shortened
+from torch_quant.report.names import decibels, shortened
 from torch_quant.report.tables import html_page_table
 
 __all__ = ["Comparison", "LayerError"]
@@ -27,9 +26,11 @@ class LayerError:
         format: what its numbers are, ``"float32"`` if it is not quantized.
         before: SQNR of what it is given, the worst of its inputs, in dB; ``inf`` where nothing was
             quantized before.
-        after: SQNR of its result, in dB.
+        after: SQNR of its result, in dB; ``inf`` where it is equal, ``-inf`` where float gives 0
+            alone, NaN where it is.
         share: what the site itself adds, of all that the sites add: noise over signal of the result
-            beyond that of its inputs; 0 to 1. What is in float adds nothing.
+            beyond that of its inputs; 0 to 1. What is in float adds nothing. The first results that
+            are NaN, or have no signal, add all.
     """
 
     site: str
@@ -73,8 +74,8 @@ class Comparison:
             {
                 "layer": shortened(each.site, most),
                 "format": each.format.replace(" weights", " w"),
-                "before dB": _decibels(each.before),
-                "after dB": _decibels(each.after),
+                "before dB": decibels(each.before, ""),
+                "after dB": decibels(each.after, ""),
                 "adds": f"{each.share:.1%}" if each.share >= 0.0005 else "",
             }
             for each in self.layers
@@ -82,8 +83,8 @@ class Comparison:
 
     def _headline(self) -> list[str]:
         return [
-            f"outputs on {self.backend}: SQNR {_decibels(self.outputs)} dB",
-            f"the same plan in float arithmetic: {_decibels(self.simulated)} dB",
+            f"outputs on {self.backend}: SQNR {decibels(self.outputs)}",
+            f"the same plan in float arithmetic: {decibels(self.simulated)}",
         ]
 
     def _repr_html_(self) -> str:
@@ -103,7 +104,3 @@ class Comparison:
         if self.unseen:
             lines.append(f"{self.unseen} sites have no result of their own, or were not called")
         return "\n".join(lines)
-
-
-def _decibels(value: float) -> str:
-    return "equal" if math.isinf(value) and value > 0 else f"{value:.1f}"

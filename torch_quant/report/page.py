@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
+from torch_quant.report.names import printable
+
 __all__ = ["page"]
 
 _SCRIPTS = ("base.js", "charts.js", "details.js", "layers.js", "start.js")
@@ -36,7 +38,7 @@ def page(data: Mapping[str, Any]) -> str:
     style, script = read("page.css"), "\n".join(read(name) for name in _SCRIPTS)
     script = f'"use strict";\n(() => {{\n{script}}})();\n'
     values = {
-        "title": html.escape(str(data.get("title", "")), quote=True),
+        "title": html.escape(printable(str(data.get("title", ""))), quote=True),
         "style": style,
         "style_hash": _hash(style),
         "script": script,

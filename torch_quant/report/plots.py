@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch_quant.errors import BackendUnavailable, InvalidConfig
 from torch_quant.io.files import checked_target, write_atomically
-from torch_quant.report.names import shortened
+from torch_quant.report.names import decibels, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["coverage", "drawn", "error", "facts", "layer", "ranges", "sensitivity"]
+__all__ = [
+    "checked_ending",
+    "coverage",
+    "drawn",
+    "error",
+    "facts",
+    "layer",
+    "ranges",
+    "sensitivity",
+]
 
 Layer = Mapping[str, Any]
 _NAME = 44
@@ -35,13 +45,15 @@ def facts(data: Mapping[str, Any]) -> list[dict[str, str]]:
     ]
     found = data["comparison"]
     if found:
-        sqnr = "equal" if found["equal"] else f"{found['outputs']:.1f} dB"
-        rows.append(("SQNR of the outputs", "", sqnr))
+        rows.append(("SQNR of the outputs", "", decibels(float(found["outputs"]))))
     for run in (data["speed"] or {}).get("runs", ()):
         if run["median"] is not None:
             time = f"{run['median']:.3g} ms"
             rows.append((run["name"], *(("", time) if run["quantized"] else (time, ""))))
-    rows += [(x["name"], f"{x['float']:.5g}", f"{x['quantized']:.5g}") for x in data["metrics"]]
+    rows += [
+        (x["name"], f"{float(x['float']):.5g}", f"{float(x['quantized']):.5g}")
+        for x in data["metrics"]
+    ]
     return [dict(zip(("", "float", "quantized"), row, strict=True)) for row in rows]
 
 
@@ -56,11 +68,27 @@ def drawn(
     except ImportError as found:
         raise BackendUnavailable("plotting needs it: pip install matplotlib") from found
     figure = Figure(figsize=(10, 4.5), layout="constrained")
+    suffix = "" if path is None else checked_ending(path, figure)
     draw(figure, what)
     if path is not None:
-        suffix = os.path.splitext(os.fspath(path))[1].removeprefix(".") or "png"
         write_atomically(path, lambda name: figure.savefig(name, format=suffix, dpi=120))
     return figure
+
+
+def checked_ending(path: str | os.PathLike[str], figure: Figure) -> str:
+    """The format that the name of a file asks for, PNG if it has no ending.
+
+    Raises:
+        InvalidConfig: matplotlib does not write it.
+    """
+    suffix = os.path.splitext(os.fspath(path))[1].removeprefix(".").lower() or "png"
+    known = figure.canvas.get_supported_filetypes()
+    if suffix not in known:
+        raise InvalidConfig(
+            f"cannot write a figure to {os.fspath(path)}: matplotlib does not write .{suffix}; "
+            f"expected a name that ends in {', '.join(f'.{each}' for each in sorted(known))}"
+        )
+    return suffix
 
 
 def layer(figure: Figure, found: Layer) -> None:
@@ -164,8 +192,8 @@ def _parts(layers: Sequence[Layer]) -> dict[str, list[Layer]]:
 def error(figure: Figure, layers: Sequence[Layer]) -> None:
     """SQNR along the model above, what each layer adds below."""
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    after = [(i, x["error"]["after"]) for i, x in enumerate(layers)]
-    known = [(i, sqnr) for i, sqnr in after if sqnr is not None]
+    after = [(i, float(x["error"]["after"])) for i, x in enumerate(layers)]
+    known = [(i, sqnr) for i, sqnr in after if math.isfinite(sqnr)]
     above.plot(*zip(*known, strict=True) if known else ([], []), ".-", color="tab:blue")
     above.set_ylabel("SQNR of the result, dB")
     above.grid(alpha=0.3)

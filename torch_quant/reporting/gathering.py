@@ -7,6 +7,7 @@ import math
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch_quant.core.plan import QuantPlan, SitePlan
 from torch_quant.errors import InvalidConfig
 from torch_quant.report.comparison import Comparison
 from torch_quant.report.coverage import Coverage
+from torch_quant.report.names import printable
 from torch_quant.report.speed import Profile
 from torch_quant.report.whole import FORMAT, ModelReport
 from torch_quant.reporting.distributions import Values, activation, grids_of, weights
@@ -57,24 +59,34 @@ def checked_metrics(metrics: Any) -> dict[str, tuple[float, float]]:
 
     >>> checked_metrics({"accuracy": (0.91, 0.9)})
     {'accuracy': (0.91, 0.9)}
+    >>> checked_metrics({"perplexity": (torch.tensor(8.5), float("inf"))})
+    {'perplexity': (8.5, inf)}
     """
     if metrics is None:
         return {}
     found = {}
     for name, pair in metrics.items() if isinstance(metrics, Mapping) else [("", metrics)]:
-        numbers = pair if isinstance(pair, Sequence) and not isinstance(pair, str) else ()
-        if not (
-            isinstance(name, str)
-            and name
-            and len(numbers) == 2
-            and all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in numbers)
-        ):
+        given = pair if isinstance(pair, Sequence) and not isinstance(pair, str) else ()
+        numbers = [x for x in map(_number, given) if x is not None]
+        if not (isinstance(name, str) and name and len(given) == len(numbers) == 2):
             raise InvalidConfig(
                 f"metrics={metrics!r}: expected name -> (float model, quantized model), as "
                 'metrics={"accuracy": (0.912, 0.908)}'
             )
-        found[name] = (float(numbers[0]), float(numbers[1]))
+        found[name] = (numbers[0], numbers[1])
     return found
+
+
+def _number(value: Any) -> float | None:
+    """Of Python, NumPy, or a tensor without dimensions; None if it is no real number."""
+    if isinstance(value, torch.Tensor) and value.dim() == 0:
+        value = value.item()
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # an integer beyond all floats
+        return None
 
 
 def gathered(
@@ -112,7 +124,7 @@ def gathered(
     model = session.model
     data: dict[str, Any] = {
         "format": FORMAT,
-        "title": extras.title or f"{type(model).__name__}, quantized",
+        "title": printable(extras.title) or f"{type(model).__name__}, quantized",
         "model": type(model).__qualname__,
         "backend": backend.name,
         "made": _made(),
@@ -230,7 +242,7 @@ def _compared(found: Comparison | None) -> dict[str, Any] | None:
         "simulated": found.simulated,
         "batches": found.batches,
         "unseen": found.unseen,
-        "equal": math.isinf(found.outputs),
+        "equal": found.outputs == math.inf,
     }
 
 
@@ -266,11 +278,11 @@ def _speed(profile: Profile | None, backend: Backend) -> dict[str, Any] | None:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it: numbers that are not finite are None."""
+    """A value as JSON has it: numbers that are not finite are words, ``"inf"``, ``"nan"``."""
     if isinstance(value, Mapping):
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(each) for each in value]
     if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
+        return float(f"{value:.6g}") if math.isfinite(value) else str(value)
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)

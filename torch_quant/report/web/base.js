@@ -23,11 +23,14 @@ function s(tag, attributes, ...children) {
 }
 
 const percent = (x) => (x >= 0.9995 && x < 1 ? "99.9%" : `${(100 * x).toFixed(1)}%`);
-const decibels = (x) => (x == null ? "equal" : `${x.toFixed(1)} dB`);
+/** What JSON has no numbers for. */
+const WORDS = { inf: "equal", "-inf": "no signal", nan: "not a number" };
+const decibels = (x) => (Number.isFinite(x) ? `${x.toFixed(1)} dB` : WORDS[x] || "–");
 const plural = (n, one, many) => `${n.toLocaleString("en")} ${n === 1 ? one : many || `${one}s`}`;
 
 /** A number in three figures. */
 function short(x) {
+  if (!Number.isFinite(x)) return String(x ?? "–");
   if (x === 0) return "0";
   const size = Math.abs(x);
   if (size >= 1e5 || size < 1e-3) return x.toExponential(2).replace("e+", "e");

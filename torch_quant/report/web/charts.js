@@ -18,7 +18,7 @@ const line = (low, high, from, to) => (x) => from + ((x - low) / (high - low || 
 
 /** The SQNR of each layer's result along the model, and what each adds. */
 function errorChart(layers, open) {
-  const known = layers.map((each) => each.error.after).filter((x) => x != null);
+  const known = layers.map((each) => each.error.after).filter(Number.isFinite);
   // What is far above the rest is as good as float, and would flatten all else.
   const low = Math.min(...known, 20), high = Math.min(Math.max(...known, low + 10), Math.max(low + 30, 60));
   const most = Math.max(...layers.map((each) => each.error.adds), 1e-9);
@@ -45,14 +45,14 @@ function errorChart(layers, open) {
       s("text", { x: left, y: middle + 18 }, `adds, up to ${percent(most)}`));
     let path = "", pen = "M";
     layers.forEach((each, i) => {
-      if (each.error.after == null) { pen = "M"; return; }
+      if (!Number.isFinite(each.error.after)) { pen = "M"; return; }
       path += `${pen}${x(i).toFixed(1)} ${y(each.error.after).toFixed(1)}`;
       pen = "L";
     });
     svg.append(s("path", { class: "curve", d: path }));
     const wide = Math.max(((right - left) / layers.length) * 0.8, 1);
     layers.forEach((each, i) => {
-      if (each.error.after != null && layers.length <= 200) {
+      if (Number.isFinite(each.error.after) && layers.length <= 200) {
         svg.append(s("circle", { class: "dot", cx: x(i), cy: y(each.error.after), r: 2 }));
       }
       if (each.error.adds > 0) {
@@ -99,8 +99,8 @@ function sensitivityBars(layers, open) {
 
 /** What falling back buys: output SQNR against how many of the worst are in float. */
 function fallbackCurve(points) {
-  const predicted = points.filter(([, sqnr]) => sqnr != null);
-  const measured = points.filter(([, , sqnr]) => sqnr != null).map(([n, , sqnr]) => [n, sqnr]);
+  const predicted = points.filter(([, sqnr]) => Number.isFinite(sqnr));
+  const measured = points.filter(([, , sqnr]) => Number.isFinite(sqnr)).map(([n, , sqnr]) => [n, sqnr]);
   const all = [...predicted, ...measured].map(([, sqnr]) => sqnr);
   if (!all.length) return null;
   const low = Math.min(...all), high = Math.max(...all), last = Math.max(...points.map(([n]) => n), 1);

@@ -46,6 +46,7 @@ function arrange(holder, wanted) {
 
 const sum = (values) => values.reduce((a, b) => a + b, 0);
 const FEW = 60;
+const PLACES = { nan: -2e9, "-inf": -1e9, inf: 1e9 }; // in order of SQNR
 
 function layerTable(layers) {
   const root = treeOf(layers), open = new Set(), shut = new Set(), shown = new Set(), rows = new Map(), panels = new Map();
@@ -62,7 +63,7 @@ function layerTable(layers) {
     { name: "format", label: "", by: (x) => x.format, of: (x) => h("span", { class: `tag ${x.quantized ? "quantized" : "float"}`, title: x.reason }, x.format.replace(" weights", " w").replace(" activations", " a")) },
     { name: "work", label: "work", by: (x) => -x.share, of: (x) => meter(x.share, mostWork, x.quantized ? "quantized" : "float") },
     ...(error ? [
-      { name: "SQNR", label: "", by: (x) => (x.error ? x.error.after ?? 1e9 : 2e9), of: (x) => (x.error ? decibels(x.error.after) : "") },
+      { name: "SQNR", label: "", by: (x) => (x.error ? PLACES[x.error.after] ?? x.error.after : 2e9), of: (x) => (x.error ? decibels(x.error.after) : "") },
       { name: "adds", label: "adds", by: (x) => (x.error ? -x.error.adds : 1), of: (x) => (x.error && x.error.adds >= 0.0005 ? meter(x.error.adds, mostAdded, "bad") : "") },
     ] : []),
     ...(sensitive ? [{ name: "sensitivity", label: "noise", by: (x) => (x.sensitivity ? -x.sensitivity.share : 1), of: (x) => (x.sensitivity ? meter(x.sensitivity.share, mostSensitive, "weight") : "") }] : []),

@@ -9,14 +9,14 @@ function fact(value, name) {
   return h("div", { class: "fact" }, h("b", {}, value), h("span", {}, name));
 }
 
-const exact = (x) => String(Number(x.toPrecision(4)));
+const exact = (x) => (Number.isFinite(x) ? String(Number(x.toPrecision(4))) : String(x));
 
 function factsSection() {
   const { bytes: size, comparison, speed, metrics } = data, found = [];
   const quantized = data.layers.filter((each) => each.quantized).length;
   found.push(fact(percent(data.coverage), `of the multiply-accumulates quantized, ${quantized} of ${data.layers.length} layers`));
   found.push(fact(percent(size.quantized / (size.float || 1)), `of the size: ${bytes(size.float)} → ${bytes(size.quantized)}`));
-  if (comparison) found.push(fact(comparison.equal ? "equal" : decibels(comparison.outputs), `SQNR of the outputs, ${plural(comparison.batches, "batch", "batches")}`));
+  if (comparison) found.push(fact(decibels(comparison.outputs), `SQNR of the outputs, ${plural(comparison.batches, "batch", "batches")}`));
   const ran = speed ? speed.runs.filter((each) => each.median != null) : [];
   const here = ran.find((each) => each.this), plain = ran.find((each) => !each.quantized);
   if (here && plain) found.push(fact(`${(plain.median / here.median).toFixed(2)}×`, `as fast as ${plain.name}: ${short(plain.median)} → ${short(here.median)} ms`));
@@ -53,7 +53,7 @@ function errorSection(open) {
   const layers = data.layers.filter((each) => each.error), { comparison } = data;
   const lead = `The float model and the quantized one ran side by side on ${plural(comparison.batches, "batch", "batches")}: how near the result of ` +
     "each layer is to float with everything before it quantized, and what the layer itself adds. " +
-    `At the outputs: ${comparison.equal ? "equal" : decibels(comparison.outputs)} on the kernels, ${decibels(comparison.simulated)} for the same plan in float arithmetic.` +
+    `At the outputs: ${decibels(comparison.outputs)} on the kernels, ${decibels(comparison.simulated)} for the same plan in float arithmetic.` +
     (comparison.unseen ? ` ${plural(comparison.unseen, "layer has", "layers have")} no result of their own, or were not called.` : "");
   const worst = [...layers].sort((a, b) => b.error.adds - a.error.adds).slice(0, 5).filter((each) => each.error.adds > 0.0005);
   return section("error", "Where the error comes in", lead, layers.length ? errorChart(layers, open) : null,
@@ -66,7 +66,7 @@ function errorSection(open) {
 
 function sensitivitySection(open) {
   const layers = data.layers.filter((each) => each.sensitivity), { sensitivity } = data;
-  const curve = fallbackCurve(sensitivity.curve), measured = sensitivity.curve.some((each) => each[2] != null);
+  const curve = fallbackCurve(sensitivity.curve), measured = sensitivity.curve.some((each) => Number.isFinite(each[2]));
   return section("sensitivity", "Sensitivity", `Ranked by: ${sensitivity.meaning}; ${plural(sensitivity.batches, "batch", "batches")}. ${sensitivity.note}`,
     h("div", { class: "two" },
       h("div", {}, legend(["quantized", "by activations"], ["weight", "by the weight"]), sensitivityBars(layers, open)),
