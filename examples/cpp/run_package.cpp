@@ -4,7 +4,7 @@
 //     run_package model.pt2 8x64 [more inputs: 8x64 float, i8x64 token ids from 0 to 99]
 //
 // docs/inductor.md says how to compile it. Tensors go in and come out in the order of the package's
-// metadata.
+// metadata; AOTI_RUNTIME_CHECK_INPUTS=1 has their types and sizes checked.
 #include <ATen/Context.h>
 #include <ATen/ops/randint.h>
 #include <ATen/ops/randn.h>

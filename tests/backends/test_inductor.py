@@ -116,6 +116,37 @@ def test_convolutions_and_signed_activations_are_fused(
         again.load_state_dict(quant_model.state_dict())
 
 
+class Attending(nn.Module):
+    """Attention without the first token, and a mask beside a product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(16), nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        qkv = self.qkv(self.norm(x)).view(batch, length, 3, 2, 8)[:, 1:].permute(2, 0, 3, 1, 4)
+        found = nn.functional.scaled_dot_product_attention(*qkv.unbind(0)).transpose(1, 2)
+        return (x[:, 1:] > 0) + self.out(found.flatten(2))
+
+
+@pytest.mark.newest("five seconds of a C++ compiler")
+def test_the_first_call_does_not_matter() -> None:
+    """One text under autocast; then others; then one of a token, of which attention has none."""
+    model = seeded(Attending)
+    quantizer = calibrated(model, [((normal(4, 7, 16),), {})], backend="inductor")
+    quant_model, reference = quantizer.quantize(model), meant(quantizer, model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert quant_model(normal(1, 5, 16)).dtype is torch.float32
+    for shape in ((1, 5), (4, 7), (3, 2), (9, 40)):
+        x = normal(*shape, 16)
+        assert sqnr(reference(x), quant_model(x)) > 60
+    assert quant_model(normal(2, 1, 16)).shape == (2, 0, 16)
+    assert len(compiled(quant_model).opened) == 1
+    x = normal(3, 4, 7, 16)
+    assert sqnr(reference(x[0]), torch.func.vmap(quant_model)(x)[0]) > 60
+
+
 class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()

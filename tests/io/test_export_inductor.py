@@ -46,6 +46,17 @@ class Pieces(nn.Module):
         return self.second(x) if float(x.sum()) < 1e6 else x[:, :8]
 
 
+class Counts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 8)
+        self.register_buffer("n", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.n.add_(0.001)
+        return self.layer(x) + self.n
+
+
 @pytest.mark.filterwarnings("ignore")  # PyTorch's own, about how packages were loaded once
 def test_a_package_runs_without_the_model_and_without_python(tmp_path: Path) -> None:
     model, example = seeded(Two), {"x": normal(4, 64), "ids": torch.arange(8).reshape(4, 2)}
@@ -91,6 +102,10 @@ def test_what_is_refused(tmp_path: Path) -> None:
     backend = InductorBackend(settings={"no_such_setting": True})
     with pytest.raises(UnsupportedOp, match=r"Inductor does not compile it.*no_such_setting"):
         export_inductor(quantizer.quantize(model, backend=backend), x, tmp_path / "model.pt2")
+    counts = seeded(Counts)
+    counting = calibrated(counts, [((x,), {})], backend="inductor").quantize(counts)
+    with pytest.raises(UnsupportedOp, match=r"it writes to n"):
+        export_inductor(counting, x, tmp_path / "model.pt2")
     pieces = seeded(Pieces)
     in_pieces = calibrated(pieces, [((x,), {})], backend="inductor").quantize(pieces)
     with pytest.raises(InvalidConfig, match=r"captured in pieces.*cannot be one package"):

@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, fx
+from torch._C import _functorch
 
 from torch_quant.convert.quantized_graph import QuantizedGraph
 from torch_quant.core.metrics import sqnr
@@ -23,7 +24,7 @@ from torch_quant.graph.running import CAPTURING
 from torch_quant.passes.base import copy_graph
 from torch_quant.passes.functionalize import written_tensors
 
-__all__ = ["Fixed", "InProcess", "Opener", "Session", "fixed_sizes"]
+__all__ = ["Fixed", "InProcess", "Made", "Opener", "Session", "fixed_sizes", "refuse_writes"]
 
 Fixed = tuple[tuple[int, int, int], ...]
 """Input, axis and size of each dimension that a graph leaves free and a session does not."""
@@ -43,14 +44,29 @@ class Session(Protocol):
         """The outputs, which stay valid; ``tensors`` are contiguous, on the CPU, not empty."""
 
 
+@dataclass(frozen=True)
+class Made:
+    """A session, and what it does not serve.
+
+    Args:
+        session: gives the tensors.
+        fixed: input, axis and size of each dimension that the graph leaves free and it does not.
+        takes: whether it serves the sizes of a call; None for all.
+    """
+
+    session: Session
+    fixed: Fixed = ()
+    takes: Callable[[Sequence[Tensor]], bool] | None = None
+
+
 class Opener(Protocol):
     """A backend whose runtime computes graphs in this process."""
 
     meant: ClassVar[str]
     """How to ask for what computes in PyTorch, in float, what the runtime is to compute."""
 
-    def session(self, graph: QuantizedGraph, tensors: tuple[Tensor, ...]) -> tuple[Session, Fixed]:
-        """A session of a graph, and the sizes that it fixes.
+    def session(self, graph: QuantizedGraph, tensors: tuple[Tensor, ...]) -> Made:
+        """A session of a graph.
 
         It gives those outputs of the graph that are tensors, each as memory of its own.
 
@@ -64,20 +80,23 @@ class Opened:
     """A session, and how the graph's outputs come of it.
 
     Args:
-        session: gives the tensors.
-        fixed: input, axis and size of each dimension that the graph leaves free and it does not.
+        made: gives the tensors.
         outputs: for each output: a function of the inputs, the session's results and ``rest``'s.
         rest: gives the outputs that are no tensors; None if there are none.
     """
 
-    session: Session
-    fixed: Fixed
+    made: Made
     outputs: tuple[tuple[str, Any], ...]
     rest: fx.GraphModule | None
 
     def serves(self, tensors: Sequence[Tensor]) -> bool:
         """Whether it was made for sizes as those of ``tensors``."""
-        return all(tensors[i].shape[axis] == size for i, axis, size in self.fixed)
+        return all(tensors[i].shape[axis] == size for i, axis, size in self.made.fixed)
+
+    @property
+    def session(self) -> Session:
+        """What computes it."""
+        return self.made.session
 
     def __call__(self, given: tuple[Tensor, ...], tensors: Sequence[Tensor]) -> tuple[Any, ...]:
         found = {"input": given, "session": self.session(tensors), "rest": (), "constant": ()}
@@ -106,6 +125,8 @@ class InProcess:
         """One, or some where sizes are fixed; the last used is the last."""
         self._order = threading.Lock()
         """Of ``opened``: a call does not wait for the export of another graph."""
+        self._refused: set[tuple[torch.Size, ...]] = set()
+        """Sizes for which there can be no session, where there are some for others."""
         self.in_pytorch = ""
         """Why the graph runs in PyTorch, in float arithmetic, if it does."""
 
@@ -123,7 +144,8 @@ class InProcess:
         return self._run(tensors)
 
     def _run(self, tensors: tuple[Tensor, ...]) -> Any:
-        if self.in_pytorch or any(not x.numel() for x in tensors):
+        empty = any(not x.numel() for x in tensors)
+        if self.in_pytorch or empty or _functorch.peek_interpreter_stack() is not None:
             return self.graph.body(*tensors)
         ready = [self._ready(x, i) for i, x in enumerate(tensors)]
         found = self.opened
@@ -133,7 +155,9 @@ class InProcess:
         elif opened is not found[-1]:
             with self._order:
                 self.opened = sorted(self.opened, key=lambda each: each is opened)
-        return self.graph.body(*tensors) if opened is None else opened(tensors, ready)
+        if opened is None or (opened.made.takes is not None and not opened.made.takes(ready)):
+            return self.graph.body(*tensors)
+        return opened(tensors, ready)
 
     def _ready(self, x: Tensor, place: int) -> Tensor:
         if x.device.type != "cpu":
@@ -153,12 +177,17 @@ class InProcess:
             for each in self.opened:  # another thread was first
                 if each.serves(ready):
                     return each
-            if self.in_pytorch:
+            sizes = tuple(x.shape for x in ready)
+            if self.in_pytorch or sizes in self._refused:
                 return None
             try:
-                opened = _opened(self.backend, self.graph, tensors, ready)
+                with torch.autocast("cpu", enabled=False):  # which later calls may not be under
+                    opened = _opened(self.backend, self.graph, tensors, ready)
             except UnsupportedOp as error:
-                self.in_pytorch = str(error)
+                if self.opened:
+                    self._refused.add(sizes)
+                else:
+                    self.in_pytorch = str(error)
                 logger.warning(
                     "%r: a graph of %s runs in PyTorch, in float arithmetic: %s",
                     self.backend,
@@ -166,14 +195,14 @@ class InProcess:
                     error,
                 )
                 return None
-            if opened.fixed and not self.opened:
+            if opened.made.fixed and not self.opened:
                 logger.warning(
-                    "%r makes a session for each size, %d at most: the exporter fixes %s",
+                    "%r makes a session for each size, %d at most; this one serves %s",
                     self.backend,
                     _MOST,
                     ", ".join(
                         f"{self.graph.contract.names[i]}.shape[{axis}] = {size}"
-                        for i, axis, size in opened.fixed
+                        for i, axis, size in opened.made.fixed
                     ),
                 )
             with self._order:
@@ -188,16 +217,21 @@ def _opened(
     ready: Sequence[Tensor],
 ) -> Opened:
     """The graph, opened; raises :class:`UnsupportedOp` if it cannot be."""
+    refuse_writes(graph)
+    made = backend.session(graph, tuple(ready))
+    expected = graph.body(*tensors)
+    outputs, rest = _outputs(graph.body, expected)
+    opened = Opened(made, outputs, rest)
+    _compare(backend, graph, expected, opened(tensors, ready))
+    return opened
+
+
+def refuse_writes(graph: QuantizedGraph) -> None:
+    """Raise :class:`UnsupportedOp` where a graph writes to its inputs or to a model's tensors."""
     kept = [x for x in written_tensors(graph.body.graph) if x.op in ("placeholder", "get_attr")]
     if kept:
         names = ", ".join(str(x.target) for x in kept)
         raise UnsupportedOp(f"it writes to {names}, and what runs beside PyTorch cannot")
-    session, fixed = backend.session(graph, tuple(ready))
-    expected = graph.body(*tensors)
-    outputs, rest = _outputs(graph.body, expected)
-    opened = Opened(session, fixed, outputs, rest)
-    _compare(backend, graph, expected, opened(tensors, ready))
-    return opened
 
 
 def fixed_sizes(graph: QuantizedGraph, shapes: Sequence[Sequence[Any]]) -> Fixed:

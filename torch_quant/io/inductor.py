@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from torch_quant.backends.in_process import refuse_writes
 from torch_quant.backends.inductor.backend import InductorBackend
 from torch_quant.backends.inductor.packages import PackagedSession
+from torch_quant.convert.exporting import input_shapes
 from torch_quant.convert.quantized import QuantizedModule, check_finished, plan_of
 from torch_quant.convert.quantized_graph import QuantizedGraph
 from torch_quant.core.metrics import sqnr
@@ -51,7 +54,7 @@ def export_inductor(
 
     Raises:
         InvalidConfig: not a model for Backend.INDUCTOR, one in pieces, or a path that will not do.
-        UnsupportedOp: it cannot be exported or compiled; says why.
+        UnsupportedOp: it cannot be exported or compiled, or writes to its tensors; says why.
         QuantError: the package does not give what the model gives.
 
     >>> export_inductor(nn.Linear(4, 2), torch.ones(8, 4), "model.pt2")  # doctest: +ELLIPSIS
@@ -71,8 +74,19 @@ def export_inductor(
     backend = graph.compiler
     assert isinstance(backend, InductorBackend)
     tensors = tuple(x.detach().contiguous() for x in tensors)
-    with torch.no_grad():
-        results = graph.body(*tensors)
+    refuse_writes(graph)
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        return _written(model, graph, backend, tensors, target)
+
+
+def _written(
+    model: QuantizedModule,
+    graph: QuantizedGraph,
+    backend: InductorBackend,
+    tensors: tuple[Tensor, ...],
+    target: Path,
+) -> dict[str, list[str]]:
+    results = graph.body(*tensors)
     found = _names(graph, results)
     metadata = {
         "torch_quant.version": __version__,
@@ -82,7 +96,7 @@ def export_inductor(
     }
     with staging(target) as folder:
         file = folder / target.name
-        shapes = backend.package(graph, tensors, file, metadata)
+        shapes = input_shapes(backend.package(graph, tensors, file, metadata))
         _compare(file, tensors, [x for x in results if isinstance(x, Tensor)])
         os.replace(file, target)
     _tell_fixed(graph, shapes)

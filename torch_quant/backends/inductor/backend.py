@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor, fx
 
 from torch_quant.backends.base import Backend, register_backend
-from torch_quant.backends.in_process import Fixed, InProcess, Session, fixed_sizes
+from torch_quant.backends.in_process import InProcess, Made, fixed_sizes
 from torch_quant.backends.inductor.convolutions import plain_convolutions, wants_one_size
 from torch_quant.backends.inductor.packages import (
     PRODUCTS,
@@ -21,10 +21,16 @@ from torch_quant.backends.inductor.packages import (
     compile_package,
     planned_products,
 )
+from torch_quant.backends.inductor.sizes import (
+    agrees,
+    is_empty_within,
+    nothing_is_empty,
+    widened,
+)
 from torch_quant.backends.inductor.sums import sums_apart
 from torch_quant.backends.inductor.windows import narrow_windows
 from torch_quant.backends.onednn.backend import accepted_weight, missing_kernels, pad_codes
-from torch_quant.convert.exporting import exported_at_once, exported_with_free_sizes, input_shapes
+from torch_quant.convert.exporting import exported_at_once, input_shapes
 from torch_quant.convert.quantized_graph import QuantizedGraph
 from torch_quant.core.kernels import Accepts, Kernel, KernelTable
 from torch_quant.core.spec import QuantSpec
@@ -73,9 +79,14 @@ class InductorBackend(Backend):
     def __init__(
         self, *, dynamic: bool | None = None, settings: Mapping[str, Any] | None = None
     ) -> None:
-        if dynamic not in (None, False, True):
+        if dynamic is not None and not isinstance(dynamic, bool):
             raise InvalidConfig(
                 f"InductorBackend(dynamic={dynamic!r}): expected True, False or None"
+            )
+        if settings is not None and not isinstance(settings, Mapping):
+            raise InvalidConfig(
+                f"InductorBackend(settings={settings!r}): expected Inductor's settings by name, "
+                '{"max_autotune": True}'
             )
         self.dynamic, self.settings = dynamic, dict(settings or {})
 
@@ -113,11 +124,12 @@ class InductorBackend(Backend):
     def compile(self, graph: QuantizedGraph, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
         return InProcess(self, graph)
 
-    def session(self, graph: QuantizedGraph, tensors: tuple[Tensor, ...]) -> tuple[Session, Fixed]:
+    def session(self, graph: QuantizedGraph, tensors: tuple[Tensor, ...]) -> Made:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "graph.pt2"
-            shapes = self.package(graph, tensors, file)
-            return PackagedSession(file), fixed_sizes(graph, shapes)
+            exported = self.package(graph, tensors, file)
+            fixed = fixed_sizes(graph, input_shapes(exported))
+            return Made(PackagedSession(file), fixed, nothing_is_empty(exported))
 
     def fixes_sizes(self, graph: QuantizedGraph) -> bool:
         """Whether a lowered graph is compiled for the sizes of one call."""
@@ -129,7 +141,7 @@ class InductorBackend(Backend):
         tensors: tuple[Tensor, ...],
         file: Path,
         metadata: Mapping[str, str] | None = None,
-    ) -> list[tuple[Any, ...]]:
+    ) -> Any:
         """Compile a graph into a file.
 
         Args:
@@ -139,18 +151,50 @@ class InductorBackend(Backend):
             metadata: kept in the file.
 
         Returns:
-            The sizes of each input, numbers where the file fixes them.
+            The program that was compiled.
 
         Raises:
             UnsupportedOp: the graph cannot be exported or compiled; says why.
         """
+        if not self.fixes_sizes(graph) and (wide := widened(graph, tensors)) is not None:
+            exported = self._with_free_sizes(graph, wide, file, metadata)
+            if exported is not None:
+                session = PackagedSession(file)
+                if all(agrees(session, graph, each) for each in (wide, tensors)):
+                    return exported
         try:
-            if self.fixes_sizes(graph):
-                exported = exported_at_once(graph, tensors, "static")
-            else:
-                exported = exported_with_free_sizes(graph, tensors, _untold)
+            exported = exported_at_once(graph, tensors, "static")
         except Exception as error:  # torch.export raises errors of many unrelated classes
             raise UnsupportedOp(f"torch.export does not take it: {error}") from error
+        if is_empty_within(exported):
+            raise UnsupportedOp("a tensor within it has no element at these sizes")
+        self._compile(graph, exported, file, metadata)
+        return exported
+
+    def _with_free_sizes(
+        self,
+        graph: QuantizedGraph,
+        tensors: tuple[Tensor, ...],
+        file: Path,
+        metadata: Mapping[str, str] | None,
+    ) -> Any:
+        """The program, compiled; None if it cannot be with all sizes free that the graph leaves."""
+        for mode in ("oblivious", "dynamic"):
+            try:
+                exported = exported_at_once(graph, tensors, mode)
+            except Exception:
+                continue
+            if not fixed_sizes(graph, input_shapes(exported)):
+                try:
+                    self._compile(graph, exported, file, metadata)
+                except UnsupportedOp:  # said of a size, if that cannot be compiled either
+                    return None
+                return exported
+        return None
+
+    def _compile(
+        self, graph: QuantizedGraph, exported: Any, file: Path, metadata: Mapping[str, str] | None
+    ) -> None:
         narrow_windows(exported)
         what = f"a graph of {graph.contract.describe()}"
         settings = {**self.settings, "aot_inductor.metadata": dict(metadata or {})}
@@ -164,17 +208,12 @@ class InductorBackend(Backend):
                 planned,
                 what,
             )
-        return input_shapes(exported)
 
     @property
     def has_options(self) -> bool:
-        return bool(self.settings)
+        return bool(self.settings) or self.dynamic is not None
 
     def __repr__(self) -> str:
         given = {"dynamic": self.dynamic, "settings": self.settings or None}
         told = ", ".join(f"{name}={x!r}" for name, x in given.items() if x is not None)
         return f"{super().__repr__()} with {told}" if told else super().__repr__()
-
-
-def _untold(_: str) -> None:
-    """``InProcess`` tells of sizes that are fixed."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import warnings
+import weakref
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -85,6 +87,16 @@ def _fused(file: Path) -> int:
         return sum(len(_FUSED.findall(package.read(name))) for name in sources)
 
 
+_LOADED: weakref.WeakSet[PackagedSession] = weakref.WeakSet()
+
+
+@atexit.register
+def _unload() -> None:
+    """Loaders have folders of their own, which they remove when they go."""
+    for each in list(_LOADED):
+        del each.loader
+
+
 class PackagedSession:
     """A package that is loaded. Threads may call it at once.
 
@@ -98,6 +110,7 @@ class PackagedSession:
             self.loader = torch._C._aoti.AOTIModelPackageLoader(
                 str(file), "model", False, runners, -1
             )
+        _LOADED.add(self)
 
     def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return self.loader.run(list(tensors))

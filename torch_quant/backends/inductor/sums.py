@@ -8,7 +8,7 @@ known before.
 from __future__ import annotations
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from torch_quant.ops.arguments import argument, retarget
 from torch_quant.ops.decomposed import decomposed
@@ -28,9 +28,12 @@ def sums_apart(context: PassContext) -> int:
             continue
         if _is_linear(x):
             x, y = y, x
-        if not _is_linear(y):
+        value = x.meta.get("val")
+        if not _is_linear(y) or not isinstance(value, Tensor):
             continue
         with context.graph.inserting_before(node):
+            if not value.is_floating_point():  # as a sum does; of masks there is no difference
+                x = context.graph.call_function(aten.to.dtype, (x, torch.float32))
             negative = context.graph.call_function(aten.neg.default, (y,))
         retarget(node, aten.sub.Tensor, (x, negative))
         changed += 1

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from torch_quant.backends.in_process import Fixed, InProcess, Session, fixed_sizes
+from torch_quant.backends.in_process import InProcess, Made, Session, fixed_sizes
 from torch_quant.backends.onnx.backend import OnnxBackend
 from torch_quant.backends.onnx.program.translate import program_of
 from torch_quant.convert.quantized_graph import QuantizedGraph
@@ -88,10 +88,10 @@ class InProcessBackend(OnnxBackend):
     def compile(self, graph: QuantizedGraph, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
         return InProcess(self, graph)
 
-    def session(self, graph: QuantizedGraph, tensors: tuple[Tensor, ...]) -> tuple[Session, Fixed]:
+    def session(self, graph: QuantizedGraph, tensors: tuple[Tensor, ...]) -> Made:
         program = program_of(graph, tensors)
         shapes = [value.shape for value in program.model.graph.inputs]
-        return _loaded(self, program), fixed_sizes(graph, shapes)
+        return Made(_loaded(self, program), fixed_sizes(graph, shapes))
 
     @property
     def has_options(self) -> bool:

@@ -1,0 +1,109 @@
+"""Sizes for which a graph is compiled, and those that its code does not serve."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import SymInt, Tensor
+from torch.utils import _pytree as pytree
+
+from torch_quant.convert.quantized_graph import QuantizedGraph
+from torch_quant.core.metrics import sqnr
+
+__all__ = ["agrees", "is_empty_within", "nothing_is_empty", "widened"]
+
+_LEAST = 4
+"""Elements along a free dimension of an example. Where there is 1, Inductor takes strides for fixed
+that depend on the size, and computes other sizes wrong; likewise within, where some are cut off."""
+_AGREE = 20.0
+"""dB. Rounded a few codes otherwise, and these followed by layers; what is wrong has 13 or less."""
+
+
+def widened(graph: QuantizedGraph, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """An example with 4 or more along each free dimension, repeated if it has fewer.
+
+    Args:
+        graph: says which dimensions are free.
+        tensors: an example.
+
+    Returns:
+        None if the graph does not serve such sizes.
+    """
+    found = []
+    for x, sizes in zip(tensors, graph.contract.shapes, strict=True):
+        times = [
+            -(-_LEAST // n)
+            if isinstance(size, str) and 0 < n < _LEAST and not graph.contract.fixes(size, n)
+            else 1
+            for size, n in zip(sizes, x.shape, strict=True)
+        ]
+        found.append(x.repeat(times) if any(n > 1 for n in times) else x)
+    graph.contract.prepare()
+    return tuple(found) if graph.contract.admits([n for x in found for n in x.shape]) else None
+
+
+def agrees(run: Callable[..., Any], graph: QuantizedGraph, tensors: tuple[Tensor, ...]) -> bool:
+    """Whether compiled code gives what its graph gives, as far as that can be computed."""
+    try:
+        expected = graph.body(*tensors)
+    except Exception:  # of the model's own, at sizes that nobody asked for
+        return True
+    wanted = [x for x in expected if isinstance(x, Tensor)]
+    for x, y in zip(wanted, run(tensors), strict=True):
+        if x.shape != y.shape or x.dtype != y.dtype:
+            return False
+        if x.is_floating_point() and bool(x.isfinite().all()) and sqnr(x, y) < _AGREE:
+            return False
+    return True
+
+
+def nothing_is_empty(exported: Any) -> Callable[[Sequence[Tensor]], bool] | None:
+    """Whether no tensor within a program is empty, for inputs that are not.
+
+    PyTorch's attention for CPUs, called from compiled code, divides by such a size.
+
+    Args:
+        exported: the program.
+
+    Returns:
+        A function of the inputs; None where none can be.
+    """
+    values = {node.name: node.meta["val"] for node in exported.graph.find_nodes(op="placeholder")}
+    places: dict[Any, tuple[int, int]] = {}
+    size: Any
+    for i, name in enumerate(exported.graph_signature.user_inputs):
+        for axis, size in enumerate(values[name].shape):
+            if isinstance(size, SymInt) and size.node.expr.is_symbol:
+                places.setdefault(size.node.expr, (i, axis))
+    tensors = [
+        value
+        for node in exported.graph.nodes
+        for value in pytree.tree_leaves(node.meta.get("val"))
+        if isinstance(value, Tensor)
+    ]
+    sizes: list[Any] = [n for x in tensors for n in x.shape if isinstance(n, SymInt)]
+    within = {n.node.expr for n in sizes if not n.node.expr.is_symbol}
+    asked = [each for each in within if each.free_symbols <= places.keys()]
+    if not asked:
+        return None
+
+    @functools.lru_cache(maxsize=512)
+    def checked(sizes: tuple[int, ...]) -> bool:
+        known = dict(zip(places, sizes, strict=True))
+        return all(int(each.xreplace(known)) > 0 for each in asked)
+
+    def takes(tensors: Sequence[Tensor]) -> bool:
+        return checked(tuple(tensors[i].shape[axis] for i, axis in places.values()))
+
+    return takes
+
+
+def is_empty_within(exported: Any) -> bool:
+    """Whether a program for one size has a tensor without elements."""
+    return any(
+        isinstance(value, Tensor) and 0 in [n for n in value.shape if isinstance(n, int)]
+        for node in exported.graph.nodes
+        for value in pytree.tree_leaves(node.meta.get("val"))
+    )
