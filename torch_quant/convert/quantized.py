@@ -16,7 +16,7 @@ from torch_quant.convert.mounting import mount
 from torch_quant.convert.ownership import SharedWeights
 from torch_quant.convert.quantized_graph import QuantizedGraph
 from torch_quant.convert.unserved import unserved
-from torch_quant.core.lending import take_back
+from torch_quant.core.lending import move_lenders
 from torch_quant.core.naming import matches_name
 from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import CaptureFailed, InvalidConfig
@@ -210,7 +210,7 @@ class QuantizedModule(StandIn):
             where = how.path or "the quantized model"
             how.formats.check(local_metadata, where, given, self.state_dict)
             how.formats.loaded = True
-            take_back(self)
+            move_lenders(self)
         nn.Module._load_from_state_dict(self, state_dict, prefix, local_metadata, *args)
 
     def _formats_inside(self) -> list[str]:

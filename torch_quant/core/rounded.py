@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_quant.core.lending import was_changed
+from torch_quant.core.lending import by_itself, unshared, was_changed
 from torch_quant.core.methods import WeightMethod, read_weight_method
 from torch_quant.core.packing import pack_codes, unpack_codes
 from torch_quant.core.qparams import QParams
@@ -91,7 +91,9 @@ class RoundedWeight:
     ) -> RoundedWeight:
         """Of codes in ``qparams.spec.dtype``, one an element."""
         packed = pack_codes(codes, qparams.spec)
-        return cls(packed, qparams, tuple(codes.shape), method, checksum)
+        scale, zero_point = by_itself(qparams.scale), by_itself(qparams.zero_point)
+        qparams = QParams(qparams.spec, scale, zero_point)
+        return cls(by_itself(packed), qparams, tuple(codes.shape), method, checksum)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -210,9 +212,10 @@ def _read(name: str, data: Mapping[str, Any]) -> RoundedWeight:
     if set(data) != _ENTRIES:
         wrong = ", ".join(sorted(set(data) ^ _ENTRIES))
         raise InvalidConfig(f"the rounded weight of {name!r}: wrong or missing {wrong}")
-    tensors = [data[key] for key in ("codes", "scale", "zero_point")]
-    if not all(isinstance(x, Tensor) for x in tensors):
+    given = [data[key] for key in ("codes", "scale", "zero_point")]
+    if not all(isinstance(x, Tensor) for x in given):
         raise InvalidConfig(f"the rounded weight of {name!r}: codes and scales are no tensors")
+    tensors = [unshared(x) for x in given]
     try:
         spec = QuantSpec.from_dict(data["spec"])
         shape = tuple(int(size) for size in data["shape"])
