@@ -21,6 +21,7 @@ from torch_quant.backends.inductor.packages import (
     compile_package,
     planned_products,
 )
+from torch_quant.backends.inductor.shared import scales_apart
 from torch_quant.backends.inductor.sizes import (
     agrees,
     is_empty_within,
@@ -114,6 +115,7 @@ class InductorBackend(Backend):
                 unsigned_activations,
                 pad_codes,
                 plain_convolutions,
+                scales_apart,
                 embedding_forms,
                 to_decomposed,
                 sums_apart,
