@@ -22,21 +22,22 @@ from torch_quant.core.metrics import sqnr
 from torch_quant.ops.experts import GROUPED_LINEAR
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
     "num_local_experts": 4, "num_experts_per_tok": 2,
 }  # fmt: skip
 
 
-def moe(kind: str) -> nn.Module:
+def moe(kind: str, layers: int = 1) -> nn.Module:
     torch.manual_seed(0)
+    every = {**SIZES, "num_hidden_layers": layers}
     if kind == "mixtral":
-        return MixtralForCausalLM(MixtralConfig(**SIZES)).eval()
+        return MixtralForCausalLM(MixtralConfig(**every)).eval()
     if kind == "qwen3":
-        sizes = {k: v for k, v in SIZES.items() if k != "num_local_experts"}
+        sizes = {k: v for k, v in every.items() if k != "num_local_experts"}
         config = Qwen3MoeConfig(num_experts=4, moe_intermediate_size=32, head_dim=8, **sizes)
         return Qwen3MoeForCausalLM(config).eval()
-    return GptOssForCausalLM(GptOssConfig(head_dim=8, sliding_window=8, **SIZES)).eval()
+    return GptOssForCausalLM(GptOssConfig(head_dim=8, sliding_window=8, **every)).eval()
 
 
 def tokens(*shape: int) -> Tensor:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_experts import moe, tokens
+from test_experts import moe as of_layers
+from test_experts import tokens
 from torch import nn
 
 from torch_quant import (
@@ -27,6 +28,11 @@ from torch_quant.errors import InvalidConfig
 from torch_quant.statistics import HESSIAN, Hessian
 
 SPEC = QuantSpec.of("int4", granularity=PerGroup(16))
+
+
+def moe(kind: str) -> nn.Module:
+    """Of two layers: methods go from one to the next."""
+    return of_layers(kind, 2)
 
 
 def quantizer_of(method: Any, transforms: Any = ()) -> Quantizer:

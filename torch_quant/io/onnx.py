@@ -67,6 +67,7 @@ def export_onnx(
             do.
         UnsupportedOp: an operator has no ONNX form; names where it is.
 
+    >>> import torch
     >>> export_onnx(nn.Linear(4, 2), torch.ones(8, 4), "model.onnx")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     torch_quant.errors.InvalidConfig: expected a quantized model, got Linear: quantizer.quantize(...
