@@ -74,8 +74,9 @@ class QuantizerTraining(QuantizerFiles):
             UnsupportedOp: nothing in the model can be quantized.
 
         >>> import torch
-        >>> from torch_quant import Quantizer
-        >>> model, x, quantizer = nn.Linear(4, 2), torch.ones(8, 4), Quantizer("reference")
+        >>> from torch_quant import Quantizer, recipes
+        >>> quantizer = Quantizer(recipes.fast(), backend="reference")
+        >>> model, x = nn.Linear(4, 2), torch.ones(8, 4)
         >>> _ = quantizer.calib(model)(x)
         >>> qat_model = quantizer.qat(model)
         >>> sorted(name for name, _ in qat_model.named_parameters())
