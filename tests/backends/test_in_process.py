@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,17 @@ import torch
 from flows import calibrated
 from models import example, mlp, normal, seeded, small_cnn
 from onnx_files import feeds, needs, run_onnxruntime, run_openvino
-from runtimes import RUNTIMES, by_onnxruntime, by_openvino, compiled, each_runtime
+from runtimes import (
+    RUNTIMES,
+    Everything,
+    Pieces,
+    by_onnxruntime,
+    by_openvino,
+    check_calls_of_any_form,
+    compiled,
+    each_runtime,
+    everything,
+)
 from torch import Tensor, nn
 
 import torch_quant
@@ -34,33 +43,6 @@ from torch_quant.backends import OpenVINOBackend, ReferenceBackend
 pytestmark = needs("onnx", "onnxscript", "onnxruntime", "openvino")
 
 
-@dataclass
-class Result:
-    y: Tensor
-    rows: int
-    x: Tensor
-    nothing: None = None
-
-
-class Everything(nn.Module):
-    """Keywords, numbers, a mask; among the outputs an input, a tensor twice, a size, an object."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.head = nn.Linear(16, 24), nn.Linear(24, 8)
-
-    def forward(self, x: Tensor, mask: Tensor, *, scale: float = 1.0) -> dict[str, Any]:
-        y = self.head(self.layer(x).relu()) * scale
-        y = y.masked_fill(mask.unsqueeze(-1), 0.0)
-        return {"result": Result(y, x.shape[0], x), "again": y, "ids": y.argmax(-1)}
-
-
-def everything(batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return (normal(batch, 5, 16), torch.arange(batch * 5).reshape(batch, 5) % 3 == 0), {
-        "scale": 2.5
-    }
-
-
 @each_runtime
 def test_calls_of_any_form_and_size(name: str) -> None:
     """Inputs and outputs are those of the model, from one session, and outlive the next call."""
@@ -68,22 +50,7 @@ def test_calls_of_any_form_and_size(name: str) -> None:
     quantizer = calibrated(model, [everything(4), everything(6)], backend=name)
     quant_model, reference = quantizer.quantize(model), quantizer.quantize(model, backend="onnx")
     assert isinstance(quant_model, Everything)
-    kept = []
-    for batch in (5, 1, 0, 7):
-        (x, mask), options = everything(batch)
-        found, expected = quant_model(x, mask, **options), reference(x, mask, **options)
-        result = found["result"]
-        assert isinstance(result, Result)
-        assert result.x is x
-        assert result.rows == batch
-        assert result.y is found["again"]
-        torch.testing.assert_close(result.y, expected["again"], rtol=0.0, atol=1e-4)
-        assert torch.equal(found["ids"], expected["ids"])
-        kept.append((result.y, expected["again"]))
-    other = quant_model(x, mask, scale=0.5)["again"]
-    torch.testing.assert_close(other, found["again"] / 5)  # numbers are inputs of the session
-    for found, expected in kept:
-        torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-4)
+    check_calls_of_any_form(quant_model, reference)
     assert len(compiled(quant_model).opened) == 1
 
 
@@ -238,20 +205,6 @@ def test_another_thread_may_export() -> None:
     finally:
         waiting.over.set()
         exporting.join()
-
-
-class Pieces(nn.Module):
-    """Reads a tensor's value between two parts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        if float(x.abs().max()) > 1e6:
-            raise ValueError("too large")
-        return self.second(x.relu())
 
 
 @by_onnxruntime

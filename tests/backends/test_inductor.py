@@ -11,8 +11,7 @@ import pytest
 import torch
 from flows import calibrated
 from models import images, normal, seeded
-from runtimes import compiled
-from test_in_process import Everything, Result, everything
+from runtimes import Everything, check_calls_of_any_form, compiled, everything
 from thinning import LONG, OLDEST
 from torch import Tensor, nn
 
@@ -46,22 +45,7 @@ def test_calls_of_any_form_and_size() -> None:
     model = seeded(Everything)
     quantizer = calibrated(model, [everything(4), everything(6)], backend="inductor")
     quant_model, reference = quantizer.quantize(model), meant(quantizer, model)
-    kept = []
-    for batch in (5, 1, 0, 7):
-        (x, mask), options = everything(batch)
-        found, expected = quant_model(x, mask, **options), reference(x, mask, **options)
-        result = found["result"]
-        assert isinstance(result, Result)
-        assert result.x is x
-        assert result.rows == batch
-        assert result.y is found["again"]
-        torch.testing.assert_close(result.y, expected["again"], rtol=0.0, atol=1e-4)
-        assert torch.equal(found["ids"], expected["ids"])
-        kept.append((result.y, expected["again"]))
-    other = quant_model(x, mask, scale=0.5)["again"]
-    torch.testing.assert_close(other, found["again"] / 5)
-    for mine, theirs in kept:
-        torch.testing.assert_close(mine, theirs, rtol=0.0, atol=1e-4)
+    x, mask, other = check_calls_of_any_form(quant_model, reference)
     wide = torch.zeros(7, 5, 40)
     wide[:, :, 3:19] = x
     torch.testing.assert_close(quant_model(wide[:, :, 3:19], mask, scale=0.5)["again"], other)

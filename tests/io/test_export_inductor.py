@@ -11,6 +11,7 @@ import torch
 from commands import entries
 from flows import calibrated
 from models import normal, seeded
+from runtimes import Pieces
 from torch import Tensor, nn
 
 from torch_quant import Backend, InvalidConfig, UnsupportedOp, export_inductor
@@ -32,18 +33,6 @@ class Two(nn.Module):
     def forward(self, x: Tensor, *, ids: Tensor) -> dict[str, Tensor]:
         y = self.second(self.first(x).relu())
         return {"y": y, "picked": y.gather(1, ids % 10)}
-
-
-class Pieces(nn.Module):
-    """Reads a tensor's value between two parts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        return self.second(x) if float(x.sum()) < 1e6 else x[:, :8]
 
 
 class Counts(nn.Module):

@@ -24,7 +24,16 @@ from torch_quant.graph.running import CAPTURING
 from torch_quant.passes.base import copy_graph
 from torch_quant.passes.functionalize import written_tensors
 
-__all__ = ["Fixed", "InProcess", "Made", "Opener", "Session", "fixed_sizes", "refuse_writes"]
+__all__ = [
+    "Fixed",
+    "InProcess",
+    "Made",
+    "Opener",
+    "Session",
+    "fixed_sizes",
+    "refuse_writes",
+    "told_sizes",
+]
 
 Fixed = tuple[tuple[int, int, int], ...]
 """Input, axis and size of each dimension that a graph leaves free and a session does not."""
@@ -200,10 +209,7 @@ class InProcess:
                     "%r makes a session for each size, %d at most; this one serves %s",
                     self.backend,
                     _MOST,
-                    ", ".join(
-                        f"{self.graph.contract.names[i]}.shape[{axis}] = {size}"
-                        for i, axis, size in opened.made.fixed
-                    ),
+                    told_sizes(self.graph, opened.made.fixed),
                 )
             with self._order:
                 self.opened = [*self.opened, opened][-_MOST:]
@@ -242,6 +248,12 @@ def fixed_sizes(graph: QuantizedGraph, shapes: Sequence[Sequence[Any]]) -> Fixed
         for axis, (size, own) in enumerate(zip(found, sizes, strict=True))
         if isinstance(size, int) and isinstance(own, str)
     )
+
+
+def told_sizes(graph: QuantizedGraph, fixed: Fixed) -> str:
+    """Fixed sizes for messages: ``x.shape[0] = 4``."""
+    names = graph.contract.names
+    return ", ".join(f"{names[i]}.shape[{axis}] = {size}" for i, axis, size in fixed)
 
 
 def _compare(

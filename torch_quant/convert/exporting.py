@@ -1,8 +1,8 @@
-"""A lowered graph as a program of PyTorch's exporter, with the sizes free that it leaves free."""
+"""A lowered graph as a program of PyTorch's exporter."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,7 @@ from torch_quant.convert.quantized_graph import QuantizedGraph
 from torch_quant.graph.export import size_oblivious
 from torch_quant.passes.base import Pass, PassContext, copy_graph, run_passes
 
-__all__ = ["OnlyTensors", "Tell", "exported_at_once", "exported_with_free_sizes", "input_shapes"]
-
-Tell = Callable[[str], None]
+__all__ = ["OnlyTensors", "exported_at_once", "input_shapes"]
 
 
 class OnlyTensors(nn.Module):
@@ -38,42 +36,6 @@ class OnlyTensors(nn.Module):
                 outputs.append(x.clone() if id(x) in seen else x)
                 seen.add(id(x))
         return tuple(outputs)
-
-
-def exported_with_free_sizes(
-    graph: QuantizedGraph, tensors: tuple[Tensor, ...], tell: Tell, passes: Sequence[Pass] = ()
-) -> Any:
-    """The graph with free sizes, as far as the exporter can.
-
-    A batch of 1 may have to be repeated for that.
-
-    Args:
-        graph: what is exported.
-        tensors: an example of its inputs.
-        tell: is told of sizes that are fixed though the graph leaves them free.
-        passes: are run over a copy of the graph before.
-
-    Returns:
-        An ``ExportedProgram`` of :class:`OnlyTensors`.
-
-    Raises:
-        Exception: of many unrelated classes of PyTorch: it cannot be exported at all.
-    """
-    twice = tuple(torch.cat([x, x]) if x.dim() and x.shape[0] == 1 else x for x in tensors)
-    reasons: list[Exception] = []
-    for example, mode in ((tensors, "oblivious"), (twice, "oblivious"), (twice, "dynamic")):
-        try:
-            exported = exported_at_once(graph, example, mode, passes)
-            _tell_fixed(exported, graph, tell)
-            return exported
-        except Exception as error:  # torch.export raises errors of many unrelated classes
-            reasons.append(error)
-    try:
-        exported = exported_at_once(graph, tensors, "static", passes)
-    except Exception as error:
-        raise reasons[0] from error
-    tell(f"sizes as in the example only: {reasons[0]}")
-    return exported
 
 
 def exported_at_once(
@@ -112,17 +74,3 @@ def input_shapes(exported: Any) -> list[tuple[Any, ...]]:
     """For each input of a program: its sizes, where a number is one that is fixed."""
     values = {node.name: node.meta["val"] for node in exported.graph.find_nodes(op="placeholder")}
     return [tuple(values[name].shape) for name in exported.graph_signature.user_inputs]
-
-
-def _tell_fixed(exported: Any, graph: QuantizedGraph, tell: Tell) -> None:
-    """Tell of sizes that the exporter fixes though the quantized model leaves them free."""
-    contract = graph.contract
-    shapes = input_shapes(exported)
-    for name, found, sizes in zip(contract.names, shapes, contract.shapes, strict=True):
-        for axis, size in enumerate(sizes):
-            free = isinstance(size, str) and isinstance(found[axis], int)
-            if free and not contract.fixes(size, found[axis]):
-                tell(
-                    f"{name}.shape[{axis}] = {found[axis]} only: an operator is exported for the "
-                    "example's size"
-                )

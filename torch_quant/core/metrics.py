@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["cosine", "float_leaves", "sqnr"]
+__all__ = ["cosine", "difference", "float_leaves", "sqnr"]
+
+_LEAST = 20.0
+"""dB that deployed code gives at least of what the model gives. Kernels that are fused otherwise
+round a few codes otherwise; a wrong branch has nothing in common."""
 
 _SLICE = 1 << 20
 """Numbers that are compared together: logits of a language model, in float64, take a gigabyte."""
@@ -67,3 +71,32 @@ def cosine(reference: Tensor, actual: Tensor) -> Tensor:
     tensor([0.7071, 0.7071], dtype=torch.float64)
     """
     return torch.nn.functional.cosine_similarity(reference.double(), actual.double(), dim=-1)
+
+
+def difference(expected: Tensor, found: Tensor) -> str:
+    """How a tensor of deployed code is not the model's, up to codes that are rounded otherwise.
+
+    Args:
+        expected: the model's, of any shape.
+        found: what the code gives.
+
+    Returns:
+        Words to put behind its name; empty if it is.
+
+    >>> difference(torch.ones(2), torch.ones(3))
+    'is (3,) torch.float32; expected (2,) torch.float32'
+    >>> difference(torch.ones(2), torch.tensor([1.0, 2.0]))
+    'agrees to 3.0 dB; expected 20 at least'
+    """
+    if expected.shape != found.shape or expected.dtype != found.dtype:
+        return (
+            f"is {tuple(found.shape)} {found.dtype}; "
+            f"expected {tuple(expected.shape)} {expected.dtype}"
+        )
+    x, y = expected.nan_to_num(), found.nan_to_num()
+    if not x.is_floating_point() or torch.equal(x, y):
+        return ""  # ranks and classes go over with the values they are taken from
+    agreement = sqnr(x, y)
+    if agreement >= _LEAST:
+        return ""
+    return f"agrees to {agreement:.1f} dB; expected {_LEAST:.0f} at least"

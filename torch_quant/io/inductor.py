@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_quant.backends.in_process import refuse_writes
+from torch_quant.backends.in_process import fixed_sizes, refuse_writes, told_sizes
 from torch_quant.backends.inductor.backend import InductorBackend
 from torch_quant.backends.inductor.packages import PackagedSession
 from torch_quant.convert.exporting import input_shapes
 from torch_quant.convert.quantized import QuantizedModule, check_finished, plan_of
 from torch_quant.convert.quantized_graph import QuantizedGraph
-from torch_quant.core.metrics import sqnr
+from torch_quant.core.metrics import difference
 from torch_quant.errors import InvalidConfig, QuantError
 from torch_quant.graph.outputs import leaf_names
 from torch_quant.io.called import graphs_called
@@ -27,9 +27,6 @@ from torch_quant.version import __version__
 __all__ = ["export_inductor"]
 
 logger = logging.getLogger("torch_quant")
-
-_LEAST = 20.0
-"""dB that the package gives at least of what the model gives: rounded a few codes otherwise."""
 
 
 def export_inductor(
@@ -96,10 +93,11 @@ def _written(
     }
     with staging(target) as folder:
         file = folder / target.name
-        shapes = input_shapes(backend.package(graph, tensors, file, metadata))
+        exported = backend.package(graph, tensors, file, metadata)
         _compare(file, tensors, [x for x in results if isinstance(x, Tensor)])
         os.replace(file, target)
-    _tell_fixed(graph, shapes)
+    if fixed := fixed_sizes(graph, input_shapes(exported)):
+        logger.warning("export_inductor: the package serves %s only", told_sizes(graph, fixed))
     return found
 
 
@@ -133,26 +131,8 @@ def _compare(file: Any, tensors: tuple[Tensor, ...], expected: list[Tensor]) -> 
     """Raise :class:`QuantError` unless the package gives what the model gives on the example."""
     found = PackagedSession(file)(tensors)
     for i, (x, y) in enumerate(zip(expected, found, strict=True)):
-        if x.shape != y.shape or x.dtype != y.dtype:
+        if reason := difference(x, y):
             raise QuantError(
-                f"the package gives {tuple(y.shape)} {y.dtype} as output {i} of the example; "
-                f"expected {tuple(x.shape)} {x.dtype}; nothing was written"
+                f"the package does not give what the model gives on the example: output {i} "
+                f"{reason}; nothing was written"
             )
-        x, y = x.nan_to_num(), y.nan_to_num()
-        if x.is_floating_point() and not torch.equal(x, y) and sqnr(x, y) < _LEAST:
-            raise QuantError(
-                f"the package agrees to {sqnr(x, y):.1f} dB with the model on output {i} of the "
-                f"example; expected {_LEAST:.0f} at least; nothing was written"
-            )
-
-
-def _tell_fixed(graph: QuantizedGraph, shapes: list[tuple[Any, ...]]) -> None:
-    contract = graph.contract
-    fixed = [
-        f"{name}.shape[{axis}] = {size}"
-        for name, own, found in zip(contract.names, contract.shapes, shapes, strict=True)
-        for axis, (was, size) in enumerate(zip(own, found, strict=True))
-        if isinstance(was, str) and isinstance(size, int)
-    ]
-    if fixed:
-        logger.warning("export_inductor: the package serves %s only", ", ".join(fixed))

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from torch_quant.backends import Backend
 from torch_quant.convert.quantized import QuantizedModule, check_finished, quantized_graphs
 from torch_quant.convert.quantized_graph import QuantizedGraph
-from torch_quant.core.metrics import sqnr
+from torch_quant.core.metrics import difference
 from torch_quant.errors import InvalidConfig, QuantError
 from torch_quant.graph.calls import flatten_call
 from torch_quant.graph.examples import example_call
@@ -27,10 +27,6 @@ from torch_quant.ops.arguments import argument
 __all__ = ["export_torchscript"]
 
 logger = logging.getLogger("torch_quant")
-
-_LEAST = 20.0
-"""dB that a file gives at least of what the model gives. Kernels that are fused otherwise round a
-few codes otherwise; a wrong branch has nothing in common."""
 
 _MESSAGE = 400
 """Characters of what PyTorch's tracer says, which can hold whole tensors."""
@@ -181,23 +177,13 @@ def _compare(
     if len(expected) != len(found):
         raise QuantError(f"the traced model gives {len(found)} outputs, not {len(expected)}")
     for i, (x, y) in enumerate(zip(expected, found, strict=True)):
-        if reason := _difference(torch.as_tensor(x), torch.as_tensor(y)):
+        if reason := difference(torch.as_tensor(x), torch.as_tensor(y)):
             raise QuantError(
                 f"the traced model does not give what the quantized one gives on the example: "
                 f"output {i} {reason}; nothing was written. torch_quant.save(quant_model, folder) "
                 "saves the model itself"
             )
     return list(relied_on)
-
-
-def _difference(x: Tensor, y: Tensor) -> str:
-    if x.shape != y.shape or x.dtype != y.dtype:
-        return f"is {tuple(y.shape)} {y.dtype}; expected {tuple(x.shape)} {x.dtype}"
-    x, y = x.nan_to_num(), y.nan_to_num()
-    if not x.is_floating_point() or torch.equal(x, y):
-        return ""  # ranks and classes go over with the values they are taken from
-    found = sqnr(x, y)
-    return "" if found >= _LEAST else f"agrees to {found:.1f} dB; expected {_LEAST:.0f} at least"
 
 
 def _is_compiled(model: nn.Module) -> bool:

@@ -127,9 +127,7 @@ class ModelReport:
         Raises:
             InvalidConfig: the report was made without ``batches``.
         """
-        layers = [each for each in self.data["layers"] if each["error"] is not None]
-        if not layers:
-            raise InvalidConfig("the report follows no error: quantizer.report(..., batches=[...])")
+        layers = self._with("error", "follows no error: quantizer.report(..., batches=[...])")
         return plots.drawn(path, plots.error, layers)
 
     def plot_sensitivity(self, path: str | os.PathLike[str] | None = None) -> Figure:
@@ -141,12 +139,15 @@ class ModelReport:
         Raises:
             InvalidConfig: the report was made without ``sensitivity``.
         """
-        layers = [each for each in self.data["layers"] if each["sensitivity"] is not None]
+        how = "has no sensitivity: quantizer.report(..., sensitivity=amp_model)"
+        return plots.drawn(path, plots.sensitivity, self._with("sensitivity", how))
+
+    def _with(self, part: str, missing: str) -> list[dict[str, Any]]:
+        """The layers of which a part is known."""
+        layers = [each for each in self.data["layers"] if each[part] is not None]
         if not layers:
-            raise InvalidConfig(
-                "the report has no sensitivity: quantizer.report(..., sensitivity=amp_model)"
-            )
-        return plots.drawn(path, plots.sensitivity, layers)
+            raise InvalidConfig(f"the report {missing}")
+        return layers
 
 
 def checked_report(path: str | os.PathLike[str]) -> str:

@@ -16,11 +16,11 @@ from torch_quant.backends.base import Backend, register_backend
 from torch_quant.backends.in_process import InProcess, Made, fixed_sizes
 from torch_quant.backends.inductor.convolutions import plain_convolutions, wants_one_size
 from torch_quant.backends.inductor.packages import (
-    PRODUCTS,
     PackagedSession,
     compile_package,
     planned_products,
 )
+from torch_quant.backends.inductor.products import PRODUCTS
 from torch_quant.backends.inductor.shared import scales_apart
 from torch_quant.backends.inductor.sizes import (
     agrees,
@@ -184,7 +184,7 @@ class InductorBackend(Backend):
         for mode in ("oblivious", "dynamic"):
             try:
                 exported = exported_at_once(graph, tensors, mode)
-            except Exception:
+            except Exception:  # torch.export's own; each size is exported for itself then
                 continue
             if not fixed_sizes(graph, input_shapes(exported)):
                 try:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from torch_quant.backends.inductor.products import TARGETS, codes_of
 from torch_quant.backends.int8 import int8_weight
 from torch_quant.ops.arguments import argument, arguments, positional, retarget
-from torch_quant.ops.decomposed import decomposed
 from torch_quant.ops.qdq import DEQUANTIZE_PER_TENSOR
 from torch_quant.ops.table import padding_sizes, spread
 from torch_quant.passes.base import PassContext
@@ -21,14 +21,12 @@ __all__ = ["plain_convolutions", "wants_one_size"]
 
 aten = torch.ops.aten
 
-_CONVS = (aten.conv2d.default, aten.conv2d.padding)
-
 
 def plain_convolutions(context: PassContext) -> int:
     """Strides, dilations and paddings by dimension; ``"same"`` pads codes on the far side."""
     changed = 0
     for node in list(context.graph.nodes):
-        known = int8_weight(node) if node.target in _CONVS else None
+        known = int8_weight(node) if node.target in TARGETS["conv2d"] else None
         if known is None:
             continue
         x, weight, bias, stride, padding, dilation, groups = arguments(node).values()
@@ -52,11 +50,9 @@ def plain_convolutions(context: PassContext) -> int:
 
 def wants_one_size(body: fx.GraphModule) -> bool:
     """Whether a graph has a convolution whose weight is packed for the sizes of its image."""
-    weights = decomposed().dequantize_per_channel.default
     return any(
-        node.target in _CONVS
+        (codes := codes_of(node, "conv2d")) is not None
         and argument(node, "groups") == 1
-        and (weight := argument(node, "weight")).target is weights
-        and any(size > 1 for size in body.get_buffer(str(argument(weight, 0).target)).shape[2:])
+        and any(size > 1 for size in body.get_buffer(str(codes.target)).shape[2:])
         for node in body.graph.nodes
     )

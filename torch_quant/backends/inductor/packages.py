@@ -15,19 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from torch_quant.backends.inductor.products import codes_of
 from torch_quant.errors import UnsupportedOp
 from torch_quant.graph.progress import progress
-from torch_quant.ops.arguments import argument
-from torch_quant.ops.decomposed import decomposed
-from torch_quant.ops.table import OPERATORS
 
-__all__ = ["PRODUCTS", "PackagedSession", "compile_package", "planned_products"]
-
-PRODUCTS = ("linear", "conv2d")
-"""Operators that Inductor puts on int8 kernels.
-
-It would take ``conv1d`` too, but believes that the result is as much longer as zeros are around it.
-"""
+__all__ = ["PackagedSession", "compile_package", "planned_products"]
 
 _SETTINGS: dict[str, Any] = {"freezing": True, "cpp.dynamic_threads": True}
 """Weights are constants, without which no product is fused; threads are those of the call."""
@@ -71,14 +63,7 @@ def _told(error: Exception) -> str:
 
 def planned_products(body: fx.GraphModule) -> int:
     """How many products of a lowered graph multiply quantized weights."""
-    weights = decomposed().dequantize_per_channel.default
-    targets = {target for each in PRODUCTS for target in OPERATORS[each].targets}
-    return sum(
-        node.op == "call_function"
-        and node.target in targets
-        and getattr(argument(node, "weight"), "target", None) is weights
-        for node in body.graph.nodes
-    )
+    return sum(codes_of(node) is not None for node in body.graph.nodes)
 
 
 def _fused(file: Path) -> int:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import fx
 
+from torch_quant.backends.inductor.products import TARGETS
 from torch_quant.backends.int8 import int8_weight
 from torch_quant.ops.arguments import argument, arguments, set_arguments
 from torch_quant.ops.qdq import DEQUANTIZE_PER_CHANNEL
@@ -15,9 +15,7 @@ from torch_quant.passes.constants import constant_beside
 
 __all__ = ["scales_apart"]
 
-aten = torch.ops.aten
-
-_PRODUCTS = (aten.linear.default, aten.conv2d.default)
+_PRODUCTS = {target for targets in TARGETS.values() for target in targets}
 
 
 def scales_apart(context: PassContext) -> int:

@@ -10,15 +10,13 @@ from torch import SymInt, Tensor
 from torch.utils import _pytree as pytree
 
 from torch_quant.convert.quantized_graph import QuantizedGraph
-from torch_quant.core.metrics import sqnr
+from torch_quant.core.metrics import difference
 
 __all__ = ["agrees", "is_empty_within", "nothing_is_empty", "widened"]
 
 _LEAST = 4
 """Elements along a free dimension of an example. Where there is 1, Inductor takes strides for fixed
 that depend on the size, and computes other sizes wrong; likewise within, where some are cut off."""
-_AGREE = 20.0
-"""dB. Rounded a few codes otherwise, and these followed by layers; what is wrong has 13 or less."""
 
 
 def widened(graph: QuantizedGraph, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -51,12 +49,7 @@ def agrees(run: Callable[..., Any], graph: QuantizedGraph, tensors: tuple[Tensor
     except Exception:  # of the model's own, at sizes that nobody asked for
         return True
     wanted = [x for x in expected if isinstance(x, Tensor)]
-    for x, y in zip(wanted, run(tensors), strict=True):
-        if x.shape != y.shape or x.dtype != y.dtype:
-            return False
-        if x.is_floating_point() and bool(x.isfinite().all()) and sqnr(x, y) < _AGREE:
-            return False
-    return True
+    return not any(difference(x, y) for x, y in zip(wanted, run(tensors), strict=True))
 
 
 def nothing_is_empty(exported: Any) -> Callable[[Sequence[Tensor]], bool] | None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from torch_quant.backends.inductor.products import codes_of
 from torch_quant.ops.arguments import argument, retarget
-from torch_quant.ops.decomposed import decomposed
 from torch_quant.passes.base import PassContext
 
 __all__ = ["sums_apart"]
@@ -26,10 +26,10 @@ def sums_apart(context: PassContext) -> int:
         x, y = argument(node, "self"), argument(node, "other")
         if argument(node, "alpha") != 1 or not isinstance(x, fx.Node) or not isinstance(y, fx.Node):
             continue
-        if _is_linear(x):
+        if codes_of(x, "linear") is not None:
             x, y = y, x
         value = x.meta.get("val")
-        if not _is_linear(y) or not isinstance(value, Tensor):
+        if codes_of(y, "linear") is None or not isinstance(value, Tensor):
             continue
         with context.graph.inserting_before(node):
             if not value.is_floating_point():  # as a sum does; of masks there is no difference
@@ -38,8 +38,3 @@ def sums_apart(context: PassContext) -> int:
         retarget(node, aten.sub.Tensor, (x, negative))
         changed += 1
     return changed
-
-
-def _is_linear(node: fx.Node) -> bool:
-    weights = decomposed().dequantize_per_channel.default
-    return node.target is aten.linear.default and argument(node, "weight").target is weights

@@ -7,7 +7,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,12 +18,7 @@ from torch_quant.backends.onnx.program.ops import own_forms
 from torch_quant.backends.onnx.program.recurrent import recurrent_layers, unrolled
 from torch_quant.backends.onnx.program.rewrites import rewrite
 from torch_quant.backends.onnx.program.weights import needed_opset, write_blocked
-from torch_quant.convert.exporting import (
-    OnlyTensors,
-    Tell,
-    exported_at_once,
-    exported_with_free_sizes,
-)
+from torch_quant.convert.exporting import OnlyTensors, exported_at_once, input_shapes
 from torch_quant.convert.quantized_graph import QuantizedGraph
 from torch_quant.errors import InvalidConfig, UnsupportedOp
 from torch_quant.graph.sites import KEY
@@ -33,6 +28,8 @@ __all__ = ["LOWEST_OPSET", "program_of"]
 
 LOWEST_OPSET = 18
 """The lowest that PyTorch's exporter writes."""
+
+Tell = Callable[[str], None]
 
 _PASSES: tuple[Pass, ...] = (recurrent_layers,)
 
@@ -114,9 +111,56 @@ def _with_free_sizes(graph: QuantizedGraph, tensors: tuple[Tensor, ...], tell: T
         fixed = exported_at_once(graph, tensors, "static", _PASSES)
         return fixed.run_decompositions(steps)
     try:
-        return exported_with_free_sizes(graph, tensors, tell, _PASSES)
+        return _exported(graph, tensors, tell)
     except Exception as error:  # torch.export raises errors of many unrelated classes
         raise _without_form(error, graph.body) from error
+
+
+def _exported(graph: QuantizedGraph, tensors: tuple[Tensor, ...], tell: Tell) -> Any:
+    """The graph with free sizes, as far as the exporter can.
+
+    A batch of 1 may have to be repeated for that.
+
+    Args:
+        graph: what is exported.
+        tensors: an example of its inputs.
+        tell: is told of sizes that are fixed though the graph leaves them free.
+
+    Returns:
+        An ``ExportedProgram`` of :class:`OnlyTensors`.
+
+    Raises:
+        Exception: of many unrelated classes of PyTorch: it cannot be exported at all.
+    """
+    twice = tuple(torch.cat([x, x]) if x.dim() and x.shape[0] == 1 else x for x in tensors)
+    reasons: list[Exception] = []
+    for example, mode in ((tensors, "oblivious"), (twice, "oblivious"), (twice, "dynamic")):
+        try:
+            exported = exported_at_once(graph, example, mode, _PASSES)
+            _tell_fixed(exported, graph, tell)
+            return exported
+        except Exception as error:  # torch.export raises errors of many unrelated classes
+            reasons.append(error)
+    try:
+        exported = exported_at_once(graph, tensors, "static", _PASSES)
+    except Exception as error:
+        raise reasons[0] from error
+    tell(f"sizes as in the example only: {reasons[0]}")
+    return exported
+
+
+def _tell_fixed(exported: Any, graph: QuantizedGraph, tell: Tell) -> None:
+    """Tell of sizes that the exporter fixes though the quantized model leaves them free."""
+    contract = graph.contract
+    shapes = input_shapes(exported)
+    for name, found, sizes in zip(contract.names, shapes, contract.shapes, strict=True):
+        for axis, size in enumerate(sizes):
+            free = isinstance(size, str) and isinstance(found[axis], int)
+            if free and not contract.fixes(size, found[axis]):
+                tell(
+                    f"{name}.shape[{axis}] = {found[axis]} only: an operator is exported for the "
+                    "example's size"
+                )
 
 
 def _translated(exported: Any, graph: QuantizedGraph, opset: int | None) -> Any:
