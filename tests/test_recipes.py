@@ -27,7 +27,7 @@ from torch_quant.config import RECIPES
 LEAST = {
     "int8_static": 30.0, "int8_dynamic": 33.0, "int8_weight_only": 35.0, "int4_weight_only": 14.0,
     "weight_only": 14.0, "float8": 24.0, "mxfp8": 24.0, "mxfp6": 24.0, "mxfp4": 11.0,
-    "mxint8": 33.0, "fast": 30.0,
+    "mxint8": 33.0, "fast": 30.0, "bfloat16": 45.0,
 }  # fmt: skip
 """Output SQNR on random weights, dB: what the bits of a recipe give, a few dB less."""
 
@@ -53,7 +53,7 @@ def test_a_recipe_through_the_workflow(name: str, tmp_path: Path) -> None:
     quantizer = calibrated(model, [((x,), {})], backend="reference", qconfig=config)
     quant_model = quantizer.quantize(model)
     assert sqnr(model(x), quant_model(x)) > LEAST[name]
-    assert quantizer.coverage(model).share == 1.0
+    assert quantizer.coverage(model).share == float(name != "bfloat16")
     torch_quant.save(quant_model, tmp_path / "model")
     assert torch.equal(torch_quant.load(tmp_path / "model", model=wide())(x), quant_model(x))
     quantizer.save(tmp_path / "ranges")

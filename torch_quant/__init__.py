@@ -39,7 +39,7 @@ from torch_quant.core.methods import (
 )
 from torch_quant.core.metrics import cosine, sqnr
 from torch_quant.core.plan import QuantPlan, SitePlan
-from torch_quant.core.spec import FLOAT, QuantSpec, ScaleType
+from torch_quant.core.spec import BFLOAT16, FLOAT, QuantSpec, ScaleType
 from torch_quant.errors import (
     BackendUnavailable,
     CaptureFailed,
@@ -62,6 +62,7 @@ from torch_quant.version import __version__
 
 __all__ = [
     "AWQ",
+    "BFLOAT16",
     "FLOAT",
     "GPTQ",
     "HQQ",

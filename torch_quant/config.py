@@ -21,7 +21,7 @@ from torch_quant.core.methods import (
 from torch_quant.core.naming import (
     did_you_mean,
 )
-from torch_quant.core.spec import FLOAT, FloatFormat, QuantSpec
+from torch_quant.core.spec import BFLOAT16, FLOAT, FloatFormat, QuantSpec
 from torch_quant.errors import InvalidConfig
 from torch_quant.statistics import OBSERVERS, Observer, observer_class
 
@@ -53,15 +53,17 @@ class QConfig:
     Args:
         input: format of the activations, per tensor; or, with ``dynamic=True``, per tensor, token
             or group. ``FLOAT`` leaves them in float.
-        weight: format of the weight; ``FLOAT`` leaves it in float.
+        weight: format of the weight; ``FLOAT`` leaves it in float. ``BFLOAT16`` for both multiplies
+            in bfloat16.
         observer: statistics taken of activations.
         transforms: what makes it easier to quantize, such as :class:`SmoothQuant`, in order. Each
             holds for the sites that it can serve.
         method: how the weight is rounded; None for :class:`RoundToNearest`.
 
     Raises:
-        InvalidConfig: per-channel activations, weights per token, both in float, an unknown
-            observer name, something else than transforms or a weight method.
+        InvalidConfig: per-channel activations, weights per token, both in float, one of them alone
+            in bfloat16, an unknown observer name, something else than transforms or a weight
+            method.
     """
 
     input: QuantSpec | FloatFormat | None = None
@@ -88,7 +90,12 @@ class QConfig:
                 raise InvalidConfig(
                     f"QConfig({name}=...) is {spec!r}; expected a QuantSpec, or FLOAT"
                 )
-        if isinstance(self.input, FloatFormat) and isinstance(self.weight, FloatFormat):
+        if BFLOAT16 in (self.input, self.weight) and self.input is not self.weight:
+            raise InvalidConfig(
+                f"QConfig(input={self.input!r}, weight={self.weight!r}): products in bfloat16 have "
+                "both operands in it, QConfig(BFLOAT16, BFLOAT16)"
+            )
+        if self.input is FLOAT and self.weight is FLOAT:
             raise InvalidConfig(
                 "QConfig(input=FLOAT, weight=FLOAT) quantizes nothing; overrides={name: None} "
                 "leaves a site in float"
@@ -239,8 +246,8 @@ def read_qconfig(data: Any, place: Place, what: str, lines: Lines) -> QConfig:
         values["method"] = _read(read_weight_method, method, (*place, "method"), what, lines)
     for name in ("input", "weight"):
         if data.get(name) is not None:
-            if data[name] == str(FLOAT):
-                values[name] = FLOAT
+            if data[name] in map(str, FloatFormat):
+                values[name] = FloatFormat(data[name])
                 continue
             values[name] = _read_spec(data[name], (*place, name), f"{what}: {name!r}", lines)
             try:

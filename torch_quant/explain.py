@@ -11,7 +11,7 @@ from torch_quant.backends import Backend
 from torch_quant.config import QConfig
 from torch_quant.core.methods import Method, Transform, WeightMethod
 from torch_quant.core.naming import did_you_mean, matches_name
-from torch_quant.core.plan import FALLEN_BACK, SLOWER, SitePlan
+from torch_quant.core.plan import FALLEN_BACK, LOWER, SLOWER, SitePlan
 from torch_quant.core.spec import FLOAT, FloatFormat, QuantSpec
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.annotate import method_refusal
@@ -142,7 +142,8 @@ class _Facts:
         if not rules and config == recipes.int8_static():
             source = _DEFAULT
         found: list[Decision | None] = []
-        found.append(quantized := self._quantized(source if rules and config is None else None))
+        told = self.entry.reason == LOWER or (rules and config is None)
+        found.append(quantized := self._quantized(source if told else None))
         if not self.entry.quantized and quantized.rule != self.name:
             return (quantized,)  # no format was considered
         edit = self.session.settings.summary.plan.get(self.site.name)

@@ -296,7 +296,8 @@ class QuantizerBase(Tied):
     def _lowered(self, session: Session, lowering: Lowering, share: bool) -> QuantizedModule:
         """What ``lowering`` makes of a model; raises as :meth:`Quantizer.quantize` does."""
         plan = lowering.plan
-        if not plan.quantized and not any(
+        lower = any(site.precision != PRECISIONS[0] for site in plan.values())
+        if not (plan.quantized or lower) and not any(
             site.reason.startswith((FALLEN_BACK, SLOWER)) for site in plan.values()
         ):
             reasons = sorted({f"{site.op}: {site.reason}" for site in plan.values()})
@@ -306,7 +307,7 @@ class QuantizerBase(Tied):
                 + ("; ".join(reasons[:2]) or session.captured.nothing_captured())
                 + f"{rest}. print(quantizer.coverage(model)) lists every operator"
             )
-        if not plan.quantized:
+        if not (plan.quantized or lower):
             logger.warning(
                 "all %d sites are in float, since those that can be quantized fell back or are "
                 "faster so: the model gains nothing. quantizer.reset_fallback() quantizes it, and "

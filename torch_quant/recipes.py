@@ -14,10 +14,11 @@ from torch_quant.algorithms import GPTQ, AutoRound, BiasCorrection, RoundToNeare
 from torch_quant.config import QConfig, register_recipe
 from torch_quant.core.granularity import PerChannel, PerGroup, PerToken
 from torch_quant.core.methods import Transform, WeightMethod, read_weight_method
-from torch_quant.core.spec import FLOAT, QuantSpec
+from torch_quant.core.spec import BFLOAT16, FLOAT, QuantSpec
 from torch_quant.errors import InvalidConfig
 
 __all__ = [
+    "bfloat16",
     "fast",
     "float8",
     "int4_weight_only",
@@ -88,6 +89,21 @@ def fast() -> QConfig:
     True
     """
     return QConfig()
+
+
+@register_recipe
+def bfloat16() -> QConfig:
+    """Products in bfloat16, all else in float32: no data, and no scales.
+
+    Operands are rounded to 8 bits of precision with float32's range, so nothing overflows; sums are
+    float32. It pays on CPUs with bfloat16 products (AVX512-BF16, AMX, Arm's BF16), for what int8
+    hurts: ``overrides={"op:linear": "int8_static"}`` has these in int8 beside it, and
+    ``fallback(..., dtype=torch.bfloat16)`` takes the most sensitive layers to it.
+
+    >>> bfloat16()
+    QConfig(input=BFLOAT16, weight=BFLOAT16, observer=None, transforms=(), method=None)
+    """
+    return QConfig(BFLOAT16, BFLOAT16)
 
 
 @register_recipe

@@ -19,6 +19,7 @@ from torch_quant.errors import InvalidConfig
 
 __all__ = [
     "FALLEN_BACK",
+    "LOWER",
     "PRECISIONS",
     "FloatOp",
     "SLOWER",
@@ -31,6 +32,8 @@ PRECISIONS = ("float32", "bfloat16")
 """Arithmetic that a site outside int8 may run in."""
 FALLEN_BACK = "fallen back"
 """The reason of a site that sensitivity analysis took back to float."""
+LOWER = "as configured"
+"""The reason of a site that is to be in a lower float precision instead of integers."""
 SLOWER = "slower quantized"
 """How the reason of a site begins that was measured to be faster in float."""
 
@@ -233,10 +236,17 @@ class QuantPlan(Mapping[str, SitePlan]):
             how = f"quantized ({kinds})"
         else:
             how = _phrase(next(iter(formats), "int8"))
-        return (
-            f"{self.coverage:.1%} of the multiply-accumulates {how}, "
-            f"{len(self.quantized)} of {len(self)} sites{rest}"
-        )
+        share, count = self.coverage, len(self.quantized)
+        lower = [site for site in self.values() if site.precision != PRECISIONS[0]]
+        if lower and not count:
+            share, count, how = self._share(lower), len(lower), f"in {lower[0].precision}"
+        elif lower:
+            rest = f", {self._share(lower):.1%} in {lower[0].precision}{rest}"
+        return f"{share:.1%} of the multiply-accumulates {how}, {count} of {len(self)} sites{rest}"
+
+    def _share(self, sites: Iterable[SitePlan]) -> float:
+        """Of all multiply-accumulates, 0 to 1."""
+        return sum(site.macs for site in sites) / (self.macs or 1)
 
     def without(
         self, names: Iterable[str], reason: str = FALLEN_BACK, precision: str = "float32"

@@ -16,20 +16,21 @@ from torch_quant.core.elements import IntegerType, element_type
 from torch_quant.core.granularity import Granularity, PerChannel, PerTensor
 from torch_quant.errors import InvalidConfig
 
-__all__ = ["FLOAT", "FloatFormat", "QuantSpec", "ScaleType"]
+__all__ = ["BFLOAT16", "FLOAT", "FloatFormat", "QuantSpec", "ScaleType"]
 
 
 class FloatFormat(enum.Enum):
-    """In the place of a format: the tensor stays in float. Its only member is :data:`FLOAT`.
+    """In the place of a format: the tensor stays in float, :data:`FLOAT` or :data:`BFLOAT16`.
 
-    >>> FLOAT, str(FLOAT)
-    (FLOAT, 'float')
+    >>> FLOAT, str(FLOAT), str(BFLOAT16)
+    (FLOAT, 'float', 'bfloat16')
     """
 
     FLOAT = "float"
+    BFLOAT16 = "bfloat16"
 
     def __repr__(self) -> str:
-        return "FLOAT"
+        return self.name
 
     def __str__(self) -> str:
         return self.value
@@ -37,6 +38,8 @@ class FloatFormat(enum.Enum):
 
 FLOAT: Final = FloatFormat.FLOAT
 """``QConfig(input=FLOAT)`` quantizes weights alone, ``QConfig(weight=FLOAT)`` activations alone."""
+BFLOAT16: Final = FloatFormat.BFLOAT16
+"""``QConfig(BFLOAT16, BFLOAT16)`` multiplies in bfloat16: 8 bits of exponent, 8 of precision."""
 
 
 class ScaleType(enum.Enum):

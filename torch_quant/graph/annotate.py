@@ -12,8 +12,8 @@ from torch_quant.core.granularity import PerGroup
 from torch_quant.core.kernels import Accepts, Format, Kernel, KernelTable
 from torch_quant.core.methods import Transform, WeightMethod
 from torch_quant.core.naming import check_names
-from torch_quant.core.plan import QuantPlan, SitePlan
-from torch_quant.core.spec import FLOAT, QuantSpec
+from torch_quant.core.plan import LOWER, PRECISIONS, QuantPlan, SitePlan
+from torch_quant.core.spec import BFLOAT16, FLOAT, QuantSpec
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.routers import is_router
 from torch_quant.graph.rules import modules_of, rules_for, rules_of
@@ -66,9 +66,13 @@ def annotate(
         rules = rules_for(site, modules, overrides)
         config = rules[0].value if rules else qconfig
         activation = weight = kernel = None
+        precision = PRECISIONS[0]
         reason = obstacle or module_filter.refusal(site.name, site.op, modules) or ""
         if config is None:
             reason = reason or "left in float by an override"
+        elif config.input is BFLOAT16:
+            precision = precision if reason else str(BFLOAT16)
+            reason = reason or LOWER
         else:
             activation, weight, kernel, refusal = _fitting(site, config, kernels)
             reason = reason or refusal
@@ -85,6 +89,7 @@ def annotate(
                 quantized=not reason,
                 reason=reason,
                 macs=site.macs,
+                precision=precision,
                 quantized_output=site.fused_output if _quantizes_output(kernel, activation) else "",
                 transforms=() if config is None else _serving(config.transforms, site),
                 method=None if config is None or weight is None else _method(config, site),

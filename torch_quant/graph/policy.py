@@ -11,6 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from torch_quant.config import QConfig
 from torch_quant.core.naming import check_names, matches_name
+from torch_quant.core.spec import BFLOAT16
 from torch_quant.errors import InvalidConfig
 
 __all__ = ["Capture", "CapturePolicy", "checked_capture", "default_capture", "is_container"]
@@ -116,7 +117,8 @@ def computes_with_weights(module: nn.Module) -> bool:
 
 
 def default_capture(qconfig: QConfig, one_graph: bool = False) -> CapturePolicy:
-    """What is captured where the user does not say: layer by layer if no range is needed.
+    """What is captured where the user does not say: layer by layer if only scales of
+    weights, or of each call, are needed.
 
     Args:
         qconfig: how layers are quantized.
@@ -125,7 +127,7 @@ def default_capture(qconfig: QConfig, one_graph: bool = False) -> CapturePolicy:
     >>> default_capture(QConfig()).choice
     'whole'
     """
-    whole = one_graph or qconfig.needs_ranges
+    whole = one_graph or qconfig.needs_ranges or qconfig.input is BFLOAT16
     return CapturePolicy(_WHOLE if whole else _MODULES, asked=False)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch_quant.core.plan import FloatOp, QuantPlan, SitePlan
+from torch_quant.core.plan import PRECISIONS, FloatOp, QuantPlan, SitePlan
 from torch_quant.model import CapturedModel
 from torch_quant.report.tables import html_page_table
 
@@ -98,8 +98,13 @@ class Coverage:
             known = left.macs or isinstance(left, SitePlan)
             return f"{left.macs / total:.1%}" if known else "?"
 
+        def why(left: SitePlan | FloatOp) -> str:
+            if isinstance(left, SitePlan) and left.precision != PRECISIONS[0]:
+                return f"{left.reason}, in {left.precision}"
+            return left.reason
+
         return [
-            {"left in float": left.name, "op": left.op, "share": share(left), "why": left.reason}
+            {"left in float": left.name, "op": left.op, "share": share(left), "why": why(left)}
             for left in self._left()
         ]
 

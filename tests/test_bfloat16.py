@@ -1,0 +1,110 @@
+"""Products in bfloat16 as a configuration: alone, beside int8, and what the reports say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from flows import BACKENDS, calibrated
+from models import MODELS, example, normal, seeded
+from processor import needs_bfloat16
+from torch import Tensor, nn
+
+import torch_quant
+from torch_quant import (
+    BFLOAT16,
+    FLOAT,
+    InvalidConfig,
+    ModuleFilter,
+    QConfig,
+    Quantizer,
+    recipes,
+    sqnr,
+)
+
+X = normal(8, 16)
+RUNS = [pytest.param(b, marks=[needs_bfloat16] * (b == "ipex")) for b in BACKENDS]
+
+
+def _mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+
+
+def lower(layer: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x.bfloat16(), layer.weight.bfloat16(), layer.bias.bfloat16()).float()
+
+
+@pytest.mark.parametrize("backend", RUNS)
+def test_all_products_without_data(backend: str, tmp_path: Path) -> None:
+    model = seeded(_mlp)
+    quantizer = Quantizer(backend, qconfig="bfloat16")
+    quant_model = quantizer.quantize(model, example_inputs=X[:2])
+    expected = lower(model[2], lower(model[0], X).relu())
+    assert torch.equal(quant_model(X), expected)
+    assert not torch.equal(quant_model(X), model(X))
+    said = "100.0% of the multiply-accumulates in bfloat16, 2 of 2 sites"
+    assert said in str(quantizer.coverage(model))
+    assert "as configured, in bfloat16" in str(quantizer.coverage(model))
+    assert quantizer.explain("0", model)["quantized"].rule == "Quantizer(qconfig=...)"
+    torch_quant.save(quant_model, tmp_path)
+    assert torch.equal(torch_quant.load(tmp_path)(X), expected)
+    weights = [x for x in quant_model.state_dict().values() if x.dim() == 2]
+    assert {x.dtype for x in weights} == {torch.bfloat16}  # half the bytes
+
+
+@pytest.mark.parametrize("backend", RUNS)
+def test_beside_int8(backend: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = seeded(_mlp)
+    quantizer = Quantizer(backend, overrides={"2": recipes.bfloat16()})
+    quantizer.calib(model)(X)
+    quant_model = quantizer.quantize(model)
+    first = nn.Sequential(model[0], model[1])
+    alone = calibrated(first, [((X,), {})], backend=backend).quantize(first)
+    assert torch.equal(quant_model(X), lower(model[2], alone(X)))
+    assert "66.7% of the multiply-accumulates in int8, 1 of 2 sites, 33.3% in bfloat16" in repr(
+        quant_model
+    )
+    again = Quantizer.from_config(quantizer.to_config())
+    again.load_state_dict(quantizer.state_dict())
+    assert torch.equal(again.quantize(model, example_inputs=X)(X), quant_model(X))
+    amp_model = quantizer.amp(model)
+    amp_model(X)
+    assert [each.name for each in quantizer.sensitivity(amp_model)] == ["0"]
+    assert quantizer.fallback(amp_model, 1, dtype=torch.bfloat16) == ["0"]
+    assert torch.equal(quantizer.quantize(model)(X), lower(model[2], lower(model[0], X).relu()))
+    assert "gains nothing" not in caplog.text
+
+
+def test_the_zoos_products() -> None:
+    """Attention and convolutions as well, whole graphs, at other sizes."""
+    for name in ("tiny_transformer", "small_cnn", "attention_explicit"):
+        model = MODELS[name]().eval()
+        quantizer = Quantizer("reference", qconfig=recipes.bfloat16())
+        quant_model = quantizer.quantize(model, example_inputs=example(name, 2))
+        x = example(name, 5)
+        assert 35 < sqnr(model(*x), quant_model(*x)) < 70
+        assert {site.precision for site in quantizer.plan.values()} == {"bfloat16"}
+        assert quantizer.coverage(model).plan.summary.startswith("100.0%")
+
+
+def test_an_obstacle_comes_first() -> None:
+    """What cannot be touched stays float32, as a layer inside of autocast, or filtered ones."""
+    model = seeded(_mlp)
+    quantizer = Quantizer(
+        "reference", qconfig="bfloat16", module_filter=ModuleFilter(include_names=["0"])
+    )
+    quantizer.quantize(model, example_inputs=X)
+    assert [site.precision for site in quantizer.plan.values()] == ["bfloat16", "float32"]
+
+
+def test_one_operand_alone_is_refused() -> None:
+    with pytest.raises(InvalidConfig, match=r"input=BFLOAT16, weight=None.*both operands"):
+        QConfig(BFLOAT16)
+    with pytest.raises(InvalidConfig, match=r"input=FLOAT, weight=BFLOAT16.*both operands"):
+        QConfig(FLOAT, BFLOAT16)
+    with pytest.raises(InvalidConfig, match="both operands"):
+        QConfig.from_dict({"weight": "bfloat16"})
+    assert QConfig.from_dict({"input": "bfloat16", "weight": "bfloat16"}) == recipes.bfloat16()
+    assert QConfig.from_dict(recipes.bfloat16().to_dict()) == recipes.bfloat16()
