@@ -349,7 +349,8 @@ class SiteInfo:
 
 
 OverrideKey = str | type[nn.Module] | Callable[[SiteInfo], bool]
-"""A site's or module's name, a glob, ``re:`` and a regular expression, an op type (``op:linear`` or
-``linear``), a module class (or ``class:`` and its path), or a function of a :class:`SiteInfo`."""
+"""A site's or module's name, a glob, ``re:`` and a regular expression (``re?:`` if it may match
+nothing), an op type (``op:linear`` or ``linear``), a module class (or ``class:`` and its path), or
+a function of a :class:`SiteInfo`."""
 Overrides = Mapping[OverrideKey, QConfig | None]
 """What it covers -> its QConfig, None for float. The more specific wins, see ``graph/rules.py``."""

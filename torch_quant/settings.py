@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from torch_quant.config import ObserverLike, Overrides, QConfig
-from torch_quant.core.naming import check_names, is_pattern, matches_name
+from torch_quant.core.naming import check_names, is_pattern, matches_name, may_be_idle
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.rules import modules_of, operator_names, qconfig_of, rules_of
 from torch_quant.graph.sites import Site
@@ -76,7 +76,7 @@ class Settings:
             return
         known = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
         for what, pattern in given:
-            if not _may_be_site(pattern, known):
+            if not may_be_idle(pattern) and not _may_be_site(pattern, known):
                 types = OPERATORS if what == "override" else ()
                 check_names([pattern], [*known, *sites()], what, types)
 

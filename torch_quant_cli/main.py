@@ -22,6 +22,7 @@ COMMANDS = {
     "bench": "benching",
     "report": "reporting",
     "export": "exporting",
+    "migrate": "migrating",
     "generate": "generating",
     "completion": "completing",
 }

@@ -11,7 +11,7 @@ import torch
 from models import MODELS, example
 from torch import Tensor, nn
 
-from torch_quant import InvalidConfig, QConfig, Quantizer, QuantSpec, SiteInfo
+from torch_quant import InvalidConfig, ModuleFilter, QConfig, Quantizer, QuantSpec, SiteInfo
 from torch_quant.config import OverrideKey
 from torch_quant.core.naming import class_named, class_path, matches_name, plain_depth
 from torch_quant.graph.rules import rules_for, rules_of
@@ -213,3 +213,19 @@ def test_a_configuration_imports_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_rules_keep_the_order_given() -> None:
     assert [rule.key for rule in rules_of({"b": None, "a": None})] == ["b", "a"]
+
+
+def test_a_pattern_may_say_that_it_may_match_nothing() -> None:
+    """As one does in a file that serves several models; its place among the others is the same."""
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.ones(1, 4)
+    overrides = {"re?:.*head": None, "re?:1.*": None, "re:.*": QConfig()}
+    quantizer = Quantizer("reference", overrides=overrides)
+    quantizer.calib(model)(x)
+    quantizer.quantize(model)
+    assert quantizer.plan.quantized == ("0", "1"), "of equals, the last given holds"
+    again = Quantizer.from_config(quantizer.to_config())
+    assert [*again.overrides] == [*overrides]
+    with pytest.raises(InvalidConfig, match=r"'re\?:\(' is no regular expression"):
+        Quantizer("reference", overrides={"re?:(": None})
+    filtered = Quantizer("reference", module_filter=ModuleFilter(exclude_names="re?:.*head"))
+    filtered.calib(model)(x)

@@ -20,6 +20,7 @@ __all__ = [
     "did_you_mean",
     "is_pattern",
     "matches_name",
+    "may_be_idle",
     "numbered",
     "plain_depth",
 ]
@@ -132,22 +133,38 @@ def plain_depth(pattern: str) -> int:
     """
     if not is_pattern(pattern):
         return pattern.count(".") + 1
-    expression = pattern.startswith("re:")
-    parts = pattern[3:].split("\\.") if expression else pattern.split(".")
-    plain = re.compile(r"[\w-]+" if expression else r"[^*?\[]+")
+    expression = _expression(pattern)
+    parts = pattern.split(".") if expression is None else expression.split("\\.")
+    plain = re.compile(r"[^*?\[]+" if expression is None else r"[\w-]+")
     opened = (i for i, part in enumerate(parts[:-1]) if not plain.fullmatch(part))
     return next(opened, len(parts) - 1)
 
 
 def is_pattern(text: str) -> bool:
     """Whether a name is a glob or a regular expression."""
-    return text.startswith("re:") or any(mark in text for mark in "*?[")
+    return _expression(text) is not None or any(mark in text for mark in "*?[")
+
+
+def may_be_idle(pattern: str) -> bool:
+    """Whether a pattern says of itself that it may match nothing, as ``re?:`` does.
+
+    >>> may_be_idle("re?:.*lm_head"), may_be_idle("re:.*lm_head")
+    (True, False)
+    """
+    return pattern.startswith("re?:")
+
+
+def _expression(pattern: str) -> str | None:
+    """The regular expression that a pattern is, None for a name or a glob."""
+    prefix = next((each for each in ("re:", "re?:") if pattern.startswith(each)), None)
+    return None if prefix is None else pattern[len(prefix) :]
 
 
 def _matches(name: str, pattern: str) -> bool:
-    if pattern.startswith("re:"):
+    expression = _expression(pattern)
+    if expression is not None:
         try:
-            return re.fullmatch(pattern[3:], name) is not None
+            return re.fullmatch(expression, name) is not None
         except re.error as error:
             raise InvalidConfig(
                 f"{pattern!r} is no regular expression of Python: {error}"
@@ -172,7 +189,7 @@ def check_names(
     """
     known = list(dict.fromkeys(known))
     for pattern in patterns:
-        if not any(matches_name(name, pattern) for name in known):
+        if not may_be_idle(pattern) and not any(matches_name(name, pattern) for name in known):
             hint = _meant(pattern.removeprefix("re:"), known, others)
             raise InvalidConfig(f"{what} {pattern!r} matches nothing in the model{hint}")
 

@@ -149,7 +149,7 @@ def _rule_of_text(key: str, value: QConfig | None) -> Rule:
     if key in OPERATORS:
         return Rule(key, value, "op type", key)
     prefix, colon, rest = key.partition(":")
-    if not colon or prefix not in ("op", "class", "re"):
+    if not colon or prefix not in ("op", "class", "re", "re?"):
         return Rule(key, value, "name", key)
     if prefix == "op":
         if rest not in OPERATORS:

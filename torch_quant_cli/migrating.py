@@ -1,0 +1,54 @@
+"""``torch-quant migrate``: settings of another tool as a file for ``quantize --config``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from torch_quant_cli.exits import Failed
+from torch_quant_cli.running import Result, command
+
+__all__ = ["cli"]
+
+
+@click.command("migrate", short_help="Turn another tool's settings into a file for --config.")
+@click.argument("file", type=click.Path())
+@click.option("--out", type=click.Path(), help="The YAML or JSON to write.  [default: none]")
+@click.option("--kind", help="The tool's class, as RTNConfig, where the file does not tell.")
+@click.option("--overwrite", is_flag=True, help="Replace the file at --out.")
+@command
+def cli(file: str, out: str | None, kind: str | None, overwrite: bool) -> Result:
+    """Read FILE, a configuration of Intel Neural Compressor 3, and say what became of each entry.
+
+    FILE is what config.to_json_file wrote, or the qconfig.json beside a saved model.
+
+    \b
+    Examples:
+      torch-quant migrate rtn.json
+      torch-quant migrate rtn.json --out q.yaml
+      torch-quant quantize my-llm --config q.yaml --data texts.txt --out my-llm-int4
+      torch-quant migrate short.json --kind GPTQConfig --out q.yaml
+    """
+    if not Path(file).is_file():
+        raise Failed(f"{file}: there is no such file")
+    if out is not None and Path(out).suffix not in (".json", ".yaml", ".yml"):
+        raise Failed(f"--out {out}: expected a file that ends in .yaml, .yml or .json")
+    if out is not None and Path(out).exists() and not overwrite:
+        raise Failed(f"--out {out} exists: --overwrite replaces it")
+    if Path(file).suffix == ".onnx":
+        raise Failed(
+            f"{file}: ranges are matched with the layers of a model, in Python: "
+            "torch_quant.migrate.from_onnx(file, model, example_inputs)"
+        )
+    from torch_quant.migrate import from_inc
+
+    found = from_inc(file, kind=kind)
+    data = found.to_dict() | {"out": out}
+    lines = [str(found)]
+    if out is not None:
+        found.to_config(out)
+        lines += ["", f"{out} is written: torch-quant quantize MODEL --config {out} --out DIR"]
+        if found.needs_blocks or found.qconfig.needs_ranges:
+            lines[-1] += " --data DATA"
+    return Result("\n".join(lines), data)
