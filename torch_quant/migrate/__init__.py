@@ -7,5 +7,6 @@ Each gives a :class:`Migration`.
 
 from torch_quant.migrate.inc import from_inc
 from torch_quant.migrate.result import Migration, Outcome, Row
+from torch_quant.migrate.torch_ao import from_torch_ao
 
-__all__ = ["Migration", "Outcome", "Row", "from_inc"]
+__all__ = ["Migration", "Outcome", "Row", "from_inc", "from_torch_ao"]
