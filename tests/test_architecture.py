@@ -49,9 +49,12 @@ BACKENDS = {
 READERS = {"onnxruntime": "onnx", "openvino": "onnx", "inductor": "onednn"}
 """Name of a runtime that reads files of a format, or calls kernels of another -> the room of the
 format or the kernels, which knows it."""
-REGISTRY = {"__init__.py", "backends/__init__.py", "backends/base.py"}
-"""Where backends are listed, with their types."""
-FORMATS = {"io/onnx": "onnx", "io/ipex": "ipex", "io/inductor": "inductor"}
+REGISTRY = {"__init__.py", "backends/__init__.py", "backends/base.py", "migrate/__init__.py"}
+"""Where backends are listed, with their types; where what reads files of others is."""
+FORMATS = {
+    "io/onnx": "onnx", "io/ipex": "ipex", "io/inductor": "inductor", "migrate/onnx": "onnx",
+    "migrate/ipex": "ipex",
+}  # fmt: skip
 """Files that write or read what belongs to one runtime: how their paths begin -> its name."""
 
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))

@@ -22,7 +22,7 @@ from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
 from torch_quant.io.summary import write_summary
 
-__all__ = ["convert_ipex_summary"]
+__all__ = ["convert_ipex_summary", "read_ipex_summary"]
 
 _SPECS = {
     "torch.quint8": QuantSpec.of(),
@@ -99,7 +99,7 @@ def convert_ipex_summary(
     """Write the decisions and ranges of an IPEX summary as a summary of torch_quant.
 
     Sites that the file does not have stay in float. Read the result with
-    ``Quantizer.load_summary(target)``.
+    ``Quantizer.load_summary(target)``. ``torch_quant.migrate.from_ipex`` does both.
 
     Args:
         source: a file that IPEX's ``save_qconf_summary`` wrote.
@@ -112,6 +112,27 @@ def convert_ipex_summary(
     Raises:
         InvalidConfig: ``source`` is no such file, or ``target`` cannot be written.
     """
+    edited, ranges, left = read_ipex_summary(source, plan)
+    write_summary(target, edited, ranges)
+    return left
+
+
+def read_ipex_summary(
+    source: str | os.PathLike[str], plan: QuantPlan
+) -> tuple[QuantPlan, dict[str, list[float]], list[str]]:
+    """The decisions and ranges of an IPEX summary, for the sites of a plan.
+
+    Args:
+        source: a file that IPEX's ``save_qconf_summary`` wrote.
+        plan: the model's sites.
+
+    Returns:
+        The plan with these decisions; tensor key -> the ends of its range; the operators of the
+        file that no site stands for.
+
+    Raises:
+        InvalidConfig: ``source`` is no such file.
+    """
     try:
         data = json.loads(Path(source).read_text(encoding="utf-8"))
         operators = list(_operators(data))
@@ -122,8 +143,7 @@ def convert_ipex_summary(
         raise InvalidConfig(
             f"{source} is no summary of IPEX's save_qconf_summary: {type(error).__name__}: {error}"
         ) from error
-    write_summary(target, QuantPlan(sites), ranges)
-    return left
+    return QuantPlan(sites), ranges, left
 
 
 def _edited(site: SitePlan, operator: _Operator | None, ranges: dict[str, list[float]]) -> SitePlan:

@@ -6,6 +6,7 @@ those of torch 2.8 to 2.13 and of torchao's PT2E quantizers.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +69,9 @@ class _Format:
         if isinstance(given, type) and issubclass(given, torch.nn.Identity):
             return cls(None)
         try:
-            made = maker() if callable(maker) else None
+            with warnings.catch_warnings():  # of deprecated options, which the user has met
+                warnings.simplefilter("ignore")
+                made = maker() if callable(maker) else None
         except Exception as error:  # whatever a factory of the user's raises
             raise InvalidConfig(
                 f"{what}: {maker!r} makes no observer: {type(error).__name__}: {error}"
@@ -117,7 +120,7 @@ def read_pair(activation: Any, weight: Any, place: str, rows: Rows) -> QConfig |
     """
     inputs, weights = (
         _Format.of(each, f"{place}{name}")
-        for name, each in (("activation: ", activation), ("weight: ", weight))
+        for name, each in (("activation", activation), ("weight", weight))
     )
     if weights.limits is None:
         entry = f"{place}activation {inputs}, weight {weights}"

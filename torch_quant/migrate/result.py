@@ -21,8 +21,8 @@ from torch_quant.report.tables import html_page_table
 
 __all__ = ["Migration", "Outcome", "Ranges", "Row", "Rows"]
 
-_WIDEST = 60
-"""Characters of an entry in the table; the rest goes to further lines."""
+_WIDEST = 48
+"""Characters of an entry and of a reason in a line of the table."""
 
 
 class Outcome(enum.Enum):
@@ -271,7 +271,7 @@ class Migration:
             [list(row.to_dict().values()) for row in self.rows],
             headers=["entry", "outcome", "here", "why"],
             disable_numparse=True,
-            maxcolwidths=[_WIDEST // 2, None, _WIDEST // 2, _WIDEST],
+            maxcolwidths=[_WIDEST, None, 36, _WIDEST],
         )
         return "\n".join(line.rstrip() for line in f"{self.headline}\n{table}".splitlines())
 
