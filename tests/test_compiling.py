@@ -9,7 +9,7 @@ import pytest
 import torch
 from flows import BACKENDS, CASES, Case, calibrated, run
 from models import normal, seeded
-from thinning import LONG, OLDEST, rarely
+from thinning import LONG, rarely
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -19,7 +19,7 @@ from torch_quant.convert.quantized import QuantizedModule
 TRIED = [
     (name, backend)
     for name, backend in (("llama_cache", "reference"), ("dict_input", "onednn"))
-    if backend in BACKENDS and (LONG or not OLDEST or name == "dict_input")
+    if backend in BACKENDS and (LONG or name == "dict_input")
 ]
 
 

@@ -47,8 +47,11 @@ of two codes, which random layers carry on: two such errors, if independent, are
 
 PRETRAINED = {"bert", "gpt2", "resnet"}
 """Left to ``make test-long``. ``test_onnx_pretrained`` has a BERT in every run and ResNet-50 in the
-long one alone; of the decoders ``llama_cache`` is here."""
-SLOW = {"whisper", "siglip", "convnext", "efficientnet", "modernbert", "deberta", "mixtral"}
+long one alone; of the decoders ``test_onnx_weights`` has one."""
+SLOW = {
+    "whisper", "siglip", "convnext", "efficientnet", "modernbert", "deberta", "mixtral",
+    "llama_cache",
+}  # fmt: skip
 """Left to ``make test-long``: the rest has their operators."""
 TAKEN = [entry for entry in ARCHITECTURES if LONG or entry.name not in PRETRAINED | SLOW]
 

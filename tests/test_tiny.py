@@ -11,6 +11,7 @@ from torch_quant import Quantizer, cosine, sqnr
 from torch_quant.backends import available_backends
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_three_lines(name: str, backend: str) -> None:

@@ -61,7 +61,8 @@ def test_the_chosen_exist() -> None:
 
 SLOW = {
     "mobilevitv2", "funnel", "speech_to_text", "sew", "gemma2", "siglip", "whisper", "t5", "clip",
-    "swinv2", "levit", "mobilenet_v1", "yolos", "convbert", "modernbert",
+    "swinv2", "levit", "mobilenet_v1", "yolos", "convbert", "modernbert", "deberta_v2", "beit",
+    "bloom",
 }  # fmt: skip
 """Left to ``make test-long``: others of their kinds are here, and decoders in ``test_decoding``."""
 TAKEN = set() if OLDEST else KINDS - SLOW  # there test_ipex_zoo has some
@@ -69,9 +70,9 @@ AWKWARD = [name for name in CASES if name not in ZOO]
 CHOSEN = {
     name: case
     for name, case in CASES.items()
-    if LONG or name in TAKEN or name in (AWKWARD[::3] if OLDEST else AWKWARD)
+    if LONG or name in TAKEN or name in (AWKWARD[::8] if OLDEST else AWKWARD)
 }
-"""Architectures of each kind and all awkward models; on the oldest torch a third of these, since
+"""Architectures of each kind and all awkward models; on the oldest torch an eighth of these, since
 ``tests/graph`` captures them there."""
 
 

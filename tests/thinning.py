@@ -6,6 +6,7 @@ What is left out is said where the cases stand, in one of these ways:
     @pytest.mark.thin("bits", "backend")   # and each combination of these two
     @pytest.mark.long("half a minute")     # nothing: the long run has it
     @pytest.mark.newest("a minute")        # nothing on the oldest torch
+    @pytest.mark.sparse                    # there, every third of its cases
 
     some(MODELS, "bert", "resnet")         # of one list: these
     third(MODELS, 0)                       # of one list: every third
@@ -17,6 +18,7 @@ parameters alone, so it is the same in each run and on each machine with the sam
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -38,6 +40,7 @@ MARKS = (
     "thin(*together): make test takes each value once, and each combination of those named",
     "long(reason): left to make test-long",
     "newest(reason): on the oldest torch left to make test-long",
+    "sparse: on the oldest torch every third case, all others by make test-long",
 )
 
 _Case = TypeVar("_Case")
@@ -73,6 +76,10 @@ def left_out(items: Sequence[pytest.Item]) -> set[pytest.Item]:
     for each in items:
         if each.get_closest_marker("thin") and each not in found:
             grids.setdefault((each.path, each.parent, each.originalname), []).append(each)
+    if OLDEST:
+        cases = [each for each in items if each.get_closest_marker("sparse") and each not in found]
+        for _, group in itertools.groupby(cases, lambda each: (each.path, each.originalname)):
+            found.update(each for i, each in enumerate(group) if i % 3)
     for cases in grids.values():
         kept = covering(cases, _values)
         found.update(each for each in cases if each not in kept)

@@ -78,6 +78,7 @@ def test_autoround_pays(name: str) -> None:
     assert learned > plain + 1.0
 
 
+@pytest.mark.long("four seconds, of what the paper says")
 def test_more_steps_and_ranges_pay() -> None:
     few, fixed, all_of_it = (
         quality(AutoRound(iterations=n, ranges=ranges, clip_search=False))

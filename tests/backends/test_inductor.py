@@ -114,7 +114,7 @@ class Attending(nn.Module):
         return (x[:, 1:] > 0) + self.out(self.out(found.flatten(2)).tanh())
 
 
-@pytest.mark.newest("five seconds of a C++ compiler")
+@pytest.mark.long("ten seconds of a C++ compiler")
 def test_the_first_call_does_not_matter(caplog: pytest.LogCaptureFixture) -> None:
     """One text under autocast; then others; then one of a token, of which attention has none."""
     model = seeded(Attending)

@@ -335,6 +335,7 @@ def test_what_every_run_takes_of_the_longest_lists() -> None:
         assert has(operator, "int8", "int4", "uint16", "float4_e2m1", "groups", "whole", *FEW)
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize("operator", sorted(SAMPLES))
 def test_operators_are_what_they_say(operator: str) -> None:
     if operator.startswith("onednn") and Backend.ONEDNN.unavailable():

@@ -100,6 +100,7 @@ def test_layers_without_calibration_and_of_any_length(kind: str, form: str, back
     )
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("kind", LAYERS)

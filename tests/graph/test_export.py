@@ -37,6 +37,7 @@ def test_an_example_of_batch_1_serves_batch_3(name: str) -> None:
 EXPORTED = [e.name for e in AWKWARD.values() if e.exports and e.name != "batch_second"]
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize("name", [*MODELS, *third(EXPORTED, 2)])
 def test_an_example_of_batch_4_serves_batch_1(name: str) -> None:
     """Calibrated on batches, deployed on single inputs: without being captured again."""
@@ -116,6 +117,7 @@ SIZE_DEPENDENT: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize("name", SIZE_DEPENDENT)
 @pytest.mark.parametrize("length", [3, 4, 7, 8])
 def test_no_call_gets_the_answer_for_another_size(name: str, length: int) -> None:

@@ -148,6 +148,7 @@ CASES: dict[str, list[Case]] = {
 OVERLOADS = [(pattern, target) for pattern in OPERATORS.values() for target in pattern.targets]
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize(("pattern", "target"), OVERLOADS, ids=[str(t) for _, t in OVERLOADS])
 def test_a_module_with_the_operator_has_exactly_that_site(pattern: Any, target: Any) -> None:
     assert str(target) in CASES, f"a new row of the op table: add a case for {target}"

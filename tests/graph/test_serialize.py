@@ -147,6 +147,7 @@ def check(build: Callable[[], nn.Module]) -> None:
         assert_same(gm, again, normal(batch, 16))
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize("name", third([e.name for e in AWKWARD.values() if e.exports], 2))
 def test_awkward_graphs(name: str) -> None:
     entry = AWKWARD[name]

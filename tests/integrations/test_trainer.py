@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from thinning import rarely
 from torch import nn
 
 pytest.importorskip("accelerate")
@@ -111,7 +112,7 @@ def with_weights(weights: dict[str, torch.Tensor]) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, rarely(True)])
 def test_after_training(dynamic: bool, trained: dict[str, torch.Tensor], tmp_path: Path) -> None:
     trainer = trainer_of(with_weights(trained), tmp_path)
     model, expected = trainer.model, trainer.evaluate()["eval_accuracy"]
@@ -173,6 +174,7 @@ def test_training_resuming_and_quantizing(trained: dict[str, torch.Tensor], tmp_
         assert torch.equal(other.quantized(**batch).logits, logits)
 
 
+@pytest.mark.long("six seconds; its parts are in the other tests")
 def test_training_in_one_line(trained: dict[str, torch.Tensor], tmp_path: Path) -> None:
     trainer = trainer_of(with_weights(trained), tmp_path, learning_rate=1e-3, max_steps=20)
     model, weights = trainer.model, trainer.model.classifier.weight.detach().clone()

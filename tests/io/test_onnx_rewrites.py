@@ -231,7 +231,7 @@ class SamePadding(nn.Module):
     ("model", "pads"),
     [
         (SamePadding, 0),
-        (lambda: SamePadding(twice=True), 1),
+        rarely(lambda: SamePadding(twice=True), 1),
         rarely(lambda: SamePadding(value=0.25), 1),
     ],
     ids=["all", "one has another reader", "one has another value"],

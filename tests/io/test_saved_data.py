@@ -280,6 +280,7 @@ def test_sizes_that_a_graph_serves() -> None:
                 assert (found is None) == (expected is None), (rows, width, found, expected)
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize(
     "name", third([name for name, entry in AWKWARD.items() if entry.exports], 1)
 )

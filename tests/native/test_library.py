@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import test_product_kernels as products
+import test_row_kernels as rows
+import test_static_kernels as static
 import torch
+from processor import without_kernels
 from torch import Tensor
 
 from torch_quant import InvalidConfig, native
@@ -66,8 +68,9 @@ assert "computes with dequantized weights" in warning and "forbids them" in warn
 
 
 def test_without_the_library_results_are_right_and_a_warning_says_so() -> None:
-    environment = os.environ | {native.VARIABLE: "none"}
-    subprocess.run([sys.executable, "-c", WITHOUT], check=True, env=environment)
+    """Of layers, and of each file of kernels, in one process: torch takes longest to import."""
+    codes = (WITHOUT, *(each.WITHOUT for each in (products, rows, static)))
+    without_kernels("\n".join(codes), __file__)
 
 
 def test_what_is_remembered_of_a_weight_is_not_taken_for_another() -> None:

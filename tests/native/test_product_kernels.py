@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from processor import without_kernels
 from torch import Tensor
 
 from torch_quant import InvalidConfig, native
@@ -317,7 +316,4 @@ x, y = integers(5, 7), integers(7, 3)
 found = MATMUL(x, y, [0.1, 0.1], [1, 2], 1.0, 0, torch.float32)
 torch.testing.assert_close(found, (x.float() - 1) @ (y.float() - 2) * 0.01)
 """
-
-
-def test_without_the_library_they_give_the_same() -> None:
-    without_kernels(WITHOUT, __file__)
+"""For ``test_library``."""

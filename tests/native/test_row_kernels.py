@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from processor import without_kernels
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -172,7 +171,4 @@ for name in tests.SHAPES:
     tests.test_norms(name, True, "none")
 tests.test_strides_types_and_nothing("none")
 """
-
-
-def test_without_the_library_they_give_the_same() -> None:
-    without_kernels(WITHOUT, __file__)
+"""For ``test_library``."""

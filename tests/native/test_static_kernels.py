@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from flows import calibrated
-from processor import without_kernels
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -267,9 +266,7 @@ def test_a_file_without_guards_refuses_other_widths(tmp_path: Path) -> None:
         program.module()(torch.randn(4, 20))
 
 
-def test_without_the_library_the_numbers_are_the_same() -> None:
-    without_kernels(
-        """
+WITHOUT = """
 import torch
 from test_static_kernels import FUNCTIONS, Layer, near
 from torch_quant.native import static
@@ -277,9 +274,8 @@ assert static.packed_for() == 0
 for name in ("gelu", "relu6"):
     layer = Layer(9, 40, 37)
     near(layer.run(name, (0.02, 90, torch.uint8)), layer.exact(FUNCTIONS[name][3]), 0.02, 90)
-""",
-        __file__,
-    )
+"""
+"""For ``test_library``."""
 
 
 def test_what_is_no_number_stays_none(instructions: str) -> None:

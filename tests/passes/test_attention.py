@@ -86,6 +86,7 @@ def decomposed(name: str) -> tuple[fx.GraphModule, fx.Node, fx.Node]:
     return gm, first, second
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize("name", CASES)
 def test_gives_what_the_fused_operator_gives(name: str) -> None:
     """The fused kernel sums blocks in another order: some roundings of values around 1."""
@@ -98,6 +99,7 @@ def test_gives_what_the_fused_operator_gives(name: str) -> None:
     )
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize("name", CASES)
 def test_the_left_operand_is_what_calibration_sees(name: str) -> None:
     """A range taken of one must fit the other; both are softmax of the same scores."""

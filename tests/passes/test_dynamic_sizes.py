@@ -127,6 +127,7 @@ def assert_right_at_other_sizes(function: Function, example: Tensor, *others: Te
             assert torch.equal(actual, expected)
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize("name", SEQUENCES)
 def test_traced_at_one_length_right_at_another(name: str) -> None:
     function = SEQUENCES[name]

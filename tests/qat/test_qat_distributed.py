@@ -25,6 +25,7 @@ from torch_quant import QatSchedule, Quantizer
 
 pytestmark = [
     pytest.mark.usefixtures("grad"),
+    pytest.mark.long("twelve seconds of two processes"),
     pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without distributed"),
 ]
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from thinning import rarely
 from torch import Tensor, nn
 from transformers import (
     GPT2Config,
@@ -179,7 +180,7 @@ def test_blocks_get_what_the_rounded_ones_before_give(kind: str, registered: Any
 
 @pytest.mark.parametrize(
     ("kind", "capture"),
-    [*((kind, "modules") for kind in ("llama", "tied", "gpt2", "t5")), ("t5", "whole")],
+    [*((kind, "modules") for kind in ("llama", "tied", "gpt2", "t5")), rarely("t5", "whole")],
 )
 def test_scales_fold_into_what_comes_before(kind: str, capture: str, registered: Any) -> None:
     registered(Doubled)

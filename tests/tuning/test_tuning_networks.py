@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from flows import assert_unchanged, snapshot
-from thinning import rarely
 from torch import nn
 
 from examples.digits_networks import DepthwiseCNN, SmallViT
@@ -91,7 +90,8 @@ def trained(kind: str, data: Digits) -> tuple[nn.Module, dict[Any, QConfig | Non
     return model, overrides[kind]
 
 
-@pytest.mark.parametrize("kind", ["depthwise", rarely("outliers"), rarely("perceptron")])
+@pytest.mark.long("a network is trained and tuned for each")
+@pytest.mark.parametrize("kind", ["depthwise", "outliers", "perceptron"])
 def test_a_network_that_int8_hurts_is_within_its_tolerance(
     kind: str, digits: tuple[Digits, Digits]
 ) -> None:

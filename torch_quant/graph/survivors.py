@@ -26,8 +26,6 @@ class Survivors(TorchDispatchMode):
     >>> import torch
     >>> with Survivors() as made:
     ...     kept = torch.ones(2) + 1
-    >>> made.exist()
-    True
     >>> del kept
     >>> made.exist()
     False
