@@ -21,6 +21,7 @@ __all__ = [
     "BACKENDS",
     "CASES",
     "EVERY_BACKEND",
+    "IN_FLOAT",
     "IN_PROCESS",
     "QUICK",
     "Case",
@@ -38,10 +39,13 @@ EVERY_BACKEND = [backend.name for backend in available_backends()]
 """Names of those that run on this machine."""
 IN_PROCESS = [each.name for each in available_backends() if not each.fixes_numbers]
 """Runtimes outside of PyTorch's dispatcher: a session for each graph takes seconds."""
-BACKENDS = [name for name in EVERY_BACKEND if name not in IN_PROCESS]
+IN_FLOAT = [each.name for each in available_backends() if not each.frozen]
+"""Those whose graphs hold float weights and compute as REFERENCE does: they have tests of their
+own, and the invariants in long runs."""
+BACKENDS = [name for name in EVERY_BACKEND if name not in (*IN_PROCESS, *IN_FLOAT)]
 """Names of those that compute in PyTorch, which can be traced and exported."""
 
-QUICK = [name for name in EVERY_BACKEND if name != "inductor"]
+QUICK = [name for name in EVERY_BACKEND if name not in ("inductor", *IN_FLOAT)]
 """Of these, those whose compiler does not take five seconds for each graph: for every run."""
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]

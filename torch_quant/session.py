@@ -166,7 +166,21 @@ class Session:
         plan = self._annotated(backend, settings.qconfig, settings.overrides)
         plan = QuantPlan(plan.values(), self.captured.float_ops())
         settings.summary.check([site for each in self.captured.graphs() for site, _ in each.sites])
-        return plan.edited(settings.summary.plan, backend.kernels())
+        plan = plan.edited(settings.summary.plan, backend.kernels())
+        return _in_float(plan, self._without_result(plan, backend))
+
+    def _without_result(self, plan: QuantPlan, backend: Backend) -> dict[str, str]:
+        """Sites whose inputs were recorded, and whose own results were not, and why."""
+        if not self.state.batches or not any(row.own_result for row in backend.kernels().rows):
+            return {}
+        known = {name for name, each in plan.items() if each.quantized and each.quantized_output}
+        return {
+            name: f"{backend!r} quantizes its own result, whose range was not recorded: calibrate "
+            f"with Quantizer({backend.name!r})"
+            for name in known
+            if self.state.find(plan[name].quantized_output) is None
+            and all(self.state.find(key) is not None for key in plan[name].inputs)
+        }
 
     def _annotated(self, backend: Backend, qconfig: QConfig, overrides: Overrides) -> QuantPlan:
         return annotate(
@@ -273,7 +287,8 @@ class Session:
         users = self._users(frozenset(keys))
         for key in keys:
             using, found[key] = users[key], {}
-            if any(self._ranges(site) for site in _deciding_on_ranges(key, using)):
+            ranged = any(key in site.ranged for site in using) or self._gives_result(using)
+            if ranged and any(self._ranges(site) for site in _deciding_on_ranges(key, using)):
                 found[key][RANGE] = partial(self._observer, key, using)
             for site in using:
                 for method in self._methods(site):
@@ -287,6 +302,11 @@ class Session:
             return edit.needs_ranges
         config = self._config(site)
         return config is None or config.needs_ranges
+
+    def _gives_result(self, using: Iterable[Site]) -> bool:
+        """Whether the backend has a kernel that quantizes a site's own result."""
+        table = self.owner.backend.kernels()
+        return any(row.own_result for site in using for row in table.of(site.op))
 
     def _users(self, keys: frozenset[str] | None = None) -> dict[str, list[Site]]:
         """Tensor key -> the sites that read or make it; of all or of these keys at least."""

@@ -16,7 +16,17 @@ import torch
 from commands import data_of, run
 from torch import Tensor, nn
 
-from torch_quant import AWQ, FLOAT, GPTQ, AutoRound, InvalidConfig, PerGroup, Quantizer, SmoothQuant
+from torch_quant import (
+    AWQ,
+    FLOAT,
+    GPTQ,
+    AutoRound,
+    InvalidConfig,
+    PerGroup,
+    Quantizer,
+    SmoothQuant,
+    recipes,
+)
 from torch_quant.migrate import Outcome, from_inc
 
 DATA = Path(__file__).parent / "data"
@@ -121,6 +131,7 @@ def test_what_each_class_becomes() -> None:
     assert hqq.qconfig.weight.granularity == PerGroup(64)
     scheme = from_inc({"scheme": "MXFP4"}).qconfig
     assert str(scheme.weight) == "float4_e2m1 per-group(32), e8m0 scales"
+    assert from_inc({"dtype": "bf16"}).qconfig == recipes.bfloat16()
     dynamic = from_inc({"act_algo": "kl"}, kind="DynamicQuantConfig")
     assert not dynamic.qconfig.needs_ranges
 
@@ -169,7 +180,7 @@ def test_every_option_is_accounted_for() -> None:
         ({"bits": 9, "use_full_range": True}, "RTNConfig: bits is 9; expected 1 to 8"),
         ({"bits": "4", "use_full_range": True}, 'bits is "4"; expected int'),
         ({"dtype": "int4x", "use_full_range": True}, "dtype is 'int4x'; expected int"),
-        ({"dtype": "bf16"}, "quantizes nothing"),
+        ({"dtype": "bf8"}, "dtype is 'bf8'; expected bf16"),
         ({"dtype": "fp32", "use_full_range": False}, "everything in float"),
         ({"scheme": "GGUF:Q4_0"}, "scheme is 'GGUF:Q4_0'; expected one of W4A16"),
         ({"local": {"(": {"use_double_quant": False}}}, "no regular expression"),

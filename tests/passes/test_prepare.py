@@ -111,7 +111,8 @@ def test_what_is_seen_at_a_layer() -> None:
     x = normal(3, 16)
     _, seen = observed(prepare(graph_of(model, x).gm), x)
     first = model.l0(x)
-    assert list(seen) == [":args_0", "relu", "l1"]
+    assert list(seen) == [":args_0", "l0", "relu", "l1"]
+    assert torch.equal(seen["l0"], first)
     assert torch.equal(seen[":args_0"], x)
     assert torch.equal(seen["relu"], first.relu())
     assert torch.equal(seen["l1"], model.l1(first.relu()))
@@ -170,9 +171,10 @@ def test_an_activation_in_place_is_seen_with_its_own_values() -> None:
     model = seeded(ReluAfter)
     x = normal(3, 16)
     _, seen = observed(prepare(graph_of(model, x).gm), x)
-    values = [key for key in seen if key not in (":args_0", "l1")]
+    values = [key for key in seen if key not in (":args_0", "l0", "l1")]
     assert len(values) == 1
     assert torch.equal(seen[values[0]], model.l0(x).relu())
+    assert torch.equal(seen["l0"], model.l0(x))
 
 
 class WritesBetween(Two):

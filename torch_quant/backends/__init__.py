@@ -12,6 +12,7 @@ from torch_quant.backends.base import (
     register_kernel,
     usable_backend,
 )
+from torch_quant.backends.blade import DiscBackend
 from torch_quant.backends.inductor import InductorBackend
 from torch_quant.backends.ipex import IPEXBackend
 from torch_quant.backends.onednn import OneDNNBackend
@@ -23,6 +24,7 @@ from torch_quant.backends.reference import ReferenceBackend
 __all__ = [
     "VARIABLE",
     "Backend",
+    "DiscBackend",
     "IPEXBackend",
     "InductorBackend",
     "OneDNNBackend",

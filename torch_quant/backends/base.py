@@ -21,6 +21,7 @@ from torch_quant.ops.table import OPERATORS
 from torch_quant.passes.base import PassContext
 
 if TYPE_CHECKING:  # the types of what is registered, for type checkers and editors
+    from torch_quant.backends.blade import DiscBackend
     from torch_quant.backends.inductor import InductorBackend
     from torch_quant.backends.ipex import IPEXBackend
     from torch_quant.backends.onednn import OneDNNBackend
@@ -86,6 +87,7 @@ class Backend(ABC, metaclass=_ByName):
     True
     """
 
+    DISC: ClassVar[DiscBackend]
     ONEDNN: ClassVar[OneDNNBackend]
     INDUCTOR: ClassVar[InductorBackend]
     IPEX: ClassVar[IPEXBackend]
@@ -108,6 +110,8 @@ class Backend(ABC, metaclass=_ByName):
     """Whether it computes with integers, and not in float what those would give."""
     not_recorded: ClassVar[str] = ""
     """Why its graphs cannot be traced, compiled or exported and what to do, if they cannot."""
+    frozen: ClassVar[bool] = True
+    """Whether its graphs are frozen as TorchScript, unless that would unpack weights."""
     not_in_torchscript: ClassVar[str] = ""
     """Why its graphs cannot be loaded as TorchScript and what to do, if they cannot."""
 

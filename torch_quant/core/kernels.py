@@ -62,6 +62,8 @@ class Kernel:
         weight: formats of its weight, None if it is float, or there is none.
         output: formats of its result where the kernel gives nothing but integers, else None.
             Inputs and output of a site have one format.
+        own_result: whether ``output`` is the operator's own result, and not that of the function
+            behind it that the kernel does as well.
         emit: puts the kernel in the place of the operator, given the pass context and the node of
             a graph with quantize/dequantize pairs; None where the backend lowers whole graphs.
         note: what a reader of reports should know of it.
@@ -71,6 +73,7 @@ class Kernel:
     input: Accepts | None = None
     weight: Accepts | None = None
     output: Accepts | None = None
+    own_result: bool = False
     emit: Callable[[Any, Any], None] | None = None
     note: str = ""
 

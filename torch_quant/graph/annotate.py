@@ -77,6 +77,8 @@ def annotate(
             activation, weight, kernel, refusal = _fitting(site, config, kernels)
             reason = reason or refusal
             reason = reason or _misfit(site, activation, weight)
+            if kernel is not None and kernel.own_result and not site.result:
+                reason = reason or "its result, which the kernel quantizes, is written to in place"
             if not (reason or rules or config.needs_ranges) and is_router(site, modules):
                 reason = _ROUTER
         plan.append(
@@ -90,7 +92,7 @@ def annotate(
                 reason=reason,
                 macs=site.macs,
                 precision=precision,
-                quantized_output=site.fused_output if _quantizes_output(kernel, activation) else "",
+                quantized_output=_quantized_output(site, kernel, activation),
                 transforms=() if config is None else _serving(config.transforms, site),
                 method=None if config is None or weight is None else _method(config, site),
             )
@@ -130,10 +132,11 @@ def _format(asked: Format | None, accepts: Accepts | None) -> Format:
     return FLOAT if accepts is None else accepts.default
 
 
-def _quantizes_output(kernel: Kernel | None, activation: QuantSpec | None) -> bool:
-    """Whether the result of a site is quantized too."""
-    found = kernel is not None and kernel.output is not None
-    return found and activation is not None and not activation.dynamic
+def _quantized_output(site: Site, kernel: Kernel | None, activation: QuantSpec | None) -> str:
+    """Key of the result of a site, if that is quantized too."""
+    if kernel is None or kernel.output is None or activation is None or activation.dynamic:
+        return ""
+    return site.result if kernel.own_result else site.fused_output
 
 
 def _serving(transforms: Sequence[Transform], site: Site) -> tuple[Transform, ...]:

@@ -66,6 +66,7 @@ class Site:
         fused_output: key of what a convolution leaves behind, its result or that of the rectifier
             which alone uses it, or of the bags of embeddings: some kernels give nothing but
             integers there. Empty for other operators.
+        result: key of its own result, whatever function is behind it.
         smoothable: whether the last dimension of its input's source is that of its weight, so that
             statistics of channels recorded there hold for the input.
         channels: the axis of the input's channels, counted from the end, if they lie so in its
@@ -84,6 +85,7 @@ class Site:
     macs: int
     weight_shape: tuple[int, ...]
     fused_output: str = ""
+    result: str = ""
     smoothable: bool = False
     channels: int | None = None
     picks: bool = False
@@ -92,8 +94,13 @@ class Site:
     @property
     def keys(self) -> tuple[str, ...]:
         """Keys of every tensor that a grid may be wanted for."""
-        fused = [self.fused_output] if self.fused_output else []
-        return (*self.inputs, *self.internals, self.output, *fused)
+        ends = [key for key in (self.fused_output, self.result) if key]
+        return (*self.inputs, *self.internals, self.output, *ends)
+
+    @property
+    def ranged(self) -> frozenset[str]:
+        """Keys of the tensors whose ranges are recorded whatever the backend is."""
+        return frozenset((*self.inputs, *self.internals, self.output, self.fused_output))
 
 
 def module_path(node: fx.Node) -> str:
@@ -286,6 +293,7 @@ def find_sites(graph: fx.Graph) -> Iterator[tuple[fx.Node, OpPattern, Site]]:
             fused_output=(
                 "" if pattern.output is None else key_of(fused_output(found[0], pattern.output))
             ),
+            result=key_of(found[0]),
             smoothable=pattern.smoothable and _keeps_channels(operands(node, pattern)[0]),
             channels=_channels(pattern, node),
             picks=node in picking,

@@ -144,7 +144,7 @@ def _misfits(edit: SitePlan, sites: list[Site]) -> dict[str, str]:
         wrong["inputs"] = (
             f"'inputs' is {list(edit.inputs)}; in the model they are {list(inputs[0])}"
         )
-    outputs = {each.fused_output for each in sites} | {""}
+    outputs = {key for each in sites for key in (each.fused_output, each.result)} | {""}
     if edit.quantized_output not in outputs:
         wrong["quantized_output"] = (
             f"'quantized_output' is {edit.quantized_output!r}; expected "

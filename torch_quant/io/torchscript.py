@@ -69,7 +69,7 @@ def export_torchscript(
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit's deprecation; the tracer's, see TensorReads
         scripted = _traced(quant_model, args, kwargs)
-        if not _would_unpack_weights(quant_model):
+        if _frozen(quant_model) and not _would_unpack_weights(quant_model):
             scripted = torch.jit.freeze(scripted)
         if _is_compiled(quant_model):
             for _ in range(2):  # the first call records shapes, the second builds the kernels
@@ -189,6 +189,12 @@ def _compare(
 def _is_compiled(model: nn.Module) -> bool:
     """Whether its kernels come from a compiler that works on the traced graph."""
     return any(graph.compiler for _, graph in quantized_graphs(model))
+
+
+def _frozen(model: nn.Module) -> bool:
+    """Whether the backends of all graphs have them frozen."""
+    parts = (each for each in model.modules() if isinstance(each, QuantizedModule))
+    return all(Backend.get(each.quantization.backend).frozen for each in parts)
 
 
 def _would_unpack_weights(model: nn.Module) -> bool:

@@ -60,6 +60,7 @@ _KINDS = {
     "teq": _Kind("TEQConfig", inc_weights.teq, ("absorb_to_layer",)),
     "autoround": _Kind("AutoRoundConfig", inc_weights.autoround, ("iters", "scheme", "act_bits")),
     "hqq": _Kind("HQQConfig", inc_weights.hqq, ("quant_zero", "scale_quant_group_size")),
+    "mixed_precision": _Kind("MixedPrecisionConfig", inc_static.mixed, (), False),
     "rtn": _Kind("RTNConfig", inc_weights.rtn, ("use_full_range", "use_double_quant")),
 }
 """The tool's name of an algorithm -> its class; a class whose options tell it comes first."""
@@ -67,7 +68,6 @@ _CLASSES = {kind.cls: name for name, kind in _KINDS.items()} | {
     "INT8StaticQuantConfig": "static_quant"
 }
 _OTHERS = {
-    "mixed_precision": "MixedPrecisionConfig quantizes nothing: model.to(torch.bfloat16) does that",
     "hybrid_gptq": "HybridGPTQConfig reads a checkpoint of GPTQ: load_checkpoint(folder) does that",
 }
 _BOOKKEEPING = ("params_list", "non_tunable_params", "_is_initialized", "_json_file", "white_list")
@@ -145,7 +145,7 @@ def _kind_of(options: Mapping[str, Any], what: str) -> str:
         if any(each in options for each in kind.tells):
             return name
     if set(options) - {*_BOOKKEEPING} == {"dtype"}:
-        raise InvalidConfig(f"{what}: {_OTHERS['mixed_precision']}")
+        return "mixed_precision"
     raise InvalidConfig(
         f"{what} does not say of which class it is, and {shown(sorted(map(str, options)))} does "
         'not tell: give kind=, as in migrate.from_inc(source, kind="RTNConfig")'

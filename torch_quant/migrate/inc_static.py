@@ -17,7 +17,7 @@ from torch_quant.errors import InvalidConfig
 from torch_quant.migrate.inc_schemes import is_float
 from torch_quant.migrate.options import Options
 
-__all__ = ["dynamic", "fp8", "mx", "smooth", "static"]
+__all__ = ["dynamic", "fp8", "mixed", "mx", "smooth", "static"]
 
 _OBSERVERS = {"minmax": None, "kl": "entropy"}
 _MX = {
@@ -184,6 +184,23 @@ def mx(options: Options) -> QConfig | None:
     elif method != "even":
         why = "exact halves go to the even code, not away from 0"
         options.rows.differs(options.entry("round_method"), "even", why)
+    return found
+
+
+def mixed(options: Options) -> QConfig | None:
+    """Products in half precision."""
+    dtype = options.take("dtype", "fp16", str)
+    if dtype not in ("fp16", "bf16", "fp32"):
+        raise InvalidConfig(f"{options.place}dtype is {dtype!r}; expected bf16, fp16 or fp32")
+    if dtype == "fp32":
+        options.rows.same(options.entry("dtype"), "float")
+        return None
+    found = recipes.bfloat16()
+    if dtype == "bf16":
+        options.rows.same(options.entry("dtype"), "products in bfloat16")
+    else:
+        why = "CPUs have no products in float16"
+        options.rows.differs(options.entry("dtype"), "products in bfloat16", why)
     return found
 
 

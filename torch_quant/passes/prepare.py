@@ -62,11 +62,13 @@ def prepare(captured: fx.GraphModule, path: str = "") -> Prepared:
         nodes.add(node)
         late = [x for arg in operands(node, pattern) for x in behind(arg) if x in dirty]
         if {node, *node.users} & dirty:
-            site = replace(site, fused_output="")  # a copy on a grid would miss what is written
+            # a copy on a grid would miss what is written
+            site = replace(site, fused_output="", result="")
         written = f"{key_of(late[0])} is written to in place" if late else ""
         sites.append((site, written or pattern.obstacle(node)))
         fresh = {key_of(x) for x in late if x.target in _FRESH}
-        for key in dict.fromkeys((*site.inputs, site.output, site.fused_output or site.output)):
+        ends = (key for key in (site.output, site.fused_output, site.result) if key)
+        for key in dict.fromkeys((*site.inputs, *ends)):
             if key not in fresh:
                 observed[key] = (origin[key], None)
         for key, compute in zip(site.internals, pattern.internals.values(), strict=True):
