@@ -97,6 +97,7 @@ def test_proxies_and_quantized_models_generate(name: str) -> None:
             assert sqnr(states, found) > 20
 
 
+@pytest.mark.newest("four seconds")
 @torch.no_grad()
 def test_an_encoder_that_was_never_called_alone_is_captured_when_it_is() -> None:
     model, inputs = taught("t5")

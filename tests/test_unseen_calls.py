@@ -212,6 +212,7 @@ class Branching(nn.Module):
         return self.linear(x) * 2 if times > 10 else self.linear(x)
 
 
+@pytest.mark.long("five seconds: 33 captures")
 def test_graphs_for_values_of_a_constant_are_limited(caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     model, quantizer = Branching().eval(), Quantizer("reference")

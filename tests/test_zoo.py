@@ -62,7 +62,7 @@ def test_the_chosen_exist() -> None:
 SLOW = {
     "mobilevitv2", "funnel", "speech_to_text", "sew", "gemma2", "siglip", "whisper", "t5", "clip",
     "swinv2", "levit", "mobilenet_v1", "yolos", "convbert", "modernbert", "deberta_v2", "beit",
-    "bloom",
+    "bloom", "mpt", "falcon", "vit_mae",
 }  # fmt: skip
 """Left to ``make test-long``: others of their kinds are here, and decoders in ``test_decoding``."""
 TAKEN = set() if OLDEST else KINDS - SLOW  # there test_ipex_zoo has some

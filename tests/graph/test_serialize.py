@@ -124,7 +124,7 @@ def alone(statement: str) -> None:
     )
 
 
-@pytest.mark.newest("a process of four seconds")
+@pytest.mark.long("a process of five seconds")
 def test_a_model_with_branches_is_one_graph_and_still_runs_afterwards() -> None:
     alone("check(test_serialize.Cond); test_serialize.quantized_branches()")
 

@@ -154,6 +154,7 @@ def test_decoders(name: str, tmp_path: Path) -> None:
     close(found, [quant_model(**ids(3, 9), use_cache=False).logits])
 
 
+@pytest.mark.long("six seconds; the codes of a file and of a checkpoint are tested apart")
 def test_a_checkpoint_becomes_a_file(tmp_path: Path) -> None:
     """The integers go from the GPTQ layout into ONNX as they are."""
     example = {**ids(), "use_cache": False}

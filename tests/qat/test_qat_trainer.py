@@ -75,6 +75,7 @@ def trained() -> tuple[Quantizer, nn.Module]:
     return quantizer, quantizer.qat(model)
 
 
+@pytest.mark.long("ten seconds; ``tests/integrations`` has a Trainer that trains and resumes")
 # Trainer's own, about what PyTorch will change.
 @pytest.mark.filterwarnings("ignore")
 def test_trainer_trains_evaluates_and_resumes(tmp_path: Path) -> None:
