@@ -109,6 +109,8 @@ def make_home(home: Path) -> None:
     random = numpy.random.default_rng(0)
     numpy.savez(home / "inputs.npz", x=random.standard_normal((64, 32)).astype("float32"))
     (home / "q.yaml").write_text("overrides: {second: float}\n")
+    (home / "rtn.json").write_text('{"bits": 4, "group_size": 32, "use_full_range": true}')
+    (home / "short.json").write_text('{"bits": 4, "group_size": 32}')
     sizes: dict[str, Any] = {
         "vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
         "intermediate_size": 64,

@@ -26,9 +26,9 @@ def cli(file: str, out: str | None, kind: str | None, overwrite: bool) -> Result
     \b
     Examples:
       torch-quant migrate rtn.json
-      torch-quant migrate rtn.json --out q.yaml
-      torch-quant quantize my-llm --config q.yaml --data texts.txt --out my-llm-int4
-      torch-quant migrate short.json --kind GPTQConfig --out q.yaml
+      torch-quant migrate rtn.json --out migrated.yaml
+      torch-quant quantize my-llm --config migrated.yaml --out my-llm-rtn
+      torch-quant migrate short.json --kind GPTQConfig --out gptq.json
     """
     if not Path(file).is_file():
         raise Failed(f"{file}: there is no such file")

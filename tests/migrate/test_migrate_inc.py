@@ -124,6 +124,7 @@ def test_what_each_class_becomes() -> None:
     small = from_inc(DATA / "fp8.json")
     assert str(small.qconfig.input) == "float8_e5m2 per-tensor"
     assert small.overrides == {"re?:.*lm_head.*": None, "class:torch.nn.Conv2d": None}
+    assert small.module_filter.include_op_types == ("linear", "conv2d", "embedding_bag")
     awq = from_inc({"use_auto_scale": True, "use_auto_clip": False, "group_size": -1})
     assert awq.qconfig.transforms == (AWQ(clip=False),)
     hqq = from_inc({"bits": 3, "group_size": 64, "quant_zero": False})

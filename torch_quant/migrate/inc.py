@@ -214,6 +214,7 @@ class _Reading:
 
     what: str
     overrides: dict[OverrideKey, QConfig | None] = field(default_factory=dict)
+    included: list[str] = field(default_factory=list)
 
     def _read(self, part: _Part, rows: Rows) -> QConfig | None:
         place = "" if part.key is None else f"{_text(part.key)}: "
@@ -253,7 +254,7 @@ class _Reading:
         if any(_KINDS[part.kind].weights for part in parts):
             late = self._heads(parts, rows)
         module_filter = self._scope(parts, rows)
-        if module_filter.include_op_types:
+        if module_filter.include_op_types == ("linear",):
             self.overrides = {
                 key: value
                 for key, value in self.overrides.items()
@@ -293,6 +294,8 @@ class _Reading:
         """What local settings are for, as an override says it; None if nothing can be."""
         found = class_key(key)
         if found is not None:
+            why = "the name of a class" if isinstance(key, str) else ""
+            rows.same(f"local {_text(key)!r}", found, why)
             return found
         if not isinstance(key, str):
             rows.left_out(f"local {_text(key)}", "it is no module class and no operator of here")
@@ -339,7 +342,7 @@ class _Reading:
                 "exclude_op_types=['matmul', 'scaled_dot_product_attention', 'embedding']) "
                 "leaves them in float",
             )
-        return ModuleFilter()
+        return ModuleFilter(include_op_types=tuple(self.included))
 
     def _lists(self, options: Options) -> None:
         """FP8Config says with two lists which layers it is for."""
@@ -361,12 +364,15 @@ class _Reading:
                 f"allowlist: {', '.join(only)}",
                 "give module_filter=ModuleFilter(include_names=...)",
             )
-        if types := _strings(allowed, "types", "allowlist"):
-            options.rows.differs(
-                f"allowlist: {', '.join(types)}",
-                "everything that can be quantized",
-                "module_filter=ModuleFilter(include_op_types=['linear', 'conv2d']) leaves the rest",
-            )
+        for name in _strings(allowed, "types", "allowlist"):
+            operator = next((x for x in OPERATORS if x.replace("_", "") == name.lower()), None)
+            if operator is None:
+                options.rows.left_out(f"allowlist {name}", "it is no operator of here")
+            else:
+                options.rows.same(
+                    f"allowlist {name}", f"ModuleFilter(include_op_types='{operator}')"
+                )
+                self.included.append(operator)
 
 
 def _strings(data: Mapping[str, Any], name: str, what: str) -> list[str]:
