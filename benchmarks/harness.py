@@ -101,11 +101,11 @@ def minilm_inputs(batch: int = 8, length: int = 128) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def onnxruntime_session(path: Path) -> Any:
-    """The file on onnxruntime's CPU provider, with one thread."""
+def onnxruntime_session(path: Path, threads: int = 1) -> Any:
+    """The file on onnxruntime's CPU provider."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

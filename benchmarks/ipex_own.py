@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from harness import interleaved_latency, minilm, minilm_inputs, report
-from latency import resnet50
+from latency_models import resnet50
 from minilm_data import load_pairs, model_folder
 from torch import Tensor, nn
 

@@ -20,7 +20,7 @@ from typing import Any
 import onnxruntime
 import torch
 from harness import interleaved_latency, minilm, minilm_inputs, onnxruntime_session, report
-from latency import resnet50
+from latency_models import resnet50
 from minilm_data import embed, load_pairs, model_folder, retrieval
 from torch import Tensor, nn
 

@@ -11,6 +11,8 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 LOCKS = ("core.txt", "ipex.txt")
+BESIDE = ("llm.txt", "peers.txt")
+"""Installed into a folder of their own, without what they ask for."""
 
 
 def _locked(name: str) -> dict[str, tuple[str, bool]]:
@@ -52,7 +54,7 @@ def test_lock_holds_what_setup_asks_for(names: tuple[str, ...], extras: tuple[st
         )
 
 
-@pytest.mark.parametrize("name", [*LOCKS, "llm.txt"])
+@pytest.mark.parametrize("name", [*LOCKS, *BESIDE])
 def test_each_file_is_known_by_its_hash(name: str) -> None:
     assert [package for package, (_, hashed) in _locked(name).items() if not hashed] == []
 
@@ -65,15 +67,16 @@ def test_locks_agree_on_what_torch_needs() -> None:
     assert not any(name.startswith(("nvidia", "cuda", "triton")) for name in core)
 
 
-def test_the_language_models_lock_holds_nothing_that_the_others_hold() -> None:
+@pytest.mark.parametrize("lock", BESIDE)
+def test_what_is_installed_beside_holds_nothing_that_the_environment_holds(lock: str) -> None:
     others = _locked("core.txt") | _locked("torch.txt")
-    asked = (ROOT / "requirements" / "llm.in").read_text().splitlines()
+    asked = (ROOT / "requirements" / lock).with_suffix(".in").read_text().splitlines()
     names = {Requirement(line).name for line in asked if not line.startswith("#")}
-    assert _locked("llm.txt").keys() == names
+    assert _locked(lock).keys() == names
     assert not names & others.keys()
 
 
-@pytest.mark.parametrize("name", [*LOCKS, "llm.txt", "torch.txt"])
+@pytest.mark.parametrize("name", [*LOCKS, *BESIDE, "torch.txt"])
 def test_lock_names_no_host(name: str) -> None:
     text = (ROOT / "requirements" / name).read_text()
     assert "://" not in text
