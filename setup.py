@@ -16,7 +16,7 @@ try:
 except ImportError:  # setuptools before 70.1
     from wheel.bdist_wheel import bdist_wheel
 
-SOURCES = ["native", "recurrent", "static", "plain", "avx2", "avxvnni", "avx512vnni"]
+SOURCES = ["native", "recurrent", "static", "weights", "plain", "avx2", "avxvnni", "avx512vnni"]
 HEADERS = [
     "kernels",
     "loops",
@@ -31,6 +31,8 @@ HEADERS = [
     "static",
     "static_loops",
     "dynamic_loops",
+    "gate",
+    "gate_loops",
     "work",
     "avx2",
 ]

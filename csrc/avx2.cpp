@@ -1,4 +1,5 @@
 // AVX2 without VNNI.
+#include "gate.h"
 #include "product.h"
 #include "recurrent.h"
 #include "rounding.h"
@@ -46,13 +47,14 @@ inline __m256i dot_numbers_half(__m256i sum, __m256i x, __m256i y) {
 #include "recurrent_loops.h"
 #include "static_loops.h"
 #include "dynamic_loops.h"
+#include "gate_loops.h"
 
 }  // namespace
 
 const Kernels avx2_kernels = {"avx2", round, multiply, round_dynamic, multiply_dynamic,
                               DEPTH, pack_product, compute_product, finish_rows,
                               round_to_grid, gradient_of_grid, run_steps, pack_weight,
-                              compute_static, multiply_packed};
+                              compute_static, multiply_packed, gate};
 
 }  // namespace torch_quant
 

@@ -22,7 +22,7 @@ inline U8 bytes(int value) {
   const __m256i x = _mm256_set1_epi8(static_cast<char>(value));
   return {x, x};
 }
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 inline I32 zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 inline F32 zeros() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 inline F32 all(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }

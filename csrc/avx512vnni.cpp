@@ -1,4 +1,5 @@
 // AVX512 with VNNI: a vector is one register.
+#include "gate.h"
 #include "product.h"
 #include "recurrent.h"
 #include "rounding.h"
@@ -29,7 +30,8 @@ inline U8 load_some(const void* p, int64_t count) {
   return _mm512_maskz_loadu_epi8(count >= 64 ? ~0ULL : (1ULL << count) - 1, p);
 }
 inline U8 bytes(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+// Into the second level, of which a core waits for more lines at a time: 20 GB/s on Zen 4, against 10.
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 inline I32 zero() { return _mm512_setzero_si512(); }
 inline F32 zeros() { return _mm512_setzero_ps(); }
 inline F32 all(float x) { return _mm512_set1_ps(x); }
@@ -156,13 +158,14 @@ inline void narrow_some(uint8_t* p, I32 x, int64_t count) {
 #include "recurrent_loops.h"
 #include "static_loops.h"
 #include "dynamic_loops.h"
+#include "gate_loops.h"
 
 }  // namespace
 
 const Kernels avx512vnni_kernels = {"avx512vnni", round, multiply, round_dynamic, multiply_dynamic,
                                     DEPTH, pack_product, compute_product, finish_rows,
                                     round_to_grid, gradient_of_grid, run_steps, pack_weight,
-                                    compute_static, multiply_packed};
+                                    compute_static, multiply_packed, gate};
 
 }  // namespace torch_quant
 

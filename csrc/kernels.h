@@ -72,6 +72,7 @@ struct Dynamic {
 struct Product;   // of activations: product.h
 struct Rounding;  // to a grid, in training: rounding.h
 struct Rows;      // of floats: rows.h
+struct Gate;      // floats of two products that meet: gate.h
 struct Recurrent;  // layers: recurrent.h
 struct Static;    // linear layers between known grids: static.h
 
@@ -93,6 +94,7 @@ struct Kernels {
                       int32_t* first);
   void (*compute_static)(const Static&, int64_t item, int64_t worker);
   void (*multiply_packed)(const Dynamic&, int64_t row, int64_t rows, int64_t out, int64_t outs, uint8_t* room);
+  void (*gate)(const Gate&, int64_t item, int64_t worker);
 };
 
 extern const Kernels plain_kernels;

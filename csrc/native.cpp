@@ -114,6 +114,18 @@ int cut(Rounding& j, int threads) {
   return static_cast<int>(most(1, least(threads, j.blocks * j.block / (2 * PIECE))));
 }
 
+// All rows; false where memory is short.
+bool finish(Rows& j, int threads) {
+  if (!j.rows || !j.size) return true;
+  threads = static_cast<int>(most(1, least(threads, j.rows * j.size / THREAD_FLOATS)));
+  j.padded = whole(j.size, LANES);
+  const Memory scratch(j.more && !j.sum ? threads * j.padded * 4 : 0);
+  if (!scratch.start) return false;
+  j.scratch = reinterpret_cast<float*>(scratch.get());
+  for_each<Rows>(threads, j, (j.rows + ROWS_OF_ITEM - 1) / ROWS_OF_ITEM, kernels().finish_rows);
+  return true;
+}
+
 int64_t items(const Rounding& j) { return (j.blocks * j.pieces + j.units - 1) / j.units; }
 
 }  // namespace
@@ -122,7 +134,7 @@ int64_t items(const Rounding& j) { return (j.blocks * j.pieces + j.units - 1) / 
 using namespace torch_quant;
 
 // The version of this interface.
-EXPORT int torch_quant_version() { return 8; }
+EXPORT int torch_quant_version() { return 9; }
 
 // How many sets of kernels run here; the last is the fastest.
 EXPORT int torch_quant_paths() { return static_cast<int>(usable().size()); }
@@ -136,50 +148,6 @@ EXPORT void torch_quant_use(int i) { chosen.store(i < 0 ? nullptr : usable()[i])
 
 EXPORT void torch_quant_parallel(void* function) {
   parallel.store(reinterpret_cast<Parallel>(function));
-}
-
-// y = x @ weight.T + bias of weights with 2, 4 or 8 bits; 0, or 1 where memory is short.
-EXPORT int torch_quant_linear(int threads, const float* x, const void* weight, const float* scale,
-                              const uint8_t* zero_points, const float* zeros, const float* bias,
-                              float* y, int64_t rows, int64_t in, int64_t out, int64_t row_bytes,
-                              int64_t groups, int bits, int is_signed, int zero) {
-  if (!rows || !out || !in) return 0;  // without inputs the caller knows the sums
-  Linear j = {};
-  j.x = x, j.weight = static_cast<const uint8_t*>(weight), j.scale = scale;
-  j.zero_points = zero_points, j.zeros = zeros, j.bias = bias, j.y = y;
-  j.rows = rows, j.in = in, j.out = out, j.row_bytes = row_bytes, j.groups = groups;
-  j.group = most(in / groups, 1);
-  j.layout = bits == 2   ? BITS2
-             : bits == 4 ? BITS4
-             : groups == 1 || j.group % 128 == 0 ? BITS8 : BITS8_FINE;
-  j.flip = is_signed ? 128 : 0;
-  j.zero = zero;
-  const Shape shape = shape_of(j.layout);
-  j.chunk = shape.chunk(), j.record = shape.record();
-  j.chunks = (in + j.chunk - 1) / j.chunk;
-  const int64_t row = j.chunks * j.record;
-  const int64_t slab_rows = most(4, least(rows, SLAB_BYTES / most(row, 1) / 4 * 4));
-  const Memory memory(slab_rows * row), tables(j.chunks * (LANES + 1) * 4 + 64);
-  if (!memory.start || !tables.start) return 1;
-  j.activations = memory.get();
-  auto* offset = reinterpret_cast<int32_t*>(tables.get());
-  auto* first = offset + j.chunks * LANES;
-  j.even = j.chunk % j.group ? 0 : static_cast<int>(j.chunk / j.group);
-  j.grouped = j.layout == BITS8_FINE || (groups > 1 && j.group % j.chunk);
-  const int64_t lane = j.chunk / LANES;
-  for (int64_t c = 0; c < j.chunks; c++) {
-    first[c] = static_cast<int32_t>(groups == 1 ? 0 : c * j.chunk / j.group);
-    for (int l = 0; l < LANES && j.grouped && (!c || !j.even); l++)
-      offset[c * LANES + l] = static_cast<int32_t>((c * j.chunk + l * lane) / j.group - first[c]);
-  }
-  j.first = first, j.offset = offset;
-  const Kernels& use = kernels();
-  threads = threads_for(rows, out, row_bytes, threads);
-  const auto multiply = [&](int64_t row, int64_t some, int64_t n, int64_t outs, int64_t) {
-    use.multiply(j, row, some, n, outs);
-  };
-  run_slabs(j, use.round, multiply, slab_rows, outs_of_block(out, row_bytes, BLOCK_BYTES, threads), threads);
-  return 0;
 }
 
 // y = x @ weight.T + bias, x rounded to 8 bits for each row and the weight int8 for each output.
@@ -222,14 +190,17 @@ EXPORT int torch_quant_product(int threads, const void* call) {
 EXPORT int torch_quant_rows(int threads, const void* call) {
   Rows j = {};
   memcpy(static_cast<RowsCall*>(&j), call, sizeof(RowsCall));
-  if (!j.rows || !j.size) return 0;
-  threads = static_cast<int>(most(1, least(threads, j.rows * j.size / THREAD_FLOATS)));
-  j.padded = whole(j.size, LANES);
-  const Memory scratch(j.more && !j.sum ? threads * j.padded * 4 : 0);
-  if (!scratch.start) return 1;
-  j.scratch = reinterpret_cast<float*>(scratch.get());
-  for_each<Rows>(threads, j, (j.rows + ROWS_OF_ITEM - 1) / ROWS_OF_ITEM, kernels().finish_rows);
-  return 0;
+  return finish(j, threads) ? 0 : 1;
+}
+
+// y = s / sqrt(mean s^2 + eps) * (weight + offset) of each row, where s = x + more; `more` and `weight` may be
+// null, and `sum`, which gets s, without `more`. 0, or 1 where memory is short.
+EXPORT int torch_quant_rms_norm(int threads, const float* x, const float* more, const float* weight, float* sum,
+                                float* y, int64_t rows, int64_t size, double eps, double offset) {
+  Rows j = {};
+  j.x = x, j.more = more, j.weight = weight, j.sum = sum, j.y = y;
+  j.rows = rows, j.size = size, j.function = RMS_NORM, j.eps = eps, j.offset = offset, j.inverse = 1.0;
+  return finish(j, threads) ? 0 : 1;
 }
 
 // y = x rounded to a grid of integers, a scale and a zero point for each block of x. Scales are used as

@@ -1,4 +1,5 @@
 // No instructions but those of any CPU: a vector is an array.
+#include "gate.h"
 #include "product.h"
 #include "recurrent.h"
 #include "rounding.h"
@@ -232,12 +233,13 @@ inline void narrow_some(uint8_t* p, const I32& x, int64_t count) {
 #include "recurrent_loops.h"
 #include "static_loops.h"
 #include "dynamic_loops.h"
+#include "gate_loops.h"
 
 }  // namespace
 
 const Kernels plain_kernels = {"plain", round, multiply, round_dynamic, multiply_dynamic,
                                DEPTH, pack_product, compute_product, finish_rows,
                                round_to_grid, gradient_of_grid, run_steps, pack_weight,
-                               compute_static, multiply_packed};
+                               compute_static, multiply_packed, gate};
 
 }  // namespace torch_quant

@@ -34,6 +34,7 @@ inline void finish_row(const Rows& j, const float* from, int64_t row, float mean
   const F32 inverse = all(static_cast<float>(j.inverse));
   const F32 low = all(static_cast<float>(j.low - j.zero)), high = all(static_cast<float>(j.high - j.zero));
   const I32 zero = integers(static_cast<int32_t>(j.zero));
+  const F32 offset = all(static_cast<float>(j.offset));
   for (int64_t k = 0; k < j.size; k += LANES) {
     const int64_t left = j.size - k;
     F32 v = take(from + k, left);
@@ -43,7 +44,12 @@ inline void finish_row(const Rows& j, const float* from, int64_t row, float mean
       v = plus_product(bias, v, j.weight ? take(j.weight + k, left) : all(1.0f));
     }
     if (FUNCTION == GELU) v = gelu(v);
+    if (FUNCTION == RMS_NORM) {
+      v = product(v, all(by));
+      if (j.weight) v = product(v, plus(take(j.weight + k, left), offset));
+    }
     if (j.y) put(j.y + row * j.size + k, v, left);
+    if (!j.codes) continue;
     if (j.factors) v = product(v, take(j.factors + k, left));
     const I32 code = add(rounded(least(largest(product(v, inverse), low), high)), zero);
     uint8_t* at = j.codes + row * j.size + k;
@@ -74,6 +80,16 @@ inline void moments(const float* x, int64_t size, double eps, float* mean, float
   *by = static_cast<float>(1.0 / std::sqrt(variance + eps));
 }
 
+// 1 / root of the mean square of a row.
+inline float of_squares(const float* x, int64_t size, double eps) {
+  F32 squares = zeros();
+  for (int64_t k = 0; k < size; k += LANES) {
+    const F32 v = take(x + k, size - k);
+    squares = plus_product(squares, v, v);
+  }
+  return static_cast<float>(1.0 / std::sqrt(total(squares) / static_cast<double>(size) + eps));
+}
+
 // Some rows, one after the other.
 void finish_rows(const Rows& j, int64_t item, int64_t worker) {
   const int64_t begin = item * ROWS_OF_ITEM;
@@ -91,6 +107,8 @@ void finish_rows(const Rows& j, int64_t item, int64_t worker) {
     if (j.function == LAYER_NORM) {
       moments(x, j.size, j.eps, &mean, &by);
       finish_row<LAYER_NORM>(j, x, row, mean, by);
+    } else if (j.function == RMS_NORM) {
+      finish_row<RMS_NORM>(j, x, row, mean, of_squares(x, j.size, j.eps));
     } else if (j.function == GELU) {
       finish_row<GELU>(j, x, row, mean, by);
     } else {

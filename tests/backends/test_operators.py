@@ -225,6 +225,35 @@ SAMPLES: dict[str, Callable[[], dict[str, Sample]]] = {
         "int4": (floats(3, 64), codes(6, 32), floats(6, 2), None, floats(6), 4, 8),
         "affine": (floats(3, 64), codes(6, 32), floats(6, 2), codes(6, 2) % 16, None, 4, 8),
     },
+    "weight_only_linears": lambda: {
+        "two formats": (
+            floats(3, 64),
+            [codes(6, 32), codes(2, 64)],
+            [floats(6, 2), floats(2, 1)],
+            [],
+            [floats(6), floats(2)],
+            [4, 8],
+            [8, 128],
+        )
+    },
+    "gated_linear": lambda: {
+        f"{count} weights": (
+            floats(2, 3, 64),
+            [codes(64, 32)] * count,
+            [floats(64, 2)] * count,
+            [codes(64, 2) % 16] * count,
+            [],
+            [4] * count,
+            [8] * count,
+            "silu",
+        )
+        for count in (2, 3)
+    },
+    "rms_norm": lambda: {
+        "weight": (floats(2, 3, 8), floats(8), 1e-6, 1.0),
+        "alone": (floats(3, 8), None, 1e-6, 0.0),
+    },
+    "add_rms_norm": lambda: {"": (floats(2, 3, 8), floats(2, 3, 8), floats(8), 1e-6, 0.0)},
     "weight_only_experts": lambda: {
         "": (floats(5, 64), codes(6, 32), floats(6, 2), None, torch.tensor([2, 5]), 4, 8)
     },

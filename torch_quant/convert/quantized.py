@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_quant.convert.formats import Formats
+from torch_quant.convert.joint import Begun, Member, first_call, note
 from torch_quant.convert.mounting import mount
 from torch_quant.convert.ownership import SharedWeights
 from torch_quant.convert.quantized_graph import QuantizedGraph
@@ -25,6 +26,7 @@ from torch_quant.graph.calls import Call, flatten_call
 from torch_quant.graph.kinds import Kind
 from torch_quant.graph.leaves import LEAVES
 from torch_quant.graph.running import CAPTURING, no_fastpath
+from torch_quant.nn.at_least_one import AtLeastOne
 from torch_quant.nn.described import Described
 from torch_quant.nn.forward import SignedForward
 from torch_quant.nn.stand_in import StandIn, class_of, made
@@ -88,6 +90,10 @@ class Quantization:
     """Of the whole model; None while it is made."""
     traceable: bool = True
     """Whether ``torch.compile`` can follow the Python code: nothing in it has a fast path."""
+    begun: Begun | None = None
+    """Set when the Python code has run."""
+    joint: Member | None = None
+    """Its part among layers that one call computes."""
 
 
 def quantized_graphs(model: nn.Module) -> Iterator[tuple[QuantizedModule, QuantizedGraph]]:
@@ -241,30 +247,13 @@ class QuantizedModule(StandIn):
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """What is left in float; an empty parameter if nothing is, whose device can be asked."""
-        return _AtLeastOne(self)(recurse)
+        return AtLeastOne(self)(recurse)
 
 
 def check_finished(model: nn.Module) -> None:
     """Raise :class:`InvalidConfig` if a quantized model is not to be saved or exported."""
     if isinstance(model, QuantizedModule) and model._unfinished:
         raise InvalidConfig(model._unfinished)
-
-
-@dataclass
-class _AtLeastOne:
-    """The ``parameters`` of a module whose weights may all be integers.
-
-    Code asks ``next(self.parameters())`` for dtype and device.
-    """
-
-    module: nn.Module
-
-    def __call__(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        found = list(nn.Module.parameters(self.module, recurse))
-        yield from found
-        if not found:
-            device = next((x.device for x in self.module.buffers()), torch.device("cpu"))
-            yield nn.Parameter(torch.empty(0, device=device), requires_grad=False)
 
 
 M = TypeVar("M", bound=QuantizedModule)
@@ -279,7 +268,7 @@ def quantized_module(twin: nn.Module, how: Quantization, base: type[M]) -> M:
         base: its class.
     """
     if how.glue is not None:  # its own Python asks the twin
-        vars(twin)["parameters"] = _AtLeastOne(twin)
+        vars(twin)["parameters"] = AtLeastOne(twin)
         how.traceable = not any(isinstance(each, _WITH_FAST_PATH) for each in twin.modules())
     new = made(base, twin, runs=how.glue is not None)
     new.__dict__["quantization"] = how
@@ -320,15 +309,20 @@ def run(module: QuantizedModule, *args: Any, **kwargs: Any) -> Any:
     how = module.quantization
     if how.shared and not torch.compiler.is_compiling():
         how.shared.check()
-    if len(args) == 1 and not kwargs and how.glue is None and not _recording():
+    alone = len(args) == 1 and not kwargs
+    joint = None if torch.compiler.is_dynamo_compiling() else how.joint
+    if joint is not None and alone and (y := joint(args[0])) is not None:
+        return y
+    if alone and how.glue is None and not _recording():
         for graph in how.graphs:
             way = graph.direct(how.signature)
             if way is not None and way.takes(args[0]):
+                note(how, graph, way, args[0])
                 (result,) = way.function(args[0])
                 return result
     args, kwargs = bind(how.signature, args, kwargs)
     if how.glue is not None and not how.graphs:
-        return _run_glue(how, args, kwargs)
+        return _run_glue(module, how, args, kwargs)
     if torch.compiler.is_dynamo_compiling():
         for graph in how.graphs:
             tensors = graph.kind.tensors(args, kwargs)
@@ -341,10 +335,10 @@ def run(module: QuantizedModule, *args: Any, **kwargs: Any) -> Any:
     except CaptureFailed:
         if how.glue is None:
             raise
-        return _run_glue(how, args, kwargs)
+        return _run_glue(module, how, args, kwargs)
     found = _graph_for(how, call)
     if found is None and how.in_pieces:
-        return _run_glue(how, args, kwargs)
+        return _run_glue(module, how, args, kwargs)
     graph, accepted = found or _capture(module, call)
     return graph(*accepted.tensors, source=accepted.source)
 
@@ -362,10 +356,16 @@ def _graph_for(how: Quantization, call: Call) -> tuple[QuantizedGraph, Call] | N
     return None
 
 
-def _run_glue(how: Quantization, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _run_glue(
+    module: QuantizedModule, how: Quantization, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     assert how.glue is not None
     if torch.compiler.is_dynamo_compiling() and how.traceable:
         return how.glue(*args, **kwargs)
+    if how.begun is None and type(module)._runs is None and not _recording():
+        how.begun = Begun()
+        with first_call(how.glue), no_fastpath():
+            return how.glue(*args, **kwargs)
     with no_fastpath():
         return how.glue(*args, **kwargs)
 

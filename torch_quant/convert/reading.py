@@ -14,7 +14,7 @@ from torch import fx
 from torch_quant.ops.arguments import arguments
 from torch_quant.ops.library import plain_function, unwatched
 
-__all__ = ["held_in", "reading"]
+__all__ = ["held_in", "of_tensors", "reading"]
 
 
 def held_in(body: fx.GraphModule, target: Any) -> tuple[dict[str, Any], str] | None:
@@ -58,10 +58,10 @@ def reading(body: fx.GraphModule) -> Callable[..., Any] | None:
         held[str(node.target)] = place
     if any(node.op == "call_module" for node in body.graph.nodes):
         return None
-    function, places = _of_tensors(body, held, plain=False), tuple(held.values())
+    function, places = of_tensors(body.graph, held, plain=False), tuple(held.values())
     if all(plain_function(node.target) is None for node in body.graph.nodes):
         return lambda *tensors: function(*[entries[name] for entries, name in places], *tensors)
-    quick = _of_tensors(body, held, plain=True)
+    quick = of_tensors(body.graph, held, plain=True)
 
     def call(*tensors: Any) -> Any:
         given = [*[entries[name] for entries, name in places], *tensors]
@@ -70,17 +70,17 @@ def reading(body: fx.GraphModule) -> Callable[..., Any] | None:
     return call
 
 
-def _of_tensors(body: fx.GraphModule, held: Iterable[str], *, plain: bool) -> Callable[..., Any]:
+def of_tensors(source: fx.Graph, held: Iterable[str], *, plain: bool) -> Callable[..., Any]:
     """The graph as a function of tensors that it holds, and then of its inputs.
 
     Args:
-        body: the graph.
+        source: the graph.
         held: the targets of what reads those.
         plain: call the functions in place of operators.
     """
     graph, made = fx.Graph(), dict[fx.Node, fx.Node]()
     given = {target: graph.placeholder(f"held_{i}") for i, target in enumerate(held)}
-    for node in body.graph.nodes:
+    for node in source.nodes:
         if node.op == "get_attr":
             made[node] = given[str(node.target)]
             continue

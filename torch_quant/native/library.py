@@ -25,7 +25,7 @@ VARIABLE = "TORCH_QUANT_KERNELS"
 """The environment variable that chooses instructions: a name of :func:`instruction_sets`."""
 
 _NAME = "kernels.dll" if sys.platform == "win32" else "kernels.so"
-_VERSION = 8
+_VERSION = 9
 """Of the interface; a library that was built from other sources has another."""
 _BUILD = (
     "build them with a C++ compiler: pip install -e . in a checkout, or pip install torch_quant"
@@ -52,9 +52,13 @@ def _find(path: Path) -> tuple[ctypes.CDLL | None, str]:
     library.torch_quant_path.restype = library.torch_quant_used.restype = ctypes.c_char_p
     library.torch_quant_parallel.argtypes = [_POINTER]
     library.torch_quant_linear.argtypes = [_INT, *[_POINTER] * 7, *[_SIZE] * 5, *[_INT] * 3]
+    library.torch_quant_linears.argtypes = [_INT, *[_POINTER] * 3, *[_SIZE] * 3]
+    library.torch_quant_gated.argtypes = [_INT, *[_POINTER] * 3, *[_SIZE] * 4]
     library.torch_quant_dynamic.argtypes = [_INT, *[_POINTER] * 5, *[_SIZE] * 3, _INT]
     library.torch_quant_product.argtypes = [_INT, _POINTER]
     library.torch_quant_rows.argtypes = [_INT, _POINTER]
+    norm: list[Any] = [_INT, *[_POINTER] * 5, *[_SIZE] * 2, *[ctypes.c_double] * 2]
+    library.torch_quant_rms_norm.argtypes = norm
     library.torch_quant_recurrent.argtypes = [_INT, _POINTER]
     library.torch_quant_pack.argtypes = [_POINTER, *[_SIZE] * 3, *[_POINTER] * 2]
     library.torch_quant_pack.restype = None

@@ -6,6 +6,7 @@ library of kernels is missing, they compute the same with dequantized weights.
 
 from __future__ import annotations
 
+import struct
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,12 +37,12 @@ def _check(fits: bool, operator: str, what: str, got: object) -> None:
         raise InvalidConfig(f"torch_quant::{operator}: expected {what}, got {got}")
 
 
-def _plain(x: Tensor, dtype: torch.dtype) -> Tensor:
+def plain(x: Tensor, dtype: torch.dtype) -> Tensor:
     ready = x.dtype is dtype and x.is_contiguous() and not x.is_neg()
     return x if ready else x.detach().to(dtype).resolve_neg().contiguous()
 
 
-def _address(x: Tensor | None) -> int | None:
+def address_of(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
@@ -53,18 +54,18 @@ def _check_weight(name: str, weight: Tensor, scale: Tensor) -> None:
         _check(False, name, f"scales for {outputs} outputs", tuple(scale.shape))
 
 
-def _check_rows(name: str, x: Tensor) -> None:
+def check_rows(name: str, x: Tensor) -> None:
     if not (x.is_floating_point() and x.dim()):
         _check(False, name, "a floating-point x with a dimension of inputs", (x.dtype, x.shape))
 
 
-def _check_bias(name: str, bias: Tensor | None, outputs: int) -> None:
+def check_bias(name: str, bias: Tensor | None, outputs: int) -> None:
     if bias is not None and bias.shape != (outputs,):
         _check(False, name, f"a bias of {outputs}", tuple(bias.shape))
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
     """What is known of a weight and its scales once they were checked.
 
     Args:
@@ -74,6 +75,7 @@ class _Layout:
         pointers: of weight, scales, zero points that are bytes, zero points that are floats.
         outputs: rows of the weight.
         options: of the kernel, from the bytes of a row on.
+        entry: all that as ``Weight`` of ``csrc/weights.cpp``, without a bias.
     """
 
     weight: weakref.ref[Tensor]
@@ -82,18 +84,20 @@ class _Layout:
     pointers: tuple[int, int, int | None, int | None]
     outputs: int
     options: tuple[int, int, int, bool, int]
+    entry: bytes
 
 
-_LAYOUTS: dict[int, _Layout] = {}
+_WEIGHT = struct.Struct("@11q")
+_LAYOUTS: dict[int, Layout] = {}
 """By the identity of the weight. Checks at each call would take as long as a token's kernel."""
 
 
-def _layout(
+def layout_of(
     weight: Tensor, scale: Tensor, zero_point: Tensor | None, inputs: int, bits: int, zero: int
-) -> _Layout:
+) -> Layout:
     """The layout of a weight; raises :class:`InvalidConfig` if the tensors do not fit."""
     given = (
-        weight.data_ptr(), scale.data_ptr(), _address(zero_point), inputs, bits, zero,
+        weight.data_ptr(), scale.data_ptr(), address_of(zero_point), inputs, bits, zero,
         weight.shape, weight.dtype, scale.shape, scale.dtype, scale.stride(),
         None if zero_point is None else zero_point.dtype,
     )  # fmt: skip
@@ -117,21 +121,23 @@ def _layout(
     kind = torch.float32 if floats else torch.uint8
     read = (
         weight.contiguous(),
-        _plain(scale, torch.float32),
-        None if zero_point is None else _plain(zero_point, kind),
+        plain(scale, torch.float32),
+        None if zero_point is None else plain(zero_point, kind),
     )
-    addresses = tuple(map(_address, read))
+    addresses = tuple(map(address_of, read))
     zeros = (None, addresses[2]) if floats else (addresses[2], None)
     pointers = (read[0].data_ptr(), read[1].data_ptr(), *zeros)
     key = id(weight)
     options = (width, groups, bits, weight.dtype is torch.int8, zero)
-    made = _Layout(
+    entry = _WEIGHT.pack(*(each or 0 for each in (*pointers, None, outputs, *options)))
+    made = Layout(
         weakref.ref(weight, lambda _: _LAYOUTS.pop(key, None)),
         given,
         (scale, zero_point) if addresses == given[:3] else read,
         pointers,
         outputs,
         options,
+        entry,
     )
     if addresses == given[:3]:  # no copies: what is written to the tensors later is read
         _LAYOUTS[key] = made
@@ -154,23 +160,23 @@ def _weight_only_linear(
     zero: int,
 ) -> Tensor:
     name, shape = "weight_only_linear", x.shape
-    _check_rows(name, x)
+    check_rows(name, x)
     inputs = shape[-1]
-    layout = _layout(weight, scale, zero_point, inputs, bits, zero)
-    _check_bias(name, bias, layout.outputs)
+    layout = layout_of(weight, scale, zero_point, inputs, bits, zero)
+    check_bias(name, bias, layout.outputs)
     kernels = native.kernels()
     if kernels is None:
         real = _dequantized(_codes(weight, bits, inputs), scale, zero_point, zero)
         return torch.nn.functional.linear(x, real.to(x.dtype), bias)
-    rows = _plain(x, torch.float32)
+    rows = plain(x, torch.float32)
     if bias is not None:
-        bias = _plain(bias, torch.float32)
+        bias = plain(bias, torch.float32)
     y = rows.new_empty(*shape[:-1], layout.outputs)  # faster than of a tuple
     if not inputs:
         return _sums_of_nothing(y, bias, x.dtype)
     count = rows.numel() // inputs
     failed = kernels.torch_quant_linear(
-        torch.get_num_threads(), rows.data_ptr(), *layout.pointers, _address(bias), y.data_ptr(),
+        torch.get_num_threads(), rows.data_ptr(), *layout.pointers, address_of(bias), y.data_ptr(),
         count, inputs, layout.outputs, *layout.options,
     )  # fmt: skip
     if failed:
@@ -182,10 +188,10 @@ def _dynamic_linear(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, signed: bool
 ) -> Tensor:
     name = "dynamic_linear"
-    _check_rows(name, x)
+    check_rows(name, x)
     _check_weight(name, weight, scale)
     inputs, (outputs, width) = x.shape[-1], weight.shape
-    _check_bias(name, bias, outputs)
+    check_bias(name, bias, outputs)
     if not (weight.dtype is torch.int8 and width == inputs <= MOST_INPUTS) or (
         scale.numel() != outputs
     ):
@@ -198,16 +204,16 @@ def _dynamic_linear(
         return _sums_of_nothing(x.new_empty((*x.shape[:-1], outputs)), bias, x.dtype)
     if kernels is None:
         return _dynamic_in_float(x, weight, scale, bias, signed)
-    rows = _plain(x, torch.float32)
+    rows = plain(x, torch.float32)
     if not weight.is_contiguous():
         weight = weight.contiguous()
-    scale = _plain(scale, torch.float32)
-    bias = None if bias is None else _plain(bias, torch.float32)
+    scale = plain(scale, torch.float32)
+    bias = None if bias is None else plain(bias, torch.float32)
     y = rows.new_empty((*x.shape[:-1], outputs))
     count = x.numel() // inputs
     failed = kernels.torch_quant_dynamic(
         torch.get_num_threads(), rows.data_ptr(), weight.data_ptr(), scale.data_ptr(),
-        _address(bias), y.data_ptr(), count, inputs, outputs, signed,
+        address_of(bias), y.data_ptr(), count, inputs, outputs, signed,
     )  # fmt: skip
     if failed:
         raise MemoryError(f"torch_quant::{name}: no memory for {rows.numel()} activations")

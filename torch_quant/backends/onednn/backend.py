@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from torch_quant import native
 from torch_quant.backends.base import Backend, register_backend
 from torch_quant.backends.int8 import has_vnni, int8_weight, symmetric_weight
 from torch_quant.backends.onednn import ops
@@ -30,6 +31,8 @@ from torch_quant.ops.table import padding_sizes, size_hints, spread
 from torch_quant.passes.base import PassContext
 from torch_quant.passes.fold_pads import zeros_around
 from torch_quant.passes.fold_scales import fold_scales
+from torch_quant.passes.joint_products import join_gated, join_products
+from torch_quant.passes.rms_norms import fuse_rms_norms
 from torch_quant.passes.unsigned import unsigned_activations
 
 __all__ = ["OneDNNBackend", "accepted_weight", "missing_kernels", "pad_codes"]
@@ -107,6 +110,10 @@ class OneDNNBackend(Backend):
         for node in context.graph.find_nodes(op="call_function", target=QUANTIZE_PER_TENSOR):
             _lower_quantize(node)
         round_in_one_pass(context)
+        if native.unavailable() is None:
+            fuse_rms_norms(context)
+            join_gated(context)
+            join_products(context)
         return context.gm
 
 

@@ -1,0 +1,225 @@
+"""Python code around quantized layers that one call of a kernel computes.
+
+A decoder in pieces runs the user's own code between its layers: norms of some seven operators, and
+blocks that are two or three layers with a function between. What such a module computes is
+recorded at its first call. Where that is one kernel of this package, it is called from then on, and
+the module's own code wherever somebody looks closer: hooks, compilers, gradients, other types.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules import module as everywhere
+
+from torch_quant.convert.reading import of_tensors
+from torch_quant.convert.recording import recorded
+from torch_quant.native.joint import GATED_LINEAR
+from torch_quant.native.rms_norm import RMS_NORM
+from torch_quant.nn.stand_in import StandIn
+from torch_quant.ops.library import unwatched
+from torch_quant.passes.base import PassContext
+from torch_quant.passes.joint_products import join_gated
+from torch_quant.passes.rms_norms import fuse_rms_norms
+
+__all__ = ["QuickForward", "give_quick_forwards"]
+
+_KERNELS = (RMS_NORM, GATED_LINEAR)
+_MOST_BELOW = 6
+"""Modules inside of one whose code may be one kernel."""
+_NEAR = 1e-3
+"""Of the size of the results: so far may they be apart where numbers are rounded in between."""
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def give_quick_forwards(glue: nn.Module) -> int:
+    """Have modules try at their first call whether a kernel computes them; returns how many.
+
+    Args:
+        glue: a module whose Python code runs around quantized ones.
+    """
+    found = [module for module in _own(glue) if module is not glue and _may_be(module)]
+    if not any(True for _ in glue.children()) and _may_be(glue):
+        found.append(glue)
+    for module in found:
+        vars(module)["forward"] = QuickForward(module)
+    return len(found)
+
+
+def _own(module: nn.Module) -> Iterator[nn.Module]:
+    """The module and those below whose own Python runs."""
+    seen: set[int] = set()
+    waiting = [module]
+    while waiting:
+        each = waiting.pop()
+        if id(each) in seen or isinstance(each, (StandIn, torch.jit.ScriptModule)):
+            continue
+        seen.add(id(each))
+        yield each
+        waiting += [child for child in each._modules.values() if child is not None]
+
+
+def _may_be(module: nn.Module) -> bool:
+    """Whether it is a norm with a weight, or little more than two or three quantized layers."""
+    if "forward" in vars(module) or isinstance(module, (torch.jit.ScriptModule, StandIn)):
+        return False
+    below = list(module.modules())[1:]
+    if len(below) > _MOST_BELOW:
+        return False
+    layers = [each for each in below if isinstance(each, StandIn)]
+    held = [x for x in module._parameters.values() if x is not None]
+    if layers:
+        return not held and len(layers) in (2, 3)
+    return not below and len(held) == 1 and held[0].dim() == 1
+
+
+class QuickForward:
+    """The ``forward`` of a module that may be one kernel call.
+
+    Copies and pickles find out anew.
+
+    Args:
+        module: whose it is.
+    """
+
+    __slots__ = ("_facts", "_function", "_held", "_width", "module")  # no dictionary to look into
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._function: Callable[..., Any] | None = None
+        self._held: list[tuple[dict[str, Any], str]] = []
+        self._facts = _Facts(nn.Identity())
+        self._width: tuple[int, ...] = ()
+
+    def __reduce__(self) -> Any:
+        return QuickForward, (self.module,)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(type(self.module).forward.__get__(self.module))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling() or kwargs or len(args) != 1:
+            if self._function is None and not torch.compiler.is_dynamo_compiling():
+                self._leave()  # it takes more than one tensor
+            return type(self.module).forward(self.module, *args, **kwargs)
+        (x,) = args
+        if type(x) is Tensor and x.dtype is torch.float32 and not _traced():
+            if self._function is None:
+                self._learn(x)
+            function, facts = self._function, self._facts
+            if function is not None and x.shape[-1:] == self._width and facts.hold():
+                given = [entries[name] for entries, name in self._held]
+                given.append(x)
+                if unwatched(given):
+                    return function(*given)
+        return type(self.module).forward(self.module, x)
+
+    def _leave(self) -> None:
+        if vars(self.module).get("forward") is self:
+            del vars(self.module)["forward"]
+
+    def _learn(self, x: Tensor) -> None:
+        """Find out what the module computes from rows of such a size."""
+        facts = _Facts(self.module)
+        if not x.dim() or not unwatched([x]) or not facts.hold():
+            return
+        rows = torch.arange(2.0 * x.shape[-1]).sin_().reshape(2, -1)
+        found = _kernel_of(self.module, rows[(None,) * (x.dim() - 2)] if x.dim() > 2 else rows)
+        if found is None:
+            self._leave()
+            return
+        self._width, self._facts = x.shape[-1:], facts
+        function, self._held = found
+        self._function = function
+
+
+def _kernel_of(
+    module: nn.Module, x: Tensor
+) -> tuple[Callable[..., Any], list[tuple[dict[str, Any], str]]] | None:
+    """What computes ``module`` in one call, of tensors and then the input; and where those are."""
+    try:
+        found = recorded(module, x)
+    except Exception:  # its own call says what is wrong
+        return None
+    if found is None:
+        return None
+    graph, expected = found
+    context = PassContext(fx.GraphModule({}, fx.Graph()))
+    context.gm._graph = graph
+    fuse_rms_norms(context)
+    join_gated(context)
+    calls = [node for node in graph.nodes if node.op == "call_function"]
+    if len(calls) != 1 or calls[0].target not in _KERNELS:
+        return None
+    targets = [str(node.target) for node in graph.find_nodes(op="get_attr")]
+    places = []
+    for target in targets:
+        path, _, name = target.rpartition(".")
+        owner = module.get_submodule(path)
+        entries: dict[str, Any] = owner._parameters if name in owner._parameters else owner._buffers
+        places.append((entries, name))
+    function = of_tensors(graph, targets, plain=True)
+    y = function(*[entries[name] for entries, name in places], x)
+    near = bool((y - expected).norm() <= _NEAR * expected.norm())
+    return (function, places) if near and y.shape == expected.shape else None
+
+
+class _Facts:
+    """What the code of a module depends on beside tensors, as it was.
+
+    Args:
+        module: its own Python runs.
+    """
+
+    __slots__ = ("hooks", "known")
+
+    def __init__(self, module: nn.Module) -> None:
+        self.known: list[tuple[Callable[[dict[str, Any]], Any], dict[str, Any], Any]] = []
+        """What reads entries of a dictionary, the dictionary, and what it gave: children, their
+        code and their graphs, dictionaries of hooks, and numbers."""
+        self.hooks: list[dict[Any, Any]] = [
+            everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks
+        ]  # fmt: skip
+        for each in module.modules():
+            self._note(each._modules, list(each._modules))
+            if each is not module:
+                self._note(vars(each), ["forward", *_HOOKS])
+                self.hooks += [vars(each)[name] for name in _HOOKS]
+            if isinstance(each, StandIn):
+                for graph in vars(each)["quantization"].graphs:
+                    self._note(graph._modules, ["body"])
+                    self._note(vars(graph), _HOOKS)
+                    self.hooks += [vars(graph)[name] for name in _HOOKS]
+            else:
+                own = vars(each)
+                plain = (name for name, value in own.items() if type(value) in _PLAIN)
+                self._note(own, [name for name in plain if not name.startswith("_")])
+
+    def _note(self, entries: dict[str, Any], names: Sequence[str]) -> None:
+        names = [name for name in names if name in entries]
+        if names:
+            get = operator.itemgetter(*names)
+            self.known.append((get, entries, get(entries)))
+
+    def hold(self) -> bool:
+        """Whether all is as it was, and no hook wants to see a call inside."""
+        if any(self.hooks):
+            return False
+        try:
+            for get, entries, value in self.known:
+                if get(entries) != value:
+                    return False
+        except KeyError:
+            return False
+        return True
+
+
+def _traced() -> bool:
+    return torch._C._get_tracing_state() is not None
