@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 import click
 
 from torch_quant_cli.exits import Failed
-from torch_quant_cli.running import Result, command
+from torch_quant_cli.running import Result, command, wrapped
 
 __all__ = ["cli"]
+
+_WIDTH, _COLUMN = 78, 11
 
 
 @click.command("migrate", short_help="Turn another tool's settings into a file for --config.")
@@ -45,10 +48,20 @@ def cli(file: str, out: str | None, kind: str | None, overwrite: bool) -> Result
 
     found = from_inc(file, kind=kind)
     data = found.to_dict() | {"out": out}
-    lines = [str(found)]
+    lines = [wrapped(found.headline, "  "), ""]
+    for row in found:
+        lines += _lines(row.outcome.value, row.entry)
+        for text in (row.here and f"-> {row.here}", row.why):
+            lines += _lines("", text) if text else []
     if out is not None:
         found.to_config(out)
-        lines += ["", f"{out} is written: torch-quant quantize MODEL --config {out} --out DIR"]
-        if found.needs_blocks or found.qconfig.needs_ranges:
-            lines[-1] += " --data DATA"
+        data_too = found.needs_blocks or found.qconfig.needs_ranges
+        next_step = f"torch-quant quantize MODEL --config {out} --out DIR"
+        lines += ["", f"wrote {out}", "", f"  {next_step}{' --data DATA' * data_too}"]
     return Result("\n".join(lines), data)
+
+
+def _lines(first: str, text: str) -> list[str]:
+    """A text in a column of its own, with a word beside its first line."""
+    found = textwrap.wrap(text, _WIDTH - _COLUMN, break_long_words=False, break_on_hyphens=False)
+    return [f"{first if i == 0 else '':{_COLUMN}}{line}" for i, line in enumerate(found)]

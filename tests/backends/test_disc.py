@@ -105,6 +105,23 @@ def test_what_falls_back_is_float_and_a_model_in_pieces_is_checked_whole(tmp_pat
         Backend.DISC.verify(traced, plan=whole.plan)
 
 
+def test_what_was_trained_is_what_the_file_computes(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(16, 8)
+    quantizer = quantizer_of("disc", model.eval(), x)
+    qat_model = quantizer.qat(model)
+    optimizer = torch.optim.SGD(qat_model.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            qat_model(x).square().mean().backward()
+        optimizer.step()
+    trained = quantizer.quantize(qat_model.eval())
+    assert not torch.equal(trained(x), quantizer.quantize(model)(x))
+    traced = export_torchscript(trained, x, tmp_path / "trained.pt")
+    assert Backend.DISC.verify(traced).quantized == ("0", "2")
+    assert torch.equal(traced(x), qat_model(x))
+
+
 def test_formats_that_torch_blade_has_not() -> None:
     model, x = MODELS["mlp"]().eval(), example("mlp", 8)
     for config, reason in (
