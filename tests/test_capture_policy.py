@@ -224,13 +224,13 @@ def test_what_needs_no_ranges_is_captured_by_modules() -> None:
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_the_default_follows_the_formats(name: str) -> None:
-    static = name in ("int8_static", "fast", "float8")
+    whole = name in ("int8_static", "fast", "float8", "bfloat16")  # ranges, or bfloat16
     quantizer = Quantizer(RECIPES[name](), backend="reference", overrides={"0": QConfig()})
-    assert ("capture='modules'" in repr(quantizer)) == (not static)
+    assert ("capture='modules'" in repr(quantizer)) == (not whole)
     assert "capture" not in quantizer.to_config()
     model = seeded(Parts).eval()
     calib_model = Quantizer(RECIPES[name](), backend="reference").calib(model, normal(2, 8))
-    assert bool(calib_model.captured.root.graphs) == static
+    assert bool(calib_model.captured.root.graphs) == whole
 
 
 def test_an_explicit_choice_is_kept(tmp_path: Path) -> None:
