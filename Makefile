@@ -7,6 +7,8 @@ IPEX_VENV := .venv-ipex
 IPEX_GIGABYTES := 9
 # The newest of everything that setup.cfg allows.
 LATEST_VENV := .venv-latest
+# What builds the site of docs/.
+DOCS_VENV := .venv-docs
 # What writes the locks. It resolves for every platform and Python at once, hashes included.
 LOCK_VENV := .venv-lock
 UV := 0.13.9
@@ -56,7 +58,7 @@ SAME := algorithms checkpoints cli core extensions integrations native rounding 
 # The same, but for their tests on IPEX.
 ONLY_IPEX := $(addprefix tests/,amp/test_amp_outputs.py amp/test_fallback_execution.py test_example_inputs.py test_invariants.py)
 
-.PHONY: help lock demo demo-tuning demo-cnn demo-qat demo-llm test test-core test-ipex test-latest test-long test-zoo test-sequences check format bench bench-ipex bench-peers bench-llm clean
+.PHONY: help lock demo demo-tuning demo-cnn demo-qat demo-llm test test-core test-ipex test-latest test-long test-zoo test-sequences check format bench bench-ipex bench-peers bench-llm docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort
@@ -95,6 +97,15 @@ lock: $(LOCK_VENV)/ready  ## lock what setup.cfg and requirements/*.in ask for; 
 	$(COMPILE) --generate-hashes $(EXTRAS) requirements/ipex.in setup.cfg -o requirements/ipex.txt
 	$(COMPILE) --generate-hashes --no-deps requirements/llm.in -o requirements/llm.txt
 	$(COMPILE) --generate-hashes --no-deps requirements/peers.in -o requirements/peers.txt
+	$(COMPILE) --generate-hashes requirements/docs.in -o requirements/docs.txt
+
+$(DOCS_VENV)/ready: requirements/docs.txt
+	test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python $(INSTALL) --require-hashes -r requirements/docs.txt
+	touch $@
+
+docs: $(DOCS_VENV)/ready  ## the documentation as a site, out/site/index.html; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --strict
 
 $(LLM)/ready: $(VENV)/ready requirements/llm.txt
 	$(BIN)/python $(INSTALL) --require-hashes --upgrade --target $(LLM) -r requirements/llm.txt
@@ -178,4 +189,4 @@ bench-llm: $(LLM)/ready  ## a language model's perplexity, size and speed by for
 	PYTHONPATH=$(LLM) taskset -c 0 env OMP_NUM_THREADS=1 $(BIN)/python benchmarks/llm.py speed
 
 clean:  ## remove the environments and caches
-	rm -rf $(VENV) $(IPEX_VENV) $(LATEST_VENV) $(LOCK_VENV) $(PYTHONPYCACHEPREFIX) $(LLM) $(PEERS) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(IPEX_VENV) $(LATEST_VENV) $(LOCK_VENV) $(DOCS_VENV) $(PYTHONPYCACHEPREFIX) $(LLM) $(PEERS) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import torch_quant
 from torch_quant import QConfig, Quantizer, QuantSpec
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +29,7 @@ def test_every_block_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     if not any("Backend.INDUCTOR" in block for block in BLOCKS[page]):
+        importlib.import_module("torch._inductor.config")  # which keeps the compiler it finds
         monkeypatch.setenv("CXX", "none")  # and "fastest" has one backend less to try
     namespace: dict[str, Any] = {}
     with torch.enable_grad():  # as a reader has it
@@ -35,6 +38,14 @@ def test_every_block_runs(
     if page == "README.md":
         assert "of the multiply-accumulates in int8" in capsys.readouterr().out
         assert (tmp_path / "model_int8").is_dir()
+
+
+def test_the_reference_has_all_that_is_public() -> None:
+    """``make docs`` builds it, and fails where a name is none."""
+    pages = [page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "api").glob("*.md")]
+    found = [name for page in pages for name in re.findall(r"^::: torch_quant\.(\w+)$", page, re.M)]
+    assert len(found) == len(set(found))
+    assert set(torch_quant.__all__) - set(found) == {"FLOAT", "BFLOAT16", "__version__"}
 
 
 def test_the_readme_is_short() -> None:
