@@ -293,9 +293,9 @@ KNOWN_BY = {
 """What only its own files may know -> these; others import it, in lists of everything there is."""
 LISTS = {
     "__init__.py", "algorithms/__init__.py", "ops/__init__.py", "recipes.py",
-    "backends/ipex/verify.py",
+    "backends/ipex/verify.py", "amp/treatments.py",
 }  # fmt: skip
-"""Files that list operators, kernels, methods or recipes."""
+"""Files that list operators, kernels, methods, recipes or treatments."""
 MENTIONS = {
     "config.py", "io/summary_schema.py", "migrate/inc.py", "migrate/inc_static.py",
 }  # fmt: skip

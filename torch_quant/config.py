@@ -116,6 +116,11 @@ class QConfig:
                 "QConfig(input=...) has float zero points, which weights alone can have; use "
                 "QuantSpec.of(..., float_zero_points=False)"
             )
+        if isinstance(self.weight, QuantSpec) and self.weight.clip != 1.0:
+            raise InvalidConfig(
+                f"QConfig(weight=...) has clip={self.weight.clip}, which is of a range that "
+                "calibration recorded; weights are clipped by their method, such as GPTQ()"
+            )
         if self.observer is not None:
             check_observer(self.observer)
 
@@ -209,10 +214,13 @@ def registered_name(observer: ObserverLike) -> str:
 _SHORT = {
     "element": str, "bits": int, "signed": bool, "symmetric": bool, "per_channel": bool,
     "granularity": str, "scale_type": str, "dynamic": bool,
-    "float_zero_points": bool,
+    "float_zero_points": bool, "clip": float,
 }  # fmt: skip
 """Arguments of :meth:`QuantSpec.of` as data."""
-_EXPECTED = {str: "a name", int: "an integer", bool: "true or false, without quotes"}
+_EXPECTED = {
+    str: "a name", int: "an integer", bool: "true or false, without quotes",
+    float: "a number with a point",
+}  # fmt: skip
 _LIMITS = ("quant_min", "quant_max")
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch_quant.amp.allocation import Allocation
 from torch_quant.amp.candidates import checked_candidates
 from torch_quant.amp.fallback import precision_of
+from torch_quant.amp.optimization import Optimization
 from torch_quant.amp.options import AmpOptions, LossFn
 from torch_quant.amp.proxy import AmpModel, Latency
 from torch_quant.amp.report import SensitivityReport
@@ -188,6 +189,40 @@ class Quantizer(QuantizerPage):
         {'0': '3', '1': '8'}
         """
         return self._allocate(amp_model, bits_per_weight, min_sqnr)
+
+    def optimize(
+        self,
+        amp_model: AmpModel,
+        *,
+        candidates: Iterable[str] | Mapping[str, QConfig] | Iterable[QConfig] | None = None,
+        min_gain: float = 0.01,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> Optimization:
+        """Give each site the treatment that the outputs ask for; it becomes its override.
+
+        Args:
+            amp_model: a proxy of :meth:`amp`; best with data that calibration did not see.
+            candidates: ``"smooth"``, another alpha of SmoothQuant, or none; ``"per_token"``, scales
+                chosen at each call, where the backend has a kernel; None for both. ``"clip"``,
+                codes for a share of the recorded range. Or configurations, as for :meth:`amp`.
+            min_gain: the share of all noise that scales per token, which cost time, take off.
+            seed: of the random directions.
+            progress: show a bar on stderr where it takes more than two seconds.
+
+        Returns:
+            What was chosen, predicted and measured; ``print`` shows a table.
+
+        Raises:
+            NotCalibrated: no data was run through the proxy, or it knows no noise at the outputs.
+            InvalidConfig: candidates or a number that are none, or that apply to nothing.
+
+        >>> model, x, quantizer = nn.Sequential(nn.Linear(4, 2)), torch.rand(8, 4), Quantizer()
+        >>> _ = quantizer.calib(model)(x), (amp_model := quantizer.amp(model))(x)
+        >>> quantizer.optimize(amp_model, candidates=["clip"]).measured[1] > 20
+        True
+        """
+        return self._optimize(amp_model, candidates, min_gain, seed, progress)
 
     def sensitivity(
         self, amp_model: AmpModel, *, measure: bool | Iterable[int] = False

@@ -17,6 +17,8 @@ from torch.utils import _pytree as pytree
 from torch_quant import recipes
 from torch_quant.amp.allocation import Allocation, allocate, exactly
 from torch_quant.amp.fallback import Fallback
+from torch_quant.amp.optimization import Optimization
+from torch_quant.amp.optimizing import optimize
 from torch_quant.amp.options import AmpOptions
 from torch_quant.amp.proxy import AmpModel
 from torch_quant.backends import VARIABLE, Backend, usable_backend
@@ -247,6 +249,21 @@ class QuantizerBase(Tied):
             self.overrides[exactly(site)] = candidates[each.candidate]
         self.plan = QuantPlan()
         return found
+
+    def _optimize(
+        self, amp_model: AmpModel, candidates: Any, min_gain: float, seed: int, progress: bool
+    ) -> Optimization:
+        self._check_own(amp_model)
+        with self.state.lock, told_together():
+            found = optimize(amp_model, candidates, min_gain, seed, progress)
+            self.overrides = dict(self.overrides)
+            for site, config in found.configs.items():
+                key = exactly(site)
+                self.overrides.pop(key, None)  # of equal keys, the last given holds
+                self.overrides[key] = config
+            self.plan = QuantPlan()
+            after = Fallback(amp_model).measure(self.fallen_back)
+        return replace(found.report, measured=(found.report.measured[0], after))
 
     def _set(self, pattern: OverrideKey, config: QConfig | str | None) -> None:
         overrides = {key: value for key, value in self.overrides.items() if key != pattern}

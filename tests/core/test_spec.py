@@ -6,10 +6,12 @@ import json
 import pytest
 import torch
 
+from torch_quant import QConfig
 from torch_quant.core.elements import IntegerType, element_type
 from torch_quant.core.granularity import PerBlock, PerChannel, PerGroup, PerToken
 from torch_quant.core.spec import QuantSpec, ScaleType
 from torch_quant.errors import InvalidConfig
+from torch_quant.statistics import MinMaxObserver
 
 
 @pytest.mark.parametrize("bits", range(2, 17))
@@ -110,3 +112,29 @@ def test_it_reads_well() -> None:
         "s4 symmetric per-channel"
     )
     assert QuantSpec.of(per_channel=True).granularity == PerChannel()
+
+
+def test_codes_for_a_share_of_the_range() -> None:
+    spec = QuantSpec(clip=0.5)
+    assert QuantSpec.from_dict(spec.to_dict()) == spec == QuantSpec.of(clip=0.5)
+    assert "clip" not in QuantSpec().to_dict()
+    assert str(spec) == "u8 affine per-tensor, 50% of the range"
+    observer = MinMaxObserver()
+    observer.observe(torch.tensor([-4.0, 8.0]))
+    whole, half = (observer.qparams(each) for each in (QuantSpec(), spec))
+    assert float(half.scale) == pytest.approx(float(whole.scale) / 2)
+    assert int(half.zero_point) == int(whole.zero_point)
+    assert QConfig.from_dict({"input": {"clip": 0.5}}).input == spec
+
+
+@pytest.mark.parametrize("clip", [0, 0.0, -1.0, 1.5, True, "0.5", float("nan")])
+def test_shares_that_are_none(clip: object) -> None:
+    with pytest.raises(InvalidConfig, match=r"clip=.*expected a share of the recorded range"):
+        QuantSpec(clip=clip)  # type: ignore[arg-type]
+
+
+def test_what_has_no_recorded_range() -> None:
+    with pytest.raises(InvalidConfig, match="dynamic scales have none"):
+        QuantSpec.of(dynamic=True, clip=0.5)
+    with pytest.raises(InvalidConfig, match="weights are clipped by their method"):
+        QConfig(weight=QuantSpec.of("int8", clip=0.5))

@@ -76,14 +76,27 @@ class NoiseGram:
         part = self.shrunk()[rows[:, None], rows[None]]
         return float(torch.maximum(part.sum(), _LEAST * part.diagonal().sum()))
 
-    def shrunk(self) -> Tensor:
-        """The matrix, its off-diagonal entries pulled to 0 as far as chance may have made them.
+    def part(self, names: Iterable[str]) -> NoiseGram:
+        """What it has of some sites alone."""
+        kept = [name for name in names if name in self.index]
+        rows = torch.tensor([self.index[name] for name in kept], dtype=torch.int64)
+        matrix, squares = (each[rows[:, None], rows[None]] for each in (self.matrix, self.squares))
+        return NoiseGram(matrix, squares, self.draws, {name: i for i, name in enumerate(kept)})
 
-        All by one factor, ``1 - sum of variances / sum of squares`` of these entries: shrinkage to
-        the diagonal (Schaefer and Strimmer 2005, target D).
+    @property
+    def trust(self) -> float:
+        """By what off-diagonal entries are multiplied, as chance may have made them: 0 to 1.
+
+        ``1 - sum of variances / sum of squares`` of these entries: shrinkage to the diagonal
+        (Schaefer and Strimmer 2005, target D).
         """
         off = self.matrix - torch.diag(self.matrix.diagonal())
         variances = self.squares - self.matrix.square() / max(self.draws, 1)
         chance = variances.sum() - variances.diagonal().sum()
-        factor = (1.0 - chance / off.square().sum().clamp_min(1e-300)).clamp(0.0, 1.0)
-        return torch.diag(self.matrix.diagonal()) + factor * off
+        return float((1.0 - chance / off.square().sum().clamp_min(1e-300)).clamp(0.0, 1.0))
+
+    def shrunk(self, trust: float | None = None) -> Tensor:
+        """The matrix, its off-diagonal entries times ``trust``, its own by default."""
+        diagonal = torch.diag(self.matrix.diagonal())
+        trust = self.trust if trust is None else trust
+        return diagonal + trust * (self.matrix - diagonal)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from torch_quant.amp.gram import NoiseGram
-from torch_quant.amp.records import CandidateStats, Recorder
+from torch_quant.amp.records import CandidateStats, Recorder, choice_key
 from torch_quant.nn.probe import SiteProbe, track
 
 __all__ = ["NoisePass", "culprit"]
@@ -152,6 +152,10 @@ class NoisePass:
         for key, effect in self.costs.items():
             kept = effect if whole else effect[good]
             self.record.candidates[key].score = float(kept.square().sum())
+        if self.record.joint is not None:
+            every = self.effects | {choice_key(*key): p for key, p in self.costs.items()}
+            finite = {name: p if whole else p[good] for name, p in every.items()}
+            self.record.joint = NoiseGram.of(finite, int(good.sum())) if finite else NoiseGram()
         for name, stats in self.record.sites.items():
             stats.from_activation = stats.from_weight = 0.0
             for sample, squares in self.shares.get(name, []):

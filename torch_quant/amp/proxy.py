@@ -269,8 +269,12 @@ class AmpModel(Proxy):
 
     def candidate_plans(self) -> dict[str, QuantPlan]:
         """Candidate -> what would be done with every site."""
-        others = candidate_lowerings(self.session, self._options.candidates)
-        return {name: made.plan for name, made in others.items()}
+        return {name: each.plan for name, (each, _) in self._lowerings().items()}
+
+    def _lowerings(self) -> dict[str, tuple[Lowering, Container[str]]]:
+        """How each candidate would quantize the model, and the sites where it is tried."""
+        made = candidate_lowerings(self.session, self._options.candidates)
+        return {name: (each, each.plan.quantized) for name, each in made.items()}
 
     def check(self, besides: Container[str] = ()) -> None:
         """Raise :class:`NotCalibrated` unless what was recorded holds as things are now.
@@ -322,8 +326,7 @@ class AmpModel(Proxy):
         plan = lowering.plan
         outputs = {name: plan[name].quantized_output for name in plan.quantized}
         sites = cut_sites(prepared, set(plan.quantized), outputs)
-
-        others = candidate_lowerings(self.session, self._options.candidates)
+        others = self._lowerings()
 
         def probe(local: LocalSite) -> SiteProbe:
             name = local.site.name
@@ -334,11 +337,7 @@ class AmpModel(Proxy):
                 _half(lowering, local),
                 local.operand,
                 lambda *each: self._visitor(*each),
-                {
-                    other: made.graph(local.gm)
-                    for other, made in others.items()
-                    if name in made.plan.quantized
-                },
+                {x: each.graph(local.gm) for x, (each, at) in others.items() if name in at},
             )
 
         with torch.no_grad():

@@ -10,7 +10,16 @@ from dataclasses import astuple, dataclass, field
 from torch_quant.amp.gram import NoiseGram
 from torch_quant.errors import QuantError
 
-__all__ = ["CandidateStats", "Recorder", "SiteStats"]
+__all__ = ["CandidateStats", "Recorder", "SiteStats", "choice_key"]
+
+
+def choice_key(site: str, candidate: str) -> str:
+    """What a candidate of a site is called in a :class:`NoiseGram`; the plan has no name.
+
+    >>> choice_key("head", ""), choice_key("head", "per token")
+    ('head', 'head as per token')
+    """
+    return f"{site} as {candidate}" if candidate else site
 
 
 @dataclass
@@ -73,6 +82,8 @@ class Recorder:
             is not finite.
         culprit: the operator that made the first of them; empty if not known.
         candidates: site and candidate -> its noise at the outputs, and locally.
+        joint: the same of sites and candidates together, each as :func:`choice_key` calls it; None
+            where nobody asks for it.
     """
 
     sites: dict[str, SiteStats] = field(default_factory=dict)
@@ -82,6 +93,7 @@ class Recorder:
     left_out: int = 0
     culprit: str = ""
     candidates: dict[tuple[str, str], CandidateStats] = field(default_factory=dict)
+    joint: NoiseGram | None = None
 
     @property
     def without_gradient(self) -> bool:
@@ -101,7 +113,7 @@ class Recorder:
         Raises:
             QuantError: a number is NaN or infinite; names the site.
         """
-        new = Recorder()
+        new = Recorder(joint=None if self.joint is None else NoiseGram())
         yield new
         for name, stats in new.sites.items():
             score = new.gram.of_site(name)
@@ -128,6 +140,8 @@ class Recorder:
         for key, cost in new.candidates.items():
             self.candidates.setdefault(key, CandidateStats()).add(cost)
         self.gram.add(new.gram)
+        if self.joint is not None and new.joint is not None:
+            self.joint.add(new.joint)
         self.output_signal += new.output_signal
         self.batches += 1
         self.left_out += new.left_out

@@ -87,10 +87,13 @@ class QuantSpec:
         float_zero_points: zero points are float32, so that a block is covered from its smallest to
             its largest value, whether or not 0 lies between; 0 itself need not be a code. Weights
             alone can have them.
+        clip: the share of the recorded range that codes stand for, 0 (excluded) to 1; what lies
+            beyond becomes the largest or smallest value. For static activations alone.
 
     Raises:
         InvalidConfig: zero points with floats or with scales that are powers of two; float zero
-            points in a format that is symmetric or dynamic; something that is none of these types.
+            points in a format that is symmetric or dynamic; ``clip`` in a dynamic one, or out of
+            range; something that is none of these types.
 
     >>> QuantSpec.of(bits=4, signed=False, symmetric=False).quant_max
     15
@@ -104,6 +107,7 @@ class QuantSpec:
     scale_type: ScaleType = ScaleType.FLOAT32
     dynamic: bool = False
     float_zero_points: bool = False
+    clip: float = 1.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.element, ElementType):
@@ -130,6 +134,17 @@ class QuantSpec:
                 "float_zero_points=True: expected symmetric=False and dynamic=False, got "
                 f"symmetric={self.symmetric}, dynamic={self.dynamic}"
             )
+        share = isinstance(self.clip, (int, float)) and not isinstance(self.clip, bool)
+        if not share or not 0.0 < self.clip <= 1.0:
+            raise InvalidConfig(
+                f"QuantSpec clip={self.clip!r}: expected a share of the recorded range, above 0 "
+                "and up to 1"
+            )
+        if self.dynamic and self.clip != 1.0:
+            raise InvalidConfig(
+                f"clip={self.clip} is of a recorded range, and dynamic scales have none: leave it "
+                "out, or use dynamic=False"
+            )
 
     @classmethod
     def of(
@@ -144,6 +159,7 @@ class QuantSpec:
         scale_type: ScaleType | str = ScaleType.FLOAT32,
         dynamic: bool = False,
         float_zero_points: bool = False,
+        clip: float = 1.0,
     ) -> QuantSpec:
         """A format by the name of its element type, or the integers of ``bits`` (2 to 16) bits.
 
@@ -159,6 +175,7 @@ class QuantSpec:
             scale_type: or its name.
             dynamic: scales are chosen at each call.
             float_zero_points: zero points are float32, of weights.
+            clip: the share of the recorded range that codes stand for.
 
         Raises:
             InvalidConfig: an unknown name, other numbers of bits, what contradicts itself.
@@ -180,7 +197,8 @@ class QuantSpec:
             granularity = PerChannel() if per_channel else PerTensor()
         if isinstance(scale_type, str):
             scale_type = _scale_type(scale_type)
-        return cls(chosen, bool(symmetric), granularity, scale_type, dynamic, float_zero_points)
+        kinds = (granularity, scale_type, dynamic, float_zero_points, clip)
+        return cls(chosen, bool(symmetric), *kinds)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -307,6 +325,7 @@ class QuantSpec:
             "scale_type": self.scale_type.value,
             "dynamic": self.dynamic,
             **({"float_zero_points": True} if self.float_zero_points else {}),
+            **({"clip": self.clip} if self.clip != 1.0 else {}),
         }
 
     @classmethod
@@ -333,6 +352,7 @@ class QuantSpec:
                 ScaleType.FLOAT32 if old else _scale_type(data["scale_type"]),
                 False if old else bool(data["dynamic"]),
                 bool(data.get("float_zero_points", False)),
+                data.get("clip", 1.0),
             )
         except (KeyError, ValueError, TypeError, InvalidConfig) as error:
             raise InvalidConfig(f"not a QuantSpec: {dict(data)!r} ({error})") from error
@@ -346,7 +366,8 @@ class QuantSpec:
         scale = "" if self.scale_type is ScaleType.FLOAT32 else f", {self.scale_type.value} scales"
         granularity = str(self.granularity).replace("_", "-")
         zeros = ", float zero points" if self.float_zero_points else ""
-        return f"{element} {granularity}{scale}{zeros}{', dynamic' if self.dynamic else ''}"
+        clip = "" if self.clip == 1.0 else f", {self.clip:.0%} of the range"
+        return f"{element} {granularity}{scale}{zeros}{', dynamic' if self.dynamic else ''}{clip}"
 
 
 def _scale_type(name: Any) -> ScaleType:

@@ -183,7 +183,7 @@ def _spec(spec: Any, place: Place, what: str, lines: Lines, field: str, version:
 
     old = version == 1
     entry = "dtype" if old else "element"
-    optional = _LIMITS if old else (*_LIMITS, "float_zero_points")
+    optional = _LIMITS if old else (*_LIMITS, "float_zero_points", "clip")
     check_keys(spec, place, (*(_SPEC_1 if old else _SPEC), *optional), what, lines, optional)
     known = {name: each for name, each in ELEMENT_TYPES.items() if not old or name in _DTYPES}
     element = known.get(spec[entry]) if isinstance(spec[entry], str) else None
@@ -204,6 +204,11 @@ def _spec(spec: Any, place: Place, what: str, lines: Lines, field: str, version:
         raise wrong("float_zero_points", "true or false, without quotes")
     if floats and (spec["symmetric"] or spec["dynamic"]):
         raise wrong("float_zero_points", "false in a format that is symmetric or dynamic")
+    clip = spec.get("clip", 1.0)
+    if not isinstance(clip, (int, float)) or isinstance(clip, bool) or not 0.0 < clip <= 1.0:
+        raise wrong("clip", "a share of the recorded range, above 0 and up to 1")
+    if clip != 1.0 and spec["dynamic"]:
+        raise wrong("clip", "1, since dynamic scales have no recorded range")
     if not spec["symmetric"] and not element.integer:
         raise wrong("symmetric", f"true, since {element} has no zero point")
     if not spec["symmetric"] and spec["scale_type"] == ScaleType.E8M0.value:

@@ -131,6 +131,8 @@ class AoObserver(Observer):
         if self._plain:
             return super().qparams(spec)
         self._check(spec)
+        if spec.clip != 1.0:
+            return super().qparams(spec)  # of the range that its own scale covers
         return self._own_qparams(spec)
 
     def _own_qparams(self, spec: QuantSpec) -> QParams:

@@ -242,6 +242,8 @@ class Observer(Statistic):
     def qparams(self, spec: QuantSpec) -> QParams:
         """Scales for ``spec``; raises as :meth:`range` does."""
         low, high = self.range(spec)
+        if spec.clip != 1.0:
+            low, high = low * spec.clip, high * spec.clip
         return choose_qparams(low, high, spec)
 
     def merge(self, other: Statistic) -> None:
