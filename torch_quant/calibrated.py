@@ -165,7 +165,7 @@ class Calibrated:
                 "to the quantizer before running quantizer.calib(model)"
             )
         given = key in self._session.settings.summary.ranges
-        if whole is not None and found.batches != whole.batches and not given:
+        if whole is not None and found.batches < whole.batches and not given:
             raise NotCalibrated(
                 f"the {what} of {key} were recorded in {found.batches} of {whole.batches} batches "
                 "only: the transform or method came after calibration had begun; calibrate anew"

@@ -170,6 +170,17 @@ def test_calls_after_each_other() -> None:
     assert quantizer.sensitivity(amp_model).names
 
 
+def test_more_data_and_training_after_it() -> None:
+    model, quantizer, amp_model = probed()
+    quantizer.optimize(amp_model)
+    quantizer.calib(model)(inputs(20))  # of layers per token, channels are recorded and no ranges
+    quantized = quantizer.quantize(model)(inputs(4))
+    assert sqnr(model(inputs(4)).detach(), quantized) > 40.0
+    assert quantizer.optimize(amp_model).measured[1] > 40.0
+    with torch.enable_grad():
+        quantizer.qat(model)(inputs()).sum().backward()
+
+
 def test_configurations_of_the_users() -> None:
     model, quantizer, amp_model = probed()
     fine = recipes.int8_static(smooth=0.7)

@@ -116,7 +116,7 @@ class Smoothed(Treatment):
             return None
         for site in sites:
             whole, channels = (session.state.find(site.inputs[0], x) for x in (RANGE, CHANNELS))
-            if whole is None or channels is None or channels.batches != whole.batches:
+            if whole is None or channels is None or channels.batches < whole.batches:
                 return None
         made: list[Transform] = [] if self.alpha is None else [SmoothQuant(self.alpha)]
         made += [each for each in entry.transforms if not isinstance(each, SmoothQuant)]
