@@ -25,7 +25,7 @@ from torch_quant.nn.stand_in import StandIn
 from torch_quant.ops.arguments import positional
 from torch_quant.ops.library import plain_function, unwatched
 
-__all__ = ["Begun", "Member", "first_call", "note"]
+__all__ = ["Begun", "Member", "first_call", "note", "prepare"]
 
 _MOST_UNREAD = 3
 """Times in a row that results were made in vain, after which nobody makes them any more."""
@@ -232,6 +232,16 @@ def first_call(glue: nn.Module) -> Iterator[None]:
         _WATCH.reset(token)
     if watch.native:
         watch.finish()
+
+
+def prepare(model: nn.Module) -> None:
+    """Have code around layers on this package's kernels try whether it is one of them, too.
+
+    Args:
+        model: with quantized layers in it, and none itself.
+    """
+    if _runs_here(model):
+        give_quick_forwards(model)
 
 
 def _runs_here(glue: nn.Module) -> bool:

@@ -27,6 +27,7 @@ from torch_quant.checkpoints.skeletons import placeholder
 from torch_quant.checkpoints.stored import Checkpoint, opened
 from torch_quant.config import OverrideKey, QConfig
 from torch_quant.convert.codes import QuantizedWeight, weights_of
+from torch_quant.convert.joint import prepare
 from torch_quant.convert.quantized import QuantizedModule
 from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import InvalidConfig
@@ -170,6 +171,7 @@ class TorchQuantHfQuantizer(HfQuantizer):
             made = _by_recipe(model, config)
         self.plan = made.quantization.plan
         _adopt(model, made, self.plan)
+        prepare(model)
         weights = self._weights(model)
         if any(not _is_tied_apart(model, name) for name in weights):
             settings: Any = model.config
