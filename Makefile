@@ -58,7 +58,7 @@ SAME := algorithms checkpoints cli core extensions integrations native rounding 
 # The same, but for their tests on IPEX.
 ONLY_IPEX := $(addprefix tests/,amp/test_amp_outputs.py amp/test_fallback_execution.py test_example_inputs.py test_invariants.py)
 
-.PHONY: help lock demo demo-tuning demo-cnn demo-qat demo-llm test test-core test-ipex test-latest test-long test-zoo test-sequences check format bench bench-ipex bench-peers bench-llm docs clean
+.PHONY: help lock demo demo-tuning demo-cnn demo-qat demo-llm test test-core test-ipex test-latest test-long test-zoo test-sequences fuzz check format bench bench-ipex bench-peers bench-llm docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort
@@ -160,6 +160,11 @@ test-zoo: $(VENV)/ready $(IPEX_VENV)/ready  ## of the long run, every architectu
 
 test-sequences: $(VENV)/ready  ## of the long run, SEQUENCES (20) random orders of calls for each small model
 	$(LONG) $(BIN)/python -m pytest -n 2 --timeout=0 tests/sequences
+
+# How many random models; those that run as ONNX files are a fifth of that. 5000 take two to three hours.
+FUZZ ?= 1000
+fuzz: $(VENV)/ready  ## FUZZ (1000) random models, and what must hold of each; what fails is printed as a program
+	LONG_TESTS=1 FUZZ=$(FUZZ) nice -n 19 $(BIN)/python -m pytest -n 0 --timeout=0 tests/fuzz
 
 check: $(VENV)/ready  ## lint, types and the smoke tests
 	$(BIN)/ruff check .

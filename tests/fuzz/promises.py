@@ -1,0 +1,148 @@
+"""What must hold of any model on any backend."""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from flows import assert_unchanged, equal, snapshot
+from onnx_files import session
+from programs import Program
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import torch_quant
+from torch_quant import Backend, PerChannel, QConfig, Quantizer, QuantSpec, export_onnx, sqnr
+from torch_quant.backends import ReferenceBackend
+
+__all__ = [
+    "check_amp", "check_backend", "check_export", "check_proxy", "check_sixteen_bits",
+]  # fmt: skip
+
+Inputs = tuple[Tensor, ...]
+CALIBRATED, OTHER = ((3, 1), (5, 2)), 7
+"""Batches and salts of the calls that calibrate; a batch size that no call had."""
+
+
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    return model(*(x.clone() for x in inputs))
+
+
+def same(found: Any, expected: Any) -> bool:
+    left, right = pytree.tree_flatten(found), pytree.tree_flatten(expected)
+    return left[1] == right[1] and all(
+        x.dtype == y.dtype and x.shape == y.shape and equal(x, y)
+        for x, y in zip(left[0], right[0], strict=True)
+    )
+
+
+def close(found: Any, expected: Any) -> float:
+    """Decibels, without limit where both are as good as nothing."""
+    for x, y in zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+    return sqnr(expected, found)
+
+
+class Started:
+    """A model, its inputs, and a quantizer that has seen two batches."""
+
+    def __init__(self, program: Program, qconfig: QConfig | None = None) -> None:
+        self.model, self.inputs = program.build()
+        self.before = snapshot(self.model)
+        self.quantizer = Quantizer("reference", qconfig=qconfig or QConfig(observer="minmax"))
+        self.calib_model = self.quantizer.calib(self.model)
+        for batch, salt in CALIBRATED:
+            inputs = self.inputs(batch, salt)
+            assert same(call(self.calib_model, inputs), call(self.model, inputs)), "calib is float"
+
+    def calls(self) -> list[Inputs]:
+        """A batch that was calibrated with, and another size of rows that were."""
+        seen = [self.inputs(batch, salt) for batch, salt in CALIBRATED]
+        rows = [torch.cat(each)[:OTHER] for each in zip(*seen, strict=True)]
+        return [seen[0], tuple(rows)]
+
+
+def check_proxy(program: Program) -> Started:
+    """Calibration gives the float model's outputs, at sizes of all kinds, and leaves it alone."""
+    started = Started(program)
+    for batch, salt in ((1, 3), (4, 4), (3, 1)):
+        inputs = started.inputs(batch, salt)
+        assert same(call(started.calib_model, inputs), call(started.model, inputs)), batch
+    assert_unchanged(started.model, started.before)
+    return started
+
+
+def check_sixteen_bits(program: Program) -> None:
+    """With grids this fine, what is quantized is the float model: all that is left is mistakes."""
+    fine = QConfig(
+        QuantSpec.of("uint16"), QuantSpec.of("int16", granularity=PerChannel()), observer="minmax"
+    )
+    started = Started(program, fine)
+    quantized = started.quantizer.quantize(started.model, backend="reference")
+    for inputs in started.calls():
+        ratio = close(call(quantized, inputs), call(started.model, inputs))
+        assert ratio > 40.0, f"{ratio:.1f} dB at 16 bits"
+
+
+def check_backend(started: Started, name: str) -> None:
+    """What it computes is what was simulated, and as good; it can be copied, saved and loaded."""
+    model, quantizer, backend = started.model, started.quantizer, Backend.get(name)
+    simulated = quantizer.quantize(model, backend=ReferenceBackend(backend))
+    real = quantizer.quantize(model, backend=backend)
+    for inputs in started.calls():
+        expected = call(model, inputs)
+        found, simulation = call(real, inputs), call(simulated, inputs)
+        check_as_good(name, found, simulation, expected)
+        assert same(call(copy.deepcopy(real), inputs), found), f"{name}: a copy"
+        assert same(call(real, inputs), found), f"{name}: twice"
+    with tempfile.TemporaryDirectory() as folder:
+        torch_quant.save(real, folder)
+        loaded = torch_quant.load(folder, model=model)
+    for inputs in started.calls():
+        assert same(call(loaded, inputs), call(real, inputs)), f"{name}: loaded"
+    assert_unchanged(model, started.before)
+
+
+def check_as_good(name: str, found: Any, simulation: Any, expected: Any) -> None:
+    """It is as near to the float outputs as what was simulated, or to that itself.
+
+    Sums in another order round a few codes otherwise. Of outputs as small as these, one code more
+    or less is 1 or 2 dB; a mistake is all of it.
+    """
+    ratio, bound = close(found, expected), close(simulation, expected)
+    agreed = close(found, simulation)
+    assert ratio >= bound - 3.0 or agreed > 30.0, (
+        f"{name}: {ratio:.1f} dB, simulated {bound:.1f}, agreed {agreed:.1f}"
+    )
+
+
+def check_export(started: Started) -> None:
+    """An ONNX file gives in onnxruntime what it was written from."""
+    real = started.quantizer.quantize(started.model, backend="onnx")
+    first, other = started.calls()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        export_onnx(real, first, path, progress=False)
+        loaded = session(path)
+    free = any(isinstance(size, str) for each in loaded.get_inputs() for size in each.shape)
+    for inputs in (first, other) if free else (first,):
+        feed = {each.name: inputs[int(each.name[1:])].numpy() for each in loaded.get_inputs()}
+        found = [torch.from_numpy(each) for each in loaded.run(None, feed)]
+        simulation, expected = (
+            pytree.tree_leaves(call(each, inputs)) for each in (real, started.model)
+        )
+        check_as_good("the file", found, simulation, expected)
+
+
+def check_amp(started: Started) -> None:
+    """Looking for noise gives the float outputs, and scores that are numbers."""
+    amp_model = started.quantizer.amp(started.model)
+    for inputs in started.calls():
+        assert same(call(amp_model, inputs), call(started.model, inputs)), "amp is float"
+    for site in started.quantizer.sensitivity(amp_model):
+        assert 0.0 <= site.score < math.inf, site
+    assert_unchanged(started.model, started.before)
