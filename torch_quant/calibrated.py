@@ -21,9 +21,10 @@ from torch_quant.graph.sites import Site
 from torch_quant.statistics import RANGE, Statistic
 
 if TYPE_CHECKING:
+    from torch_quant.backends import Backend
     from torch_quant.session import Session
 
-__all__ = ["Calibrated"]
+__all__ = ["Calibrated", "without_result"]
 
 V = TypeVar("V")
 
@@ -190,3 +191,35 @@ class Calibrated:
     def derived(self, key: str, spec: QuantSpec, found: QParams) -> QParams:
         """Of a tensor that a transform made: as its statistics have it."""
         return found
+
+
+def without_result(session: Session, plan: QuantPlan, backend: Backend) -> dict[str, str]:
+    """Sites whose inputs were recorded, and whose own results were not in each batch, and why.
+
+    Args:
+        session: of the model.
+        plan: what would be done.
+        backend: where it runs.
+    """
+    state, given = session.state, session.settings.summary.ranges
+    if not state.batches or not any(row.own_result for row in backend.kernels().rows):
+        return {}
+    graphs = [[site for site, _ in each.sites] for each in session.captured.graphs()]
+    found = {}
+    for name, each in plan.items():
+        key = each.quantized_output
+        inputs = [state.find(source) for source in each.inputs]
+        if not (each.quantized and key) or not all(inputs):
+            continue
+        result = state.find(key)
+        with_it = [sites for sites in graphs if any(key in site.keys for site in sites)]
+        reading = [g for g in graphs if any({*each.inputs} & {*site.keys} for site in g)]
+        fewest = min((source.batches for source in inputs if source is not None), default=0)
+        fewer = result is not None and result.batches < fewest and len(with_it) == len(reading)
+        if result is None or (fewer and not given.keys() & {key, *each.inputs}):
+            count = "" if result is None else f" in {fewest - result.batches} of {fewest} batches"
+            found[name] = (
+                f"{backend!r} quantizes its own result, whose range was not recorded{count}: "
+                f"calibrate with Quantizer({backend.name!r})"
+            )
+    return found

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from torch_quant.backends import Backend
-from torch_quant.calibrated import Calibrated
+from torch_quant.calibrated import Calibrated, without_result
 from torch_quant.config import Overrides, QConfig, made_observer
 from torch_quant.convert.lowering import Lowering
 from torch_quant.core.granularity import PerTensor
@@ -167,20 +167,7 @@ class Session:
         plan = QuantPlan(plan.values(), self.captured.float_ops())
         settings.summary.check([site for each in self.captured.graphs() for site, _ in each.sites])
         plan = plan.edited(settings.summary.plan, backend.kernels())
-        return _in_float(plan, self._without_result(plan, backend))
-
-    def _without_result(self, plan: QuantPlan, backend: Backend) -> dict[str, str]:
-        """Sites whose inputs were recorded, and whose own results were not, and why."""
-        if not self.state.batches or not any(row.own_result for row in backend.kernels().rows):
-            return {}
-        known = {name for name, each in plan.items() if each.quantized and each.quantized_output}
-        return {
-            name: f"{backend!r} quantizes its own result, whose range was not recorded: calibrate "
-            f"with Quantizer({backend.name!r})"
-            for name in known
-            if self.state.find(plan[name].quantized_output) is None
-            and all(self.state.find(key) is not None for key in plan[name].inputs)
-        }
+        return _in_float(plan, without_result(self, plan, backend))
 
     def _annotated(self, backend: Backend, qconfig: QConfig, overrides: Overrides) -> QuantPlan:
         return annotate(

@@ -148,6 +148,25 @@ def test_ranges_that_were_recorded_for_another_backend() -> None:
     assert {"up", "down", "conv"} <= set(onward.plan.quantized)
 
 
+@pytest.mark.parametrize("join", ["load", "merge"])
+def test_results_that_were_recorded_in_some_batches_only(join: str) -> None:
+    """Their range is that of fewer data than the inputs': told, and in float."""
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), torch.randn(4, 8)
+    other = quantizer_of("onednn", model, 10 * x)
+    quantizer = Quantizer("disc", qconfig=QConfig())
+    if join == "load":
+        quantizer.load_state_dict(other.state_dict())
+    quantizer.calib(model)(x)
+    if join == "merge":
+        quantizer.merge(other)
+    quantizer.quantize(model)
+    assert "not recorded in 1 of 2 batches: calibrate" in quantizer.plan["0"].reason
+    throughout = quantizer_of("disc", model, x)
+    throughout.merge(quantizer_of("disc", model, 10 * x))
+    throughout.quantize(model)
+    assert throughout.plan.quantized == ("0", "2")
+
+
 class WritesResult(nn.Module):
     """Something else reads what is written to the layer's result."""
 
