@@ -199,7 +199,7 @@ class Quantizer(QuantizerPage):
         seed: int = 0,
         progress: bool = True,
     ) -> Optimization:
-        """Give each site the treatment that the outputs ask for; it becomes its override.
+        """Give each site the treatment that the outputs ask for on this backend, as its override.
 
         Args:
             amp_model: a proxy of :meth:`amp`; best with data that calibration did not see.
@@ -211,7 +211,7 @@ class Quantizer(QuantizerPage):
             progress: show a bar on stderr where it takes more than two seconds.
 
         Returns:
-            What was chosen, predicted and measured; ``print`` shows a table.
+            What was chosen, predicted and measured; where that is worse, nothing changes.
 
         Raises:
             NotCalibrated: no data was run through the proxy, or it knows no noise at the outputs.

@@ -256,14 +256,24 @@ class QuantizerBase(Tied):
         self._check_own(amp_model)
         with self.state.lock, told_together():
             found = optimize(amp_model, candidates, min_gain, seed, progress)
-            self.overrides = dict(self.overrides)
+            measured, present, kept = found.report.measured[0], self.overrides, False
+            changed = dict(present)
             for site, config in found.configs.items():
                 key = exactly(site)
-                self.overrides.pop(key, None)  # of equal keys, the last given holds
-                self.overrides[key] = config
-            self.plan = QuantPlan()
-            after = Fallback(amp_model).measure(self.fallen_back)
-        return replace(found.report, measured=(found.report.measured[0], after))
+                changed.pop(key, None)  # of equal keys, the last given holds
+                changed[key] = config
+            self.overrides = changed
+            try:
+                after = Fallback(amp_model).measure(self.fallen_back)
+                kept = not after < measured
+            finally:
+                if not kept:
+                    self.overrides = present
+                self.plan = QuantPlan()
+        report = replace(found.report, measured=(measured, after), kept=kept)
+        if not kept:
+            logger.warning("optimize: %s", report.headline)
+        return report
 
     def _set(self, pattern: OverrideKey, config: QConfig | str | None) -> None:
         overrides = {key: value for key, value in self.overrides.items() if key != pattern}

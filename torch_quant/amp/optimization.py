@@ -49,16 +49,22 @@ class Optimization:
             choices from half of the batches on the other half.
         measured: the same of quantized runs over samples that the AMP proxy kept.
         signal: energy of the float outputs.
+        kept: False where the choice measured worse than what was there, so that nothing changed.
     """
 
     groups: tuple[Treatments, ...]
     predicted: tuple[float, float]
     measured: tuple[float, float]
     signal: float
+    kept: bool = True
 
     @property
     def chosen(self) -> dict[str, str]:
-        """Site -> its treatment, of those that got one."""
+        """Site -> its treatment, of those that got one; empty where nothing changed."""
+        return self._picked if self.kept else {}
+
+    @property
+    def _picked(self) -> dict[str, str]:
         return {site: each.chosen for each in self.groups if each.chosen for site in each.sites}
 
     @property
@@ -70,10 +76,11 @@ class Optimization:
             f"{name} {before:.1f} -> {after:.1f} dB"
             for name, (before, after) in zip(names, (self.predicted, self.measured), strict=True)
         )
-        return f"{len(self.chosen)} of {sites} sites treated, output SQNR {', '.join(parts)}"
+        treated = f"{len(self._picked)} of {sites} sites treated, output SQNR {', '.join(parts)}"
+        return treated if self.kept else f"nothing changed, since this measures worse: {treated}"
 
     def table(self) -> list[dict[str, Any]]:
-        """A row for each group that is treated, what it buys most first, in units to read."""
+        """A row for each group that a treatment was chosen for, what buys most first, to read."""
         whole = sum(each.planned for each in self.groups) or 1.0
         found = [each for each in self.groups if each.chosen]
         found.sort(key=lambda each: each.treated - each.planned)
@@ -90,7 +97,7 @@ class Optimization:
 
     @property
     def _counts(self) -> str:
-        count = Counter(self.chosen.values())
+        count = Counter(self._picked.values())
         return ", ".join(f"{name}: {number}" for name, number in count.most_common())
 
     def __str__(self) -> str:
@@ -110,6 +117,7 @@ class Optimization:
         return {
             "predicted": list(self.predicted),
             "measured": list(self.measured),
+            "kept": self.kept,
             "groups": [
                 {
                     "sites": list(each.sites),
