@@ -36,12 +36,14 @@ class Program:
         layers: what makes each layer, ``self.m0`` and so on.
         lines: the steps of ``forward``.
         result: what it returns.
+        batches: sizes that it is calibrated with, in order.
     """
 
     inputs: tuple[str, ...]
     layers: tuple[str, ...]
     lines: tuple[str, ...]
     result: str
+    batches: tuple[int, int] = SIZES
 
     @property
     def source(self) -> str:
@@ -64,6 +66,8 @@ class Program:
                 "",
                 "def inputs(n):",
                 f"    return ({', '.join(self.inputs)},)",
+                "",
+                f"# calibrated with {self.batches[0]}, then {self.batches[1]} rows",
                 "",
             ]
         )
@@ -222,7 +226,8 @@ class Builder:
             result = ", ".join(left)
         else:
             result = "{" + ", ".join(f'"{each}": {each}' for each in left) + "}"
-        return Program(tuple(self.inputs), tuple(self.layers), tuple(self.lines), result)
+        batches = self.of(SIZES, (1, 6), (4, 3), (6, 1), (2, 5))
+        return Program(tuple(self.inputs), tuple(self.layers), tuple(self.lines), result, batches)
 
 
 def plain(shape: Shape) -> bool:

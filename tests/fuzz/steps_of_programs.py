@@ -287,6 +287,50 @@ def in_place(b: Builder) -> None:
         b.do(b.of(*IN_PLACE).replace("{}", name))
 
 
+@step()
+def cut(b: Builder) -> None:
+    """A part of a value that later lines change, or that changes it."""
+    name = b.value(lambda shape: len(shape) > 1)
+    if name and name not in b.given and b.owned(name):
+        part = b.put(f"{name}[:, {b.of(':1', '0', '1:')}]")
+        if part:
+            b.do(
+                b.of("{}.mul_(0.5)", "{}.add_(0.25)", "{}.relu_()").replace("{}", b.of(name, part))
+            )
+
+
+@step()
+def mixed_batch(b: Builder) -> None:
+    """Rows that are not apart."""
+    name = b.value(plain)
+    if name:
+        b.put(
+            b.of(
+                "{0} - {0}.mean(0, keepdim=True)", "{0}.transpose(0, 1)", "{0}.flatten(0, 1)",
+                "{0}.flip(0)", "torch.cat([{0}, {0}], 0)", "{0} + {0}[:1]", "{0}.softmax(0)",
+                "{0} * {0}.shape[0]", "{0}.amax(0)", "{0}.repeat_interleave(2, 0)",
+            ).format(name)
+        )  # fmt: skip
+
+
+@step()
+def attended(b: Builder) -> None:
+    """Attention written out."""
+    found = b.fit(3)
+    if not found:
+        return
+    size = found[1][-1]
+    heads = b.of(1, *(h for h in (2, 4) if size % h == 0))
+    q, k, v = (
+        b.put(f"{b.layer(f'nn.Linear({size}, {size})')}({found[0]})"
+              f".unflatten(-1, ({heads}, -1)).transpose(1, 2)")
+        for _ in range(3)
+    )  # fmt: skip
+    if q and k and v:
+        scores = b.put(f"{q} @ {k}.transpose(-1, -2) {b.of('* 0.5', '/ 2.0', '* 0.5 - 1.0')}")
+        b.put(f"({scores}.softmax(-1) @ {v}).transpose(1, 2).flatten(2)")
+
+
 def fits(shape: tuple[int | None, ...], other: tuple[int | None, ...]) -> bool:
     """Whether one is broadcast to the other."""
     pairs = zip(reversed(shape), reversed(other), strict=False)

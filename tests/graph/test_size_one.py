@@ -137,3 +137,24 @@ def test_calls_are_cut_down_with_what_follows_from_their_sizes() -> None:
     assert other is not None
     assert [tuple(x.shape) for x in other.tensors] == [(3, 1), (3, 2)]
     assert contract.resized(call, {"s1": 5}) is None
+
+
+class Halved(nn.Module):
+    """At a size of 1 there is no second half, and the last one is the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.chunk(2, 1)[-1])
+
+
+def test_sizes_that_are_tried_and_fail_print_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    model = seeded(Halved)
+    quantizer = Quantizer("reference")
+    calib_model = quantizer.calib(model)
+    for x in (normal(3, 3, 8), normal(2, 1, 8), normal(2, 4, 8)):
+        assert torch.equal(calib_model(x), model(x))
+    quantizer.quantize(model)(normal(2, 1, 8))
+    assert capfd.readouterr().err == ""
