@@ -175,6 +175,35 @@ def test_what_the_user_asks_for_stays(caplog: pytest.LogCaptureFixture) -> None:
     assert quantizer.regions.against.certain
 
 
+def in_bfloat16(model: nn.Module) -> set[str]:
+    """The sites that a model has in bfloat16."""
+    plan = plan_of(model) if isinstance(model, QuantizedModule) else {}
+    return {name for name, site in plan.items() if site.precision == "bfloat16"}
+
+
+def test_sites_in_bfloat16_go_back_as_well(tmp_path: Path) -> None:
+    model, x = seeded(Net).eval(), normal(4, 3, 10, 10)
+    quantizer = Quantizer("reference", qconfig="bfloat16", overrides={"body.0": "int8_dynamic"})
+
+    def clock(models: Mapping[str, nn.Module]) -> dict[str, Sequence[float]]:
+        slow = {name: len(in_bfloat16(each) - {"stem.0"}) for name, each in models.items()}
+        return {name: [10.0 + slow[name]] * 9 for name in models}
+
+    quant_model = quantizer.quantize(model, never_slower=clock, example_inputs=x, progress=False)
+    assert in_bfloat16(quant_model) == {"stem.0"}
+    assert set(quantizer.plan.quantized) == {"body.0"}
+    assert quantizer.plan["body.3"].precision == "float32"
+    assert quantizer.plan["body.3"].reason.startswith("slower quantized: a call takes")
+    assert quantizer.explain("body.3", model)["quantized"].rule == "quantize(never_slower=True)"
+    assert quantizer.regions is not None
+    assert "not tried, since an override says what they are: body.0" in str(quantizer.regions)
+    quantizer.save(tmp_path)
+    again = Quantizer.load(tmp_path)
+    assert torch.equal(again.quantize(model, example_inputs=x)(x), quant_model(x))
+    quantizer.reset_fallback()
+    assert in_bfloat16(quantizer.quantize(model)) == set(SITES) - {"body.0"}
+
+
 def test_it_is_of_one_backend_and_is_saved(tmp_path: Path) -> None:
     quantizer, model, x = calibrated()
     quantizer.quantize(model, never_slower=Clock({"body.3": 1.0}), example_inputs=x, progress=False)

@@ -279,7 +279,7 @@ class QuantizerReports(QuantizerTraining):
         if self.regions.against.certain:
             logger.warning(
                 "the quantized model is slower than float on these inputs, by %.3g of %.3g ms, "
-                "whatever is taken back\n%s",
+                "whatever of the sites that no override names is taken back\n%s",
                 self.regions.against.milliseconds, self.regions.float32, self.regions,
             )  # fmt: skip
         else:

@@ -16,7 +16,7 @@ from torch import nn
 
 from torch_quant.amp.groups import find_groups
 from torch_quant.backends import Backend
-from torch_quant.core.plan import SLOWER, QuantPlan
+from torch_quant.core.plan import SLOWER, QuantPlan, SitePlan
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.progress import hidden
 from torch_quant.graph.rules import modules_of, rules_for
@@ -95,12 +95,12 @@ class _Search:
     # Regions
 
     def asked_for(self, plan: QuantPlan) -> set[str]:
-        """Sites that an override of the user's has quantized."""
+        """Sites that an override of the user's has quantized, or in bfloat16."""
         overrides, model = self.session.settings.overrides, self.session.model
         return {
             site.name
             for site, _ in self.session.captured.sites()
-            if site.name in plan and rules_for(site, modules_of(model, site), overrides)
+            if site.name in plan.reduced and rules_for(site, modules_of(model, site), overrides)
         }
 
     def groups(self, plan: QuantPlan) -> Iterator[tuple[tuple[str, ...], Site]]:
@@ -109,6 +109,9 @@ class _Search:
         shared = self.backend.kernels().share_precision
         for names in find_groups(self.session.captured, plan, shared):
             yield names, sites[names[0]]
+        for name in plan.reduced:
+            if not plan[name].quantized:  # its weight is a copy, so nothing ties it to others
+                yield (name,), sites[name]
 
     def regions(self, plan: QuantPlan, way: str) -> dict[str, tuple[str, ...]]:
         """Name -> sites."""
@@ -124,9 +127,9 @@ class _Search:
     def candidates(self, plan: QuantPlan) -> dict[str, tuple[str, ...]]:
         """What may be slower: an operator of one size, all of a kind, a module, everything."""
         kept = self.asked_for(plan)
-        kinds: dict[str, tuple[str, ...]] = {"everything": plan.quantized}
-        for name in plan.quantized:
-            label = f"every {plan[name].op}"
+        kinds: dict[str, tuple[str, ...]] = {"everything": plan.reduced}
+        for name in plan.reduced:
+            label = f"every {plan[name].op}{_lower(plan[name])}"
             kinds[label] = (*kinds.get(label, ()), name)
         ways = [self.regions(plan, way) for way in WAYS]
         together = {name: names for names, _ in self.groups(plan) for name in names}
@@ -136,7 +139,7 @@ class _Search:
             free = frozenset(name for name in whole if not kept.intersection(together[name]))
             if free:
                 found.setdefault(free, label)
-        order = {name: i for i, name in enumerate(plan.quantized)}
+        order = {name: i for i, name in enumerate(plan.reduced)}
         return {
             label: tuple(sorted(names, key=order.__getitem__)) for names, label in found.items()
         }
@@ -146,7 +149,11 @@ def _operator(site: Site, plan: QuantPlan) -> str:
     """A kind of operator of one size."""
     sizes = "x".join(map(str, site.weight_shape))
     work = f"{plan[site.name].macs / 1e6:.3g}M" if plan[site.name].macs else ""
-    return " ".join(part for part in (site.op, sizes, work) if part)
+    return " ".join(part for part in (site.op, sizes, work) if part) + _lower(plan[site.name])
+
+
+def _lower(site: SitePlan) -> str:
+    return "" if site.quantized else f" ({site.precision})"
 
 
 def _depth(paths: Sequence[str]) -> int:
@@ -253,7 +260,7 @@ def find_slower(
         else each
         for each in table.values()
     ]
-    return reasons, _report(found, backend, whole, against)
+    return reasons, replace(_report(found, backend, whole, against), asked=tuple(sorted(kept)))
 
 
 def _slow_throughout(losers: Mapping[str, set[str]]) -> list[str]:

@@ -381,5 +381,5 @@ def _in_float(plan: QuantPlan, reasons: Mapping[str, str]) -> QuantPlan:
     """``plan`` with some sites in float, for these reasons."""
     for reason in dict.fromkeys(reasons.values()):
         names = [name for name, why in reasons.items() if why == reason and name in plan]
-        plan = plan.without(names, reason=reason)
+        plan = plan.without(names, reason=reason, reduced=True)
     return plan

@@ -201,6 +201,15 @@ class QuantPlan(Mapping[str, SitePlan]):
         return tuple(name for name, site in self.items() if site.quantized)
 
     @property
+    def reduced(self) -> tuple[str, ...]:
+        """Names of the sites that are not in float32: quantized, or in bfloat16.
+
+        >>> QuantPlan([SitePlan("a", "linear", quantized=False, precision="bfloat16")]).reduced
+        ('a',)
+        """
+        return tuple(n for n, site in self.items() if site.quantized or site.precision != "float32")
+
+    @property
     def macs(self) -> int:
         """Multiply-accumulates of the captured example, of sites and of all else."""
         return sum(site.macs for site in self.values()) + sum(op.macs for op in self.float_ops)
@@ -249,7 +258,12 @@ class QuantPlan(Mapping[str, SitePlan]):
         return sum(site.macs for site in sites) / (self.macs or 1)
 
     def without(
-        self, names: Iterable[str], reason: str = FALLEN_BACK, precision: str = "float32"
+        self,
+        names: Iterable[str],
+        reason: str = FALLEN_BACK,
+        precision: str = "float32",
+        *,
+        reduced: bool = False,
     ) -> QuantPlan:
         """A new plan with ``names`` in float.
 
@@ -257,6 +271,7 @@ class QuantPlan(Mapping[str, SitePlan]):
             names: sites; one that is in float already keeps its reason.
             reason: why, for reports.
             precision: the arithmetic they run in.
+            reduced: change sites in bfloat16 as well.
 
         Raises:
             InvalidConfig: an unknown name.
@@ -268,9 +283,10 @@ class QuantPlan(Mapping[str, SitePlan]):
         names = set(names)
         if unknown := names - set(self):
             raise InvalidConfig(f"no site is called {', '.join(sorted(unknown))}")
+        those = names.intersection(self.reduced if reduced else self.quantized)
         sites = (
             replace(site, quantized=False, reason=reason, precision=precision, transforms=())
-            if name in names and site.quantized
+            if name in those
             else site
             for name, site in self.items()
         )

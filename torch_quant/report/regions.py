@@ -120,6 +120,7 @@ class Regions:
         float32: median of a call of the float model.
         threads: of PyTorch, with which it was measured.
         against: how much longer the resulting model takes than the float one.
+        asked: sites that were not tried in float, since an override says what they are.
     """
 
     regions: tuple[Region, ...]
@@ -128,6 +129,7 @@ class Regions:
     float32: float
     threads: int
     against: Difference
+    asked: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Region]:
         return iter(self.regions)
@@ -157,6 +159,9 @@ class Regions:
         if self.slower:
             now = self.float32 + self.against.milliseconds
             lines.append(f"with {len(self.slower)} sites taken back to float, {now:.3g} ms")
+        if self.asked:
+            names = ", ".join(self.asked[:3]) + (", ..." if self.asked[3:] else "")
+            lines.append(f"not tried, since an override says what they are: {names}")
         return lines
 
     def _repr_html_(self) -> str:
