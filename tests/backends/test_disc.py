@@ -189,6 +189,51 @@ def test_a_result_that_is_written_to_stays_in_float(tmp_path: Path) -> None:
     assert sqnr(model(x), traced(x)) > 30
 
 
+class Tied(nn.Module):
+    """A layer that is called twice, one with the same weight, and a product with a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.b.weight, self.w = self.a.weight, nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.b(self.a(self.a(x)).relu()), self.w)
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "floats"),
+    [
+        (nn.Linear(8, 8), (4, 8), ()),
+        (nn.MultiheadAttention(8, 2, batch_first=True), (2, 3, 8), ("linear_1",)),
+        (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), (2, 3, 8), ("linear1",)),
+        (Tied(), (4, 8), ("a@1",)),
+        (Tied(), (4, 8), ("b", "[l]inear")),
+    ],
+    ids=["bare", "attention", "encoder", "twice", "tied"],
+)
+def test_a_plan_is_found_whatever_the_weights_are_called(
+    model: nn.Module, size: tuple[int, ...], floats: tuple[str, ...], tmp_path: Path
+) -> None:
+    x = torch.randn(size)
+    inputs = (x, x, x) if isinstance(model, nn.MultiheadAttention) else (x,)
+
+    def made(**more: Any) -> tuple[Any, Quantizer]:
+        quantizer = calibrated(model.eval(), [(inputs, {})], backend="disc", **more)
+        quant_model = quantizer.quantize(model)
+        return export_torchscript(quant_model, inputs, tmp_path / "file.pt"), quantizer
+
+    traced, quantizer = made(qconfig=QConfig())
+    report = Backend.DISC.verify(traced, plan=quantizer.plan)
+    assert len(report.quantized) == len(quantizer.plan.quantized)
+    if floats:
+        mixed, fewer = made(qconfig=QConfig(), overrides=dict.fromkeys(floats))
+        report = Backend.DISC.verify(mixed, plan=fewer.plan)
+        assert len(report.quantized) == len(fewer.plan.quantized)
+        with pytest.raises(InvalidConfig, match="expected a linear layer between"):
+            Backend.DISC.verify(mixed, plan=quantizer.plan)
+
+
 class ByHand(nn.Module):
     """One layer with fake-quantizers, of which one thing can be made wrong.
 

@@ -8,7 +8,9 @@ parameters; a format is signed and symmetric to it where codes go below 0.
 from __future__ import annotations
 
 import os
+import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,8 +43,8 @@ class DiscReport:
     Args:
         quantized: the linear layers between fake-quantizers.
         in_float: the other linear layers.
-        left_out: what is planned in int8 and is not there -> why; always empty, since that is an
-            error.
+        left_out: nothing, as what is planned in int8 and is not there is an error here; other
+            backends' reports have such sites in it.
     """
 
     quantized: tuple[str, ...] = ()
@@ -51,7 +53,7 @@ class DiscReport:
 
     @property
     def complete(self) -> bool:
-        """Whether all that is planned in int8 runs in int8."""
+        """Whether all that is planned in int8 runs in int8: an error is raised otherwise."""
         return not self.left_out
 
     def __str__(self) -> str:
@@ -141,10 +143,30 @@ class _Checking:
             self._other(node, belonging)
 
     def planned(self, plan: QuantPlan) -> None:
-        """What is planned in int8 is there."""
+        """What is planned in int8 is there.
+
+        Layers are told by the names of their weights, call by call. A tied weight has one name, and
+        a functional product's is no site: such layers and sites are compared by their number.
+        """
+        there, in_float = Counter(self.quantized), Counter(self.in_float)
+        floats = Counter(_call_of(name) for name, site in plan.items() if not site.quantized)
+        missing, untold = [], []
         for name in plan.quantized:
-            known = {each.partition("@")[0] for each in self.quantized}
-            if name.partition("@")[0] not in known:
+            layer = _call_of(name)
+            if there[layer]:
+                there[layer] -= 1
+            elif in_float[layer] > floats[layer]:
+                missing.append(name)
+            else:
+                untold.append(name)
+        wholly = {_call_of(name) for name in plan} - {_call_of(name) for name in plan.quantized}
+        named_otherwise = sum(
+            count for layer, count in there.items() if layer not in wholly or in_float[layer]
+        )
+        for name in missing:
+            self._wrong(name, "a linear layer between fake-quantizers", "one in float", _AGAIN)
+        if len(untold) > named_otherwise:
+            for name in untold:
                 self._wrong(name, "a linear layer between fake-quantizers", "none", _AGAIN)
 
     def _other(self, node: Any, belonging: set[Any]) -> None:
@@ -329,8 +351,15 @@ def _layer(node: Any, weight: Any) -> str:
     holder = weight.node()
     if _is_fake(holder):
         holder = next(iter(holder.inputs())).node()
-    path = _path(holder).removesuffix(".weight")
-    return path or _name(node)
+    path = _path(holder)
+    if not path:
+        return _name(node)
+    return re.sub(r"(^|\.)weight(_\d+)?$", "", path) or "(root)"
+
+
+def _call_of(site: str) -> str:
+    """The layer of which a site is a call."""
+    return site.partition("@")[0]
 
 
 def _name(node: Any) -> str:
