@@ -108,3 +108,30 @@ def test_one_operand_alone_is_refused() -> None:
         QConfig.from_dict({"weight": "bfloat16"})
     assert QConfig.from_dict({"input": "bfloat16", "weight": "bfloat16"}) == recipes.bfloat16()
     assert QConfig.from_dict(recipes.bfloat16().to_dict()) == recipes.bfloat16()
+
+
+def test_an_onnx_file_says_who_reads_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, path = seeded(_mlp), tmp_path / "model.onnx"
+    quantizer = Quantizer("onnx", overrides={"2": recipes.bfloat16()})
+    quantizer.calib(model)(X)
+    torch_quant.export_onnx(quantizer.quantize(model), X, path, progress=False)
+    assert "the ONNX file has 2 in bfloat16" in caplog.text
+    with pytest.raises(Exception, match="NOT_IMPLEMENTED"):  # once it loads, the warning may go
+        runtime.InferenceSession(path)
+    caplog.clear()
+    quantizer.set("2", None)  # as the warning says
+    torch_quant.export_onnx(quantizer.quantize(model), X, path, progress=False)
+    assert "bfloat16" not in caplog.text
+    assert runtime.InferenceSession(path)
+
+
+def test_openvinos_results_are_rounded() -> None:
+    """As PyTorch's are, which the same backend's float layers are not."""
+    pytest.importorskip("openvino")
+    model = seeded(_mlp)
+    quantizer = Quantizer("openvino", qconfig="bfloat16")
+    y = quantizer.quantize(model, example_inputs=X)(X)
+    assert torch.equal(y, y.bfloat16().float())
+    assert sqnr(lower(model[2], lower(model[0], X).relu()), y) > 45.0

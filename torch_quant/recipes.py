@@ -93,12 +93,13 @@ def fast() -> QConfig:
 
 @register_recipe
 def bfloat16() -> QConfig:
-    """Products in bfloat16, all else in float32: no data, and no scales.
+    """Products in bfloat16, what lies between them in float32: no data, and no scales.
 
-    Operands are rounded to 8 bits of precision with float32's range, so nothing overflows; sums are
-    float32. It pays on CPUs with bfloat16 products (AVX512-BF16, AMX, Arm's BF16), for what int8
-    hurts: ``overrides={"op:linear": "int8_static"}`` has these in int8 beside it, and
-    ``fallback(..., dtype=torch.bfloat16)`` takes the most sensitive layers to it.
+    Operands, weights, biases and results of products, rows of embedding tables, and what LSTM and
+    GRU compute with are rounded to 8 bits of precision with float32's range, so nothing overflows;
+    sums inside a product are float32. It pays on CPUs with bfloat16 products (AVX512-BF16, AMX,
+    Arm's BF16), for what int8 hurts: ``overrides={"op:linear": "int8_static"}`` has these in int8
+    beside it, and ``fallback(..., dtype=torch.bfloat16)`` takes the most sensitive layers to it.
 
     >>> bfloat16()
     QConfig(input=BFLOAT16, weight=BFLOAT16, observer=None, transforms=(), method=None)

@@ -41,7 +41,8 @@ def export_onnx(
 
     The graph that serves the example is written. Inputs and outputs are named as the model's; the
     file tells in its metadata which version wrote it, the plan and how it was calibrated. It is
-    written at the end, in one step; weights above 2 GB go to ``<path>.data`` beside it.
+    written at the end, in one step; weights above 2 GB go to ``<path>.data`` beside it. A warning
+    names the layers in bfloat16, which onnxruntime has no kernels for.
 
     Args:
         quant_model: what ``quantizer.quantize(model, backend=Backend.ONNX)`` returned.
@@ -96,6 +97,8 @@ def export_onnx(
     whole = [name for name, *_ in calls] == [""]
     if not whole and not pieces:
         raise InvalidConfig(_in_pieces(quant_model, target))
+    if lower := _in_bfloat16(quant_model):
+        logger.warning("%s", lower)
     from tqdm import tqdm
 
     files = [
@@ -139,6 +142,26 @@ def _in_pieces(model: QuantizedModule, target: Path) -> str:
         f"the model was captured in pieces, with Python code between them in {', '.join(glue)}, "
         "and cannot be one ONNX graph; print(quantizer.coverage(model)) says why. "
         f"export_onnx(..., {target.name!r}, pieces=True) writes a file for each piece"
+    )
+
+
+def _in_bfloat16(model: QuantizedModule) -> str:
+    """What a file with products in bfloat16 is good for; empty without any.
+
+    Looking up rows of a table is no product: onnxruntime has it in bfloat16.
+    """
+    names = [
+        site.name
+        for site in model.quantization.plan.values()
+        if site.precision == "bfloat16" and site.op != "embedding"
+    ]
+    if not names:
+        return ""
+    some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+    return (
+        f"the ONNX file has {some} in bfloat16, which onnxruntime's CPU provider has no kernels "
+        "for, so it does not load the file; OpenVINO does. For onnxruntime, leave them in float: "
+        f"quantizer.set({names[0]!r}, None), or quantizer.reset_fallback() if they fell back"
     )
 
 
