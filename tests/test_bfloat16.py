@@ -16,10 +16,12 @@ import torch_quant
 from torch_quant import (
     BFLOAT16,
     FLOAT,
+    GPTQ,
     InvalidConfig,
     ModuleFilter,
     QConfig,
     Quantizer,
+    SmoothQuant,
     recipes,
     sqnr,
 )
@@ -108,6 +110,16 @@ def test_one_operand_alone_is_refused() -> None:
         QConfig.from_dict({"weight": "bfloat16"})
     assert QConfig.from_dict({"input": "bfloat16", "weight": "bfloat16"}) == recipes.bfloat16()
     assert QConfig.from_dict(recipes.bfloat16().to_dict()) == recipes.bfloat16()
+
+
+def test_what_would_have_no_effect_is_refused() -> None:
+    with pytest.raises(InvalidConfig, match="so observer, transforms, method would have no effect"):
+        QConfig(BFLOAT16, BFLOAT16, observer="minmax", transforms=[SmoothQuant(0.5)], method=GPTQ())
+    with pytest.raises(InvalidConfig, match=r"BFLOAT16, method=\.\.\.\).*leave it out"):
+        QConfig(BFLOAT16, BFLOAT16, method=GPTQ())
+    data = {"qconfig": {**recipes.bfloat16().to_dict(), "transforms": ["smoothquant"]}}
+    with pytest.raises(InvalidConfig, match="transforms would have no effect"):
+        Quantizer.from_config(data)
 
 
 def test_an_onnx_file_says_who_reads_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

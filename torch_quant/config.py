@@ -62,8 +62,8 @@ class QConfig:
 
     Raises:
         InvalidConfig: per-channel activations, weights per token, both in float, one of them alone
-            in bfloat16, an unknown observer name, something else than transforms or a weight
-            method.
+            in bfloat16 or anything beside it, an unknown observer name, something else than
+            transforms or a weight method.
     """
 
     input: QuantSpec | FloatFormat | None = None
@@ -94,6 +94,18 @@ class QConfig:
             raise InvalidConfig(
                 f"QConfig(input={self.input!r}, weight={self.weight!r}): products in bfloat16 have "
                 "both operands in it, QConfig(BFLOAT16, BFLOAT16)"
+            )
+        given = (
+            ("observer", self.observer),
+            ("transforms", self.transforms),
+            ("method", self.method),
+        )
+        idle = [name for name, value in given if value]
+        if self.input is BFLOAT16 and idle:
+            raise InvalidConfig(
+                f"QConfig(BFLOAT16, BFLOAT16, {'=..., '.join(idle)}=...): bfloat16 is rounded to "
+                f"without scales or data, so {', '.join(idle)} would have no effect; leave "
+                f"{'it' if len(idle) == 1 else 'them'} out"
             )
         if self.input is FLOAT and self.weight is FLOAT:
             raise InvalidConfig(
