@@ -72,6 +72,67 @@ def test_a_mapping_by_names_expressions_classes_and_functions() -> None:
     assert read.overrides == dict(found.overrides)
 
 
+class Own(nn.Linear):
+    """A layer of the user's."""
+
+
+class Holder(nn.Module):
+    """A module of the user's that has one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc(x)
+        return out
+
+
+def test_functions_are_no_modules_and_classes_of_the_users_are_kept() -> None:
+    """A setting for F.linear leaves modules alone; one for an own class is an override."""
+
+    class Local(nn.Linear):
+        pass
+
+    mapping = ao.QConfigMapping().set_global(ao.get_default_qconfig("x86"))
+    for kind in (nn.functional.linear, Own, Holder, Local, nn.ReLU):
+        mapping = mapping.set_object_type(kind, None)
+    found = from_torch_ao(mapping)
+    outcomes = {row.entry.partition(":")[0]: row.outcome for row in found}
+    assert outcomes["linear"] is outcomes["Local"] is Outcome.LEFT_OUT
+    assert outcomes["Own"] is Outcome.SAME
+    assert outcomes["Holder"] is Outcome.DIFFERS
+    (others,) = (row for row in found if row.outcome is Outcome.NO_EFFECT)
+    assert others.entry == "types without a product: ReLU"
+    model, x = nn.Sequential(nn.Linear(4, 4), Own(4, 4), Holder()), torch.ones(2, 4)
+    plan = found.quantizer(backend="reference").coverage(model, x).plan
+    assert plan.quantized == ("0",)
+
+
+def test_what_is_the_same_has_the_same_format() -> None:
+    """Activations of 16 bits or small floats are float here, which is said."""
+    weight = ao.default_per_channel_weight_observer
+    for dtype, expected in (
+        (torch.float32, Outcome.SAME),
+        (torch.int16, Outcome.DIFFERS),
+        (torch.uint16, Outcome.DIFFERS),
+        (torch.float8_e4m3fn, Outcome.DIFFERS),
+    ):
+        source = ao.PlaceholderObserver.with_args(dtype=dtype)
+        found = from_torch_ao(ao.QConfig(source, weight))
+        (row,) = (row for row in found if row.entry.startswith("activation"))
+        assert row.outcome is expected
+        rows = {row.outcome for row in from_torch_ao(mixed(source)) if "head" in row.entry}
+        assert rows == {expected}
+
+
+def mixed(activation: Any) -> Any:
+    """A mapping in whose head only the activations might be quantized."""
+    in_float = ao.PlaceholderObserver.with_args(dtype=torch.float32)
+    mapping = ao.QConfigMapping().set_global(ao.get_default_qconfig("x86"))
+    return mapping.set_module_name("head", ao.QConfig(activation, in_float))
+
+
 def test_a_model_with_qconfigs() -> None:
     model = Net()
     model.qconfig = ao.get_default_qat_qconfig("x86")

@@ -124,7 +124,7 @@ def read_pair(activation: Any, weight: Any, place: str, rows: Rows) -> QConfig |
     )
     if weights.limits is None:
         entry = f"{place}activation {inputs}, weight {weights}"
-        if weights.dtype == "float32" and inputs.limits is None:
+        if weights.dtype == inputs.dtype == "float32":
             rows.same(entry, "float")
         elif weights.dtype in ("float16", "bfloat16"):
             rows.differs(entry, "float32", "recipes.bfloat16() has products in bfloat16")
@@ -133,7 +133,11 @@ def read_pair(activation: Any, weight: Any, place: str, rows: Rows) -> QConfig |
         return None
     weight_spec = _weight(weights, place, rows)
     if inputs.limits is None:
-        rows.same(f"{place}activation {inputs}", "float")
+        if inputs.dtype == "float32":
+            rows.same(f"{place}activation {inputs}", "float")
+        else:
+            why = "activations have 8 bits or are in float32 here"
+            rows.differs(f"{place}activation {inputs}", "float32", why)
         return QConfig(FLOAT, weight_spec or QuantSpec.of("int8", per_channel=True))
     if inputs.dynamic:
         found = recipes.int8_dynamic(symmetric=inputs.symmetric)

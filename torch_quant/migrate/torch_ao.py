@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from torch_quant.config import OverrideKey, QConfig
@@ -83,21 +84,48 @@ class _Reading:
             self.overrides.pop(key, None)
             self.overrides[key] = found
 
-    def kind(self, kind: Any, given: Any) -> None:
-        """Take what is given for a class, a function, a method or an operator."""
+    def kind(self, kind: Any, given: Any, *, whole: bool = False) -> None:
+        """Take what is given for a class, a function, a method or an operator.
+
+        Args:
+            kind: one of these.
+            given: its setting.
+            whole: whether there a class stands for what is inside of its children as well.
+        """
         key = class_key(kind) or _operator_key(kind)
         name = kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
-        served = key is not None and (key.startswith("op:") or _has_weight(key))
-        if key is None or not served:
+        own = _is_own(kind)
+        if own and key is None:
+            self.rows.left_out(
+                name,
+                "it was defined inside of a function, so no path leads to it: define it at the top "
+                "of its module, or name its layers in overrides",
+            )
+            return
+        if key is None or not (own or key.startswith("op:") or _has_weight(key)):
             self.other.append(name)
+            return
+        reading = _Reading(self.what)
+        reading.add(key, given, f"{name}: ")
+        if reading.overrides[key] == self.whole and self.whole is not None:
+            self.alike.append(name)  # a default mapping lists many
+        elif _has_modules(kind, key):  # the other tool's keeps modules apart
+            self.rows.left_out(
+                f"{name}: {'None' if given is None else 'a setting'}",
+                f"there it is for calls of the function alone, and {key!r} is for modules "
+                "too: name the sites in overrides, quantizer.coverage(model) lists them",
+            )
+            return
+        elif own and not whole and not _has_layer(kind):
+            self.rows.differs(
+                f"{name}: {'None' if given is None else 'a setting'}",
+                key,
+                "here it is for the layers inside of it too, there for the functions it calls",
+            )
         else:
-            before, self.rows = self.rows, Rows()
-            self.add(key, given, f"{name}: ")
-            if self.overrides[key] == self.whole and self.whole is not None:
-                self.alike.append(name)  # a default mapping lists many
-            else:
-                before.found += self.rows.found
-            self.rows = before
+            self.rows.found += reading.rows.found
+        self.overrides.pop(key, None)
+        self.overrides |= reading.overrides
 
     def mapping(self, source: Any) -> None:
         """A ``QConfigMapping``."""
@@ -140,7 +168,7 @@ class _Reading:
         self.add(None, source.global_config, "")
         for names in (_OPERATOR_SETTINGS, _CLASS_SETTINGS):
             for kind, given in _settings(source, names).items():
-                self.kind(kind, given)
+                self.kind(kind, given, whole=names is _CLASS_SETTINGS)
         for name, given in _settings(source, _NAME_SETTINGS).items():
             self.add(name, given, f"{name}: ")
 
@@ -176,6 +204,30 @@ def _operator_key(kind: Any) -> str | None:
     found = (name for name, row in OPERATORS.items() if kind in row.targets)
     name = next(found, None)
     return None if name is None else f"op:{name}"
+
+
+def _is_own(kind: Any) -> bool:
+    """Whether it is a module class of the user's, and none of PyTorch."""
+    return (
+        isinstance(kind, type)
+        and issubclass(kind, nn.Module)
+        and kind.__module__.partition(".")[0] != "torch"
+    )
+
+
+def _has_layer(kind: type) -> bool:
+    """Whether a class is derived from a layer of torch.nn that has a weight."""
+    return any(
+        each.__module__.startswith("torch.nn.") and _has_weight(each.__name__)
+        for each in kind.__mro__
+    )
+
+
+def _has_modules(kind: Any, key: str) -> bool:
+    """Whether ``kind`` is a function whose operator modules of torch.nn have as well."""
+    function = callable(kind) and not isinstance(kind, (type, torch._ops.OpOverload))
+    row = OPERATORS.get(key.removeprefix("op:"))
+    return function and row is not None and row.weight is not None
 
 
 def _has_weight(key: str) -> bool:
