@@ -122,6 +122,21 @@ def test_what_would_have_no_effect_is_refused() -> None:
         Quantizer.from_config(data)
 
 
+def test_as_a_candidate_it_is_of_no_use_but_does_not_fail() -> None:
+    """Candidates are scored by the noise of integers, of which there is none."""
+    model = seeded(_mlp)
+    quantizer = Quantizer("reference")
+    quantizer.calib(model)(X)
+    amp_model = quantizer.amp(model)
+    amp_model(X)
+    found = quantizer.optimize(amp_model, candidates={"bf16": recipes.bfloat16()}, progress=False)
+    assert not found.chosen
+    amp_model = quantizer.amp(model, candidates=[recipes.bfloat16()])
+    amp_model(X)
+    with pytest.raises(InvalidConfig, match="no candidate serves any site"):
+        quantizer.allocate(amp_model, min_sqnr=20.0)
+
+
 def test_an_onnx_file_says_who_reads_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch_quant.algorithms import without_data
 from torch_quant.config import QConfig
 from torch_quant.convert.lowering import Lowering
+from torch_quant.core.spec import BFLOAT16
 from torch_quant.errors import InvalidConfig
 from torch_quant.session import Session
 
@@ -54,6 +55,8 @@ def candidate_lowerings(session: Session, candidates: Mapping[str, QConfig]) -> 
     found = {}
     for name, each in candidates.items():
         transforms = [x for x in each.transforms if not x.wants_blocks]
-        config = replace(each, method=without_data(each.method), transforms=transforms)
+        config = replace(each, transforms=transforms)
+        if each.input is not BFLOAT16:
+            config = replace(config, method=without_data(each.method))
         found[name] = session.candidate(config)
     return found
