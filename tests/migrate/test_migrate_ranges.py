@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -114,6 +115,56 @@ def test_files_that_are_none_or_of_another_model(exported: Path, tmp_path: Path)
     other = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
     with pytest.raises(InvalidConfig, match="of another model"):
         from_onnx(tmp_path / "int8.onnx", other, x)
+
+
+def broken(path: Path, *, before: str = "", inputs: int = 2, **tensors: Any) -> Path:
+    """One product behind a pair, of which one thing is wrong."""
+    make, numbers = onnx.helper.make_node, onnx.numpy_helper.from_array
+    held = {"s": np.float32(0.1), "z": np.uint8(3), "0.weight": np.ones((4, 4), np.float32)}
+    initializers = [numbers(np.asarray(v), k) for k, v in (held | tensors).items() if v is not None]
+    if tensors.get("s", 0) is None:  # four bytes for a thousand numbers
+        bad = onnx.TensorProto(name="s", data_type=1, dims=[1000], raw_data=b"\0\0\0\0")
+        initializers.append(bad)
+    nodes = [
+        make("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        make("DequantizeLinear", ["q", "s", "z"][: 1 if before == "short" else 3], ["d"]),
+        make("Identity", [] if before == "empty" else ["a" if before == "cycle" else "d"], ["b"]),
+        make("Identity", ["b"], ["a"]),
+        make("MatMul", ["a", "0.weight"][:inputs], [] if before == "no result" else ["y"]),
+    ]
+    kind = onnx.TensorProto.FLOAT
+    ends = [[onnx.helper.make_tensor_value_info(n, kind, [2, 4])] for n in ("x", "y")]
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", *ends, initializers)), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            {"before": "cycle"},
+            "Identity a: expected a graph without cycles; got 'a' made of itself",
+        ),
+        ({"before": "empty"}, "Identity b: expected 1 inputs or more; got 0"),
+        ({"before": "short"}, "DequantizeLinear d: expected 2 inputs or more; got 1"),
+        ({"before": "no result"}, "MatMul .*: expected a result; got none"),
+        ({"inputs": 1}, "MatMul y: expected 2 inputs or more; got 1"),
+        ({"z": np.zeros(0, np.uint8)}, "the zero point 'z': expected one, .*; got 0"),
+        ({"s": None}, "the initializer 's' cannot be read: ValueError"),
+        *(
+            ({"s": np.float32(scale)}, f"the scale 's': expected a number above 0.*; got {scale}")
+            for scale in (0.0, -0.5, float("nan"), float("inf"), 2.0**127)
+        ),
+    ],
+)
+def test_broken_files_are_refused(wrong: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """Each message names the file, the node or tensor, what was expected and what is there."""
+    model, x = nn.Sequential(nn.Linear(4, 4, bias=False)), torch.ones(2, 4)
+    path = broken(tmp_path / "broken.onnx", **wrong)
+    with pytest.raises(InvalidConfig, match=r"broken.onnx: " + message.replace("+", r"\+")):
+        from_onnx(path, model, x)
+    good = from_onnx(broken(tmp_path / "good.onnx"), model, x)
+    assert good.quantizer(backend="reference").quantize(model, example_inputs=x)(x).shape == (2, 4)
 
 
 def test_a_summary_of_ipex(tmp_path: Path) -> None:

@@ -55,13 +55,14 @@ def from_onnx(path: str | os.PathLike[str], model: nn.Module, example_inputs: An
         example_inputs: one call of the model, as for :meth:`Quantizer.calib`.
 
     Raises:
-        InvalidConfig: it cannot be read, is not quantized, or is of another model.
+        InvalidConfig: it cannot be read, is no whole graph, has scales that are none, is not
+            quantized, or is of another model.
 
     >>> from_onnx("missing.onnx", nn.Linear(4, 2), torch.ones(1, 4))  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     torch_quant.errors.InvalidConfig: cannot read the ONNX file missing.onnx: ...
     """
-    graph = _Graph(_loaded(path))
+    graph = _Graph(_loaded(path), str(path))
     products = list(graph.products())
     origin = f"{path}, a quantized ONNX file"
     if not any(product.grids for product in products):
@@ -129,17 +130,23 @@ class _Product:
 
 
 class _Graph:
-    """A graph of ONNX, read from its outputs back."""
+    """A graph of ONNX, read from its outputs back.
 
-    def __init__(self, model: Any) -> None:
+    Args:
+        model: the file.
+        path: what messages call it.
+    """
+
+    def __init__(self, model: Any, path: str) -> None:
         from onnx import numpy_helper
 
-        graph = model.graph
+        self._path, graph = path, model.graph
         self.nodes = list(graph.node)
         self._made = {out: node for node in self.nodes for out in node.output}
         self._constants = {each.name: each for each in graph.initializer}
         for node in self.nodes:
             if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
+                self._counted(node, 0)
                 self._constants[node.output[0]] = node.attribute[0].t
         self._array = numpy_helper.to_array
 
@@ -147,12 +154,15 @@ class _Graph:
         """Every product, in the order of the file."""
         for node in self.nodes:
             if node.op_type in _PRODUCTS:
+                self._counted(node, 2)
                 operands = [self._source(name) for name in node.input[:2]]
             elif node.op_type in _INTEGERS:
                 places = _INTEGERS[node.op_type]
-                operands = [(node.input[a], node.input[b], node.input[c]) for a, b, c in places]
                 if len(places) == 1:  # the weight stands behind
-                    operands.append((node.input[3], node.input[4], node.input[5]))
+                    places = (*places, (3, 4, 5))
+                self._counted(node, 4 if node.op_type == "MatMulIntegerToFloat" else 6)
+                given = [*node.input, "", ""]  # zero points may be left out at the end
+                operands = [(given[a], given[b], given[c]) for a, b, c in places]
             else:
                 continue
             weights = [x for x in (self._weight(each[0]) for each in operands) if x]
@@ -170,37 +180,84 @@ class _Graph:
 
     def _source(self, name: str) -> tuple[str, str, str]:
         """The tensor behind what only moves data, with its scale and zero point, empty if none."""
-        while (node := self._made.get(name)) is not None:
+        for node in self._makers(name):
             if node.op_type == "DequantizeLinear":
+                self._counted(node, 2)
                 zero = node.input[2] if len(node.input) > 2 else ""
                 return node.input[0], node.input[1], zero
             if node.op_type not in _MOVES:
                 break
+            self._counted(node, 1)
             name = node.input[0]
         return name, "", ""
 
     def _weight(self, name: str) -> str:
         """The initializer that a tensor is, behind what moves or rounds it; empty if it is none."""
         steps = (*_MOVES, "QuantizeLinear", "DequantizeLinear")
-        while name not in self._constants:
-            node = self._made.get(name)
-            if node is None or node.op_type not in steps:
-                return ""
+        for node in self._makers(name):
+            if name in self._constants or node.op_type not in steps:
+                break
+            self._counted(node, 1)
             name = node.input[0]
-        return name
+        return name if name in self._constants else ""
+
+    def _makers(self, name: str) -> Iterator[Any]:
+        """The node that makes a tensor, that which makes its first input, and so on."""
+        passed = set()
+        while (node := self._made.get(name)) is not None:
+            if name in passed:
+                raise self._wrong(node, "a graph without cycles", f"{name!r} made of itself")
+            passed.add(name)
+            yield node
+            if not node.input:
+                return
+            name = node.input[0]
+
+    def _counted(self, node: Any, inputs: int) -> None:
+        """Refuse a node with too few inputs, or without a result."""
+        if len(node.input) < inputs:
+            raise self._wrong(node, f"{inputs} inputs or more", f"{len(node.input)}")
+        if not node.output:
+            raise self._wrong(node, "a result", "none")
+
+    def _wrong(self, node: Any, expected: str, got: str) -> InvalidConfig:
+        name = node.name or next(iter(node.output), "(without a name)")
+        return InvalidConfig(
+            f"{self._path}: {node.op_type} {name}: expected {expected}; got {got}: "
+            "onnx.checker.check_model(path) says whether a file is whole"
+        )
+
+    def _values(self, name: str) -> Any:
+        """An initializer as an array of one dimension."""
+        try:
+            return self._array(self._constants[name]).reshape(-1)
+        except Exception as error:  # whatever is wrong with its bytes and sizes
+            raise InvalidConfig(
+                f"{self._path}: the initializer {name!r} cannot be read: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
     def _grid(self, scale: str, zero: str) -> _Grid | None:
         if scale not in self._constants or (zero and zero not in self._constants):
             return None
-        step = torch.from_numpy(self._array(self._constants[scale]).copy()).flatten().float()
-        offset = self._array(self._constants[zero]).reshape(-1) if zero else None
+        steps, offset = self._values(scale), self._values(zero) if zero else None
         kind = "uint8" if offset is None else str(offset.dtype)
-        if step.numel() != 1 or kind not in ("uint8", "int8", "uint16", "int16"):
+        if steps.size != 1 or kind not in ("uint8", "int8", "uint16", "int16"):
             return None
+        if offset is not None and offset.size != 1:
+            raise InvalidConfig(
+                f"{self._path}: the zero point {zero!r}: expected one, as the scale {scale!r} has; "
+                f"got {offset.size}: quantize the model again"
+            )
         bits = 8 if kind.endswith("8") else 16
+        size, most = float(steps[0]), torch.finfo(torch.float32).max / 2**bits
+        if not 0 < size <= most:
+            raise InvalidConfig(
+                f"{self._path}: the scale {scale!r}: expected a number above 0 and up to "
+                f"{most:.4g}; got {size}: quantize the model again"
+            )
         first = 0 if kind.startswith("u") else -(2 ** (bits - 1))
         point = int(offset[0]) if offset is not None else 0
-        size = float(step)
         return _Grid((first - point) * size, (first + 2**bits - 1 - point) * size, bits)
 
     def _modules(self, node: Any, weights: list[str]) -> Iterator[str]:
