@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from harness import keep, kept_rows
 from latency_models import MODELS
-from latency_ways import WAYS, Run, Setting, first, offered, quiet
+from latency_ways import OURS, WAYS, Run, Setting, first, offered, quiet
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -43,7 +43,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--models", choices=MODELS, **several, help=f"of: {'; '.join(MODELS)}")
     parser.add_argument("--ways", choices=WAYS, **several, help=f"of: {'; '.join(WAYS)}")
     parser.add_argument("--all", action="store_true", help="all models, all ways")
-    parser.add_argument("--backend", help="ours alone, beside float32; default: the best here")
+    alone = f"ours alone, beside float32, of: {', '.join(OURS)}; default: the best here"
+    parser.add_argument("--backend", choices=OURS, metavar="NAME", help=alone)
     parser.add_argument("--threads", type=int, default=1, help="default 1")
     parser.add_argument("--seconds", type=float, default=8.0, help="of timing a model (default 8)")
     parser.add_argument("--out", default=None, help="name of the file in results/")
@@ -57,6 +58,11 @@ def parse() -> argparse.Namespace:
         options.ways = list(WAYS)
         if not options.all:
             options.ways = [BASE, options.backend or Quantizer().backend.name.lower()]
+            if options.ways[1] not in WAYS:
+                parser.error(
+                    f"the best backend here, {options.ways[1]}, has no kernels of its own: "
+                    f"--backend, of {', '.join(OURS)}"
+                )
     return options
 
 
@@ -164,6 +170,7 @@ MARKS = {
     "onednn, dynamic": ("tab:blue", "v"),
     "inductor": ("tab:orange", "o"),
     "openvino": ("tab:purple", "o"),
+    "our file in bare openvino": ("tab:purple", "^"),
     "onnxruntime": ("tab:green", "o"),
     "ipex": ("tab:red", "o"),
     "onnxruntime's static": ("tab:green", "s"),
@@ -171,7 +178,8 @@ MARKS = {
     "nncf in openvino": ("tab:purple", "s"),
     "torchao, inductor": ("tab:orange", "s"),
 }
-"""Way -> color and marker: gray is float, disks are ours, squares and diamonds are other tools'."""
+"""Way -> color and marker: gray is float, disks and triangles are ours, squares and diamonds are
+other tools'."""
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -184,7 +192,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             (row["ways"][way]["speed-up"], i) for i, row in enumerate(rows) if way in row["ways"]
         ]
         if found:
-            ours = marker in "ov"
+            ours = marker in "ov^"
             axes.scatter(
                 *zip(*found, strict=True), c=color if ours or marker not in "sD" else "none",
                 edgecolors=None if marker in "|x12" else color, marker=marker, s=44, label=way,

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from torch_quant import Quantizer, export_onnx
 
-__all__ = ["WAYS", "Run", "Setting", "first", "offered"]
+__all__ = ["OURS", "WAYS", "Run", "Setting", "first", "offered"]
 
 Run = Callable[[Inputs], Any]
 """A call of a model that is ready; what it returns is kept only to be compared."""
@@ -205,15 +205,13 @@ def torchao(setting: Setting) -> Run:
     return lambda given: model(**given)
 
 
+OURS = ("onednn", "inductor", "openvino", "onnxruntime", "ipex")
+"""Backends with kernels of their own, each a column."""
 WAYS: dict[str, Callable[[Setting], Run]] = {
     "float32": eager,
     "float32, compiled": compiled,
     "bfloat16": bfloat16,
-    "onednn": ours("onednn"),
-    "inductor": ours("inductor"),
-    "openvino": ours("openvino"),
-    "onnxruntime": ours("onnxruntime"),
-    "ipex": ours("ipex"),
+    **{backend: ours(backend) for backend in OURS},
     "onednn, dynamic": ours("onednn", "int8_dynamic"),
     "our file in bare openvino": bare_openvino,
     "onnxruntime float32": lambda setting: in_onnxruntime(setting.file(), setting),
