@@ -26,7 +26,7 @@ inline F32 gelu(F32 x) {
   y = plus_product(all(0.254829592f), y, t);
   const F32 exponent = product(product(x, x), all(static_cast<float>(-0.5 * LOG2E)));
   const F32 tail = product(product(y, t), two_to(largest(exponent, all(LOWEST_EXPONENT))));
-  return minus_product(largest(x, zeros()), product(size, all(0.5f)), tail);
+  return minus_product(largest(zeros(), x), product(size, all(0.5f)), tail);  // NaN stays
 }
 
 template <int FUNCTION>

@@ -12,7 +12,7 @@ void pack_weight(const int8_t* weight, int64_t out, int64_t in, int64_t zero, ui
 template <int FUNCTION>
 inline F32 function_of(F32 x, F32 low, F32 high) {
   switch (FUNCTION) {
-    case CLAMP: return least(largest(x, low), high);
+    case CLAMP: return least(high, largest(low, x));  // NaN stays
     case LEAKY_RELU: return plus_product(largest(x, zeros()), least(x, zeros()), low);
     case ERF_GELU: return gelu(x);
     case TANH_GELU: {  // x / (1 + exp(-2 sqrt(2 / pi) (x + 0.044715 x^3)))

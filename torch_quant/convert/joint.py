@@ -27,6 +27,8 @@ from torch_quant.ops.library import plain_function, unwatched
 
 __all__ = ["Begun", "Member", "first_call", "note", "prepare"]
 
+_State = list[tuple[Tensor, int]]
+
 _MOST_UNREAD = 3
 """Times in a row that results were made in vain, after which nobody makes them any more."""
 _BODY = operator.itemgetter("body")
@@ -59,12 +61,27 @@ class _Layer:
         numbers: its bits, and the code of 0.
     """
 
-    __slots__ = ("body", "graph", "numbers", "places")
+    __slots__ = ("body", "graph", "held", "numbers", "places")
 
     def __init__(
         self, graph: Any, places: list[tuple[dict[str, Any], str] | None], numbers: tuple[int, int]
     ) -> None:
         self.graph, self.body, self.places, self.numbers = graph, graph.body, places, numbers
+        self.held = [place for place in places if place is not None]
+
+    def state(self) -> _State | None:
+        """The tensors it computes with, and how often each was written to; None if not known."""
+        tensors = [entries[name] for entries, name in self.held]
+        if any(x.is_inference() for x in tensors):
+            return None
+        return [(x, x._version) for x in tensors]
+
+    def is_in(self, state: _State) -> bool:
+        """Whether its tensors are still those, unchanged."""
+        held = zip(self.held, state, strict=True)
+        return all(
+            entries[name] is x and x._version == version for (entries, name), (x, version) in held
+        )
 
 
 class _Group:
@@ -91,8 +108,9 @@ class _Group:
             for each in layers
             for hooks in (each.graph._forward_hooks, each.graph._forward_pre_hooks)
         ]
-        self.waiting: tuple[Tensor, int, dict[int, Tensor]] | None = None
-        """An input, its version, and what is to be read. Another thread may put its own there."""
+        self.waiting: tuple[Tensor, int, dict[int, tuple[Tensor, _State]]] | None = None
+        """An input, its version, and what is to be read, with the weights it was made of. Another
+        thread may put its own there."""
         self.unread = 0
 
     def all(self, x: Tensor) -> Tensor | None:
@@ -107,10 +125,22 @@ class _Group:
         if not unwatched([x, *tensors]):
             return None
         lists = [tensors[begin:end] for begin, end in self.slices]
+        states = [each.state() for each in self.layers]
+        if None in states:
+            return None
         version = x._version
-        first, *others = _linears(x, *lists, self.bits, self.zeros)
-        self.waiting = x, version, dict(enumerate(others, 1))
-        return first
+        results = _linears(x, *lists, self.bits, self.zeros)
+        made = enumerate(zip(results, states, strict=True))
+        self.waiting = x, version, {i: (y, state) for i, (y, state) in made if i and state}
+        return results[0]
+
+    def gives(self, place: int, x: Tensor, y: Tensor, state: _State) -> bool:
+        """Whether ``y`` is what the layer would give now: of these weights, in this mode."""
+        if any(self.hooks) or self.bodies != list(map(_BODY, self.modules)):
+            return False
+        if y.is_inference() != torch.is_inference_mode_enabled():
+            return False
+        return self.layers[place].is_in(state) and unwatched([x, *(held for held, _ in state)])
 
 
 class Member(_NotCopied):
@@ -133,11 +163,11 @@ class Member(_NotCopied):
         group, place = self.group, self.place
         waiting = group.waiting
         if waiting is not None and waiting[0] is x and waiting[1] == x._version:
-            y = waiting[2].pop(place, None)
+            found = waiting[2].pop(place, None)
             if not waiting[2]:
                 group.waiting, group.unread = None, 0
-            if y is not None:
-                return y
+            if found is not None and group.gives(place, x, *found):
+                return found[0]
         return None if place else group.all(x)
 
 

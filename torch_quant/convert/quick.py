@@ -2,8 +2,9 @@
 
 A decoder in pieces runs the user's own code between its layers: norms of some seven operators, and
 blocks that are two or three layers with a function between. What such a module computes is
-recorded at its first call. Where that is one kernel of this package, it is called from then on, and
-the module's own code wherever somebody looks closer: hooks, compilers, gradients, other types.
+recorded at its first call, if its code is straight. Where that is one kernel of this package, it is
+called from then on, and the module's own code wherever somebody looks closer: hooks, compilers,
+gradients, other types.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.nn.modules import module as everywhere
 
 from torch_quant.convert.reading import of_tensors
 from torch_quant.convert.recording import recorded
+from torch_quant.convert.straight import is_straight
 from torch_quant.native.joint import GATED_LINEAR
 from torch_quant.native.rms_norm import RMS_NORM
 from torch_quant.nn.stand_in import StandIn
@@ -36,6 +38,7 @@ _NEAR = 1e-3
 """Of the size of the results: so far may they be apart where numbers are rounded in between."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _PLAIN = (bool, int, float, str, type(None))
+_FORWARD = operator.attrgetter("forward")
 
 
 def give_quick_forwards(glue: nn.Module) -> int:
@@ -88,17 +91,31 @@ class QuickForward:
         module: whose it is.
     """
 
-    __slots__ = ("_facts", "_function", "_held", "_width", "module")  # no dictionary to look into
+    __slots__ = (
+        "_facts",
+        "_function",
+        "_held",
+        "_kinds",
+        "_size",
+        "module",
+    )  # no dictionary to look into
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self._function: Callable[..., Any] | None = None
         self._held: list[tuple[dict[str, Any], str]] = []
+        self._kinds: list[Any] = []
         self._facts = _Facts(nn.Identity())
-        self._width: tuple[int, ...] = ()
+        self._size: tuple[int, tuple[int, ...]] = (0, ())
+        """Dimensions of the input, and the last of them."""
 
     def __reduce__(self) -> Any:
         return QuickForward, (self.module,)
+
+    @property
+    def __code__(self) -> Any:
+        """For those who look at the code of what is called, as ``torch.export`` does."""
+        return type(self.module).forward.__code__
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -114,11 +131,11 @@ class QuickForward:
             if self._function is None:
                 self._learn(x)
             function, facts = self._function, self._facts
-            if function is not None and x.shape[-1:] == self._width and facts.hold():
-                given = [entries[name] for entries, name in self._held]
-                given.append(x)
-                if unwatched(given):
-                    return function(*given)
+            size = (x.dim(), x.shape[-1:])
+            if function is not None and size == self._size and facts.hold():
+                given: list[Any] = [entries.get(name) for entries, name in self._held]
+                if list(map(_kind, given)) == self._kinds and unwatched([*given, x]):
+                    return function(*given, x)
         return type(self.module).forward(self.module, x)
 
     def _leave(self) -> None:
@@ -130,13 +147,17 @@ class QuickForward:
         facts = _Facts(self.module)
         if not x.dim() or not unwatched([x]) or not facts.hold():
             return
-        rows = torch.arange(2.0 * x.shape[-1]).sin_().reshape(2, -1)
+        if not is_straight(self.module):
+            self._leave()
+            return
+        rows = torch.arange(2 * x.shape[-1], dtype=torch.float32).sin_().reshape(2, -1)
         found = _kernel_of(self.module, rows[(None,) * (x.dim() - 2)] if x.dim() > 2 else rows)
         if found is None:
             self._leave()
             return
-        self._width, self._facts = x.shape[-1:], facts
+        self._size, self._facts = (x.dim(), x.shape[-1:]), facts
         function, self._held = found
+        self._kinds = [_kind(entries[name]) for entries, name in self._held]
         self._function = function
 
 
@@ -145,9 +166,15 @@ def _kernel_of(
 ) -> tuple[Callable[..., Any], list[tuple[dict[str, Any], str]]] | None:
     """What computes ``module`` in one call, of tensors and then the input; and where those are."""
     try:
-        found = recorded(module, x)
+        return _found_in(module, x)
     except Exception:  # its own call says what is wrong
         return None
+
+
+def _found_in(
+    module: nn.Module, x: Tensor
+) -> tuple[Callable[..., Any], list[tuple[dict[str, Any], str]]] | None:
+    found = recorded(module, x)
     if found is None:
         return None
     graph, expected = found
@@ -181,7 +208,7 @@ class _Facts:
     __slots__ = ("hooks", "known")
 
     def __init__(self, module: nn.Module) -> None:
-        self.known: list[tuple[Callable[[dict[str, Any]], Any], dict[str, Any], Any]] = []
+        self.known: list[tuple[Callable[[Any], Any], Any, Any]] = []
         """What reads entries of a dictionary, the dictionary, and what it gave: children, their
         code and their graphs, dictionaries of hooks, and numbers."""
         self.hooks: list[dict[Any, Any]] = [
@@ -189,6 +216,8 @@ class _Facts:
         ]  # fmt: skip
         for each in module.modules():
             self._note(each._modules, list(each._modules))
+            self.known.append((len, vars(each), len(vars(each))))  # no attribute more, or less
+            self.known.append((_FORWARD, type(each), _FORWARD(type(each))))
             if each is not module:
                 self._note(vars(each), ["forward", *_HOOKS])
                 self.hooks += [vars(each)[name] for name in _HOOKS]
@@ -199,8 +228,9 @@ class _Facts:
                     self.hooks += [vars(graph)[name] for name in _HOOKS]
             else:
                 own = vars(each)
-                plain = (name for name, value in own.items() if type(value) in _PLAIN)
-                self._note(own, [name for name in plain if not name.startswith("_")])
+                plain = (n for n, x in own.items() if type(x) in _PLAIN or callable(x))
+                names = [name for name in plain if not name.startswith("_")]
+                self._note(own, [name for name in names if name != "forward"])
 
     def _note(self, entries: dict[str, Any], names: Sequence[str]) -> None:
         names = [name for name in names if name in entries]
@@ -219,6 +249,11 @@ class _Facts:
         except KeyError:
             return False
         return True
+
+
+def _kind(x: Any) -> Any:
+    """Sizes and type of a tensor, None of what is none."""
+    return (x.shape, x.dtype) if isinstance(x, Tensor) else None
 
 
 def _traced() -> bool:

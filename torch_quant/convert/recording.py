@@ -41,10 +41,10 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         given = self._noted((args, kwargs))
+        if func._schema.is_mutable or torch.Tag.nondeterministic_seeded in func.tags:
+            raise _Unknown  # before it does something
         result = func(*args, **kwargs)
         if not isinstance(result, Tensor):
-            raise _Unknown
-        if func._schema.is_mutable and (result is not args[0] or id(result) in self.names):
             raise _Unknown
         self.alive.append(result)
         node = self.graph.call_function(func, *given)

@@ -7,7 +7,6 @@ format. What stands between two layers is computed in float to 4e-6 of it.
 
 from __future__ import annotations
 
-import operator
 import struct
 import sys
 import weakref
@@ -59,12 +58,15 @@ class _Table:
         forget: called when the first weight is gone.
     """
 
-    __slots__ = ("addresses", "data", "first", "given", "layouts", "numbers", "outputs", "rest")
+    __slots__ = (
+        "addresses", "copies", "data", "first", "given", "layouts", "numbers", "outputs", "rest",
+    )  # fmt: skip
 
     def __init__(
         self, flat: list[Tensor], given: Any, layouts: list[Layout], data: bytes, forget: Any
     ) -> None:
-        self.first, self.rest = weakref.ref(flat[0], forget), flat[1:]
+        self.first, self.rest = weakref.ref(flat[0], forget), list(map(weakref.ref, flat[1:]))
+        self.copies: list[Tensor] = []
         self.given, self.layouts, self.data = given, layouts, data
         self.addresses, self.numbers = list(map(_ADDRESS, flat)), list(map(_NUMBER, flat))
         self.outputs = [layout.outputs for layout in layouts]
@@ -73,7 +75,7 @@ class _Table:
         """Whether these are the very tensors, where they were."""
         return (
             self.first() is flat[0]
-            and all(map(operator.is_, flat[1:], self.rest))
+            and all(ref() is x for ref, x in zip(self.rest, flat[1:], strict=True))
             and self.given == given
             and self.addresses == list(map(_ADDRESS, flat))
             and self.numbers == list(map(_NUMBER, flat))
@@ -121,12 +123,12 @@ def _made(
     key = id(flat[0])
     made = _Table(
         flat, _given(widths, bits, zeros, zero_points), layouts, b"".join(entries),
-        lambda _: _TABLES.pop(key, None),
+        lambda _, tables=_TABLES: tables.pop(key, None),
     )  # fmt: skip
     if all(x is None or any(x is y for y in flat) for x in held):
         _TABLES[key] = made  # no copies: what is written to the tensors later is read
     else:
-        made.rest = [*made.rest, *(x for x in held if x is not None)]  # as long as this call
+        made.copies = [x for x in held if x is not None]  # as long as this call
     return made
 
 

@@ -99,9 +99,15 @@ def _first_layers(last: fx.Node) -> tuple[list[fx.Node], str, list[fx.Node]] | N
         found, second = _function_of(gate), _layer(up)
         if found is not None and second is not None and gate is not up:
             name, first = found
-            if argument(first, "x") is argument(second, "x"):
+            if argument(first, "x") is argument(second, "x") and _alike(first, second):
                 return [first, second], name, [inner, gate]
     return None
+
+
+def _alike(*layers: fx.Node) -> bool:
+    """Whether their results have one shape, so that neither is repeated."""
+    shapes = [getattr(layer.meta.get("val"), "shape", None) for layer in layers]
+    return None not in shapes and len(set(map(str, shapes))) == 1
 
 
 def _optional(node: fx.Node) -> tuple[bool, bool]:

@@ -42,11 +42,14 @@ class _Norm:
 
 def fuse_rms_norms(context: PassContext) -> int:
     """Put one operator in the place of each norm of float32; returns how many there were."""
-    found = [norm for node in context.graph.nodes if (norm := _norm_at(node)) is not None]
-    for norm in found:
-        _with_weight(norm)
-        _replace(norm)
-    return len(found)
+    count = 0
+    for node in list(context.graph.nodes):  # one by one: a norm may read another, or its sum
+        norm = None if node._erased else _norm_at(node)
+        if norm is not None and _is_float(norm.last):
+            _with_weight(norm)
+            _replace(norm)
+            count += 1
+    return count
 
 
 def _value(x: Any) -> Tensor | None:
