@@ -168,6 +168,11 @@ def test_every_option_is_accounted_for() -> None:
     outcomes = {row.entry: row.outcome for row in found}
     assert outcomes["bits = [4, 8]"] is Outcome.DIFFERS
     assert outcomes["new = 1"] is Outcome.LEFT_OUT
+    rounded = from_inc({"iters": 1, "bits": [4, 8], "scheme": {"group_size": 32, "odd": 2}})
+    assert str(rounded.qconfig.weight) == "s4 symmetric per-group(32), float16 scales"
+    outcomes = {row.entry: row.outcome for row in rounded}
+    assert outcomes["bits = [4, 8]"] is Outcome.DIFFERS
+    assert outcomes["scheme: odd = 2"] is Outcome.LEFT_OUT
     codebook = from_inc({"dtype": "nf4", "use_double_quant": True})
     assert [row.outcome for row in codebook.unmapped] == [Outcome.DIFFERS, Outcome.LEFT_OUT]
     assert "nf4" in str(codebook)
@@ -183,6 +188,11 @@ def test_every_option_is_accounted_for() -> None:
         ({"dtype": "int4x", "use_full_range": True}, "dtype is 'int4x'; expected int"),
         ({"dtype": "bf8"}, "dtype is 'bf8'; expected bf16"),
         ({"dtype": "fp32", "use_full_range": False}, "everything in float"),
+        ({"iters": 1, "bits": "4"}, 'AutoRoundConfig: bits is "4"; expected int'),
+        ({"iters": 1, "act_bits": "8"}, 'act_bits is "8"; expected int'),
+        ({"iters": 1, "dtype": 5}, "dtype is 5; expected str"),
+        ({"iters": 1, "scheme": {"bits": None}}, "scheme: bits is null; expected 2 to 8"),
+        ({"iters": 1, "scheme": {"group_size": "x"}}, 'scheme: group_size is "x"; expected int'),
         ({"scheme": "GGUF:Q4_0"}, "scheme is 'GGUF:Q4_0'; expected one of W4A16"),
         ({"local": {"(": {"use_double_quant": False}}}, "no regular expression"),
         ({"rtn": 3}, "rtn is 3; expected an object"),

@@ -38,10 +38,10 @@ _SCHEMES: dict[str, dict[str, Any]] = {
     "INT8_W8A8": {**_integers(8, -1), "act_bits": 8, "act_dtype": "int", "act_dynamic": True},
 }
 """AutoRound's names for sets of options (``auto_round/schemes.py``)."""
-_FIELDS = (
-    "bits", "group_size", "use_sym", "dtype", "act_bits", "act_group_size", "act_sym", "act_dtype",
-    "act_dynamic",
-)  # fmt: skip
+_FIELDS: dict[str, type] = {
+    "bits": int, "group_size": int, "use_sym": bool, "dtype": str, "act_bits": int,
+    "act_group_size": int, "act_sym": bool, "act_dtype": str, "act_dynamic": bool,
+}  # fmt: skip
 _MX_ELEMENTS = {4: "float4_e2m1", 8: "float8_e4m3fn"}
 
 
@@ -58,15 +58,21 @@ def scheme_of(options: Options) -> tuple[QuantSpec | FloatFormat, QuantSpec] | N
     """The formats of activations and weights that AutoRound's options ask for, None for float.
 
     Raises:
-        InvalidConfig: the scheme, or a number of bits, is unknown.
+        InvalidConfig: the scheme, or a number of bits, is unknown, or a value is of another kind.
     """
     given = options.take("scheme", "W4A16", (str, dict))
-    explicit = {name: options.take(name, None) for name in _FIELDS}
+    explicit = {name: options.take(name, None, kind) for name, kind in _FIELDS.items()}
     scale = options.take("scale_dtype", "fp16", str)
     named: Mapping[str, Any]
     if isinstance(given, dict):
         renamed = {"sym": "use_sym", "data_type": "dtype", "act_data_type": "act_dtype"}
-        named = {renamed.get(str(key), str(key)): value for key, value in given.items()}
+        read = {renamed.get(str(key), str(key)): value for key, value in given.items()}
+        inner = Options(read, f"{options.place}scheme: ", options.rows)
+        named = {name: inner.take(name, None, kind) for name, kind in _FIELDS.items()}
+        named = {name: value for name, value in named.items() if value is not None}
+        inner.finish()
+        if "bits" in read and "bits" not in named:
+            raise InvalidConfig(f"{inner.place}bits is null; expected 2 to 8, or 16 for float")
     else:
         if given.upper() not in _SCHEMES:
             raise InvalidConfig(
