@@ -37,7 +37,7 @@ __all__ = [
 
 Inputs = tuple[Tensor, ...]
 OTHER = 7
-"""A batch size that no call had."""
+"""Rows of the two batches together, at most."""
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
@@ -60,7 +60,7 @@ def close(found: Any, expected: Any) -> float:
 
 
 class Started:
-    """A model, its inputs, and a quantizer that has seen two batches."""
+    """A model, its inputs, and a quantizer that has seen two batches, and rows of both as one."""
 
     def __init__(self, program: Program, qconfig: QConfig | None = None) -> None:
         self.model, self.inputs = program.build()
@@ -68,13 +68,15 @@ class Started:
         self.quantizer = Quantizer("reference", qconfig=qconfig or QConfig(observer="minmax"))
         self.calib_model = self.quantizer.calib(self.model)
         self.seen = [self.inputs(batch, salt) for salt, batch in enumerate(program.batches)]
-        for inputs in self.seen:
+        rows = [torch.cat(each)[:OTHER] for each in zip(*self.seen, strict=True)]
+        self.other = tuple(rows)
+        # Seen too: where rows are mixed (x - x.mean(0)), its ranges are not those of its rows.
+        for inputs in (*self.seen, self.other):
             assert same(call(self.calib_model, inputs), call(self.model, inputs)), "calib is float"
 
     def calls(self) -> list[Inputs]:
-        """A batch that was calibrated with, and another size of rows that were."""
-        rows = [torch.cat(each)[:OTHER] for each in zip(*self.seen, strict=True)]
-        return [self.seen[0], tuple(rows)]
+        """Two sizes of batches, of which the second was not what the graph was captured for."""
+        return [self.seen[0], self.other]
 
 
 def check_proxy(program: Program) -> Started:
