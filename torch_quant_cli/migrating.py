@@ -55,7 +55,8 @@ def cli(file: str, out: str | None, kind: str | None, overwrite: bool) -> Result
             lines += _lines("", text) if text else []
     if out is not None:
         found.to_config(out)
-        data_too = found.needs_blocks or found.qconfig.needs_ranges
+        configs = (found.qconfig, *found.overrides.values())
+        data_too = found.needs_blocks or any(each.needs_ranges for each in configs if each)
         next_step = f"torch-quant quantize MODEL --config {out} --out DIR"
         lines += ["", f"wrote {out}", "", f"  {next_step}{' --data DATA' * data_too}"]
     return Result("\n".join(lines), data)

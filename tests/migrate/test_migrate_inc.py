@@ -179,6 +179,19 @@ def test_every_option_is_accounted_for() -> None:
     assert "<table>" in codebook._repr_html_()
 
 
+def test_what_has_no_effect_is_not_the_same() -> None:
+    rtn = {"bits": 4, "use_full_range": False, "white_list": ["Conv2d"]}
+    found = from_inc({"rtn": rtn, "hqq": {"bits": 3, "quant_zero": False}})
+    rows = {row.entry: row for row in found}
+    assert found.qconfig.weight.bits == 3
+    assert rows["RTNConfig for everything"].outcome is Outcome.LEFT_OUT
+    assert not any("bits = 4" in entry for entry in rows)
+    (listed,) = (row for row in from_inc(rtn) if "white_list" in row.entry)
+    assert listed.outcome is Outcome.LEFT_OUT
+    assert not any("white_list" in row.entry for row in from_inc(rtn | {"white_list": "*"}))
+    assert not any("bits = 8" in row.entry for row in from_inc(Config()))
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -227,6 +240,11 @@ def test_the_command_writes_what_quantize_reads(tmp_path: Path) -> None:
     assert (
         "--overwrite" in run("migrate", str(DATA / "rtn.json"), "--out", str(out), expect=2).stderr
     )
+    local = {"w_dtype": "int8", "act_dtype": "uint8"}  # ranges for one layer alone
+    two = {"rtn": {"global": {"bits": 4}, "local": {}}, "static_quant": {"local": {"2": local}}}
+    (tmp_path / "two.json").write_text(json.dumps(two))
+    told = run("migrate", str(tmp_path / "two.json"), "--out", str(tmp_path / "two.yaml")).stdout
+    assert "--data DATA" in told
     rows = data_of("migrate", str(DATA / "gptq.json"))["rows"]
     assert {row["outcome"] for row in rows} == {"same", "differs", "left out"}
     (tmp_path / "short.json").write_text('{"bits": 4}')

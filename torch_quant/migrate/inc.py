@@ -3,8 +3,8 @@
 Its files come in three shapes: one configuration, flat or as ``{"global": ..., "local": ...}``
 (without a word of which class it is of, which its options tell); several, as ``{"rtn": ...,
 "gptq": ...}``; and the ``qconfig.json`` of a saved model, ``{"('fc1', 'Linear')": {"rtn": ...}}``.
-Local settings are found by ``re.match`` on the name of the layer, the last that matches holds, and
-those of a class come after those of names.
+Local settings are found by ``re.match`` on the name of the layer, the last that matches holds. A
+class decides where no name matches.
 """
 
 from __future__ import annotations
@@ -218,7 +218,12 @@ class _Reading:
 
     def _read(self, part: _Part, rows: Rows) -> QConfig | None:
         place = "" if part.key is None else f"{_text(part.key)}: "
-        options = Options(part.options, place, rows, _BOOKKEEPING)
+        options = Options(part.options, place, rows, {*_BOOKKEEPING} - {"white_list"})
+        if options.take("white_list", "*") not in ("*", ["*"], ("*",)):
+            rows.left_out(
+                options.entry("white_list"),
+                "give module_filter=ModuleFilter(include_op_types=...) or its include_names",
+            )
         try:
             if part.kind == "fp8_quant":
                 self._lists(options)
@@ -231,17 +236,21 @@ class _Reading:
 
     def of_rules(self, parts: list[_Part], rows: Rows) -> Migration:
         """One or several configurations with local settings."""
-        first = next((part for part in parts if part.key is None), None)
-        qconfig = None if first is None else self._read(first, rows)
+        wholes = [part for part in parts if part.key is None]
+        qconfig = self._read(wholes[-1], rows) if wholes else None  # the last one holds
+        for part in wholes[:-1]:
+            self._read(part, Rows())
+            rows.left_out(
+                f"{_KINDS[part.kind].cls} for everything",
+                f"{_KINDS[wholes[-1].kind].cls} for everything comes after it, and holds",
+            )
         late: dict[OverrideKey, QConfig | None] = {}
         for part in parts:
-            if part is first:
+            if part.key is None:
                 continue
-            key = None if part.key is None else self._key(part.key, rows)
-            found = self._read(part, rows)
-            if part.key is None:  # a second one for everything: the later holds
-                qconfig = found
-            elif key is not None:
+            key = self._key(part.key, rows)
+            found = self._read(part, Rows() if key is None else rows)
+            if key is not None:
                 self.overrides.pop(key, None)
                 self.overrides[key] = found
         configs = [qconfig, *self.overrides.values()]
