@@ -22,6 +22,7 @@ from torch_quant import (
     QuantSpec,
     RoundToNearest,
     SmoothQuant,
+    recipes,
 )
 from torch_quant.backends import IPEXBackend, ReferenceBackend
 from torch_quant.statistics import HistogramObserver, MinMaxObserver
@@ -152,7 +153,7 @@ MISTAKES = {
     "an element": ("qconfig:\n  weight: {element: int44}", 2, "unknown element type 'int44'"),
     "two widths": ("qconfig:\n  weight: {element: int4, bits: 4}", 2, "leave those out"),
     "an override": ("overrides:\n  a: {}\n  b: int4", 3,
-                    "override 'b' is \"int4\"; expected an object, or null or 'float'"),
+                    "expected an object, the name of a recipe, or null or 'float'; did you mean"),
     "its key": ("overrides:\n  op:linaer: null", 2, "unknown op type 'linaer'; did you mean lin"),
     "its class": ("overrides:\n  class:torch.nn.Linaer: null", 2, "did you mean Linear"),
     "its expression": ("overrides:\n  'a': null\n  're:(': null", 3, "no regular expression"),
@@ -271,3 +272,10 @@ def test_what_is_set_is_written_down() -> None:
             "head": {"transforms": [{"name": "smoothquant", "alpha": 0.5, "min_gain": 0.0}]}
         },
     }
+
+
+def test_the_name_of_a_recipe_is_an_override(tmp_path: Path) -> None:
+    path = tmp_path / "q.yaml"
+    path.write_text("overrides:\n  head: bfloat16\n  '*.query': float\n")
+    overrides = Quantizer.from_config(path).overrides
+    assert overrides == {"head": recipes.bfloat16(), "*.query": None}

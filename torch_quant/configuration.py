@@ -10,7 +10,7 @@ from typing import Any
 
 from torch_quant import recipes
 from torch_quant.backends import Backend
-from torch_quant.config import Overrides, QConfig, read_qconfig
+from torch_quant.config import RECIPES, Overrides, QConfig, read_qconfig
 from torch_quant.core.documents import (
     Lines,
     Place,
@@ -20,7 +20,7 @@ from torch_quant.core.documents import (
     read_yaml,
     shown,
 )
-from torch_quant.core.naming import class_path
+from torch_quant.core.naming import class_path, did_you_mean
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.dynamic import Dynamic, checked_dynamic
 from torch_quant.graph.policy import CapturePolicy, checked_capture
@@ -103,10 +103,12 @@ def _overrides(data: Any, place: Place, what: str, lines: Lines) -> dict[str, QC
         at, entry = (*place, key), f"override {key!r}"
         if value is None or value == "float":
             found[key] = None
-        elif isinstance(value, dict):
+        elif isinstance(value, dict) or (isinstance(value, str) and value in RECIPES):
             found[key] = read_qconfig(value, at, entry, lines)
         else:
-            message = f"{entry} is {shown(value)}; expected an object, or null or 'float'"
+            hint = did_you_mean(value, ["float", *RECIPES]) if isinstance(value, str) else ""
+            expected = f"an object, the name of a recipe, or null or 'float'{hint}"
+            message = f"{entry} is {shown(value)}; expected {expected}"
             raise lines.error(at, message)
         try:
             rules_of({key: None})

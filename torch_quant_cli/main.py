@@ -103,3 +103,7 @@ def main() -> None:
     with contextlib.suppress(ValueError, AttributeError):  # not in the main thread, not on Windows
         signal.signal(signal.SIGTERM, _terminated)  # what is half written is cleared away
     cli(prog_name="torch-quant")
+
+
+if __name__ == "__main__":
+    main()
