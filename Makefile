@@ -35,13 +35,13 @@ PYTEST := -m pytest -n 2 --dist worksteal
 # What `make test` leaves to the newest torch: arithmetic, bookkeeping, files, training and rules on the source, which depend
 # on it least. All else runs on the oldest too, as do new files: captures, what is done with the operators in them, saved
 # graphs, kernels, traces and IPEX. `make test-long` leaves out nothing.
-SAME := algorithms checkpoints cli core extensions integrations native rounding sequences statistics tuning \
+SAME := algorithms checkpoints cli core extensions fuzz integrations migrate native rounding sequences statistics tuning \
   $(addprefix amp/test_,allocation.py amp_changes.py amp_infinite_gradient.py amp_loss.py amp_recording.py amp_scores.py \
-  amp_without_gradient.py fallback_bad_input.py fallback_selection.py fallback_state.py gram.py groups.py probe_sites.py \
+  amp_without_gradient.py optimizing.py fallback_bad_input.py fallback_selection.py fallback_state.py gram.py groups.py probe_sites.py \
   ranking.py selection.py sensitivity_report.py) \
   $(addprefix backends/test_,float_and_dynamic.py formats.py in_process.py in_process_limits.py names.py \
   onednn_native.py onnx.py onnx_forms.py onnx_grids.py) \
-  $(addprefix convert/test_,load_state_dict.py looked_at.py ownership.py) \
+  $(addprefix convert/test_,load_state_dict.py looked_at.py ownership.py straight.py) \
   $(addprefix graph/test_,annotate.py macs.py rules.py sites.py) \
   $(addprefix io/test_,files.py onnx_recurrent.py onnx_rewrites.py onnx_sizes.py onnx_weights.py saved_models.py \
   saved_quantizers.py summary.py summary_mistakes.py) \
@@ -50,9 +50,9 @@ SAME := algorithms checkpoints cli core extensions integrations native rounding 
   $(addprefix qat/test_qat_,adapters.py bad_input.py batch_norm.py digits.py distillation.py distributed.py dropout.py \
   edges.py gradients.py lightning.py observing.py tables.py trainer.py training.py transforms.py tuning.py \
   sharing.py starts.py) \
-  $(addprefix test_,architecture.py bad_input.py capture_policy.py capturing_once.py configuration.py contributing.py \
+  $(addprefix test_,architecture.py bad_input.py benchmarks.py bfloat16.py capture_policy.py capturing_once.py configuration.py contributing.py \
   coverage.py decoding_zoo.py experts.py experts_with_data.py explain.py generate_llm.py merging.py mistakes.py \
-  onnx_pretrained.py onnx_steps.py onnx_zoo.py public.py quantizer.py readme.py recipes.py requirements.py \
+  onnx_pretrained.py onnx_steps.py onnx_zoo.py public.py quantizer.py readme.py recipes.py release.py requirements.py \
   saved_states.py thinning.py typing.py)
 
 # The same, but for their tests on IPEX.

@@ -173,6 +173,7 @@ print("done")
 """
 
 
+@pytest.mark.long("nine seconds")
 @pytest.mark.newest("seven seconds")
 @pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None

@@ -89,6 +89,7 @@ def rows_of(batch: dict[str, Tensor], count: int) -> list[Inputs]:
     return [((), dict(zip(batch, part, strict=True))) for part in parts]
 
 
+@pytest.mark.long("twelve seconds; ``make demo`` and ``tests/backends`` have this network too")
 def test_minilm(minilm_data: object, tmp_path: Path) -> None:
     from transformers import AutoModel, AutoTokenizer
 

@@ -179,6 +179,7 @@ def test_a_model_is_given_and_what_was_loaded_is_saved(tmp_path: Path) -> None:
     assert (anew / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
+@pytest.mark.long("three seconds")
 def test_as_one_graph_and_other_kinds_of_calls(tmp_path: Path) -> None:
     quant_model = quantized(DECODERS["llama"]())
     folder = export_checkpoint(quant_model, tmp_path / "model")

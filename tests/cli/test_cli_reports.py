@@ -80,6 +80,7 @@ def there(home: Path, examples: set[str]) -> None:
     """All tests run where the examples ran, and on what these wrote."""
 
 
+@pytest.mark.long("fifteen seconds; each command has tests of its own")
 def test_examples_are_shown_for_all_commands(examples: set[str]) -> None:
     shown = {each.rpartition("| ")[2].split()[1] for each in examples}
     assert shown == {*COMMANDS}

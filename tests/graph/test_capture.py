@@ -31,7 +31,7 @@ def same_leaves(actual: object, expected: object) -> bool:
 
 
 @pytest.mark.sparse
-@pytest.mark.parametrize("name", third(AWKWARD, 1))  # test_zoo captures all of them
+@pytest.mark.parametrize("name", third(AWKWARD, 1))  # test_zoo captures half of them
 def test_awkward_models_run_as_captured(name: str) -> None:
     """At two batch sizes, captured at the first; bit for bit, as the operators are the same."""
     entry = AWKWARD[name]

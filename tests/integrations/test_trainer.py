@@ -141,6 +141,7 @@ def test_accuracy_aware(trained: dict[str, torch.Tensor], tmp_path: Path) -> Non
         quantize_trainer(trainer, approach="static")
 
 
+@pytest.mark.long("eight seconds; ``test_qat_training`` trains and resumes")
 def test_training_resuming_and_quantizing(trained: dict[str, torch.Tensor], tmp_path: Path) -> None:
     def attached() -> tuple[Any, QuantizationCallback]:
         trainer = trainer_of(with_weights(trained), tmp_path, learning_rate=1e-3)

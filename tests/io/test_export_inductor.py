@@ -79,6 +79,7 @@ def test_a_package_runs_without_the_model_and_without_python(tmp_path: Path) -> 
         assert total == pytest.approx(float(wanted.sum()), abs=1e-3)
 
 
+@pytest.mark.long("ten seconds, of which Inductor's first import takes most")
 def test_what_is_refused(tmp_path: Path) -> None:
     model, x = seeded(lambda: nn.Linear(16, 8)), normal(4, 16)
     quantizer = calibrated(model, [((normal(32, 16),), {})], backend="reference")

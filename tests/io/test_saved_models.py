@@ -247,6 +247,7 @@ torch.save(model(*inputs), {folder!r} + "/outputs.pt")
 """
 
 
+@pytest.mark.long("three seconds; a script and another torch read files in other tests")
 def test_another_process_reads_it(tmp_path: Path) -> None:
     model, x = MODELS["small_cnn"](), example("small_cnn", 4)
     quant_model = saved(model, [(x, {})], tmp_path, backend="onednn")

@@ -6,14 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from thinning import rarely
 
 pytestmark = pytest.mark.usefixtures("grad")
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
 
-@pytest.mark.parametrize("method", ["lsq", rarely("fixed")])
+@pytest.mark.long("seven seconds of training for each")
+@pytest.mark.parametrize("method", ["lsq", "fixed"])
 def test_training_through_few_bits(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("tabulate")
