@@ -53,7 +53,7 @@ def quantizer_of(backend: Backend | str, model: nn.Module, x: Tensor, **more: An
     return calibrated(model, [((x,), {})], backend=backend, **{"qconfig": QConfig(), **more})
 
 
-@pytest.mark.filterwarnings("ignore:Conv1d channels last")  # of an IPEX that is imported
+@pytest.mark.newest("IPEX, once imported, rewrites the float layers of any TorchScript")
 @pytest.mark.parametrize("machine", ["x86", "aarch64"])
 def test_the_file_computes_what_reference_does(machine: Any, tmp_path: Path) -> None:
     model, x, other = Net().eval(), torch.randn(3, 5, 16), torch.randn(2, 9, 16)
