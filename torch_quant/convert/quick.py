@@ -167,7 +167,7 @@ def _kernel_of(
     """What computes ``module`` in one call, of tensors and then the input; and where those are."""
     try:
         return _found_in(module, x)
-    except Exception:  # its own call says what is wrong
+    except Exception:  # its own code runs then, and says what is wrong with it
         return None
 
 

@@ -13,7 +13,6 @@ import inspect
 import math
 import textwrap
 import types
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -200,9 +199,7 @@ def _of_torch(value: Any) -> bool:
     if isinstance(value, functools.partial):
         given: list[Any] = [*value.args, *value.keywords.values()]
         return _of_torch(value.func) and all(isinstance(each, _NUMBERS) for each in given)
-    if not isinstance(value, (types.FunctionType, types.BuiltinFunctionType, Callable)):  # type: ignore[arg-type]
+    if not callable(value) or isinstance(value, type):
         return False
     home = getattr(value, "__module__", None) or ""
-    return not isinstance(value, type) and (
-        _is_known(home) or getattr(torch, getattr(value, "__name__", ""), None) is value
-    )
+    return _is_known(home) or getattr(torch, getattr(value, "__name__", ""), None) is value

@@ -16,6 +16,7 @@ from torch_quant.ops.arguments import set_arguments
 from torch_quant.statistics import RANGE, Observer, Statistic
 
 __all__ = [
+    "erase_call",
     "Draft",
     "NoParams",
     "Params",
@@ -203,3 +204,21 @@ def call_like(node: fx.Node, target: Any, args: tuple[Any, ...], **kwargs: Any) 
         new = graph.call_function(target, args, kwargs)
     new.meta = dict(node.meta)
     return new
+
+
+def erase_call(node: fx.Node) -> None:
+    """Take a call out, and all that was there for it alone.
+
+    >>> gm = fx.symbolic_trace(lambda x: (x + 1) * 2)
+    >>> (product,) = gm.graph.output_node().args
+    >>> product.replace_all_uses_with(next(iter(gm.graph.nodes)))
+    [output]
+    >>> erase_call(product), [node.op for node in gm.graph.nodes]
+    (None, ['placeholder', 'output'])
+    """
+    waiting = {node: None}
+    while waiting:
+        dead, _ = waiting.popitem()
+        if not dead.users and not dead._erased and dead.op == "call_function":
+            waiting |= dict.fromkeys(dead.all_input_nodes)
+            dead.graph.erase_node(dead)

@@ -17,7 +17,7 @@ from torch import SymInt, Tensor, fx
 
 from torch_quant.native.rms_norm import ADD_RMS_NORM, RMS_NORM
 from torch_quant.ops.arguments import argument, positional
-from torch_quant.passes.base import PassContext
+from torch_quant.passes.base import PassContext, erase_call
 
 __all__ = ["fuse_rms_norms"]
 
@@ -200,16 +200,6 @@ def _replace(norm: _Norm) -> None:
         norm.x.replace_all_uses_with(total)
     new.meta = dict(last.meta)
     last.replace_all_uses_with(new)
-    _erase(last)
+    erase_call(last)
     if terms is not None:
-        _erase(norm.x)
-
-
-def _erase(node: fx.Node) -> None:
-    """Take a call out, and all that was there for it alone."""
-    waiting = {node: None}
-    while waiting:
-        dead, _ = waiting.popitem()
-        if not dead.users and not dead._erased and dead.op == "call_function":
-            waiting |= dict.fromkeys(dead.all_input_nodes)
-            dead.graph.erase_node(dead)
+        erase_call(norm.x)

@@ -16,7 +16,7 @@ from torch_quant import native
 from torch_quant.backends.onednn.ops import LINEAR, QUANTIZE_FAST
 from torch_quant.native.rows import NORM_ROWS, ROUND_ROWS
 from torch_quant.ops.arguments import argument, positional, set_arguments
-from torch_quant.passes.base import PassContext
+from torch_quant.passes.base import PassContext, erase_call
 
 __all__ = ["round_in_one_pass"]
 
@@ -111,7 +111,7 @@ def _lower_norm(node: fx.Node, norm: fx.Node, factor: fx.Node | None, grid: list
             new.meta = dict(old.meta)
             old.replace_all_uses_with(new)
     for old in (node, norm):
-        _erase(old)
+        erase_call(old)
 
 
 def _lower_round(node: fx.Node, x: fx.Node, factor: fx.Node, grid: list[Any]) -> None:
@@ -127,14 +127,4 @@ def _lower_round(node: fx.Node, x: fx.Node, factor: fx.Node, grid: list[Any]) ->
             new = node.graph.call_function(ROUND_ROWS, (x, factor, "none", *grid))
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
-    _erase(node)
-
-
-def _erase(node: fx.Node) -> None:
-    """Take a call out, and all that was there for it alone."""
-    waiting = {node: None}
-    while waiting:
-        dead, _ = waiting.popitem()
-        if not dead.users and not dead._erased and dead.op == "call_function":
-            waiting |= dict.fromkeys(dead.all_input_nodes)
-            dead.graph.erase_node(dead)
+    erase_call(node)
