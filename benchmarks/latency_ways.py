@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from torch_quant import Quantizer, export_onnx
 
-__all__ = ["OURS", "WAYS", "Run", "Setting", "first", "offered"]
+__all__ = ["OURS", "WAYS", "Reader", "Run", "Setting", "arrays", "first", "offered"]
 
 Run = Callable[[Inputs], Any]
 """A call of a model that is ready; what it returns is kept only to be compared."""
@@ -131,7 +131,7 @@ def in_onnxruntime(file: Path, setting: Setting) -> Run:
     return lambda given: session.run(None, arrays(given))
 
 
-class _Reader:
+class Reader:
     """Calibration data as onnxruntime's quantizer wants it."""
 
     def __init__(self, sizes: list[Inputs]) -> None:
@@ -151,7 +151,7 @@ def onnxruntime_static(setting: Setting) -> Run:
         {"op_types_to_quantize": ["MatMul", "Gemm"]} if setting.case.kind == "transformer" else {}
     )
     # Their calibration joins what batches gave, so all have one size.
-    reader = _Reader(setting.sizes[:1])
+    reader = Reader(setting.sizes[:1])
     quantize_static(_prepared(setting), found, reader, per_channel=True, **formats, **more)
     return in_onnxruntime(found, setting)
 

@@ -13,7 +13,7 @@ import logging
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,13 @@ import onnxruntime
 import torch
 from harness import interleaved_latency, minilm, minilm_inputs, onnxruntime_session, report
 from latency_models import resnet50
+from latency_ways import Reader, arrays
 from minilm_data import embed, load_pairs, model_folder, retrieval
 from torch import Tensor, nn
 
 from torch_quant import Backend, QConfig, Quantizer, SmoothQuant, cosine, export_onnx, sqnr
 
 Feed = dict[str, Tensor]
-
-
-def arrays(feed: Feed) -> dict[str, Any]:
-    return {name: x.numpy() for name, x in feed.items()}
 
 
 def openvino_call(path: Path, feed: Feed) -> Callable[[], Any]:
@@ -62,17 +59,6 @@ class InRuntime(nn.Module):
         else:
             first = self.session.run(None, feed)[0]
         return {"last_hidden_state": torch.from_numpy(first.copy())}
-
-
-class Reader:
-    """Calibration data as onnxruntime's quantizer wants it."""
-
-    def __init__(self, feeds: list[Feed]) -> None:
-        self.feeds: Iterator[Feed] = iter(feeds)
-
-    def get_next(self) -> dict[str, Any] | None:
-        feed = next(self.feeds, None)
-        return None if feed is None else arrays(feed)
 
 
 def peers(float_file: Path, feeds: list[Feed], folder: Path, kind: str) -> dict[str, Path]:
