@@ -48,9 +48,9 @@ def ids(batch: int = 2, length: int = 7) -> dict[str, Tensor]:
 
 def quantized(model: nn.Module, qconfig: Any = None, **options: Any) -> Any:
     """int4 in groups of 32 by default, embeddings in float."""
-    options = {"overrides": IN_FLOAT, "capture": "modules", **options}
+    options = {"overrides": IN_FLOAT, "capture": "modules", "backend": "reference", **options}
     qconfig = qconfig or recipes.int4_weight_only(group_size=32)
-    return Quantizer("reference", qconfig=qconfig, **options).quantize(model, example_inputs=ids())
+    return Quantizer(qconfig=qconfig, **options).quantize(model, example_inputs=ids())
 
 
 def integers(model: nn.Module) -> dict[str, tuple[Tensor, Tensor, Tensor]]:

@@ -34,7 +34,7 @@ OPTIONAL = {
     "intel_extension_for_pytorch", "matplotlib", "tabulate", "tqdm", "scipy", "sklearn", "yaml",
 }  # fmt: skip
 AO = {"statistics/ao_adapter.py", "ops/decomposed.py"}
-ADAPTERS = {"integrations/trainer.py", "integrations/transformers.py"}
+ADAPTERS = {f"integrations/{name}.py" for name in ("generation", "trainer", "transformers")}
 """Files for those who have an optional package; nothing here imports them unless it is loaded."""
 SEAMS = {"core/methods.py", "calibrated.py"}
 """Files whose types name what stands to their right: what those are given who extend them."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,6 +32,7 @@ from torch_quant.backends.onednn.backend import accepted_weight, missing_kernels
 from torch_quant.convert.exporting import exported_at_once, input_shapes
 from torch_quant.convert.quantized_graph import QuantizedGraph
 from torch_quant.core.kernels import Accepts, Kernel, KernelTable
+from torch_quant.core.packages import missing_compiler
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig, UnsupportedOp
 from torch_quant.passes.base import PassContext, run_passes
@@ -92,15 +91,7 @@ class InductorBackend(Backend):
         self.dynamic, self.settings = dynamic, dict(settings or {})
 
     def unavailable(self) -> str | None:
-        if missing := missing_kernels():
-            return missing
-        compiler = os.environ.get("CXX", "g++")
-        if shutil.which(compiler) is None:
-            return (
-                f"it needs a C++ compiler, and there is no {compiler}: install one "
-                "(apt-get install g++), or name yours in the environment variable CXX"
-            )
-        return None
+        return missing_kernels() or missing_compiler()
 
     def _kernels(self) -> KernelTable:
         activation, weight = Accepts(QuantSpec()), accepted_weight()

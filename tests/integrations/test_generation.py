@@ -1,0 +1,74 @@
+"""``generate`` with compiled steps: the tokens of the model itself, for every size and model."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_models import DECODERS, ids, quantized
+
+from torch_quant import BackendUnavailable, InvalidConfig, load, recipes, save
+
+pytest.importorskip("transformers", reason="transformers is missing: pip install 'transformers>=5'")
+from torch_quant.integrations.generation import compiled_steps
+
+
+def tokens(model: Any, rows: int = 1, length: int = 5, **options: Any) -> torch.Tensor:
+    found: torch.Tensor = model.generate(
+        **ids(rows, length), max_new_tokens=6, do_sample=False, pad_token_id=0, **options
+    )
+    return found
+
+
+@pytest.mark.long("a minute: the compiler works four times")
+def test_the_same_tokens_with_every_size_and_model() -> None:
+    """Two models of one class and one process, which differ in what their layers are made of."""
+    model = DECODERS["llama"]()
+    int4 = quantized(model, backend="onednn")
+    int8 = quantized(model, recipes.int8_weight_only(), backend="onednn")
+    steps = compiled_steps(int4)
+    others = compiled_steps(int8)
+    for rows, length in ((1, 5), (1, 9), (2, 3), (1, 5)):
+        for each, options in ((int4, steps), (int8, others)):
+            assert torch.equal(tokens(each, rows, length, **options), tokens(each, rows, length))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.equal(tokens(int4, 2, 3, **steps), tokens(int4, 2, 3))
+    with torch.compiler.set_stance("fail_on_recompile"), pytest.raises(RuntimeError):
+        tokens(quantized(model), **compiled_steps(quantized(model)))
+
+
+def test_weights_that_change_and_copies() -> None:
+    model = DECODERS["tied"]()
+    quant_model = quantized(model, backend="onednn")
+    steps = compiled_steps(quant_model)
+    before = tokens(quant_model, **steps)
+    for other in (copy.deepcopy(quant_model), pickle.loads(pickle.dumps(quant_model))):
+        assert torch.equal(tokens(other, **compiled_steps(other)), before)
+    with torch.no_grad():
+        quant_model.model.norm.weight.neg_()
+    after = tokens(quant_model)
+    assert not torch.equal(after, before)
+    assert torch.equal(tokens(quant_model, **steps), after)
+
+
+@pytest.mark.long("as long as the one above")
+def test_a_float_model_and_a_loaded_one(tmp_path: Path) -> None:
+    model = DECODERS["qwen2"]()
+    assert torch.equal(tokens(model, **compiled_steps(model)), tokens(model))
+    quant_model = quantized(model, backend="onednn")
+    steps = compiled_steps(quant_model)
+    save(quant_model, tmp_path / "int4")
+    loaded = load(tmp_path / "int4", model)
+    assert torch.equal(tokens(loaded, **compiled_steps(loaded)), tokens(quant_model, **steps))
+
+
+def test_what_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InvalidConfig, match=r"compiled_steps\(Linear\): expected a language model"):
+        compiled_steps(torch.nn.Linear(2, 2))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(BackendUnavailable, match="there is no no-such-compiler: install one"):
+        compiled_steps(DECODERS["llama"]())
