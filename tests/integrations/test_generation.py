@@ -10,11 +10,16 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_models import DECODERS, ids, quantized
+from thinning import OLDEST
 
 from torch_quant import BackendUnavailable, InvalidConfig, load, recipes, save
 
 pytest.importorskip("transformers", reason="transformers is missing: pip install 'transformers>=5'")
 from torch_quant.integrations.generation import compiled_steps
+
+COMPILES = pytest.mark.skipif(
+    OLDEST, reason="torch 2.8's compiler fails on transformers 5: pip install torch==2.13.0"
+)
 
 
 def tokens(model: Any, rows: int = 1, length: int = 5, **options: Any) -> torch.Tensor:
@@ -24,6 +29,7 @@ def tokens(model: Any, rows: int = 1, length: int = 5, **options: Any) -> torch.
     return found
 
 
+@COMPILES
 @pytest.mark.long("a minute: the compiler works four times")
 def test_the_same_tokens_with_every_size_and_model() -> None:
     """Two models of one class and one process, which differ in what their layers are made of."""
@@ -41,6 +47,7 @@ def test_the_same_tokens_with_every_size_and_model() -> None:
         tokens(quantized(model), **compiled_steps(quantized(model)))
 
 
+@COMPILES
 def test_weights_that_change_and_copies() -> None:
     model = DECODERS["tied"]()
     quant_model = quantized(model, backend="onednn")
@@ -55,6 +62,7 @@ def test_weights_that_change_and_copies() -> None:
     assert torch.equal(tokens(quant_model, **steps), after)
 
 
+@COMPILES
 @pytest.mark.long("as long as the one above")
 def test_a_float_model_and_a_loaded_one(tmp_path: Path) -> None:
     model = DECODERS["qwen2"]()
@@ -67,8 +75,11 @@ def test_a_float_model_and_a_loaded_one(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InvalidConfig, match=r"compiled_steps\(Linear\): expected a language model"):
-        compiled_steps(torch.nn.Linear(2, 2))
+    if not OLDEST:
+        expected = r"compiled_steps\(Linear\): expected a language model"
+        with pytest.raises(InvalidConfig, match=expected):
+            compiled_steps(torch.nn.Linear(2, 2))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(BackendUnavailable, match="there is no no-such-compiler: install one"):
+    wrong = "torch 2.13" if OLDEST else "there is no no-such-compiler: install one"
+    with pytest.raises(BackendUnavailable, match=wrong):
         compiled_steps(DECODERS["llama"]())

@@ -45,7 +45,8 @@ def compiled_steps(model: nn.Module) -> dict[str, Any]:
         what to give to ``generate``.
 
     Raises:
-        BackendUnavailable: there is no C++ compiler.
+        BackendUnavailable: there is no C++ compiler, or this is torch 2.8, whose compiler fails on
+            configurations of transformers 5.
         InvalidConfig: the model's class has no ``generate``.
 
     Example::
@@ -53,6 +54,11 @@ def compiled_steps(model: nn.Module) -> dict[str, Any]:
         steps = compiled_steps(quant_model)
         quant_model.generate(**inputs, max_new_tokens=100, **steps)
     """
+    if torch.__version__.startswith("2.8."):
+        raise BackendUnavailable(
+            f"decode steps can't be compiled: the compiler of torch {torch.__version__} fails on "
+            "configurations of transformers 5; it works with torch 2.13 (pip install -U torch)"
+        )
     if missing := missing_compiler():
         raise BackendUnavailable(f"decode steps can't be compiled: {missing}")
     if not callable(getattr(model, "get_compiled_call", None)):
