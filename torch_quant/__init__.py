@@ -12,6 +12,7 @@ from torch_quant.algorithms import (
     TEQ,
     AutoRound,
     BiasCorrection,
+    OutlierSplit,
     RoundToNearest,
     SmoothQuant,
 )
@@ -80,6 +81,7 @@ __all__ = [
     "InvalidConfig",
     "ModuleFilter",
     "NotCalibrated",
+    "OutlierSplit",
     "PerBlock",
     "PerChannel",
     "PerGroup",

@@ -148,6 +148,8 @@ class _Sum:
 
     def add_all(self, values: Iterable[Tensor], others: Iterable[Tensor]) -> None:
         for x, y in zip(values, others, strict=True):
+            if x.dim() and x.dim() == y.dim():
+                y = y[..., : x.shape[-1]]  # channels that are repeated stand behind the others
             if x.shape != y.shape:
                 continue
             exact = x.detach().double()

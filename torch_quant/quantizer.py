@@ -203,9 +203,9 @@ class Quantizer(QuantizerPage):
 
         Args:
             amp_model: a proxy of :meth:`amp`; best with data that calibration did not see.
-            candidates: ``"smooth"``, another alpha of SmoothQuant, or none; ``"per_token"``, scales
-                chosen at each call, where the backend has a kernel; None for both. ``"clip"``,
-                codes for a share of the recorded range. Or configurations, as for :meth:`amp`.
+            candidates: ``"smooth"``, another alpha of SmoothQuant, or none; ``"split"``, copies of
+                the largest channels; ``"per_token"``, scales chosen at each call; None for these.
+                ``"clip"``, codes for a share of the range. Or configurations, as for :meth:`amp`.
             min_gain: the share of all noise that scales per token, which cost time, take off.
             seed: of the random directions.
             progress: show a bar on stderr where it takes more than two seconds.

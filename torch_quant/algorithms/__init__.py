@@ -5,6 +5,7 @@ from torch_quant.algorithms.awq import AWQ
 from torch_quant.algorithms.bias_correction import BiasCorrection
 from torch_quant.algorithms.gptq import GPTQ
 from torch_quant.algorithms.hqq import HQQ
+from torch_quant.algorithms.outlier_split import OutlierSplit
 from torch_quant.algorithms.rtn import DEFAULT_METHOD, RoundToNearest, without_data
 from torch_quant.algorithms.smoothquant import SmoothQuant
 from torch_quant.algorithms.teq import TEQ
@@ -17,6 +18,7 @@ __all__ = [
     "TEQ",
     "AutoRound",
     "BiasCorrection",
+    "OutlierSplit",
     "RoundToNearest",
     "SmoothQuant",
     "without_data",

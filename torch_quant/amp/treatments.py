@@ -1,8 +1,8 @@
 """What may be done with a site beside what is planned, each scored on the same float inputs.
 
 A treatment changes the plan of a site: which share of the recorded range its codes cover, how far
-SmoothQuant moves the spread of channels into the weight, or scales for each token. Where one does
-not apply, the site is left as planned.
+SmoothQuant moves the spread of channels into the weight, copies of the largest channels, or scales
+for each token. Where one does not apply, the site is left as planned.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from torch_quant.algorithms import SmoothQuant
+from torch_quant.algorithms import OutlierSplit, SmoothQuant
 from torch_quant.amp.candidates import candidate_lowerings, checked_candidates
 from torch_quant.calibrated import Calibrated
 from torch_quant.config import QConfig
@@ -33,10 +33,15 @@ from torch_quant.statistics import CHANNELS, RANGE
 if TYPE_CHECKING:
     from torch_quant.session import Session
 
-__all__ = ["KINDS", "Clipped", "PerTokenScales", "Smoothed", "Treated", "Treatment", "treatments"]
+__all__ = [
+    "KINDS", "Clipped", "PerTokenScales", "Smoothed", "Split", "Treated", "Treatment", "treatments",
+]  # fmt: skip
 
 _SHARES = (0.9, 0.8)
 _ALPHAS = (None, 0.6, 0.7, 0.9)
+_COPIES = (1 / 64, 1 / 24)
+_EVENING = (SmoothQuant, OutlierSplit)
+"""Transforms that even out the channels of an input; one of them does at a site."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +73,9 @@ class Treatment(ABC):
             config: the present one.
             entry: the new plan of the site.
         """
-        smooth = tuple(each for each in entry.transforms if isinstance(each, SmoothQuant))
-        rest = (each for each in config.transforms if not isinstance(each, SmoothQuant))
-        return replace(config, input=entry.activation, transforms=(*smooth, *rest))
+        evening = tuple(each for each in entry.transforms if isinstance(each, _EVENING))
+        rest = (each for each in config.transforms if not isinstance(each, _EVENING))
+        return replace(config, input=entry.activation, transforms=(*evening, *rest))
 
 
 @dataclass(frozen=True)
@@ -109,20 +114,47 @@ class Smoothed(Treatment):
         return "not smoothed" if self.alpha is None else f"smooth {self.alpha:g}"
 
     def planned(self, entry: SitePlan, sites: list[Site], session: Session) -> SitePlan | None:
-        spec = entry.activation
-        if spec is None or spec.dynamic or not spec.per_tensor or entry.weight is None:
+        smooth: list[Transform] = [] if self.alpha is None else [SmoothQuant(self.alpha)]
+        return _evened(entry, smooth, sites, session)
+
+
+@dataclass(frozen=True)
+class Split(Treatment):
+    """Channels far larger than the rest have copies, in the place of smoothing.
+
+    It applies where the layers before compute these.
+
+    >>> Split(share=0.05).name
+    'split 5.0%'
+    """
+
+    share: float = 1 / 64
+
+    @property
+    def name(self) -> str:
+        return f"split {self.share:.1%}"
+
+    def planned(self, entry: SitePlan, sites: list[Site], session: Session) -> SitePlan | None:
+        if not all(site.repeatable for site in sites):
             return None
-        if not all(site.smoothable for site in sites):
+        return _evened(entry, [OutlierSplit(self.share)], sites, session)
+
+
+def _evened(
+    entry: SitePlan, evening: list[Transform], sites: list[Site], session: Session
+) -> SitePlan | None:
+    """The plan of a site whose channels these even out, and nothing else."""
+    spec = entry.activation
+    if spec is None or spec.dynamic or not spec.per_tensor or entry.weight is None:
+        return None
+    if not all(site.smoothable for site in sites):
+        return None
+    for site in sites:
+        whole, channels = (session.state.find(site.inputs[0], x) for x in (RANGE, CHANNELS))
+        if whole is None or channels is None or channels.batches < whole.batches:
             return None
-        for site in sites:
-            whole, channels = (session.state.find(site.inputs[0], x) for x in (RANGE, CHANNELS))
-            if whole is None or channels is None or channels.batches < whole.batches:
-                return None
-        made: list[Transform] = [] if self.alpha is None else [SmoothQuant(self.alpha)]
-        made += [each for each in entry.transforms if not isinstance(each, SmoothQuant)]
-        if tuple(made) == entry.transforms:
-            return None
-        return replace(entry, transforms=tuple(made))
+    made = [*evening, *(each for each in entry.transforms if not isinstance(each, _EVENING))]
+    return None if tuple(made) == entry.transforms else replace(entry, transforms=tuple(made))
 
 
 @dataclass(frozen=True)
@@ -181,10 +213,11 @@ class _Given(Treatment):
 KINDS: Mapping[str, tuple[Treatment, ...]] = {
     "clip": tuple(Clipped(share=share) for share in (1.0, *_SHARES)),
     "smooth": tuple(Smoothed(alpha=alpha) for alpha in (*_ALPHAS, 0.8)),
+    "split": tuple(Split(share=share) for share in _COPIES),
     "per_token": (PerTokenScales(),),
 }
 """What ``quantizer.optimize(candidates=...)`` may name."""
-_DEFAULT = ("smooth", "per_token")
+_DEFAULT = ("smooth", "split", "per_token")
 """Not ``"clip"``: what a rare value beyond the range costs cannot be seen in a few samples."""
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import operator
 from collections import Counter
-from collections.abc import Container, Iterator
+from collections.abc import Collection, Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from torch_quant.core.window import Window
@@ -29,10 +30,12 @@ __all__ = [
     "ORIGIN",
     "Site",
     "behind",
+    "computed_channels",
     "find_sites",
     "fused_output",
     "is_constant",
     "is_float",
+    "is_vector",
     "key_of",
     "local_name",
     "module_path",
@@ -43,6 +46,8 @@ __all__ = [
     "source",
     "weights",
 ]
+
+aten = torch.ops.aten
 
 MODULE = "torch_quant_module"
 """Entry of ``node.meta``: path of the innermost module the node runs in, in the whole model."""
@@ -71,6 +76,8 @@ class Site:
             statistics of channels recorded there hold for the input.
         channels: the axis of the input's channels, counted from the end, if they lie so in its
             source too.
+        repeatable: whether linear layers compute its input's channels, so that they may compute
+            some twice, and linear layers alone read them.
         picks: whether something is picked by its result, as experts by a router.
         window: what it reads for each of its results, if that is a part of an image that lies in
             the source of its input as in the input itself.
@@ -88,6 +95,7 @@ class Site:
     result: str = ""
     smoothable: bool = False
     channels: int | None = None
+    repeatable: bool = False
     picks: bool = False
     window: Window | None = None
 
@@ -262,6 +270,55 @@ def _window(pattern: OpPattern, node: fx.Node) -> Window | None:
     return pattern.window(node)
 
 
+def computed_channels(x: fx.Node, readers: Collection[fx.Node]) -> list[fx.Node]:
+    """The linear layers that compute the channels of ``x``, and all between them and it.
+
+    Empty where something else reads one of these tensors, or a function between sees more than
+    single elements: then no layer can compute channels of ``x`` twice.
+
+    Args:
+        x: a tensor.
+        readers: of it, which are to read the repeated channels.
+
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.GELU(), nn.Linear(3, 2))
+    >>> graph = torch.export.export(model, (torch.ones(2, 2),)).module().graph
+    >>> second = next(x for x in reversed(graph.nodes) if x.target is aten.linear.default)
+    >>> computed_channels(argument(second, 0), [second])
+    [gelu, linear]
+    """
+    found: dict[fx.Node, None] = {}
+    return list(found) if _collect(x, readers, size_hints(x), found) else []
+
+
+def _collect(
+    x: Any, readers: Collection[fx.Node], sizes: tuple[int, ...], found: dict[fx.Node, None]
+) -> bool:
+    if not isinstance(x, fx.Node) or size_hints(x) != sizes or not set(x.users) <= set(readers):
+        return False
+    found[x] = None
+    if x.target is aten.linear.default:
+        constants = [each for each in positional(x)[1:] if each is not None]
+        return all(isinstance(each, fx.Node) and is_constant(each) for each in constants)
+    if x.target in ACTIVATIONS:
+        return _collect(argument(x, 0), [x], sizes, found)
+    if x.target in (aten.mul.Tensor, aten.add.Tensor):
+        sides = [each for each in positional(x)[:2] if isinstance(each, fx.Node)]
+        sides = [each for each in sides if not is_vector(each, sizes)]
+        return bool(sides) and all(_collect(each, [x], sizes, found) for each in sides)
+    return False
+
+
+def is_vector(x: Any, sizes: tuple[int, ...]) -> bool:
+    """Whether ``x`` is a constant for each channel."""
+    return isinstance(x, fx.Node) and is_constant(x) and size_hints(x) == sizes[-1:]
+
+
+def _is_repeatable(x: fx.Node) -> bool:
+    linear = all(user.target is aten.linear.default for user in x.users)
+    return linear and bool(computed_channels(x, x.users))
+
+
 def find_sites(graph: fx.Graph) -> Iterator[tuple[fx.Node, OpPattern, Site]]:
     """Every site of a canonical graph in order: its node, its row and its description.
 
@@ -296,6 +353,7 @@ def find_sites(graph: fx.Graph) -> Iterator[tuple[fx.Node, OpPattern, Site]]:
             result=key_of(found[0]),
             smoothable=pattern.smoothable and _keeps_channels(operands(node, pattern)[0]),
             channels=_channels(pattern, node),
+            repeatable=pattern.smoothable and _is_repeatable(operands(node, pattern)[0]),
             picks=node in picking,
             window=_window(pattern, node),
         )

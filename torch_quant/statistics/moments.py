@@ -30,6 +30,7 @@ __all__ = [
     "ChannelMean",
     "Hessian",
     "MeanSquare",
+    "Moments",
     "channel_mean",
     "check_sums",
     "require_finite_squares",
@@ -76,10 +77,10 @@ def check_sums(sums: Tensor, rows: int, batches: int) -> None:
         raise InvalidConfig(f"'rows' is {rows} and 'batches' {batches}")
 
 
-_S = TypeVar("_S", bound="_Moments")
+_S = TypeVar("_S", bound="Moments")
 
 
-class _Moments(Statistic):
+class Moments(Statistic):
     """Sums over all vectors along the last dimension, and how many vectors there were.
 
     Sums are replaced and never written to, so that copies may share them: a state is copied before
@@ -136,11 +137,17 @@ class _Moments(Statistic):
         made.sums = self._times(factor)
         return made
 
+    def at(self: _S, index: Tensor) -> _S:
+        """That of the channels ``index``, int64 of shape ``[n]``; one may stand several times."""
+        made = self.__deepcopy__({})
+        made.sums = self.sums[index]
+        return made
+
     @abstractmethod
     def _times(self, factor: Tensor) -> Tensor:
         """The sums of channels times ``factor``."""
 
-    def _merge(self, other: _Moments) -> None:
+    def _merge(self, other: Moments) -> None:
         if self.sums.shape != other.sums.shape:
             raise InvalidConfig(
                 f"{self.name} of {self.sums.shape[-1]} and {other.sums.shape[-1]} channels "
@@ -165,7 +172,7 @@ class _Moments(Statistic):
 
 
 @register_statistic
-class Hessian(_Moments):
+class Hessian(Moments):
     """``mean(x x^T)`` of the vectors along the last dimension: ``[channels, channels]``.
 
     It takes ``4 channels^2`` bytes, however much data there is, and twice that during a batch.
@@ -203,9 +210,14 @@ class Hessian(_Moments):
     def _times(self, factor: Tensor) -> Tensor:
         return self.sums * factor * factor[:, None]
 
+    def at(self, index: Tensor) -> Hessian:
+        made = self.__deepcopy__({})
+        made.sums = self.sums[index][:, index]
+        return made
+
 
 @register_statistic
-class MeanSquare(_Moments):
+class MeanSquare(Moments):
     """``mean(x^2)`` of each index of the last dimension: ``[channels]``.
 
     >>> squares = MeanSquare()
@@ -227,7 +239,7 @@ class MeanSquare(_Moments):
 
 
 @register_statistic
-class ChannelMean(_Moments):
+class ChannelMean(Moments):
     """The mean of each channel: over vectors, or over images of the mean over their pixels.
 
     Args:
@@ -264,7 +276,7 @@ class ChannelMean(_Moments):
         copied.axis = self.axis
         return copied
 
-    def _merge(self, other: _Moments) -> None:
+    def _merge(self, other: Moments) -> None:
         if not isinstance(other, ChannelMean) or other.axis != self.axis:
             raise InvalidConfig("means of channels along other dimensions cannot be merged")
         super()._merge(other)
