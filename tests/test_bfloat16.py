@@ -49,6 +49,8 @@ def test_all_products_without_data(backend: str, tmp_path: Path) -> None:
     said = "100.0% of the multiply-accumulates in bfloat16, 2 of 2 sites"
     assert said in str(quantizer.coverage(model))
     assert "as configured, in bfloat16" in str(quantizer.coverage(model))
+    assert [row["format"] for row in quantizer.coverage(model).by_op()] == ["bfloat16"]
+    assert repr(quant_model).count("bias=True, bfloat16)") == 2
     assert quantizer.explain("0", model)["quantized"].rule == "Quantizer(qconfig=...)"
     torch_quant.save(quant_model, tmp_path)
     assert torch.equal(torch_quant.load(tmp_path)(X), expected)
@@ -68,6 +70,8 @@ def test_beside_int8(backend: str, caplog: pytest.LogCaptureFixture) -> None:
     assert "66.7% of the multiply-accumulates in int8, 1 of 2 sites, 33.3% in bfloat16" in repr(
         quant_model
     )
+    assert repr(quant_model).count("bias=True, bfloat16)") == 1
+    assert [row["format"] for row in quantizer.coverage(model).by_op()] == ["int8; bfloat16"]
     again = Quantizer.from_config(quantizer.to_config())
     again.load_state_dict(quantizer.state_dict())
     assert torch.equal(again.quantize(model, example_inputs=X)(X), quant_model(X))

@@ -172,6 +172,12 @@ def test_mistakes_by_position() -> None:
         Quantizer(nn.Linear(2, 2))  # type: ignore[arg-type]
     with pytest.raises(InvalidConfig, match="gives qconfig twice"):
         Quantizer("int8_dynamic", qconfig=QConfig())
+    with pytest.raises(InvalidConfig, match=r"backend='disc', qconfig='int8_dynamic'\)"):
+        Quantizer("disc", "int8_dynamic")  # type: ignore[arg-type]
+    with pytest.raises(InvalidConfig, match=r"qconfig='int8_dynamic', backend='disc'\)"):
+        Quantizer("int8_dynamic", "disc")  # type: ignore[arg-type]
+    with pytest.raises(InvalidConfig, match=r"coverage\(model, backend='onednn'\)"):
+        Quantizer("reference").coverage(Net(), Backend.ONEDNN)
     with pytest.raises(InvalidConfig, match="gives backend twice"):
         Quantizer("onednn", backend="reference")
     with pytest.raises(InvalidConfig, match=r"holds.*module classes as exclude_classes"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,9 +25,12 @@ if TYPE_CHECKING:
     from torch_quant.backends import Backend
     from torch_quant.session import Session
 
-__all__ = ["Calibrated", "without_result"]
+__all__ = ["Calibrated", "tell_unrecorded", "without_result"]
+
+logger = logging.getLogger("torch_quant")
 
 V = TypeVar("V")
+_UNRECORDED = "quantizes its own result, whose range was not recorded"
 
 
 class Calibrated:
@@ -219,7 +223,15 @@ def without_result(session: Session, plan: QuantPlan, backend: Backend) -> dict[
         if result is None or (fewer and not given.keys() & {key, *each.inputs}):
             count = "" if result is None else f" in {fewest - result.batches} of {fewest} batches"
             found[name] = (
-                f"{backend!r} quantizes its own result, whose range was not recorded{count}: "
-                f"calibrate with Quantizer({backend.name!r})"
+                f"{backend!r} {_UNRECORDED}{count}: calibrate with Quantizer({backend.name!r})"
             )
     return found
+
+
+def tell_unrecorded(plan: QuantPlan) -> None:
+    """Log a warning of sites that stay in float since another calibration recorded too little."""
+    found = {x: site.reason for x, site in plan.items() if _UNRECORDED in site.reason}
+    if found:
+        (name, reason), *others = found.items()
+        rest = f", and {len(others)} more" if others else ""
+        logger.warning("stays in float: %s (%s)%s", name, reason, rest)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -19,6 +19,7 @@ __all__ = [
     "FASTEST",
     "Choice",
     "check_keywords",
+    "check_positions",
     "chosen_backend",
     "override",
     "overrides_of",
@@ -148,6 +149,29 @@ def overrides_of(given: object) -> dict[OverrideKey, QConfig | None]:
             "overrides={'head': None} leaves the head in float"
         )
     return {key: override(key, value) for key, value in given.items()}
+
+
+def check_positions(choice: object, more: Sequence[object]) -> None:
+    """Raise :class:`InvalidConfig` if more than one argument was given by position.
+
+    Args:
+        choice: the first.
+        more: the others.
+
+    >>> check_positions("disc", ())
+    """
+    if not more:
+        return
+    given = ", ".join(map(repr, (choice, *more)))
+    first, second = ("backend", "qconfig")
+    try:
+        told(choice, None, more[0])  # type: ignore[arg-type] # which of them is the backend
+    except InvalidConfig:
+        first, second = second, first
+    raise InvalidConfig(
+        f"Quantizer({given}): one argument may be given by position, a backend or a configuration: "
+        f"Quantizer({first}={choice!r}, {second}={more[0]!r})"
+    )
 
 
 def check_keywords(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:

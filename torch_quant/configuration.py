@@ -26,6 +26,7 @@ from torch_quant.graph.dynamic import Dynamic, checked_dynamic
 from torch_quant.graph.policy import CapturePolicy, checked_capture
 from torch_quant.graph.rules import key_text, rules_of
 from torch_quant.io.files import write_atomically
+from torch_quant.io.kinds import what_it_holds
 from torch_quant.module_filter import read_filter
 from torch_quant.settings import Settings
 from torch_quant.unseen import checked_choice
@@ -57,7 +58,8 @@ def read_configuration(source: str | os.PathLike[str] | Mapping[str, Any]) -> di
         return _arguments(dict(source), Lines("the configuration"))
     path = Path(source)
     if path.suffix not in _ENDINGS:
-        raise InvalidConfig(f"{path}: expected a file that ends in {', '.join(_ENDINGS)}")
+        hint = what_it_holds(path)
+        raise InvalidConfig(f"{path}: expected a file that ends in {', '.join(_ENDINGS)}{hint}")
     try:
         text = path.read_text(encoding="utf-8")
         data, lines = (read_json if path.suffix == ".json" else read_yaml)(text, str(path))

@@ -22,7 +22,15 @@ from torch_quant.amp.optimizing import optimize
 from torch_quant.amp.options import AmpOptions
 from torch_quant.amp.proxy import AmpModel
 from torch_quant.backends import VARIABLE, Backend, usable_backend
-from torch_quant.choices import check_keywords, chosen_backend, override, overrides_of, told
+from torch_quant.calibrated import tell_unrecorded
+from torch_quant.choices import (
+    check_keywords,
+    check_positions,
+    chosen_backend,
+    override,
+    overrides_of,
+    told,
+)
 from torch_quant.config import OverrideKey, QConfig
 from torch_quant.configuration import configuration, write_configuration
 from torch_quant.convert.lowering import Lowering
@@ -63,7 +71,7 @@ class QuantizerBase(Tied):
         self,
         choice: Backend | str | QConfig | None = None,
         /,
-        *,
+        *more: NoReturn,
         backend: Backend | str | None = None,
         qconfig: QConfig | str | None = None,
         overrides: Mapping[OverrideKey, QConfig | str | None] | None = None,
@@ -73,6 +81,7 @@ class QuantizerBase(Tied):
         capture: Capture | None = None,
         **unknown: NoReturn,
     ) -> None:
+        check_positions(choice, more)
         check_keywords(unknown, inspect.signature(QuantizerBase.__init__).parameters)
         backend, config = told(choice, backend, qconfig)
         self._capture = None if capture is None else checked_capture(capture)
@@ -158,6 +167,10 @@ class QuantizerBase(Tied):
         self, model: nn.Module, backend: Backend | str | None, example_inputs: Any, method: str
     ) -> tuple[Backend, Session]:
         """The backend and the model, captured, for ``method``."""
+        if isinstance(example_inputs, Backend):
+            given = f"{method}(model, {example_inputs!r})"
+            name = f"backend={example_inputs.name!r}"
+            raise InvalidConfig(f"{given}: inputs stand second; {method}(model, {name})")
         chosen = self.backend if backend is None else usable_backend(backend)
         session = self._session(model, chosen)
         if example_inputs is not None:
@@ -374,6 +387,7 @@ class QuantizerBase(Tied):
 def _tell(session: Session, plan: QuantPlan) -> None:
     """Warn of what is not as was asked for: sites in float, other methods, a weight kept twice."""
     sites, settings = session.captured.sites(), session.settings
+    tell_unrecorded(plan)
     tell_misfits(sites, plan)
     tell_tied(sites, session.model, plan)
     tell_refused(sites, session.model, plan, qconfig=settings.qconfig, overrides=settings.overrides)

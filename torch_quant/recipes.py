@@ -14,6 +14,7 @@ from torch_quant.algorithms import GPTQ, AutoRound, BiasCorrection, RoundToNeare
 from torch_quant.config import QConfig, register_recipe
 from torch_quant.core.granularity import PerChannel, PerGroup, PerToken
 from torch_quant.core.methods import Transform, WeightMethod, read_weight_method
+from torch_quant.core.naming import did_you_mean
 from torch_quant.core.spec import BFLOAT16, FLOAT, QuantSpec
 from torch_quant.errors import InvalidConfig
 
@@ -68,7 +69,10 @@ def int8_static(
     smoothquant(alpha=0.8, min_gain=1.25)
     """
     if isinstance(smooth, str) and smooth != "auto":
-        raise InvalidConfig(f'smooth={smooth!r}: expected "auto", None or a number from 0 to 1')
+        raise InvalidConfig(
+            f'smooth={smooth!r}: expected "auto", None or a number from 0 to 1'
+            f"{did_you_mean(smooth, ['auto'])}"
+        )
     if not isinstance(correct_bias, bool):
         raise InvalidConfig(f"correct_bias={correct_bias!r}: expected True or False")
     transforms: list[Transform] = []
@@ -265,7 +269,10 @@ def mxint8(*, weight_only: bool = False) -> QConfig:
 
 def _check(element: str, known: tuple[str, ...]) -> None:
     if element not in known:
-        raise InvalidConfig(f"element={element!r}: expected {' or '.join(map(repr, known))}")
+        raise InvalidConfig(
+            f"element={element!r}: expected {' or '.join(map(repr, known))}"
+            f"{did_you_mean(str(element), known)}"
+        )
 
 
 def _int(

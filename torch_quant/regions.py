@@ -16,6 +16,7 @@ from torch import nn
 
 from torch_quant.amp.groups import find_groups
 from torch_quant.backends import Backend
+from torch_quant.core.naming import did_you_mean
 from torch_quant.core.plan import SLOWER, QuantPlan, SitePlan
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.progress import hidden
@@ -185,7 +186,8 @@ def measured_regions(
         InvalidConfig: ``way`` is none of these.
     """
     if way not in WAYS:
-        raise InvalidConfig(f"by={way!r}; expected {' or '.join(map(repr, WAYS))}")
+        hint = did_you_mean(str(way), WAYS)
+        raise InvalidConfig(f"by={way!r}; expected {' or '.join(map(repr, WAYS))}{hint}")
     with _bar("measuring", progress) as bar:
         search = _Search(session, backend, measure, bar)
         plan = search.plan()

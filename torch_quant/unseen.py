@@ -15,6 +15,7 @@ from torch_quant.backends import Backend
 from torch_quant.convert.lowering import Lowering
 from torch_quant.convert.quantized import QuantizedModule
 from torch_quant.convert.quantized_graph import QuantizedGraph
+from torch_quant.core.naming import did_you_mean
 from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import CaptureFailed, InvalidConfig
 from torch_quant.graph.calls import Call
@@ -36,7 +37,8 @@ NO_RANGES = "no calibration data passed it in this kind of call"
 def checked_choice(choice: str) -> str:
     """``choice``; raises :class:`InvalidConfig` unless it is one of what can be done."""
     if choice not in CHOICES:
-        raise InvalidConfig(f'unseen_calls={choice!r}; expected "capture" or "error"')
+        hint = did_you_mean(str(choice), CHOICES)
+        raise InvalidConfig(f'unseen_calls={choice!r}; expected "capture" or "error"{hint}')
     return choice
 
 

@@ -6,6 +6,7 @@ import inspect
 import itertools
 import json
 import re
+import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,61 @@ def inputs_of(model: nn.Module) -> tuple[list[str], bool]:
     return [each.name for each in parameters if each.kind in kinds], open_
 
 
+def check_names(given: Iterable[str], model: nn.Module, where: str, fix: str = "") -> bool:
+    """Raise :class:`Failed` where the model has no input of a name that data has.
+
+    Args:
+        given: names of arrays.
+        model: that they are for.
+        where: they stand, for messages.
+        fix: what else may be done, instead of writing other arrays.
+
+    Returns:
+        Whether they are names; False where the one array is the model's one input, or the model
+        says no names, and they stand for positions.
+    """
+    from torch_quant.core.naming import did_you_mean
+
+    given = list(given)
+    names, open_ = inputs_of(model)
+    if not names and not open_:
+        return False
+    passed = _passed_on(model) if open_ else []
+    unknown = [name for name in given if name not in names and name not in (passed or ())]
+    if not unknown:
+        return True
+    if len(given) == len(names) == 1 and not open_:
+        return False
+    free = [name for name in [*names, *(passed or ())] if name not in given]
+    if passed is None and len(unknown) < len(given):  # what **kwargs takes is not known
+        unknown = [name for name in unknown if did_you_mean(name, free, cutoff=0.72)]
+        if not unknown:
+            return True
+    hints = [did_you_mean(name, free, cutoff=0.6) for name in unknown]
+    hint = next(filter(None, hints), "; give the arrays the names of inputs.")
+    meant = [name for name in free if f"did you mean {name}" in hint] or free or names
+    are = "are no inputs" if len(unknown) > 1 else "is no input"
+    raise Failed(
+        f"{where}: {', '.join(unknown)} {are} of the model{hint} It takes "
+        f"{', '.join(names) or 'keywords'}{fix or f': numpy.savez(file, {meant[0]}=...)'}"
+    )
+
+
+def _passed_on(model: nn.Module) -> list[str] | None:
+    """The names that ``**kwargs`` of ``forward`` may have; None where nothing says them."""
+    for each in inspect.signature(model.forward).parameters.values():
+        if each.kind is each.VAR_KEYWORD:
+            hint = each.annotation
+            if isinstance(hint, str):
+                try:
+                    hint = typing.get_type_hints(model.forward)[each.name]
+                except Exception:  # it names what its module does not have
+                    return None
+            (held,) = typing.get_args(hint)[:1] or (None,)
+            return [*held.__annotations__] if typing.is_typeddict(held) else None
+    return None
+
+
 def shapes(inputs: Any) -> str:
     """Inputs in words, for messages.
 
@@ -175,14 +231,9 @@ def _arrays(tensors: dict[str, Tensor], path: Path, model: nn.Module, how: Readi
             "the same number of rows"
         )
     count = min(next(iter(rows.values())), how.samples)
-    names, open_ = inputs_of(model)
-    known = [name in names for name in tensors]
-    by_name = all(known) or (open_ and any(known))
-    if not by_name and len(tensors) > 1 and not all(re.fullmatch(r"arr_\d+", x) for x in tensors):
-        raise Failed(
-            f"--data {path} has {', '.join(tensors)}, and the model takes {', '.join(names)}: give "
-            f"the arrays these names, numpy.savez(file, {names[0] if names else 'x'}=...)"
-        )
+    by_name = not all(re.fullmatch(r"arr_\d+", name) for name in tensors)
+    if by_name:
+        by_name = check_names(tensors, model, f"--data {path}")
     size = how.batch_size or 8
     found: list[Any] = []
     for start, end in spans(count, size, how.cut):
@@ -268,13 +319,14 @@ def _numbers(value: Any, number: int, path: Path, model: nn.Module) -> dict[str,
     """A sample whose inputs are lists of numbers."""
     import torch
 
-    names, open_ = inputs_of(model)
-    if not isinstance(value, dict) or not value or not (open_ or set(value) <= set(names)):
-        keys = ", ".join(value) if isinstance(value, dict) else type(value).__name__
-        raise Failed(
-            f"--data {path}, line {number + 1} has {keys}; the model takes {', '.join(names)}. "
-            "Text is expected under 'text'; --text-field names another"
-        )
+    names, _ = inputs_of(model)
+    where = f"--data {path}, line {number + 1}"
+    text = "Text is expected under 'text'; --text-field names another"
+    if not isinstance(value, dict) or not value:
+        keys = type(value).__name__
+        raise Failed(f"{where} has {keys}; the model takes {', '.join(names)}. {text}")
+    if not check_names(value, model, where, f". {text}"):
+        raise Failed(f"{where} has {', '.join(value)}; the model takes {', '.join(names)}. {text}")
     try:
         return {name: _as_input(torch.tensor([each])) for name, each in value.items()}
     except (TypeError, ValueError) as error:

@@ -100,11 +100,11 @@ def _text(data: dict[str, Any]) -> str:
         f"{data['machine']}, {cpu['capability']}, {vnni}; {cpu['cores']} cores, "
         f"{cpu['threads']} threads",
         "",
-        "Backends",
+        "Backends (packages and kernels were looked for, nothing was computed)",
     ]
     for name, each in data["backends"].items():
         if each["runs"]:
-            note = "runs" if each["kernels"] else "runs, in float arithmetic here"
+            note = "found" if each["kernels"] else "found, in float arithmetic here"
             note += ", the default here" if name == data["default_backend"] else ""
             lines.append(_row(True, name, note))
         else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -230,9 +229,7 @@ def _text(data: dict[str, Any], every: bool, only_float: bool) -> str:
 
 
 def _table(sites: Iterable[Mapping[str, Any]]) -> str:
-    from tabulate import tabulate
-
-    from torch_quant.report.names import shortened
+    from torch_quant.report.tables import name_table
 
     rows = [
         {
@@ -249,12 +246,7 @@ def _table(sites: Iterable[Mapping[str, Any]]) -> str:
     if not any(row["input range"] for row in rows):
         for row in rows:
             del row["input range"]
-    columns = [name for name in rows[0] if name != "layer"]
-    taken = sum(2 + max(len(name) + 2, *(len(row[name]) for row in rows)) for name in columns)
-    most = max(shutil.get_terminal_size().columns, 80) - taken
-    for row in rows:
-        row["layer"] = shortened(row["layer"], most)
-    return tabulate(rows, headers="keys", disable_numparse=True)
+    return name_table(rows)
 
 
 def _op(name: str) -> str:

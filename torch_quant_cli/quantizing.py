@@ -275,8 +275,11 @@ class _Run:
                 proxy.generate(ids, attention_mask=mask, **options)
 
     def _call(self, model: nn.Module, inputs: Any, number: int) -> Any:
+        from torch import Tensor
+
         from torch_quant.errors import QuantError
         from torch_quant.graph.examples import call_example
+        from torch_quant.graph.reasons import about_images
 
         try:
             return call_example(model, inputs)
@@ -284,11 +287,14 @@ class _Run:
             raise
         except Exception as error:
             names = ", ".join(inputs_of(self.model)[0])
+            given = inputs.items() if isinstance(inputs, Mapping) else [("x", inputs)]
+            named = [(name, x) for name, x in given if isinstance(x, Tensor)]
             first = (str(error).strip().splitlines() or [""])[0][:200]
             raise Failed(
                 f"the model does not take batch {number} of --data {self.given['data']} "
                 f"({shapes(inputs)}): {type(error).__name__}: {first}. Its inputs are {names}: "
                 "give arrays of their shapes and under their names"
+                f"{about_images(named)}"
             ) from error
 
     def about(self, quant_model: nn.Module) -> dict[str, Any]:

@@ -58,6 +58,14 @@ MISTAKES = {
         ["net:make", "--data", "wide.npz"], "x: float32 [8, 5]"),
     "data under wrong names": (
         ["my-bert", "--data", "names.npz"], "numpy.savez(file, input_ids=...)"),
+    "one array under a wrong name": (
+        ["my-bert", "--data", "name.npz"], "inptu_ids is no input of the model; did you mean"),
+    "a misspelt array beside a right one": (
+        ["my-bert", "--data", "mask.npz"], "numpy.savez(file, attention_mask=...)"),
+    "a misspelt list of numbers": (
+        ["my-bert", "--data", "numbers.jsonl"], "line 2: inptu_ids is no input of the model; did"),
+    "images of bytes": (
+        ["pixels:make", "--data", "pixels.npz"], "(input.float() / 255 - mean) / std"),
     "arrays of different lengths": (
         ["my-bert", "--data", "rows.npz"], "the same number of rows"),
     "text without a tokenizer": (
@@ -102,6 +110,14 @@ def test_each_is_answered_with_the_fix(home: Path, mistake: str) -> None:
     numpy.savez("rows.npz", input_ids=numpy.ones((4, 5), "int64"),
                 attention_mask=numpy.ones((3, 5), "int64"))  # fmt: skip
     numpy.save("array.npy", numpy.ones(3))
+    ids = numpy.ones((4, 5), "int64")
+    numpy.savez("name.npz", inptu_ids=ids)
+    numpy.savez("mask.npz", input_ids=ids, atention_mask=ids)
+    (home / "numbers.jsonl").write_text('{"input_ids": [1, 2]}\n{"inptu_ids": [1, 2]}\n')
+    (home / "pixels.py").write_text(
+        "from torch import nn\ndef make():\n    return nn.Sequential(nn.Conv2d(3, 4, 3)).eval()\n"
+    )
+    numpy.savez("pixels.npz", input=numpy.ones((4, 3, 8, 8), "uint8"))
     before = entries(home)
     if "--out" not in arguments:
         arguments = [*arguments, "--out", "int8"]
@@ -174,3 +190,34 @@ def test_mistakes_with_other_commands(home: Path, arguments: list[str], fix: str
     said = run(*arguments, expect=2).stderr
     assert fix in " ".join(said.split())
     assert entries(home) == before
+
+
+@pytest.mark.parametrize(
+    ("model", "arrays"),
+    [
+        ("net:make", ["anything"]),  # its one input
+        ("my-bert", ["arr_0"]),  # positions, as savez names them
+        ("my-bert", ["input_ids", "attention_mask"]),
+        ("open:make", ["input_ids", "whatever"]),  # nothing says what **kwargs takes
+    ],
+)
+def test_names_of_arrays_that_are_right(home: Path, model: str, arrays: list[str]) -> None:
+    (home / "open.py").write_text(
+        "import net\n\n\nclass Open(net.Net):\n"
+        "    def forward(self, input_ids, mask=None, **kwargs):\n"
+        "        return super().forward(input_ids)\n\n\nmake = Open\n"
+    )
+    shape, kind = ((8, 5), "int64") if model == "my-bert" else ((8, 32), "float32")
+    numpy.savez("right.npz", **{name: numpy.ones(shape, kind) for name in arrays})
+    run("quantize", model, "--data", "right.npz", "--out", "int8")
+
+
+def test_a_misspelt_name_beside_others_that_kwargs_may_take(home: Path) -> None:
+    (home / "open.py").write_text(
+        "import net\n\n\nclass Open(net.Net):\n"
+        "    def forward(self, input_ids, mask=None, **kwargs):\n"
+        "        return super().forward(input_ids)\n\n\nmake = Open\n"
+    )
+    numpy.savez("wrong.npz", input_ids=numpy.ones((8, 32), "float32"), maks=numpy.ones((8, 2)))
+    said = run("quantize", "open:make", "--data", "wrong.npz", "--out", "int8", expect=2).stderr
+    assert "maks is no input of the model; did you mean mask?" in said

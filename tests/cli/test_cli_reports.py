@@ -141,6 +141,24 @@ def test_reports_fit_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch)
         assert max(map(len, lines)) <= columns, command
 
 
+def test_names_are_never_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [each["name"] for each in data_of("inspect", "my-bert-int8")["sites"]]
+    assert max(map(len, names)) > 40
+    tables = (
+        ["inspect", "my-bert-int8", "--all"],
+        ["compare", "my-bert", "my-bert-int8", "--data", "texts.txt", "--samples", "1"],
+    )
+    for command in tables:
+        monkeypatch.delenv("COLUMNS", raising=False)
+        piped = run(*command).stdout
+        assert all(f"\n{name} " in piped for name in names), command
+        monkeypatch.setenv("COLUMNS", "80")
+        folded = "".join(
+            line.partition("   ")[0].strip() for line in run(*command).stdout.split("\n")
+        )
+        assert all(name in folded for name in names), command
+
+
 def test_inspect_reads_what_the_package_saves(tmp_path: Path) -> None:
     quantizer = Quantizer("reference")
     model = torch.nn.Linear(8, 4)

@@ -62,6 +62,7 @@ def test_doctor_says_what_runs_and_how_to_get_the_rest() -> None:
         assert each["missing"] == Backend.get(name).unavailable()
     assert found["native_kernels"]["built"] == (native.unavailable() is None)
     text = run("doctor").stdout
+    assert "looked for, nothing was computed" in text
     for name, each in found["backends"].items():
         assert f"{'ok' if each['runs'] else '--'}  {name}" in text
     assert max(map(len, text.splitlines()[2:])) <= 100  # the first names the interpreter

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torch_quant import InvalidConfig, Quantizer
-from torch_quant.migrate import Outcome, from_torch_ao
+from torch_quant import InvalidConfig, QConfig, Quantizer, QuantSpec, recipes
+from torch_quant.migrate import Migration, Outcome, from_torch_ao
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 ao: Any = pytest.importorskip("torch.ao.quantization")
@@ -163,6 +163,30 @@ def test_a_quantizer_of_pt2e() -> None:
     assert found.qconfig.observer == "histogram"
     assert set(found.overrides) == {"op:matmul", "head"}
     assert found.overrides["head"] is None
+
+
+def quantized(found: Migration) -> set[str]:
+    return {name for name, x in formats(found.quantizer(backend="reference")).items() if x != "-"}
+
+
+def test_what_quantize_dynamic_is_given() -> None:
+    """Its set stands for the qconfig that torch.ao takes by default; all else stays in float."""
+    plain = from_torch_ao({nn.Linear})
+    key = "class:torch.nn.Linear"
+    assert plain.overrides[key] == QConfig(
+        recipes.int8_dynamic().input, QuantSpec.of("int8", per_channel=True)
+    )
+    assert plain.overrides == from_torch_ao({nn.Linear: ao.default_dynamic_qconfig}).overrides
+    linear = {"blocks.0", "blocks.1", "head"}
+    assert quantized(plain) == linear
+    assert quantized(from_torch_ao({"head": ao.per_channel_dynamic_qconfig})) == {"head"}
+    assert quantized(from_torch_ao(frozenset({"blocks"}))) == {"blocks.0", "blocks.1"}
+    some = {nn.Linear: ao.default_dynamic_qconfig, "head": None}
+    assert quantized(from_torch_ao(some)) == linear - {"head"}
+    with pytest.raises(InvalidConfig, match="quantize_dynamic leaves everything in float"):
+        from_torch_ao(set())
+    with pytest.raises(InvalidConfig, match="leaves everything in float"):
+        from_torch_ao({nn.Linear: ao.float16_dynamic_qconfig})
 
 
 def test_mistakes_are_named() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from torch_quant.errors import InvalidConfig
+from torch_quant.io.kinds import what_it_holds
 
 __all__ = ["CONFIG", "WEIGHTS", "CheckpointFiles", "read_json"]
 
@@ -30,7 +31,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise InvalidConfig(
             f"cannot read {file}: {error.strerror}; give the folder of a checkpoint, which has "
-            f"{CONFIG} and {WEIGHTS}"
+            f"{CONFIG} and {WEIGHTS}{what_it_holds(file.parent)}"
         ) from error
     except (ValueError, RecursionError) as error:
         raise InvalidConfig(f"{file} is truncated or no JSON: {error}") from error

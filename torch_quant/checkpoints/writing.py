@@ -115,7 +115,8 @@ def _checked(format: str, dtype: torch.dtype) -> Layout:
         raise InvalidConfig(f"export_checkpoint(format={format!r}): expected {known}{hint}")
     if dtype not in _DTYPES:
         expected = ", ".join(map(str, _DTYPES))
-        raise InvalidConfig(f"export_checkpoint(dtype={dtype!r}): expected one of {expected}")
+        hint = did_you_mean(f"torch.{dtype}".replace("torch.torch", "torch"), map(str, _DTYPES))
+        raise InvalidConfig(f"export_checkpoint(dtype={dtype!r}): expected one of {expected}{hint}")
     return LAYOUTS[format]
 
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from torch_quant.core.plan import QuantPlan
+from torch_quant.core.naming import matches_name
+from torch_quant.core.plan import PRECISIONS, QuantPlan
 from torch_quant.errors import InvalidConfig
 from torch_quant.ops.functions import operator_name, path_of
 
@@ -56,12 +57,14 @@ class Formats:
         sites: site -> formats, in words.
         graphs: path of a module -> fingerprints of its graphs.
         refusal: why it takes no values, empty if it does.
+        lower: sites that are not quantized -> the precision that they are computed in.
     """
 
     backend: str
     sites: dict[str, str]
     graphs: dict[str, list[str]] = field(default_factory=dict)
     refusal: str = ""
+    lower: dict[str, str] = field(default_factory=dict)
     loaded: bool = False
     """Whether it has values that are not those of the float model any more."""
 
@@ -69,6 +72,22 @@ class Formats:
     def of_sites(plan: QuantPlan) -> dict[str, str]:
         """Sites that are quantized -> formats."""
         return {name: plan[name].format for name in plan.quantized}
+
+    @staticmethod
+    def of_lower(plan: QuantPlan) -> dict[str, str]:
+        """Sites that are computed in fewer bits than float32 and not quantized -> their type."""
+        lower = {name: site.precision for name, site in plan.items() if not site.quantized}
+        return {name: precision for name, precision in lower.items() if precision != PRECISIONS[0]}
+
+    def inside(self, path: str, lower: bool = False) -> list[str]:
+        """Formats of the sites in the module at ``path``, each once.
+
+        Args:
+            path: of the module.
+            lower: those that are in fewer bits than float32, and not quantized.
+        """
+        known = self.lower if lower else self.sites
+        return list(dict.fromkeys(x for name, x in known.items() if matches_name(name, path)))
 
     def note(self, path: str, body: fx.GraphModule) -> None:
         """Count a graph of the module at ``path`` in."""

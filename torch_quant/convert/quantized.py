@@ -18,7 +18,6 @@ from torch_quant.convert.ownership import SharedWeights
 from torch_quant.convert.quantized_graph import QuantizedGraph
 from torch_quant.convert.unserved import unserved
 from torch_quant.core.lending import move_lenders
-from torch_quant.core.naming import matches_name
 from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import CaptureFailed, InvalidConfig
 from torch_quant.graph.binding import bind
@@ -140,7 +139,8 @@ class QuantizedModule(StandIn):
     def know_formats(self) -> None:
         """Let the modules of this whole model know what a ``state_dict`` has to agree with."""
         root = self.quantization
-        formats = Formats(root.backend, Formats.of_sites(root.plan))
+        of_sites, lower = Formats.of_sites(root.plan), Formats.of_lower(root.plan)
+        formats = Formats(root.backend, of_sites, lower=lower)
         for module, graph in quantized_graphs(self):
             formats.note(module.quantization.path, graph.body)
             if graph.compiler is not None:
@@ -222,8 +222,7 @@ class QuantizedModule(StandIn):
     def _formats_inside(self) -> list[str]:
         """Of the sites that are quantized in it, each once."""
         how = self.quantization
-        known = {} if how.formats is None else how.formats.sites
-        return list(dict.fromkeys(x for name, x in known.items() if matches_name(name, how.path)))
+        return [] if how.formats is None else how.formats.inside(how.path)
 
     def _get_name(self) -> str:
         whole = not self.quantization.path
@@ -238,7 +237,9 @@ class QuantizedModule(StandIn):
         except Exception:  # it may read what the quantized module does not have
             own = ""
         inside = any(isinstance(each, QuantizedModule) for each in self.children())
-        formats = [] if inside or not self.quantization.path else self._formats_inside()
+        known, path, formats = self.quantization.formats, self.quantization.path, list[str]()
+        if path and not inside and known is not None:
+            formats = known.inside(path) + known.inside(path, lower=True)
         return ", ".join([*([own] if own else []), *formats])
 
     def train(self, mode: bool = True) -> QuantizedModule:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from torch_quant.core.element_type import ElementType
 from torch_quant.core.float_type import FloatType
+from torch_quant.core.naming import did_you_mean
 from torch_quant.errors import InvalidConfig
 
 __all__ = [
@@ -150,7 +151,7 @@ def element_type(name: str) -> ElementType:
     floats = sorted(name for name, each in ELEMENT_TYPES.items() if not each.integer)
     raise InvalidConfig(
         f"unknown element type {name!r}; expected int2 to int16, uint2 to uint16, "
-        f"{', '.join(floats)}"
+        f"{', '.join(floats)}{did_you_mean(str(name), ELEMENT_TYPES)}"
     )
 
 

@@ -24,7 +24,7 @@ from torch_quant.graph.macs import note_sizes
 from torch_quant.graph.numbers import check_numbers
 from torch_quant.graph.outputs import flatten_output, unflatten_output
 from torch_quant.graph.progress import Progress, progress
-from torch_quant.graph.reasons import first_lines, reason_of
+from torch_quant.graph.reasons import about_images, first_lines, reason_of
 from torch_quant.graph.running import (
     CAPTURING,
     Writes,
@@ -175,6 +175,7 @@ def _first_that_serves(
         raise ModelRefuses(
             f"the float model itself fails on these inputs "
             f"({', '.join(call.describe())}): {type(error).__name__}: {first_lines(error)}"
+            f"{about_images(zip(call.names(), call.tensors, strict=True))}"
         ) from error
     others: list[tuple[Call, list[Any]]] | None = None
     best: CapturedGraph | None = None

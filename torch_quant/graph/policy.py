@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from torch_quant.config import QConfig
-from torch_quant.core.naming import check_names, matches_name
+from torch_quant.core.naming import check_names, did_you_mean, matches_name
 from torch_quant.core.spec import BFLOAT16
 from torch_quant.errors import InvalidConfig
 
@@ -144,8 +144,9 @@ def checked_capture(choice: Capture) -> CapturePolicy:
         return CapturePolicy(str(choice))
     names = tuple(choice) if isinstance(choice, (list, tuple)) else ()
     if not names or not all(isinstance(name, str) and name for name in names):
+        hint = did_you_mean(choice, (_WHOLE, _MODULES)) if isinstance(choice, str) else ""
         raise InvalidConfig(
             f'capture={choice!r}; expected "whole", "modules", or a list of names of modules, each '
-            'to be one graph: capture=["encoder.layer.*"]'
+            f'to be one graph: capture=["encoder.layer.*"]{hint}'
         )
     return CapturePolicy(names)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import linecache
 import os
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from torch_quant.errors import QuantError
 
-__all__ = ["first_lines", "reason_of"]
+__all__ = ["about_images", "first_lines", "reason_of"]
 
 _VALUES = "its Python code asks for values of a tensor, which a graph does not know"
 _SIZES = "the size of a tensor depends on the values of another"
@@ -28,6 +30,25 @@ _NOT_THEIRS = tuple(
     f"{Path(file).parent}{os.sep}" for file in (torch.__file__, str(Path(__file__).parent))
 )
 _PYTHON = os.path.dirname(os.__file__)
+
+
+def about_images(inputs: Iterable[tuple[str, Tensor]]) -> str:
+    """The end of a message where inputs that a model fails on may be images of integers.
+
+    Args:
+        inputs: their names and values.
+
+    >>> about_images([("x", torch.zeros(2, 3, 8, 8, dtype=torch.uint8))])[:29]
+    ". If x has images' pixels, gi"
+    """
+    for name, x in inputs:
+        whole = not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+        if whole and x.dim() >= (3 if x.dtype == torch.uint8 else 4):
+            return (
+                f". If {name} has images' pixels, give floats, normalized as in training: "
+                f"({name}.float() / 255 - mean) / std"
+            )
+    return ""
 
 
 def reason_of(error: Exception) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch_quant.errors import InvalidConfig
 from torch_quant.io.data.narrow import narrowed, widened
 from torch_quant.io.files import alone, staging
+from torch_quant.io.kinds import what_it_holds
 from torch_quant.version import __version__
 
 __all__ = ["VERSION", "read_folder", "write_folder"]
@@ -209,6 +210,7 @@ def _read_json(file: Path, kind: str) -> dict[str, Any]:
     except OSError as error:
         raise InvalidConfig(
             f"cannot read {file}: {error.strerror}; give the folder that a {kind} was saved to"
+            f"{what_it_holds(file.parent)}"
         ) from error
     except UnicodeDecodeError as error:
         raise InvalidConfig(f"{file} is no file of torch_quant") from error

@@ -24,6 +24,7 @@ from torch_quant.errors import InvalidConfig
 from torch_quant.graph.policy import CapturePolicy, checked_capture
 from torch_quant.graph.sites import Site
 from torch_quant.io.files import write_atomically
+from torch_quant.io.kinds import what_it_holds
 from torch_quant.io.summary_schema import FORMAT, VERSION, renewed, validate, written
 from torch_quant.state import QuantState
 from torch_quant.statistics import (
@@ -273,7 +274,9 @@ def load_summary(path: str | os.PathLike[str]) -> Summary:
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, InvalidConfig):
             raise
-        raise InvalidConfig(f"cannot read the summary {path}: {error}") from error
+        why = error.strerror if isinstance(error, OSError) else error
+        hint = what_it_holds(path)
+        raise InvalidConfig(f"cannot read the summary {path}: {why}{hint}") from error
     return read_summary(data, lines)
 
 

@@ -5,8 +5,9 @@ Nothing of ``torch.ao`` or ``torchao`` is imported: objects are read by their at
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,12 +27,30 @@ _NAME_SETTINGS = ("module_name_qconfig", "module_name_config")
 _CLASS_SETTINGS = ("module_type_qconfig", "module_type_config")
 
 
+class _Activation:
+    """What ``default_dynamic_qconfig`` of torch.ao observes of activations."""
+
+    dtype, qscheme, quant_min, quant_max = torch.quint8, torch.per_tensor_affine, 0, 255
+    is_dynamic = True
+
+
+class _Weight:
+    """The same of weights."""
+
+    dtype, qscheme, quant_min, quant_max = torch.qint8, torch.per_tensor_symmetric, -128, 127
+
+
+_DYNAMIC = SimpleNamespace(activation=_Activation, weight=_Weight)
+
+
 def from_torch_ao(source: Any) -> Migration:
-    """The settings of a ``QConfigMapping``, of a model whose modules have a ``qconfig``, or of a
-    quantizer of PT2E (``X86InductorQuantizer``), or those of one ``QConfig``.
+    """The settings of a ``QConfigMapping``, of a model whose modules have a ``qconfig``, of a
+    quantizer of PT2E (``X86InductorQuantizer``), of one ``QConfig``, or what
+    ``torch.ao.quantization.quantize_dynamic`` is given: a set of classes and names, or a dict with
+    the ``QConfig`` of each.
 
     Args:
-        source: one of these.
+        source: one of these. A set stands for that function's default, ``dtype=torch.qint8``.
 
     Raises:
         InvalidConfig: it is none of them, or leaves everything in float; codes have other than 8
@@ -44,13 +63,16 @@ def from_torch_ao(source: Any) -> Migration:
     >>> from_torch_ao(SimpleNamespace(activation=Observer, weight=Observer)).qconfig.input.quant_max
     127
     """
-    reading = _Reading(type(source).__name__)
+    listed = isinstance(source, (Set, Mapping)) and not hasattr(source, "global_qconfig")
+    reading = _Reading("quantize_dynamic" if listed else type(source).__name__)
     if isinstance(source, nn.Module):
         reading.module(source)
     elif hasattr(source, "global_qconfig") and hasattr(source, "module_name_qconfigs"):
         reading.mapping(source)
     elif hasattr(source, "global_config"):
         reading.quantizer(source)
+    elif listed:
+        reading.listed(source)
     else:
         reading.add(None, source, "")
     return reading.done()
@@ -162,6 +184,17 @@ class _Reading:
         self.add(None, given.pop("", None), "")
         for name, each in given.items():
             self.add(name, each, f"{name}: ")
+
+    def listed(self, source: Set[Any] | Mapping[Any, Any]) -> None:
+        """What is quantized at each call, as ``quantize_dynamic`` has it."""
+        for kind in source:
+            given = source[kind] if isinstance(source, Mapping) else _DYNAMIC
+            if kind == "":
+                self.add(None, given, "")
+            elif isinstance(kind, str):
+                self.add(kind, given, f"{kind}: ")
+            else:
+                self.kind(kind, given, whole=True)
 
     def quantizer(self, source: Any) -> None:
         """A quantizer of PT2E."""

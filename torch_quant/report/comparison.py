@@ -6,13 +6,11 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch_quant.report.names import decibels, shortened
-from torch_quant.report.tables import html_page_table
+from torch_quant.report.names import decibels
+from torch_quant.report.tables import html_page_table, name_table
 
 __all__ = ["Comparison", "LayerError"]
 
-_NAME = 36
-_WHOLE = 1000
 _WORST = 3
 
 
@@ -69,10 +67,10 @@ class Comparison:
         """The layers, those that add most first."""
         return tuple(sorted(self.layers, key=lambda each: -each.share))
 
-    def _rows(self, most: int) -> list[dict[str, str]]:
+    def _rows(self) -> list[dict[str, str]]:
         return [
             {
-                "layer": shortened(each.site, most),
+                "layer": each.site,
                 "format": each.format.replace(" weights", " w"),
                 "before dB": decibels(each.before, ""),
                 "after dB": decibels(each.after, ""),
@@ -89,14 +87,12 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         first, *rest = self._headline()
-        return html_page_table(first, "\n".join(rest), self._rows(_WHOLE))
+        return html_page_table(first, "\n".join(rest), self._rows())
 
     def __str__(self) -> str:
-        from tabulate import tabulate
-
-        rows, lines = self._rows(_NAME), self._headline()
+        rows, lines = self._rows(), self._headline()
         if rows:
-            lines += ["", tabulate(rows, headers="keys", disable_numparse=True)]
+            lines += ["", name_table(rows)]
         most = [each for each in self.worst[:_WORST] if each.share > 0]
         if most:
             names = ", ".join(each.site for each in most)

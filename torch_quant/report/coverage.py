@@ -60,6 +60,7 @@ class Coverage:
         for op in dict.fromkeys(each.op for each in found):
             sites = [site for site in self.plan.values() if site.op == op]
             quantized = [site for site in sites if site.quantized]
+            lower = [x.precision for x in sites if x.precision != PRECISIONS[0]]
             macs = sum(each.macs for each in found if each.op == op)
             rows.append(
                 {
@@ -71,7 +72,9 @@ class Coverage:
                     "of which quantized": f"{sum(s.macs for s in quantized) / macs:.1%}"
                     if macs
                     else "",
-                    "format": "; ".join(dict.fromkeys(site.format for site in quantized)),
+                    "format": "; ".join(
+                        dict.fromkeys([*(site.format for site in quantized), *lower])
+                    ),
                 }
             )
         if not self.float_ops:
@@ -104,7 +107,7 @@ class Coverage:
             return left.reason
 
         return [
-            {"left in float": left.name, "op": left.op, "share": share(left), "why": why(left)}
+            {"not quantized": left.name, "op": left.op, "share": share(left), "why": why(left)}
             for left in self._left()
         ]
 

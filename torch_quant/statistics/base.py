@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from torch_quant.core.granularity import Granularity, PerTensor, block_extremes
+from torch_quant.core.naming import did_you_mean
 from torch_quant.core.qparams import QParams, choose_qparams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig, NotCalibrated, QuantError
@@ -58,6 +59,7 @@ def statistic_class(name: str) -> type[Statistic]:
     if name not in STATISTICS:
         raise InvalidConfig(
             f"unknown statistic {name!r}; expected one of {', '.join(sorted(STATISTICS))}"
+            f"{did_you_mean(name, STATISTICS)}"
         )
     return STATISTICS[name]
 
@@ -67,6 +69,7 @@ def observer_class(name: str) -> type[Observer]:
     if name not in OBSERVERS:
         raise InvalidConfig(
             f"unknown observer {name!r}; expected one of {', '.join(sorted(OBSERVERS))}"
+            f"{did_you_mean(name, OBSERVERS)}"
         )
     return OBSERVERS[name]
 
