@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,3 +56,14 @@ def test_a_doctest_on_every_public_method(name: str) -> None:
     doc = inspect.getdoc(PUBLIC[name])
     assert doc, f"{name} has no docstring"
     assert ">>>" in doc, f"{name} shows no example"
+
+
+def test_the_reference_has_what_a_quantizer_returns() -> None:
+    pages = (Path(__file__).parents[1] / "docs" / "api").glob("*.md")
+    listed = {name for page in pages for name in re.findall(r"^::: (\S+)$", page.read_text(), re.M)}
+    for name, method in _methods("Quantizer", torch_quant.Quantizer):
+        returned = inspect.signature(inspect.unwrap(method)).return_annotation
+        module = importlib.import_module(method.__module__)
+        kind = getattr(module, str(returned), None)
+        if inspect.isclass(kind) and kind.__module__.startswith("torch_quant."):
+            assert f"{kind.__module__}.{kind.__qualname__}" in listed, f"{name} -> {returned}"
