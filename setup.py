@@ -52,8 +52,19 @@ class BuildKernels(build_ext):
     def get_export_symbols(self, ext: Extension) -> list[str]:
         return []
 
+    def run(self) -> None:
+        self.in_tree = bool(self.inplace or self.editable_mode)
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
-        """Objects go to a room of their own, as two environments may be made side by side."""
+        """Objects go to a room of their own, as two environments may be made side by side.
+
+        One library does for all environments of a source tree: what is newer than its sources
+        stays, if it is used from there.
+        """
+        there = Path(self.get_ext_filename(ext.name))
+        if self.in_tree and not self.force and _is_newer(there, ext):
+            return
         with tempfile.TemporaryDirectory() as room:
             unix = self.compiler.compiler_type != "msvc"
             objects = self.compiler.compile(
@@ -77,6 +88,12 @@ class AnyPython(bdist_wheel):
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
+
+
+def _is_newer(built: Path, ext: Extension) -> bool:
+    made_from = [*map(Path, ext.sources), *map(Path, ext.depends), Path(__file__)]
+    times = [each.stat().st_mtime for each in made_from]
+    return built.exists() and built.stat().st_mtime > max(times)
 
 
 def _put(built: Path, place: Path) -> None:
