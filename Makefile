@@ -39,21 +39,23 @@ SAME := algorithms checkpoints cli core extensions fuzz integrations migrate nat
   $(addprefix amp/test_,allocation.py amp_changes.py amp_infinite_gradient.py amp_loss.py amp_recording.py amp_scores.py \
   amp_without_gradient.py optimizing.py fallback_bad_input.py fallback_selection.py fallback_state.py gram.py groups.py probe_sites.py \
   ranking.py selection.py sensitivity_report.py) \
-  $(addprefix backends/test_,float_and_dynamic.py formats.py in_process.py in_process_limits.py names.py \
+  $(addprefix backends/test_,embedding_bags.py float_and_dynamic.py formats.py in_process.py in_process_limits.py names.py \
   onednn_native.py onnx.py onnx_forms.py onnx_grids.py) \
-  $(addprefix convert/test_,load_state_dict.py looked_at.py ownership.py straight.py) \
+  $(addprefix convert/test_,load_state_dict.py looked_at.py nested.py ownership.py straight.py) \
   $(addprefix graph/test_,annotate.py macs.py rules.py sites.py) \
-  $(addprefix io/test_,files.py onnx_recurrent.py onnx_rewrites.py onnx_sizes.py onnx_weights.py saved_models.py \
+  $(addprefix io/test_,files.py onnx_recurrent.py onnx_rewrites.py onnx_sizes.py onnx_weights.py saved_data.py saved_models.py \
+  saved_models_refused.py \
   saved_quantizers.py summary.py summary_mistakes.py) \
-  $(addprefix passes/test_,constants.py fold_pads.py fold_scales.py insert_qdq_weights.py keywords.py lower_precision.py \
+  $(addprefix passes/test_,constants.py fold_batch_norm.py fold_pads.py fold_scales.py \
+  functionalize.py identity.py insert_qdq.py insert_qdq_weights.py keywords.py lower_precision.py \
   pass_base.py prepare.py smoothing.py) \
   $(addprefix qat/test_qat_,adapters.py bad_input.py batch_norm.py digits.py distillation.py distributed.py dropout.py \
   edges.py gradients.py lightning.py observing.py tables.py trainer.py training.py transforms.py tuning.py \
   sharing.py starts.py) \
   $(addprefix test_,architecture.py bad_input.py benchmarks.py bfloat16.py capture_policy.py capturing_once.py configuration.py contributing.py \
-  coverage.py decoding_zoo.py experts.py experts_with_data.py explain.py generate_llm.py merging.py mistakes.py \
+  coverage.py decoding_zoo.py experts.py experts_with_data.py explain.py generate_llm.py merging.py mistakes.py never_slower.py \
   onnx_pretrained.py onnx_steps.py onnx_zoo.py public.py quantizer.py readme.py recipes.py release.py requirements.py \
-  saved_states.py thinning.py typing.py)
+  saved_states.py thinning.py typing.py unseen_calls.py)
 
 # The same, but for their tests on IPEX.
 ONLY_IPEX := $(addprefix tests/,amp/test_amp_outputs.py amp/test_fallback_execution.py test_example_inputs.py test_invariants.py)

@@ -24,6 +24,8 @@ from torch_quant import (
     sqnr,
 )
 
+pytestmark = pytest.mark.sparse
+
 
 class Glue(nn.Module):
     """Cannot be one graph, owns a parameter, drops out by its mode, and loops over a sequence."""

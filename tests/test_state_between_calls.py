@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch_quant import Quantizer, sqnr
 from torch_quant.errors import NotCalibrated
 
+pytestmark = pytest.mark.sparse
+
 
 class Smoother(nn.Module):
     """Streams: each result depends on the last one, which is an attribute."""

@@ -73,6 +73,7 @@ class Convs(nn.Module):
 EVEN = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 
 
+@pytest.mark.long("the compiler works for ten seconds")
 @EVEN
 def test_convolutions_and_signed_activations_are_fused(
     caplog: pytest.LogCaptureFixture, tmp_path: Path

@@ -19,10 +19,13 @@ import torch_quant
 from torch_quant import Backend, Quantizer, QuantSpec, native, sqnr
 from torch_quant.backends.reference import ReferenceBackend
 
-pytestmark = pytest.mark.skipif(
-    Backend.ONEDNN.unavailable() is not None or native.unavailable() is not None,
-    reason=f"{Backend.ONEDNN.unavailable() or native.unavailable()}",
-)
+pytestmark = [
+    pytest.mark.sparse,
+    pytest.mark.skipif(
+        Backend.ONEDNN.unavailable() is not None or native.unavailable() is not None,
+        reason=f"{Backend.ONEDNN.unavailable() or native.unavailable()}",
+    ),
+]
 
 TOKENS = 11
 

@@ -17,6 +17,8 @@ from torch.utils import _pytree as pytree
 import torch_quant
 from torch_quant import Backend, InvalidConfig, Quantizer, UnsupportedOp, recipes, sqnr
 
+pytestmark = pytest.mark.sparse
+
 BACKENDS = ["reference", "onednn"]
 LAYERS: dict[str, type[nn.RNNBase]] = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 FORMS: dict[str, dict[str, Any]] = {

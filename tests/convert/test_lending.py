@@ -95,6 +95,7 @@ def test_one_living_model_computes_with_the_codes_and_no_other(capture: str) -> 
     assert torch.equal(third(X), second(X))
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("bits", BITS)
 def test_what_becomes_of_the_quantizer_does_not_reach_the_model(bits: int, backend: str) -> None:
@@ -279,7 +280,7 @@ KEPT: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", some(KEPT, "state_dict", "array"))
+@pytest.mark.parametrize("kind", some(KEPT, "array"))
 def test_codes_that_outlive_their_model_are_not_lent_again(kind: str) -> None:
     quantizer, model = rounded(8, "reference")
     first = quantizer.quantize(model, example_inputs=X)

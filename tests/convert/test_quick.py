@@ -24,7 +24,10 @@ from torch_quant.convert.quick import QuickForward
 from torch_quant.native.joint import GATED_LINEAR
 from torch_quant.native.rms_norm import RMS_NORM
 
-pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason="the kernels are missing")
+pytestmark = [
+    pytest.mark.sparse,
+    pytest.mark.skipif(native.unavailable() is not None, reason="the kernels are missing"),
+]
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,

@@ -16,6 +16,8 @@ from torch_quant.graph.export import ModelRefuses
 from torch_quant.graph.outputs import flatten_output
 from torch_quant.graph.running import no_fastpath
 
+pytestmark = pytest.mark.sparse
+
 
 def captured_paths(submodule: CapturedModule) -> set[str]:
     """The captured modules that hold a graph."""

@@ -22,6 +22,8 @@ from torch_quant.graph.export import ModelRefuses, export_graph
 from torch_quant.graph.running import no_fastpath
 from torch_quant.graph.twin import twin_of
 
+pytestmark = pytest.mark.sparse
+
 
 @pytest.mark.parametrize("name", MODELS)
 def test_an_example_of_batch_1_serves_batch_3(name: str) -> None:

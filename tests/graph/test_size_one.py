@@ -17,6 +17,8 @@ from torch_quant.core.metrics import sqnr
 from torch_quant.graph.calls import flatten_call
 from torch_quant.graph.shapes import ShapeContract
 
+pytestmark = pytest.mark.sparse
+
 SIZES = {"vocab_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "hidden_size": 32}
 IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from torch_quant.graph.kinds import Number, Unread
 
+pytestmark = pytest.mark.sparse
+
 X = normal(4, 8)
 
 

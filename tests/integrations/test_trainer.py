@@ -125,6 +125,7 @@ def test_after_training(dynamic: bool, trained: dict[str, torch.Tensor], tmp_pat
     assert again.evaluate()["eval_accuracy"] == pytest.approx(expected, abs=0.035)
 
 
+@pytest.mark.long("trains; tests/tuning has the search")
 def test_accuracy_aware(trained: dict[str, torch.Tensor], tmp_path: Path) -> None:
     trainer = trainer_of(with_weights(trained), tmp_path)
     quantizer = Quantizer("reference", qconfig=FEW_BITS)

@@ -364,6 +364,7 @@ class FloatPieces(nn.Module):
         return self.second(x if x.sum().item() < 1e9 else -x)
 
 
+@pytest.mark.long("two pieces; test_pieces_are_exported_if_asked has them")
 def test_pieces_without_anything_quantized(tmp_path: Path) -> None:
     """They are files too: the chain would not be whole without them."""
     model = seeded(FloatPieces)

@@ -134,7 +134,7 @@ def test_runtimes_compute_it_on_kernels(name: str, matmul_nbits: bool, tmp_path:
 
 
 @needs("openvino")
-@pytest.mark.parametrize("name", some(QCONFIGS, "int4", "int8-48"))
+@pytest.mark.parametrize("name", some(QCONFIGS, "int8-48"))
 def test_openvino_reads_the_same_file(name: str, tmp_path: Path) -> None:
     path, x = tmp_path / "net.onnx", normal(3, 7, 96)
     quant_model = written(net(), normal(2, 5, 96), path, QCONFIGS[name])

@@ -14,7 +14,10 @@ from torch_quant import Quantizer, native, recipes
 from torch_quant.native.joint import GATED_LINEAR, WEIGHT_ONLY_LINEARS
 from torch_quant.native.ops import WEIGHT_ONLY_LINEAR
 
-pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason="the kernels are missing")
+pytestmark = [
+    pytest.mark.sparse,
+    pytest.mark.skipif(native.unavailable() is not None, reason="the kernels are missing"),
+]
 
 F = nn.functional
 
