@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from torch_quant.core.metrics import cosine, float_leaves, sqnr
+from torch_quant.errors import InvalidConfig
 
 
 def test_sqnr_of_known_noise() -> None:
@@ -52,8 +53,9 @@ def test_sqnr_of_what_is_no_number() -> None:
 
 
 def test_sqnr_needs_one_structure() -> None:
-    with pytest.raises(ValueError, match="zip"):
-        sqnr([torch.ones(2), torch.ones(2)], [torch.ones(2)])
+    for other in ([torch.ones(2)], [torch.ones(2), torch.ones(3)]):
+        with pytest.raises(InvalidConfig, match=r"of the same sizes, got \[\(2,\), \(2,\)\] and"):
+            sqnr([torch.ones(2), torch.ones(2)], other)
 
 
 def test_cosine() -> None:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from torch_quant.errors import InvalidConfig
+
 __all__ = ["cosine", "difference", "float_leaves", "sqnr"]
 
 _LEAST = 20.0
@@ -36,12 +38,22 @@ def sqnr(reference: Any, actual: Any) -> float:
         not, NaN where that is NaN, or where no number of the reference can be compared. Positions
         where the reference is not finite do not count.
 
+    Raises:
+        InvalidConfig: there are other tensors, or of other sizes.
+
     >>> round(sqnr(torch.ones(4), 0.9 * torch.ones(4)), 3)
     20.0
     """
     signal = noise = 0.0
     known, total = False, 0
-    for pair in zip(float_leaves(reference), float_leaves(actual), strict=True):
+    leaves, others = float_leaves(reference), float_leaves(actual)
+    sizes = [[tuple(x.shape) for x in each] for each in (leaves, others)]
+    if sizes[0] != sizes[1]:
+        raise InvalidConfig(
+            f"sqnr compares tensors of the same sizes, got {sizes[0]} and {sizes[1]}: give outputs "
+            "of the same inputs, and of sizes that do not depend on values"
+        )
+    for pair in zip(leaves, others, strict=True):
         x, y = (each.detach().reshape(-1).split(_SLICE) for each in pair)
         for part, other in zip(x, y, strict=True):
             exact, total = part.double(), total + part.numel()

@@ -40,16 +40,20 @@ def comparable(submodule: CapturedModule) -> bool:
     return not any(each.state or any(each.hooks.values()) for each in submodule.walk())
 
 
-def disagrees(submodule: CapturedModule, inputs: tuple[Any, dict[str, Any]], outputs: Any) -> bool:
+def disagrees(
+    submodule: CapturedModule, inputs: tuple[Any, dict[str, Any]], outputs: Any, random: Tensor
+) -> bool:
     """Whether ``outputs`` are not those of its float module, up to rounding.
 
     Args:
         submodule: keeps no state.
         inputs: ``(args, kwargs)``; they may be changed.
         outputs: what ran in its place gave.
+        random: the state of PyTorch's random numbers that this began with.
     """
     args, kwargs = inputs
     with CAPTURING, frozen(submodule.module):
+        torch.set_rng_state(random)
         expected, _ = flatten_output(submodule.module(*args, **kwargs))
     actual, _ = flatten_output(outputs)
     return len(actual) != len(expected) or any(
@@ -77,7 +81,7 @@ class _Found(Exception):
 
 class _Comparing(Executor):
     def execute(self, *args: Any, **kwargs: Any) -> Any:
-        kept = copied((args, kwargs))
+        kept, random = copied((args, kwargs)), torch.get_rng_state()
         try:
             outputs = Executor.execute(self, *args, **kwargs)
         except (_Found, Reopened, QuantError):
@@ -85,7 +89,7 @@ class _Comparing(Executor):
         except Exception as error:  # whatever the code between the pieces raises
             raise _Found(self.submodule, _call(self.submodule, args, kwargs)) from error
         with no_fastpath():
-            if comparable(self.submodule) and disagrees(self.submodule, kept, outputs):
+            if comparable(self.submodule) and disagrees(self.submodule, kept, outputs, random):
                 raise _Found(self.submodule, _call(self.submodule, args, kwargs))
         return outputs
 
@@ -102,14 +106,35 @@ def _run(submodule: CapturedModule, graph: CapturedGraph, call: Call) -> Any:
 
 
 @torch.no_grad()
-def settle(submodule: CapturedModule, inputs: tuple[Any, dict[str, Any]]) -> None:
-    """Change how the innermost module that disagrees at this call runs; the whole if none does."""
+def settle(submodule: CapturedModule, inputs: tuple[Any, dict[str, Any]], random: Tensor) -> bool:
+    """Change how the innermost module that disagrees at this call runs; the whole if none does.
+
+    Args:
+        submodule: what was called.
+        inputs: ``(args, kwargs)`` of the call.
+        random: the state of PyTorch's random numbers that the call began with.
+
+    Returns:
+        Whether anything was changed: what runs as the float module itself already, and gives
+        another result at each call, cannot be compared.
+    """
     args, kwargs = copied(inputs)
-    try:
-        _Comparing(submodule, _run)(*args, **kwargs)
-    except Reopened:
-        return
-    except _Found as found:
-        found.submodule.distrust(found.call)
-    else:
-        submodule.distrust(None)
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(random)
+        try:
+            _Comparing(submodule, _run)(*args, **kwargs)
+        except Reopened:
+            return True
+        except _Found as found:
+            wrong, call = found.submodule, found.call
+        else:
+            wrong, call = submodule, None
+    if wrong.plain:
+        logger.warning(
+            "%s: it gives another result each time that it is called with the same inputs, so what "
+            "runs is not compared with it",
+            wrong.path or "the model",
+        )
+        return False
+    wrong.distrust(call)
+    return True

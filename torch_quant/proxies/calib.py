@@ -7,6 +7,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
+
 from torch_quant.errors import QuantError
 from torch_quant.graph.calls import Call
 from torch_quant.graph.capture import CapturedModule, Reopened
@@ -91,11 +93,13 @@ class CalibModel(Proxy):
         """Runs it, compared with the float module if Python code over pieces takes part in it."""
         submodule = executor.submodule
         kept, mine = copied((args, kwargs)), (args, kwargs)
+        random, steady = torch.get_rng_state(), True
         while True:
             try:
                 with self.session.state.batch():
                     outputs = self._execute(executor, *mine, new=True)
-                    if _in_pieces(submodule) and disagrees(submodule, copied(kept), outputs):
+                    pieces = steady and _in_pieces(submodule)
+                    if pieces and disagrees(submodule, copied(kept), outputs, random):
                         raise _Differs
                 if mine[0] is not args:
                     assign((args, kwargs), mine)  # what the model does to its arguments
@@ -103,14 +107,16 @@ class CalibModel(Proxy):
             except Reopened:
                 logger.debug("called again, in smaller pieces")
             except _Differs:
-                settle(submodule, kept)
+                steady = settle(submodule, kept, random)
             except QuantError:
                 raise
             except Exception:  # the code between pieces raises; so may the model
                 if submodule.plain or not comparable(submodule) or raises(submodule, copied(kept)):
                     raise
-                settle(submodule, kept)
+                if not settle(submodule, kept, random):
+                    raise
             self._reset()
+            torch.set_rng_state(random)
             executor = self._executor if not submodule.path else self._executor_of(submodule)
             mine = copied(kept)
 
