@@ -137,7 +137,7 @@ MISTAKES = {
     "alpha true": ("qconfig: {transforms: {name: smoothquant, alpha: true}}", 1,
                    r"alpha=True\): expected a number"),
     "a transform": ("qconfig: {transforms: [smooth]}", 1,
-                    "the transform is 'smooth'; expected one of awq, bias_correction, smoothquant"),
+                    "the transform is 'smooth'; expected one of awq, bias_correction, outlier"),
     "a method": ("qconfig: {method: {name: rtn, observe: x}}", 1,
                  "'rtn' has 'observe'; expected observer"),
     "no method": ("qconfig:\n  method: {observer: minmax}", 2,

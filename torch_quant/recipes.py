@@ -10,7 +10,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from torch_quant.algorithms import GPTQ, AutoRound, BiasCorrection, RoundToNearest, SmoothQuant
+from torch_quant.algorithms import (
+    GPTQ,
+    AutoRound,
+    BiasCorrection,
+    OutlierSplit,
+    RoundToNearest,
+    SmoothQuant,
+)
 from torch_quant.config import QConfig, register_recipe
 from torch_quant.core.granularity import PerChannel, PerGroup, PerToken
 from torch_quant.core.methods import Transform, WeightMethod, read_weight_method
@@ -34,7 +41,8 @@ __all__ = [
 ]
 
 _WORTH = 1.25
-"""By what factor smoothing has to lower the noise of a layer to be worth a product at each call."""
+"""By what factor smoothing has to lower the noise of a layer to be worth a product at each call;
+copies of channels, which take a row of a weight each, too."""
 _BLOCK = 32
 """Elements that share a scale ("OCP Microscaling Formats (MX) Specification", version 1.0)."""
 
@@ -55,7 +63,8 @@ def int8_static(
     Args:
         smooth: SmoothQuant's alpha, 0 to 1, for every linear layer; ``"auto"`` for 0.8 where it is
             predicted to lower the noise of rounding by a fifth or more, as in most layers of a
-            transformer; None leaves it out.
+            transformer, or copies of the largest channels (:class:`OutlierSplit`) where these
+            lower it more and the layer before can compute them; None leaves both out.
         correct_bias: take what rounding a weight adds to the mean of an output off the bias, see
             :class:`BiasCorrection`; it costs nothing at run time.
         observer: name of the statistics taken of activations.
@@ -77,7 +86,7 @@ def int8_static(
         raise InvalidConfig(f"correct_bias={correct_bias!r}: expected True or False")
     transforms: list[Transform] = []
     if isinstance(smooth, str):
-        transforms = [SmoothQuant(0.8, min_gain=_WORTH)]
+        transforms = [SmoothQuant(0.8, min_gain=_WORTH), OutlierSplit(min_gain=_WORTH)]
     elif smooth is not None:
         transforms = [SmoothQuant(smooth)]
     if correct_bias:

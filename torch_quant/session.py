@@ -233,11 +233,15 @@ class Session:
             found = {each: self._settling(each, plan) for each in asked}
 
         def kept(site: SitePlan) -> SitePlan:
-            made = (
-                found.get(each, {}).get(site.name) if each in asked else each
+            made = {
+                each: found.get(each, {}).get(site.name) if each in asked else each
                 for each in site.transforms
-            )
-            return replace(site, transforms=tuple(each for each in made if each is not None))
+            }
+            rivals = [x for x in made if x in asked and made[x] is not None and x.changes_input]
+            if len(rivals) > 1:
+                gains = {each: self._gains(each, plan).get(site.name, 0.0) for each in rivals}
+                made |= dict.fromkeys(set(rivals) - {max(rivals, key=gains.__getitem__)})
+            return replace(site, transforms=tuple(x for x in made.values() if x is not None))
 
         return QuantPlan(map(kept, plan.values()), plan.float_ops)
 
@@ -249,17 +253,27 @@ class Session:
             self.captured.settled_on, self.captured.settled = basis, {}
 
     def _settling(self, transform: Transform, plan: QuantPlan) -> Mapping[str, Transform | None]:
-        """See :meth:`Transform.settled`; it takes long, so it is asked once for each plan."""
+        """See :meth:`Transform.settled`."""
+        found: Mapping[str, Transform | None] = self._once(transform, plan, transform.settled)
+        return found
+
+    def _gains(self, transform: Transform, plan: QuantPlan) -> Mapping[str, float]:
+        """See :meth:`Transform.gains`."""
+        found: Mapping[str, float] = self._once(transform, plan, transform.gains)
+        return found
+
+    def _once(self, transform: Transform, plan: QuantPlan, ask: Callable[..., Any]) -> Any:
+        """What a transform says of a plan; it takes long, so it is asked once for each plan."""
         sites = tuple(
             (site.name, site.activation, site.weight)
             for site in plan.values()
             if site.quantized and transform in site.transforms
         )
-        settled = self.captured.settled
-        if (transform, sites) not in settled:
+        settled, key = self.captured.settled, (ask.__name__, transform, sites)
+        if key not in settled:
             with torch.no_grad():
-                settled[transform, sites] = transform.settled(plan, Calibrated(self, plan))
-        return settled[transform, sites]
+                settled[key] = ask(plan, Calibrated(self, plan))
+        return settled[key]
 
     # What calibration records
 

@@ -22,7 +22,7 @@ from torch_quant import (
     recipes,
     sqnr,
 )
-from torch_quant.algorithms.smoothquant import predicted_noise
+from torch_quant.algorithms.predicted_noise import predicted_noise
 
 SITES = ("query", "key", "value", "out")
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,9 @@ from onnx_files import feeds, needs, run_onnxruntime, tensors, written
 from torch import Tensor, nn
 from torch.nn import functional
 
+import torch_quant
 from torch_quant import (
+    FLOAT,
     GPTQ,
     BiasCorrection,
     InvalidConfig,
@@ -23,6 +27,8 @@ from torch_quant import (
     Quantizer,
     QuantSpec,
     SmoothQuant,
+    Transform,
+    recipes,
     sqnr,
 )
 from torch_quant.algorithms.outlier_split import copies_of
@@ -47,6 +53,15 @@ class Outliers(nn.Module):
         x = self.norm(x)
         y: Tensor = self.head(x + self.down(functional.gelu(self.up(x))))
         return y
+
+
+def wide() -> Outliers:
+    """One channel behind the GELU has twelve times the spread of the rest."""
+    model = Outliers().eval()
+    with torch.no_grad():
+        model.up.bias[5] = 0.0
+        model.up.weight[5] *= 12
+    return model
 
 
 def data(count: int, seed: int = 0) -> Inputs:
@@ -236,6 +251,19 @@ def test_state_and_summary_keep_it(backend: str, tmp_path: Path) -> None:
     assert Quantizer.from_config(data_).overrides == quantizer.overrides
 
 
+def test_a_saved_model_computes_the_same(tmp_path: Path) -> None:
+    model, quantizer = split("onednn")
+    x = data(4, 3)[0]
+    quant_model = quantizer.quantize(model)
+    torch_quant.save(quant_model, tmp_path / "model")
+    loaded = torch_quant.load(tmp_path / "model", model=Outliers().eval())
+    assert torch.equal(loaded(*x), quant_model(*x))
+    other = Outliers().eval()
+    other.up = nn.Linear(32, 63)
+    with pytest.raises(InvalidConfig, match=r"up.weight is \(63, 32\); expected \(72, 32\)"):
+        torch_quant.load(tmp_path / "model", model=other)
+
+
 def test_other_sizes_of_inputs_and_ranks() -> None:
     model, quantizer = split("onednn")
     quant_model = quantizer.quantize(model)
@@ -296,6 +324,99 @@ def test_asked_for_after_calibration() -> None:
     quantizer.overrides = {"down": SPLIT}
     with pytest.raises(NotCalibrated, match=r"channels of .*gelu.* were not recorded"):
         quantizer.quantize(model)
+
+
+def transforms_of(quantizer: Quantizer, model: nn.Module) -> dict[str, tuple[Transform, ...]]:
+    quantizer.quantize(model)
+    return {
+        name: tuple(each for each in site.transforms if each.changes_input)
+        for name, site in quantizer.plan.items()
+    }
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_default_splits_where_that_gains_most(backend: str) -> None:
+    found = {}
+    x = data(64, 1)[0]
+    for name, config in (("default", None), ("fast", recipes.fast())):
+        model = wide()
+        quantizer = calibrated(model, [data(32)], backend=backend, qconfig=config)
+        found[name] = sqnr(model(*x), quantizer.quantize(model)(*x))
+        if name == "default":
+            assert transforms_of(quantizer, model)["down"] == (OutlierSplit(),)
+    assert found["default"] >= found["fast"] + 1, found
+
+
+def test_the_larger_gain_decides_in_either_order() -> None:
+    # The outlier's column is small: smoothing costs the weight nothing, and cuts all channels.
+    model = Outliers().eval()
+    with torch.no_grad():
+        model.up.bias.copy_(torch.linspace(0.0, 20.0, 64))
+        model.down.weight.div_(torch.linspace(0.0, 20.0, 64) + 1)
+    either = [SmoothQuant(0.8, min_gain=1.1), OutlierSplit(min_gain=1.1)]
+    for transforms in (either, either[::-1]):
+        quantizer = calibrated(
+            model, [data(32)], backend="reference", qconfig=QConfig(transforms=transforms)
+        )
+        assert transforms_of(quantizer, model)["down"] == (SmoothQuant(0.8),)
+
+
+def test_where_no_layer_can_compute_copies_it_is_left_out() -> None:
+    model = wide()
+    with torch.no_grad():
+        model.norm.weight[3] = 50.0  # what `up` reads is what a norm gives
+    config = QConfig(transforms=[OutlierSplit(min_gain=1.1)])
+    quantizer = calibrated(model, [data(32)], backend="reference", qconfig=config)
+    assert transforms_of(quantizer, model) == {"up": (), "down": (OutlierSplit(),), "head": ()}
+    told = str(quantizer.explain("up"))
+    assert "linear layers before compute the copies" in told
+    plain = calibrated(model, [data(32)], backend="reference", qconfig=QConfig())
+    plain.qconfig = config  # channels were not recorded
+    assert transforms_of(plain, model)["down"] == ()
+
+
+def test_the_predicted_gain_is_the_measured_one() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.Identity(), nn.Linear(64, 32)).eval()
+    with torch.no_grad():
+        model[0].weight[5] *= 12
+    noise, x = {}, data(256, 1)[0]
+    config = QConfig(weight=FLOAT)
+    for name, transforms in (("plain", []), ("split", [OutlierSplit(0.1)])):
+        two = QConfig(weight=FLOAT, transforms=transforms)
+        quantizer = calibrated(
+            model,
+            [data(1024)],
+            backend="reference",
+            qconfig=config,
+            overrides={"0": None, "2": two},
+        )
+        noise[name] = float((model(*x) - quantizer.quantize(model)(*x)).square().mean())
+    split = OutlierSplit(0.1, min_gain=1.1)
+    quantizer = calibrated(
+        model,
+        [data(1024)],
+        backend="reference",
+        qconfig=config,
+        overrides={"2": QConfig(weight=FLOAT, transforms=[split])},
+    )
+    asked: list[float] = []
+    gains = OutlierSplit.gains
+
+    def noted(self: OutlierSplit, *args: Any) -> Any:
+        asked.extend((found := gains(self, *args)).values())
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OutlierSplit, "gains", noted)
+        quantizer.quantize(model)
+    assert asked[0] == pytest.approx(noise["plain"] / noise["split"], rel=0.15)
+
+
+@pytest.mark.parametrize("gain", [-1.0, math.inf, True, "1"])
+def test_a_wrong_gain(gain: object) -> None:
+    with pytest.raises(InvalidConfig, match=r"OutlierSplit\(min_gain=.*expected a factor"):
+        OutlierSplit(min_gain=gain)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("share", [0, -0.5, 1.5, True, "1"])

@@ -23,16 +23,18 @@ Else ``index_select`` copies them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, fx
 
+from torch_quant.algorithms.predicted_noise import Channels, Readers, check_gain, gains
 from torch_quant.core.granularity import PerChannel
 from torch_quant.core.methods import Transform, Wanted, register_transform
-from torch_quant.core.plan import is_share
+from torch_quant.core.plan import QuantPlan, is_share
 from torch_quant.errors import InvalidConfig, NotCalibrated, QuantError
 from torch_quant.graph.sites import KEY, Site, key_of, local_name, source
 from torch_quant.ops.arguments import argument, set_arguments
@@ -42,17 +44,41 @@ from torch_quant.passes.repeat_channels import picked_channels, repeat_channels
 from torch_quant.passes.transform import sites_with
 from torch_quant.statistics import (
     CHANNELS,
+    MEAN_SQUARE,
     RANGE,
+    MeanSquare,
     MinMaxObserver,
     Statistic,
     channel_mean,
 )
 from torch_quant.statistics.moments import Moments
 
-__all__ = ["OutlierSplit", "copies_of"]
+__all__ = ["OutlierSplit", "copies_of", "grown_sizes"]
 
 _BLOCK = 8
-"""Kernels multiply so many channels at once: what is added fills whole blocks where it can."""
+"""Kernels multiply so many channels at once: what is added fills whole blocks, where a share of
+the channels is half of one at least."""
+
+
+_PART = "split_part"
+"""What the constant is called by which copies are multiplied, behind the name of the layer."""
+
+
+def grown_sizes(tensors: Mapping[str, Tensor]) -> set[tuple[int, int]]:
+    """How many channels tensors of a quantized model had, and have with their copies.
+
+    Args:
+        tensors: of the model, by name.
+
+    >>> grown_sizes({"down.split_part": torch.tensor([0.5, 1.0, 0.5])})
+    {(2, 3)}
+    """
+    names = re.compile(rf"(.*\.)?{_PART}(_\d+)?")
+    return {
+        (round(float(part.sum())), len(part))  # the parts of each channel add up to 1
+        for name, part in tensors.items()
+        if names.fullmatch(name)
+    }
 
 
 def copies_of(reach: Tensor, extra: int) -> Tensor:
@@ -87,20 +113,26 @@ class OutlierSplit(Transform):
     Args:
         share: how many channels are added, of those that there are; in whole blocks of eight where
             these are.
+        min_gain: split only where layers before compute the copies, and where the noise of rounding
+            is predicted to become smaller by this factor, from what calibration recorded; 0
+            splits everywhere. Where SmoothQuant has a ``min_gain`` too, a site gets what gains
+            most.
 
     Raises:
-        InvalidConfig: ``share`` is no number above 0, or above 1.
+        InvalidConfig: ``share`` is no number above 0, or above 1, or ``min_gain`` is negative.
 
     >>> OutlierSplit(0.05).to_dict()
-    {'name': 'outlier_split', 'share': 0.05}
+    {'name': 'outlier_split', 'share': 0.05, 'min_gain': 0.0}
     """
 
     name = "outlier_split"
     trains = True
 
     share: float = 1 / 64
+    min_gain: float = 0.0
 
     def __post_init__(self) -> None:
+        check_gain(self, self.min_gain)
         if isinstance(self.share, bool) or not is_share(self.share) or not self.share:
             raise InvalidConfig(
                 f"OutlierSplit(share={self.share!r}): expected a number above 0, and 1 at most"
@@ -114,8 +146,63 @@ class OutlierSplit(Transform):
             "was computed"
         )
 
+    @property
+    def optional(self) -> bool:
+        return self.min_gain > 0
+
+    @property
+    def condition(self) -> str:
+        if not self.optional:
+            return ""
+        return (
+            "only where linear layers before compute the copies, and the noise is predicted to "
+            f"fall by a factor of {self.min_gain:g}, from channels that calibration recorded"
+        )
+
     def statistics(self, site: Site) -> Wanted:
-        return {site.inputs[0]: {CHANNELS: partial(MinMaxObserver, PerChannel(-1))}}
+        wanted: dict[str, Callable[[], Statistic]] = {}
+        wanted[CHANNELS] = partial(MinMaxObserver, PerChannel(-1))
+        if self.optional:
+            wanted[MEAN_SQUARE] = MeanSquare
+        return {site.inputs[0]: wanted}
+
+    def settled(self, plan: QuantPlan, params: Params) -> Mapping[str, Transform | None]:
+        """At each site that has it: itself, for good, where it lowers the noise enough.
+
+        >>> from torch_quant.passes.base import NoParams
+        >>> OutlierSplit(min_gain=1.5).settled(QuantPlan(), NoParams())  # nothing asks for it
+        {}
+        """
+        split, found = OutlierSplit(self.share), self.gains(plan, params).items()
+        return {site: split if gain >= self.min_gain else None for site, gain in found}
+
+    def gains(self, plan: QuantPlan, params: Params) -> Mapping[str, float]:
+        """By what factor it lowers the noise of rounding at each site; 0 where it costs time.
+
+        >>> from torch_quant.passes.base import NoParams
+        >>> OutlierSplit(min_gain=1.5).gains(QuantPlan(), NoParams())  # nothing asks for it
+        {}
+        """
+        found = gains(Readers.found(self, plan, params), plan, params, self._noise)
+        for _, _, _, site in sites_with(self, plan, params.graphs()):
+            if not site.repeatable:
+                found[site.name] = 0.0
+        return found
+
+    def _noise(
+        self, readers: Readers, channels: Channels, bits: int, weight_bits: int
+    ) -> tuple[float, float]:
+        """What rounding adds without it, and with it.
+
+        All copies of a channel are rounded alike, so their errors add up: a channel is rounded as
+        if it was divided by the number of its copies and its column multiplied. But the weight
+        is rounded as it is.
+        """
+        copies = torch.bincount(self._index(channels.low, channels.high)).float()
+        whole = channels.noise(readers.weights(), bits, weight_bits)
+        columns = (weight * copies for weight in readers.weights())
+        after = channels.divided(copies).noise(columns, bits, 0)
+        return whole, whole - channels.noise(readers.weights(), bits, 0) + after
 
     def apply(self, context: PassContext) -> int:
         """Split the inputs of every site that the plan splits so.
@@ -143,7 +230,7 @@ class OutlierSplit(Transform):
         made = f"{key}[split={self.share:g}]"
         if made not in context.derived:
             context.derive(made, self._known(context, key, index, part))
-        factor = new_constant(context.gm, f"{local}.split_part", part, first)
+        factor = new_constant(context.gm, f"{local}.{_PART}", part, first)
         factor.meta["val"] = part
         with context.graph.inserting_before(first):
             mul = context.graph.call_function(torch.ops.aten.mul.Tensor, (repeated, factor))
@@ -155,8 +242,10 @@ class OutlierSplit(Transform):
 
     def _index(self, low: Tensor, high: Tensor) -> Tensor:
         """Which channel stands where: all of them, and their further copies behind."""
+        extra = max(1, round(self.share * len(low)))
         block = math.gcd(len(low), _BLOCK)
-        extra = math.ceil(self.share * len(low) / block) * block
+        if 2 * extra > block:
+            extra = math.ceil(extra / block) * block
         copies = copies_of(torch.maximum(-low, high).clamp(min=0), extra)
         every = torch.arange(len(copies))
         return torch.cat([every, every.repeat_interleave(copies - 1)])

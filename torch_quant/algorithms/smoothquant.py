@@ -16,28 +16,19 @@ The product with the weight is an expression in the graph, which is evaluated wh
 quantized, so that only one of them takes memory at a time.
 
 Where it is only asked for if it helps (``min_gain``), the noise of the layers that read a tensor is
-predicted with and without it. Rounding adds a variance of ``step^2 / 12`` to each element, so with
-``y = x W^T`` the sum over the outputs of a row is
-
-    sum_j (step_x^2 / 12 + clip_j) sum_o w_oj^2  +  sum_o step_o^2 / 12 * sum_j E[x_j^2]
-
-of which ``E[x_j^2]`` is recorded too. ``clip_j`` is what values lose that lie beyond all that were
-seen: smoothing brings every channel near the end of the one range, and the largest of few rows says
-little of the next. With the exponential tail that a normal distribution has there, one more row
-than ``n`` of which the largest was ``r_j`` exceeds a limit ``L`` with a probability of
-``exp((r_j - L) / t_j) / n``, by an excess of mean square ``2 t_j^2``; ``t_j = r_j / (2 ln n)``.
+predicted with it and without (:mod:`torch_quant.algorithms.predicted_noise`).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, fx
 
+from torch_quant.algorithms.predicted_noise import Channels, Readers, check_gain, gains
 from torch_quant.core.granularity import PerChannel
 from torch_quant.core.methods import Transform, Wanted, register_transform
 from torch_quant.core.plan import QuantPlan, is_share
@@ -59,7 +50,7 @@ from torch_quant.statistics import (
     channel_mean,
 )
 
-__all__ = ["SmoothQuant", "predicted_noise", "smoothing_factor"]
+__all__ = ["SmoothQuant", "smoothing_factor"]
 
 
 def smoothing_factor(reach: Tensor, weight: Tensor, alpha: float) -> Tensor:
@@ -76,87 +67,6 @@ def smoothing_factor(reach: Tensor, weight: Tensor, alpha: float) -> Tensor:
     factor = reach**alpha / weight ** (1 - alpha)
     used = (reach > 0) & (weight > 0)
     return torch.where(used, factor, torch.ones_like(factor))
-
-
-def predicted_noise(
-    low: Tensor,
-    high: Tensor,
-    squares: Tensor,
-    rows: int,
-    weights: Iterable[Tensor],
-    bits: int = 8,
-    weight_bits: int = 8,
-) -> float:
-    """What quantization is predicted to add to the outputs of the layers that read one tensor.
-
-    Args:
-        low: smallest value seen of each input channel, shape ``[channels]``.
-        high: the largest.
-        squares: mean square of each channel.
-        rows: how many vectors were seen.
-        weights: of the layers, each of shape ``[outputs, channels]``; a scale per output channel.
-        bits: of the activations, which have one scale.
-        weight_bits: of the weights; 0 for float.
-
-    Returns:
-        Its energy for one row of inputs, in the square of the outputs' unit.
-
-    >>> low, high = torch.tensor([-1.0, -1.0]), torch.tensor([1.0, 99.0])
-    >>> squares, weight = high.square() / 3, torch.tensor([[1.0, 0.01]])
-    >>> noise = predicted_noise(low, high, squares, 10000, [weight])
-    >>> low, squares, smoothed = low / high, squares / high.square(), weight * high
-    >>> noise > 100 * predicted_noise(low, high / high, squares, 10000, [smoothed])
-    True
-    """
-    top, bottom = high.max().clamp(min=0), low.min().clamp(max=0)
-    step = (top - bottom).double() / (2**bits - 1)
-    variance = step**2 / 12 + _clipping(high, top, rows) + _clipping(-low, -bottom, rows)
-    noise = 0.0
-    for weight in weights:
-        noise += float((variance * weight.square().sum(0).double()).sum())
-        if weight_bits:
-            steps = weight.abs().amax(1).double() / (2 ** (weight_bits - 1) - 1)
-            noise += float(steps.square().sum() / 12 * squares.double().sum())
-    return noise
-
-
-def _clipping(seen: Tensor, limit: Tensor, rows: int) -> Tensor:
-    """The mean square of what values of each channel have beyond ``limit``, by their tails."""
-    seen = seen.double().clamp(min=1e-30)
-    tail = seen / (2 * math.log(max(rows, 2)))
-    return 2 / max(rows, 2) * tail.square() * torch.exp((seen - limit.double()) / tail)
-
-
-@dataclass
-class _Group:
-    """The sites that read one tensor and smooth it alike.
-
-    Args:
-        nodes: site -> where it stands, so that its weight can be computed.
-    """
-
-    nodes: dict[str, tuple[fx.GraphModule, fx.Node]] = field(default_factory=dict)
-
-    @cached_property
-    def columns(self) -> Tensor:
-        """Largest magnitude of each column, over all weights, shape ``[channels]``."""
-        found = [_weight(*place).abs().amax(0) for place in self.nodes.values()]
-        return torch.stack(found).amax(0)
-
-    def factor(self, channels: MinMaxObserver, alpha: float) -> Tensor:
-        """What each channel is divided by."""
-        low, high = channels.min_val.flatten(), channels.max_val.flatten()
-        return smoothing_factor(torch.maximum(-low, high).clamp(min=0), self.columns, alpha)
-
-    def known(self, key: str, params: Params) -> tuple[MinMaxObserver, MeanSquare] | None:
-        """What was recorded of the tensor, None where channels were not asked for in time."""
-        try:
-            channels, squares = (params.statistic(key, what) for what in (CHANNELS, MEAN_SQUARE))
-        except NotCalibrated:
-            return None
-        assert isinstance(channels, MinMaxObserver)
-        assert isinstance(squares, MeanSquare)
-        return channels, squares
 
 
 @register_transform
@@ -190,10 +100,7 @@ class SmoothQuant(Transform):
     def __post_init__(self) -> None:
         if isinstance(self.alpha, bool) or not is_share(self.alpha):
             raise InvalidConfig(f"SmoothQuant(alpha={self.alpha!r}): expected a number from 0 to 1")
-        gain = self.min_gain
-        number = isinstance(gain, (int, float)) and not isinstance(gain, bool)
-        if not number or not 0.0 <= gain < math.inf:
-            raise InvalidConfig(f"SmoothQuant(min_gain={gain!r}): expected a factor, 0 or more")
+        check_gain(self, self.min_gain)
 
     @property
     def optional(self) -> bool:
@@ -229,7 +136,8 @@ class SmoothQuant(Transform):
             NotCalibrated: calibration recorded no channels there, or not from the start.
             InvalidConfig: another transform has changed the input before.
         """
-        groups = context.params.shared(self, lambda: self._groups(context.plan, context.params))
+        plan, params = context.plan, context.params
+        groups = params.shared(self, lambda: Readers.found(self, plan, params))
         changed = 0
         smoothed: dict[fx.Node, tuple[fx.Node, Tensor]] = {}
         floats: dict[str, Tensor] = {}
@@ -257,7 +165,7 @@ class SmoothQuant(Transform):
         return changed
 
     def _smoothed(
-        self, context: PassContext, groups: dict[str, _Group], node: fx.Node, site: Site
+        self, context: PassContext, groups: dict[str, Readers], node: fx.Node, site: Site
     ) -> tuple[fx.Node, Tensor]:
         """The input of ``node`` divided by factors, in the graph, and the factors."""
         key = site.inputs[0]
@@ -269,8 +177,10 @@ class SmoothQuant(Transform):
         channels = context.statistic(key, CHANNELS)
         assert isinstance(channels, MinMaxObserver)
         low, high = channels.min_val.flatten(), channels.max_val.flatten()
-        group = groups[key]
-        factor = context.params.kept((self, key), lambda: group.factor(channels, self.alpha))
+        group, reach = groups[key], torch.maximum(-low, high).clamp(min=0)
+        factor = context.params.kept(
+            (self, key), lambda: smoothing_factor(reach, group.columns, self.alpha)
+        )
         made = f"{key}[smooth={self.alpha:g}]"
         if made not in context.derived:
             ends = torch.stack([low / factor, high / factor])
@@ -297,13 +207,6 @@ class SmoothQuant(Transform):
         factor = params.kept((self, key), _not_smoothed)
         return {what: _divided(each, factor) for what, each in statistics.items()}
 
-    def _groups(self, plan: QuantPlan, params: Params) -> dict[str, _Group]:
-        """Key of a tensor -> who smooths it, over all graphs of the model."""
-        groups: dict[str, _Group] = {}
-        for gm, node, _, site in sites_with(self, plan, params.graphs()):
-            groups.setdefault(site.inputs[0], _Group()).nodes[site.name] = gm, node
-        return groups
-
     def settled(self, plan: QuantPlan, params: Params) -> dict[str, Transform | None]:
         """At each site that has it: itself, for good, where it lowers the noise enough.
 
@@ -313,35 +216,27 @@ class SmoothQuant(Transform):
         >>> SmoothQuant(0.8, min_gain=1.5).settled(QuantPlan(), NoParams())  # nothing asks for it
         {}
         """
-        smoothed: set[str] = set()
-        left: set[str] = set()
-        for key, group in self._groups(plan, params).items():
-            known = group.known(key, params)
-            helps = known is not None and self._gain(*known, group, plan) >= self.min_gain
-            (smoothed if helps else left).update(group.nodes)
-        for_good = SmoothQuant(self.alpha)
-        # A site may read one tensor in one graph and another in the next.
-        return {site: None if site in left else for_good for site in smoothed | left}
+        smooth = SmoothQuant(self.alpha)
+        found = self.gains(plan, params).items()
+        return {site: smooth if gain >= self.min_gain else None for site, gain in found}
 
-    def _gain(
-        self, channels: MinMaxObserver, squares: MeanSquare, group: _Group, plan: QuantPlan
-    ) -> float:
-        """By what factor the noise becomes smaller; infinite where there is none, 0 if unknown."""
-        low, high = channels.min_val.flatten(), channels.max_val.flatten()
-        mean, rows = squares.mean, squares.rows
-        factor = group.factor(channels, self.alpha)
-        entry = plan[next(iter(group.nodes))]
-        formats = [each for each in (entry.activation, entry.weight) if each is not None]
-        if entry.activation is None or not all(each.element.integer for each in formats):
-            return 0.0
-        bits = entry.activation.element.bits
-        weight_bits = entry.weight.element.bits if entry.weight else 0
-        plain = (_weight(*place) for place in group.nodes.values())
-        before = predicted_noise(low, high, mean, rows, plain, bits, weight_bits)
-        smooth = (_weight(*place) * factor for place in group.nodes.values())
-        low, high, mean = low / factor, high / factor, mean / factor.square()
-        after = predicted_noise(low, high, mean, rows, smooth, bits, weight_bits)
-        return before / after if after else math.inf
+    def gains(self, plan: QuantPlan, params: Params) -> Mapping[str, float]:
+        """By what factor it lowers the noise of rounding at each site that has it.
+
+        >>> from torch_quant.passes.base import NoParams
+        >>> SmoothQuant(0.8, min_gain=1.5).gains(QuantPlan(), NoParams())  # nothing asks for it
+        {}
+        """
+        return gains(Readers.found(self, plan, params), plan, params, self._noise)
+
+    def _noise(
+        self, readers: Readers, channels: Channels, bits: int, weight_bits: int
+    ) -> tuple[float, float]:
+        """What rounding adds without it, and with it."""
+        factor = smoothing_factor(channels.reach, readers.columns, self.alpha)
+        smooth = (weight * factor for weight in readers.weights())
+        after = channels.divided(factor).noise(smooth, bits, weight_bits)
+        return channels.noise(readers.weights(), bits, weight_bits), after
 
 
 def _means(context: PassContext, key: str, factor: Tensor) -> dict[str, Statistic]:
@@ -365,9 +260,3 @@ def _divided(statistic: Statistic, factor: Tensor) -> Statistic:
         return statistic
     inverse = 1 / factor.to(statistic.sums)
     return statistic.scaled(inverse)
-
-
-def _weight(gm: fx.GraphModule, node: fx.Node) -> Tensor:
-    weight = argument(node, 1)
-    assert isinstance(weight, fx.Node)
-    return evaluate(gm, weight).detach()

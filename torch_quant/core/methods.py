@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor
 
-from torch_quant.core.naming import did_you_mean
+from torch_quant.core.members import read_member
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.core.telling import at_site
@@ -267,6 +267,19 @@ class Transform(Method):
         """
         return {}
 
+    def gains(self, plan: QuantPlan, params: Params) -> Mapping[str, float]:
+        """By what factor it is predicted to lower the noise of rounding, at sites that have it.
+
+        Of optional transforms that change what a site reads, it gets what gains most; arguments are
+        those of :meth:`settled`.
+
+        >>> from torch_quant import BiasCorrection, QuantPlan
+        >>> from torch_quant.passes.base import NoParams
+        >>> BiasCorrection().gains(QuantPlan(), NoParams())
+        {}
+        """
+        return {}
+
     @abstractmethod
     def apply(self, context: PassContext) -> int:
         """Rewrite what reads or makes the sites whose plan has this transform.
@@ -317,7 +330,6 @@ TRANSFORMS: dict[str, type[Transform]] = {}
 
 W = TypeVar("W", bound=type[WeightMethod])
 T = TypeVar("T", bound=type[Transform])
-M = TypeVar("M", bound=Method)
 
 
 def register_weight_method(cls: W) -> W:
@@ -361,40 +373,9 @@ def read_weight_method(data: Any) -> WeightMethod:
     Raises:
         InvalidConfig: it is unknown, or an option is unknown or wrong.
     """
-    return _read(data, WEIGHT_METHODS, "weight method")
+    return read_member(data, WEIGHT_METHODS, "weight method")
 
 
 def read_transform(data: Any) -> Transform:
     """A transform from its name, or what :meth:`Method.to_dict` gave; raises as the other does."""
-    return _read(data, TRANSFORMS, "transform")
-
-
-def _fixed(value: Any) -> Any:
-    """JSON has lists where an option is a tuple."""
-    return tuple(map(_fixed, value)) if isinstance(value, list) else value
-
-
-def _read(data: Any, known: Mapping[str, type[M]], what: str) -> M:
-    options = dict(data) if isinstance(data, Mapping) else {"name": data}
-    name = options.pop("name", None)
-    if not isinstance(name, str) or name not in known:
-        hint = did_you_mean(name, known) if isinstance(name, str) else ""
-        given = "has no 'name'" if isinstance(data, Mapping) and name is None else f"is {name!r}"
-        raise InvalidConfig(f"the {what} {given}; expected one of {', '.join(sorted(known))}{hint}")
-    cls = known[name]
-    allowed = [each.name for each in fields(cls)]
-    for key in options:
-        if key not in allowed:
-            hint = did_you_mean(str(key), allowed)
-            expected = ", ".join(allowed) or "no option"
-            raise InvalidConfig(f"the {what} {name!r} has {key!r}; expected {expected}{hint}")
-    for each in fields(cls):
-        required = each.default is MISSING and each.default_factory is MISSING
-        if required and each.name not in options:
-            raise InvalidConfig(f"the {what} {name!r} lacks {each.name!r}")
-    try:
-        made = cls(**{key: _fixed(value) for key, value in options.items()})
-        hash(made)
-        return made
-    except TypeError as error:
-        raise InvalidConfig(f"the {what} {name!r}: {error}") from error
+    return read_member(data, TRANSFORMS, "transform")

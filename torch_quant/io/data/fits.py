@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 
+from torch_quant.algorithms.outlier_split import grown_sizes
 from torch_quant.errors import InvalidConfig
 from torch_quant.nn.stand_in import class_of
 from torch_quant.ops.functions import path_of
@@ -46,7 +47,8 @@ def _misfit(
 ) -> str:
     """What of a module does not fit what was saved in its place, empty if all does.
 
-    Integers may lie transposed or, several in a byte, packed along their last dimension.
+    Integers may lie transposed or, several in a byte, packed along their last dimension; channels
+    may have copies.
 
     >>> import torch
     >>> saved = {"head.weight": torch.zeros(2, 8, dtype=torch.int8)}
@@ -64,6 +66,22 @@ def _misfit(
             continue
         sizes, expected = tuple(x.shape), tuple(there.shape)
         packed = sizes[:-1] == expected[:-1] and expected[-1:] < sizes[-1:]
-        if sorted(sizes) != sorted(expected) and not (packed and not there.is_floating_point()):
+        if packed and not there.is_floating_point():
+            continue
+        if sorted(sizes) != sorted(expected) and not _is_grown(sizes, expected, saved):
             return f"{'.'.join(filter(None, (path, name)))} is {sizes}; expected {expected}"
     return ""
+
+
+def _is_grown(
+    sizes: tuple[int, ...], expected: tuple[int, ...], saved: Mapping[str, Tensor]
+) -> bool:
+    """Whether ``expected`` are ``sizes`` but for copies of channels, transposed or not."""
+    grown = grown_sizes(saved)
+    return any(
+        all(
+            size == other or (size, other) in grown
+            for size, other in zip(sizes, order, strict=True)
+        )
+        for order in {expected, expected[::-1]}
+    )
