@@ -56,10 +56,10 @@ class Outliers(nn.Module):
 
 
 def wide() -> Outliers:
-    """One channel behind the GELU has twelve times the spread of the rest."""
+    """One of 512 channels behind the GELU has twelve times the spread of the rest."""
     model = Outliers().eval()
+    model.up, model.down = nn.Linear(32, 512), nn.Linear(512, 32)
     with torch.no_grad():
-        model.up.bias[5] = 0.0
         model.up.weight[5] *= 12
     return model
 
@@ -251,6 +251,11 @@ def test_state_and_summary_keep_it(backend: str, tmp_path: Path) -> None:
     assert Quantizer.from_config(data_).overrides == quantizer.overrides
 
 
+def test_a_small_layer_gets_few_copies() -> None:
+    model, quantizer = split("reference", QConfig(transforms=[OutlierSplit()]))
+    assert sites_of(quantizer.quantize(model))["down.weight"] == (32, 65)
+
+
 def test_a_saved_model_computes_the_same(tmp_path: Path) -> None:
     model, quantizer = split("onednn")
     x = data(4, 3)[0]
@@ -340,7 +345,9 @@ def test_the_default_splits_where_that_gains_most(backend: str) -> None:
     x = data(64, 1)[0]
     for name, config in (("default", None), ("fast", recipes.fast())):
         model = wide()
-        quantizer = calibrated(model, [data(32)], backend=backend, qconfig=config)
+        quantizer = calibrated(
+            model, [data(32)], backend=backend, qconfig=config, overrides={"head": None}
+        )
         found[name] = sqnr(model(*x), quantizer.quantize(model)(*x))
         if name == "default":
             assert transforms_of(quantizer, model)["down"] == (OutlierSplit(),)
