@@ -60,7 +60,7 @@ SAME := algorithms checkpoints cli core extensions fuzz integrations migrate nat
 # The same, but for their tests on IPEX.
 ONLY_IPEX := $(addprefix tests/,amp/test_amp_outputs.py amp/test_fallback_execution.py test_example_inputs.py test_invariants.py)
 
-.PHONY: help lock demo demo-tuning demo-cnn demo-qat demo-llm test test-core test-ipex test-latest test-long test-zoo test-sequences fuzz check format bench bench-ipex bench-peers bench-llm docs clean
+.PHONY: help lock demo demo-tuning demo-cnn demo-qat demo-llm test test-core test-ipex test-latest test-long test-zoo test-sequences fuzz check format bench bench-ipex bench-peers bench-zoo bench-llm docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort
@@ -190,6 +190,9 @@ bench-ipex: $(IPEX_VENV)/ready  ## latency on IPEX, beside IPEX's own prepare an
 
 bench-peers: $(PEERS)/ready  ## latency of 13 models by every way to run them, other tools' int8 among them; an hour
 	PYTHONPATH=$(PEERS) taskset -c 0 env OMP_NUM_THREADS=1 $(BIN)/python benchmarks/latency.py --all --plot out/latency.png
+
+bench-zoo: $(VENV)/ready  ## every architecture of transformers that can be built small; hours, and goes on where it was stopped
+	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python benchmarks/zoo.py --resume
 
 bench-llm: $(LLM)/ready  ## a language model's perplexity, size and speed by format and weight method
 	PYTHONPATH=$(LLM) OMP_NUM_THREADS=1 $(BIN)/python benchmarks/llm.py accuracy

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
+import argparse
+import importlib.util
+import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from thinning import LONG
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -42,3 +47,99 @@ def test_each_backend_with_kernels(latency: Any, monkeypatch: pytest.MonkeyPatch
 
 def test_the_chart_shows_every_way(latency: Any) -> None:
     assert latency.MARKS.keys() == latency.WAYS.keys() - {latency.BASE}
+
+
+@pytest.fixture
+def zoo(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``benchmarks/zoo.py``; a module of the tests has that name too."""
+    monkeypatch.syspath_prepend(FOLDER)
+    spec = importlib.util.spec_from_file_location("zoo_of_benchmarks", FOLDER / "zoo.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+WHOLE = {
+    "name": "a/good", "class": "Good", "captured": "whole", "calib equal": True, "coverage": 1.0,
+    "reference": 40.0, "onednn": 40.0, "onnx": 130.0, "seconds": 3.0, "cpu seconds": 2.0,
+}  # fmt: skip
+ROWS = (
+    WHOLE,
+    WHOLE | {"name": "a/exact", "onnx": "inf"},
+    WHOLE | {"name": "a/pieces", "captured": "3 pieces", "onnx": "3 files load"},
+    WHOLE | {"name": "b/raises", "error": "KeyError: 'a|b'", "at": "onnx"},
+    WHOLE | {"name": "b/other", "calib equal": False},
+    WHOLE | {"name": "b/far", "onednn": 3.0},
+    WHOLE | {"name": "b/none", "reference": "nan"},
+    {"name": "c/cannot", "class": "Cannot", "not built": "no inputs", "seconds": 1.0},
+)
+
+
+def test_the_page_of_the_zoo_counts_what_works(zoo: Any) -> None:
+    text = zoo.page(ROWS, {"architectures": 20})
+    assert "**3 of 7 work (42.9%)**" in text
+    assert "8 of 20 architectures were tried; 1 could not be built" in " ".join(text.split())
+    for line in (
+        r"| b/raises | onnx: KeyError: 'a\|b' |", "| b/other | calib: not the float bits |",
+        "| b/far | onednn: 3.0 dB |", "| b/none | reference: nan dB |", "| c/cannot | no inputs |",
+        "| a/pieces | 3 pieces | yes | 100% | 40.0 | 40.0 | 3 files load | 2 |",
+    ):  # fmt: skip
+        assert line in text.splitlines()
+
+
+def test_the_zoo_goes_on_where_it_was_stopped(zoo: Any, tmp_path: Path) -> None:
+    known = zoo.architectures()
+    log, names = tmp_path / "zoo.jsonl", list(known)
+    log.write_text(json.dumps(WHOLE | {"name": names[0]}) + '\n{"name": "' + names[1])
+    left = zoo.todo(argparse.Namespace(log=log, resume=True, only=None))
+    assert {name for name, _ in left} == set(names[1:])
+    assert not zoo.rows_of(tmp_path / "none.jsonl")
+    with pytest.raises(SystemExit, match="no architecture a/b: --list has them"):
+        list(zoo.todo(argparse.Namespace(log=log, resume=False, only=["a/b"])))
+
+
+def test_each_model_of_the_zoo_has_a_process_and_a_limit(
+    zoo: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(name: str, made_by: str, put: Any) -> None:
+        put({"at": "calib"})
+        if name == "raises":
+            raise KeyError(made_by)
+        while name == "spins":
+            pass
+        if name == "exits":
+            os._exit(3)
+
+    monkeypatch.setattr(zoo, "measure", measure)
+    assert zoo._one("raises", "X", 20)["error"] == "KeyError: 'X'"
+    assert zoo._one("exits", "X", 20)["error"] == "the process ended with 3"
+    spent = zoo._one("spins", "X", 1)
+    assert spent["error"] == "not done in 1 s of the processor"
+    assert spent["at"] == "calib"
+    assert "error" not in zoo._one("ends", "X", 20)
+
+
+def test_small_models_are_built_by_the_names_of_their_sizes(zoo: Any) -> None:
+    models = importlib.import_module("zoo_models")
+    model, batches = models.build("transformers/squeezebert", "SqueezeBertModel")
+    assert sum(x.numel() for x in model.parameters()) < 200_000
+    first, second = (x["input_ids"].shape for x in batches)
+    assert first != second
+    with torch.no_grad():
+        outputs = models.tensors(model(**batches[0]))
+    assert all(float(x.std()) > 0.01 for x in outputs)  # signals do not vanish
+    with pytest.raises(models.NotBuilt):
+        models.build("transformers/none", "NoSuchModel")
+
+
+@pytest.mark.skipif(not LONG, reason="half a minute: make test-long")
+@pytest.mark.timeout(0)
+def test_a_model_of_the_zoo(zoo: Any) -> None:
+    row: dict[str, Any] = {"name": "transformers/albert", "seconds": 0.0}
+    zoo.measure(row["name"], "AlbertModel", row.update)
+    assert zoo.works(row), row
+    assert row["captured"] == "whole"
+    assert row["coverage"] == 1.0
+    assert row["onnx"] == "inf" or row["onnx"] > 60

@@ -1,0 +1,109 @@
+"""What the runs of ``zoo.py`` found, as a page of the documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+__all__ = ["page", "reason", "table", "works"]
+
+LEAST = 15.0
+"""dB. Random weights are rounded worse than trained ones; a wrong branch has nothing in common."""
+
+COLUMNS = (
+    "architecture", "captured", "calib", "coverage", "reference", "onednn", "onnx", "seconds",
+)  # fmt: skip
+
+Row = Mapping[str, Any]
+
+
+def reason(row: Row) -> str:
+    """Why a row does not count as working; empty where it does."""
+    if "error" in row:
+        return f"{row.get('at', '')}: {row['error']}".removeprefix(": ")
+    if not row.get("calib equal"):
+        return "calib: not the float bits"
+    for step in ("reference", "onednn", "onnx"):
+        value = row.get(step)
+        if (isinstance(value, float) and value < LEAST) or value == "nan" or value == "-inf":
+            return f"{step}: {_number(value)} dB"
+    return ""
+
+
+def works(row: Row) -> bool:
+    """Whether everything that was tried did."""
+    return "not built" not in row and not reason(row)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.1f}" if isinstance(value, float) else str(value if value is not None else "")
+
+
+def _cell(text: str, most: int = 300) -> str:
+    line = " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    return line if len(line) <= most else f"{line[: most - 3]}..."
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """A line of a Markdown table for each row."""
+    lines = []
+    for row in rows:
+        share = row.get("coverage")
+        cells = [
+            row["name"],
+            row.get("captured", ""),
+            {True: "yes", False: "no", None: ""}[row.get("calib equal")],
+            "" if share is None else f"{share:.0%}",
+            *(_number(row.get(each)) for each in ("reference", "onednn", "onnx")),
+            f"{row.get('cpu seconds', row['seconds']):.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def page(rows: Sequence[Row], conditions: Mapping[str, Any]) -> str:
+    """The page, from the rows of the log and the conditions of the run."""
+    built = [row for row in rows if "not built" not in row]
+    good = [row for row in built if works(row)]
+    bad = [row for row in built if not works(row)]
+    rest = [row for row in rows if "not built" in row]
+    share = f"{len(good) / len(built):.1%}" if built else "none"
+    facts = ", ".join(f"{key} {value}" for key, value in conditions.items())
+    count = f"{len(rows)} of {conditions['architectures']}"
+    paragraphs = [
+        "# Every architecture",
+        "Small models with random weights of the architectures that the environment can "
+        "build, each without an edit: calibrated on two batches of different sizes, quantized "
+        "to int8, run, and exported. `make bench-zoo` makes this page. No code of the "
+        "package names an architecture.",
+        f"**{len(good)} of {len(built)} work ({share})**: calibration gives the float bits, "
+        f"int8 is {LEAST:.0f} dB or more from float on the reference and on oneDNN's kernels, "
+        "and so is the ONNX file in onnxruntime from the quantized model. Weights are random, "
+        f"so SQNR tells a bug from rounding, and not how accurate a trained model is. {count} "
+        f"architectures were tried; {len(rest)} could not be built small.",
+        f"Made with: {facts}.",
+        "## What does not work",
+        _table(["architecture", "what happens"], [(row["name"], reason(row)) for row in bad])
+        or "Nothing that was tried.",
+        "## What was measured",
+        "`calib`: bit-equal with float. `coverage`: share of the products in int8 on oneDNN. "
+        "`reference` and `onednn`: dB from float. `onnx`: dB of the file in onnxruntime from "
+        "the quantized model, or the files of a model in pieces. `seconds`: of the processor, "
+        "for all.",
+        "\n".join([*_head(COLUMNS), *table(built)]),
+        "## What was not built",
+        "A configuration with the sizes made small is refused by its own code, or no inputs are "
+        "known for it here. That tells nothing about quantization.",
+        _table(["architecture", "why"], [(row["name"], row["not built"]) for row in rest]),
+    ]
+    return "\n\n".join(filter(None, paragraphs)) + "\n"
+
+
+def _head(names: Sequence[str]) -> list[str]:
+    return [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+
+
+def _table(names: Sequence[str], rows: Sequence[tuple[str, str]]) -> str:
+    """Names and messages; empty without a row."""
+    lines = [f"| {name} | {_cell(message)} |" for name, message in rows]
+    return "\n".join([*_head(names), *lines]) if lines else ""
