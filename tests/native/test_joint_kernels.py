@@ -132,6 +132,7 @@ assert torch.equal(GATED_LINEAR(x, *lists(layers), "silu"), wanted)
 """
 
 
+@pytest.mark.long("tests/native/test_library.py does the same with others")
 def test_without_the_library_they_give_the_same() -> None:
     without_kernels(WITHOUT, __file__)
 

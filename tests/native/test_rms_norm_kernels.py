@@ -98,6 +98,7 @@ check(y, exact(total, weight, 1e-6, 0.0), 1e-6)
 """
 
 
+@pytest.mark.long("tests/native/test_library.py does the same with others")
 def test_without_the_library_they_give_the_same() -> None:
     without_kernels(WITHOUT, __file__)
 

@@ -326,6 +326,7 @@ def test_a_call_reads_the_switches_once() -> None:
     assert all(torch.equal(x, before[key]) for key, x in model.named_buffers())
 
 
+@pytest.mark.long("the compiler works twice")
 def test_a_compiler_follows_the_modes() -> None:
     quantizer, model, inputs = calibrated("small_cnn", qconfig=FOUR_BITS)
     qat_model = quantizer.qat(model).train()
