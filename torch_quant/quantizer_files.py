@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import Tensor
+from torch import Tensor, distributed
 
 from torch_quant.configuration import read_configuration
 from torch_quant.core.documents import Lines
@@ -18,6 +18,9 @@ from torch_quant.io.folder import read_folder, write_folder
 from torch_quant.io.summary import load_summary, read_summary, save_summary, summary_data
 from torch_quant.quantizer_base import QuantizerBase
 from torch_quant.state import QuantState, check_saved
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["QuantizerFiles"]
 
@@ -91,7 +94,7 @@ class QuantizerFiles(QuantizerBase):
         with self.state.lock:
             self.state.load_state_dict(state["state"])
             self.state.fingerprint, self.fallen_back = fingerprint, fallen
-            self.slower = slower
+            self.slower, self._reduced = slower, False
             self.plan = QuantPlan()
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -144,6 +147,9 @@ class QuantizerFiles(QuantizerBase):
         quantizer._summary = read_summary(data["summary"], Lines(f"{folder}"))
         return quantizer
 
+    _reduced = False
+    """Whether it has what every process has seen."""
+
     def merge(self, *others: QuantizerFiles | Mapping[str, Any]) -> None:
         """Take in what other quantizers recorded of the same model, each on a part of the data.
 
@@ -174,8 +180,51 @@ class QuantizerFiles(QuantizerBase):
         with self.state.lock:  # another thread may calibrate
             self._merge(saved)
 
-    def _merge(self, parts: Sequence[Mapping[str, Any]]) -> None:
-        state, fingerprint = self.state.copied(), dict(self.state.fingerprint)
+    def all_reduce(self, group: ProcessGroup | None = None) -> None:
+        """Make the ranges of every process those of all: each has calibrated on its share of data.
+
+        Call it once, in every process of ``torch.distributed``, when all data were seen. The ranges
+        are then the same everywhere, and as :meth:`merge` has them: for ``"minmax"``, those of one
+        process with all data, bit for bit.
+
+        Args:
+            group: the processes; None for all.
+
+        Raises:
+            InvalidConfig: there is no process group, it was called before, or processes recorded
+                other models or statistics; the same in every process, and nothing changes.
+            NotCalibrated: no process has seen data.
+
+        >>> from torch_quant import Quantizer
+        >>> Quantizer("reference").all_reduce()  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        torch_quant.errors.InvalidConfig: all_reduce joins the processes of torch.distributed, ...
+        """
+        if not (distributed.is_available() and distributed.is_initialized()):
+            raise InvalidConfig(
+                "all_reduce joins the processes of torch.distributed, and there is no process "
+                'group: start the program with torchrun, and call init_process_group("gloo") first'
+            )
+        shares: list[Any] = [None] * distributed.get_world_size(group)
+        distributed.all_gather_object(shares, (self._reduced, self.state_dict()), group)
+        if any(reduced for reduced, _ in shares):
+            raise InvalidConfig(
+                "all_reduce was called before, and would count every process's data again: "
+                "calibrate on all of it first, or with another quantizer"
+            )
+        if not any(share["state"]["batches"] for _, share in shares):
+            raise NotCalibrated(
+                "all_reduce: no process has seen data; run it through the proxy that "
+                "quantizer.calib(model) returns"
+            )
+        with self.state.lock:
+            self._merge([share for _, share in shares], QuantState())
+            self._reduced = True
+
+    def _merge(self, parts: Sequence[Mapping[str, Any]], first: QuantState | None = None) -> None:
+        """Take in ``parts`` beside ``first``, None for what was recorded here."""
+        state = self.state.copied() if first is None else first
+        fingerprint = dict(state.fingerprint)
         for i, saved in enumerate(parts):
             theirs, part = check_saved(saved)[0], QuantState()
             try:
