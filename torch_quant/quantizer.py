@@ -15,6 +15,7 @@ from torch_quant.amp.candidates import checked_candidates
 from torch_quant.amp.fallback import precision_of
 from torch_quant.amp.optimization import Optimization
 from torch_quant.amp.options import AmpOptions, LossFn
+from torch_quant.amp.padding import Mask
 from torch_quant.amp.proxy import AmpModel, Latency
 from torch_quant.amp.report import SensitivityReport
 from torch_quant.backends import Backend
@@ -121,27 +122,26 @@ class Quantizer(QuantizerPage):
         example_inputs: Any = None,
         seed: int = 0,
         candidates: Mapping[str, QConfig] | Iterable[QConfig] | None = None,
+        mask: Mask | None = None,
     ) -> AmpModel:
         """A proxy that returns what ``model`` returns, bit for bit, and records sensitivities.
 
-        Each batch costs one forward and one backward of the float model, and one run of the
-        quantized sites; memory is that of one batch.
-
         Args:
             model: the model that was calibrated.
-            metric: ``"output"``, the noise that quantizing a site adds to the model's outputs, by
-                their gradient along random directions; or ``"sqnr"``, the noise it adds to its own
-                result, which needs no gradient.
+            metric: ``"output"``, the noise that a site adds to the outputs, by their gradient along
+                random directions; or ``"sqnr"``, that in its own result, without gradient.
             loss_fn: ``loss_fn(outputs, batch)`` gives a scalar to take the gradient of instead.
             max_batches: record this many batches and pass on what comes after; None for all.
             example_inputs: as for :meth:`calib`.
             seed: of the random directions.
-            candidates: other configurations that each site is tried in too, for :meth:`allocate`:
-                a dict of names of yours, or a list. Each costs one more run of the site.
+            candidates: other configurations to try at each site for :meth:`allocate`, in a list or
+                by names of yours.
+            mask: the input, by name, or a function of the batch that has 1 at real positions of
+                padded batches, ``[rows, length]``: these alone count then.
 
         Raises:
             NotCalibrated: no data was seen, or the model has changed since.
-            InvalidConfig: an unknown metric, or candidates that are none.
+            InvalidConfig: an unknown metric; candidates, or a mask, that are none.
 
         >>> model, x, quantizer = nn.Linear(4, 2), torch.ones(8, 4), Quantizer("reference")
         >>> _ = quantizer.calib(model)(x)
@@ -149,7 +149,7 @@ class Quantizer(QuantizerPage):
         True
         """
         others = checked_candidates(candidates)
-        options = AmpOptions(metric, loss_fn, max_batches, seed, others)
+        options = AmpOptions(metric, loss_fn, max_batches, seed, others, mask)
         return self._amp(model, options, example_inputs)
 
     def allocate(

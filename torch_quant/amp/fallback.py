@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torch_quant.amp.groups import find_groups, shared_inputs
 from torch_quant.amp.proxy import AmpModel, Latency
@@ -21,7 +21,7 @@ from torch_quant.amp.ranking import Ranking, Sensitivity, decibels
 from torch_quant.amp.records import SiteStats
 from torch_quant.amp.report import SensitivityReport
 from torch_quant.amp.selection import fewest_for, most_within
-from torch_quant.core.metrics import sqnr
+from torch_quant.core.metrics import float_leaves, sqnr
 from torch_quant.core.plan import PRECISIONS, QuantPlan
 from torch_quant.errors import InvalidConfig
 
@@ -232,10 +232,13 @@ class Fallback:
     def measure(self, names: Iterable[str]) -> float:
         """Output SQNR, dB, of a quantized run over the samples that the proxy kept."""
         quantized = self._quantized(names)
-        expected, actual = [], []
+        expected: list[Tensor] = []
+        actual: list[Tensor] = []
         for args, kwargs, outputs in self.amp_model.samples:
-            expected.append(outputs)
-            actual.append(quantized(*copy.deepcopy(args), **copy.deepcopy(kwargs)))
+            real = self.amp_model.real(args, kwargs)
+            expected += map(real.kept, float_leaves(outputs))
+            found = quantized(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+            actual += map(real.kept, float_leaves(found))
         return sqnr(expected, actual)
 
     @torch.no_grad()

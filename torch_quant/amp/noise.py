@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from torch_quant.amp.gram import NoiseGram
+from torch_quant.amp.padding import Real
 from torch_quant.amp.records import CandidateStats, Recorder, choice_key
 from torch_quant.nn.probe import SiteProbe, track
 
@@ -40,6 +41,7 @@ class NoisePass:
         shares: site -> what of that is due to weight and activations: of some rows of a result,
             which sample each belongs to, and its squares, shape ``[2, rows]``.
         costs: site and candidate -> what ``effects`` has of the site.
+        real: which positions count in local noise.
         done: whether gradients that still arrive are no news.
     """
 
@@ -49,6 +51,7 @@ class NoisePass:
     effects: dict[str, Tensor] = field(default_factory=dict)
     shares: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     costs: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    real: Real = field(default_factory=Real)
     done: bool = False
 
     def visit(self, probe: SiteProbe, y: Tensor, args: tuple[Any, ...]) -> Tensor:
@@ -58,19 +61,23 @@ class NoisePass:
             exact = probe.reference(y.detach(), inputs)
             # Float first: the difference takes its memory layout, which gradients have too.
             noise = exact - probe.quantized(*inputs)  # type: ignore[operator]
-            stats.signal += _dot(exact, exact)
-            stats.noise += _dot(noise, noise)
+            stats.signal += self._energy(exact)
+            stats.noise += self._energy(noise)
             part = self._activation_part(probe, exact, inputs)
             if part is not None:  # by energy, until the gradient has come to every site
-                stats.from_activation += _dot(part, part)
-                rest = noise[: len(part)] - part
-                stats.from_weight += _dot(rest, rest)
+                stats.from_activation += self._energy(part)
+                stats.from_weight += self._energy(noise[: len(part)] - part)
             others = self._candidates(probe, exact, inputs)
         if self.anchor is None:
             return y
         y = track(y, self.anchor)
         y.register_hook(lambda grad: self._arrived(probe.name, grad, noise, part, others))
         return y
+
+    def _energy(self, x: Tensor) -> float:
+        """The squared norm of its real positions."""
+        x = self.real.kept(x).reshape(-1)
+        return float(torch.linalg.vecdot(x, x))
 
     def _candidates(
         self, probe: SiteProbe, exact: Tensor, inputs: tuple[Any, ...]
@@ -79,9 +86,8 @@ class NoisePass:
         found = {}
         for name, quantized in probe.candidates().items():
             noise = exact - quantized(*inputs)
-            self.record.candidates.setdefault((probe.name, name), CandidateStats()).noise += _dot(
-                noise, noise
-            )
+            stats = self.record.candidates.setdefault((probe.name, name), CandidateStats())
+            stats.noise += self._energy(noise)
             if self.anchor is not None:
                 found[name] = noise.to(torch.bfloat16)
         return found
@@ -226,7 +232,3 @@ def _projected(x: Tensor, grad: Tensor, groups: int) -> Tensor:
     """Scalar products of so many equal parts, float64, shape ``[groups]``."""
     products: Tensor = torch.linalg.vecdot(x.reshape(groups, -1), grad.reshape(groups, -1))
     return products.double()
-
-
-def _dot(x: Tensor, y: Tensor) -> float:
-    return float(torch.linalg.vecdot(x.reshape(-1), y.reshape(-1)))

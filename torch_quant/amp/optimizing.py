@@ -97,7 +97,7 @@ def optimize(
             "what each is, and smoothing wants channels, which recipes.int8_static() records"
         )
     before = Fallback(amp_model).measure(session.owner.fallen_back)
-    proxy = _TreatedModel(session, AmpOptions(seed=seed), made)
+    proxy = _TreatedModel(session, AmpOptions(seed=seed, mask=amp_model.options.mask), made)
     folds = NoiseGram(), NoiseGram()
     for i, (args, kwargs, _) in enumerate(_shown(amp_model.samples, show_progress)):
         args, kwargs = copied((args, kwargs))

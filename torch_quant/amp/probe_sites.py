@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from torch_quant.backends import Backend
+from torch_quant.convert.lowering import Lowering
+from torch_quant.core.plan import QuantPlan
 from torch_quant.graph.sites import (
     KEY,
     ORIGIN,
@@ -24,7 +27,7 @@ from torch_quant.graph.sites import (
 from torch_quant.passes.base import copy_graph
 from torch_quant.passes.prepare import Prepared
 
-__all__ = ["LocalSite", "cut_sites", "insert_site_probes", "insulated"]
+__all__ = ["LocalSite", "activations_only", "cut_sites", "insert_site_probes", "insulated"]
 
 aten = torch.ops.aten
 
@@ -152,3 +155,14 @@ def insert_site_probes(
         result.replace_all_uses_with(probe, lambda user, probe=probe: user is not probe)
     gm.recompile()
     return gm
+
+
+def activations_only(lowering: Lowering, local: LocalSite) -> fx.GraphModule | None:
+    """The site with quantized activations and its float weight."""
+    entry = lowering.plan[local.site.name]
+    if entry.weight is None or entry.activation is None:
+        return None
+    half = replace(entry, weight=None)
+    sites = lowering.plan.values()  # others, of constants, may belong to the local graph
+    plan = QuantPlan(half if each is entry else each for each in sites)
+    return replace(lowering, plan=plan, backend=Backend.REFERENCE).graph(local.gm)

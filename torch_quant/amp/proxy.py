@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,9 +16,14 @@ from torch.utils import _pytree as pytree
 from torch_quant.amp.candidates import candidate_lowerings
 from torch_quant.amp.noise import NoisePass, culprit
 from torch_quant.amp.options import AmpOptions
-from torch_quant.amp.probe_sites import LocalSite, cut_sites, insert_site_probes
+from torch_quant.amp.padding import Real, batch_of, real_positions
+from torch_quant.amp.probe_sites import (
+    LocalSite,
+    activations_only,
+    cut_sites,
+    insert_site_probes,
+)
 from torch_quant.amp.records import Recorder
-from torch_quant.backends import Backend
 from torch_quant.config import QConfig
 from torch_quant.convert.lowering import Lowering
 from torch_quant.core.plan import QuantPlan
@@ -74,7 +79,7 @@ class AmpModel(Proxy):
     def __init__(self, session: Session, options: AmpOptions) -> None:
         if options.metric != "sqnr":
             check_differentiable(session.captured.root.module, 'amp (but for metric="sqnr")')
-        self._options = options
+        self.options = options
         self._grad_mode = True
         self._visitor: Callable[[SiteProbe, Tensor, tuple[Any, ...]], Tensor] = _pass_on
         self._start()
@@ -83,7 +88,7 @@ class AmpModel(Proxy):
 
     def _start(self) -> None:
         """As if no data had been seen."""
-        options = self._options
+        options = self.options
         self._metric = "loss" if options.loss_fn is not None else options.metric
         self._note = ""
         self.recorder = Recorder()
@@ -149,7 +154,7 @@ class AmpModel(Proxy):
             self._start()
             self._reset()
             self._basis = self._present()
-        most = self._options.max_batches
+        most = self.options.max_batches
         if most is not None and self.recorder.batches >= most:
             return self._execute(self._executor, args, kwargs)
         if self._versions() != self._written:
@@ -179,11 +184,11 @@ class AmpModel(Proxy):
     def _recorded(
         self, record: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any], kept: Any
     ) -> Any:
+        rows, real = batch_size((args, kwargs)), self.real(args, kwargs)
         if self._metric != "sqnr":
             try:
-                pass_ = NoisePass(
-                    record, batch_size((args, kwargs)), torch.zeros((), requires_grad=True)
-                )
+                anchor = torch.zeros((), requires_grad=True)
+                pass_ = NoisePass(record, rows, anchor, real=real)
                 with torch.enable_grad(), self._visiting(pass_.visit):
                     outputs = self._execute(self._executor, args, kwargs)
             except QuantError:
@@ -198,19 +203,19 @@ class AmpModel(Proxy):
             else:
                 self._backward(record, pass_, outputs, args, kwargs)
                 return detached(outputs)
-        with torch.no_grad(), self._visiting(NoisePass(record, batch_size((args, kwargs))).visit):
+        with torch.no_grad(), self._visiting(NoisePass(record, rows, real=real).visit):
             outputs = self._execute(self._executor, args, kwargs)
-        record.output_signal = sum(float(x.square().sum()) for x in projected(outputs))
+        leaves = map(real.kept, projected(outputs))
+        record.output_signal = sum(float(x.square().sum()) for x in leaves)
         return detached(outputs)
 
     def _backward(
         self, record: Recorder, pass_: NoisePass, outputs: Any, args: Any, kwargs: Any
     ) -> None:
-        loss_fn = self._options.loss_fn
+        loss_fn = self.options.loss_fn
         if loss_fn is not None:
-            batch = kwargs if not args else args[0] if len(args) == 1 and not kwargs else args
             with torch.enable_grad():
-                loss = loss_fn(outputs, batch)
+                loss = loss_fn(outputs, batch_of(args, kwargs))
             if not isinstance(loss, Tensor) or loss.numel() != 1:
                 raise InvalidConfig(
                     f"loss_fn(outputs, batch) gave {describe(loss)}; expected a scalar tensor"
@@ -224,7 +229,7 @@ class AmpModel(Proxy):
             with torch.enable_grad():
                 loss = torch.zeros((), dtype=torch.float64)
                 for x in projected(outputs):
-                    loss = loss + (x * self._signs_like(x)).sum()
+                    loss = loss + (x * pass_.real.kept(self._signs_like(x))).sum()
             if not loss.requires_grad:
                 self._give_up(
                     "no output depends on a quantized site by differentiable operators"
@@ -239,7 +244,7 @@ class AmpModel(Proxy):
         except RuntimeError as error:
             self._give_up(f"{type(error).__name__}: {str(error).splitlines()[0]}")
         else:
-            pass_.finish([x.detach() for x in projected(outputs)])
+            pass_.finish([pass_.real.kept(x.detach()) for x in projected(outputs)])
             if record.left_out:
                 record.culprit = culprit(loss, pass_.anchor)
         self._drop_history()
@@ -262,10 +267,15 @@ class AmpModel(Proxy):
         bits = torch.randint(0, 2, x.shape, generator=self._signs, dtype=torch.int8)
         return (2 * bits - 1).to(x)
 
+    def real(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Real:
+        """Which positions of a batch are real."""
+        rows = batch_size((args, kwargs))
+        return real_positions(self.options.mask, self.captured.root.signature, args, kwargs, rows)
+
     @property
     def candidates(self) -> Mapping[str, QConfig]:
         """What it was asked to try, by name."""
-        return self._options.candidates
+        return self.options.candidates
 
     def candidate_plans(self) -> dict[str, QuantPlan]:
         """Candidate -> what would be done with every site."""
@@ -273,7 +283,7 @@ class AmpModel(Proxy):
 
     def _lowerings(self) -> dict[str, tuple[Lowering, Container[str]]]:
         """How each candidate would quantize the model, and the sites where it is tried."""
-        made = candidate_lowerings(self.session, self._options.candidates)
+        made = candidate_lowerings(self.session, self.options.candidates)
         return {name: (each, each.plan.quantized) for name, each in made.items()}
 
     def check(self, besides: Container[str] = ()) -> None:
@@ -334,7 +344,7 @@ class AmpModel(Proxy):
                 name,
                 local.gm,
                 lowering.graph(local.gm),
-                _half(lowering, local),
+                activations_only(lowering, local),
                 local.operand,
                 lambda *each: self._visitor(*each),
                 {x: each.graph(local.gm) for x, (each, at) in others.items() if name in at},
@@ -380,17 +390,6 @@ class AmpModel(Proxy):
             again = copied((args, kwargs))
             self._execute(self._executor, *again)
         return found
-
-
-def _half(lowering: Lowering, local: LocalSite) -> torch.fx.GraphModule | None:
-    """The site with quantized activations and its float weight."""
-    entry = lowering.plan[local.site.name]
-    if entry.weight is None or entry.activation is None:
-        return None
-    half = replace(entry, weight=None)
-    sites = lowering.plan.values()  # others, of constants, may belong to the local graph
-    plan = QuantPlan(half if each is entry else each for each in sites)
-    return replace(lowering, plan=plan, backend=Backend.REFERENCE).graph(local.gm)
 
 
 def _pass_on(probe: SiteProbe, y: Tensor, args: tuple[Any, ...]) -> Tensor:
