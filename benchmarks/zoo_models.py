@@ -132,7 +132,7 @@ def _of_transformers(name: str) -> tuple[nn.Module, list[Inputs]]:
     except Exception as e:
         raise NotBuilt(_said(e)) from e
     reasons = []
-    for change in (_every_size, _scalar_size, _layer_count):
+    for change in (_every_size, _scalar_size, _but_heads, _layer_count):
         try:
             config = _shrunk(config_class(), change)
             with torch.device("meta"):
@@ -249,6 +249,14 @@ def _scalar_size(key: str, value: Any) -> Any:
     if key == "patch_size":
         return min(value, 8)
     return min(value, 16) if "rank" in key else None
+
+
+def _but_heads(key: str, value: Any) -> Any:
+    """Heads keep their sizes, of which some are parts of others, and keys have as many."""
+    if "head_dim" in key:
+        return None
+    heads = "key_value_heads" in key and isinstance(value, int)
+    return min(value, 4) if heads else _scalar_size(key, value)
 
 
 def _every_size(key: str, value: Any) -> Any:
