@@ -17,6 +17,7 @@ from torch_quant.algorithms import (
     SmoothQuant,
 )
 from torch_quant.amp.ranking import Sensitivity
+from torch_quant.autotuning import autotune
 from torch_quant.backends import Backend, available_backends
 from torch_quant.checkpoints import export_checkpoint, load_checkpoint
 from torch_quant.config import QConfig, SiteInfo, register_recipe
@@ -105,6 +106,7 @@ __all__ = [
     "WeightMethod",
     "__version__",
     "available_backends",
+    "autotune",
     "cosine",
     "detect_nonfinite",
     "export_checkpoint",

@@ -1,0 +1,300 @@
+"""The cheapest configuration that keeps a metric, against trying all of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flows import assert_unchanged, snapshot
+from models import attention_explicit, mlp, normal, seeded, tiny_transformer, tokens
+from thinning import some
+from torch import Tensor, nn
+
+from torch_quant import InvalidConfig, QConfig, QuantError, Quantizer, QuantSpec, autotune, recipes
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
+    "mlp": (mlp, lambda salt: normal(32, 16, salt=salt)),
+    "attention": (attention_explicit, lambda salt: normal(24, 6, 16, salt=salt)),
+    "transformer": (tiny_transformer, lambda salt: tokens(24 + salt)),
+}
+
+
+def bits(weight: int, activation: int | None = None) -> QConfig:
+    spec = QuantSpec.of(bits=weight, signed=True, symmetric=True, per_channel=True)
+    if activation is None:
+        return recipes.weight_only(bits=weight, group_size=None)
+    return QConfig(input=QuantSpec.of(bits=activation), weight=spec)
+
+
+def many() -> dict[str, QConfig]:
+    """24 configurations of about as many sizes."""
+    return {
+        f"{bits} bits, {group}, {'signed' if symmetric else 'affine'}": recipes.weight_only(
+            bits=bits, group_size=group, symmetric=symmetric
+        )
+        for bits in (2, 4, 8)
+        for group in (2, 4, 8, 16)
+        for symmetric in (True, False)
+    }
+
+
+def agreement(model: nn.Module, x: Tensor) -> Callable[[nn.Module], float]:
+    """The cosine of outputs with the float model's, centred: below 1 by the noise alone."""
+    with torch.no_grad():
+        expected = model(x)
+    mean = expected.mean(0)
+
+    def metric(candidate: nn.Module) -> float:
+        with torch.no_grad():
+            y = candidate(x)
+        return float(torch.cosine_similarity(y - mean, expected - mean, dim=-1).mean())
+
+    return metric
+
+
+def tuned(name: str, configurations: Any, **options: Any) -> Any:
+    build, inputs = NETWORKS[name]
+    model = seeded(build)
+    options = {"objective": "size", "backend": "reference", "progress": False, **options}
+    metric = options.pop("eval_fn", None) or agreement(model, inputs(3))
+    return autotune(model, configurations, [inputs(0), inputs(1)], metric, **options)
+
+
+@pytest.mark.parametrize("name", some(NETWORKS, "mlp"))
+def test_what_trying_all_finds_in_a_third_of_the_evaluations(name: str) -> None:
+    configurations = many()
+    found = tuned(name, configurations)
+    assert found.reached
+    assert len({each.size for each in found}) > 12
+    assert found.evaluations <= len(configurations) // 3
+    build, inputs = NETWORKS[name]
+    model = seeded(build)
+    metric = agreement(model, inputs(3))
+    sizes = []
+    for each, configuration in zip(found, configurations.values(), strict=True):
+        quantizer = Quantizer("reference", qconfig=configuration)
+        calib_model = quantizer.calib(model)
+        for salt in (0, 1):
+            calib_model(inputs(salt))
+        value = metric(quantizer.quantize(model))
+        if each.metric is not None:
+            assert value == pytest.approx(each.metric, abs=1e-6)
+        if value >= found.target:
+            sizes.append(each.size)
+    assert found.best.size == min(sizes)
+    assert metric(found.model) == pytest.approx(found.best.metric, abs=1e-6)
+    assert found.quantizer.to_config() == found.best.configuration
+
+
+def test_it_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Killed in the middle of an evaluation, and of a line."""
+    log = tmp_path / "trials.jsonl"
+    build, inputs = NETWORKS["mlp"]
+    metric, calls = agreement(seeded(build), inputs(3)), []
+
+    def count(candidate: nn.Module) -> float:
+        calls.append(candidate)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return metric(candidate)
+
+    with pytest.raises(KeyboardInterrupt):
+        tuned("mlp", many(), eval_fn=count, log=log)
+    with log.open("a") as file:
+        file.write('{"of": "{')
+    before = len(log.read_text().splitlines())
+    found = tuned("mlp", many(), eval_fn=count, log=log)
+    expected = tuned("mlp", many())
+    assert len(calls) == 3 + 1 + expected.evaluations - 2  # two were known, one was broken off
+    assert [each.metric for each in found] == [each.metric for each in expected]
+    assert found.best.name == expected.best.name
+    assert len(log.read_text().splitlines()) == before - 1 + expected.evaluations + 1 - 2
+    again = len(calls)
+    assert tuned("mlp", many(), eval_fn=count, log=log).best.name == expected.best.name
+    assert len(calls) == again
+    more = {**many(), "2 bits": bits(2)}  # a list that grew
+    tuned("mlp", more, eval_fn=count, log=log)
+    assert len(calls) <= again + 2
+
+
+def test_logs_of_something_else(tmp_path: Path) -> None:
+    log = tmp_path / "trials.jsonl"
+    configurations = {"8": bits(8), "4": bits(4)}
+    tuned("mlp", configurations, log=log)
+    model = seeded(mlp, seed=1)
+    data = [normal(32, 16, salt=0), normal(32, 16, salt=1)]
+    options: dict[str, Any] = {"objective": "size", "backend": "reference", "progress": False}
+    with pytest.raises(InvalidConfig, match="of a run with another model; give another file"):
+        autotune(model, configurations, data, lambda _: 1.0, log=log, **options)
+    with pytest.raises(InvalidConfig, match="of a run with another data; give another file"):
+        autotune(seeded(mlp), configurations, data[:1], lambda _: 1.0, log=log, **options)
+    log.write_text('{"what": 1}\n')
+    with pytest.raises(InvalidConfig, match="is no log of autotune"):
+        tuned("mlp", configurations, log=log)
+    with pytest.raises(InvalidConfig, match="there is no folder"):
+        tuned("mlp", configurations, log=tmp_path / "no" / "trials.jsonl")
+
+
+def test_several_at_a_time() -> None:
+    expected = tuned("mlp", many())
+    with ThreadPoolExecutor(3) as executor:
+        found = tuned("mlp", many(), executor=executor)
+    assert found.best == expected.best or found.best.size == expected.best.size
+    assert found.evaluations <= 2 * expected.evaluations
+
+
+def _finite(candidate: nn.Module) -> float:
+    return float(candidate(normal(4, 16)).isfinite().all())
+
+
+@pytest.mark.long("starts processes")
+def test_in_processes(tmp_path: Path) -> None:
+    import multiprocessing
+
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, context) as executor:
+        found = tuned("mlp", {"8": bits(8), "4": bits(4)}, eval_fn=_finite, executor=executor)
+        assert found.best.name == "4"
+        with pytest.raises(InvalidConfig, match="eval_fn cannot be sent to other processes"):
+            tuned("mlp", {"8": bits(8)}, eval_fn=lambda _: 1.0, executor=executor)
+
+
+def test_two_objectives_have_a_front(tmp_path: Path) -> None:
+    configurations = {"8": bits(8, 8), "8 alone": bits(8), "4 alone": bits(4)}
+    found = tuned("mlp", configurations, objective=("size", "latency"), tolerance=1.0, seconds=0.05)
+    assert found.front
+    assert found.best in found.front
+    for each in found.front:
+        others = [x for x in found if x.passed and x is not each]
+        assert not any(x.size < each.size and x.latency < each.latency for x in others)
+    text = str(found)
+    assert "target: metric >= 0: reached by" in text
+    assert found.best.name in found._repr_html_()
+    found.plot(tmp_path / "front.png")
+    assert (tmp_path / "front.png").stat().st_size > 5_000
+
+
+def test_recipes_and_everything_that_says_a_configuration() -> None:
+    build, inputs = NETWORKS["mlp"]
+    model = seeded(build)
+    before = snapshot(model)
+    given = ["int8_static", "int8_dynamic", bits(8), {"qconfig": {"recipe": "fast"}}]
+    given += [Quantizer("reference", qconfig=bits(5, 8)), recipes.weight_only(group_size=16)]
+    metric = agreement(model, inputs(3))
+    options: dict[str, Any] = {"backend": "reference", "progress": False}
+    found = autotune(model, given, [inputs(0)], metric, "size", **options)
+    names = [each.name for each in found]
+    assert names[:2] == ["int8_static", "int8_dynamic"]
+    assert names[3] == "fast"
+    assert not any(each.why_not for each in found)
+    assert_unchanged(model, before)
+
+
+def test_gptq_is_given_data() -> None:
+    options = {"group_size": 16}
+    methods = ("rtn", "gptq")
+    configurations = {x: recipes.int4_weight_only(method=x, **options) for x in methods}  # type: ignore[arg-type]
+    nearest, gptq = tuned("mlp", configurations, tolerance=1.0)
+    assert gptq.sqnr > nearest.sqnr + 0.3
+
+
+def test_what_cannot_be_quantized_and_what_misses(caplog: pytest.LogCaptureFixture) -> None:
+    configurations = {"8": bits(8), "of 7": recipes.weight_only(group_size=7)}
+    found = tuned("mlp", configurations)
+    assert found.best.name == "8"
+    (odd,) = [each for each in found if each.name == "of 7"]
+    assert odd.why_not
+    assert f"of 7: {odd.why_not}" in str(found)
+    with pytest.raises(QuantError, match="no configuration can be quantized; of 7: "):
+        tuned("mlp", {"of 7": recipes.weight_only(group_size=7)})
+    found = tuned("mlp", {"3": bits(3), "2": bits(2)}, tolerance=0.0)
+    assert not found.reached
+    assert found.best.name == "3"
+    assert "NOT reached; the best is 3" in caplog.text
+    assert found.model is not None
+
+
+def test_limits() -> None:
+    found = tuned("mlp", many(), max_trials=2)
+    assert found.evaluations == 1
+    assert found.stopped == "max_trials=2"
+    found = tuned("mlp", many(), timeout=0.0)
+    assert found.evaluations == 0
+    assert found.best is None
+    assert found.stopped == "timeout"
+    assert "nothing was evaluated" in str(found)
+
+
+def test_a_loss_and_numbers_that_are_none() -> None:
+    build, inputs = NETWORKS["mlp"]
+    model = seeded(build)
+    near = agreement(model, inputs(3))
+    configurations = {"8": bits(8), "2": bits(2)}
+
+    def loss(candidate: nn.Module) -> float:
+        return 2.0 - near(candidate)
+
+    found = tuned("mlp", configurations, eval_fn=loss, higher_is_better=False, tolerance=0.02)
+    assert found.best.name == "8"
+    answers = iter([1.0, math.nan, 1.0])
+    found = tuned("mlp", configurations, eval_fn=lambda _: next(answers))
+    assert found.best.name == "8"
+    with pytest.raises(InvalidConfig, match="eval_fn gave nan for the float model"):
+        tuned("mlp", configurations, eval_fn=lambda _: math.nan)
+    with pytest.raises(InvalidConfig, match="eval_fn gave 'x' for the float model"):
+        tuned("mlp", configurations, eval_fn=lambda _: "x")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"objective": "latncy"}, "objective='latncy'; expected 'latency' or 'size', or a list"),
+        ({"objective": ["size", "size"]}, "expected each of them once"),
+        ({"tolerance": -1}, "tolerance=-1; expected 0 or more"),
+        ({"max_trials": 1}, "max_trials=1; expected at least 2"),
+        ({"margin": -1.0}, "margin=-1.0; expected decibels"),
+        ({"eval_fn": 3}, "eval_fn=3; expected a function of a model"),
+        ({"objective": "latency", "seconds": 0}, "seconds=0; expected a time"),
+    ],
+)
+def test_wrong_arguments(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(InvalidConfig, match=re.escape(said)):
+        tuned("mlp", {"8": bits(8)}, **options)
+
+
+@pytest.mark.parametrize(
+    ("configurations", "said"),
+    [
+        ([], "configurations is empty"),
+        ("fast", "expected a list of several, or a dict by names"),
+        (["fats"], "configurations['fats']: "),
+        ([3], "configurations['configuration 1'] is 3: expected the name of a recipe"),
+        (["fast", "fast"], "'fast' stands twice"),
+        ({"a": "fast", "b": recipes.fast()}, "'b' is the same as 'a'"),
+    ],
+)
+def test_wrong_configurations(configurations: Any, said: str) -> None:
+    with pytest.raises(InvalidConfig, match=re.escape(said)):
+        tuned("mlp", configurations)
+
+
+def test_no_data() -> None:
+    with pytest.raises(InvalidConfig, match="data has no batches"):
+        autotune(seeded(mlp), ["fast"], [], lambda _: 1.0, progress=False)
+
+
+def test_a_log_is_lines_of_json(tmp_path: Path) -> None:
+    log = tmp_path / "trials.jsonl"
+    tuned("mlp", {"8": bits(8)}, log=log)
+    head, *rest = map(json.loads, log.read_text().splitlines())
+    assert set(head) == {"torch_quant", "model", "data"}
+    assert [sorted(each) for each in rest] == [
+        ["metric", "of", "seconds"], ["of", "size", "sqnr"], ["metric", "of", "seconds"],
+    ]  # fmt: skip
