@@ -37,13 +37,13 @@ PYTEST := -m pytest -n 2 --dist worksteal
 # graphs, kernels, traces and IPEX. `make test-long` leaves out nothing.
 SAME := algorithms checkpoints cli core extensions fuzz integrations migrate native rounding sequences statistics tuning \
   $(addprefix amp/test_,allocation.py amp_changes.py amp_infinite_gradient.py amp_loss.py amp_recording.py amp_scores.py \
-  amp_without_gradient.py optimizing.py fallback_bad_input.py fallback_selection.py fallback_state.py gram.py groups.py probe_sites.py \
+  amp_without_gradient.py optimizing.py fallback_bad_input.py fallback_selection.py fallback_state.py gram.py groups.py padding.py probe_sites.py \
   ranking.py selection.py sensitivity_report.py) \
   $(addprefix backends/test_,embedding_bags.py float_and_dynamic.py formats.py in_process.py in_process_limits.py names.py \
   onednn_native.py onnx.py onnx_forms.py onnx_grids.py) \
-  $(addprefix convert/test_,load_state_dict.py looked_at.py nested.py ownership.py straight.py) \
+  $(addprefix convert/test_,lending.py load_state_dict.py looked_at.py nested.py ownership.py straight.py) \
   $(addprefix graph/test_,annotate.py macs.py rules.py sites.py) \
-  $(addprefix io/test_,files.py onnx_recurrent.py onnx_rewrites.py onnx_sizes.py onnx_weights.py saved_data.py saved_models.py \
+  $(addprefix io/test_,files.py kinds_of_paths.py onnx_recurrent.py onnx_rewrites.py onnx_sizes.py onnx_weights.py saved_data.py saved_models.py \
   saved_models_refused.py \
   saved_quantizers.py summary.py summary_mistakes.py) \
   $(addprefix passes/test_,constants.py fold_batch_norm.py fold_pads.py fold_scales.py \
@@ -53,8 +53,8 @@ SAME := algorithms checkpoints cli core extensions fuzz integrations migrate nat
   edges.py gradients.py lightning.py observing.py tables.py trainer.py training.py transforms.py tuning.py \
   sharing.py starts.py) \
   $(addprefix test_,all_reduce.py architecture.py bad_input.py benchmarks.py bfloat16.py capture_policy.py capturing_once.py configuration.py contributing.py \
-  coverage.py decoding_zoo.py experts.py experts_with_data.py explain.py generate_llm.py merging.py mistakes.py never_slower.py \
-  onnx_pretrained.py onnx_steps.py onnx_zoo.py public.py quantizer.py readme.py recipes.py release.py requirements.py \
+  coverage.py decoding_zoo.py experts.py experts_with_data.py explain.py generate_llm.py merging.py misspelt.py mistakes.py never_slower.py \
+  onnx_pretrained.py onnx_steps.py onnx_zoo.py public.py quantizer.py readme.py recipes.py release.py report.py requirements.py \
   saved_states.py thinning.py typing.py unseen_calls.py)
 
 # The same, but for their tests on IPEX.
