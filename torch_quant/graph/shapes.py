@@ -13,6 +13,7 @@ from torch import SymInt, fx
 from torch_quant.errors import CaptureFailed
 from torch_quant.graph.calls import Call
 from torch_quant.graph.size_checks import Failure, SizeChecks, substitute
+from torch_quant.graph.size_text import plain_conditions
 
 __all__ = ["ShapeContract"]
 
@@ -212,9 +213,10 @@ class ShapeContract:
                 other = max(2, change)  # for all that are equal in the example
                 others = {name: other if n == size else n for name, n in values.items()}
                 broken |= dict.fromkeys(c for c in self.conditions if _holds(c, others) is False)
+        plain = plain_conditions(broken)
         places = zip(self._places(), chain.from_iterable(self.shapes), strict=True)
         names = {size: f"{self.names[i]}.shape[{axis}]" for (i, axis), size in places}
-        return [re.sub(r"\w+", lambda m: names.get(m[0], m[0]), str(each)) for each in broken]
+        return [re.sub(r"\w+", lambda m: names.get(m[0], m[0]), str(each)) for each in plain]
 
     def describe(self) -> str:
         """The inputs and sizes it serves, for messages."""
