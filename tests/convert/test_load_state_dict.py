@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import torch_quant
 from torch_quant import InvalidConfig, QConfig, Quantizer, recipes
+from torch_quant.convert.formats import Formats
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 
@@ -175,3 +176,13 @@ def test_a_head_beside_a_quantized_model_loads_its_own_values() -> None:
     assert torch.equal(around["head"].bias, head["head.bias"])
     with pytest.raises(RuntimeError, match="Missing key"):
         around.load_state_dict(head)
+
+
+def test_formats_pickled_by_an_earlier_version() -> None:
+    formats = Formats("onednn", {"up": "int8"})
+    state = {name: value for name, value in vars(formats).items() if name != "lower"}
+    old = Formats.__new__(Formats)
+    old.__setstate__(state)
+    assert old == formats
+    assert old.inside("up", lower=True) == []
+    assert pickle.loads(pickle.dumps(formats)) == formats

@@ -68,6 +68,10 @@ class Formats:
     loaded: bool = False
     """Whether it has values that are not those of the float model any more."""
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Models that were pickled by earlier versions lack what came since."""
+        vars(self).update({"lower": {}, **state})
+
     @staticmethod
     def of_sites(plan: QuantPlan) -> dict[str, str]:
         """Sites that are quantized -> formats."""

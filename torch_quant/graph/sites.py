@@ -273,8 +273,9 @@ def _window(pattern: OpPattern, node: fx.Node) -> Window | None:
 def computed_channels(x: fx.Node, readers: Collection[fx.Node]) -> list[fx.Node]:
     """The linear layers that compute the channels of ``x``, and all between them and it.
 
-    Empty where something else reads one of these tensors, or a function between sees more than
-    single elements: then no layer can compute channels of ``x`` twice.
+    Empty where something else reads one of these tensors, a function between sees more than single
+    elements, or a layer's weight serves other calls too: then no layer can compute channels of
+    ``x`` twice.
 
     Args:
         x: a tensor.
@@ -299,7 +300,8 @@ def _collect(
     found[x] = None
     if x.target is aten.linear.default:
         constants = [each for each in positional(x)[1:] if each is not None]
-        return all(isinstance(each, fx.Node) and is_constant(each) for each in constants)
+        alone = all(isinstance(each, fx.Node) and is_constant(each) for each in constants)
+        return alone and not _is_read_elsewhere(constants[0])
     if x.target in ACTIVATIONS:
         return _collect(argument(x, 0), [x], sizes, found)
     if x.target in (aten.mul.Tensor, aten.add.Tensor):
@@ -307,6 +309,11 @@ def _collect(
         sides = [each for each in sides if not is_vector(each, sizes)]
         return bool(sides) and all(_collect(each, [x], sizes, found) for each in sides)
     return False
+
+
+def _is_read_elsewhere(x: fx.Node) -> bool:
+    """Whether a constant, or what it is computed from, has several readers."""
+    return len(x.users) > 1 or any(map(_is_read_elsewhere, x.all_input_nodes))
 
 
 def is_vector(x: Any, sizes: tuple[int, ...]) -> bool:

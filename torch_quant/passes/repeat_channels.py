@@ -7,13 +7,14 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, fx
 
+from torch_quant.core.plan import QuantPlan
 from torch_quant.graph.sites import computed_channels, is_vector, key_of, local_name
-from torch_quant.ops.arguments import positional, set_arguments
+from torch_quant.ops.arguments import argument, positional, set_arguments
 from torch_quant.ops.table import SIZES, size_hints
 from torch_quant.passes.base import PassContext
 from torch_quant.passes.constants import evaluate, name_of, new_constant
 
-__all__ = ["picked_channels", "repeat_channels"]
+__all__ = ["computing_layers", "picked_channels", "repeat_channels"]
 
 aten = torch.ops.aten
 
@@ -26,8 +27,8 @@ def repeat_channels(
 ) -> fx.Node:
     """The channels ``index`` of ``x``, a node whose last dimension they are.
 
-    Where quantized linear layers compute them (:func:`computed_channels`), these get more rows and
-    ``x`` itself is returned. A layer in float is left as it is.
+    Where quantized linear layers compute them (:func:`computed_channels`) in every kind of call,
+    these get more rows and ``x`` itself is returned. A layer in float is left as it is.
 
     Args:
         context: of the graph.
@@ -36,10 +37,8 @@ def repeat_channels(
         index: which channels, int64 of shape ``[n]``.
         name: of the constant that holds them.
     """
-    chain = computed_channels(x, readers)
-    layers = [each for each in chain if each.target is aten.linear.default]
-    entries = [context.plan.get(key_of(each)) for each in layers]
-    if not chain or not all(entry is not None and entry.quantized for entry in entries):
+    chain = computing_layers(x, readers, context.plan)
+    if not chain or not _in_all_graphs(context, chain, readers):
         return picked_channels(context, x, -1, index, min(readers), name)
     sizes = size_hints(x)
     for node in chain:
@@ -50,6 +49,40 @@ def repeat_channels(
     for node in chain:
         _resize(node, len(index))
     return x
+
+
+def computing_layers(x: fx.Node, readers: Collection[fx.Node], plan: QuantPlan) -> list[fx.Node]:
+    """As :func:`computed_channels`, and empty where one of the layers is in float.
+
+    Args:
+        x: a tensor.
+        readers: of it, which are to read the repeated channels.
+        plan: what is done with each site.
+    """
+    chain = computed_channels(x, readers)
+    layers = [each for each in chain if each.target is aten.linear.default]
+    entries = [plan.get(key_of(each)) for each in layers]
+    return chain if all(entry is not None and entry.quantized for entry in entries) else []
+
+
+def _in_all_graphs(
+    context: PassContext, chain: Collection[fx.Node], readers: Collection[fx.Node]
+) -> bool:
+    """Whether the layers compute channels for the same readers in every kind of call.
+
+    Graphs share a weight then; in training its scales are one parameter, of one number of rows.
+    """
+    layers = {key_of(each) for each in chain if each.target is aten.linear.default}
+    reading = {key_of(each) for each in readers}
+    for gm in context.params.graphs():
+        there = gm.graph.find_nodes(op="call_function", target=aten.linear.default)
+        if layers.isdisjoint(map(key_of, there)):
+            continue
+        wanting = [each for each in there if key_of(each) in reading]
+        sources = {argument(each, 0) for each in wanting}
+        if len(sources) != 1 or not computing_layers(sources.pop(), wanting, context.plan):
+            return False
+    return True
 
 
 def _rows(

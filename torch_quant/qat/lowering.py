@@ -26,6 +26,7 @@ from torch_quant.core.functional import dequantize, quantize
 from torch_quant.core.plan import QuantPlan
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
+from torch_quant.errors import InvalidConfig
 from torch_quant.graph.capture import CapturedModule
 from torch_quant.graph.export import CapturedGraph
 from torch_quant.graph.kinds import Kind
@@ -78,6 +79,7 @@ class LearnedParams:
         self._made: dict[Hashable, QParams] = {}
         self._rounds: dict[int, tuple[dict[str, None], QuantSpec]] = {}
         self._ends: dict[int, Tensor] = {}
+        self._rows: dict[Hashable, int] = {}
         self.facts: dict[Hashable, Any] = {}
         """What transforms have computed from the weights that training began with."""
         self.places: dict[tuple[Any, ...], nn.Parameter] = {}
@@ -112,6 +114,14 @@ class LearnedParams:
             if by_data or not torch.equal(codes, quantize(weight, qparams)):
                 self.facts[_OFFSET, site, spec] = dequantize(codes, qparams) - weight
         found = self._made[name]
+        rows = self._rows.setdefault(name, weight.shape[axis])
+        if rows != weight.shape[axis]:
+            raise InvalidConfig(
+                f"{site}: the layer would compute copies of channels for OutlierSplit in one kind "
+                f"of calls and not in another ({rows} rows of its weight, and {weight.shape[axis]} "
+                "here), and in training both have one scale: calibrate with both kinds of calls "
+                "before quantizer.qat(model), or leave OutlierSplit out there"
+            )
         if (offset := self.offset(found.scale)) is not None:
             self.facts[_OFFSET, site, spec] = offset
         self._rounds[id(found.scale)][0][site] = None
