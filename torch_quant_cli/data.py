@@ -133,6 +133,8 @@ def check_names(given: Iterable[str], model: nn.Module, where: str, fix: str = "
     if len(given) == len(names) == 1 and not open_:
         return False
     free = [name for name in [*names, *(passed or ())] if name not in given]
+    if passed is None and not names:
+        return True  # nothing says the names
     if passed is None and len(unknown) < len(given):  # what **kwargs takes is not known
         unknown = [name for name in unknown if did_you_mean(name, free, cutoff=0.72)]
         if not unknown:

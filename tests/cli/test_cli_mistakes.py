@@ -199,13 +199,16 @@ def test_mistakes_with_other_commands(home: Path, arguments: list[str], fix: str
         ("my-bert", ["arr_0"]),  # positions, as savez names them
         ("my-bert", ["input_ids", "attention_mask"]),
         ("open:make", ["input_ids", "whatever"]),  # nothing says what **kwargs takes
+        ("open:Batch", ["input_ids", "whatever"]),
     ],
 )
 def test_names_of_arrays_that_are_right(home: Path, model: str, arrays: list[str]) -> None:
     (home / "open.py").write_text(
         "import net\n\n\nclass Open(net.Net):\n"
         "    def forward(self, input_ids, mask=None, **kwargs):\n"
-        "        return super().forward(input_ids)\n\n\nmake = Open\n"
+        "        return super().forward(input_ids)\n\n\nmake = Open\n\n\n"
+        "class Batch(net.Net):\n    def forward(self, **batch):\n"
+        "        return super().forward(batch['input_ids'])\n"
     )
     shape, kind = ((8, 5), "int64") if model == "my-bert" else ((8, 32), "float32")
     numpy.savez("right.npz", **{name: numpy.ones(shape, kind) for name in arrays})

@@ -12,7 +12,7 @@ import torch
 from checkpoint_models import DECODERS, ids, quantized
 from thinning import OLDEST
 
-from torch_quant import BackendUnavailable, InvalidConfig, load, recipes, save
+from torch_quant import BackendUnavailable, InvalidConfig, Quantizer, load, recipes, save
 
 pytest.importorskip("transformers", reason="transformers is missing: pip install 'transformers>=5'")
 from torch_quant.integrations.generation import compiled_steps
@@ -60,6 +60,50 @@ def test_weights_that_change_and_copies() -> None:
     after = tokens(quant_model)
     assert not torch.equal(after, before)
     assert torch.equal(tokens(quant_model, **steps), after)
+
+
+@COMPILES
+def test_models_with_compiled_steps_are_pickled_and_copied() -> None:
+    """The compiled float model, and one that was quantized from it."""
+    model = DECODERS["llama"]()
+    compiled_steps(model)
+    quant_model = quantized(model)
+    compiled_steps(quant_model)
+    for each in (model, quant_model):
+        again = pickle.loads(pickle.dumps(each))
+        assert torch.equal(tokens(again), tokens(each))
+        assert torch.equal(tokens(copy.deepcopy(each)), tokens(each))
+
+
+@COMPILES
+@pytest.mark.long("the compiler works three times")
+def test_layers_and_sizes_that_change() -> None:
+    model = DECODERS["tied"]()
+    steps = compiled_steps(model)
+    assert torch.equal(tokens(model, **steps), tokens(model))
+    model.resize_token_embeddings(120)
+    assert torch.equal(tokens(model, **steps), tokens(model))
+    model.model.layers[0].mlp.act_fn = torch.nn.Tanh()
+    assert torch.equal(tokens(model, **steps), tokens(model))
+
+
+@COMPILES
+def test_what_the_compiler_cannot_follow_is_refused() -> None:
+    import transformers
+
+    model = DECODERS["llama"]()
+    with pytest.raises(InvalidConfig, match="a proxy records what its layers see"):
+        compiled_steps(Quantizer("reference").calib(model))
+    torch.manual_seed(0)
+    options = {"vocab_size": 64, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_heads": 2}
+    config = transformers.T5Config(num_layers=1, decoder_start_token_id=0, **options)
+    t5 = transformers.T5ForConditionalGeneration(config).eval()
+    x = torch.ones(1, 4, dtype=torch.long)
+    quantizer = Quantizer("reference", qconfig=recipes.int8_weight_only())
+    inputs = {"input_ids": x, "decoder_input_ids": x}
+    quant_model = quantizer.quantize(t5, example_inputs=inputs)
+    with pytest.raises(InvalidConfig, match=r"the weight of .*wo, to see its dtype"):
+        compiled_steps(quant_model)
 
 
 @COMPILES

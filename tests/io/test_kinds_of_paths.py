@@ -47,6 +47,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = few.quantize(decoder, example_inputs={"input_ids": ids})
     torch_quant.export_checkpoint(made, home / "checkpoint", format="compressed-tensors")
     (home / "empty").mkdir()
+    whole = (home / "script.pt").read_bytes()
+    (home / "broken.pt").write_bytes(whole.replace(b"PK\x01\x02", b"PK\x07\x07"))
     return home
 
 
@@ -60,6 +62,7 @@ KINDS = {
     "script.pt": r"TorchScript: torch\.jit\.load",
     "weights.pt": r"of torch\.save: torch\.load",
     "empty": "it is empty",
+    "broken.pt": "it is a file, and this is about folders",
     "nowhere": "there is no file or folder of that name",
 }
 LOADERS: dict[str, tuple[Callable[[Path], object], set[str]]] = {

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
+import threading
+from collections import UserDict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from flows import assert_unchanged, snapshot
@@ -17,7 +20,21 @@ from models import attention_explicit, mlp, normal, seeded, tiny_transformer, to
 from thinning import some
 from torch import Tensor, nn
 
-from torch_quant import InvalidConfig, QConfig, QuantError, Quantizer, QuantSpec, autotune, recipes
+from torch_quant import (
+    FLOAT,
+    AutoRound,
+    BiasCorrection,
+    InvalidConfig,
+    QConfig,
+    QuantError,
+    Quantizer,
+    QuantSpec,
+    SmoothQuant,
+    autotune,
+    recipes,
+)
+from torch_quant.autotuning.journal import described
+from torch_quant.convert.quantized import QuantizedModule
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
     "mlp": (mlp, lambda salt: normal(32, 16, salt=salt)),
@@ -131,9 +148,9 @@ def test_logs_of_something_else(tmp_path: Path) -> None:
     model = seeded(mlp, seed=1)
     data = [normal(32, 16, salt=0), normal(32, 16, salt=1)]
     options: dict[str, Any] = {"objective": "size", "backend": "reference", "progress": False}
-    with pytest.raises(InvalidConfig, match="of a run with another model; give another file"):
+    with pytest.raises(InvalidConfig, match="another model and another eval_fn; give"):
         autotune(model, configurations, data, lambda _: 1.0, log=log, **options)
-    with pytest.raises(InvalidConfig, match="of a run with another data; give another file"):
+    with pytest.raises(InvalidConfig, match="another data and another eval_fn; give"):
         autotune(seeded(mlp), configurations, data[:1], lambda _: 1.0, log=log, **options)
     log.write_text('{"what": 1}\n')
     with pytest.raises(InvalidConfig, match="is no log of autotune"):
@@ -258,6 +275,10 @@ def test_a_loss_and_numbers_that_are_none() -> None:
         ({"objective": "latncy"}, "objective='latncy'; expected 'latency' or 'size', or a list"),
         ({"objective": ["size", "size"]}, "expected each of them once"),
         ({"tolerance": -1}, "tolerance=-1; expected 0 or more"),
+        ({"tolerance": "1%"}, "tolerance='1%'; expected 0 or more"),
+        ({"timeout": "5"}, "timeout='5'; expected seconds"),
+        ({"max_trials": "5"}, "max_trials='5'; expected at least 2"),
+        ({"objective": None}, "objective=None; expected 'latency' or 'size'"),
         ({"max_trials": 1}, "max_trials=1; expected at least 2"),
         ({"margin": -1.0}, "margin=-1.0; expected decibels"),
         ({"eval_fn": 3}, "eval_fn=3; expected a function of a model"),
@@ -290,11 +311,139 @@ def test_no_data() -> None:
         autotune(seeded(mlp), ["fast"], [], lambda _: 1.0, progress=False)
 
 
+class Drawing(nn.Module):
+    """Adds random numbers, and counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        y = self.first(x).relu()
+        return self.second(y + torch.randn_like(y))
+
+
+def test_random_numbers_and_counters_of_a_model() -> None:
+    model = seeded(Drawing)
+    before = snapshot(model)
+
+    def metric(candidate: nn.Module) -> float:
+        if not isinstance(candidate, QuantizedModule):
+            candidate.to(torch.float64)  # it is not the user's
+        return 1.0
+
+    options: dict[str, Any] = {"objective": "size", "backend": "reference", "progress": False}
+    found = autotune(model, {"8": bits(8, 8)}, [normal(32, 16)], metric, **options)
+    assert next(iter(found)).sqnr > 25
+    assert_unchanged(model, before)
+    assert model.calls == 0
+
+
+def test_methods_that_want_blocks_ranges_or_both() -> None:
+    spec = QuantSpec.of(bits=8)
+    configurations = {
+        "static, rounded": QConfig(input=spec, method=AutoRound(iterations=4)),
+        "weights, corrected": QConfig(
+            FLOAT, bits(4).weight, transforms=[BiasCorrection()], method=None
+        ),
+        "weights, smoothed": QConfig(FLOAT, bits(4).weight, transforms=[SmoothQuant(0.5)]),
+    }
+    for each in tuned("mlp", configurations, tolerance=1.0):
+        assert each.sqnr is not None, each.why_not
+
+
+def test_what_failed_is_asked_again(tmp_path: Path) -> None:
+    """A metric, and a configuration, that work by now."""
+    log = tmp_path / "trials.jsonl"
+    answers = iter([math.nan, 1.0, 1.0])
+    configurations = {"8": bits(8)}
+
+    def metric(_: nn.Module) -> float:
+        return next(answers)
+
+    with pytest.raises(InvalidConfig, match="eval_fn gave nan for the float model"):
+        tuned("mlp", configurations, eval_fn=metric, log=log)
+    found = tuned("mlp", configurations, eval_fn=metric, log=log)
+    assert found.best.name == "8"
+    key = json.dumps(found.best.configuration, sort_keys=True)
+    lines = log.read_text().splitlines()
+    lines[1:] = [json.dumps({"of": key, "why_not": "BackendUnavailable: no compiler"}), lines[1]]
+    log.write_text("\n".join(lines) + "\n")
+    answers = iter([1.0, 1.0])
+    (again,) = tuned("mlp", configurations, eval_fn=metric, log=log)
+    assert not again.why_not
+    assert again.passed
+
+
+def test_another_function_or_model_has_another_log(tmp_path: Path) -> None:
+    log = tmp_path / "trials.jsonl"
+    configurations = {"8": bits(8)}
+    tuned("mlp", configurations, eval_fn=_finite, log=log)
+    with pytest.raises(InvalidConfig, match="with another eval_fn; give another file"):
+        tuned("mlp", configurations, log=log)
+    model = seeded(mlp)
+    model[1] = nn.Tanh()  # type: ignore[index]
+    data = [normal(32, 16, salt=0), normal(32, 16, salt=1)]
+    options: dict[str, Any] = {"objective": "size", "backend": "reference", "progress": False}
+    with pytest.raises(InvalidConfig, match="with another model; give another file"):
+        autotune(model, configurations, data, _finite, log=log, **options)
+    log.write_bytes(b"\x80\x81\n")
+    with pytest.raises(InvalidConfig, match="is no log of autotune"):
+        tuned("mlp", configurations, log=log)
+    log.write_text('{"torch_qu')  # killed in the first line
+    assert tuned("mlp", configurations, log=log).best.name == "8"
+
+
+def test_data_is_known_by_its_values() -> None:
+    x = np.arange(5000)
+    other = x.copy()
+    other[2500] += 1
+    for one, two in ((x, other), (torch.from_numpy(x), torch.from_numpy(other))):
+        assert described(one) != described(two)
+        assert described({"a": [one, 1]}) == described({"a": [one, 1]})
+        assert described(UserDict(a=one)) != described(UserDict(a=two))
+    assert described(object()) == described(object())
+
+
+def test_an_executor_that_meets_a_limit_or_an_error(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as executor:
+        found = tuned("mlp", many(), executor=executor, timeout=0.0)
+        assert not any(each.sqnr is not None for each in found)
+        assert found.stopped == "timeout"
+        assert "does not run" not in str(found)
+        log = tmp_path / "trials.jsonl"
+        build, inputs = NETWORKS["mlp"]
+        model = seeded(build)
+        started = threading.Event()
+
+        def metric(candidate: nn.Module) -> float:
+            if "calib" in type(candidate).__name__ or not started.is_set():
+                started.set()
+                return 1.0
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            autotune(
+                model, many(), [inputs(0)], metric, "size", backend="reference",
+                executor=executor, log=log, progress=False,
+            )  # fmt: skip
+        measured = [line for line in log.read_text().splitlines() if '"sqnr"' in line]
+        assert len(measured) == len(many())
+
+
+def test_one_batch_is_not_several() -> None:
+    for data in (normal(4, 16), {"x": normal(4, 16)}, "data", 3):
+        with pytest.raises(InvalidConfig, match=f"data is one {type(data).__name__}; expected sev"):
+            autotune(seeded(mlp), ["fast"], data, _finite, progress=False)  # type: ignore[arg-type]
+
+
 def test_a_log_is_lines_of_json(tmp_path: Path) -> None:
     log = tmp_path / "trials.jsonl"
     tuned("mlp", {"8": bits(8)}, log=log)
     head, *rest = map(json.loads, log.read_text().splitlines())
-    assert set(head) == {"torch_quant", "model", "data"}
+    assert set(head) == {"torch_quant", "model", "data", "eval_fn"}
     assert [sorted(each) for each in rest] == [
         ["metric", "of", "seconds"], ["of", "size", "sqnr"], ["metric", "of", "seconds"],
     ]  # fmt: skip

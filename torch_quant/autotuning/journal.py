@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -18,7 +19,7 @@ from torch_quant.io.files import checked_target
 from torch_quant.state import weight_checksums
 from torch_quant.version import __version__
 
-__all__ = ["Journal", "key_of"]
+__all__ = ["Journal", "described", "key_of"]
 
 _FLOAT = "float32"
 
@@ -39,13 +40,19 @@ class Journal:
         path: the file; None to keep nothing.
         model: the float model.
         batches: the data.
+        eval_fn: known by its name alone.
 
     Raises:
-        InvalidConfig: the file is of another model or other data, or no such file.
+        InvalidConfig: the file is of another model, other data or another ``eval_fn``, or no such
+            file.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str] | None, model: nn.Module, batches: Sequence[Any]
+        self,
+        path: str | os.PathLike[str] | None,
+        model: nn.Module,
+        batches: Sequence[Any],
+        eval_fn: Callable[..., Any],
     ) -> None:
         self.path = None if path is None else checked_target(path, "trials.jsonl")
         self.found: dict[str, dict[str, Any]] = {}
@@ -53,23 +60,24 @@ class Journal:
             return
         head = {
             "torch_quant": __version__,
-            "model": _checksum(weight_checksums(model)),
-            "data": _checksum([_described(each) for each in batches]),
+            "model": _checksum([weight_checksums(model), repr(model)]),
+            "data": _checksum([described(each) for each in batches]),
+            "eval_fn": _name(eval_fn),
         }
-        if self.path.exists() and self.path.stat().st_size:
+        if self.path.exists() and b"\n" in self.path.read_bytes():
             self._read(self.path, head)
-        else:
+        else:  # none, or one that broke off in its first line
+            self.path.unlink(missing_ok=True)
             self._write(head)
 
     def _read(self, path: Path, head: Mapping[str, Any]) -> None:
-        lines = path.read_text(encoding="utf-8").split("\n")
-        whole, torn = lines[:-1], lines[-1]
+        *whole, torn = path.read_bytes().split(b"\n")
         try:
             entries = [json.loads(line) for line in whole]
             first, *rest = entries
             known = {name: first[name] for name in head}
             for each in rest:
-                self.found.setdefault(each.pop("of"), {}).update(each)
+                self._add(each.pop("of"), each)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidConfig(
                 f"{path} is no log of autotune; give another file, or remove it"
@@ -82,12 +90,18 @@ class Journal:
             )
         if torn:  # the run before was killed while it wrote
             with path.open("r+b") as file:
-                file.truncate(path.stat().st_size - len(torn.encode()))
+                file.truncate(path.stat().st_size - len(torn))
 
     def note(self, key: str, facts: Mapping[str, Any]) -> None:
         """Write what was found of a configuration."""
-        self.found.setdefault(key, {}).update(facts)
+        self._add(key, facts)
         self._write({"of": key, **facts})
+
+    def _add(self, key: str, facts: Mapping[str, Any]) -> None:
+        known = self.found.setdefault(key, {})
+        if "sqnr" in facts:
+            known.pop("why_not", None)  # it runs by now
+        known.update(facts)
 
     def _write(self, entry: Mapping[str, Any]) -> None:
         if self.path is not None:
@@ -97,11 +111,25 @@ class Journal:
                 os.fsync(file.fileno())
 
 
-def _described(batch: Any) -> list[Any]:
-    return [
-        [list(x.shape), checksum(x)] if isinstance(x, Tensor) else str(x)
-        for x in pytree.tree_leaves(batch)
-    ]
+def _name(function: Callable[..., Any]) -> str:
+    named: Any = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def described(batch: Any) -> list[Any]:
+    """What a batch holds, for JSON: tensors and arrays by their values, other objects by class."""
+    found: list[Any] = []
+    for x in pytree.tree_leaves(batch):
+        if isinstance(x, Mapping):  # of a class that pytree doesn't know, as tokenizers give
+            found.append({str(name): described(each) for name, each in x.items()})
+        elif isinstance(x, Tensor):
+            found.append([str(x.dtype), list(x.shape), checksum(x)])
+        elif isinstance(x, np.ndarray):
+            found.append([str(x.dtype), list(x.shape), zlib.crc32(x.tobytes())])
+        else:
+            plain = isinstance(x, (str, int, float, bool, type(None)))
+            found.append([type(x).__name__, repr(x) if plain else ""])
+    return found
 
 
 def _checksum(data: Any) -> int:

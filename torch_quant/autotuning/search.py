@@ -15,11 +15,11 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from torch_quant.autotuning.configurations import named_configurations
 from torch_quant.autotuning.journal import Journal, key_of
@@ -99,22 +99,30 @@ def autotune(
     >>> found.reached, found.best.name
     (True, 'int8_weight_only')
     """
+    if not isinstance(model, nn.Module):
+        raise InvalidConfig(f"model={model!r}; expected an nn.Module")
     objectives = _objectives(objective)
-    if not (math.isfinite(tolerance) and tolerance >= 0.0):
+    if not (_is_number(tolerance) and math.isfinite(tolerance) and tolerance >= 0.0):
         raise InvalidConfig(f"tolerance={tolerance!r}; expected 0 or more, 0.01 for 1 %")
-    if max_trials is not None and max_trials < 2:
-        raise InvalidConfig(f"max_trials={max_trials}; expected at least 2: float, and quantized")
-    if not margin >= 0:
+    if max_trials is not None and not (isinstance(max_trials, int) and max_trials >= 2):
+        raise InvalidConfig(f"max_trials={max_trials!r}; expected at least 2: float, and quantized")
+    if timeout is not None and not _is_number(timeout):
+        raise InvalidConfig(f"timeout={timeout!r}; expected seconds")
+    if not (_is_number(margin) and margin >= 0):
         raise InvalidConfig(f"margin={margin!r}; expected decibels, 0 or more")
     if not callable(eval_fn):
         raise InvalidConfig(f"eval_fn={eval_fn!r}; expected a function of a model")
+    if isinstance(data, (Mapping, Tensor, str)) or not isinstance(data, Iterable):
+        raise InvalidConfig(
+            f"data is one {type(data).__name__}; expected several batches: data=[batch]"
+        )
     batches = list(data)
     if not batches:
         raise InvalidConfig("data has no batches: give some as the model is called with them")
     named = named_configurations(configurations, backend)
     if isinstance(executor, ProcessPoolExecutor):
         _check_pickles(model=model, data=batches, eval_fn=eval_fn)
-    journal = Journal(log, model, batches)
+    journal = Journal(log, model, batches, eval_fn)
     checked_seconds(seconds)
     deadline = math.inf if timeout is None else time.monotonic() + timeout
     run = _Run(model, batches, eval_fn, journal, executor, deadline, max_trials, hidden(progress))
@@ -139,8 +147,12 @@ def autotune(
     return found
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _objectives(given: str | Sequence[str]) -> tuple[str, ...]:
-    names = (given,) if isinstance(given, str) else tuple(given)
+    names = tuple(given) if isinstance(given, (list, tuple)) else (given,)
     for name in names:
         if name not in OBJECTIVES:
             raise InvalidConfig(
@@ -202,14 +214,14 @@ class _Run:
         jobs = {}
         for name, configuration in named.items():
             known = self.journal.found.get(key_of(configuration), {})
-            if "why_not" not in known and not {"sqnr", *objectives} <= known.keys():
+            if not {"sqnr", *objectives} <= known.keys():  # what failed may work by now
                 jobs[name] = (measured, configuration, (objectives, seconds))
         with contextlib.suppress(_Stop):
             for name, facts in self._done(jobs, "measuring"):
                 self.journal.note(key_of(named[name]), facts)
         made = []
         for name, configuration in named.items():
-            facts = self.journal.found.get(key_of(configuration), {"why_not": "not measured"})
+            facts = self.journal.found.get(key_of(configuration), {})
             costs = {x: facts[x] for x in ("sqnr", "size", "latency", "why_not") if x in facts}
             made.append(Tried(name, configuration, **costs))
         return made
@@ -233,9 +245,13 @@ class _Run:
             configuration = None if each is None else each.configuration
             what = "the float model" if each is None else each.name
             jobs[key] = (evaluated, configuration, (self.eval_fn, what))
+        metrics = {}
         for key, facts in self._done(jobs, "evaluating"):
-            self.journal.note(key, facts)
-        return [float(self.journal.found[key]["metric"]) for key in keys]
+            metrics[key] = float(facts["metric"])
+            if math.isfinite(metrics[key]) or None not in some:
+                self.journal.note(key, facts)
+        known = self.journal.found
+        return [metrics[x] if x in metrics else float(known[x]["metric"]) for x in keys]
 
     def seconds_of(self, each: Tried) -> float:
         """That its evaluation took."""
@@ -255,21 +271,35 @@ class _Run:
         from tqdm import tqdm
 
         with tqdm(total=len(jobs), desc=doing, disable=self.silent, leave=False) as bar:
-            waiting = {}
-            for name, (task, configuration, more) in jobs.items():
-                if configuration is not None and time.monotonic() > self.deadline:
-                    self.stopped = "timeout"
-                    raise _Stop
-                arguments = (self.model, configuration, self.batches, *more)
-                if self.executor is not None:
-                    waiting[name] = self.executor.submit(task, *arguments)
-                    continue
-                bar.set_postfix_str(name[:40])
-                yield name, task(*arguments, self._kept(configuration))
-                bar.update()
-            for name, future in waiting.items():
-                yield name, future.result()
-                bar.update()
+            left, running = list(jobs.items()), dict[Future[Any], str]()
+            try:
+                while left or running:
+                    while left and len(running) < (self._workers if self.executor else 1):
+                        name, (task, configuration, more) = left.pop(0)
+                        self._check_time(configuration)
+                        arguments = (self.model, configuration, self.batches, *more)
+                        if self.executor is None:
+                            bar.set_postfix_str(name[:40])
+                            yield name, task(*arguments, self._kept(configuration))
+                            bar.update()
+                        else:
+                            running[self.executor.submit(task, *arguments)] = name
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        yield running.pop(future), future.result()
+                        bar.update()
+            finally:  # of those that run at an error or a timeout, what they find is kept
+                for future in running:
+                    future.cancel()
+
+    def _check_time(self, configuration: Any) -> None:
+        if configuration is not None and time.monotonic() > self.deadline:
+            self.stopped = "timeout"
+            raise _Stop
+
+    def keep(self, some: Sequence[Tried]) -> None:
+        """Forget the data of all other configurations."""
+        keys = {key_of(each.configuration) for each in some}
+        self._quantizers = {key: x for key, x in self._quantizers.items() if key in keys}
 
     def _kept(self, configuration: Mapping[str, Any] | None) -> Quantizer | None:
         """A quantizer of this process, which has the data from one task to the next."""
@@ -293,6 +323,7 @@ class _Search:
     def walk(self) -> None:
         try:
             front = self._front()
+            self.run.keep(front)
             if len(self.found.objectives) > 1:
                 self._all(front)
             else:

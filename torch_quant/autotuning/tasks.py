@@ -36,19 +36,28 @@ def prepared(
 ) -> Quantizer:
     """A quantizer that has seen what data its configuration needs."""
     quantizer = Quantizer.from_config(configuration)
-    settings = [quantizer.qconfig, *quantizer.overrides.values()]
-    if any(each is not None and each.needs_ranges for each in settings):
-        calib_model = quantizer.calib(model)
-        for batch in batches:
-            call_example(calib_model, batch)
-    elif any(each is not None and _wants_data(each) for each in settings):
-        quantizer.round_weights(model, batches, progress=False)
+    settings = [x for x in (quantizer.qconfig, *quantizer.overrides.values()) if x is not None]
+    with frozen(model):
+        if any(map(_wants_rounding, settings)):
+            quantizer.round_weights(model, batches, progress=False)
+        if any(map(_wants_calibration, settings)):
+            calib_model = quantizer.calib(model)
+            for batch in batches:
+                call_example(calib_model, batch)
     return quantizer
 
 
-def _wants_data(config: QConfig) -> bool:
-    methods = [*config.transforms, *([] if config.method is None else [config.method])]
-    return any(each.wants_blocks or each.wants_statistics for each in methods)
+def _wants_rounding(config: QConfig) -> bool:
+    """A block of the model at a time; statistics are recorded with ranges if these are."""
+    method = config.method
+    alone = method is not None and method.wants_statistics and not config.needs_ranges
+    blocks = method is not None and method.wants_blocks
+    return alone or blocks or any(each.wants_blocks for each in config.transforms)
+
+
+def _wants_calibration(config: QConfig) -> bool:
+    some = any(each.wants_statistics and not each.wants_blocks for each in config.transforms)
+    return config.needs_ranges or some
 
 
 def quantized(quantizer: Quantizer, model: nn.Module, batches: Sequence[Any]) -> QuantizedModule:
@@ -81,15 +90,26 @@ def measured(
     """
     try:
         quantizer = quantizer or prepared(model, configuration, batches)
-        quant_model = quantized(quantizer, model, batches)
+        return _measures(model, quantized(quantizer, model, batches), batches, objectives, seconds)
     except QuantError as error:
         return {"why_not": f"{type(error).__name__}: {error}".splitlines()[0]}
+
+
+def _measures(
+    model: nn.Module,
+    quant_model: QuantizedModule,
+    batches: Sequence[Any],
+    objectives: Sequence[str],
+    seconds: float,
+) -> dict[str, Any]:
     floating = twin_of(model)
     with frozen(floating):
-        distances = [
-            sqnr(call_example(floating, batch), call_example(quant_model, batch))
-            for batch in batches[:_COMPARED]
-        ]
+        distances = []
+        for batch in batches[:_COMPARED]:
+            random = torch.get_rng_state()
+            expected = call_example(floating, batch)
+            torch.set_rng_state(random)  # what it draws, if it draws some
+            distances.append(sqnr(expected, call_example(quant_model, batch)))
         worst = min(-math.inf if math.isnan(each) else each for each in distances)
         found = {"sqnr": worst}
         if "size" in objectives:
@@ -100,6 +120,26 @@ def measured(
             medians = {name: statistics.median(each) for name, each in times.items()}
             found["latency"] = medians["quantized"] / medians["float"]
     return found
+
+
+def _apart(model: nn.Module) -> nn.Module:
+    """The same model, whose parameters and buffers may be moved or converted."""
+    made = twin_of(model)
+    parameters: dict[int, nn.Parameter] = {}
+    for module in made.modules():
+        own = vars(module)
+        if isinstance(module, torch.jit.ScriptModule) or "_parameters" not in own:
+            continue
+        for x in own["_parameters"].values():
+            if x is not None and id(x) not in parameters:
+                parameters[id(x)] = nn.Parameter(x.detach(), x.requires_grad)
+        own["_parameters"] = {
+            name: None if x is None else parameters[id(x)] for name, x in own["_parameters"].items()
+        }
+        own["_buffers"] = {
+            name: None if x is None else x.clone() for name, x in own["_buffers"].items()
+        }
+    return made
 
 
 def _saved_bytes(model: QuantizedModule) -> int:
@@ -129,7 +169,7 @@ def evaluated(
     Raises:
         InvalidConfig: ``eval_fn`` gave no number.
     """
-    made: nn.Module = twin_of(model)
+    made: nn.Module = _apart(model)
     if configuration is not None:
         quantizer = quantizer or prepared(model, configuration, batches)
         made = quantized(quantizer, model, batches)

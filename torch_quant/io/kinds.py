@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import zipfile
@@ -62,9 +63,8 @@ def _entries(place: Path) -> str:
 def _file(place: Path) -> str:
     if place.suffix in _FILES:
         return _FILES[place.suffix]
-    if zipfile.is_zipfile(place):
-        with zipfile.ZipFile(place) as archive:
-            script = any(name.endswith("/constants.pkl") for name in archive.namelist())
+    with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(place) as archive:
+        script = any(name.endswith("/constants.pkl") for name in archive.namelist())
         return "TorchScript: torch.jit.load" if script else "of torch.save: torch.load"
     data = _json(place)
     if str(data.get("format")) in _FORMATS:

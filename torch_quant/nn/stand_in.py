@@ -139,8 +139,10 @@ class StandIn(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         original = self._stands_for
-        kept = {name: x for name, x in original.kept.items() if _can_be_pickled(x)}
-        state = {name: x for name, x in self.__dict__.items() if name not in _MADE_ANEW}
+        saved = {name: x for name, x in original.kept.items() if not _is_made_anew(x)}
+        kept = {name: x for name, x in saved.items() if _can_be_pickled(x)}
+        own = {name: x for name, x in self.__dict__.items() if name not in _MADE_ANEW}
+        state = {name: x for name, x in own.items() if not _is_made_anew(x)}
         return state | {"_stands_for": (original.twin, kept)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -251,6 +253,11 @@ def _new_class(base: type[S], cls: type[nn.Module], hidden: frozenset[str]) -> t
 
 
 # Copies and pickles
+
+
+def _is_made_anew(value: Any) -> bool:
+    """Whether it is a method that was put in the place of another for this instance alone."""
+    return getattr(getattr(value, "__func__", None), "made_anew", False)
 
 
 @dataclass(frozen=True)
