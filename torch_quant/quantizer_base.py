@@ -328,7 +328,7 @@ class QuantizerBase(Tied):
         lowering = session.lowering(chosen)
         quantized = self._lowered(session, lowering, share_float_weights)
         if self.unseen_calls == "capture":
-            UnseenCalls(session, chosen).attend(quantized)
+            UnseenCalls(session, chosen, lowering.plan).attend(quantized)
         if example_inputs is not None and chosen.compiles and not session.captured.keeps_state:
             call_example(quantized, example_inputs)
         return self._described(quantized, chosen)

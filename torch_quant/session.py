@@ -20,6 +20,7 @@ from torch_quant.core.granularity import PerTensor
 from torch_quant.core.methods import Method, Transform
 from torch_quant.core.plan import PRECISIONS, QuantPlan, SitePlan
 from torch_quant.core.rounded import Scaling
+from torch_quant.core.transformed import transformed_as
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.annotate import annotate
 from torch_quant.graph.sites import Site
@@ -147,18 +148,17 @@ class Session:
             optional: have the optional transforms that help; else none.
             slower: site -> why it is in float since that is faster; the quantizer's by default.
         """
-        plan = self._settled(self._asked(backend), optional)
+        asked = self._asked(backend)
         if slower is None:
             slower = self.owner.slower.get((backend or self.owner.backend).name, {})
-        return _in_float(self._fallen(plan, fallen), slower)
+        return self._settled(asked, _in_float(self._fallen(asked, fallen), slower), optional)
 
     def plans(self, backend: Backend | None = None) -> tuple[QuantPlan, QuantPlan]:
         """Of what is asked for, the plan without optional transforms, and :meth:`plan`."""
         asked = self._asked(backend)
         slower = self.owner.slower.get((backend or self.owner.backend).name, {})
-        settled = (self._settled(asked, optional=False), self._settled(asked))
-        plain, planned = (_in_float(self._fallen(each), slower) for each in settled)
-        return plain, planned
+        final = _in_float(self._fallen(asked), slower)
+        return self._settled(asked, final, optional=False), self._settled(asked, final)
 
     def _asked(self, backend: Backend | None) -> QuantPlan:
         """The plan with all optional transforms, before anything falls back."""
@@ -193,9 +193,14 @@ class Session:
         fallen: Mapping[str, str] | None = None,
         *,
         slower: Mapping[str, str] | None = None,
+        transforms: QuantPlan | None = None,
     ) -> Lowering:
-        """How the model is put on a backend, with the ranges as they are now; as :meth:`plan`."""
+        """How the model is put on a backend, with the ranges as they are now; as :meth:`plan`.
+
+        ``transforms`` has those of the sites that it quantizes, whatever would be settled now.
+        """
         plan = self.plan(backend, fallen, slower=slower)
+        plan = plan if transforms is None else transformed_as(plan, transforms)
         backend, params = backend or self.owner.backend, Calibrated(self, plan)
         held = self.state.rounded.tensors()
         return Lowering(self.captured, plan, backend, params, self._scaled(plan), held)
@@ -218,19 +223,23 @@ class Session:
 
     def candidate(self, config: QConfig) -> Lowering:
         """How the model would be quantized if every site were asked to be ``config``."""
-        plan = self._settled(self._annotated(self.owner.backend, config, {}))
+        plan = self._annotated(self.owner.backend, config, {})
+        plan = self._settled(plan, plan)
         params = Calibrated(self, plan, rounded=False)
         return Lowering(self.captured, plan, self.owner.backend, params)
 
-    def _settled(self, plan: QuantPlan, optional: bool = True) -> QuantPlan:
-        """``plan`` with optional transforms where they help, and no others."""
+    def _settled(self, plan: QuantPlan, final: QuantPlan, optional: bool = True) -> QuantPlan:
+        """``final``, ``plan`` with more in float, with optional transforms where they help only."""
         asked = {each for site in plan.values() for each in site.transforms if each.optional}
         if not asked:
-            return plan
+            return final
         found: dict[Transform, Mapping[str, Transform | None]] = {}
         if optional:
             self._refresh_settled()
-            found = {each: self._settling(each, plan) for each in asked}
+            for each in asked:
+                hindered = self._once(each, final, each.hindered)
+                helped = self._once(each, plan, each.settled).items()
+                found[each] = {name: made for name, made in helped if name not in hindered}
 
         def kept(site: SitePlan) -> SitePlan:
             made = {
@@ -239,11 +248,12 @@ class Session:
             }
             rivals = [x for x in made if x in asked and made[x] is not None and x.changes_input]
             if len(rivals) > 1:
-                gains = {each: self._gains(each, plan).get(site.name, 0.0) for each in rivals}
+                every = ((each, self._once(each, plan, each.gains)) for each in rivals)
+                gains = {each: of.get(site.name, 0.0) for each, of in every}
                 made |= dict.fromkeys(set(rivals) - {max(rivals, key=gains.__getitem__)})
             return replace(site, transforms=tuple(x for x in made.values() if x is not None))
 
-        return QuantPlan(map(kept, plan.values()), plan.float_ops)
+        return QuantPlan(map(kept, final.values()), final.float_ops)
 
     def _refresh_settled(self) -> None:
         """Forget where optional transforms help if that rested on other ranges or weights."""
@@ -252,22 +262,12 @@ class Session:
         if self.captured.settled_on != basis:
             self.captured.settled_on, self.captured.settled = basis, {}
 
-    def _settling(self, transform: Transform, plan: QuantPlan) -> Mapping[str, Transform | None]:
-        """See :meth:`Transform.settled`."""
-        found: Mapping[str, Transform | None] = self._once(transform, plan, transform.settled)
-        return found
-
-    def _gains(self, transform: Transform, plan: QuantPlan) -> Mapping[str, float]:
-        """See :meth:`Transform.gains`."""
-        found: Mapping[str, float] = self._once(transform, plan, transform.gains)
-        return found
-
     def _once(self, transform: Transform, plan: QuantPlan, ask: Callable[..., Any]) -> Any:
         """What a transform says of a plan; it takes long, so it is asked once for each plan."""
         sites = tuple(
-            (site.name, site.activation, site.weight)
+            (site.name, site.activation, site.weight, transform in site.transforms)
             for site in plan.values()
-            if site.quantized and transform in site.transforms
+            if site.quantized
         )
         settled, key = self.captured.settled, (ask.__name__, transform, sites)
         if key not in settled:

@@ -52,15 +52,16 @@ class UnseenCalls:
         session: the quantizer and the float model, as they are when the quantized model is made;
             the model's graphs are not added to.
         backend: where the quantized model runs.
+        plan: of the quantized model, whose transforms its sites keep; None to settle them anew.
     """
 
     _changed: ClassVar[str] = "the float model has changed since it was quantized"
 
-    def __init__(self, session: Session, backend: Backend) -> None:
+    def __init__(self, session: Session, backend: Backend, plan: QuantPlan | None = None) -> None:
         model = session.model
         self._captured, self._model = weakref.ref(session.captured), weakref.ref(model)
         self._learned = Snapshot.of(session.owner, backend)
-        self._facts = self._present(model)
+        self._facts, self._plan = self._present(model), plan
 
     def __deepcopy__(self, memo: Any) -> Any:
         return self
@@ -76,7 +77,7 @@ class UnseenCalls:
 
     def _lowering(self, session: Session) -> Lowering:
         """How the new graph is lowered, by the quantizer as it was."""
-        return session.lowering()
+        return session.lowering(transforms=self._plan)
 
     @staticmethod
     def _present(model: nn.Module) -> tuple[Any, ...]:

@@ -27,6 +27,7 @@ def network(seed: int) -> nn.Module:
 
 def quantized(seed: int = 0, backend: str = "reference", x: Tensor = X, **options: Any) -> Any:
     model = network(seed)
+    options.setdefault("qconfig", recipes.int8_static(smooth=None))  # graphs of the same sizes
     quantizer = Quantizer(backend, **options)
     quantizer.calib(model)(x)
     return quantizer.quantize(model)

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -40,7 +40,7 @@ from torch_quant.graph.sites import KEY, Site, key_of, local_name, source
 from torch_quant.ops.arguments import argument, set_arguments
 from torch_quant.passes.base import Params, PassContext
 from torch_quant.passes.constants import new_constant
-from torch_quant.passes.repeat_channels import picked_channels, repeat_channels
+from torch_quant.passes.repeat_channels import computing_layers, picked_channels, repeat_channels
 from torch_quant.passes.transform import sites_with
 from torch_quant.statistics import (
     CHANNELS,
@@ -188,6 +188,19 @@ class OutlierSplit(Transform):
             if not site.repeatable:
                 found[site.name] = 0.0
         return found
+
+    def hindered(self, plan: QuantPlan, params: Params) -> Collection[str]:
+        """Sites for which no quantized layers would compute the copies, so that these cost time.
+
+        >>> from torch_quant.passes.base import NoParams
+        >>> OutlierSplit(min_gain=1.5).hindered(QuantPlan(), NoParams())  # nothing asks for it
+        set()
+        """
+        readers: dict[fx.Node, list[fx.Node]] = {}
+        for _, node, *_ in sites_with(self, plan, params.graphs()):
+            readers.setdefault(argument(node, 0), []).append(node)
+        found = ((nodes, computing_layers(x, nodes, plan)) for x, nodes in readers.items())
+        return {key_of(node) for nodes, layers in found if not layers for node in nodes}
 
     def _noise(
         self, readers: Readers, channels: Channels, bits: int, weight_bits: int

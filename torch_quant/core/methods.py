@@ -6,7 +6,7 @@ A member is a frozen dataclass with a name: its options are its fields, and it i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -279,6 +279,16 @@ class Transform(Method):
         {}
         """
         return {}
+
+    def hindered(self, plan: QuantPlan, params: Params) -> Collection[str]:
+        """Sites where it is not to be, if optional, since other layers are planned as they are.
+
+        >>> from torch_quant import BiasCorrection, QuantPlan
+        >>> from torch_quant.passes.base import NoParams
+        >>> BiasCorrection().hindered(QuantPlan(), NoParams())
+        ()
+        """
+        return ()
 
     @abstractmethod
     def apply(self, context: PassContext) -> int:

@@ -19,6 +19,7 @@ from torch_quant.core.functional import quantize
 from torch_quant.core.plan import QuantPlan, SitePlan
 from torch_quant.core.qparams import QParams, choose_qparams
 from torch_quant.core.spec import QuantSpec
+from torch_quant.core.transformed import transformed_as
 from torch_quant.errors import CaptureFailed, InvalidConfig
 from torch_quant.ops.table import OPERATORS
 from torch_quant.qat.edges import finer_edges
@@ -62,18 +63,6 @@ def trainable(planned: QuantPlan, required: QuantPlan) -> QuantPlan:
         return replace(site, transforms=left)
 
     return QuantPlan(map(kept, planned.values()), planned.float_ops)
-
-
-def as_trained(plan: QuantPlan, trained: QuantPlan) -> QuantPlan:
-    """``plan`` with the transforms that a model was trained with, at the sites it had then."""
-
-    def kept(site: SitePlan) -> SitePlan:
-        known = trained.get(site.name)
-        if known is None or not known.quantized:
-            return site
-        return replace(site, transforms=known.transforms)
-
-    return QuantPlan(map(kept, plan.values()), plan.float_ops)
 
 
 def qat_lowering(
@@ -162,7 +151,8 @@ class _UnseenTraining(UnseenCalls):
         return ()
 
     def _lowering(self, session: Session) -> Lowering:
-        plan = as_trained(qat_plan(session.plan(optional=False)), self._training.plan)
+        plan = qat_plan(session.plan(optional=False))
+        plan = transformed_as(plan, self._training.plan)
         params, trained = self._training.params, self._trained()
         assert isinstance(params, LearnedParams)
         if trained is not None:  # None: a part is called that has outlived the whole
@@ -267,7 +257,7 @@ class Deployed:
             backend: where it will run; the quantizer's by default.
         """
         backend = backend or session.owner.backend
-        plan = as_trained(session.plan(backend, optional=False), self.plan)
+        plan = transformed_as(session.plan(backend, optional=False), self.plan)
         for name, why in self.left.items():
             if name in plan:
                 plan = plan.without([name], why)
