@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from thinning import LONG
 from torch import Tensor, distributed, nn
 
 from torch_quant import InvalidConfig, NotCalibrated, QConfig, Quantizer, SmoothQuant
+from torch_quant.quantizer_files import _check_alike
 
 pytestmark = pytest.mark.skipif(
     not (distributed.is_available() and distributed.is_gloo_available()),
@@ -97,7 +100,7 @@ def alone(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("alone")
-def test_a_process_alone() -> None:
+def test_a_process_alone(tmp_path: Path) -> None:
     batches = list(_data().split(BATCH))
     quantizer, before = _calibrated("minmax", batches), _calibrated("minmax", batches)
     first = quantizer.quantize(_model(), example_inputs=batches[0])
@@ -108,9 +111,74 @@ def test_a_process_alone() -> None:
     with pytest.raises(InvalidConfig, match="would count every process's data again"):
         quantizer.all_reduce()
     _equal(quantizer, before)
+    again = Quantizer("reference", qconfig=OPTIONS["minmax"])
+    again.load_state_dict(quantizer.state_dict())
+    quantizer.save(tmp_path / "ranges")
+    merged = Quantizer("reference", qconfig=OPTIONS["minmax"])
+    merged.merge(quantizer)
+    for each in (again, Quantizer.load(tmp_path / "ranges"), merged):
+        with pytest.raises(InvalidConfig, match="would count every process's data again"):
+            each.all_reduce()
+        _equal(each, before)
     quantizer.load_state_dict(before.state_dict())  # other ranges: a share again
     quantizer.all_reduce()
     _equal(quantizer, before)
+
+
+@pytest.mark.usefixtures("alone")
+def test_outside_of_the_group() -> None:
+    quantizer = _calibrated("minmax", [_data()])
+    with pytest.raises(InvalidConfig, match="process 0 is not in the group that it was given"):
+        quantizer.all_reduce(distributed.GroupMember.NON_GROUP_MEMBER)
+    quantizer.all_reduce()
+
+
+def _share(rank: int, store: str, results: Any) -> None:
+    """One of two processes, whose quantizers differ."""
+    file = distributed.FileStore(store, 2)
+    distributed.init_process_group("gloo", store=file, rank=rank, world_size=2)
+    found = []
+    quantizers = [Quantizer("reference", qconfig=QConfig(observer=("minmax", "histogram")[rank]))]
+    quantizers.append(_calibrated("minmax", [_data()]))
+    quantizers[1].fallen_back = {"0": "float32"} if rank else {}
+    quantizers.append(_calibrated("minmax", [_data()]))
+    quantizers[2].overrides = {"0": None} if rank else {}
+    for quantizer in quantizers:
+        before = quantizer.state.batches
+        try:
+            quantizer.all_reduce()
+        except InvalidConfig as error:
+            found.append(str(error))
+        assert quantizer.state.batches == before
+    results.put(found)
+    distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not LONG, reason="two processes that import PyTorch: make test-long")
+def test_processes_with_other_settings(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    processes = [
+        context.Process(target=_share, args=(rank, str(tmp_path / "store"), results))
+        for rank in range(2)
+    ]
+    for each in processes:
+        each.start()
+    said = [results.get(timeout=120) for _ in processes]
+    for each in processes:
+        each.join()
+    assert said[0] == said[1]
+    for message, what in zip(said[0], ("qconfig", "fallen_back", "overrides"), strict=True):
+        assert f"process 1 of the group has {what}=" in message
+
+
+def test_what_differs_is_named_by_process() -> None:
+    one, other = {"fallen_back": {}}, {"fallen_back": {"0": "float32"}}
+    _check_alike([one, dict(one)])
+    with pytest.raises(
+        InvalidConfig, match=r"process 2 .* fallen_back=\{'0': .*process 0 has \{\}"
+    ):
+        _check_alike([one, one, other])
 
 
 @pytest.mark.usefixtures("alone")

@@ -75,6 +75,7 @@ class QuantizerFiles(QuantizerBase):
         """
         with self.state.lock:  # another thread may calibrate
             return {
+                **({"reduced": True} if self._reduced else {}),
                 "state": self.state.state_dict(),
                 "model": dict(self.state.fingerprint),
                 "fallback": dict(self.fallen_back),
@@ -94,7 +95,7 @@ class QuantizerFiles(QuantizerBase):
         with self.state.lock:
             self.state.load_state_dict(state["state"])
             self.state.fingerprint, self.fallen_back = fingerprint, fallen
-            self.slower, self._reduced = slower, False
+            self.slower, self._reduced = slower, state.get("reduced", False)
             self.plan = QuantPlan()
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -191,8 +192,10 @@ class QuantizerFiles(QuantizerBase):
             group: the processes; None for all.
 
         Raises:
-            InvalidConfig: there is no process group, it was called before, or processes recorded
-                other models or statistics; the same in every process, and nothing changes.
+            InvalidConfig: there is no process group, or this process is none of it; it was called
+                before, for these ranges when they were saved too; processes have other settings, or
+                recorded other models or statistics. The same in every process of the group, and
+                nothing changes.
             NotCalibrated: no process has seen data.
 
         >>> from torch_quant import Quantizer
@@ -205,21 +208,40 @@ class QuantizerFiles(QuantizerBase):
                 "all_reduce joins the processes of torch.distributed, and there is no process "
                 'group: start the program with torchrun, and call init_process_group("gloo") first'
             )
-        shares: list[Any] = [None] * distributed.get_world_size(group)
-        distributed.all_gather_object(shares, (self._reduced, self.state_dict()), group)
-        if any(reduced for reduced, _ in shares):
+        if distributed.get_rank(group) < 0:
+            raise InvalidConfig(
+                f"all_reduce: process {distributed.get_rank()} is not in the group that it was "
+                "given; call it in the processes of the group alone, or with group=None in all"
+            )
+        everyone: list[Any] = [None] * distributed.get_world_size(group)
+        distributed.all_gather_object(everyone, (self._alike(), self.state_dict()), group)
+        shares = [share for _, share in everyone]
+        _check_alike([alike for alike, _ in everyone])
+        if any(share.get("reduced") for share in shares):
             raise InvalidConfig(
                 "all_reduce was called before, and would count every process's data again: "
                 "calibrate on all of it first, or with another quantizer"
             )
-        if not any(share["state"]["batches"] for _, share in shares):
+        if not any(share["state"]["batches"] for share in shares):
             raise NotCalibrated(
                 "all_reduce: no process has seen data; run it through the proxy that "
                 "quantizer.calib(model) returns"
             )
         with self.state.lock:
-            self._merge([share for _, share in shares], QuantState())
+            self._merge(shares, QuantState())
             self._reduced = True
+
+    def _alike(self) -> dict[str, Any]:
+        """What every process has to have before ranges are joined."""
+        try:
+            settings = self._to_config(None)
+        except InvalidConfig:  # functions and local classes are no data that can be compared
+            settings = {}
+        return {
+            **settings,
+            "fallen_back": dict(self.fallen_back),
+            "summary": summary_data(self._summary),
+        }
 
     def _merge(self, parts: Sequence[Mapping[str, Any]], first: QuantState | None = None) -> None:
         """Take in ``parts`` beside ``first``, None for what was recorded here."""
@@ -237,6 +259,7 @@ class QuantizerFiles(QuantizerBase):
             fingerprint = fingerprint or theirs
         self.state.take(state)
         self.state.fingerprint = fingerprint
+        self._reduced = self._reduced or any(saved.get("reduced", False) for saved in parts)
         self.plan = QuantPlan()
 
     def save_summary(self, path: str | os.PathLike[str]) -> None:
@@ -277,3 +300,16 @@ class QuantizerFiles(QuantizerBase):
         summary = load_summary(path)
         summary.apply_to(self.state)
         self._summary = summary
+
+
+def _check_alike(everyone: Sequence[Mapping[str, Any]]) -> None:
+    """Raise :class:`InvalidConfig` unless all processes have the same; by their ranks."""
+    first = everyone[0]
+    for rank, theirs in enumerate(everyone):
+        for name in {**first, **theirs}:
+            if first.get(name) != theirs.get(name):
+                both = [f"{x.get(name)!r:.200}" for x in (theirs, first)]
+                raise InvalidConfig(
+                    f"all_reduce: process {rank} of the group has {name}={both[0]}, and process 0 "
+                    f"has {both[1]}: give the quantizers of all processes the same settings"
+                )

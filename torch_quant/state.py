@@ -289,7 +289,9 @@ def check_saved(
         InvalidConfig: it is something else; says which entry is wrong.
     """
     try:
-        _check_entries(state, {"state", "model"}, {"fallback", "slower"})
+        _check_entries(state, {"state", "model"}, {"fallback", "slower", "reduced"})
+        if not isinstance(state.get("reduced", False), bool):
+            raise InvalidConfig(f"'reduced' is {state['reduced']!r}; expected a bool")
         fingerprint = _by_name(state, "model", str)
         fallen = _by_name(state, "fallback", str) if "fallback" in state else {}
         for name, precision in fallen.items():
