@@ -11,7 +11,7 @@ from models import normal, seeded
 from torch import Tensor, nn
 
 import torch_quant
-from torch_quant import InvalidConfig
+from torch_quant import InvalidConfig, recipes
 
 
 class Sized(nn.Module):
@@ -42,7 +42,7 @@ def test_a_model_of_another_size_is_refused(
     """Its attributes would speak of another model than its weights."""
     model = seeded(Sized)
     x = normal(8, 16)
-    quantizer = calibrated(model, [((x,), {})], backend="reference")
+    quantizer = calibrated(model, [((x,), {})], backend="reference", qconfig=recipes.fast())
     torch_quant.save(quantizer.quantize(model), tmp_path)
     with pytest.raises(InvalidConfig, match=message):
         torch_quant.load(tmp_path, model=Sized(**other))
