@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_quant import InvalidConfig, QConfig, Quantizer, recipes
-from torch_quant.amp.padding import Real
+from torch_quant.amp.padding import Real, Widths
 from torch_quant.amp.proxy import AmpModel
 
 
@@ -149,12 +149,115 @@ def test_a_batch_without_a_mask_is_all_real() -> None:
 
 def test_zeros_at_padding_in_every_layout() -> None:
     real = Real(torch.tensor([[True, True, False], [True, False, False]]))
-    for shape, axes in (((2, 3), 0), ((2, 3, 4), 0), ((2, 5, 3, 4), 1), ((6, 4), None)):
+    for shape in ((2, 3, 4), (2, 5, 3, 4), (6, 4), (2, 3, 5, 4)):
         kept = real.kept(torch.ones(shape))
-        assert kept.sum() == 3 * kept.numel() / 6, (shape, axes)
+        assert kept.sum() == 3 * kept.numel() / 6, shape
+    heads = real.kept(torch.ones(2, 3, 3, 4))  # as many heads as positions
+    assert heads.sum((0, 1, 3)).tolist() == [24, 12, 0]
     assert real.kept(torch.ones(2, 7)).sum() == 14
-    assert real.kept(torch.full((2, 3), float("nan"))).isnan().sum() == 3
+    assert real.kept(torch.full((2, 3, 1), float("nan"))).isnan().sum() == 3
+    flat = torch.ones(6, 4)
+    assert real.kept(flat[:4], whole=flat).sum() == 12  # positions 0 to 2 of the first row, and one
     assert real.kept(torch.ones(1, 3, 4)).sum() == 8  # the first row
+
+
+def test_a_matrix_is_masked_when_two_lengths_have_shown_its_width() -> None:
+    widths = Widths()
+    short, long = (
+        Real(torch.tensor([[True] * (length - 1) + [False]]), widths) for length in (3, 5)
+    )
+    for _ in range(2):  # a number of classes, as far as anyone can tell
+        assert short.kept(torch.ones(1, 3), "logits").sum() == 3
+    assert long.kept(torch.ones(1, 5), "logits").sum() == 4
+    assert short.kept(torch.ones(1, 3), "logits").sum() == 2
+    assert long.kept(torch.ones(1, 3), "classes").sum() == 3
+    assert short.kept(torch.ones(1, 3), "classes").sum() == 3
+    assert long.kept(torch.ones(1, 5)).sum() == 5  # without a name
+
+
+class Pooled(nn.Module):
+    """Classes of the mean of real positions."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.out = nn.Linear(8, 16), nn.Linear(16, classes)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        real = mask[..., None].to(x)
+        y: Tensor = self.out((nn.functional.gelu(self.one(x)) * real).sum(1) / real.sum(1))
+        return y
+
+
+def pooled(
+    model: nn.Module, big: float = 1.0, **options: Any
+) -> tuple[nn.Module, Quantizer, AmpModel]:
+    """After one batch, whose padding is ``big``."""
+    generator = torch.Generator().manual_seed(0)
+    x, mask = torch.randn(8, 6, 8, generator=generator), torch.zeros(8, 6)
+    mask[:, :2] = 1
+    quantizer = Quantizer("reference", qconfig=QConfig())
+    quantizer.calib(model.eval())(x, mask)
+    amp_model = quantizer.amp(model, **options)
+    amp_model(torch.where(mask[..., None] == 1, x, x * big), mask)
+    return model, quantizer, amp_model
+
+
+@pytest.mark.parametrize("metric", ["output", "sqnr"])
+def test_as_many_classes_as_positions(metric: str) -> None:
+    with_mask, without = (
+        {each.name: each.score for each in quantizer.sensitivity(amp_model)}
+        for _model, quantizer, amp_model in (
+            pooled(Pooled(6), mask="mask", metric=metric),
+            pooled(Pooled(6), metric=metric),
+        )
+    )
+    assert with_mask["out"] == pytest.approx(without["out"], rel=1e-6)
+
+
+class Flat(nn.Module):
+    """Layers that compute on rows times positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.out = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        y: Tensor = self.out(nn.functional.gelu(self.one(x.reshape(-1, 8))))
+        return y.reshape(x.shape) * mask[..., None]
+
+
+def test_shares_of_weight_and_activations_leave_padding_out_in_flat_tensors() -> None:
+    found = []
+    for big in (1.0, 20.0):
+        _model, _quantizer, amp_model = pooled(Flat(), big, mask="mask", metric="sqnr")
+        stats = [amp_model.recorder.sites[name] for name in ("one", "out")]
+        found.append([(each.from_activation, each.from_weight, each.noise) for each in stats])
+        assert min(min(each) for each in found[-1]) > 0
+    assert found[0] == found[1]
+
+
+def test_no_tensor_has_the_length(caplog: pytest.LogCaptureFixture) -> None:
+    _model, quantizer, amp_model = pooled(Pooled(5), mask=lambda batch: torch.eye(8, 4))
+    assert "no tensor had the mask's length (4)" in caplog.text
+    caplog.clear()
+    amp_model(torch.ones(8, 6, 8), torch.ones(8, 6))
+    assert "no tensor" not in caplog.text  # once
+    pooled(Pooled(5), mask="mask")
+    assert "no tensor" not in caplog.text
+    assert quantizer.sensitivity(amp_model)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [torch.tensor([[0.0, -1e9]]), torch.full((1, 2), float("nan")), torch.tensor([[2, 1]])],
+    ids=["additive", "nan", "two"],
+)
+def test_other_values_are_refused(mask: Tensor) -> None:
+    model, quantizer = calibrated_encoder()
+    with pytest.raises(InvalidConfig, match=r"mask\(batch\) has values other than 0 and 1"):
+        quantizer.amp(model, mask=lambda batch: mask)(**padded(texts()[0]))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_quant.amp.groups import find_groups, shared_inputs
+from torch_quant.amp.padding import kept_outputs
 from torch_quant.amp.proxy import AmpModel, Latency
 from torch_quant.amp.ranking import Ranking, Sensitivity, decibels
 from torch_quant.amp.records import SiteStats
@@ -236,9 +237,9 @@ class Fallback:
         actual: list[Tensor] = []
         for args, kwargs, outputs in self.amp_model.samples:
             real = self.amp_model.real(args, kwargs)
-            expected += map(real.kept, float_leaves(outputs))
+            expected += kept_outputs(real, float_leaves(outputs))
             found = quantized(*copy.deepcopy(args), **copy.deepcopy(kwargs))
-            actual += map(real.kept, float_leaves(found))
+            actual += kept_outputs(real, float_leaves(found))
         return sqnr(expected, actual)
 
     @torch.no_grad()

@@ -61,12 +61,13 @@ class NoisePass:
             exact = probe.reference(y.detach(), inputs)
             # Float first: the difference takes its memory layout, which gradients have too.
             noise = exact - probe.quantized(*inputs)  # type: ignore[operator]
-            stats.signal += self._energy(exact)
-            stats.noise += self._energy(noise)
+            stats.signal += self._energy(exact, probe.name)
+            stats.noise += self._energy(noise, probe.name)
             part = self._activation_part(probe, exact, inputs)
             if part is not None:  # by energy, until the gradient has come to every site
-                stats.from_activation += self._energy(part)
-                stats.from_weight += self._energy(noise[: len(part)] - part)
+                stats.from_activation += self._energy(part, probe.name, noise)
+                rest = noise[: len(part)] - part
+                stats.from_weight += self._energy(rest, probe.name, noise)
             others = self._candidates(probe, exact, inputs)
         if self.anchor is None:
             return y
@@ -74,9 +75,9 @@ class NoisePass:
         y.register_hook(lambda grad: self._arrived(probe.name, grad, noise, part, others))
         return y
 
-    def _energy(self, x: Tensor) -> float:
-        """The squared norm of its real positions."""
-        x = self.real.kept(x).reshape(-1)
+    def _energy(self, x: Tensor, name: str, whole: Tensor | None = None) -> float:
+        """The squared norm of its real positions; see :meth:`Real.kept`."""
+        x = self.real.kept(x, name, whole).reshape(-1)
         return float(torch.linalg.vecdot(x, x))
 
     def _candidates(
@@ -87,7 +88,7 @@ class NoisePass:
         for name, quantized in probe.candidates().items():
             noise = exact - quantized(*inputs)
             stats = self.record.candidates.setdefault((probe.name, name), CandidateStats())
-            stats.noise += self._energy(noise)
+            stats.noise += self._energy(noise, probe.name)
             if self.anchor is not None:
                 found[name] = noise.to(torch.bfloat16)
         return found

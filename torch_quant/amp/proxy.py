@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from torch_quant.amp.candidates import candidate_lowerings
 from torch_quant.amp.noise import NoisePass, culprit
 from torch_quant.amp.options import AmpOptions
-from torch_quant.amp.padding import Real, batch_of, real_positions
+from torch_quant.amp.padding import Real, Widths, batch_of, kept_outputs, real_positions
 from torch_quant.amp.probe_sites import (
     LocalSite,
     activations_only,
@@ -95,6 +95,7 @@ class AmpModel(Proxy):
         self.samples: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []
         """A few of the inputs, and the float outputs for them."""
         self._signs = torch.Generator().manual_seed(options.seed)
+        self._widths = Widths()
 
     @property
     def metric(self) -> str:
@@ -166,6 +167,7 @@ class AmpModel(Proxy):
             kept = copied((args, kwargs))
             with self.recorder.batch() as record:
                 outputs = self._recorded(record, args, kwargs, kept)
+            self._widths.tell()
             if record.left_out and record.left_out == self.recorder.left_out:  # the first ones
                 logger.warning(
                     "samples of batch %d left out of the scores: %d of %d, %s for them",
@@ -205,7 +207,7 @@ class AmpModel(Proxy):
                 return detached(outputs)
         with torch.no_grad(), self._visiting(NoisePass(record, rows, real=real).visit):
             outputs = self._execute(self._executor, args, kwargs)
-        leaves = map(real.kept, projected(outputs))
+        leaves = kept_outputs(real, projected(outputs))
         record.output_signal = sum(float(x.square().sum()) for x in leaves)
         return detached(outputs)
 
@@ -228,8 +230,9 @@ class AmpModel(Proxy):
         else:
             with torch.enable_grad():
                 loss = torch.zeros((), dtype=torch.float64)
-                for x in projected(outputs):
-                    loss = loss + (x * pass_.real.kept(self._signs_like(x))).sum()
+                for i, x in enumerate(projected(outputs)):
+                    signs = pass_.real.kept(self._signs_like(x), f"output {i}")
+                    loss = loss + (x * signs).sum()
             if not loss.requires_grad:
                 self._give_up(
                     "no output depends on a quantized site by differentiable operators"
@@ -244,7 +247,7 @@ class AmpModel(Proxy):
         except RuntimeError as error:
             self._give_up(f"{type(error).__name__}: {str(error).splitlines()[0]}")
         else:
-            pass_.finish([pass_.real.kept(x.detach()) for x in projected(outputs)])
+            pass_.finish(kept_outputs(pass_.real, projected(outputs)))
             if record.left_out:
                 record.culprit = culprit(loss, pass_.anchor)
         self._drop_history()
@@ -270,7 +273,8 @@ class AmpModel(Proxy):
     def real(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Real:
         """Which positions of a batch are real."""
         rows = batch_size((args, kwargs))
-        return real_positions(self.options.mask, self.captured.root.signature, args, kwargs, rows)
+        signature, mask = self.captured.root.signature, self.options.mask
+        return real_positions(mask, signature, args, kwargs, rows, self._widths)
 
     @property
     def candidates(self) -> Mapping[str, QConfig]:
