@@ -139,6 +139,12 @@ class Calibrated:
                 f"{site} was rounded to {rounded.qparams.spec} by {rounded.method}, and is to be "
                 f"{spec} by {method} now: {again}"
             )
+        if rounded.codes.shape != weight.shape:
+            sizes = tuple(rounded.codes.shape), tuple(weight.shape)
+            raise InvalidConfig(
+                f"the weight of {site} was {sizes[0]} when it was rounded and is {sizes[1]} now, "
+                f"as OutlierSplit copies other channels of what it reads or computes: {again}"
+            )
         if rounded.checksum != checksum(weight):
             raise InvalidConfig(f"the weight of {site} has changed since it was rounded: {again}")
         made.check(name)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from torch_quant import OutlierSplit, QConfig, Quantizer, Transform, recipes
+from torch_quant import GPTQ, InvalidConfig, OutlierSplit, QConfig, Quantizer, Transform, recipes
 
 
 class Readers(nn.Module):
@@ -84,3 +86,18 @@ def test_a_kind_of_call_that_was_not_calibrated_keeps_them() -> None:
     before = quant_model(x)
     assert torch.equal(quant_model(x, hidden=True)[0], before)
     assert torch.equal(quant_model(x), before)
+
+
+def test_rounded_weights_of_another_split_say_so() -> None:
+    model = Readers().eval()
+    plain = QConfig(method=GPTQ())
+    split = replace(plain, transforms=(OutlierSplit(0.05),))
+    quantizer = calibrated(model, qconfig=split)
+    quantizer.overrides = dict.fromkeys(("up", "one", "two"), plain)
+    quantizer.round_weights(model, [data(8)])
+    quantizer.quantize(model)
+    quantizer.overrides = {"up": plain}
+    with pytest.raises(
+        InvalidConfig, match=r"\(512, 32\) when .* \(544, 32\) now, as OutlierSplit"
+    ):
+        quantizer.quantize(model)
