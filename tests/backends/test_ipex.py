@@ -269,12 +269,6 @@ def test_what_is_fused_behind_a_product() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU6(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 4))
     x = shifted(4, 8)
     product = ["dequantize", "dequantize", "linear"]
-    quantizer = calibrated(model, [((x,), {})], backend="ipex")  # which copies channels
-    assert groups(quantizer.quantize(model, example_inputs=x), x) == [
-        [*product, "hardtanh", "mul", "quantize_per_tensor"],
-        [*product, "gelu", "quantize_per_tensor"],
-        product,
-    ]
     quantizer = calibrated(model, [((x,), {})], backend="ipex", qconfig=recipes.fast())
     assert groups(quantizer.quantize(model, example_inputs=x), x) == [
         [*product, "hardtanh", "quantize_per_tensor"],

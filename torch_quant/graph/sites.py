@@ -19,6 +19,7 @@ from torch_quant.ops.table import (
     ACTIVATIONS,
     DATA_MOVEMENT,
     KEY,
+    RECTIFIERS,
     ROW_MOVEMENT,
     OpPattern,
     pattern_of,
@@ -322,8 +323,12 @@ def is_vector(x: Any, sizes: tuple[int, ...]) -> bool:
 
 
 def _is_repeatable(x: fx.Node) -> bool:
-    linear = all(user.target is aten.linear.default for user in x.users)
-    return linear and bool(computed_channels(x, x.users))
+    """Copies cost a factor behind them, which keeps a grid from following a product at once; so a
+    function that stands there anyway has to be among those between."""
+    if not all(user.target is aten.linear.default for user in x.users):
+        return False
+    between = {each.target for each in computed_channels(x, x.users)}
+    return bool(between & ACTIVATIONS.keys() - RECTIFIERS)
 
 
 def find_sites(graph: fx.Graph) -> Iterator[tuple[fx.Node, OpPattern, Site]]:
