@@ -12,7 +12,7 @@ import torch
 from flows import Inputs, run
 from torch import Tensor, nn
 
-from torch_quant import CaptureFailed, Quantizer, export_onnx, sqnr
+from torch_quant import Backend, CaptureFailed, Quantizer, export_onnx, sqnr
 from torch_quant.convert.quantized import QuantizedModule
 from torch_quant.graph.binding import bind
 from torch_quant.graph.calls import flatten_call
@@ -20,6 +20,7 @@ from torch_quant.graph.outputs import flatten_output
 
 __all__ = [
     "check_free_sizes",
+    "check_fused",
     "feeds",
     "free_sizes",
     "needs",
@@ -68,6 +69,17 @@ def written(
     if least is not None:
         check_free_sizes(path, quant_model, inputs, least)
     return quant_model
+
+
+def check_fused(
+    quantizer: Quantizer, model: nn.Module, example: Inputs, inputs: Inputs, path: Path
+) -> None:
+    """The file computes on integer kernels, and what the float model does up to their noise."""
+    quant_model = written(quantizer, model, example, path)
+    report = Backend.get("onnx").verify(path)  # type: ignore[attr-defined]
+    assert report.complete, str(report)
+    found = run_onnxruntime(path, feeds(quant_model, inputs))
+    assert sqnr(tensors(model, inputs), found) >= 30
 
 
 def feeds(quant_model: QuantizedModule, inputs: Inputs) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import numbers
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -83,10 +84,7 @@ def tune(
             f"tune(quantizer, model, eval_fn): expected a Quantizer, got {type(quantizer).__name__}"
         )
     search = _Search(quantizer, model, eval_fn, precision_of(dtype), progress)
-    if not (math.isfinite(tolerance) and tolerance >= 0.0):
-        raise InvalidConfig(f"tolerance={tolerance!r}; expected 0 or more, 0.01 for 1 %")
-    if max_trials is not None and max_trials < 2:
-        raise InvalidConfig(f"max_trials={max_trials}; expected at least 2: float, and quantized")
+    check_limits(tolerance, max_trials)
     return search.run(
         tolerance, relative, higher_is_better, metric, amp_batches, max_trials, timeout
     )
@@ -121,15 +119,10 @@ class _Search:
         bar = tqdm(desc="tuning: float model", unit="trial", disable=hidden(self.progress))
         try:
             baseline, seconds = self._evaluate(amp_model, "the float model")
-            if not math.isfinite(baseline):
-                raise InvalidConfig(
-                    f"eval_fn gave {baseline} for the float model; it must be finite"
-                )
+            target = target_of(baseline, tolerance, relative, higher_is_better)
             if amp_model.recorder.batches == 0:
                 raise NotCalibrated("eval_fn never called the model it was given")
             groups = quantizer.sensitivity(amp_model).left
-            allowed = tolerance * abs(baseline) if relative else tolerance
-            target = baseline - allowed if higher_is_better else baseline + allowed
             report = Tuning(target, len(groups), higher_is_better)
             report.trials.append(Trial(None, baseline, True, seconds))
             bar.total = 2 + math.ceil(math.log2(max(len(groups), 1)))
@@ -176,10 +169,56 @@ class _Search:
         self.quantizer.fallen_back = before | dict.fromkeys(names, self.precision)
 
     def _evaluate(self, model: nn.Module, what: str) -> tuple[float, float]:
-        start = time.monotonic()
-        value: Any = self.eval_fn(model)
-        try:
-            metric = float(value)
-        except (TypeError, ValueError) as error:
-            raise InvalidConfig(f"eval_fn gave {value!r} for {what}; expected a number") from error
-        return metric, time.monotonic() - start
+        return evaluate(self.eval_fn, model, what)
+
+
+def evaluate(
+    eval_fn: Callable[[nn.Module], float], model: nn.Module, what: str
+) -> tuple[float, float]:
+    """The metric of a model, and the seconds that it took.
+
+    Args:
+        eval_fn: the user's.
+        model: float or quantized.
+        what: it is, for the message.
+
+    Raises:
+        InvalidConfig: ``eval_fn`` gave no number.
+    """
+    start = time.monotonic()
+    value: Any = eval_fn(model)
+    try:
+        metric = float(value)
+    except (TypeError, ValueError) as error:
+        raise InvalidConfig(f"eval_fn gave {value!r} for {what}; expected a number") from error
+    return metric, time.monotonic() - start
+
+
+def target_of(baseline: float, tolerance: float, relative: bool, higher_is_better: bool) -> float:
+    """The metric that is still within the tolerance of the float model's.
+
+    Raises:
+        InvalidConfig: the float model's is not finite.
+
+    >>> target_of(0.8, 0.01, relative=False, higher_is_better=True)
+    0.79
+    """
+    if not math.isfinite(baseline):
+        raise InvalidConfig(f"eval_fn gave {baseline} for the float model; it must be finite")
+    allowed = tolerance * abs(baseline) if relative else tolerance
+    return baseline - allowed if higher_is_better else baseline + allowed
+
+
+def check_limits(tolerance: float, max_trials: int | None) -> None:
+    """Raise :class:`InvalidConfig` where one is out of range."""
+    if not (is_number(tolerance) and math.isfinite(tolerance) and tolerance >= 0.0):
+        raise InvalidConfig(f"tolerance={tolerance!r}; expected 0 or more, 0.01 for 1 %")
+    if max_trials is not None and not (
+        isinstance(max_trials, numbers.Integral) and max_trials >= 2
+    ):
+        raise InvalidConfig(f"max_trials={max_trials!r}; expected at least 2: float, and quantized")
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is one, and no truth value."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from flows import BACKENDS, Inputs, calibrated, equal, run
-from onnx_files import feeds, needs, run_onnxruntime, tensors, written
+from onnx_files import check_fused, needs
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -32,7 +32,6 @@ from torch_quant import (
     sqnr,
 )
 from torch_quant.algorithms.outlier_split import copies_of
-from torch_quant.backends import Backend
 
 SPLIT = QConfig(transforms=[OutlierSplit(0.1)])
 
@@ -291,11 +290,7 @@ def test_amp_ranks_it_and_comparing_follows_it() -> None:
 @needs("onnx", "onnxscript", "onnxruntime")
 def test_onnx_file(tmp_path: Path) -> None:
     model, quantizer = split("onnx")
-    quant_model = written(quantizer, model, data(4), tmp_path / "model.onnx")
-    report = Backend.get("onnx").verify(tmp_path / "model.onnx")  # type: ignore[attr-defined]
-    assert report.complete, str(report)
-    found = run_onnxruntime(tmp_path / "model.onnx", feeds(quant_model, data(64, 1)))
-    assert sqnr(tensors(model, data(64, 1)), found) >= 30
+    check_fused(quantizer, model, data(4), data(64, 1), tmp_path / "model.onnx")
 
 
 def test_training_begins_with_it_and_deploys_it() -> None:

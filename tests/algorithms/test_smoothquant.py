@@ -10,12 +10,11 @@ import pytest
 import torch
 from flows import BACKENDS, Inputs, calibrated, equal, run, snapshot
 from models import seeded
-from onnx_files import feeds, needs, run_onnxruntime, tensors, written
+from onnx_files import check_fused, needs
 from torch import Tensor, nn
 
 from torch_quant import InvalidConfig, NotCalibrated, QConfig, Quantizer, SmoothQuant, sqnr
 from torch_quant.algorithms.smoothquant import smoothing_factor
-from torch_quant.backends import Backend
 from torch_quant.ops.qdq import FAKE_QUANTIZE
 
 
@@ -171,11 +170,7 @@ def test_amp_ranks_smoothed_sites_and_fallback_keeps_float_weights() -> None:
 @needs("onnx", "onnxscript", "onnxruntime")
 def test_onnx_file(tmp_path: Path) -> None:
     model, quantizer = smoothed("onnx")
-    quant_model = written(quantizer, model, data(4), tmp_path / "model.onnx")
-    report = Backend.get("onnx").verify(tmp_path / "model.onnx")  # type: ignore[attr-defined]
-    assert report.complete, str(report)
-    found = run_onnxruntime(tmp_path / "model.onnx", feeds(quant_model, data(64, 1)))
-    assert sqnr(tensors(model, data(64, 1)), found) >= 30
+    check_fused(quantizer, model, data(4), data(64, 1), tmp_path / "model.onnx")
 
 
 def test_a_layer_behind_heads_is_left_alone() -> None:

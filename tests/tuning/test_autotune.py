@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import threading
-from collections import UserDict
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from autotuned import NETWORKS, agreement, bits, finite, many, tuned
 from flows import assert_unchanged, snapshot
-from models import attention_explicit, mlp, normal, seeded, tiny_transformer, tokens
+from models import mlp, normal, seeded
 from thinning import some
 from torch import Tensor, nn
 
@@ -33,55 +30,7 @@ from torch_quant import (
     autotune,
     recipes,
 )
-from torch_quant.autotuning.journal import described
 from torch_quant.convert.quantized import QuantizedModule
-
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
-    "mlp": (mlp, lambda salt: normal(32, 16, salt=salt)),
-    "attention": (attention_explicit, lambda salt: normal(24, 6, 16, salt=salt)),
-    "transformer": (tiny_transformer, lambda salt: tokens(24 + salt)),
-}
-
-
-def bits(weight: int, activation: int | None = None) -> QConfig:
-    spec = QuantSpec.of(bits=weight, signed=True, symmetric=True, per_channel=True)
-    if activation is None:
-        return recipes.weight_only(bits=weight, group_size=None)
-    return QConfig(input=QuantSpec.of(bits=activation), weight=spec)
-
-
-def many() -> dict[str, QConfig]:
-    """24 configurations of about as many sizes."""
-    return {
-        f"{bits} bits, {group}, {'signed' if symmetric else 'affine'}": recipes.weight_only(
-            bits=bits, group_size=group, symmetric=symmetric
-        )
-        for bits in (2, 4, 8)
-        for group in (2, 4, 8, 16)
-        for symmetric in (True, False)
-    }
-
-
-def agreement(model: nn.Module, x: Tensor) -> Callable[[nn.Module], float]:
-    """The cosine of outputs with the float model's, centred: below 1 by the noise alone."""
-    with torch.no_grad():
-        expected = model(x)
-    mean = expected.mean(0)
-
-    def metric(candidate: nn.Module) -> float:
-        with torch.no_grad():
-            y = candidate(x)
-        return float(torch.cosine_similarity(y - mean, expected - mean, dim=-1).mean())
-
-    return metric
-
-
-def tuned(name: str, configurations: Any, **options: Any) -> Any:
-    build, inputs = NETWORKS[name]
-    model = seeded(build)
-    options = {"objective": "size", "backend": "reference", "progress": False, **options}
-    metric = options.pop("eval_fn", None) or agreement(model, inputs(3))
-    return autotune(model, configurations, [inputs(0), inputs(1)], metric, **options)
 
 
 @pytest.mark.parametrize("name", some(NETWORKS, "mlp"))
@@ -110,55 +59,6 @@ def test_what_trying_all_finds_in_a_third_of_the_evaluations(name: str) -> None:
     assert found.quantizer.to_config() == found.best.configuration
 
 
-def test_it_goes_on_where_it_was(tmp_path: Path) -> None:
-    """Killed in the middle of an evaluation, and of a line."""
-    log = tmp_path / "trials.jsonl"
-    build, inputs = NETWORKS["mlp"]
-    metric, calls = agreement(seeded(build), inputs(3)), []
-
-    def count(candidate: nn.Module) -> float:
-        calls.append(candidate)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return metric(candidate)
-
-    with pytest.raises(KeyboardInterrupt):
-        tuned("mlp", many(), eval_fn=count, log=log)
-    with log.open("a") as file:
-        file.write('{"of": "{')
-    before = len(log.read_text().splitlines())
-    found = tuned("mlp", many(), eval_fn=count, log=log)
-    expected = tuned("mlp", many())
-    assert len(calls) == 3 + 1 + expected.evaluations - 2  # two were known, one was broken off
-    assert [each.metric for each in found] == [each.metric for each in expected]
-    assert found.best.name == expected.best.name
-    assert len(log.read_text().splitlines()) == before - 1 + expected.evaluations + 1 - 2
-    again = len(calls)
-    assert tuned("mlp", many(), eval_fn=count, log=log).best.name == expected.best.name
-    assert len(calls) == again
-    more = {**many(), "2 bits": bits(2)}  # a list that grew
-    tuned("mlp", more, eval_fn=count, log=log)
-    assert len(calls) <= again + 2
-
-
-def test_logs_of_something_else(tmp_path: Path) -> None:
-    log = tmp_path / "trials.jsonl"
-    configurations = {"8": bits(8), "4": bits(4)}
-    tuned("mlp", configurations, log=log)
-    model = seeded(mlp, seed=1)
-    data = [normal(32, 16, salt=0), normal(32, 16, salt=1)]
-    options: dict[str, Any] = {"objective": "size", "backend": "reference", "progress": False}
-    with pytest.raises(InvalidConfig, match="another model and another eval_fn; give"):
-        autotune(model, configurations, data, lambda _: 1.0, log=log, **options)
-    with pytest.raises(InvalidConfig, match="another data and another eval_fn; give"):
-        autotune(seeded(mlp), configurations, data[:1], lambda _: 1.0, log=log, **options)
-    log.write_text('{"what": 1}\n')
-    with pytest.raises(InvalidConfig, match="is no log of autotune"):
-        tuned("mlp", configurations, log=log)
-    with pytest.raises(InvalidConfig, match="there is no folder"):
-        tuned("mlp", configurations, log=tmp_path / "no" / "trials.jsonl")
-
-
 def test_several_at_a_time() -> None:
     expected = tuned("mlp", many())
     with ThreadPoolExecutor(3) as executor:
@@ -167,17 +67,13 @@ def test_several_at_a_time() -> None:
     assert found.evaluations <= 2 * expected.evaluations
 
 
-def _finite(candidate: nn.Module) -> float:
-    return float(candidate(normal(4, 16)).isfinite().all())
-
-
 @pytest.mark.long("starts processes")
 def test_in_processes(tmp_path: Path) -> None:
     import multiprocessing
 
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(2, context) as executor:
-        found = tuned("mlp", {"8": bits(8), "4": bits(4)}, eval_fn=_finite, executor=executor)
+        found = tuned("mlp", {"8": bits(8), "4": bits(4)}, eval_fn=finite, executor=executor)
         assert found.best.name == "4"
         with pytest.raises(InvalidConfig, match="eval_fn cannot be sent to other processes"):
             tuned("mlp", {"8": bits(8)}, eval_fn=lambda _: 1.0, executor=executor)
@@ -354,59 +250,6 @@ def test_methods_that_want_blocks_ranges_or_both() -> None:
         assert each.sqnr is not None, each.why_not
 
 
-def test_what_failed_is_asked_again(tmp_path: Path) -> None:
-    """A metric, and a configuration, that work by now."""
-    log = tmp_path / "trials.jsonl"
-    answers = iter([math.nan, 1.0, 1.0])
-    configurations = {"8": bits(8)}
-
-    def metric(_: nn.Module) -> float:
-        return next(answers)
-
-    with pytest.raises(InvalidConfig, match="eval_fn gave nan for the float model"):
-        tuned("mlp", configurations, eval_fn=metric, log=log)
-    found = tuned("mlp", configurations, eval_fn=metric, log=log)
-    assert found.best.name == "8"
-    key = json.dumps(found.best.configuration, sort_keys=True)
-    lines = log.read_text().splitlines()
-    lines[1:] = [json.dumps({"of": key, "why_not": "BackendUnavailable: no compiler"}), lines[1]]
-    log.write_text("\n".join(lines) + "\n")
-    answers = iter([1.0, 1.0])
-    (again,) = tuned("mlp", configurations, eval_fn=metric, log=log)
-    assert not again.why_not
-    assert again.passed
-
-
-def test_another_function_or_model_has_another_log(tmp_path: Path) -> None:
-    log = tmp_path / "trials.jsonl"
-    configurations = {"8": bits(8)}
-    tuned("mlp", configurations, eval_fn=_finite, log=log)
-    with pytest.raises(InvalidConfig, match="with another eval_fn; give another file"):
-        tuned("mlp", configurations, log=log)
-    model = seeded(mlp)
-    model[1] = nn.Tanh()  # type: ignore[index]
-    data = [normal(32, 16, salt=0), normal(32, 16, salt=1)]
-    options: dict[str, Any] = {"objective": "size", "backend": "reference", "progress": False}
-    with pytest.raises(InvalidConfig, match="with another model; give another file"):
-        autotune(model, configurations, data, _finite, log=log, **options)
-    log.write_bytes(b"\x80\x81\n")
-    with pytest.raises(InvalidConfig, match="is no log of autotune"):
-        tuned("mlp", configurations, log=log)
-    log.write_text('{"torch_qu')  # killed in the first line
-    assert tuned("mlp", configurations, log=log).best.name == "8"
-
-
-def test_data_is_known_by_its_values() -> None:
-    x = np.arange(5000)
-    other = x.copy()
-    other[2500] += 1
-    for one, two in ((x, other), (torch.from_numpy(x), torch.from_numpy(other))):
-        assert described(one) != described(two)
-        assert described({"a": [one, 1]}) == described({"a": [one, 1]})
-        assert described(UserDict(a=one)) != described(UserDict(a=two))
-    assert described(object()) == described(object())
-
-
 def test_an_executor_that_meets_a_limit_or_an_error(tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as executor:
         found = tuned("mlp", many(), executor=executor, timeout=0.0)
@@ -436,14 +279,4 @@ def test_an_executor_that_meets_a_limit_or_an_error(tmp_path: Path) -> None:
 def test_one_batch_is_not_several() -> None:
     for data in (normal(4, 16), {"x": normal(4, 16)}, "data", 3):
         with pytest.raises(InvalidConfig, match=f"data is one {type(data).__name__}; expected sev"):
-            autotune(seeded(mlp), ["fast"], data, _finite, progress=False)  # type: ignore[arg-type]
-
-
-def test_a_log_is_lines_of_json(tmp_path: Path) -> None:
-    log = tmp_path / "trials.jsonl"
-    tuned("mlp", {"8": bits(8)}, log=log)
-    head, *rest = map(json.loads, log.read_text().splitlines())
-    assert set(head) == {"torch_quant", "model", "data", "eval_fn"}
-    assert [sorted(each) for each in rest] == [
-        ["metric", "of", "seconds"], ["of", "size", "sqnr"], ["metric", "of", "seconds"],
-    ]  # fmt: skip
+            autotune(seeded(mlp), ["fast"], data, finite, progress=False)  # type: ignore[arg-type]

@@ -30,6 +30,7 @@ from torch_quant.graph.progress import hidden
 from torch_quant.profiling import checked_seconds
 from torch_quant.quantizer import Quantizer
 from torch_quant.report.autotuning import OBJECTIVES, Autotuning, Tried
+from torch_quant.tuning import check_limits, is_number, target_of
 
 __all__ = ["autotune"]
 
@@ -102,13 +103,10 @@ def autotune(
     if not isinstance(model, nn.Module):
         raise InvalidConfig(f"model={model!r}; expected an nn.Module")
     objectives = _objectives(objective)
-    if not (_is_number(tolerance) and math.isfinite(tolerance) and tolerance >= 0.0):
-        raise InvalidConfig(f"tolerance={tolerance!r}; expected 0 or more, 0.01 for 1 %")
-    if max_trials is not None and not (isinstance(max_trials, int) and max_trials >= 2):
-        raise InvalidConfig(f"max_trials={max_trials!r}; expected at least 2: float, and quantized")
-    if timeout is not None and not _is_number(timeout):
+    check_limits(tolerance, max_trials)
+    if timeout is not None and not is_number(timeout):
         raise InvalidConfig(f"timeout={timeout!r}; expected seconds")
-    if not (_is_number(margin) and margin >= 0):
+    if not (is_number(margin) and margin >= 0):
         raise InvalidConfig(f"margin={margin!r}; expected decibels, 0 or more")
     if not callable(eval_fn):
         raise InvalidConfig(f"eval_fn={eval_fn!r}; expected a function of a model")
@@ -127,13 +125,10 @@ def autotune(
     deadline = math.inf if timeout is None else time.monotonic() + timeout
     run = _Run(model, batches, eval_fn, journal, executor, deadline, max_trials, hidden(progress))
     (baseline,) = run.evaluate([None])
-    if not math.isfinite(baseline):
-        raise InvalidConfig(f"eval_fn gave {baseline} for the float model; it must be finite")
+    target = target_of(baseline, tolerance, relative, higher_is_better)
     tried = run.measure(named, objectives, seconds)
     if not run.stopped and not any(each.sqnr is not None for each in tried):
         raise QuantError(f"no configuration can be quantized; {tried[0].name}: {tried[0].why_not}")
-    allowed = tolerance * abs(baseline) if relative else tolerance
-    target = baseline - allowed if higher_is_better else baseline + allowed
     found = Autotuning(objectives, baseline, target, higher_is_better, tried)
     search = _Search(found, run, margin)
     search.walk()
@@ -145,10 +140,6 @@ def autotune(
     level = logging.INFO if found.reached else logging.WARNING
     logger.log(level, "autotune %s its target\n%s", "reached" if found.reached else "missed", found)
     return found
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _objectives(given: str | Sequence[str]) -> tuple[str, ...]:

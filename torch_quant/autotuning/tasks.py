@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,16 @@ from torch import nn
 
 from torch_quant.config import QConfig
 from torch_quant.convert.quantized import QuantizedModule
+from torch_quant.core.memory import tensor_bytes
 from torch_quant.core.metrics import sqnr
-from torch_quant.errors import InvalidConfig, QuantError
+from torch_quant.errors import QuantError
 from torch_quant.graph.examples import call_example
 from torch_quant.graph.running import frozen
 from torch_quant.graph.twin import twin_of
 from torch_quant.io.saving import save
 from torch_quant.profiling import in_turns, undisturbed
 from torch_quant.quantizer import Quantizer
+from torch_quant.tuning import evaluate
 
 __all__ = ["evaluated", "measured", "prepared", "quantized"]
 
@@ -113,7 +114,7 @@ def _measures(
         worst = min(-math.inf if math.isnan(each) else each for each in distances)
         found = {"sqnr": worst}
         if "size" in objectives:
-            found["size"] = _saved_bytes(quant_model) / _tensor_bytes(model)
+            found["size"] = _saved_bytes(quant_model) / tensor_bytes(model)
         if "latency" in objectives:
             calls = {"float": floating, "quantized": quant_model}
             times = undisturbed(in_turns(calls, batches[0], seconds)[0])
@@ -149,13 +150,6 @@ def _saved_bytes(model: QuantizedModule) -> int:
         return sum(path.stat().st_size for path in Path(folder, "model").iterdir())
 
 
-def _tensor_bytes(model: nn.Module) -> int:
-    """Of all tensors of its ``state_dict``, those that share memory once."""
-    tensors = [x for x in model.state_dict().values() if isinstance(x, torch.Tensor)]
-    places = {(x.data_ptr() or id(x), x.numel() * x.element_size()) for x in tensors}
-    return sum(size for _, size in places)
-
-
 def evaluated(
     model: nn.Module,
     configuration: Mapping[str, Any] | None,
@@ -173,10 +167,5 @@ def evaluated(
     if configuration is not None:
         quantizer = quantizer or prepared(model, configuration, batches)
         made = quantized(quantizer, model, batches)
-    start = time.monotonic()
-    value: Any = eval_fn(made)
-    try:
-        metric = float(value)
-    except (TypeError, ValueError) as error:
-        raise InvalidConfig(f"eval_fn gave {value!r} for {what}; expected a number") from error
-    return {"metric": metric, "seconds": time.monotonic() - start}
+    metric, seconds = evaluate(eval_fn, made, what)
+    return {"metric": metric, "seconds": seconds}

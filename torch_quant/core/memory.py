@@ -6,9 +6,10 @@ import ctypes
 import functools
 from collections.abc import Callable
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-__all__ = ["give_back", "give_back_behind"]
+__all__ = ["give_back", "give_back_behind", "tensor_bytes"]
 
 _LARGE = 2**20
 """Numbers of a weight behind which freed memory is given back: that takes milliseconds."""
@@ -40,3 +41,14 @@ def _trim() -> Callable[[int], int] | None:
     except (AttributeError, OSError, TypeError):  # another C library, another system
         return None
     return found
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    """Of all tensors of its ``state_dict``, those that share memory once.
+
+    >>> tensor_bytes(nn.Linear(2, 3))
+    36
+    """
+    tensors = [x for x in model.state_dict().values() if isinstance(x, torch.Tensor)]
+    places = {(x.data_ptr() or id(x), x.numel() * x.element_size()) for x in tensors}
+    return sum(size for _, size in places)

@@ -11,12 +11,12 @@ from numbers import Real
 from typing import Any
 
 import torch
-from torch import nn
 
 from torch_quant.amp.ranking import Ranking
 from torch_quant.backends import Backend
 from torch_quant.comparing import compared, simulated_model
 from torch_quant.convert.quantized import QuantizedModule, plan_of
+from torch_quant.core.memory import tensor_bytes
 from torch_quant.core.plan import QuantPlan, SitePlan
 from torch_quant.errors import InvalidConfig
 from torch_quant.report.comparison import Comparison
@@ -131,7 +131,7 @@ def gathered(
         "summary": coverage.plan.summary,
         "coverage": coverage.share,
         "by_op": coverage.by_op(),
-        "bytes": {"float": _bytes(model), "quantized": _bytes(quantized)},
+        "bytes": {"float": tensor_bytes(model), "quantized": tensor_bytes(quantized)},
         "calibration": session.state.describe(),
         "layers": _layers(session, plan, inputs, kept, comparison, extras.ranking),
         "outside": [{"module": name, "why": why} for name, why in coverage.glue],
@@ -156,13 +156,6 @@ def _made() -> dict[str, Any]:
         "machine": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
     }
-
-
-def _bytes(model: nn.Module) -> int:
-    """Of all tensors of its ``state_dict``, those that share memory once."""
-    tensors = [x for x in model.state_dict().values() if isinstance(x, torch.Tensor)]
-    places = {(x.data_ptr() or id(x), x.numel() * x.element_size()) for x in tensors}
-    return sum(size for _, size in places)
 
 
 def _layers(
