@@ -165,8 +165,8 @@ test-sequences: $(VENV)/ready  ## of the long run, SEQUENCES (20) random orders 
 
 # How many random models; those that run as ONNX files are a fifth of that. 5000 take two to three hours.
 FUZZ ?= 1000
-fuzz: $(VENV)/ready  ## FUZZ (1000) random models, and what must hold of each; what fails is printed as a program
-	LONG_TESTS=1 FUZZ=$(FUZZ) nice -n 19 $(BIN)/python -m pytest -n 0 --timeout=0 tests/fuzz
+fuzz: $(VENV)/ready  ## FUZZ (1000) random models, and what must hold of each; what fails is printed, what crashes is out/fuzz/last.py
+	PYTHONFAULTHANDLER=1 LONG_TESTS=1 FUZZ=$(FUZZ) nice -n 19 $(BIN)/python -m pytest -n 0 --timeout=0 tests/fuzz
 
 check: $(VENV)/ready  ## lint, types and the smoke tests
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ from torch_quant import (
     QuantSpec,
     recipes,
 )
+from torch_quant.backends import ReferenceBackend
 
 MISSPELT: dict[str, tuple[Callable[[], object], str]] = {
     "observer": (lambda: QConfig(observer="histogarm"), "histogram"),
@@ -28,6 +29,7 @@ MISSPELT: dict[str, tuple[Callable[[], object], str]] = {
     "capture": (lambda: Quantizer(capture="module"), "modules"),
     "unseen calls": (lambda: Quantizer(unseen_calls="captur"), "capture"),
     "backend": (lambda: Backend.get("openvno"), "openvino"),
+    "simulated backend": (lambda: ReferenceBackend("onedn"), "onednn"),
 }  # fmt: skip
 
 

@@ -123,8 +123,9 @@ def write_artifact(
 
 def _write_example(file: Path, example: Any) -> bool:
     """Whether a batch is tensors by name or position, and so could be written."""
-    from safetensors.torch import save_file
     from torch import Tensor
+
+    from torch_quant.io.files import save_tensors
 
     if isinstance(example, Mapping):
         tensors = {f"name.{name}": x for name, x in example.items()}
@@ -133,7 +134,7 @@ def _write_example(file: Path, example: Any) -> bool:
         tensors = {f"position.{i}": x for i, x in enumerate(given)}
     if not tensors or not all(isinstance(x, Tensor) for x in tensors.values()):
         return False
-    save_file({name: x.contiguous().clone() for name, x in tensors.items()}, str(file))
+    save_tensors({name: x.contiguous().clone() for name, x in tensors.items()}, file)
     return True
 
 

@@ -174,7 +174,7 @@ def _pt2(
     import torch
 
     from torch_quant.graph.examples import example_call
-    from torch_quant.io.files import write_atomically
+    from torch_quant.io.files import write_atomically, write_stream
 
     args, kwargs = example_call(inputs)
     free = torch.utils._pytree.tree_map(_free_sizes, (args, kwargs))
@@ -199,7 +199,8 @@ def _pt2(
             "or more leaves the batch free",
             ", ".join(fixed),
         )
-    write_atomically(target, lambda name: torch.export.save(program, name))
+    save = partial(torch.export.save, program)
+    write_atomically(target, lambda name: write_stream(Path(name), save))
     return [target]
 
 

@@ -7,12 +7,15 @@ import copy
 import io
 import math
 import tempfile
+import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from flows import assert_unchanged, equal, snapshot
+from flows import BACKENDS, QUICK, assert_unchanged, equal, snapshot
 from onnx_files import session
 from programs import Program
 from torch import Tensor, nn
@@ -27,15 +30,16 @@ from torch_quant import (
     Quantizer,
     QuantSpec,
     export_onnx,
+    recipes,
     sqnr,
 )
 from torch_quant.backends import ReferenceBackend
 
-__all__ = [
-    "check_amp", "check_backend", "check_export", "check_proxy", "check_sixteen_bits",
-]  # fmt: skip
+__all__ = ["PROMISES"]
 
 Inputs = tuple[Tensor, ...]
+REFUSED = (RuntimeError, IndexError, ValueError, QuantError)
+"""What models, and quantized ones, say of inputs that they do not take."""
 OTHER = 7
 """Rows of the two batches together, at most."""
 
@@ -77,6 +81,40 @@ class Started:
     def calls(self) -> list[Inputs]:
         """Two sizes of batches, of which the second was not what the graph was captured for."""
         return [self.seen[0], self.other]
+
+    def strange(self) -> list[Inputs]:
+        """Batches and lengths that no call had; the model may refuse some."""
+        one, four = self.inputs(1, 3), self.inputs(4, 4)
+        return [one, four, *(resized(four, dim, step) for dim in (1, -1) for step in (1, -1))]
+
+
+def resized(inputs: Inputs, dim: int, step: int) -> Inputs:
+    """Each image and sequence is longer or shorter by one along a dimension."""
+
+    def changed(x: Tensor) -> Tensor:
+        if x.dim() < 3 or x.shape[dim] + step < 1:
+            return x
+        return (
+            x.narrow(dim, 0, x.shape[dim] - 1)
+            if step < 0
+            else torch.cat([x, x], dim).narrow(dim, 0, x.shape[dim] + 1)
+        )
+
+    return tuple(map(changed, inputs))
+
+
+def in_another_thread(model: nn.Module, inputs: Inputs) -> Any:
+    found: list[Any] = []
+
+    def run() -> None:
+        with torch.no_grad():
+            found.append(call(model, inputs))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found, "the thread ended with an error"
+    return found[0]
 
 
 def check_proxy(program: Program) -> Started:
@@ -121,6 +159,7 @@ def check_backend(started: Started, name: str) -> None:
         check_as_good(name, found, simulation, expected)
         assert same(call(copy.deepcopy(real), inputs), found), f"{name}: a copy"
         assert same(call(real, inputs), found), f"{name}: twice"
+        assert same(in_another_thread(real, inputs), found), f"{name}: in another thread"
     with tempfile.TemporaryDirectory() as folder:
         torch_quant.save(real, folder)
         loaded = torch_quant.load(folder, model=model)
@@ -168,3 +207,93 @@ def check_amp(started: Started) -> None:
     for site in started.quantizer.sensitivity(amp_model):
         assert 0.0 <= site.score < math.inf, site
     assert_unchanged(started.model, started.before)
+
+
+def check_strange_sizes(program: Program, name: str) -> None:
+    """At sizes that were not calibrated it is what was simulated, and so are copies; or all refuse.
+
+    Ranges are those of other batches, so only the simulation says how good it may be.
+    """
+    started, backend = Started(program), Backend.get(name)
+    model, quantizer = started.model, started.quantizer
+    simulated = quantizer.quantize(model, backend=ReferenceBackend(backend))
+    real = quantizer.quantize(model, backend=backend)
+    before = [call(real, inputs) for inputs in started.calls()]
+    with tempfile.TemporaryDirectory() as folder:
+        torch_quant.save(real, folder)
+        loaded = torch_quant.load(folder, model=model)
+    copied = copy.deepcopy(real)
+    for inputs in started.strange():
+        try:
+            expected = call(model, inputs)
+        except REFUSED:
+            with contextlib.suppress(*REFUSED):
+                call(real, inputs)
+            continue
+        found = call(real, inputs)
+        check_as_good(name, found, call(simulated, inputs), expected)
+        assert same(in_another_thread(real, inputs), found), f"{name}: in another thread"
+        assert same(call(copied, inputs), found), f"{name}: a copy"
+        with contextlib.suppress(QuantError):  # it has the graphs that were saved, and no more
+            assert same(call(loaded, inputs), found), f"{name}: loaded"
+    for inputs, found in zip(started.calls(), before, strict=True):
+        assert same(call(real, inputs), found), f"{name}: afterwards"
+    assert_unchanged(model, started.before)
+
+
+def check_fallback(program: Program, dtype: torch.dtype) -> None:
+    """What falls back is told, and the rest is what was simulated; all in float is float."""
+    started = Started(program)
+    quantizer, model = started.quantizer, started.model
+    amp_model = quantizer.amp(model)
+    for inputs in started.calls():
+        call(amp_model, inputs)
+    sites = len(quantizer.sensitivity(amp_model))
+    left = quantizer.fallback(amp_model, num=1, dtype=dtype)
+    assert bool(left) == bool(sites)
+    check_backend(started, "onednn")
+    if dtype is torch.float32:
+        while quantizer.fallback(amp_model, num=1):
+            pass
+        for name in ("reference", "onednn"):
+            nothing = quantizer.quantize(model, backend=name)
+            for inputs in started.calls():
+                assert close(call(nothing, inputs), call(model, inputs)) > 60.0, name
+
+
+def check_recipe(program: Program, recipe: Callable[[], QConfig]) -> None:
+    """Formats without ranges need no data, and are computed as they are simulated."""
+    started = Started(program, recipe())
+    check_backend(started, "onednn")
+    model, first = started.model, started.calls()[0]
+    unseen = Quantizer("onednn", qconfig=recipe()).quantize(model, example_inputs=first)
+    simulated = started.quantizer.quantize(model, backend=ReferenceBackend(Backend.get("onednn")))
+    for inputs in started.calls():
+        found, simulation = call(unseen, inputs), call(simulated, inputs)
+        check_as_good("onednn", found, simulation, call(model, inputs))
+
+
+def everything(program: Program) -> None:
+    started = check_proxy(program)
+    for name in BACKENDS:
+        if name != "ipex":
+            check_backend(started, name)
+    check_amp(started)
+
+
+PROMISES: dict[str, Callable[[Program], None]] = {
+    "everything": everything,
+    "sixteen bits": check_sixteen_bits,
+    "strange sizes": partial(check_strange_sizes, name="onednn"),
+    "fallback": partial(check_fallback, dtype=torch.float32),
+    "bfloat16 fallback": partial(check_fallback, dtype=torch.bfloat16),
+    "bfloat16": partial(check_recipe, recipe=recipes.bfloat16),
+    "int8_dynamic": partial(check_recipe, recipe=recipes.int8_dynamic),
+    "int8_weight_only": partial(check_recipe, recipe=recipes.int8_weight_only),
+    "an ONNX file": lambda program: check_export(check_proxy(program)),
+    **{
+        name: partial(lambda program, name: check_backend(check_proxy(program), name), name=name)
+        for name in QUICK
+    },
+}
+"""By name: each takes a program, and raises where it is not kept."""

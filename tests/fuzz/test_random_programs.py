@@ -3,7 +3,8 @@
     LONG_TESTS=1 FUZZ=500 python -m pytest tests/fuzz
 
 tries 500 models for each test, other ones each time, and makes what fails as short as it can: it is
-printed as a program that can be pasted.
+printed as a program that can be pasted. Where the process itself ends, ``python out/fuzz/last.py``
+tries its last program again.
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ from typing import Any
 import pytest
 from flows import BACKENDS, QUICK
 from hypothesis import HealthCheck, Phase, given, note, settings
+from last_program import remember
 from onnx_files import needs
 from programs import Program
-from promises import check_amp, check_backend, check_export, check_proxy, check_sixteen_bits
+from promises import PROMISES
 from steps_of_programs import programs
 from thinning import LONG, rarely
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 COMPILING = [rarely(name) for name in QUICK if name not in BACKENDS or name == "ipex"]
 """Half a second or more for each model: for the long run."""
+FORMATS = ["int8_dynamic", *map(rarely, ("bfloat16", "int8_weight_only"))]
 
 
 def fuzzed(few: int, share: float = 1.0) -> Callable[[Any], Any]:
@@ -45,32 +48,49 @@ def fuzzed(few: int, share: float = 1.0) -> Callable[[Any], Any]:
     return decorate
 
 
+def check(program: Program, promise: str) -> None:
+    """Check what is promised; a crash leaves the program in ``out/fuzz/last.py``."""
+    note(program.source)
+    if LONG:
+        remember(program, promise)
+    PROMISES[promise](program)
+
+
 @fuzzed(6)
 def test_any_model_keeps_the_promises(program: Program) -> None:
-    note(program.source)
-    started = check_proxy(program)
-    for name in BACKENDS:
-        if name != "ipex":
-            check_backend(started, name)
-    check_amp(started)
+    check(program, "everything")
 
 
 @fuzzed(3)
 def test_sixteen_bits_are_float(program: Program) -> None:
-    note(program.source)
-    check_sixteen_bits(program)
+    check(program, "sixteen bits")
+
+
+@fuzzed(2, share=0.5)
+def test_sizes_that_were_not_calibrated(program: Program) -> None:
+    check(program, "strange sizes")
+
+
+@pytest.mark.parametrize("promise", ["fallback", rarely("bfloat16 fallback")])
+@fuzzed(2, share=0.3)
+def test_what_fell_back(promise: str, program: Program) -> None:
+    check(program, promise)
+
+
+@pytest.mark.parametrize("recipe", FORMATS)
+@fuzzed(2, share=0.3)
+def test_formats_without_ranges(recipe: str, program: Program) -> None:
+    check(program, recipe)
 
 
 @pytest.mark.parametrize("backend", COMPILING)
 @fuzzed(1, share=0.2)
 def test_backends_that_compile(backend: str, program: Program) -> None:
-    note(program.source)
-    check_backend(check_proxy(program), backend)
+    check(program, backend)
 
 
 @pytest.mark.long("some seconds of the exporter to ONNX")
 @needs("onnx", "onnxscript", "onnxruntime")
 @fuzzed(1, share=0.2)
 def test_onnx_files(program: Program) -> None:
-    note(program.source)
-    check_export(check_proxy(program))
+    check(program, "an ONNX file")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -156,15 +157,20 @@ def test_a_writer_at_the_same_time_is_left_alone(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_writer_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "expected"), [(errno.ENOSPC, InvalidConfig), (errno.EIO, OSError)]
+)
+def test_a_writer_that_fails_leaves_the_old_file(
+    number: int, expected: type[Exception], tmp_path: Path
+) -> None:
     path = tmp_path / "m.ts"
     path.write_text("old")
 
     def fail(name: str) -> None:
         Path(name).write_text("half")
-        raise OSError(28, "No space left on device")
+        raise OSError(number, os.strerror(number))
 
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(expected, match=r"No space left on device; what .* unchanged|output error$"):
         write_atomically(path, fail)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

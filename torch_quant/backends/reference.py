@@ -28,16 +28,19 @@ class ReferenceBackend(Backend):
     """Quantize/dequantize in float; weights are kept as integers.
 
     Args:
-        simulates: another backend, whose very graphs are computed; by default, every op of the
-            table is quantized.
+        simulates: another backend or its name, whose very graphs are computed; by default, every
+            op of the table is quantized.
+
+    Raises:
+        InvalidConfig: there is no backend of that name.
     """
 
     name = "reference"
     has_kernels = False
     devices: ClassVar[frozenset[str]] = frozenset({"cpu", "cuda", "mps", "xpu", "meta"})
 
-    def __init__(self, simulates: Backend | None = None) -> None:
-        self._simulates = simulates
+    def __init__(self, simulates: str | Backend | None = None) -> None:
+        self._simulates = None if simulates is None else Backend.get(simulates)
 
     def unavailable(self) -> str | None:
         return None

@@ -20,7 +20,7 @@ from torch_quant.convert.codes import QuantizedWeight, quantized_weights
 from torch_quant.convert.quantized import QuantizedModule
 from torch_quant.core.naming import did_you_mean
 from torch_quant.errors import InvalidConfig
-from torch_quant.io.files import staging
+from torch_quant.io.files import save_tensors, staging
 from torch_quant.nn.stand_in import class_of
 
 __all__ = ["export_checkpoint"]
@@ -94,7 +94,7 @@ def export_checkpoint(
     with staging(target.with_name(f"{target.name}.json")) as stage:
         made = stage / "checkpoint"
         made.mkdir()
-        _save(tensors, made / WEIGHTS)
+        save_tensors(tensors, made / WEIGHTS)
         generation: Any = getattr(quant_model, "generation_config", None)
         if generation is not None and hasattr(generation, "save_pretrained"):
             generation.save_pretrained(str(made))
@@ -231,12 +231,3 @@ def _describe(
     config.dtype = dtype
     config.architectures = [class_of(model).__name__]
     config.quantization_config = about
-
-
-def _save(tensors: dict[str, Tensor], file: Path) -> None:
-    from safetensors.torch import save_file
-
-    try:
-        save_file(tensors, str(file), metadata={"format": "pt"})
-    except OSError as error:
-        raise InvalidConfig(f"cannot write the tensors: {error}") from error

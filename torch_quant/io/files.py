@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from torch_quant.errors import InvalidConfig
 
@@ -17,11 +22,17 @@ try:
 except ImportError:  # not on Windows, where nothing tells a writer that was killed from a slow one
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["alone", "checked_target", "new_folder", "put_back", "staging", "write_atomically"]
+__all__ = [
+    "alone", "checked_target", "new_folder", "put_back", "save_tensors", "staging",
+    "write_atomically", "write_stream",
+]  # fmt: skip
 
 _MARK = "torch_quant-"
 _EARLIER = "earlier"
 """What a new folder replaces, as long as that takes."""
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+"""The disk is full, the file too large for it, or the share of the user used up."""
 
 
 def checked_target(path: str | os.PathLike[str], example: str = "model.pt") -> Path:
@@ -77,7 +88,7 @@ def staging(path: str | os.PathLike[str]) -> Iterator[Path]:
     killed while they wrote to the same path; they are removed.
 
     Raises:
-        InvalidConfig: nothing can be written there.
+        InvalidConfig: nothing can be written there, or no more, as the disk is full.
     """
     target = checked_target(path)
     _remove_stale(target)
@@ -96,7 +107,15 @@ def staging(path: str | os.PathLike[str]) -> Iterator[Path]:
             except BlockingIOError:
                 continue  # another process took it for stale, before it was locked
             folder = made if made.is_dir() else None
-        yield folder
+        try:
+            yield folder
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            raise InvalidConfig(
+                f"cannot write {target}: {error.strerror}; what was there is unchanged. Free space "
+                "on that disk, or give a path on another"
+            ) from error
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[str], Any]) -> None:
@@ -110,6 +129,39 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[str], Any]) 
         name = folder / target.name
         write(str(name))
         os.replace(name, target)
+
+
+def write_stream(path: Path, save: Callable[[io.BytesIO], Any]) -> None:
+    """Let PyTorch write into memory, and Python from there into a file.
+
+    PyTorch's own writer of files ends the process where the disk is full.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    held = io.BytesIO()
+    save(held)
+    with held.getbuffer() as made:
+        path.write_bytes(made)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write them as safetensors.
+
+    Raises:
+        OSError: it cannot be written.
+        InvalidConfig: safetensors has no form for one of them.
+    """
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), str(file), metadata={"format": "pt"})
+    except OSError:
+        raise
+    except Exception as error:  # safetensors tells errors of the system in words alone
+        if number := _OS_ERROR.search(str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
+        raise InvalidConfig(f"cannot write the tensors: {error}") from error
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from torch_quant.errors import InvalidConfig
 from torch_quant.io.data.narrow import narrowed, widened
-from torch_quant.io.files import alone, staging
+from torch_quant.io.files import alone, save_tensors, staging
 from torch_quant.io.kinds import what_it_holds
 from torch_quant.version import __version__
 
@@ -53,7 +53,7 @@ def write_folder(
     with _made(path) as folder, staging(folder / f"{kind}.json") as stage:
         stored, layout = _stored(tensors)
         file = stage / "tensors"
-        _save(stored, file)
+        save_tensors(stored, file)
         digest = _digest(file)
         named = f"{_TENSORS}{digest[:16]}.safetensors"
         whole = {
@@ -150,15 +150,6 @@ def _dense(x: Tensor) -> bool:
             return False
         expected *= size
     return True
-
-
-def _save(tensors: dict[str, Tensor], file: Path) -> None:
-    from safetensors.torch import save_file
-
-    try:
-        save_file(tensors, str(file), metadata={"format": "pt"})
-    except Exception as error:  # the disk is full; a dtype that safetensors lacks
-        raise InvalidConfig(f"cannot write the tensors: {error}") from error
 
 
 def _digest(file: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import warnings
@@ -20,7 +21,7 @@ from torch_quant.errors import InvalidConfig, QuantError
 from torch_quant.graph.calls import flatten_call
 from torch_quant.graph.examples import example_call
 from torch_quant.graph.outputs import flatten_output
-from torch_quant.io.files import checked_target, staging
+from torch_quant.io.files import checked_target, staging, write_stream
 from torch_quant.io.tracing import TensorReads
 from torch_quant.ops.arguments import argument
 
@@ -76,7 +77,7 @@ def export_torchscript(
                 scripted(*args, **kwargs)
         with staging(target) as folder:
             file = folder / target.name
-            torch.jit.save(scripted, str(file))
+            write_stream(file, functools.partial(torch.jit.save, scripted))
             relied_on = _compare(quant_model, file, args, kwargs)
             os.replace(file, target)
     if relied_on:

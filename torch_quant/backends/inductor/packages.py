@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import io
 import os
 import re
 import warnings
@@ -41,16 +42,20 @@ def compile_package(exported: Any, file: Path, settings: Mapping[str, Any], what
 
     Raises:
         UnsupportedOp: Inductor or the C++ compiler fails; quotes why.
+        OSError: the file cannot be written.
     """
     import torch._inductor
 
+    held = io.BytesIO()  # PyTorch's writer of files ends the process where the disk is full
     with progress(what, "compiling"), torch.no_grad(), _quiet():
         try:
             torch._inductor.aoti_compile_and_package(
-                exported, package_path=str(file), inductor_configs={**_SETTINGS, **settings}
+                exported, package_path=held, inductor_configs={**_SETTINGS, **settings}
             )
         except Exception as error:  # of Inductor's, of the compiler's: unrelated classes
             raise UnsupportedOp(f"Inductor does not compile it: {_told(error)}") from error
+    with held.getbuffer() as made:
+        file.write_bytes(made)
     return _fused(file)
 
 
