@@ -21,7 +21,7 @@ import torch_quant
 from torch_quant import Quantizer, native, recipes
 from torch_quant.convert import quantized as module
 from torch_quant.convert.joint import Member
-from torch_quant.convert.quick import QuickForward
+from torch_quant.convert.quick import QuickCall
 from torch_quant.native.joint import GATED_LINEAR
 from torch_quant.native.rms_norm import RMS_NORM
 
@@ -86,10 +86,10 @@ def plain(model: nn.Module) -> Any:
     return made
 
 
-def quick_in(model: Any) -> list[QuickForward]:
+def quick_in(model: Any) -> list[QuickCall]:
     glue = model.quantization.glue
-    found = (vars(each).get("forward") for each in glue.modules())
-    return [each for each in found if isinstance(each, QuickForward)]
+    found = (vars(each).get("_compiled_call_impl") for each in glue.modules())
+    return [each for each in found if isinstance(each, QuickCall)]
 
 
 def members_in(model: Any) -> list[Member]:
@@ -210,7 +210,7 @@ def test_other_types_and_gradients_take_the_code_itself() -> None:
     model = quantized(decoder("llama"))
     logits(model, tokens(1, 3, 64))
     norm, x = model.model.norm, torch.randn(2, 64)
-    assert isinstance(vars(norm)["forward"], QuickForward)
+    assert isinstance(vars(norm)["_compiled_call_impl"], QuickCall)
     assert norm(x.bfloat16()).dtype is torch.float32  # its weight is
     with torch.enable_grad():
         norm(x.requires_grad_()).sum().backward()
@@ -247,6 +247,37 @@ def test_copies_are_quick_by_themselves(way: str, called: bool, tmp_path: Path) 
         for each in made.parameters():
             each.zero_()
     assert not near(logits(made, ids), logits(model, ids))
+
+
+def test_a_shallow_copy_runs_its_own_code() -> None:
+    model = quantized(decoder("llama"))
+    for _ in range(2):
+        logits(model, tokens(1, 3, 64))
+    norm, x = model.model.norm, torch.randn(2, 64)
+    wanted = norm(x)
+    other = copy.copy(norm)
+    assert torch.equal(other(x), type(norm).forward(norm, x))
+    other.variance_epsilon = 3.0
+    assert torch.equal(other(x), type(norm).forward(other, x))
+    assert not near(other(x), wanted)
+    assert torch.equal(norm(x), wanted)
+    model.model.norm = other  # in the place of the first
+    changed = plain(decoder("llama"))
+    changed.model.norm.variance_epsilon = 3.0
+    ids = tokens(1, 3, 64)
+    assert near(logits(model, ids), logits(changed, ids))
+
+
+def test_backward_hooks_are_called() -> None:
+    model = quantized(decoder("llama"))
+    for _ in range(2):
+        logits(model, tokens(1, 3, 64))
+    norm, seen = model.model.norm, []
+    handle = norm.register_full_backward_hook(lambda *_: seen.append(1))
+    with torch.enable_grad():
+        norm(torch.randn(2, 64, requires_grad=True)).sum().backward()
+    handle.remove()
+    assert seen == [1]
 
 
 def test_saved_and_loaded(tmp_path: Path) -> None:
@@ -373,6 +404,38 @@ def test_layers_called_alone() -> None:
             assert torch.equal(quick.a(x), slow.a(x))
     assert names[-6:] == ["linear"] * 6  # what nobody reads is made no more
     assert torch.equal(quick(x), slow(x))
+
+
+@torch.no_grad()
+def test_calls_that_were_interrupted_do_not_end_it() -> None:
+    quick, slow, x = pairs()
+
+    def interrupt(x: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    for times, rest in ((5, 16), (2, 32)):  # the second time one call in vain is enough
+        vars(quick.quantization.glue)["between"] = interrupt
+        for _ in range(times):
+            with pytest.raises(KeyboardInterrupt):
+                quick(x)
+        (group,) = {each.group for each in members_in(quick)}
+        assert group.waiting is None  # nothing is held meanwhile
+        assert group.resting == rest
+        if rest == 16:
+            for _ in range(rest):
+                with pytest.raises(KeyboardInterrupt):
+                    quick(x)
+    vars(quick.quantization.glue)["between"] = None
+    for _ in range(32):
+        with kernels_called() as names:
+            assert torch.equal(quick(x), slow(x))
+        assert "linears" not in names
+    for _ in range(2):
+        with kernels_called() as names:
+            assert torch.equal(quick(x), slow(x))
+        assert names.count("linears") == 1
+    assert group.rest == 16
+    assert group.unread == 0
 
 
 def test_nothing_is_held_when_all_was_read() -> None:

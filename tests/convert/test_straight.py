@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from torch_quant import Backend, Quantizer, sqnr
-from torch_quant.convert.quick import QuickForward
+from torch_quant.convert.quick import QuickCall
 from torch_quant.native import joint
 
 pytestmark = pytest.mark.skipif(
@@ -125,8 +125,8 @@ def agree(model: Any, quant_model: Any, *shapes: tuple[int, ...]) -> None:
 
 
 def is_quick(module: nn.Module) -> bool:
-    forward = vars(module).get("forward")
-    return isinstance(forward, QuickForward) and forward._function is not None
+    call = vars(module).get("_compiled_call_impl")
+    return isinstance(call, QuickCall) and call._function is not None
 
 
 def test_straight_code_is_one_kernel() -> None:
@@ -263,3 +263,22 @@ def test_no_number_stays_none(function: str) -> None:
     y = quant_model(x)
     assert y[0].isnan().all()
     assert y[1].isfinite().all()
+
+
+class Picky(Norm):
+    """Takes three rows and no others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-2] != 3:
+            raise LookupError("three rows, please")
+        return super().forward(x)
+
+
+def test_code_that_fails_tells_so_itself() -> None:
+    model = seeded(lambda: Model(Picky))
+    quantizer = Quantizer("onednn", qconfig="int8_weight_only")
+    quant_model: Any = quantizer.quantize(model, example_inputs=normal(3, 32))
+    agree(model, quant_model, (3, 32), (1, 3, 32), (3, 32))
+    assert not is_quick(quant_model.norm)
+    with pytest.raises(LookupError, match="three rows, please"):
+        quant_model(normal(2, 32))

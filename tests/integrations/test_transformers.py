@@ -27,7 +27,7 @@ from torch_quant import (
     load_checkpoint,
     native,
 )
-from torch_quant.convert.quick import QuickForward
+from torch_quant.convert.quick import QuickCall
 
 transformers = pytest.importorskip(
     "transformers", reason="transformers is missing: pip install 'transformers>=5'"
@@ -61,9 +61,9 @@ def test_quantized_while_loading_saved_and_loaded(name: str, backend: str, tmp_p
     expected = logits(quantizer.quantize(model, example_inputs=ids()))
     assert torch.equal(logits(quant_model), expected)
     assert type(quant_model) is type(model)
-    forwards = [vars(each).get("forward") for each in quant_model.modules()]
+    forwards = [vars(each).get("_compiled_call_impl") for each in quant_model.modules()]
     here = backend == "onednn" and native.unavailable() is None
-    assert any(isinstance(each, QuickForward) for each in forwards) == here
+    assert any(isinstance(each, QuickCall) for each in forwards) == here
     quant_model.save_pretrained(tmp_path / "int4")
     again = from_pretrained(tmp_path / "int4")
     assert torch.equal(logits(again), expected)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_quant.convert.direct import Direct
-from torch_quant.convert.quick import give_quick_forwards
+from torch_quant.convert.quick import give_quick_calls
 from torch_quant.convert.reading import held_in
 from torch_quant.native.joint import WEIGHT_ONLY_LINEARS
 from torch_quant.native.ops import WEIGHT_ONLY_LINEAR
@@ -30,7 +30,10 @@ __all__ = ["Begun", "Member", "first_call", "note", "prepare"]
 _State = list[tuple[Tensor, int]]
 
 _MOST_UNREAD = 3
-"""Times in a row that results were made in vain, after which nobody makes them any more."""
+"""Times in a row that results were made in vain, after which nobody makes them for a while."""
+_REST = (16, 1024)
+"""Calls that this takes at first, and at most: twice as many each time that it was in vain again.
+A few calls may have been interrupted, or have met those of another thread."""
 _BODY = operator.itemgetter("body")
 _found = plain_function(WEIGHT_ONLY_LINEARS)
 assert _found is not None
@@ -111,14 +114,22 @@ class _Group:
         self.waiting: tuple[Tensor, int, dict[int, tuple[Tensor, _State]]] | None = None
         """An input, its version, and what is to be read, with the weights it was made of. Another
         thread may put its own there."""
-        self.unread = 0
+        self.unread = self.resting = 0
+        self.rest = _REST[0]
 
     def all(self, x: Tensor) -> Tensor | None:
         """The result of the first; those of the others wait. None where each is to compute it."""
-        if self.unread > _MOST_UNREAD or not self.way.takes(x) or x.is_inference():
+        if self.resting:
+            self.resting -= 1
+            return None
+        if not self.way.takes(x) or x.is_inference():
             return None
         if self.waiting is not None:
             self.waiting, self.unread = None, self.unread + 1
+            if self.unread > _MOST_UNREAD:
+                self.unread, self.resting = _MOST_UNREAD, self.rest
+                self.rest = min(2 * self.rest, _REST[1])
+                return None
         tensors = [entries[name] for entries, name in self.held]
         if any(self.hooks) or self.bodies != list(map(_BODY, self.modules)):
             return None
@@ -165,7 +176,7 @@ class Member(_NotCopied):
         if waiting is not None and waiting[0] is x and waiting[1] == x._version:
             found = waiting[2].pop(place, None)
             if not waiting[2]:
-                group.waiting, group.unread = None, 0
+                group.waiting, group.unread, group.rest = None, 0, _REST[0]
             if found is not None and group.gives(place, x, *found):
                 return found[0]
         return None if place else group.all(x)
@@ -251,7 +262,7 @@ def first_call(glue: nn.Module) -> Iterator[None]:
     outer = _WATCH.get()
     watch = outer or _Watch(_runs_here(glue))
     if watch.native:
-        give_quick_forwards(glue)
+        give_quick_calls(glue)
     if outer is not None:
         yield
         return
@@ -271,7 +282,7 @@ def prepare(model: nn.Module) -> None:
         model: with quantized layers in it, and none itself.
     """
     if _runs_here(model):
-        give_quick_forwards(model)
+        give_quick_calls(model)
 
 
 def _runs_here(glue: nn.Module) -> bool:

@@ -9,7 +9,6 @@ gradients, other types.
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -29,7 +28,7 @@ from torch_quant.passes.base import PassContext
 from torch_quant.passes.joint_products import join_gated
 from torch_quant.passes.rms_norms import fuse_rms_norms
 
-__all__ = ["QuickForward", "give_quick_forwards"]
+__all__ = ["QuickCall", "give_quick_calls"]
 
 _KERNELS = (RMS_NORM, GATED_LINEAR)
 _MOST_BELOW = 6
@@ -37,11 +36,16 @@ _MOST_BELOW = 6
 _NEAR = 1e-3
 """Of the size of the results: so far may they be apart where numbers are rounded in between."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_OWN_HOOKS = (*_HOOKS, "_backward_hooks", "_backward_pre_hooks")
+_CALL = "_compiled_call_impl"
+"""What a module has in the place of its call. No copy has it, so none runs the code of another."""
+_AGAIN = "_torch_quant_quick"
+"""What gives whole copies and pickles of a module one of their own."""
 _PLAIN = (bool, int, float, str, type(None))
 _FORWARD = operator.attrgetter("forward")
 
 
-def give_quick_forwards(glue: nn.Module) -> int:
+def give_quick_calls(glue: nn.Module) -> int:
     """Have modules try at their first call whether a kernel computes them; returns how many.
 
     Args:
@@ -51,7 +55,7 @@ def give_quick_forwards(glue: nn.Module) -> int:
     if not any(True for _ in glue.children()) and _may_be(glue):
         found.append(glue)
     for module in found:
-        vars(module)["forward"] = QuickForward(module)
+        _Quick(module)
     return len(found)
 
 
@@ -70,7 +74,9 @@ def _own(module: nn.Module) -> Iterator[nn.Module]:
 
 def _may_be(module: nn.Module) -> bool:
     """Whether it is a norm with a weight, or little more than two or three quantized layers."""
-    if "forward" in vars(module) or isinstance(module, (torch.jit.ScriptModule, StandIn)):
+    if isinstance(module, (torch.jit.ScriptModule, StandIn)):
+        return False
+    if "forward" in vars(module) or vars(module).get(_CALL) is not None:
         return False
     below = list(module.modules())[1:]
     if len(below) > _MOST_BELOW:
@@ -82,10 +88,27 @@ def _may_be(module: nn.Module) -> bool:
     return not below and len(held) == 1 and held[0].dim() == 1
 
 
-class QuickForward:
-    """The ``forward`` of a module that may be one kernel call.
+class _Quick:
+    """Makes a module quick, and a deep copy of it, when that is made.
 
-    Copies and pickles find out anew.
+    Of a shallow copy it is still the first module's, and does nothing.
+
+    Args:
+        module: which may have no attributes yet, as it is about to be filled.
+    """
+
+    __slots__ = ("module",)
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        vars(module)[_CALL], vars(module)[_AGAIN] = QuickCall(module), self
+
+    def __reduce__(self) -> Any:
+        return _Quick, (self.module,)
+
+
+class QuickCall:
+    """The call of a module that may be one kernel call.
 
     Args:
         module: whose it is.
@@ -110,22 +133,13 @@ class QuickForward:
         """Dimensions of the input, and the last of them."""
 
     def __reduce__(self) -> Any:
-        return QuickForward, (self.module,)
-
-    @property
-    def __code__(self) -> Any:
-        """For those who look at the code of what is called, as ``torch.export`` does."""
-        return type(self.module).forward.__code__
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(type(self.module).forward.__get__(self.module))
+        return _nothing, ()  # where a module's own __getstate__ gives it
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling() or kwargs or len(args) != 1:
             if self._function is None and not torch.compiler.is_dynamo_compiling():
                 self._leave()  # it takes more than one tensor
-            return type(self.module).forward(self.module, *args, **kwargs)
+            return self.module._call_impl(*args, **kwargs)
         (x,) = args
         if type(x) is Tensor and x.dtype is torch.float32 and not _traced():
             if self._function is None:
@@ -136,11 +150,11 @@ class QuickForward:
                 given: list[Any] = [entries.get(name) for entries, name in self._held]
                 if list(map(_kind, given)) == self._kinds and unwatched([*given, x]):
                     return function(*given, x)
-        return type(self.module).forward(self.module, x)
+        return self.module._call_impl(x)
 
     def _leave(self) -> None:
-        if vars(self.module).get("forward") is self:
-            del vars(self.module)["forward"]
+        if vars(self.module).get(_CALL) is self:
+            del vars(self.module)[_CALL], vars(self.module)[_AGAIN]
 
     def _learn(self, x: Tensor) -> None:
         """Find out what the module computes from rows of such a size."""
@@ -161,19 +175,14 @@ class QuickForward:
         self._function = function
 
 
+def _nothing() -> None:
+    """What a copy of a module has."""
+
+
 def _kernel_of(
     module: nn.Module, x: Tensor
 ) -> tuple[Callable[..., Any], list[tuple[dict[str, Any], str]]] | None:
     """What computes ``module`` in one call, of tensors and then the input; and where those are."""
-    try:
-        return _found_in(module, x)
-    except Exception:  # its own code runs then, and says what is wrong with it
-        return None
-
-
-def _found_in(
-    module: nn.Module, x: Tensor
-) -> tuple[Callable[..., Any], list[tuple[dict[str, Any], str]]] | None:
     found = recorded(module, x)
     if found is None:
         return None
@@ -212,15 +221,16 @@ class _Facts:
         """What reads entries of a dictionary, the dictionary, and what it gave: children, their
         code and their graphs, dictionaries of hooks, and numbers."""
         self.hooks: list[dict[Any, Any]] = [
-            everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks
+            everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks,
+            everywhere._global_backward_hooks, everywhere._global_backward_pre_hooks,
         ]  # fmt: skip
         for each in module.modules():
             self._note(each._modules, list(each._modules))
             self.known.append((len, vars(each), len(vars(each))))  # no attribute more, or less
             self.known.append((_FORWARD, type(each), _FORWARD(type(each))))
-            if each is not module:
-                self._note(vars(each), ["forward", *_HOOKS])
-                self.hooks += [vars(each)[name] for name in _HOOKS]
+            hooks = _OWN_HOOKS if each is module else _HOOKS
+            self._note(vars(each), ["forward", *hooks])
+            self.hooks += [vars(each)[name] for name in hooks]
             if isinstance(each, StandIn):
                 for graph in vars(each)["quantization"].graphs:
                     self._note(graph._modules, ["body"])

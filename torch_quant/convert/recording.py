@@ -83,7 +83,7 @@ def recorded(module: nn.Module, x: Tensor) -> tuple[fx.Graph, Tensor] | None:
         x: the only argument; it is not changed.
 
     Returns:
-        None if it does more than to compute one tensor from this one and its own.
+        None if it does more than to compute one tensor from this one and its own, or fails.
 
     >>> graph, y = recorded(nn.ReLU(), torch.ones(2))
     >>> [node.op for node in graph.nodes], y
@@ -97,8 +97,13 @@ def recorded(module: nn.Module, x: Tensor) -> tuple[fx.Graph, Tensor] | None:
     before = x.clone()
     recorder = _Recorder(x, held)
     try:
-        with recorder:
-            y = type(module).forward(module, x)
+        try:
+            with recorder:
+                y = type(module).forward(module, x)
+        except _Unknown:
+            raise
+        except Exception:  # of the module's code, which is run again and tells it then
+            return None
         if not isinstance(y, Tensor):
             return None
         recorder.graph.output(recorder.node(y))
