@@ -21,6 +21,8 @@ CUDA := s/^(torch|triton|cuda-[^=]*|nvidia-[^=]*)==.*/--no-emit-package \1/p
 LLM := out/llm-packages
 # Other tools whose int8 is measured beside ours, likewise (see requirements/peers.in).
 PEERS := out/peer-packages
+# Weights and a further tool for the accuracy table, likewise (see requirements/accuracy.in).
+ACCURACY := out/accuracy-packages
 # Nothing but what the locks list, and no other build tools than theirs. Python compiles what it
 # imports; all of torch takes half a minute.
 INSTALL := -m pip install --quiet --no-deps --no-compile
@@ -60,7 +62,7 @@ SAME := algorithms checkpoints cli core extensions fuzz integrations migrate nat
 # The same, but for their tests on IPEX.
 ONLY_IPEX := $(addprefix tests/,amp/test_amp_outputs.py amp/test_fallback_execution.py test_example_inputs.py test_invariants.py)
 
-.PHONY: help lock demo demo-tuning demo-cnn demo-qat demo-llm test test-core test-ipex test-latest test-long test-zoo test-sequences fuzz check format bench bench-ipex bench-peers bench-zoo bench-llm docs clean
+.PHONY: help lock demo demo-tuning demo-cnn demo-qat demo-llm test test-core test-ipex test-latest test-long test-zoo test-sequences fuzz check format bench bench-ipex bench-peers bench-accuracy bench-zoo bench-llm docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort
@@ -99,6 +101,7 @@ lock: $(LOCK_VENV)/ready  ## lock what setup.cfg and requirements/*.in ask for; 
 	$(COMPILE) --generate-hashes $(EXTRAS) requirements/ipex.in setup.cfg -o requirements/ipex.txt
 	$(COMPILE) --generate-hashes --no-deps requirements/llm.in -o requirements/llm.txt
 	$(COMPILE) --generate-hashes --no-deps requirements/peers.in -o requirements/peers.txt
+	$(COMPILE) --generate-hashes --no-deps requirements/accuracy.in -o requirements/accuracy.txt
 	$(COMPILE) --generate-hashes requirements/docs.in -o requirements/docs.txt
 
 $(DOCS_VENV)/ready: requirements/docs.txt
@@ -115,6 +118,10 @@ $(LLM)/ready: $(VENV)/ready requirements/llm.txt
 
 $(PEERS)/ready: $(VENV)/ready requirements/peers.txt
 	$(BIN)/python $(INSTALL) --require-hashes --upgrade --target $(PEERS) -r requirements/peers.txt
+	touch $@
+
+$(ACCURACY)/ready: $(VENV)/ready requirements/accuracy.txt
+	$(BIN)/python $(INSTALL) --require-hashes --upgrade --target $(ACCURACY) -r requirements/accuracy.txt
 	touch $@
 
 demo: $(VENV)/ready  ## quantize the pretrained all-MiniLM-L6-v2 and compare it with float
@@ -191,6 +198,9 @@ bench-ipex: $(IPEX_VENV)/ready  ## latency on IPEX, beside IPEX's own prepare an
 bench-peers: $(PEERS)/ready  ## latency of 13 models by every way to run them, other tools' int8 among them; an hour
 	PYTHONPATH=$(PEERS) taskset -c 0 env OMP_NUM_THREADS=1 $(BIN)/python benchmarks/latency.py --all --plot out/latency.png
 
+bench-accuracy: $(PEERS)/ready $(LLM)/ready $(ACCURACY)/ready  ## twelve trained networks in int8 on real data, beside other tools; hours, and goes on where it was stopped
+	PYTHONPATH=$(ACCURACY):$(PEERS):$(LLM) OMP_NUM_THREADS=1 $(BIN)/python benchmarks/accuracy.py --resume --plot out/accuracy.png
+
 bench-zoo: $(VENV)/ready  ## every architecture of transformers that can be built small; hours, and goes on where it was stopped
 	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python benchmarks/zoo.py --resume
 
@@ -199,4 +209,4 @@ bench-llm: $(LLM)/ready  ## a language model's perplexity, size and speed by for
 	PYTHONPATH=$(LLM) taskset -c 0 env OMP_NUM_THREADS=1 $(BIN)/python benchmarks/llm.py speed
 
 clean:  ## remove the environments and caches
-	rm -rf $(VENV) $(IPEX_VENV) $(LATEST_VENV) $(LOCK_VENV) $(DOCS_VENV) $(PYTHONPYCACHEPREFIX) $(LLM) $(PEERS) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(IPEX_VENV) $(LATEST_VENV) $(LOCK_VENV) $(DOCS_VENV) $(PYTHONPYCACHEPREFIX) $(LLM) $(PEERS) $(ACCURACY) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

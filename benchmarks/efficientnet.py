@@ -74,8 +74,8 @@ def photographs(folder: Path) -> list[Tensor]:
     return list(found.values())
 
 
-def crops(photos: list[Tensor], count: int, seed: int) -> Tensor:
-    """Squares of every size from 224 pixels to the whole, some of them mirrored.
+def crops(photos: list[Tensor], count: int, seed: int, size: int = SIZE) -> Tensor:
+    """Squares of every size from ``size`` pixels to the whole, some of them mirrored.
 
     Pixels have eight bits, as those of resized pictures do.
     """
@@ -88,10 +88,10 @@ def crops(photos: list[Tensor], count: int, seed: int) -> Tensor:
     for i in range(count):
         photo = photos[i % len(photos)]
         height, width = photo.shape[1:]
-        side = number(SIZE, min(height, width))
+        side = number(size, min(height, width))
         top, left = number(0, height - side), number(0, width - side)
         part = photo[None, :, top : top + side, left : left + side]
-        part = F.interpolate(part, (SIZE, SIZE), mode="bilinear", antialias=True)
+        part = F.interpolate(part, (size, size), mode="bilinear", antialias=True)
         part = (part * 128.0).round() / 128.0
         found.append(part.flip(-1) if number(0, 1) else part)
     return torch.cat(found)

@@ -11,7 +11,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 LOCKS = ("core.txt", "ipex.txt")
-BESIDE = ("llm.txt", "peers.txt")
+BESIDE = ("accuracy.txt", "llm.txt", "peers.txt")
 """Installed into a folder of their own, without what they ask for."""
 
 

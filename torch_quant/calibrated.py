@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import Tensor, fx
 
 from torch_quant.algorithms import DEFAULT_METHOD, without_data
@@ -18,18 +20,22 @@ from torch_quant.core.spec import QuantSpec
 from torch_quant.core.telling import at_site
 from torch_quant.errors import InvalidConfig, NotCalibrated, QuantError
 from torch_quant.graph.annotate import weight_readers
-from torch_quant.graph.sites import Site
+from torch_quant.graph.sites import Site, find_sites
+from torch_quant.ops.table import OPERATORS
+from torch_quant.passes.constants import evaluate
+from torch_quant.state import QuantState
 from torch_quant.statistics import RANGE, Statistic
 
 if TYPE_CHECKING:
     from torch_quant.backends import Backend
     from torch_quant.session import Session
 
-__all__ = ["Calibrated", "tell_unrecorded", "without_result"]
+__all__ = ["Calibrated", "tell_unrecorded", "unfit", "without_result"]
 
 logger = logging.getLogger("torch_quant")
 
 V = TypeVar("V")
+_UNFIT = "int8 would keep too little of it"
 _UNRECORDED = "quantizes its own result, whose range was not recorded"
 
 
@@ -234,9 +240,49 @@ def without_result(session: Session, plan: QuantPlan, backend: Backend) -> dict[
     return found
 
 
+@dataclass(frozen=True)
+class _Known:
+    """The numbers of calls in one graph; see :class:`~torch_quant.ops.table.Known`."""
+
+    gm: fx.GraphModule
+    state: QuantState
+
+    def scale(self, key: str, spec: QuantSpec) -> Tensor:
+        return self.state.qparams(key, spec).scale
+
+    def value(self, constant: fx.Node) -> Tensor:
+        return evaluate(self.gm, constant)
+
+
+@torch.no_grad()
+def unfit(session: Session, plan: QuantPlan) -> dict[str, str]:
+    """Sites that the ranges found do not serve, and why.
+
+    Args:
+        session: of the model.
+        plan: what would be done.
+    """
+    rows = {name for name, row in OPERATORS.items() if row.unfit is not None}
+    state = session.state
+    found: dict[str, str] = {}
+    if not state.batches or not any(each.op in rows for each in plan.values()):
+        return {}
+    for prepared in session.captured.graphs():
+        for node, pattern, site in list(find_sites(prepared.canonical.graph)):
+            entry = plan.get(site.name)
+            if pattern.unfit is None or entry is None or not entry.quantized:
+                continue
+            if entry.needs_ranges and all(state.find(key) is not None for key in entry.inputs):
+                why = pattern.unfit(node, entry, _Known(prepared.canonical, state))
+                if why:
+                    found[site.name] = f"{_UNFIT}, {why}"
+    return found
+
+
 def tell_unrecorded(plan: QuantPlan) -> None:
-    """Log a warning of sites that stay in float since another calibration recorded too little."""
-    found = {x: site.reason for x, site in plan.items() if _UNRECORDED in site.reason}
+    """Log a warning of sites in float since calibration recorded too little, or too wide ranges."""
+    marks = (_UNRECORDED, _UNFIT)
+    found = {x: site.reason for x, site in plan.items() if any(m in site.reason for m in marks)}
     if found:
         (name, reason), *others = found.items()
         rest = f", and {len(others)} more" if others else ""

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from torch_quant.backends import Backend
-from torch_quant.calibrated import Calibrated, without_result
+from torch_quant.calibrated import Calibrated, unfit, without_result
 from torch_quant.config import Overrides, QConfig, made_observer
 from torch_quant.convert.lowering import Lowering
 from torch_quant.core.granularity import PerTensor
@@ -167,7 +167,8 @@ class Session:
         plan = QuantPlan(plan.values(), self.captured.float_ops())
         settings.summary.check([site for each in self.captured.graphs() for site, _ in each.sites])
         plan = plan.edited(settings.summary.plan, backend.kernels())
-        return _in_float(plan, without_result(self, plan, backend))
+        plan = _in_float(plan, without_result(self, plan, backend))
+        return _in_float(plan, unfit(self, plan))
 
     def _annotated(self, backend: Backend, qconfig: QConfig, overrides: Overrides) -> QuantPlan:
         return annotate(

@@ -25,6 +25,7 @@ from torch_quant.ops.qdq import FAKE_QUANTIZE
 from torch_quant.ops.stepping import RECURRENT, RECURRENT_CELL, cells_of
 from torch_quant.ops.table import (
     Inserter,
+    Known,
     OpPattern,
     call_sizes,
     numel,
@@ -33,7 +34,7 @@ from torch_quant.ops.table import (
 )
 from torch_quant.ops.whole import PACKED
 
-__all__ = ["LSTM", "hidden_states", "projected"]
+__all__ = ["LEAST_SQNR", "LSTM", "hidden_states", "projected"]
 
 aten = torch.ops.aten
 
@@ -197,6 +198,37 @@ def _quantize(inserter: Inserter, node: fx.Node, entry: SitePlan) -> None:
     retarget(node, LSTM, args)
 
 
+def _one_scale(node: fx.Node, entry: SitePlan, known: Known) -> str:
+    """Why a row of both matrices cannot have one scale; empty if it can.
+
+    With ``r`` steps of ``h`` in one of ``x``, rounding ``[r W_ih, W_hh]`` to a step of ``s`` for
+    each row adds ``s^2 / 12`` to each element of either. Where the matrix with the smaller numbers
+    has an SQNR below :data:`LEAST_SQNR` by that, it is mostly noise, which every step adds again.
+    """
+    given, spec, weight = arguments(node), entry.activation, entry.weight
+    assert spec is not None
+    if weight is None or not weight.element.integer:
+        return ""
+    ratio = float(known.scale(entry.inputs[0], spec) / known.scale(entry.inputs[-1], spec))
+    cells = cells_of(given["params"], given["has_biases"])
+    for w_ih, w_hh, *_ in cells[: len(cells) // given["num_layers"]]:
+        pair = [known.value(w_ih).detach() * ratio, known.value(w_hh).detach()]
+        top = torch.maximum(*(each.abs().amax(1) for each in pair))
+        noise = (top / (2 ** (weight.element.bits - 1) - 1)).square().mean() / 12
+        for name, part in zip(("W_ih", "W_hh"), pair, strict=True):
+            decibels = 10.0 * float((part.square().mean() / noise).log10())
+            if decibels < LEAST_SQNR and bool(part.any()):
+                return f"{name} would have {decibels:.0f} dB: {_ONE_SCALE} {ratio:.3g} {_CURE}"
+    return ""
+
+
+LEAST_SQNR = 15.0
+"""dB of a matrix that shares its scale with another: two bits and a half."""
+_ONE_SCALE = "its rows share a scale with the other matrix, and a step of the input is"
+_CURE = (
+    "steps of the hidden state: divide the input by what brings it near 1, channel by channel, and "
+    "multiply W_ih by it, or have scales of each step: recipes.int8_dynamic()"
+)
 _ROLES = ("ih", "hh")
 
 
@@ -291,6 +323,7 @@ register_operator(
         internals={"hidden": hidden_states},
         obstacle=projected,
         quantize=_quantize,
+        unfit=_one_scale,
         untrainable="the quantized form of an LSTM has no gradient",
         any_format=False,  # what it multiplies by has to follow the rows of two matrices
         steps=True,

@@ -81,6 +81,8 @@ class OpPattern:
         steps: whether it is computed a step at a time and rounds what it reads at each: dynamic
             activations then have a scale for each row, or one for all of a step.
         static: whether grids that calibration found serve its activations.
+        unfit: why ranges that calibration found do not serve a call, though there are some; empty
+            if they do. It gets the call, what is done with the site, and where values come from.
         untrainable: why no gradient passes its quantized form, empty if it does.
         window: what a call reads for each of its results, where that is a part of an image.
         columns: of a product of activations, those that it sums over the columns of, as positions;
@@ -105,9 +107,20 @@ class OpPattern:
     more_weights: tuple[int, ...] = ()
     steps: bool = False
     static: bool = True
+    unfit: Callable[[fx.Node, SitePlan, Known], str] | None = None
     untrainable: str = ""
     window: Callable[[fx.Node], Window] | None = None
     columns: tuple[int, ...] | None = None
+
+
+class Known(Protocol):
+    """Where a row finds the numbers of a call."""
+
+    def scale(self, key: str, spec: QuantSpec) -> Tensor:
+        """The scale of a tensor, as it is observed."""
+
+    def value(self, constant: fx.Node) -> Tensor:
+        """What a constant expression of the graph is."""
 
 
 class Inserter(Protocol):
