@@ -72,6 +72,8 @@ class CapturedModel:
         """Optional transform and the sites that ask for it -> where it helps."""
         self.settled_on: Any = None
         """The ranges and weights that this rests on."""
+        self.sample: Any = None
+        """The last calibration batch and its outputs, where they are small."""
         self._told: tuple[str, ...] = ()
         self._prepared: dict[int, tuple[CapturedGraph, Prepared]] = {}
         training = [name or "the model" for name, m in model.named_modules() if m.training]

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from torch_quant import recipes
 from torch_quant.amp.allocation import Allocation, allocate, exactly
+from torch_quant.amp.collapse import tell_collapse
 from torch_quant.amp.fallback import Fallback
 from torch_quant.amp.optimization import Optimization
 from torch_quant.amp.optimizing import optimize
@@ -329,6 +330,7 @@ class QuantizerBase(Tied):
         quantized = self._lowered(session, lowering, share_float_weights)
         if self.unseen_calls == "capture":
             UnseenCalls(session, chosen, lowering.plan).attend(quantized)
+        tell_collapse(session, lowering.plan, chosen, quantized)
         if example_inputs is not None and chosen.compiles and not session.captured.keeps_state:
             call_example(quantized, example_inputs)
         return self._described(quantized, chosen)

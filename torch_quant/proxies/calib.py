@@ -19,6 +19,7 @@ from torch_quant.graph.running import copied as on_copies
 from torch_quant.passes.prepare import Prepared, insert_observers
 from torch_quant.proxies.agreement import comparable, disagrees, kind_of, raises, settle
 from torch_quant.proxies.base import Proxy, check_not_empty
+from torch_quant.proxies.sample import Sample
 from torch_quant.proxies.values import copied
 
 __all__ = ["CalibModel"]
@@ -78,6 +79,7 @@ class CalibModel(Proxy):
     def _recorded(self, executor: Executor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         check_not_empty((args, kwargs), self.session.state.batches)
         kind = executor.submodule.path, kind_of(args, kwargs)
+        inputs = Sample.before(executor.submodule, args, kwargs)
         if kind in self._compared:
             with self.session.state.batch():
                 outputs = self._execute(executor, args, kwargs)
@@ -85,6 +87,9 @@ class CalibModel(Proxy):
             outputs = self._first_of_its_kind(executor, args, kwargs)
             self._compared.add(kind)
         self.session.seen()
+        if not executor.submodule.path:
+            whole = not executor.submodule.failure  # it may have turned out otherwise
+            self.captured.sample = Sample.of(inputs, outputs) if whole else None
         return outputs
 
     def _first_of_its_kind(
