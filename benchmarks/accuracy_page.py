@@ -45,7 +45,10 @@ def _cell(row: Row | None) -> str:
     if "cosine" in row["score"] and row["close"]:
         text += f", {row['score']['cosine']:.4f}"
     near = [f"{row['close'][key]:.1f} dB" for key in ("SQNR dB",) if key in row["close"]]
-    return ", ".join([text, *near])
+    part = [f"{row['quantized']} products"] if "quantized" in row else []
+    if row.get("int8 %", 100.0) < 99.95:
+        part.append(f"{row['int8 %']:.0f} % of the work in int8")
+    return ", ".join([text, *near, *part])
 
 
 def chart(rows: list[Row], ways: list[str], file: Path) -> None:

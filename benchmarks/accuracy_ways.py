@@ -10,6 +10,7 @@ from typing import Any
 import latency_ways as latency
 import torch
 from accuracy_task import Inputs, Task
+from torch import fx
 
 from torch_quant import Quantizer, recipes
 
@@ -133,7 +134,17 @@ def torchao(setting: Setting) -> Run:
     for each in setting.pairs():
         prepared(**each)
     model = convert_pt2e(prepared)
+    setting.notes["quantized"] = _products(model)
     return lambda given: model(**given)
+
+
+def _products(gm: fx.GraphModule) -> str:
+    """How many of the products of a PT2E graph read quantized inputs."""
+    names = ("conv", "linear", "addmm", "matmul", "bmm", "mm.", "lstm", "scaled_dot_product")
+    found = [node for node in gm.graph.nodes if node.op == "call_function" and any(
+        f"aten.{name}" in str(node.target) for name in names)]  # fmt: skip
+    few = [n for n in found if any("dequantize" in str(x.target) for x in n.all_input_nodes[:1])]
+    return f"{len(few)} of {len(found)}"
 
 
 def neural_compressor(setting: Setting) -> Run:
@@ -147,6 +158,7 @@ def neural_compressor(setting: Setting) -> Run:
     for each in setting.pairs():
         prepared(*each.values())
     model = convert(prepared)
+    setting.notes["quantized"] = _products(model)
     return lambda given: model(*given.values())
 
 
