@@ -226,8 +226,8 @@ def check_strange_sizes(program: Program, name: str) -> None:
     for inputs in started.strange():
         try:
             expected = call(model, inputs)
-        except REFUSED:
-            with contextlib.suppress(*REFUSED):
+        except (*REFUSED, AssertionError):  # nn.MultiheadAttention asserts
+            with contextlib.suppress(*REFUSED, AssertionError):
                 call(real, inputs)
             continue
         found = call(real, inputs)

@@ -280,6 +280,27 @@ def test_another_torch_reads_it(name: str, tmp_path: Path) -> None:
     assert torch_quant.sqnr(quant_model(*x), theirs) > 35.0
 
 
+@pytest.mark.parametrize("backend", ["reference", "onednn"])
+def test_what_is_in_float_gives_the_same_bits(backend: str, tmp_path: Path) -> None:
+    """Weights of a file lie anywhere; sums of floats depend on where."""
+    sizes = [(8, 4), (4, 7), (7, 3), (3, 9)]
+    model = seeded(lambda: nn.Sequential(*(nn.Linear(*each) for each in sizes)))
+    model.requires_grad_(False)
+    quantizer = calibrated(model, [((normal(6, 8),), {})], backend=backend)
+    amp_model = quantizer.amp(model)
+    amp_model(normal(6, 8))
+    quantizer.fallback(amp_model, num=len(sizes))
+    quant_model = quantizer.quantize(model)
+    save(quant_model, tmp_path)
+    again = load(tmp_path, model)
+    for x in again.parameters():
+        assert x.data_ptr() % 64 == 0
+    for rows in (1, 2, 5):
+        x = normal(rows, 8)
+        assert torch.equal(again(x), quant_model(x))
+        assert torch.equal(again(x), model(x))
+
+
 def test_the_size_of_int8(tmp_path: Path) -> None:
     model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(4))).requires_grad_(False)
     saved(model, [((normal(8, 256),), {})], tmp_path, backend="onednn")

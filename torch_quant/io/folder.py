@@ -32,6 +32,8 @@ attributes may hold tensors in lists and dictionaries."""
 _TENSORS = "tensors-"
 _OURS = re.compile(rf"{_TENSORS}[0-9a-f]{{16}}\.safetensors")
 _CHUNK = 1 << 20
+_ALIGNMENT = 64
+"""Bytes of which PyTorch's addresses are multiples."""
 
 
 def write_folder(
@@ -215,6 +217,11 @@ def _read_json(file: Path, kind: str) -> dict[str, Any]:
     return whole  # type: ignore[no-any-return]
 
 
+def _aligned(x: Tensor) -> Tensor:
+    """``x`` where PyTorch would have put it: float kernels sum in another order elsewhere."""
+    return x.clone() if x.is_floating_point() and x.data_ptr() % _ALIGNMENT else x
+
+
 def _tensors(file: Path, layout: Mapping[str, Any]) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
@@ -233,4 +240,5 @@ def _tensors(file: Path, layout: Mapping[str, Any]) -> dict[str, Tensor]:
         if "strides" in each:
             x = torch.empty_strided(found[name].shape, each["strides"], dtype=found[name].dtype)
             found[name] = x.copy_(found[name])
+    found = {name: _aligned(x) for name, x in found.items()}
     return found | {name: found[each["same"]] for name, each in layout.items() if "same" in each}
