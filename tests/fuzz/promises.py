@@ -29,6 +29,7 @@ from torch_quant import (
     QuantError,
     Quantizer,
     QuantSpec,
+    UnsupportedOp,
     export_onnx,
     recipes,
     sqnr,
@@ -152,7 +153,11 @@ def check_backend(started: Started, name: str) -> None:
     """What it computes is what was simulated, and as good; it can be copied, saved and loaded."""
     model, quantizer, backend = started.model, started.quantizer, Backend.get(name)
     simulated = quantizer.quantize(model, backend=ReferenceBackend(backend))
-    real = quantizer.quantize(model, backend=backend)
+    try:
+        real = quantizer.quantize(model, backend=backend)
+    except UnsupportedOp as error:  # the layers may all be behind what is written to in place
+        assert str(error).startswith("nothing in the model can be quantized")
+        return
     for inputs in started.calls():
         expected = call(model, inputs)
         found, simulation = call(real, inputs), call(simulated, inputs)

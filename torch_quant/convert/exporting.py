@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from torch_quant.convert.quantized_graph import QuantizedGraph
 from torch_quant.graph.export import size_oblivious
+from torch_quant.graph.forgetting import forgotten
 from torch_quant.passes.base import Pass, PassContext, copy_graph, run_passes
 
 __all__ = ["OnlyTensors", "exported_at_once", "input_shapes"]
@@ -61,7 +62,7 @@ def exported_at_once(
         or None
         for x, sizes in zip(tensors, graph.contract.shapes, strict=True)
     )
-    with size_oblivious(mode == "oblivious"):
+    with size_oblivious(mode == "oblivious"), forgotten():
         return torch.export.export(
             OnlyTensors(graph.body, passes),
             tuple(x.clone() for x in tensors),

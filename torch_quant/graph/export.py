@@ -20,6 +20,7 @@ from torch_quant.graph.budget import Freedom
 from torch_quant.graph.calls import Call, identifiers
 from torch_quant.graph.effects import KeepsState
 from torch_quant.graph.foreign import foreign_operators
+from torch_quant.graph.forgetting import forgotten
 from torch_quant.graph.macs import note_sizes
 from torch_quant.graph.numbers import check_numbers
 from torch_quant.graph.outputs import flatten_output, unflatten_output
@@ -154,7 +155,7 @@ def export_graph(
     """
     if len(call.tensors) == len(call.numbers):
         raise CaptureFailed("the call has no tensor input, so there is nothing to capture")
-    with CAPTURING:
+    with CAPTURING, forgotten():
         contracts = [graph.contract for graph in earlier]
         reduced = any(graph.reduced for graph in earlier)
         with progress(path or "the model") as shown:

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from torch_quant.graph.calls import Call, identifiers
 from torch_quant.graph.export import CapturedGraph
+from torch_quant.graph.forgetting import forgotten
 from torch_quant.graph.outputs import flatten_output
 from torch_quant.graph.running import copied, frozen
 from torch_quant.graph.shapes import ShapeContract
@@ -44,7 +45,8 @@ def layer_graph(module: nn.Module, call: Call) -> CapturedGraph | None:
     made = graph.call_function(target, arguments(given, *nodes))
     graph.output((made,))
     try:
-        values, val = _fake(module, x, parameters, fixed)
+        with forgotten():
+            values, val = _fake(module, x, parameters, fixed)
     except Exception:  # it does not take this input; exporting tells why
         return None
     for node, value in zip((given, *nodes), values, strict=True):
