@@ -156,7 +156,8 @@ def check_backend(started: Started, name: str) -> None:
     try:
         real = quantizer.quantize(model, backend=backend)
     except UnsupportedOp as error:  # the layers may all be behind what is written to in place
-        assert str(error).startswith("nothing in the model can be quantized")
+        if not str(error).startswith("nothing in the model can be quantized"):
+            raise
         return
     for inputs in started.calls():
         expected = call(model, inputs)
