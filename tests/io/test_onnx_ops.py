@@ -11,6 +11,8 @@ from models import normal, seeded
 from onnx_files import feeds, needs, run_onnxruntime, written
 from torch import Tensor, nn
 
+from torch_quant import sqnr
+
 pytestmark = needs("onnx", "onnxscript", "onnxruntime", "transformers")
 
 
@@ -38,3 +40,24 @@ def test_products_of_experts(tmp_path: Path) -> None:
         some = ((normal(sum(counts), 16), torch.tensor(counts)), {})
         (found,) = run_onnxruntime(file, feeds(quant_model, some))
         torch.testing.assert_close(found, quant_model(*some[0]), rtol=1e-4, atol=1e-4)
+
+
+class Squeezes(nn.Module):
+    """Asks to squeeze a size that is not 1, which PyTorch takes for nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).relu().squeeze(1)).squeeze(-1)
+
+
+def test_a_squeeze_of_another_size_than_1(tmp_path: Path) -> None:
+    model, file = seeded(Squeezes), tmp_path / "model.onnx"
+    inputs = ((normal(12, 16),), {})
+    quant_model = written(calibrated(model, [inputs]), model, inputs, file)
+    for rows in (12, 3, 1):
+        some = ((normal(rows, 16),), {})
+        (found,) = run_onnxruntime(file, feeds(quant_model, some))
+        assert sqnr(quant_model(*some[0]), found) > 30.0

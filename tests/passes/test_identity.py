@@ -56,6 +56,33 @@ def test_dropout_that_is_always_on_stays(function: Callable[..., Tensor]) -> Non
     assert len(operators(gm)) == 1
 
 
+def fixed(x: Tensor) -> Tensor:
+    """Sizes ``[free, free, 1, 4, 3]``."""
+    return F.linear(x, torch.ones(12, 5)).unflatten(-1, (1, 4, 3))
+
+
+SQUEEZES: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    "another size": (lambda x: fixed(x).squeeze(3), 1),
+    "from the end": (lambda x: fixed(x).squeeze(-1), 1),
+    "several": (lambda x: fixed(x).squeeze((3, 4)), 1),
+    "one of them is 1": (lambda x: fixed(x).squeeze((2, 3)), 0),
+    "1": (lambda x: fixed(x).squeeze(2), 0),
+    "the batch, which is free": (lambda x: fixed(x).squeeze(0), 0),
+    "all that are 1": (lambda x: fixed(x).squeeze(), 0),
+}
+
+
+@pytest.mark.parametrize("name", SQUEEZES)
+def test_squeezes_of_other_sizes_than_1_go(name: str) -> None:
+    function, gone = SQUEEZES[name]
+    model, x = Compute(function), normal(2, 3, 5)
+    gm = captured(model, x)
+    before = sum("squeeze" in each for each in operators(gm))
+    assert apply(remove_identities, gm) == gone
+    assert before - sum("squeeze" in each for each in operators(gm)) == gone
+    assert torch.equal(gm(x)[0], model(x))
+
+
 CASTS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "to_dtype": (lambda x: x.relu().to(torch.float32).tanh(), 1),
     "to_device": (lambda x: x.relu().to("cpu").tanh(), 1),

@@ -23,8 +23,14 @@ _CASTS = frozenset({
 """Operators that return their input itself where it has the dtype and device already."""
 
 
+_SQUEEZES = frozenset({aten.squeeze.dim, aten.squeeze.dims})
+
+
 def remove_identities(context: PassContext) -> int:
-    """Dropout in eval mode, casts to the dtype at hand: users take the input instead."""
+    """Dropout in eval mode, casts to the dtype at hand, squeezes of sizes other than 1.
+
+    Users take the input instead. ONNX has no squeeze of another size.
+    """
     written = written_tensors(context.graph)
     found = [
         n
@@ -33,6 +39,7 @@ def remove_identities(context: PassContext) -> int:
         or n.target is aten.detach_.default
         or (n.target in _COPIES and n not in written)
         or (n.target in _CASTS and _casts_nothing(n))
+        or (n.target in _SQUEEZES and _squeezes_nothing(n))
     ]
     for node in found:
         node.replace_all_uses_with(argument(node, 0))
@@ -47,6 +54,15 @@ def _casts_nothing(node: fx.Node) -> bool:
         return False
     plain = not any(x is True or isinstance(x, torch.memory_format) for x in options)
     return plain and (before.dtype, before.device) == (after.dtype, after.device)
+
+
+def _squeezes_nothing(node: fx.Node) -> bool:
+    origin, dims = arguments(node).values()
+    before = origin.meta.get("val")
+    if not isinstance(before, Tensor) or not before.dim():
+        return False
+    sizes = [before.shape[dim] for dim in ([dims] if isinstance(dims, int) else dims)]
+    return all(isinstance(size, int) and size != 1 for size in sizes)  # no size that is free
 
 
 def views_to_reshapes(context: PassContext) -> int:
