@@ -9,6 +9,10 @@ IPEX_GIGABYTES := 9
 LATEST_VENV := .venv-latest
 # What builds the site of docs/.
 DOCS_VENV := .venv-docs
+# What looks for known weaknesses of what the locks hold, and the data base that it asks.
+AUDIT_VENV := .venv-audit
+WEAKNESSES := https://api.osv.dev
+AUDITED := core.txt torch.txt ipex.txt docs.txt llm.txt peers.txt audit.txt
 # What writes the locks. It resolves for every platform and Python at once, hashes included.
 LOCK_VENV := .venv-lock
 UV := 0.13.9
@@ -62,7 +66,7 @@ SAME := algorithms checkpoints cli core extensions fuzz integrations migrate nat
 # The same, but for their tests on IPEX.
 ONLY_IPEX := $(addprefix tests/,amp/test_amp_outputs.py amp/test_fallback_execution.py test_example_inputs.py test_invariants.py)
 
-.PHONY: help lock demo demo-tuning demo-cnn demo-qat demo-llm test test-core test-ipex test-latest test-long test-zoo test-sequences fuzz check format bench bench-ipex bench-peers bench-accuracy bench-zoo bench-llm docs clean
+.PHONY: help lock demo demo-tuning demo-cnn demo-qat demo-llm test test-core test-ipex test-latest test-long test-zoo test-sequences fuzz check format bench bench-ipex bench-peers bench-accuracy bench-zoo bench-llm docs audit clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort
@@ -103,6 +107,7 @@ lock: $(LOCK_VENV)/ready  ## lock what setup.cfg and requirements/*.in ask for; 
 	$(COMPILE) --generate-hashes --no-deps requirements/peers.in -o requirements/peers.txt
 	$(COMPILE) --generate-hashes --no-deps requirements/accuracy.in -o requirements/accuracy.txt
 	$(COMPILE) --generate-hashes requirements/docs.in -o requirements/docs.txt
+	$(COMPILE) --generate-hashes requirements/audit.in -o requirements/audit.txt
 
 $(DOCS_VENV)/ready: requirements/docs.txt
 	test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
@@ -111,6 +116,22 @@ $(DOCS_VENV)/ready: requirements/docs.txt
 
 docs: $(DOCS_VENV)/ready  ## the documentation as a site, out/site/index.html; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --strict
+
+$(AUDIT_VENV)/ready: requirements/audit.txt
+	test -x $(AUDIT_VENV)/bin/python || $(PYTHON) -m venv $(AUDIT_VENV)
+	$(AUDIT_VENV)/bin/python $(INSTALL) --require-hashes -r requirements/audit.txt
+	touch $@
+
+audit: $(VENV)/ready $(AUDIT_VENV)/ready  ## licences and known weaknesses of what the locks hold
+	$(BIN)/python requirements/licenses.py requirements/core.txt requirements/torch.txt
+	$(AUDIT_VENV)/bin/python requirements/licenses.py requirements/audit.txt
+	@if test -x $(IPEX_VENV)/bin/python; then $(IPEX_VENV)/bin/python requirements/licenses.py requirements/ipex.txt; fi
+	@if test -x $(DOCS_VENV)/bin/python; then $(DOCS_VENV)/bin/python requirements/licenses.py requirements/docs.txt; fi
+	@if $(AUDIT_VENV)/bin/python -c 'import requests; requests.head("$(WEAKNESSES)", timeout=20)' 2>/dev/null; then \
+	  wrong=0; for lock in $(AUDITED); do echo "requirements/$$lock:"; \
+	    $(AUDIT_VENV)/bin/pip-audit --vulnerability-service osv --disable-pip --no-deps -r requirements/$$lock || wrong=1; \
+	  done; exit $$wrong; \
+	else echo "known weaknesses were not looked up, as $(WEAKNESSES) cannot be reached from here"; fi
 
 $(LLM)/ready: $(VENV)/ready requirements/llm.txt
 	$(BIN)/python $(INSTALL) --require-hashes --upgrade --target $(LLM) -r requirements/llm.txt
@@ -209,4 +230,4 @@ bench-llm: $(LLM)/ready  ## a language model's perplexity, size and speed by for
 	PYTHONPATH=$(LLM) taskset -c 0 env OMP_NUM_THREADS=1 $(BIN)/python benchmarks/llm.py speed
 
 clean:  ## remove the environments and caches
-	rm -rf $(VENV) $(IPEX_VENV) $(LATEST_VENV) $(LOCK_VENV) $(DOCS_VENV) $(PYTHONPYCACHEPREFIX) $(LLM) $(PEERS) $(ACCURACY) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(IPEX_VENV) $(LATEST_VENV) $(LOCK_VENV) $(DOCS_VENV) $(AUDIT_VENV) $(PYTHONPYCACHEPREFIX) $(LLM) $(PEERS) $(ACCURACY) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

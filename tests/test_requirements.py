@@ -54,7 +54,7 @@ def test_lock_holds_what_setup_asks_for(names: tuple[str, ...], extras: tuple[st
         )
 
 
-@pytest.mark.parametrize("name", [*LOCKS, *BESIDE, "docs.txt"])
+@pytest.mark.parametrize("name", [*LOCKS, *BESIDE, "docs.txt", "audit.txt"])
 def test_each_file_is_known_by_its_hash(name: str) -> None:
     assert [package for package, (_, hashed) in _locked(name).items() if not hashed] == []
 
@@ -76,7 +76,7 @@ def test_what_is_installed_beside_holds_nothing_that_the_environment_holds(lock:
     assert not names & others.keys()
 
 
-@pytest.mark.parametrize("name", [*LOCKS, *BESIDE, "docs.txt", "torch.txt"])
+@pytest.mark.parametrize("name", [*LOCKS, *BESIDE, "docs.txt", "audit.txt", "torch.txt"])
 def test_lock_names_no_host(name: str) -> None:
     text = (ROOT / "requirements" / name).read_text()
     assert "://" not in text
