@@ -28,6 +28,40 @@ class Chain(nn.Module):
         return self.head(x + torch.nn.functional.gelu(self.middle(x)))
 
 
+class Masked(nn.Module):
+    """Padding is left out of a sum of its own inside, and has results all the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(x)) * attention_mask[..., None])
+
+
+def test_padding_that_counts_is_told() -> None:
+    model, x = Masked().eval(), torch.randn(3, 5, 8)
+    whole = {"x": x, "attention_mask": torch.ones(3, 5)}
+    padded = {"x": x, "attention_mask": torch.tensor([[1.0, 1.0, 1.0, 1.0, 0.0]] * 3)}
+    quantizer = Quantizer("reference")
+    calib_model = quantizer.calib(model)
+    for each in (whole, padded):
+        calib_model(**each)
+    told = "some of the inputs is padding, and what is given there counts in SQNR too"
+    found = quantizer.compare(model, [whole])
+    assert not found.padded
+    assert told not in str(found)
+    found = quantizer.compare(model, [whole, padded])  # one of them is enough
+    assert found.padded
+    assert told in str(found)
+    assert told in found._repr_html_()
+    for batch, expected in ((whole, False), (padded, True)):
+        profile = quantizer.profile(model, batch, backends=["reference"], seconds=0.01)
+        assert profile.padded is expected
+        assert (told in str(profile)) is expected
+
+
 @pytest.fixture
 def batches() -> list[Tensor]:
     torch.manual_seed(1)

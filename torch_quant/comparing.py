@@ -22,7 +22,7 @@ from torch_quant.core.metrics import float_leaves
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.calls import Call
 from torch_quant.graph.capture import CapturedModule
-from torch_quant.graph.examples import call_example
+from torch_quant.graph.examples import call_example, is_padded
 from torch_quant.graph.executor import Executor
 from torch_quant.graph.export import CapturedGraph
 from torch_quant.graph.sites import KEY, ORIGIN
@@ -93,9 +93,9 @@ def compared(
     simulated = simulated or simulated_model(session, backend)
     plan = session.plan(backend)
     sums: dict[str, _Sum] = {}
-    outputs, simulation_outputs, count = _Sum(), _Sum(), 0
+    outputs, simulation_outputs, count, padded = _Sum(), _Sum(), 0, False
     for batch in progress(batches):
-        count += 1
+        count, padded = count + 1, padded or is_padded(batch)
         expected: Seen = {}
         found: Seen = {}
         reference = call_example(_float(session, expected), copied(batch))
@@ -134,6 +134,7 @@ def compared(
         repr(backend),
         count,
         len(plan) - len(layers),
+        padded,
     )
 
 

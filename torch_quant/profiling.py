@@ -14,7 +14,7 @@ from torch import nn
 
 from torch_quant.core.metrics import sqnr
 from torch_quant.errors import InvalidConfig
-from torch_quant.graph.examples import example_call
+from torch_quant.graph.examples import example_call, is_padded
 from torch_quant.graph.running import frozen
 from torch_quant.graph.twin import twin_of
 from torch_quant.report.speed import Profile, Run
@@ -111,7 +111,7 @@ def profiled(
         ordered = sorted(each.wall for each in times[name])
         p90 = ordered[min(len(ordered) - 1, int(0.9 * len(ordered)))]
         runs.append(Run(name, backends.get(name), statistics.median(ordered), p90, distance))
-    return Profile(tuple(runs), torch.get_num_threads(), rounds)
+    return Profile(tuple(runs), torch.get_num_threads(), rounds, is_padded(example_inputs))
 
 
 def checked_seconds(seconds: float) -> float:

@@ -113,6 +113,7 @@ class QuantizerReports(QuantizerTraining):
         Args:
             model: the model that was calibrated.
             batches: inputs, each as for :meth:`calib`. Memory is that of one batch's activations.
+                What is given at padding counts as all else does: give texts without any.
             backend: another backend than the quantizer's.
             progress: show a bar on stderr.
 
@@ -157,7 +158,7 @@ class QuantizerReports(QuantizerTraining):
 
         Args:
             model: the model that was calibrated.
-            example_inputs: as for :meth:`calib`.
+            example_inputs: as for :meth:`calib`. Times and SQNR are those of padding too.
             backends: which; by default each that runs here and has kernels of its own.
             seconds: about how long to measure, without what quantizing and compiling take.
             compiled: also the float model by ``torch.compile``, which needs a C++ compiler.

@@ -38,11 +38,6 @@ def _table(found: Profile) -> str:
     return "\n".join(lines)
 
 
-def _padded(inputs: Any) -> bool:
-    mask = inputs.get("attention_mask") if isinstance(inputs, dict) else None
-    return mask is not None and not bool(mask.all())
-
-
 @click.command(
     "bench",
     short_help="How fast it is here, in float and quantized.",
@@ -86,6 +81,7 @@ def cli(
     found = quantizer.profile(
         floating, inputs, backends=backends or None, seconds=seconds, compiled=compiled
     )
+    from torch_quant.report.tables import PADDED
     from torch_quant_cli.data import shapes
 
     runs = [
@@ -100,8 +96,8 @@ def cli(
         for each in found
     ]
     text = f"{_table(found)}\n{wrapped(f'inputs: {shapes(inputs)}', '  ')}"
-    if _padded(inputs):
-        text += "\nthe inputs are padded, and SQNR counts what the model gives at padding too"
+    if found.padded:
+        text += f"\n{PADDED}"
     if found.fastest is not None:
         text += f"\nfastest: {found.fastest}, {found.gain:.2f} times the fastest float"
     return Result(
@@ -112,6 +108,7 @@ def cli(
             "gain": found.gain,
             "threads": found.threads,
             "rounds": found.rounds,
+            "padded": found.padded,
             "inputs": shapes(inputs),
         },
     )

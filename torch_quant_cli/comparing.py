@@ -67,6 +67,12 @@ def cli(
         f"{b} against {a}, {len(inputs)} {'batch' if len(inputs) == 1 else 'batches'}: "
         + apart.shown
     ]
+    from torch_quant.graph.examples import is_padded
+    from torch_quant.report.tables import PADDED
+
+    padded = any(map(is_padded, inputs))
+    if padded and (outputs_only or not artifacts):  # else the tables of layers say so
+        lines.append(PADDED)
     found: dict[str, Any] = {}
     for name, artifact in artifacts.items() if not outputs_only else ():
         floating = models[a] if a not in artifacts and name == b else artifact.float_model()
@@ -85,7 +91,14 @@ def cli(
     short = not apart.reaches(min_sqnr)
     if short:
         lines += ["", f"short of --min-sqnr {min_sqnr:g}"]
-    data_ = {"a": a, "b": b, "batches": len(inputs), "outputs": apart.to_dict(), "layers": found}
+    data_ = {
+        "a": a,
+        "b": b,
+        "batches": len(inputs),
+        "outputs": apart.to_dict(),
+        "layers": found,
+        "padded": padded,
+    }
     return Result("\n".join(lines), data_, SHORT if short else 0)
 
 

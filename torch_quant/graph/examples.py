@@ -12,7 +12,7 @@ from torch_quant.errors import CaptureFailed, InvalidConfig
 from torch_quant.graph.capture import CapturedModule, Reopened
 from torch_quant.graph.executor import Executor
 
-__all__ = ["call_example", "example_call", "run_example"]
+__all__ = ["call_example", "example_call", "is_padded", "run_example"]
 
 
 def run_example(root: CapturedModule, example_inputs: Any) -> Any:
@@ -33,6 +33,16 @@ def run_example(root: CapturedModule, example_inputs: Any) -> Any:
             f"{error}. The example_inputs are a list, which is one input; several are a tuple: "
             "example_inputs=(x, y)"
         ) from error
+
+
+def is_padded(example_inputs: Any) -> bool:
+    """Whether the ``attention_mask`` of a batch by keywords says that some of it is padding.
+
+    >>> is_padded({"attention_mask": torch.tensor([[1, 1], [1, 0]])}), is_padded(torch.ones(2))
+    (True, False)
+    """
+    mask = example_inputs.get("attention_mask") if isinstance(example_inputs, Mapping) else None
+    return isinstance(mask, torch.Tensor) and mask.dim() == 2 and bool((mask == 0).any())
 
 
 def example_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

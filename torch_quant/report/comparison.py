@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch_quant.report.names import decibels
-from torch_quant.report.tables import html_page_table, name_table
+from torch_quant.report.tables import PADDED, html_page_table, name_table
 
 __all__ = ["Comparison", "LayerError"]
 
@@ -50,6 +50,8 @@ class Comparison:
         backend: where it ran.
         batches: how many.
         unseen: how many sites no call reached, or have no result of their own.
+        padded: whether an ``attention_mask`` says that some of the inputs is padding: what the
+            layers and the model give there counts too.
     """
 
     layers: tuple[LayerError, ...]
@@ -58,6 +60,7 @@ class Comparison:
     backend: str
     batches: int
     unseen: int = 0
+    padded: bool = False
 
     def __iter__(self) -> Iterator[LayerError]:
         return iter(self.layers)
@@ -80,10 +83,11 @@ class Comparison:
         ]
 
     def _headline(self) -> list[str]:
-        return [
+        lines = [
             f"outputs on {self.backend}: SQNR {decibels(self.outputs)}",
             f"the same plan in float arithmetic: {decibels(self.simulated)}",
         ]
+        return [*lines, PADDED] if self.padded else lines
 
     def _repr_html_(self) -> str:
         first, *rest = self._headline()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch_quant.report.tables import html_page_table
+from torch_quant.report.tables import PADDED, html_page_table
 
 __all__ = ["Profile", "Run"]
 
@@ -39,11 +39,14 @@ class Profile:
         runs: float32 first.
         threads: of PyTorch, with which it was measured.
         rounds: how often each was called in turn.
+        padded: whether an ``attention_mask`` says that some of the inputs is padding: what the
+            model gives there counts in ``sqnr`` too.
     """
 
     runs: tuple[Run, ...]
     threads: int
     rounds: int
+    padded: bool = False
 
     def __iter__(self) -> Iterator[Run]:
         return iter(self.runs)
@@ -80,7 +83,8 @@ class Profile:
 
     def _notes(self) -> list[str]:
         lines = [f"{run.name} does not run: {run.why_not}" for run in self.runs if run.why_not]
-        return [*lines, f"{self.threads} threads, {self.rounds} calls of each in turns"]
+        lines.append(f"{self.threads} threads, {self.rounds} calls of each in turns")
+        return [*lines, PADDED] if self.padded else lines
 
     def _repr_html_(self) -> str:
         return html_page_table("time of a call", "\n".join(self._notes()), self._rows())
