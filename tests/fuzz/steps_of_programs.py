@@ -328,7 +328,8 @@ def attended(b: Builder) -> None:
     )  # fmt: skip
     if q and k and v:
         scores = b.put(f"{q} @ {k}.transpose(-1, -2) {b.of('* 0.5', '/ 2.0', '* 0.5 - 1.0')}")
-        b.put(f"({scores}.softmax(-1) @ {v}).transpose(1, 2).flatten(2)")
+        if scores:
+            b.put(f"({scores}.softmax(-1) @ {v}).transpose(1, 2).flatten(2)")
 
 
 def fits(shape: tuple[int | None, ...], other: tuple[int | None, ...]) -> bool:
