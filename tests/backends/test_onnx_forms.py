@@ -85,7 +85,7 @@ def test_data_moves_before_it_is_dequantized() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear(shape: tuple[int, ...], bias: bool) -> None:
     model, x = seeded(lambda: nn.Sequential(nn.Linear(16, 8, bias=bias), nn.GELU())), normal(*shape)
-    before, after, count = both(model, x, linear_forms_2d)
+    before, after, count = both(model, x, integer_bias, linear_forms_2d)
     assert count == 1
     (product,) = after.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
     if bias:

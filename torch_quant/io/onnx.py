@@ -25,6 +25,9 @@ _LARGEST = 2**31 - 2**20
 
 logger = logging.getLogger("torch_quant")
 
+_WRITTEN = frozenset({"onnx", "onnxruntime", "openvino"})
+"""Backends whose graphs are of operators that ONNX has."""
+
 
 def export_onnx(
     quant_model: nn.Module,
@@ -45,7 +48,8 @@ def export_onnx(
     names the layers in bfloat16, which onnxruntime has no kernels for.
 
     Args:
-        quant_model: what ``quantizer.quantize(model, backend=Backend.ONNX)`` returned.
+        quant_model: what ``quantizer.quantize(model, backend=Backend.ONNX)`` returned, for every
+            runtime; of ``Backend.OPENVINO`` the file has the form that OpenVINO is fastest with.
         example_inputs: a tensor, a tuple of positional inputs or a dict of keywords; a list is one
             input.
         path: where to write.
@@ -64,8 +68,8 @@ def export_onnx(
 
     Raises:
         BackendUnavailable: onnx or onnxscript is not installed.
-        InvalidConfig: not a model for Backend.ONNX, one in pieces, an opset or path that will not
-            do.
+        InvalidConfig: a model for a backend without ONNX operators, one in pieces, an opset or path
+            that will not do.
         UnsupportedOp: an operator has no ONNX form; names where it is.
 
     >>> import torch
@@ -88,7 +92,7 @@ def export_onnx(
     check_finished(quant_model)
     target = checked_target(path)
     backend = quant_model.quantization.backend
-    if backend != "onnx":
+    if backend not in _WRITTEN:
         raise InvalidConfig(
             f"the model was quantized for {backend}, whose operators have no ONNX "
             "form: quantizer.quantize(model, backend=Backend.ONNX)"

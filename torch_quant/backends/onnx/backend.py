@@ -7,7 +7,7 @@ In PyTorch the quantized model computes, in float arithmetic, the numbers that t
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import fx, nn
 
@@ -20,7 +20,7 @@ from torch_quant.core.packages import missing_packages
 from torch_quant.core.plan import QuantPlan
 from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
-from torch_quant.passes.base import PassContext, run_passes
+from torch_quant.passes.base import Pass, PassContext, run_passes
 
 if TYPE_CHECKING:
     from torch_quant.backends.onnx.verify import OnnxReport
@@ -49,6 +49,10 @@ class OnnxBackend(Backend):
     Without VNNI, weights are kept to 7 bits, with which sums of two products cannot saturate.
     """
 
+    grids: ClassVar[tuple[Pass, ...]] = GRIDS
+    """What changes numbers before the graph is lowered."""
+    forms: ClassVar[tuple[Pass, ...]] = FORMS
+    """What the graph is lowered by."""
     name = "onnx"
     priority = -10  # a file format: for running in PyTorch, others are faster
     one_graph = True
@@ -78,11 +82,11 @@ class OnnxBackend(Backend):
                 Kernel("scaled_dot_product_attention", activation),
                 Kernel("embedding", None, Accepts(default)),
             ),
-            passes=GRIDS,
+            passes=self.grids,
         )
 
     def lower(self, context: PassContext) -> fx.GraphModule:
-        run_passes(context, FORMS)
+        run_passes(context, self.forms)
         return context.gm
 
     def verify(

@@ -45,7 +45,7 @@ class InProcessBackend(OnnxBackend):
     not_recorded = (
         "its graphs run outside of PyTorch, so they cannot be traced, compiled or exported. "
         "quantizer.quantize(model, backend=...) for a backend of PyTorch's own can, with the same "
-        "calibration; export_onnx, of the model for Backend.ONNX, writes the file that runs here"
+        "calibration; export_onnx writes the file that runs here"
     )
     not_in_torchscript = not_recorded
 

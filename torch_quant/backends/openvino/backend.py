@@ -13,6 +13,7 @@ from torch import Tensor
 from torch_quant.backends.base import register_backend
 from torch_quant.backends.in_process import Session
 from torch_quant.backends.onnx.in_process import InProcessBackend
+from torch_quant.backends.openvino.forms import FORMS, GRIDS
 from torch_quant.errors import BackendUnavailable, UnsupportedOp
 
 __all__ = ["OpenVINOBackend"]
@@ -38,6 +39,8 @@ class OpenVINOBackend(InProcessBackend):
     {'threads': 2, 'cache_dir': 'cache'}
     """
 
+    grids = GRIDS
+    forms = FORMS
     name = "openvino"
     package = "openvino"
 

@@ -15,7 +15,7 @@ from torch_quant.ops.qdq import DEQUANTIZE_PER_CHANNEL
 from torch_quant.passes.base import PassContext, call_like
 from torch_quant.passes.constants import evaluate, name_of, new_constants
 
-__all__ = ["integer_bias", "round_bias"]
+__all__ = ["integer_bias"]
 
 aten = torch.ops.aten
 
@@ -23,19 +23,21 @@ _BIAS_LIMIT = 2**30
 """Codes of a bias stay below it, which leaves room for the products that are added to it."""
 
 
-_CONVS = frozenset({aten.conv1d.default, aten.conv2d.default, aten.conv3d.default})
+_LAYERS = frozenset({
+    aten.linear.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default
+})  # fmt: skip
 
 
 def integer_bias(context: PassContext) -> int:
-    """Biases of quantized convolutions as int32 on the grid of the products they are added to."""
+    """Biases of quantized layers as int32 on the grid of the products they are added to."""
     changed = 0
     for node in list(context.graph.nodes):
-        if node.target in _CONVS and is_quantized_product(node):
-            changed += round_bias(context.gm, node)
+        if node.target in _LAYERS and is_quantized_product(node):
+            changed += _round_bias(context.gm, node)
     return changed
 
 
-def round_bias(gm: fx.GraphModule, node: fx.Node) -> bool:
+def _round_bias(gm: fx.GraphModule, node: fx.Node) -> bool:
     """The bias as dequantized int32 codes, scale = that of the input times that of the weight."""
     x, weight, bias = (argument(node, name) for name in ("input", "weight", "bias"))
     if bias is None:

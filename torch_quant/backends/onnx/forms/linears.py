@@ -1,12 +1,11 @@
-"""A quantized linear layer is a two-dimensional product with an int32 bias, ONNX' Gemm."""
+"""A quantized linear layer is a two-dimensional product, ONNX' Gemm."""
 
 from __future__ import annotations
 
 import torch
 from torch import fx
 
-from torch_quant.backends.onnx.forms.biases import round_bias
-from torch_quant.backends.onnx.forms.matching import is_quantized_product
+from torch_quant.backends.onnx.forms.matching import ELEMENTWISE, is_quantized_product
 from torch_quant.ops.arguments import argument, arguments
 from torch_quant.ops.qdq import DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
 from torch_quant.ops.table import size_hints
@@ -15,12 +14,6 @@ from torch_quant.passes.base import PassContext
 __all__ = ["linear_forms_2d"]
 
 aten = torch.ops.aten
-
-_ELEMENTWISE = frozenset({
-    aten.relu.default, aten.relu6.default, aten.gelu.default, aten.silu.default, aten.tanh.default,
-    aten.sigmoid.default, aten.hardswish.default, aten.hardsigmoid.default, aten.hardtanh.default,
-    aten.leaky_relu.default, aten.clamp.default, aten.elu.default, aten.mish.default,
-})  # fmt: skip
 
 
 def linear_forms_2d(context: PassContext) -> int:
@@ -34,7 +27,6 @@ def linear_forms_2d(context: PassContext) -> int:
 
 
 def _rewrite(gm: fx.GraphModule, node: fx.Node) -> None:
-    round_bias(gm, node)
     graph, (x, weight, bias) = node.graph, arguments(node).values()
     rank = len(size_hints(x))
     outputs, inputs = gm.get_buffer(str(argument(weight, "q").target)).shape
@@ -66,6 +58,6 @@ def _chain_to_quantize(node: fx.Node) -> fx.Node:
         last = next(iter(last.users))
         if last.target is QUANTIZE_PER_TENSOR:
             return last
-        if last.target not in _ELEMENTWISE:
+        if last.target not in ELEMENTWISE:
             return node
     return node

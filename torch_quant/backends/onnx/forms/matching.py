@@ -11,9 +11,16 @@ from torch_quant.ops.arguments import argument
 from torch_quant.ops.qdq import DEQUANTIZE, DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_TENSOR, QUANTIZE
 from torch_quant.ops.table import DATA_MOVEMENT
 
-__all__ = ["is_dequantized", "is_quantized_product", "is_target"]
+__all__ = ["ELEMENTWISE", "is_dequantized", "is_quantized_product", "is_target"]
 
 aten = torch.ops.aten
+
+ELEMENTWISE = frozenset({
+    aten.relu.default, aten.relu6.default, aten.gelu.default, aten.silu.default, aten.tanh.default,
+    aten.sigmoid.default, aten.hardswish.default, aten.hardsigmoid.default, aten.hardtanh.default,
+    aten.leaky_relu.default, aten.clamp.default, aten.elu.default, aten.mish.default,
+})  # fmt: skip
+"""Functions of one tensor that work on each element alone."""
 
 
 def is_target(node: Any, target: Any) -> bool:
