@@ -75,7 +75,7 @@ def test_it_beats_rounding_to_nearest(kind: str) -> None:
 @pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0)], ids=str)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_window_of_one_is_a_linear_layer(granularity: Any, symmetric: bool) -> None:
-    x, weight = smooth(4, 8, 6, 6), normal(10, 8)
+    x, weight = smooth(4, 8, 5, 5), normal(10, 8)
     spec = QuantSpec.of("int4", symmetric=symmetric, granularity=granularity)
     images, hessian = Patches(Window((1, 1), (1, 1), (0, 0), (0, 0), (1, 1))), Hessian()
     images.observe(x)
@@ -83,7 +83,7 @@ def test_a_window_of_one_is_a_linear_layer(granularity: Any, symmetric: bool) ->
     codes, found = GPTQ().quantize(weight, spec, {HESSIAN: hessian})
     mine, grid = GPTQ().quantize(weight[..., None, None], spec, {"patches": images})
     assert torch.equal(mine.flatten(1), codes)
-    assert torch.equal(grid.scale.flatten(), found.scale.flatten())
+    torch.testing.assert_close(grid.scale.flatten(), found.scale.flatten())  # sums in other order
     assert grid.spec == spec
     assert grid.scale.shape == spec.granularity.grid((10, 8, 1, 1))
 

@@ -27,7 +27,7 @@ CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 def image(window: Window, count: int = 2) -> Tensor:
-    return normal(count, 6, *(7, 6, 5)[: len(window.kernel)])
+    return normal(count, 6, *(4, 4, 3)[: len(window.kernel)])
 
 
 def observed(window: Window, *batches: Tensor) -> Patches:
@@ -76,7 +76,8 @@ def test_of_a_large_image_some_patches_are_taken_the_same_each_time() -> None:
     window = Window((3, 3), (1, 1), (1, 1), (1, 1), (1, 1))
     x = normal(1, 32, 64, 64)
     found = observed(window, x)
-    assert found.rows == 65536 // (32 * 9)
+    assert found.rows == 32 * 9 // 4
+    assert observed(Window((1,), (1,), (0,), (0,), (1,)), normal(1, 6, 64)).rows == 32
     assert torch.equal(found.sums, observed(window, x).sums)
     twice = observed(window, torch.cat([x, x]))
     torch.testing.assert_close(twice.mean, found.mean)

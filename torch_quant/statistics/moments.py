@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from torch_quant.errors import InvalidConfig, QuantError
+from torch_quant.statistics._symmetric import SymmetricSums, lower_sums
 from torch_quant.statistics.base import (
     Statistic,
     check_observable,
@@ -100,19 +101,27 @@ class Moments(Statistic):
     def observe(self, x: Tensor) -> None:
         check_observable(x)
         rows = self._rows(x.detach())
-        if self.batches and rows.shape[1] != self.sums.shape[-1]:
-            raise QuantError(
-                f"vectors of {rows.shape[1]} channels after such of {self.sums.shape[-1]}"
-            )
-        sums = self._summed(self.sums.to(rows.device) if self.batches else None, rows)
+        if self.batches and rows.shape[1] != (channels := self._stored.shape[-1]):
+            raise QuantError(f"vectors of {rows.shape[1]} channels after such of {channels}")
+        sums = self._summed(self._stored.to(rows.device) if self.batches else None, rows)
         if not self._finite(sums):
             require_finite_squares(x, saturates=self.saturates)
             sums = torch.nan_to_num(sums)
-        self.sums, self.rows, self.batches = sums, self.rows + len(rows), self.batches + 1
+        self._store(sums)
+        self.rows, self.batches = self.rows + len(rows), self.batches + 1
 
     def _rows(self, x: Tensor) -> Tensor:
         """The vectors of a tensor, ``[n, channels]``."""
         return x.reshape(-1, x.shape[-1] if x.dim() else 1).to(torch.float32)
+
+    @property
+    def _stored(self) -> Tensor:
+        """The sums as :meth:`_summed` gave them."""
+        return self.sums
+
+    def _store(self, sums: Tensor) -> None:
+        """Take what :meth:`_summed` gave."""
+        self.sums = sums
 
     @abstractmethod
     def _summed(self, sums: Tensor | None, rows: Tensor) -> Tensor:
@@ -172,7 +181,7 @@ class Moments(Statistic):
 
 
 @register_statistic
-class Hessian(Moments):
+class Hessian(SymmetricSums, Moments):
     """``mean(x x^T)`` of the vectors along the last dimension: ``[channels, channels]``.
 
     It takes ``4 channels^2`` bytes, however much data there is, and twice that during a batch.
@@ -187,7 +196,16 @@ class Hessian(Moments):
     dimensions = 2
 
     def _summed(self, sums: Tensor | None, rows: Tensor) -> Tensor:
-        return rows.T @ rows if sums is None else torch.addmm(sums, rows.T, rows)
+        return lower_sums(sums, rows)
+
+    def _finite(self, sums: Tensor) -> bool:
+        return bool(torch.isfinite(sums.diagonal()).all())  # no other is larger than two of these
+
+    def __deepcopy__(self, memo: Any) -> Hessian:
+        copied = type(self)()
+        copied.batches, copied.rows = self.batches, self.rows
+        copied._share(self)
+        return copied
 
     def taken(self) -> Tensor:
         """Sums that may be written to: if ``disposable`` its own, and it is empty then.
@@ -203,9 +221,6 @@ class Hessian(Moments):
         sums = self.sums
         self.sums, self.rows, self.batches = torch.zeros(0, 0), 0, 0
         return sums
-
-    def _finite(self, sums: Tensor) -> bool:
-        return bool(torch.isfinite(sums.diagonal()).all())  # no other is larger than two of these
 
     def _times(self, factor: Tensor) -> Tensor:
         return self.sums * factor * factor[:, None]

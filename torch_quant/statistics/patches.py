@@ -15,11 +15,11 @@ from dataclasses import asdict, fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from torch_quant.core.window import Window
 from torch_quant.errors import InvalidConfig, QuantError
+from torch_quant.statistics._symmetric import SymmetricSums, lower_sums
 from torch_quant.statistics.base import (
     Statistic,
     check_observable,
@@ -31,9 +31,9 @@ from torch_quant.statistics.moments import check_sums, require_finite_squares
 
 __all__ = ["Patches", "patches"]
 
-_FEWEST, _MOST = 64, 65536
-"""Of patches of an image, and of numbers in those that are taken: what is left out costs time, and
-neighbours say much the same."""
+_FEWEST, _SHARE = 32, 4
+"""Of an image, so many patches are taken, or one for each four of a patch's numbers if these are
+more: what is left out costs time, and neighbours say much the same."""
 
 
 def patches(window: Window) -> str:
@@ -46,11 +46,11 @@ def patches(window: Window) -> str:
 
 
 @register_statistic
-class Patches(Statistic):
+class Patches(SymmetricSums, Statistic):
     """``mean(p p^T)`` of the patches ``p`` of images: ``[groups, n, n]``.
 
     ``n`` is the channels of a group times the elements of the window. Of an image with many
-    windows, some are taken, the same in every image of a size.
+    windows, some are taken, the same in every image of a size: 32, or a quarter of ``n``.
 
     Args:
         window: where they lie.
@@ -79,16 +79,24 @@ class Patches(Statistic):
     def observe(self, x: Tensor) -> None:
         check_observable(x)
         found = self._patches(x.detach().to(torch.float32))
-        if self.batches and found.shape[::2] != self.sums.shape[::2]:
+        if self.batches and found.shape[::2] != self._sums.shape[::2]:
             raise QuantError(
-                f"patches of {found.shape[2]} numbers after such of {self.sums.shape[2]}"
+                f"patches of {found.shape[2]} numbers after such of {self._sums.shape[2]}"
             )
-        moments = found.transpose(1, 2) @ found
-        sums = self.sums.to(moments.device) + moments if self.batches else moments
-        if not bool(torch.isfinite(sums).all()):
+        before = self._sums.to(found.device) if self.batches else None
+        if len(found) == 1:
+            sums = lower_sums(None if before is None else before[0], found[0])[None]
+        else:
+            sums = found.transpose(1, 2) @ found
+            sums = sums if before is None else before + sums
+        # No product is larger than two squares.
+        if not bool(torch.isfinite(sums.diagonal(dim1=1, dim2=2)).all()):
             require_finite_squares(x)
-        self.sums, self.rows = sums, self.rows + found.shape[1]
-        self.batches += 1
+        if len(found) == 1:
+            self._store(sums)
+        else:
+            self.sums = sums
+        self.rows, self.batches = self.rows + found.shape[1], self.batches + 1
 
     def _patches(self, x: Tensor) -> Tensor:
         """``[groups, patches, n]`` of images ``[..., channels, *spatial]``."""
@@ -101,19 +109,20 @@ class Patches(Statistic):
         images = x.reshape(-1, *x.shape[-dims - 1 :])
         count, channels, *spatial = images.shape
         places = window.places(tuple(spatial))
-        sides = list(zip(window.before, window.after, strict=True))
-        if any(side for pair in sides for side in pair):
-            images = F.pad(images, [side for pair in reversed(sides) for side in pair])
         chosen = self._chosen(math.prod(places), channels // window.groups)
-        index = _index(window, places, images.shape[2:], chosen)
-        taken = images.flatten(2)[:, :, index]  # [images, channels, patches, elements]
-        groups = taken.unflatten(1, (window.groups, -1)).permute(1, 0, 3, 2, 4)
-        found: Tensor = groups.reshape(window.groups, count * len(index), -1)
+        index, inside = _index(window, places, tuple(spatial), chosen)
+        index = index.flatten().to(images.device).expand(count, channels, -1)
+        taken = images.flatten(2).gather(2, index).unflatten(2, (-1, len(chosen)))
+        if inside is not None:
+            taken *= inside.to(taken)
+        # [images, channels, elements, patches]: what one element has in all patches lies together.
+        together = taken.permute(1, 2, 0, 3).reshape(window.groups, -1, count * len(chosen))
+        found: Tensor = together.transpose(1, 2)
         return found
 
     def _chosen(self, places: int, channels: int) -> Tensor:
         """Which of so many windows are taken."""
-        most = max(_FEWEST, _MOST // (channels * self.window.elements))
+        most = max(_FEWEST, channels * self.window.elements // _SHARE)
         if places <= most:
             return torch.arange(places)
         order = torch.randperm(places, generator=torch.Generator().manual_seed(0))
@@ -121,7 +130,8 @@ class Patches(Statistic):
 
     def __deepcopy__(self, memo: Any) -> Patches:
         copied = type(self)(self.window)
-        copied.batches, copied.rows, copied.sums = self.batches, self.rows, self.sums
+        copied.batches, copied.rows = self.batches, self.rows
+        copied._share(self)
         return copied
 
     def _merge(self, other: Patches) -> None:
@@ -168,18 +178,21 @@ def _window(data: Mapping[str, Any]) -> Window:
 
 def _index(
     window: Window, places: tuple[int, ...], image: tuple[int, ...], chosen: Tensor
-) -> Tensor:
-    """Where the elements of the chosen windows lie in the flat padded image, ``[windows, k]``."""
-    index = torch.zeros(len(chosen), window.elements, dtype=torch.int64)
-    rest, element = chosen, torch.arange(window.elements)
-    step, steps = 1, []
-    for size in reversed(image):
-        steps.append(step)
-        step *= size
-    sides = zip(reversed(places), reversed(window.kernel), reversed(window.stride),
-                reversed(window.dilation), steps, strict=True)  # fmt: skip
-    for count, kernel, stride, dilation, step in sides:
-        at = (rest % count)[:, None] * stride + (element % kernel)[None] * dilation
-        index += at * step
-        rest, element = rest // count, element // kernel
-    return index
+) -> tuple[Tensor, Tensor | None]:
+    """Where the elements of the chosen windows lie in the flat image, and which lie inside of it.
+
+    Returns:
+        Their places, ``[elements, windows]``, at the border for those that lie outside; and which
+        do not, same shape, None if all are inside.
+    """
+    rest, element = chosen, torch.arange(window.elements)[:, None]
+    index = torch.zeros(window.elements, len(chosen), dtype=torch.int64)
+    inside, step = torch.ones_like(index, dtype=torch.bool), 1
+    sides = zip(places, image, window.kernel, window.stride, window.before, window.dilation,
+                strict=True)  # fmt: skip
+    for count, size, kernel, stride, before, dilation in reversed(list(sides)):
+        at = rest % count * stride + element % kernel * dilation - before
+        inside &= (at >= 0) & (at < size)
+        index += at.clamp_(0, size - 1) * step
+        rest, element, step = rest // count, element // kernel, step * size
+    return index, None if bool(inside.all()) else inside
