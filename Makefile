@@ -58,7 +58,7 @@ SAME := algorithms checkpoints cli core extensions fuzz integrations migrate nat
   $(addprefix qat/test_qat_,adapters.py bad_input.py batch_norm.py digits.py distillation.py distributed.py dropout.py \
   edges.py gradients.py lightning.py observing.py tables.py trainer.py training.py transforms.py tuning.py \
   sharing.py starts.py) \
-  $(addprefix test_,all_reduce.py architecture.py bad_input.py benchmarks.py bfloat16.py capture_policy.py capturing_once.py configuration.py contributing.py \
+  $(addprefix test_,accuracy_table.py all_reduce.py architecture.py bad_input.py benchmarks.py bfloat16.py capture_policy.py capturing_once.py configuration.py contributing.py \
   coverage.py decoding_zoo.py experts.py experts_with_data.py explain.py generate_llm.py merging.py misspelt.py mistakes.py never_slower.py \
   onnx_pretrained.py onnx_steps.py onnx_zoo.py public.py quantizer.py readme.py recipes.py release.py report.py requirements.py \
   saved_states.py thinning.py typing.py unseen_calls.py)
