@@ -239,3 +239,27 @@ def test_weights_alone(name: str, recipe: str) -> None:
     exact = quantizer.quantize(model, backend=ReferenceBackend(Backend.get(name)))(x)
     assert sqnr(exact, quant_model(x)) > 30
     assert len(compiled(quant_model).opened) == 1
+
+
+@by_onnxruntime
+@pytest.mark.newest("its capture alone takes a quarter of a minute")
+def test_windows_of_a_batch_of_one(name: str) -> None:
+    """The exporter once took a batch of 1 for all batches up to 2, in layers behind merged windows.
+
+    OpenVINO then gave one image's result for more, onnxruntime refused them.
+    """
+    transformers = pytest.importorskip("transformers")
+    sizes = {"image_size": 32, "patch_size": 4, "embed_dim": 8, "window_size": 4}
+    config = transformers.SwinConfig(**sizes, depths=[2, 1], num_heads=[1, 1])
+    model = seeded(lambda: transformers.SwinModel(config))
+    quantizer = Quantizer(backend=name, dynamic={"pixel_values": [0]})
+    calib_model = quantizer.calib(model)
+    with torch.no_grad():
+        for batch in (1, 2):
+            calib_model(pixel_values=normal(batch, 3, 32, 32))
+    quant_model = quantizer.quantize(model)
+    for batch in (1, 2, 5):
+        x = normal(batch, 3, 32, 32)
+        found, expected = (each(pixel_values=x)[0] for each in (quant_model, model))
+        assert sqnr(expected, found) > 18.0
+    assert len(compiled(quant_model).opened) == 1

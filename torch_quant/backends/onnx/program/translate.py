@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -119,7 +120,8 @@ def _with_free_sizes(graph: QuantizedGraph, tensors: tuple[Tensor, ...], tell: T
 def _exported(graph: QuantizedGraph, tensors: tuple[Tensor, ...], tell: Tell) -> Any:
     """The graph with free sizes, as far as the exporter can.
 
-    A batch of 1 may have to be repeated for that.
+    A batch of 1 may have to be repeated for that: some operators take it for all batches of 1 and 2
+    alone, without a word.
 
     Args:
         graph: what is exported.
@@ -133,20 +135,38 @@ def _exported(graph: QuantizedGraph, tensors: tuple[Tensor, ...], tell: Tell) ->
         Exception: of many unrelated classes of PyTorch: it cannot be exported at all.
     """
     twice = tuple(torch.cat([x, x]) if x.dim() and x.shape[0] == 1 else x for x in tensors)
+    repeated = any(x is not each for x, each in zip(twice, tensors, strict=True))
     reasons: list[Exception] = []
+    limited: list[Any] = []
     for example, mode in ((tensors, "oblivious"), (twice, "oblivious"), (twice, "dynamic")):
         try:
             exported = exported_at_once(graph, example, mode, _PASSES)
-            _tell_fixed(exported, graph, tell)
-            return exported
         except Exception as error:  # torch.export raises errors of many unrelated classes
             reasons.append(error)
+            continue
+        limited.append(exported)
+        if not repeated or _unlimited(exported) or example is twice:
+            break
+    if limited:
+        exported = max(limited, key=_most)
+        _tell_fixed(exported, graph, tell)
+        return exported
     try:
         exported = exported_at_once(graph, tensors, "static", _PASSES)
     except Exception as error:
         raise reasons[0] from error
     tell(f"sizes as in the example only: {reasons[0]}")
     return exported
+
+
+def _unlimited(exported: Any) -> bool:
+    return _most(exported) == math.inf
+
+
+def _most(exported: Any) -> float:
+    """The least of the largest values that free sizes may have."""
+    ends = [float(each.upper) for each in exported.range_constraints.values()]
+    return min(ends, default=math.inf)
 
 
 def _tell_fixed(exported: Any, graph: QuantizedGraph, tell: Tell) -> None:
