@@ -11,6 +11,8 @@ namespace {
 constexpr int64_t GATE_BYTES = 1 << 20;      // of gates that are there at a time, for each direction
 constexpr int64_t THREAD_STEPS = 4 << 20;    // multiplications for which a thread pays
 constexpr int64_t MOST_ROWS = 32;            // sequences of a block
+constexpr int64_t PACKED_ROWS = 4;           // of a step, for which a packed matrix is the faster
+constexpr int64_t PACKED_TIMES = 4;          // as often as packing pays, for what else it costs
 
 int64_t gates_of(int64_t cell) { return cell == LSTM ? 4 : cell == GRU ? 3 : 1; }
 
@@ -48,11 +50,22 @@ EXPORT int torch_quant_recurrent(int threads, const void* call) {
   j.blocks = (j.batch + j.block - 1) / j.block;
   const int64_t items = j.directions * j.blocks;
   const int64_t rows = most(j.batch, least(all, GATE_BYTES / (j.wide * 4)));
-  j.scratch_bytes = whole(j.block * (j.wide * 4 + j.padded + 8), 64);
+  j.scratch_bytes = whole(j.block * (j.wide * 4 + j.padded + 8), 64) + STEP_OUTS * TILE_ROWS * 4;
   const int64_t gate_bytes = whole(rows * j.wide * 4, 64);
   const Memory gates(j.directions * gate_bytes), scratch(threads * j.scratch_bytes);
   const Memory sums(items * (j.wide * 4 + 8));
-  if (!gates.start || !scratch.start || !sums.start) return 1;
+  const Kernels& use = kernels();
+  const bool pack = use.depth == 4 && j.batch >= PACKED_ROWS && all >= PACKED_TIMES * (32 + j.size / 16);
+  const int64_t packed_bytes = pack ? whole(j.wide, LANES) * (whole(j.size, 4) + 4) : 0;
+  const Memory packed(j.directions * packed_bytes);
+  if (!gates.start || !scratch.start || !sums.start || !packed.start) return 1;
+  for (int64_t d = 0; pack && d < j.directions; d++) {
+    uint8_t* start = packed.get() + d * packed_bytes;
+    auto* of_weights = reinterpret_cast<int32_t*>(start);
+    start += whole(j.wide, LANES) * 4;
+    use.pack_weight(j.of[d].w_hh, j.wide, j.size, -1, start, of_weights);
+    j.packed[d] = start, j.of_weights[d] = of_weights;
+  }
   j.scratch = scratch.get();
   j.known = reinterpret_cast<int64_t*>(sums.get());
   j.sums = reinterpret_cast<int32_t*>(j.known + items);
@@ -75,6 +88,6 @@ EXPORT int torch_quant_recurrent(int threads, const void* call) {
       if (!multiply_rounded(x, threads)) return 1;
     }
     if (!more) return 0;
-    for_each<Recurrent>(threads, j, items, kernels().run_steps);
+    for_each<Recurrent>(threads, j, items, use.run_steps);
   }
 }

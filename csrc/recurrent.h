@@ -32,6 +32,8 @@ struct RecurrentCall {
   int64_t steps, batch, in, size, directions, cell, is_signed;
 };
 
+constexpr int64_t STEP_OUTS = 128;  // of a packed matrix, which meet all rows of a step while they are cached
+
 struct Recurrent : RecurrentCall {
   int64_t wide, padded;        // gates * size; `size`, up to a multiple of 64
   int64_t blocks, block;       // of a batch, and sequences of one
@@ -40,7 +42,9 @@ struct Recurrent : RecurrentCall {
   int32_t* sums;               // [directions * blocks, wide]: of a row of W_hh
   int64_t* known;              // [directions * blocks]: whether these are there
   uint8_t* scratch;            // [threads, scratch_bytes]
-  int64_t scratch_bytes;       // codes, state, scales and zero points of a block
+  int64_t scratch_bytes;       // codes, state, scales, zero points of a block, and sums of a tile
+  const uint8_t* packed[2];    // W_hh as product.h packs a right matrix; null where that does not pay
+  const int32_t* of_weights[2];  // [wide, up to a multiple of 16]: sums of its rows
 };
 
 }  // namespace torch_quant

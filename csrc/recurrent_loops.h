@@ -91,6 +91,23 @@ inline void multiply_state(const Dynamic& j, int32_t* sums) {
   }
 }
 
+inline void finish_dynamic(const Dynamic&, const int32_t*, const int32_t*, int64_t, int64_t, int64_t, int64_t);
+
+// The same with a matrix that is packed.
+inline void multiply_state(const Dynamic& j, const uint8_t* packed, const int32_t* of_weights, int32_t* sums) {
+  const int64_t groups = groups_of(j.in);
+  for (int64_t n = 0; n < j.out; n += STEP_OUTS) {
+    const int64_t outs = n + STEP_OUTS < j.out ? STEP_OUTS : j.out - n;
+    for (int64_t m = 0; m < j.rows; m += TILE_ROWS) {
+      const int64_t rows = j.rows - m < TILE_ROWS ? j.rows - m : TILE_ROWS;
+      product_of(rows, j.codes + m * j.padded, j.padded, packed + n / LANES * groups * 64, groups * 64, groups,
+                 (outs + LANES - 1) / LANES, nullptr, sums, STEP_OUTS);
+      for (int64_t r = 0; r < rows; r++)
+        finish_dynamic(j, sums + r * STEP_OUTS, of_weights + n, m + r, m + r, n, outs);
+    }
+  }
+}
+
 // All steps whose gates are there, of one direction and one block of sequences.
 void run_steps(const Recurrent& j, int64_t item, int64_t worker) {
   const int64_t d = item / j.blocks, from = item % j.blocks * j.block;
@@ -105,6 +122,7 @@ void run_steps(const Recurrent& j, int64_t item, int64_t worker) {
   s.codes = room + j.block * j.wide * 4;
   s.scales = reinterpret_cast<float*>(s.codes + j.block * j.padded);
   s.zeros = reinterpret_cast<int32_t*>(s.scales + j.block);
+  auto* tile = reinterpret_cast<int32_t*>(room + j.scratch_bytes) - STEP_OUTS * TILE_ROWS;
   int32_t* sums = j.sums + item * j.wide;
   const int64_t origin = j.first[j.begin[d]];
   for (int64_t i = 0; i < j.end[d] - j.begin[d]; i++) {
@@ -113,7 +131,9 @@ void run_steps(const Recurrent& j, int64_t item, int64_t worker) {
     if (last <= from) continue;
     s.rows = last - from;
     for (int64_t m = 0; m < s.rows; m++) round_dynamic(s, m, m);
-    if (j.known[item]) {
+    if (j.packed[d]) {
+      multiply_state(s, j.packed[d], j.of_weights[d], tile);
+    } else if (j.known[item]) {
       multiply_state<false>(s, sums);
     } else {
       multiply_state<true>(s, sums);

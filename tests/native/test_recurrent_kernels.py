@@ -118,9 +118,12 @@ def test_the_kernel_computes_the_definition(
 @needs_kernels
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_packed_sequences_are_those_that_are_run_one_by_one(kind: str, both: bool) -> None:
-    """Bit for bit: no sequence depends on the others."""
-    layers, lengths = Layers(kind, 12, 40, layers=2, both=both), (7, 5, 5, 2, 1)
+@pytest.mark.parametrize(("size", "lengths"), [(40, (7, 5, 5, 2, 1)), (39, (60, 60, 55, 41, 2, 2))])
+def test_packed_sequences_are_those_that_are_run_one_by_one(
+    size: int, lengths: tuple[int, ...], kind: str, both: bool
+) -> None:
+    """Bit for bit: no sequence depends on the others, nor on whether the matrix is packed."""
+    layers = Layers(kind, 12, size, layers=2, both=both)
     sequences = [normal(length, 12, salt=i) for i, length in enumerate(lengths)]
     packed = nn.utils.rnn.pack_sequence(sequences)
     hx = layers.states(len(lengths))
@@ -149,10 +152,13 @@ def test_neither_threads_nor_the_batch_change_a_bit(instructions: str) -> None:
             together = layers.run(x, hx, None, False)
             some = [each[:, 3:9].contiguous() for each in hx]
             part = layers.run(x[:, 3:9].contiguous(), some, None, False)
+            first = [each[:, :1].contiguous() for each in hx]
+            one = layers.run(x[:, :1].contiguous(), first, None, False)
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
     assert all(torch.equal(a[:, 3:9], b) for a, b in zip(alone, part, strict=True))
+    assert all(torch.equal(a[:, :1], b) for a, b in zip(alone, one, strict=True))
 
 
 @needs_kernels
