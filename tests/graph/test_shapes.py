@@ -5,6 +5,7 @@ import pickle
 import pytest
 import sympy
 import torch
+from torch.utils._sympy.functions import FloorDiv, Mod
 
 from torch_quant.errors import CaptureFailed
 from torch_quant.graph.calls import Call, flatten_call
@@ -106,3 +107,18 @@ def test_inputs_of_one_shape_are_each_checked() -> None:
     ):
         call = flatten_call((*good[:i], wrong, *good[i + 1 :]), {})
         assert contract.mismatch(call) is not None
+
+
+def test_conditions_without_a_result_at_small_sizes() -> None:
+    """A reshape to ``(s // 2, -1)`` asks for a remainder, and 1 // 2 is nothing to divide by."""
+    size = sympy.Symbol("s0", integer=True, positive=True)
+    pairs = FloorDiv(size, 2)
+    remainder, quotient = sympy.Eq(Mod(12 * size, pairs), 0), sympy.Eq(FloorDiv(size, pairs), 2)
+    for conditions in ([remainder], [remainder, quotient], [quotient]):
+        halved = ShapeContract(["x"], [("s0", 12)], conditions)
+        assert not halved.fixes("s0", 4)  # of 2 and 6 it holds as well
+        assert halved.mismatch(call((6, 12))) is None
+        assert halved.mismatch(call((1, 12))) is not None
+        assert halved.relied_on(call((4, 12))) is not None
+        assert halved.allowing(call((1, 12))).mismatch(call((1, 12))) is None
+        assert halved.proven([{"s0": 1}]).mismatch(call((6, 12))) is None

@@ -237,9 +237,15 @@ def _plain(size: Any) -> int:
 
 
 def _holds(condition: Any, values: dict[str, int]) -> bool | None:
-    """Whether a condition on sizes holds; None where data decide."""
-    result = substitute(condition, values)
-    return None if result is None else bool(result)
+    """Whether a condition on sizes holds; None where data decide.
+
+    It does not where it has no result for these sizes, as a remainder of ``s // 2`` for 1.
+    """
+    try:
+        result = substitute(condition, values)
+        return None if result is None else bool(result)
+    except Exception:  # a division by zero, to which sympy answers in many ways
+        return False
 
 
 def _fixed_or_name(size: int | SymInt) -> int | str:
