@@ -211,6 +211,21 @@ def test_its_file_is_its_own(tmp_path: Path) -> None:
     assert torch.equal(found, quant_model(x))
 
 
+def test_training_ends_near_where_it_was() -> None:
+    """Grids are trained as they were calibrated, and get the zero point 0 at the end."""
+    model, x = seeded(Attention), normal(4, 9, 16)
+    quantizer = quantized(model, x)
+    before = quantizer.quantize(model)(x)
+    qat_model = quantizer.qat(model)
+    assert sqnr(before, qat_model(x)) > 30.0
+    optimizer = torch.optim.SGD(qat_model.parameters(), 1e-4)
+    with torch.enable_grad():
+        qat_model(x).square().mean().backward()
+    optimizer.step()
+    trained, simulated = quantizer.quantize(qat_model)(x), qat_model.eval()(x)
+    assert sqnr(simulated, trained) > 30.0
+
+
 def test_a_fallback_and_a_wish_for_products() -> None:
     model, x = seeded(Attention), normal(2, 9, 16)
     quantizer = quantized(model, x)

@@ -23,8 +23,11 @@ _SIGNED, _LARGEST = "int8", 127
 def signed_products(context: PassContext) -> int:
     """Operands that such products alone read get a grid whose zero point is 0.
 
-    OpenVINO multiplies in float where one of them has another zero point.
+    OpenVINO multiplies in float where one of them has another zero point. Grids that are trained
+    stay as they are until training ends.
     """
+    if context.live:
+        return 0
     changed = 0
     for node in list(context.graph.find_nodes(op="call_function", target=QUANTIZE)):
         readers = _readers(node)
