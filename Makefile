@@ -61,7 +61,7 @@ SAME := algorithms checkpoints cli core extensions fuzz integrations migrate nat
   $(addprefix test_,accuracy_table.py all_reduce.py architecture.py bad_input.py benchmarks.py bfloat16.py capture_policy.py capturing_once.py configuration.py contributing.py \
   coverage.py decoding_zoo.py experts.py experts_with_data.py explain.py generate_llm.py merging.py misspelt.py mistakes.py never_slower.py \
   onnx_pretrained.py onnx_steps.py onnx_zoo.py public.py quantizer.py ray.py readme.py recipes.py release.py report.py requirements.py \
-  saved_states.py thinning.py typing.py unseen_calls.py)
+  saved_states.py thinning.py troubleshooting.py typing.py unseen_calls.py)
 
 # The same, but for their tests on IPEX.
 ONLY_IPEX := $(addprefix tests/,amp/test_amp_outputs.py amp/test_fallback_execution.py test_example_inputs.py test_invariants.py)
