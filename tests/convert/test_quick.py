@@ -89,7 +89,7 @@ def plain(model: nn.Module) -> Any:
 def quick_in(model: Any) -> list[QuickCall]:
     glue = model.quantization.glue
     found = (vars(each).get("_compiled_call_impl") for each in glue.modules())
-    return [each for each in found if isinstance(each, QuickCall)]
+    return [each for each in found if isinstance(each, QuickCall) and not each._left]
 
 
 def members_in(model: Any) -> list[Member]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
+import sys
+import threading
 import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -127,6 +130,48 @@ def agree(model: Any, quant_model: Any, *shapes: tuple[int, ...]) -> None:
 def is_quick(module: nn.Module) -> bool:
     call = vars(module).get("_compiled_call_impl")
     return isinstance(call, QuickCall) and call._function is not None
+
+
+class Private(Norm):
+    def __init__(self) -> None:
+        super().__init__()
+        self._eps = 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self._eps))
+
+
+def test_private_numbers_may_change() -> None:
+    model, quant_model = pair(Private)
+    agree(model, quant_model)
+    model.norm._eps = quant_model.norm._eps = 10.0
+    agree(model, quant_model)
+
+
+def test_first_calls_in_threads() -> None:
+    """Modules that find out at their first call that they are not quick are called by others, too."""
+    _, quant_model = pair(lambda: nn.Sequential(*(OfLength() for _ in range(40))))
+    saved, x = pickle.dumps(quant_model), normal(2, 32)
+    expected, results, before = quant_model(x), list[Tensor](), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(10):
+            loaded, start = pickle.loads(saved), threading.Barrier(4)
+
+            def call(loaded: Any = loaded, start: threading.Barrier = start) -> None:
+                start.wait()
+                with torch.no_grad():
+                    results.append(loaded(x))
+
+            threads = [threading.Thread(target=call) for _ in range(4)]
+            for each in threads:
+                each.start()
+            for each in threads:
+                each.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert len(results) == 40
+    assert all(torch.equal(each, expected) for each in results)
 
 
 def test_straight_code_is_one_kernel() -> None:

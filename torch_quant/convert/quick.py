@@ -119,6 +119,7 @@ class QuickCall:
         "_function",
         "_held",
         "_kinds",
+        "_left",
         "_size",
         "module",
     )  # no dictionary to look into
@@ -129,6 +130,8 @@ class QuickCall:
         self._held: list[tuple[dict[str, Any], str]] = []
         self._kinds: list[Any] = []
         self._facts = _Facts(nn.Identity())
+        self._left = False
+        """Whether it only calls the module, which other threads may be calling through it."""
         self._size: tuple[int, tuple[int, ...]] = (0, ())
         """Dimensions of the input, and the last of them."""
 
@@ -136,6 +139,8 @@ class QuickCall:
         return _nothing, ()  # where a module's own __getstate__ gives it
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._left:
+            return self.module._call_impl(*args, **kwargs)
         if torch.compiler.is_dynamo_compiling() or kwargs or len(args) != 1:
             if self._function is None and not torch.compiler.is_dynamo_compiling():
                 self._leave()  # it takes more than one tensor
@@ -153,8 +158,7 @@ class QuickCall:
         return self.module._call_impl(x)
 
     def _leave(self) -> None:
-        if vars(self.module).get(_CALL) is self:
-            del vars(self.module)[_CALL], vars(self.module)[_AGAIN]
+        self._left = True
 
     def _learn(self, x: Tensor) -> None:
         """Find out what the module computes from rows of such a size."""
@@ -238,9 +242,8 @@ class _Facts:
                     self.hooks += [vars(graph)[name] for name in _HOOKS]
             else:
                 own = vars(each)
-                plain = (n for n, x in own.items() if type(x) in _PLAIN or callable(x))
-                names = [name for name in plain if not name.startswith("_")]
-                self._note(own, [name for name in names if name != "forward"])
+                plain = [n for n, x in list(own.items()) if type(x) in _PLAIN or callable(x)]
+                self._note(own, [name for name in plain if name not in ("forward", _CALL)])
 
     def _note(self, entries: dict[str, Any], names: Sequence[str]) -> None:
         names = [name for name in names if name in entries]

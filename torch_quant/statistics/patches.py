@@ -31,7 +31,7 @@ from torch_quant.statistics.moments import check_sums, require_finite_squares
 
 __all__ = ["Patches", "patches"]
 
-_FEWEST, _SHARE = 128, 4
+_FEWEST, _SHARE = 64, 4
 """Of an image, so many patches are taken, or one for each four of a patch's numbers if these are
 more: what is left out costs time, and neighbours say much the same."""
 
@@ -50,7 +50,7 @@ class Patches(SymmetricSums, Statistic):
     """``mean(p p^T)`` of the patches ``p`` of images: ``[groups, n, n]``.
 
     ``n`` is the channels of a group times the elements of the window. Of an image with many
-    windows, some are taken, the same in every image of a size: 128, or a quarter of ``n``.
+    windows, some are taken, the same in every image of a size: 64, or a quarter of ``n``.
 
     Args:
         window: where they lie.

@@ -32,11 +32,17 @@ def flat_rows(context: PassContext) -> int:
     """Layer norms and linear layers of four and more dimensions, and what follows, have three."""
     flat = _Flat()
     for node in list(context.graph.nodes):
-        if node.target in _BY_ROWS and len(size_hints(argument(node, 0))) > _MOST:
+        if node.target in _BY_ROWS and _has_known_width(argument(node, 0)):
             flat.rows(node)
         elif node.target in _BY_ELEMENTS and argument(node, 0) in flat.of:
             flat.replace(node, flat.of[argument(node, 0)])
     return flat.changed
+
+
+def _has_known_width(x: fx.Node) -> bool:
+    """Whether a tensor has more dimensions than wanted, the last one of a size that stays."""
+    sizes = x.meta["val"].shape
+    return len(sizes) > _MOST and isinstance(sizes[-1], int)
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class _Flat:
                 sizes = [
                     graph.call_function(aten.sym_size.int, (x, i)) for i in range(len(leading))
                 ]
-                flat = graph.call_function(aten.reshape.default, (x, [sizes[0], -1, width]))
+                flat = graph.call_function(aten.flatten.using_ints, (x, 1, -2))
             self.of[x] = _Rows(flat, sizes, width)
         return self.of[x]
 
