@@ -149,7 +149,7 @@ def test_private_numbers_may_change() -> None:
 
 
 def test_first_calls_in_threads() -> None:
-    """Modules that find out at their first call that they are not quick are called by others, too."""
+    """Others call a module while it finds out, at its first call, that it is not quick."""
     _, quant_model = pair(lambda: nn.Sequential(*(OfLength() for _ in range(40))))
     saved, x = pickle.dumps(quant_model), normal(2, 32)
     expected, results, before = quant_model(x), list[Tensor](), sys.getswitchinterval()
