@@ -112,7 +112,7 @@ def ours(backend: str, recipe: str = "int8_static") -> Callable[[Setting], Run]:
 
 def bare_openvino(setting: Setting) -> Run:
     """Our file in OpenVINO, called without this package."""
-    written = setting.calibrated("int8_static").quantize(setting.model, backend="onnx")
+    written = setting.calibrated("int8_static").quantize(setting.model, backend="openvino")
     (file,) = export_onnx(written, setting.sizes[0], setting.folder / "ours.onnx")
     return in_openvino(file, setting)
 
