@@ -24,18 +24,26 @@ from torch_quant.graph.sites import Site, find_sites
 from torch_quant.ops.table import OPERATORS
 from torch_quant.passes.constants import evaluate
 from torch_quant.state import QuantState
-from torch_quant.statistics import RANGE, Statistic
+from torch_quant.statistics import RANGE, Observer, Statistic
 
 if TYPE_CHECKING:
     from torch_quant.backends import Backend
     from torch_quant.session import Session
 
-__all__ = ["Calibrated", "tell_unrecorded", "unfit", "without_result"]
+__all__ = [
+    "Calibrated",
+    "is_unfit",
+    "tell_unfit",
+    "tell_unrecorded",
+    "unfit",
+    "without_result",
+]
 
 logger = logging.getLogger("torch_quant")
 
 V = TypeVar("V")
-_UNFIT = "int8 would keep too little of it"
+_UNFIT = "would keep too little of it"
+_PLAIN = QuantSpec()
 _UNRECORDED = "quantizes its own result, whose range was not recorded"
 
 
@@ -250,17 +258,22 @@ class _Known:
     def scale(self, key: str, spec: QuantSpec) -> Tensor:
         return self.state.qparams(key, spec).scale
 
+    def is_zero(self, key: str) -> bool:
+        observer = self.state.find(key)
+        return isinstance(observer, Observer) and not any(x.any() for x in observer.range(_PLAIN))
+
     def value(self, constant: fx.Node) -> Tensor:
         return evaluate(self.gm, constant)
 
 
 @torch.no_grad()
-def unfit(session: Session, plan: QuantPlan) -> dict[str, str]:
+def unfit(session: Session, plan: QuantPlan, *, but_wished: bool = False) -> dict[str, str]:
     """Sites that the ranges found do not serve, and why.
 
     Args:
         session: of the model.
         plan: what would be done.
+        but_wished: leave out those that the user has asked for; see :func:`_wished`.
     """
     rows = {name for name, row in OPERATORS.items() if row.unfit is not None}
     state = session.state
@@ -275,8 +288,43 @@ def unfit(session: Session, plan: QuantPlan) -> dict[str, str]:
             if entry.needs_ranges and all(state.find(key) is not None for key in entry.inputs):
                 why = pattern.unfit(node, entry, _Known(prepared.canonical, state))
                 if why:
-                    found[site.name] = f"{_UNFIT}, {why}"
-    return found
+                    found[site.name] = f"{entry.format} {_UNFIT}, {why}"
+    explicit = _wished(session) if found and but_wished else frozenset()
+    return {name: why for name, why in found.items() if name not in explicit}
+
+
+def is_unfit(entry: SitePlan) -> bool:
+    """Whether a site is in float as the ranges found do not serve it."""
+    return _UNFIT in entry.reason
+
+
+def _wished(session: Session) -> frozenset[str]:
+    """Sites that an override, a summary or formats of the quantizer's own QConfig quantize.
+
+    Args:
+        session: of the model.
+    """
+    settings = session.settings
+    default = settings.qconfig
+    formats = default.input is not None or default.weight is not None
+    found = set()
+    for site, _ in session.captured.sites():
+        edit = settings.summary.plan.get(site.name)
+        own = settings.config_of(session.captured.root.module, site) is not default
+        if formats or own or (edit is not None and edit.quantized):
+            found.add(site.name)
+    return frozenset(found)
+
+
+def tell_unfit(session: Session, plan: QuantPlan) -> None:
+    """Log a warning of sites that the ranges found do not serve, quantized as was asked for.
+
+    Args:
+        session: of the model.
+        plan: what is done.
+    """
+    for name, why in unfit(session, plan).items():
+        logger.warning("%s is quantized as it was asked to be, but %s", name, why)
 
 
 def tell_unrecorded(plan: QuantPlan) -> None:

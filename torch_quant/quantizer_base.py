@@ -23,7 +23,7 @@ from torch_quant.amp.optimizing import optimize
 from torch_quant.amp.options import AmpOptions
 from torch_quant.amp.proxy import AmpModel
 from torch_quant.backends import VARIABLE, Backend, usable_backend
-from torch_quant.calibrated import tell_unrecorded
+from torch_quant.calibrated import is_unfit, tell_unfit, tell_unrecorded
 from torch_quant.choices import (
     check_keywords,
     check_positions,
@@ -340,7 +340,7 @@ class QuantizerBase(Tied):
         plan = lowering.plan
         lower = any(site.precision != PRECISIONS[0] for site in plan.values())
         if not (plan.quantized or lower) and not any(
-            site.reason.startswith((FALLEN_BACK, SLOWER)) for site in plan.values()
+            is_unfit(x) or x.reason.startswith((FALLEN_BACK, SLOWER)) for x in plan.values()
         ):
             reasons = sorted({f"{site.op}: {site.reason}" for site in plan.values()})
             rest = f"; and {len(reasons) - 2} more reasons" if len(reasons) > 2 else ""
@@ -349,7 +349,7 @@ class QuantizerBase(Tied):
                 + ("; ".join(reasons[:2]) or session.captured.nothing_captured())
                 + f"{rest}. print(quantizer.coverage(model)) lists every operator"
             )
-        if not (plan.quantized or lower):
+        if not (plan.quantized or lower or any(map(is_unfit, plan.values()))):
             logger.warning(
                 "all %d sites are in float, since those that can be quantized fell back or are "
                 "faster so: the model gains nothing. quantizer.reset_fallback() quantizes it, and "
@@ -390,6 +390,7 @@ def _tell(session: Session, plan: QuantPlan) -> None:
     """Warn of what is not as was asked for: sites in float, other methods, a weight kept twice."""
     sites, settings = session.captured.sites(), session.settings
     tell_unrecorded(plan)
+    tell_unfit(session, plan)
     tell_misfits(sites, plan)
     tell_tied(sites, session.model, plan)
     tell_refused(sites, session.model, plan, qconfig=settings.qconfig, overrides=settings.overrides)

@@ -168,7 +168,7 @@ class Session:
         settings.summary.check([site for each in self.captured.graphs() for site, _ in each.sites])
         plan = plan.edited(settings.summary.plan, backend.kernels())
         plan = _in_float(plan, without_result(self, plan, backend))
-        return _in_float(plan, unfit(self, plan))
+        return _in_float(plan, unfit(self, plan, but_wished=True))
 
     def _annotated(self, backend: Backend, qconfig: QConfig, overrides: Overrides) -> QuantPlan:
         return annotate(

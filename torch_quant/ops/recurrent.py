@@ -202,8 +202,10 @@ def _one_scale(node: fx.Node, entry: SitePlan, known: Known) -> str:
     """Why a row of both matrices cannot have one scale; empty if it can.
 
     With ``r`` steps of ``h`` in one of ``x``, rounding ``[r W_ih, W_hh]`` to a step of ``s`` for
-    each row adds ``s^2 / 12`` to each element of either. Where the matrix with the smaller numbers
-    has an SQNR below :data:`LEAST_SQNR` by that, it is mostly noise, which every step adds again.
+    each row adds ``s^2 / 12`` to each element of either. ``x`` may reach its range seldom, which is
+    all that is known of it, so what is added to ``W_hh h`` is compared with that alone, and what is
+    added to ``W_ih x`` with the whole sum where ``x`` and ``h`` fill their ranges: noise in a term
+    that is small beside the other at its largest does not count. Below :data:`LEAST_SQNR` it does.
     """
     given, spec, weight = arguments(node), entry.activation, entry.weight
     assert spec is not None
@@ -215,16 +217,23 @@ def _one_scale(node: fx.Node, entry: SitePlan, known: Known) -> str:
         pair = [known.value(w_ih).detach() * ratio, known.value(w_hh).detach()]
         top = torch.maximum(*(each.abs().amax(1) for each in pair))
         noise = (top / (2 ** (weight.element.bits - 1) - 1)).square().mean() / 12
-        for name, part in zip(("W_ih", "W_hh"), pair, strict=True):
-            decibels = 10.0 * float((part.square().mean() / noise).log10())
-            if decibels < LEAST_SQNR and bool(part.any()):
-                return f"{name} would have {decibels:.0f} dB: {_ONE_SCALE} {ratio:.3g} {_CURE}"
+        of_x, of_h = (each.square().sum() for each in pair)
+        terms = {"W_hh": (of_h, pair[1]), "W_ih x + W_hh h": (of_x + of_h, pair[0])}
+        for name, (signal, rounded) in terms.items():
+            decibels = 10.0 * float((signal / (noise * rounded.numel())).log10())
+            if decibels < LEAST_SQNR and bool(of_h.any()):
+                cure = _CURE_OF_ZEROS if known.is_zero(entry.inputs[0]) else _CURE
+                return f"{name} would have {decibels:.0f} dB: {_ONE_SCALE} {ratio:.3g} {cure}"
     return ""
 
 
 LEAST_SQNR = 15.0
 """dB of a matrix that shares its scale with another: two bits and a half."""
 _ONE_SCALE = "its rows share a scale with the other matrix, and a step of the input is"
+_CURE_OF_ZEROS = (
+    "steps of the hidden state, as the input was 0 in every batch: calibrate with others, or have "
+    "scales of each step: recipes.int8_dynamic()"
+)
 _CURE = (
     "steps of the hidden state: divide the input by what brings it near 1, channel by channel, and "
     "multiply W_ih by it, or have scales of each step: recipes.int8_dynamic()"

@@ -119,6 +119,9 @@ class Known(Protocol):
     def scale(self, key: str, spec: QuantSpec) -> Tensor:
         """The scale of a tensor, as it is observed."""
 
+    def is_zero(self, key: str) -> bool:
+        """Whether nothing but 0 was observed of a tensor."""
+
     def value(self, constant: fx.Node) -> Tensor:
         """What a constant expression of the graph is."""
 
