@@ -73,7 +73,7 @@ class CapturedModel:
         self.settled_on: Any = None
         """The ranges and weights that this rests on."""
         self.sample: Any = None
-        """The last calibration batch and its outputs, where they are small."""
+        """The last calibration batch of the whole model, where it is small."""
         self._told: tuple[str, ...] = ()
         self._prepared: dict[int, tuple[CapturedGraph, Prepared]] = {}
         training = [name or "the model" for name, m in model.named_modules() if m.training]
@@ -86,7 +86,7 @@ class CapturedModel:
     def copied(self) -> CapturedModel:
         """The same graphs, to be added to without a trace on these."""
         twin = copy.copy(self)
-        twin.root = self.root.copied()
+        twin.root, twin.sample = self.root.copied(), None
         twin._prepared, twin.settled = dict(self._prepared), dict(self.settled)
         return twin
 
@@ -155,6 +155,7 @@ class CapturedModel:
         known = self.root
         self.root = CapturedModule(twin_of(model), dynamic=known.dynamic, policy=known.policy)
         self._prepared.clear()
+        self.sample = None
         self.version += 1
 
     def as_lowered(self, plan: QuantPlan, backend: str) -> QuantPlan:

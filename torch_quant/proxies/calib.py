@@ -44,6 +44,7 @@ class CalibModel(Proxy):
         self._graphs: dict[int, Callable[..., Any]] = {}
         self._keys: dict[int, frozenset[str]] = {}
         self._compared: set[Any] = set()
+        self._sample: Sample | None = None
         self._settings = self.session.settings.values()
 
     def _follow(self) -> None:
@@ -79,7 +80,7 @@ class CalibModel(Proxy):
     def _recorded(self, executor: Executor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         check_not_empty((args, kwargs), self.session.state.batches)
         kind = executor.submodule.path, kind_of(args, kwargs)
-        inputs = Sample.before(executor.submodule, args, kwargs)
+        self._sample = None
         if kind in self._compared:
             with self.session.state.batch():
                 outputs = self._execute(executor, args, kwargs)
@@ -88,8 +89,7 @@ class CalibModel(Proxy):
             self._compared.add(kind)
         self.session.seen()
         if not executor.submodule.path:
-            whole = not executor.submodule.failure  # it may have turned out otherwise
-            self.captured.sample = Sample.of(inputs, outputs) if whole else None
+            self.captured.sample, self._sample = self._sample, None
         return outputs
 
     def _first_of_its_kind(
@@ -132,7 +132,10 @@ class CalibModel(Proxy):
             )
         # Where the module itself follows, it must find its inputs as they were.
         tensors = call.tensors if graph.exact else on_copies(call).tensors
+        sample = None if submodule.path else Sample.of(graph, call)
         outputs = self._graphs[id(graph)](*tensors)
+        if sample is not None and sample.fits(outputs):
+            self._sample = sample
         if graph.exact:
             return graph.output(outputs, call)
         args, kwargs = call.source
