@@ -306,3 +306,44 @@ def test_a_quantized_model_does_not_keep_the_sample() -> None:
     gc.collect()
     assert kept() is None
     assert quantized(torch.randn(2, 16)).shape == (2, 4)
+
+
+RUNS: list[int] = []
+
+
+@torch.library.custom_op("torch_quant_tests::counted", mutates_args=())
+def counted(x: Tensor) -> Tensor:
+    """An operator of the user's, which leaves a trace."""
+    RUNS.append(1)
+    return x.clone()
+
+
+@counted.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class Foreign(Collapses):
+    def forward(self, x: Tensor) -> Tensor:
+        return counted(super().forward(x))
+
+
+def test_operators_of_others_are_not_run(caplog: Caplog) -> None:
+    model, data = model_of(Foreign), torch.randn(32, 16)
+    quantizer = calibrated(model, data)
+    assert quantizer.calib(model).captured.sample is not None
+    before = len(RUNS)
+    quantizer.quantize(model)
+    assert len(RUNS) == before
+    assert not messages(caplog)
+
+
+class Drops(Collapses):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+
+def test_dropout_that_is_off_draws_nothing(caplog: Caplog) -> None:
+    model, data = model_of(Drops), torch.randn(32, 16)
+    calibrated(model, data).quantize(model)
+    assert len(messages(caplog)) == 1
