@@ -15,6 +15,7 @@ from models import normal, seeded
 from onnx_files import feeds, needs, run_openvino
 from rewriting import apply, canonical, plan_for
 from runtimes import compiled
+from thinning import OLDEST
 from torch import Tensor, fx, nn
 
 from torch_quant import QConfig, QuantSpec, export_onnx, sqnr
@@ -28,6 +29,11 @@ from torch_quant.passes.insert_qdq import insert_qdq
 pytestmark = needs("onnx", "onnxscript", "openvino")
 
 aten = torch.ops.aten
+without_ipex = pytest.mark.skipif(
+    OLDEST,
+    reason="IPEX 2.8, once imported, has a layer norm that refuses empty batches and is wrong over "
+    "two dimensions; run on the newest torch",
+)
 
 
 class Attention(nn.Module):
@@ -155,6 +161,7 @@ def test_numbers_move() -> None:
     assert torch.equal(gm(x)[0], before)
 
 
+@without_ipex
 @pytest.mark.parametrize("shape", [(2, 6, 16), (2, 5, 6, 16), (2, 3, 5, 6, 16)])
 def test_rows_are_flat(shape: tuple[int, ...]) -> None:
     model = seeded(
@@ -197,6 +204,7 @@ def test_rows_of_any_length() -> None:
         assert sqnr(expected, found) > 30.0
 
 
+@without_ipex
 def test_a_norm_over_two_dimensions_is_left() -> None:
     gm = _lowered(seeded(lambda: nn.LayerNorm((6, 16))), normal(2, 5, 6, 16))
     assert not apply(flat_rows, gm)
