@@ -6,9 +6,8 @@ dequantize -> max_pool -> quantize      the pooled values lie on the grid alread
 from __future__ import annotations
 
 import torch
-from torch import fx
 
-from torch_quant.backends.onnx.forms.matching import is_dequantized
+from torch_quant.backends.onnx.forms.matching import is_dequantized, readers_behind
 from torch_quant.ops.arguments import argument, arguments, set_arguments
 from torch_quant.ops.qdq import DEQUANTIZE, QUANTIZE
 from torch_quant.ops.table import DATA_MOVEMENT
@@ -43,19 +42,8 @@ def keep_grids(context: PassContext) -> int:
         *_, element = here
         if element != argument(origin, "element") or grid == here:
             continue
-        for reader in (node, *_readers(node)):
+        readers = (each for each in readers_behind(node) if each.target is DEQUANTIZE)
+        for reader in (node, *readers):
             set_arguments(reader, dict(enumerate(grid, 1)))
         changed += 1
     return changed
-
-
-def _readers(quantizer: fx.Node) -> list[fx.Node]:
-    """Every ``dequantize`` of the codes, moved or not."""
-    found, todo = [], list(quantizer.users)
-    while todo:
-        user = todo.pop()
-        if user.target is DEQUANTIZE:
-            found.append(user)
-        elif user.target in DATA_MOVEMENT:
-            todo += user.users
-    return found

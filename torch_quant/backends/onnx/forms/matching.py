@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,7 +12,14 @@ from torch_quant.ops.arguments import argument
 from torch_quant.ops.qdq import DEQUANTIZE, DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_TENSOR, QUANTIZE
 from torch_quant.ops.table import DATA_MOVEMENT
 
-__all__ = ["ELEMENTWISE", "is_dequantized", "is_quantized_product", "is_target"]
+__all__ = [
+    "ELEMENTWISE",
+    "is_dequantized",
+    "is_quantized_product",
+    "is_target",
+    "origin_of",
+    "readers_behind",
+]
 
 aten = torch.ops.aten
 
@@ -36,12 +44,22 @@ def is_quantized_product(node: fx.Node) -> bool:
 
 def is_dequantized(node: Any) -> bool:
     """Whether ``node`` dequantizes the codes of an activation."""
-    return isinstance(node, fx.Node) and node.target is DEQUANTIZE and _source(node) is not None
+    return is_target(node, DEQUANTIZE) and is_target(origin_of(argument(node, "q")), QUANTIZE)
 
 
-def _source(node: fx.Node) -> fx.Node | None:
-    """The ``quantize`` whose codes, moved or not, a ``dequantize`` reads."""
-    codes = argument(node, "q")
-    while codes.target in DATA_MOVEMENT:
-        codes = argument(codes, 0)
-    return codes if codes.target is QUANTIZE else None
+def origin_of(node: fx.Node) -> fx.Node:
+    """What gives the values that were moved to ``node``; ``node`` itself if nothing moved."""
+    while node.target in DATA_MOVEMENT:
+        node = argument(node, 0)
+    return node
+
+
+def readers_behind(node: fx.Node) -> Iterator[fx.Node]:
+    """What reads a tensor, moved or not."""
+    todo = list(node.users)
+    while todo:
+        user = todo.pop()
+        if user.target in DATA_MOVEMENT:
+            todo += user.users
+        else:
+            yield user

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from torch_quant.backends.onnx.forms.matching import origin_of
 from torch_quant.backends.openvino.forms.readers import in_products
 from torch_quant.ops.arguments import argument, arguments
 from torch_quant.ops.qdq import DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
-from torch_quant.ops.table import DATA_MOVEMENT
 from torch_quant.passes.base import PassContext
 
 __all__ = ["move_numbers"]
@@ -41,16 +41,12 @@ def move_numbers(context: PassContext) -> int:
         return made[key]
 
     for node in list(graph.find_nodes(op="call_function", target=DEQUANTIZE_PER_TENSOR)):
-        if _is_moved(argument(node, "q")) and in_products(node):
-            node.replace_all_uses_with(numbers_of(argument(node, "q"), node))
+        codes = argument(node, "q")
+        origin = origin_of(codes)
+        if origin is codes or origin.target is not QUANTIZE_PER_TENSOR:
+            continue  # it stands there already, or they are no quantizer's
+        if in_products(node):
+            node.replace_all_uses_with(numbers_of(codes, node))
             graph.erase_node(node)
             changed += 1
     return changed
-
-
-def _is_moved(codes: fx.Node) -> bool:
-    """Whether ``codes`` are a quantizer's, moved."""
-    origin = codes
-    while origin.target in DATA_MOVEMENT:
-        origin = argument(origin, 0)
-    return origin is not codes and origin.target is QUANTIZE_PER_TENSOR

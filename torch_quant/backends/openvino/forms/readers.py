@@ -1,30 +1,17 @@
-"""Questions that the passes of this room ask of what reads a tensor."""
+"""A question that the passes of this room ask of what reads a tensor."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 from torch import fx
 
-from torch_quant.ops.table import DATA_MOVEMENT
+from torch_quant.backends.onnx.forms.matching import readers_behind
 
-__all__ = ["in_products", "readers_behind"]
+__all__ = ["in_products"]
 
 aten = torch.ops.aten
 
 _PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default, aten.mm.default})
-
-
-def readers_behind(node: fx.Node) -> Iterator[fx.Node]:
-    """What reads a tensor, moved or not."""
-    todo = list(node.users)
-    while todo:
-        user = todo.pop()
-        if user.target in DATA_MOVEMENT:
-            todo += user.users
-        else:
-            yield user
 
 
 def in_products(node: fx.Node) -> bool:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from torch_quant.backends.openvino.forms.readers import in_products, readers_behind
+from torch_quant.backends.onnx.forms.matching import readers_behind
+from torch_quant.backends.openvino.forms.readers import in_products
 from torch_quant.core.elements import IntegerType, element_type
 from torch_quant.ops.arguments import arguments, set_arguments
 from torch_quant.ops.qdq import DEQUANTIZE, QUANTIZE
