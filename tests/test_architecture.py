@@ -25,7 +25,7 @@ LAYERS = (
     "profiling", "rounding", "explain", "unseen", "configuration", "choices", "proxies",
     "amp", "qat", "regions", "comparing", "reporting", "quantizer_base", "quantizer_files",
     "quantizer_training", "quantizer_reports", "quantizer_page", "quantizer",
-    "tuning", "autotuning", "migrate", "checkpoints", "integrations",
+    "trials", "tuning", "autotuning", "migrate", "checkpoints", "integrations",
 )  # fmt: skip
 """Each is ``torch_quant/<name>.py`` or ``torch_quant/<name>/``, and may import from its left."""
 

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import logging
 import math
-import numbers
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from torch_quant.amp.fallback import precision_of
+from torch_quant.amp.proxy import AmpModel
 from torch_quant.convert.quantized import QuantizedModule
 from torch_quant.errors import InvalidConfig, NotCalibrated
 from torch_quant.graph.progress import hidden
 from torch_quant.qat.model import QatModel, bond_of
 from torch_quant.quantizer import Quantizer
 from torch_quant.report.tuning import Trial, Tuning
+from torch_quant.trials.goal import Goal, evaluate
+from torch_quant.trials.journal import Journal, described, key_of
+from torch_quant.trials.running import Job, Limits, Stop, Trials, bisected, check_pickles
 
 __all__ = ["Trial", "Tuning", "tune"]
 
@@ -39,13 +43,16 @@ def tune(
     max_trials: int | None = None,
     timeout: float | None = None,
     dtype: torch.dtype = torch.float32,
+    executor: Executor | None = None,
+    log: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> QuantizedModule:
     """Quantize ``model`` with as few layers in float as keep its metric within a tolerance.
 
     The float model is evaluated through an AMP proxy, which ranks the layers on the way; then the
     number of worst layers in float is found by bisection: at most ``2 + ceil(log2 L)`` calls of
-    ``eval_fn`` for ``L`` layers, the float one included.
+    ``eval_fn`` for ``L`` layers, the float one included. Trials are run as those of
+    :func:`torch_quant.autotune`, which chooses among configurations of the whole model.
 
     Args:
         quantizer: calibrated; it is left in the state of the model returned, what fell back before
@@ -61,6 +68,11 @@ def tune(
         max_trials: most calls of ``eval_fn``.
         timeout: seconds after which no further trial is begun.
         dtype: what layers fall back to, ``torch.float32`` or ``torch.bfloat16``.
+        executor: of ``concurrent.futures``, or one like it: so many quantized models are made here
+            and evaluated there at a time as it has workers. Processes take an ``eval_fn`` that can
+            be pickled, and kinds of calls that were calibrated.
+        log: a file of JSON lines. A search that was interrupted goes on from it, with a quantizer
+            that was calibrated on the same data.
         progress: whether to show a progress bar.
 
     Returns:
@@ -70,7 +82,8 @@ def tune(
 
     Raises:
         NotCalibrated: the quantizer has seen no data, or ``eval_fn`` never called the model.
-        InvalidConfig: an argument out of range, or a metric that is not a number.
+        InvalidConfig: an argument out of range, a metric that is not a number, or ``log`` is of
+            another model or quantizer.
 
     >>> model, x, quantizer = nn.Linear(4, 2), torch.rand(8, 4), Quantizer("reference")
     >>> _ = quantizer.calib(model)(x)
@@ -83,142 +96,121 @@ def tune(
         raise InvalidConfig(
             f"tune(quantizer, model, eval_fn): expected a Quantizer, got {type(quantizer).__name__}"
         )
-    search = _Search(quantizer, model, eval_fn, precision_of(dtype), progress)
-    check_limits(tolerance, max_trials)
-    return search.run(
-        tolerance, relative, higher_is_better, metric, amp_batches, max_trials, timeout
-    )
+    precision = precision_of(dtype)
+    goal, limits = Goal(tolerance, relative, higher_is_better), Limits(max_trials, timeout)
+    check_pickles(executor, eval_fn=eval_fn)
+    before, plan = dict(quantizer.fallen_back), quantizer.plan
+    ranked: Any = model
+    if isinstance(model, QatModel):  # ranked by the ranges that were calibrated
+        ranked = bond_of(model).session.model
+    amp_model = quantizer.amp(ranked, metric=metric, max_batches=amp_batches)
+    journal = Journal(log, "tune", model, eval_fn, partial(_described, quantizer))
+    ladder = _Ladder(quantizer, model, eval_fn, goal, Trials(journal, limits, executor))
+    ladder.show(progress)
+    try:
+        ladder.rank(amp_model, {"metric": metric, "batches": amp_batches, "in float": before})
+        ladder.climb(before, precision)
+        result = quantizer.quantize(model)
+    except BaseException:
+        quantizer.fallen_back, quantizer.plan = before, plan
+        raise
+    finally:
+        ladder.bar.close()
+    quantizer.tuning = report = ladder.report
+    if not report.reached:
+        logger.warning("tuning did not reach its target\n%s", report)
+    else:
+        logger.info("tuning\n%s", report)
+    return result
 
 
-@dataclass
-class _Search:
-    quantizer: Quantizer
-    model: nn.Module
-    eval_fn: Callable[[nn.Module], float]
-    precision: str
-    progress: bool
-
-    def run(
-        self,
-        tolerance: float,
-        relative: bool,
-        higher_is_better: bool,
-        metric: str,
-        amp_batches: int | None,
-        max_trials: int | None,
-        timeout: float | None,
-    ) -> QuantizedModule:
-        from tqdm import tqdm
-
-        quantizer, start = self.quantizer, time.monotonic()
-        before, plan = dict(quantizer.fallen_back), quantizer.plan
-        model = self.model
-        if isinstance(model, QatModel):  # ranked by the ranges that were calibrated
-            model = bond_of(model).session.model
-        amp_model = quantizer.amp(model, metric=metric, max_batches=amp_batches)
-        bar = tqdm(desc="tuning: float model", unit="trial", disable=hidden(self.progress))
-        try:
-            baseline, seconds = self._evaluate(amp_model, "the float model")
-            target = target_of(baseline, tolerance, relative, higher_is_better)
-            if amp_model.recorder.batches == 0:
-                raise NotCalibrated("eval_fn never called the model it was given")
-            groups = quantizer.sensitivity(amp_model).left
-            report = Tuning(target, len(groups), higher_is_better)
-            report.trials.append(Trial(None, baseline, True, seconds))
-            bar.total = 2 + math.ceil(math.log2(max(len(groups), 1)))
-            bar.update()
-
-            def attempt(count: int) -> bool:
-                bar.set_description(f"tuning: {count} of {len(groups)} layers in float")
-                self._take_back(before, groups[:count])
-                quantized = quantizer.quantize(self.model)
-                value, spent = self._evaluate(quantized, f"{count} layers in float")
-                passed = value >= target if higher_is_better else value <= target
-                report.trials.append(Trial(count, value, passed, spent))
-                bar.set_postfix(metric=f"{value:.4g}", target=f"{target:.4g}")
-                bar.update()
-                return passed
-
-            low, high = 0, 0 if attempt(0) else len(groups)
-            while high - low > 1:
-                if max_trials is not None and len(report.trials) >= max_trials:
-                    report.stopped = f"max_trials={max_trials}"
-                    break
-                if timeout is not None and time.monotonic() - start > timeout:
-                    report.stopped = f"timeout={timeout:g} s"
-                    break
-                middle = (low + high) // 2
-                low, high = (low, middle) if attempt(middle) else (middle, high)
-            self._take_back(before, groups[: report.best.in_float])
-            report.names = tuple(quantizer.fallen_back)
-            quantizer.tuning = report
-            result = quantizer.quantize(self.model)
-        except BaseException:
-            quantizer.fallen_back, quantizer.plan = before, plan
-            raise
-        finally:
-            bar.close()
-        if not report.reached:
-            logger.warning("tuning did not reach its target\n%s", report)
-        else:
-            logger.info("tuning\n%s", report)
-        return result
-
-    def _take_back(self, before: dict[str, str], groups: list[tuple[str, ...]]) -> None:
-        names = [name for group in groups for name in group]
-        self.quantizer.fallen_back = before | dict.fromkeys(names, self.precision)
-
-    def _evaluate(self, model: nn.Module, what: str) -> tuple[float, float]:
-        return evaluate(self.eval_fn, model, what)
+def _described(quantizer: Quantizer) -> dict[str, list[Any]]:
+    """What a search is of beside the model: settings and ranges, but not what fell back."""
+    state = quantizer.state_dict()
+    del state["fallback"]
+    return {"quantizer": described([quantizer.to_config(), state])}
 
 
-def evaluate(
-    eval_fn: Callable[[nn.Module], float], model: nn.Module, what: str
-) -> tuple[float, float]:
-    """The metric of a model, and the seconds that it took.
+class _Ladder:
+    """The float model, and one quantized for each count of layers in float.
 
     Args:
+        quantizer: its ``fallen_back`` is that of the model on trial.
+        model: what is quantized.
         eval_fn: the user's.
-        model: float or quantized.
-        what: it is, for the message.
-
-    Raises:
-        InvalidConfig: ``eval_fn`` gave no number.
+        goal: for the metric.
+        trials: run it.
     """
-    start = time.monotonic()
-    value: Any = eval_fn(model)
-    try:
-        metric = float(value)
-    except (TypeError, ValueError) as error:
-        raise InvalidConfig(f"eval_fn gave {value!r} for {what}; expected a number") from error
-    return metric, time.monotonic() - start
 
+    def __init__(
+        self,
+        quantizer: Quantizer,
+        model: nn.Module,
+        eval_fn: Callable[[nn.Module], float],
+        goal: Goal,
+        trials: Trials,
+    ) -> None:
+        self.quantizer, self.model, self.eval_fn = quantizer, model, eval_fn
+        self.goal, self.trials = goal, trials
+        self.report = Tuning(math.nan, 0, goal.higher_is_better)
+        self.groups: list[list[str]] = []
 
-def target_of(baseline: float, tolerance: float, relative: bool, higher_is_better: bool) -> float:
-    """The metric that is still within the tolerance of the float model's.
+    def show(self, progress: bool) -> None:
+        """Open the bar."""
+        from tqdm import tqdm
 
-    Raises:
-        InvalidConfig: the float model's is not finite.
+        self.bar = tqdm(desc="tuning: float model", unit="trial", disable=hidden(progress))
 
-    >>> target_of(0.8, 0.01, relative=False, higher_is_better=True)
-    0.79
-    """
-    if not math.isfinite(baseline):
-        raise InvalidConfig(f"eval_fn gave {baseline} for the float model; it must be finite")
-    allowed = tolerance * abs(baseline) if relative else tolerance
-    return baseline - allowed if higher_is_better else baseline + allowed
+    def rank(self, amp_model: AmpModel, how: Mapping[str, Any]) -> None:
+        """Evaluate the float model, and rank the layers on the way."""
+        here = Trials(self.trials.journal, self.trials.limits, None)
+        job = {key_of({"float32, ranked by": how}): lambda: (self._ranked, (amp_model,))}
+        (facts,) = here.metrics(job, self.bar, begun=True)
+        self.groups, baseline = facts["groups"], facts["metric"]
+        self.report.target, self.report.groups = self.goal.target(baseline), len(self.groups)
+        self.report.trials.append(Trial(None, baseline, True, facts["seconds"]))
+        self.bar.total = 2 + math.ceil(math.log2(max(len(self.groups), 1)))
 
+    def _ranked(self, amp_model: AmpModel) -> dict[str, Any]:
+        found: dict[str, Any] = evaluate(self.eval_fn, amp_model, "the float model")
+        self.goal.target(found["metric"])  # raises where it is not finite
+        if amp_model.recorder.batches == 0:
+            raise NotCalibrated("eval_fn never called the model it was given")
+        return found | {"groups": list(map(list, self.quantizer.sensitivity(amp_model).left))}
 
-def check_limits(tolerance: float, max_trials: int | None) -> None:
-    """Raise :class:`InvalidConfig` where one is out of range."""
-    if not (is_number(tolerance) and math.isfinite(tolerance) and tolerance >= 0.0):
-        raise InvalidConfig(f"tolerance={tolerance!r}; expected 0 or more, 0.01 for 1 %")
-    if max_trials is not None and not (
-        isinstance(max_trials, numbers.Integral) and max_trials >= 2
-    ):
-        raise InvalidConfig(f"max_trials={max_trials!r}; expected at least 2: float, and quantized")
+    def climb(self, before: Mapping[str, str], precision: str) -> None:
+        """Find the fewest layers in float, beside those before."""
 
+        def fallen(count: int) -> dict[str, str]:
+            names = [name for group in self.groups[:count] for name in group]
+            return {**before, **dict.fromkeys(names, precision)}
 
-def is_number(value: Any) -> bool:
-    """Whether it is one, and no truth value."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+        def job(count: int) -> Job:
+            def make() -> tuple[Any, tuple[Any, ...]]:
+                self.bar.set_description(f"tuning: {count} of {len(self.groups)} layers in float")
+                self.quantizer.fallen_back = fallen(count)
+                quantized = self.quantizer.quantize(self.model)
+                return evaluate, (self.eval_fn, quantized, f"{count} layers in float")
+
+            return make
+
+        def ask(counts: Sequence[int], begun: bool = False) -> list[bool]:
+            jobs = {key_of({"in float": fallen(count)}): job(count) for count in counts}
+            verdicts = []
+            found = self.trials.metrics(jobs, self.bar, begun=begun)
+            for count, facts in zip(counts, found, strict=True):
+                value, target = facts["metric"], report.target
+                verdicts.append(self.goal.passes(value, target))
+                report.trials.append(Trial(count, value, verdicts[-1], facts["seconds"]))
+                self.bar.set_postfix(metric=f"{value:.4g}", target=f"{target:.4g}")
+            return verdicts
+
+        report = self.report
+        try:
+            (enough,) = ask([0], begun=True)
+            if not enough:
+                bisected(0, len(self.groups), ask, lambda: self.trials.width)
+        except Stop:
+            report.stopped = self.trials.limits.stopped
+        self.quantizer.fallen_back = fallen(report.best.in_float or 0)
+        report.names = tuple(self.quantizer.fallen_back)

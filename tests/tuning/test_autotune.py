@@ -141,7 +141,7 @@ def test_limits() -> None:
     found = tuned("mlp", many(), timeout=0.0)
     assert found.evaluations == 0
     assert found.best is None
-    assert found.stopped == "timeout"
+    assert found.stopped == "timeout=0 s"
     assert "nothing was evaluated" in str(found)
 
 
@@ -254,7 +254,7 @@ def test_an_executor_that_meets_a_limit_or_an_error(tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as executor:
         found = tuned("mlp", many(), executor=executor, timeout=0.0)
         assert not any(each.sqnr is not None for each in found)
-        assert found.stopped == "timeout"
+        assert found.stopped == "timeout=0 s"
         assert "does not run" not in str(found)
         log = tmp_path / "trials.jsonl"
         build, inputs = NETWORKS["mlp"]

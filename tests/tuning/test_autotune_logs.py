@@ -19,7 +19,7 @@ from torch_quant import (
     InvalidConfig,
     autotune,
 )
-from torch_quant.autotuning.journal import described
+from torch_quant.trials.journal import described
 
 
 def test_it_goes_on_where_it_was(tmp_path: Path) -> None:

@@ -10,19 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
-import pickle
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from torch_quant.autotuning.configurations import named_configurations
-from torch_quant.autotuning.journal import Journal, key_of
 from torch_quant.autotuning.tasks import evaluated, measured, prepared, quantized
 from torch_quant.core.naming import did_you_mean
 from torch_quant.errors import InvalidConfig, QuantError
@@ -30,7 +26,9 @@ from torch_quant.graph.progress import hidden
 from torch_quant.profiling import checked_seconds
 from torch_quant.quantizer import Quantizer
 from torch_quant.report.autotuning import OBJECTIVES, Autotuning, Tried
-from torch_quant.tuning import check_limits, is_number, target_of
+from torch_quant.trials.goal import Goal, is_number
+from torch_quant.trials.journal import Journal, described, key_of
+from torch_quant.trials.running import Job, Limits, Stop, Trials, bisected, check_pickles
 
 __all__ = ["autotune"]
 
@@ -103,9 +101,7 @@ def autotune(
     if not isinstance(model, nn.Module):
         raise InvalidConfig(f"model={model!r}; expected an nn.Module")
     objectives = _objectives(objective)
-    check_limits(tolerance, max_trials)
-    if timeout is not None and not is_number(timeout):
-        raise InvalidConfig(f"timeout={timeout!r}; expected seconds")
+    goal, limits = Goal(tolerance, relative, higher_is_better), Limits(max_trials, timeout)
     if not (is_number(margin) and margin >= 0):
         raise InvalidConfig(f"margin={margin!r}; expected decibels, 0 or more")
     if not callable(eval_fn):
@@ -118,21 +114,20 @@ def autotune(
     if not batches:
         raise InvalidConfig("data has no batches: give some as the model is called with them")
     named = named_configurations(configurations, backend)
-    if isinstance(executor, ProcessPoolExecutor):
-        _check_pickles(model=model, data=batches, eval_fn=eval_fn)
-    journal = Journal(log, model, batches, eval_fn)
+    check_pickles(executor, model=model, data=batches, eval_fn=eval_fn)
     checked_seconds(seconds)
-    deadline = math.inf if timeout is None else time.monotonic() + timeout
-    run = _Run(model, batches, eval_fn, journal, executor, deadline, max_trials, hidden(progress))
-    (baseline,) = run.evaluate([None])
-    target = target_of(baseline, tolerance, relative, higher_is_better)
+    journal = Journal(
+        log, "autotune", model, eval_fn, lambda: {"data": [described(each) for each in batches]}
+    )
+    run = _Run(model, batches, eval_fn, Trials(journal, limits, executor), hidden(progress))
+    baseline = run.baseline()
+    target = goal.target(baseline)
     tried = run.measure(named, objectives, seconds)
-    if not run.stopped and not any(each.sqnr is not None for each in tried):
+    if not limits.stopped and not any(each.sqnr is not None for each in tried):
         raise QuantError(f"no configuration can be quantized; {tried[0].name}: {tried[0].why_not}")
     found = Autotuning(objectives, baseline, target, higher_is_better, tried)
-    search = _Search(found, run, margin)
-    search.walk()
-    found.stopped = run.stopped
+    _Search(found, run, goal, margin).walk()
+    found.stopped = limits.stopped
     best = found.best
     if best is not None:
         found.quantizer = run.quantizer_of(best)
@@ -155,98 +150,59 @@ def _objectives(given: str | Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def _check_pickles(**given: Any) -> None:
-    for name, each in given.items():
-        try:
-            pickle.dumps(each)
-        except Exception as error:  # of any class: what it is made of says
-            raise InvalidConfig(
-                f"{name} cannot be sent to other processes: {error}. Define it, or its classes, at "
-                "the top of a module; or leave executor out"
-            ) from error
-
-
-class _Stop(Exception):
-    """There is no time, or no trial, left."""
-
-
 class _Run:
-    """What is called, here or by an executor, and what it gave."""
+    """What is done with configurations, as trials, and the data of those that are still wanted."""
 
     def __init__(
         self,
         model: nn.Module,
         batches: list[Any],
         eval_fn: Callable[[nn.Module], Any],
-        journal: Journal,
-        executor: Executor | None,
-        deadline: float,
-        max_trials: int | None,
+        trials: Trials,
         silent: bool,
     ) -> None:
         self.model, self.batches, self.eval_fn = model, batches, eval_fn
-        self.journal, self.executor, self.deadline = journal, executor, deadline
-        self.left = math.inf if max_trials is None else max_trials
-        self.silent = silent
-        self.stopped = ""
-        self._max_trials = max_trials
+        self.trials, self.found, self.silent = trials, trials.journal.found, silent
         self._quantizers: dict[str, Quantizer] = {}
-        self._workers = int(getattr(executor, "_max_workers", 1) or 1)
-
-    @property
-    def width(self) -> int:
-        """How many are evaluated at a time."""
-        return int(max(1, min(self._workers, self.left)))
 
     def measure(
         self, named: Mapping[str, dict[str, Any]], objectives: Sequence[str], seconds: float
     ) -> list[Tried]:
         """Every configuration with its costs."""
         jobs = {}
-        for name, configuration in named.items():
-            known = self.journal.found.get(key_of(configuration), {})
-            if not {"sqnr", *objectives} <= known.keys():  # what failed may work by now
-                jobs[name] = (measured, configuration, (objectives, seconds))
-        with contextlib.suppress(_Stop):
-            for name, facts in self._done(jobs, "measuring"):
-                self.journal.note(key_of(named[name]), facts)
+        for configuration in named.values():
+            key = key_of(configuration)
+            if not {"sqnr", *objectives} <= self.found.get(key, {}).keys():  # it may work by now
+                jobs[key] = self._job(measured, configuration, objectives, seconds)
+        with contextlib.suppress(Stop), self._bar("measuring", len(jobs)) as bar:
+            for key, facts in self.trials.done(jobs, bar):
+                self.trials.journal.note(key, facts)
         made = []
         for name, configuration in named.items():
-            facts = self.journal.found.get(key_of(configuration), {})
+            facts = self.found.get(key_of(configuration), {})
             costs = {x: facts[x] for x in ("sqnr", "size", "latency", "why_not") if x in facts}
             made.append(Tried(name, configuration, **costs))
         return made
 
-    def evaluate(self, some: Sequence[Tried | None]) -> list[float]:
-        """The metric of each; of float32 for None.
+    def baseline(self) -> float:
+        """The metric of float32."""
+        job = {key_of(None): self._job(evaluated, None, self.eval_fn, "the float model")}
+        with self._bar("evaluating", 1) as bar:
+            (facts,) = self.trials.metrics(job, bar, begun=True)
+        return float(facts["metric"])
+
+    def evaluate(self, some: Sequence[Tried]) -> list[dict[str, Any]]:
+        """The metric of each, and the seconds that it took.
 
         Raises:
-            _Stop: there is no time, or no trial, left for them.
+            Stop: there is no time, or no trial, left for them.
         """
-        keys = [key_of(None if each is None else each.configuration) for each in some]
-        jobs = {}
-        for key, each in zip(keys, some, strict=True):
-            if "metric" in self.journal.found.get(key, {}):
-                self.left -= 1
-                continue
-            if self.left < 1:
-                self.stopped = f"max_trials={self._max_trials}"
-                raise _Stop
-            self.left -= 1
-            configuration = None if each is None else each.configuration
-            what = "the float model" if each is None else each.name
-            jobs[key] = (evaluated, configuration, (self.eval_fn, what))
-        metrics = {}
-        for key, facts in self._done(jobs, "evaluating"):
-            metrics[key] = float(facts["metric"])
-            if math.isfinite(metrics[key]) or None not in some:
-                self.journal.note(key, facts)
-        known = self.journal.found
-        return [metrics[x] if x in metrics else float(known[x]["metric"]) for x in keys]
-
-    def seconds_of(self, each: Tried) -> float:
-        """That its evaluation took."""
-        return float(self.journal.found[key_of(each.configuration)].get("seconds", 0.0))
+        jobs = {
+            key_of(x.configuration): self._job(evaluated, x.configuration, self.eval_fn, x.name)
+            for x in some
+        }
+        with self._bar("evaluating", len(jobs)) as bar:
+            return self.trials.metrics(jobs, bar)
 
     def quantizer_of(self, each: Tried) -> Quantizer:
         """That has the data of a configuration."""
@@ -255,42 +211,22 @@ class _Run:
             self._quantizers[key] = prepared(self.model, each.configuration, self.batches)
         return self._quantizers[key]
 
-    def _done(
-        self, jobs: Mapping[str, tuple[Callable[..., Any], Any, tuple[Any, ...]]], doing: str
-    ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """What each job gives, as soon as it is there."""
-        from tqdm import tqdm
-
-        with tqdm(total=len(jobs), desc=doing, disable=self.silent, leave=False) as bar:
-            left, running = list(jobs.items()), dict[Future[Any], str]()
-            try:
-                while left or running:
-                    while left and len(running) < (self._workers if self.executor else 1):
-                        name, (task, configuration, more) = left.pop(0)
-                        self._check_time(configuration)
-                        arguments = (self.model, configuration, self.batches, *more)
-                        if self.executor is None:
-                            bar.set_postfix_str(name[:40])
-                            yield name, task(*arguments, self._kept(configuration))
-                            bar.update()
-                        else:
-                            running[self.executor.submit(task, *arguments)] = name
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        yield running.pop(future), future.result()
-                        bar.update()
-            finally:  # of those that run at an error or a timeout, what they find is kept
-                for future in running:
-                    future.cancel()
-
-    def _check_time(self, configuration: Any) -> None:
-        if configuration is not None and time.monotonic() > self.deadline:
-            self.stopped = "timeout"
-            raise _Stop
-
     def keep(self, some: Sequence[Tried]) -> None:
         """Forget the data of all other configurations."""
         keys = {key_of(each.configuration) for each in some}
         self._quantizers = {key: x for key, x in self._quantizers.items() if key in keys}
+
+    def _bar(self, doing: str, total: int) -> Any:
+        from tqdm import tqdm
+
+        return tqdm(total=total, desc=doing, disable=self.silent, leave=False)
+
+    def _job(self, task: Callable[..., Mapping[str, Any]], configuration: Any, *more: Any) -> Job:
+        def make() -> tuple[Callable[..., Mapping[str, Any]], tuple[Any, ...]]:
+            given = (self.model, configuration, self.batches, *more)
+            return task, given if self.trials.executor else (*given, self._kept(configuration))
+
+        return make
 
     def _kept(self, configuration: Mapping[str, Any] | None) -> Quantizer | None:
         """A quantizer of this process, which has the data from one task to the next."""
@@ -308,19 +244,22 @@ class _Run:
 class _Search:
     """Which configurations are evaluated, and when it is enough."""
 
-    def __init__(self, found: Autotuning, run: _Run, margin: float) -> None:
-        self.found, self.run, self.margin = found, run, margin
+    def __init__(self, found: Autotuning, run: _Run, goal: Goal, margin: float) -> None:
+        self.found, self.run, self.goal, self.margin = found, run, goal, margin
 
     def walk(self) -> None:
+        def width() -> int:
+            return self.run.trials.width
+
         try:
             front = self._front()
             self.run.keep(front)
             if len(self.found.objectives) > 1:
                 self._all(front)
             else:
-                self._bisect(front)
+                bisected(-1, len(front), lambda some: self._ask([front[i] for i in some]), width)
             self._near()
-        except _Stop:
+        except Stop:
             pass
 
     def _front(self) -> list[Tried]:
@@ -337,18 +276,6 @@ class _Search:
             )
         ]
         return sorted(front, key=self._costs)
-
-    def _bisect(self, front: list[Tried]) -> None:
-        low, high = -1, len(front)  # all up to low failed, high passed if it is one
-        while high - low > 1:
-            width = min(self.run.width, high - low - 1)
-            places = [low + (high - low) * (i + 1) // (width + 1) for i in range(width)]
-            places = sorted({min(max(place, low + 1), high - 1) for place in places})
-            for place, passed in zip(places, self._ask([front[i] for i in places]), strict=True):
-                if passed:
-                    high = place
-                    break
-                low = place
 
     def _near(self) -> None:
         """Cheaper ones that are nearly as good as one that failed, and better by the metric, or
@@ -367,7 +294,8 @@ class _Search:
             best = self.found.best if cheaper and self.found.reached else None
             if best is not None:
                 waiting = [each for each in waiting if self._costs(each) < self._costs(best)]
-            some, waiting = waiting[: self.run.width], waiting[self.run.width :]
+            width = self.run.trials.width
+            some, waiting = waiting[:width], waiting[width:]
             if some:
                 self._ask(some)
 
@@ -381,9 +309,9 @@ class _Search:
         """Evaluate them; whether each is within the tolerance."""
         found = self.found
         verdicts = []
-        for each, metric in zip(some, self.run.evaluate(some), strict=True):
-            passed = metric >= found.target if found.higher_is_better else metric <= found.target
-            seconds = self.run.seconds_of(each)
+        for each, facts in zip(some, self.run.evaluate(some), strict=True):
+            metric, seconds = float(facts["metric"]), float(facts.get("seconds", 0.0))
+            passed = self.goal.passes(metric, found.target)
             place = [x.name for x in found.tried].index(each.name)
             found.tried[place] = replace(each, metric=metric, passed=passed, seconds=seconds)
             verdicts.append(passed)

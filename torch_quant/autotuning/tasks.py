@@ -23,7 +23,7 @@ from torch_quant.graph.twin import twin_of
 from torch_quant.io.saving import save
 from torch_quant.profiling import in_turns, undisturbed
 from torch_quant.quantizer import Quantizer
-from torch_quant.tuning import evaluate
+from torch_quant.trials.goal import evaluate
 
 __all__ = ["evaluated", "measured", "prepared", "quantized"]
 
@@ -167,5 +167,4 @@ def evaluated(
     if configuration is not None:
         quantizer = quantizer or prepared(model, configuration, batches)
         made = quantized(quantizer, model, batches)
-    metric, seconds = evaluate(eval_fn, made, what)
-    return {"metric": metric, "seconds": seconds}
+    return evaluate(eval_fn, made, what)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch_quant.report.names import decibels
 from torch_quant.report.plots import drawn
 from torch_quant.report.tables import html_page_table
+from torch_quant.report.tuning import rank
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -105,12 +106,8 @@ class Autotuning:
         if front := self.front:
             return min(front, key=lambda each: each.costs(self.objectives))
         known = [each for each in self.tried if each.metric is not None]
-        sign = 1.0 if self.higher_is_better else -1.0
-
-        def rank(each: Tried) -> float:
-            return -math.inf if math.isnan(each.metric or 0.0) else sign * (each.metric or 0.0)
-
-        return max(known, key=rank, default=None)
+        higher = self.higher_is_better
+        return max(known, key=lambda each: rank(each.metric or 0.0, higher), default=None)
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """Accuracy against the first objective, the front as a line.

@@ -5,7 +5,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-__all__ = ["Trial", "Tuning"]
+__all__ = ["Trial", "Tuning", "rank"]
+
+
+def rank(metric: float, higher_is_better: bool) -> float:
+    """What is more for a better metric, and least for NaN.
+
+    >>> rank(2.0, higher_is_better=False) < rank(1.0, higher_is_better=False)
+    True
+    """
+    if math.isnan(metric):
+        return -math.inf
+    return metric if higher_is_better else -metric
 
 
 @dataclass(frozen=True)
@@ -60,10 +71,7 @@ class Tuning:
         """The trial with the fewest layers in float that passed; if none did, the best metric."""
         if passing := [trial for trial in self.quantized if trial.passed]:
             return min(passing, key=lambda trial: trial.in_float or 0)
-        sign = 1.0 if self.higher_is_better else -1.0
-        return max(
-            self.quantized, key=lambda t: -math.inf if math.isnan(t.metric) else sign * t.metric
-        )
+        return max(self.quantized, key=lambda trial: rank(trial.metric, self.higher_is_better))
 
     def __str__(self) -> str:
         from tabulate import tabulate

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,30 +38,35 @@ class Journal:
 
     Args:
         path: the file; None to keep nothing.
+        search: what writes it, by its name, for messages.
         model: the float model.
-        batches: the data.
         eval_fn: known by its name alone.
+        rest: gives what else the run is of, as plain values by what it is; called where there is a
+            file.
 
     Raises:
-        InvalidConfig: the file is of another model, other data or another ``eval_fn``, or no such
-            file.
+        InvalidConfig: the file is of another model, another ``eval_fn`` or another of ``rest``, or
+            no such file.
     """
 
     def __init__(
         self,
         path: str | os.PathLike[str] | None,
+        search: str,
         model: nn.Module,
-        batches: Sequence[Any],
         eval_fn: Callable[..., Any],
+        rest: Callable[[], Mapping[str, Any]],
     ) -> None:
         self.path = None if path is None else checked_target(path, "trials.jsonl")
+        self.search = search
         self.found: dict[str, dict[str, Any]] = {}
+        """Key -> what is known of it."""
         if self.path is None:
             return
         head = {
             "torch_quant": __version__,
             "model": _checksum([weight_checksums(model), repr(model)]),
-            "data": _checksum([described(each) for each in batches]),
+            **{name: _checksum(each) for name, each in rest().items()},
             "eval_fn": _name(eval_fn),
         }
         if self.path.exists() and b"\n" in self.path.read_bytes():
@@ -80,7 +85,7 @@ class Journal:
                 self._add(each.pop("of"), each)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidConfig(
-                f"{path} is no log of autotune; give another file, or remove it"
+                f"{path} is no log of {self.search}; give another file, or remove it"
             ) from error
         other = [name for name in head if known[name] != head[name]]
         if other:
@@ -93,7 +98,7 @@ class Journal:
                 file.truncate(path.stat().st_size - len(torn))
 
     def note(self, key: str, facts: Mapping[str, Any]) -> None:
-        """Write what was found of a configuration."""
+        """Write what was found of a trial."""
         self._add(key, facts)
         self._write({"of": key, **facts})
 
@@ -117,9 +122,14 @@ def _name(function: Callable[..., Any]) -> str:
 
 
 def described(batch: Any) -> list[Any]:
-    """What a batch holds, for JSON: tensors and arrays by their values, other objects by class."""
-    found: list[Any] = []
-    for x in pytree.tree_leaves(batch):
+    """What a batch holds, for JSON: tensors and arrays by their values, other objects by class.
+
+    >>> described({"a": 1}) == described({"b": 1})
+    False
+    """
+    leaves, structure = pytree.tree_flatten(batch)
+    found: list[Any] = [str(structure)]
+    for x in leaves:
         if isinstance(x, Mapping):  # of a class that pytree doesn't know, as tokenizers give
             found.append({str(name): described(each) for name, each in x.items()})
         elif isinstance(x, Tensor):
