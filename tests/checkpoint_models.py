@@ -18,12 +18,12 @@ SIZES = {
 }  # fmt: skip
 
 
-def _decoder(name: str, **options: Any) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
+def _decoder(name: str, **options: Any) -> Callable[..., nn.Module]:
+    def build(**others: Any) -> nn.Module:
         import transformers
 
         torch.manual_seed(0)
-        config = getattr(transformers, f"{name}Config")(**SIZES | options)
+        config = getattr(transformers, f"{name}Config")(**SIZES | options | others)
         model: nn.Module = getattr(transformers, f"{name}ForCausalLM")(config).eval()
         with torch.no_grad():
             for parameter in model.parameters():  # biases and norms that differ from 0 and 1

@@ -19,7 +19,7 @@ from torch_quant.algorithms import (
 from torch_quant.amp.ranking import Sensitivity
 from torch_quant.autotuning import autotune
 from torch_quant.backends import Backend, available_backends
-from torch_quant.checkpoints import export_checkpoint, load_checkpoint
+from torch_quant.checkpoints import export_checkpoint, load_checkpoint, quantize_checkpoint
 from torch_quant.config import QConfig, SiteInfo, register_recipe
 from torch_quant.core.element_type import ElementType
 from torch_quant.core.elements import IntegerType, register_element_type
@@ -115,6 +115,7 @@ __all__ = [
     "export_torchscript",
     "load",
     "load_checkpoint",
+    "quantize_checkpoint",
     "recipes",
     "register_element_type",
     "register_qat_method",

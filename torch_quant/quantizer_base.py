@@ -239,7 +239,7 @@ class QuantizerBase(Tied):
             run_example(session.captured.root, kept[0])
         sites = [site for site, _ in session.captured.sites()]
         plan = session.plan()
-        _tell(session, plan)
+        tell_of(session, plan)
         whole = session.captured.plain_weights()
         with told_together(), torch.inference_mode(False):
             kept = pytree.tree_map_only(Tensor, plain, kept)
@@ -361,7 +361,7 @@ class QuantizerBase(Tied):
                 "no calibration data was seen: run it through the proxy of quantizer.calib(model)"
             )
         if not self.state.rounded:  # it was told then
-            _tell(session, plan)
+            tell_of(session, plan)
         with told_together(), NO_COLLECTION:
             return lowering.run(share=share)
 
@@ -386,7 +386,7 @@ class QuantizerBase(Tied):
         return known[0]
 
 
-def _tell(session: Session, plan: QuantPlan) -> None:
+def tell_of(session: Session, plan: QuantPlan) -> None:
     """Warn of what is not as was asked for: sites in float, other methods, a weight kept twice."""
     sites, settings = session.captured.sites(), session.settings
     tell_unrecorded(plan)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch_quant.errors import InvalidConfig
 from torch_quant.io.kinds import what_it_holds
 
-__all__ = ["CONFIG", "WEIGHTS", "CheckpointFiles", "read_json"]
+__all__ = ["CONFIG", "INDEX", "WEIGHTS", "CheckpointFiles", "read_json"]
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -121,6 +121,10 @@ class CheckpointFiles:
         """One tensor; raises as :meth:`file` does."""
         found: Tensor = self._open(self.file(name)).get_tensor(name)
         return found
+
+    def close(self) -> None:
+        """Close what is open; it is opened again when a tensor is asked for."""
+        self._opened.clear()
 
     def check(self, name: str, shape: tuple[int, ...], *dtypes: str) -> None:
         """Look at shape and dtype of a tensor, which is not read.

@@ -47,7 +47,7 @@ class GPTQLayout:
         for size in weight.codes.shape:
             if size * weight.spec.bits % 32:
                 return f"it fills words of 32 bits, and {size} codes of {weight.spec.bits} do not"
-        if bool((_from_zero(weight)[1] == 0).any()):
+        if bool((weight.zero_point + _above(weight) == 0).any()):
             return "its version 1 holds no zero point of 0"
         return ""
 
@@ -124,9 +124,14 @@ def _settings(weight: QuantizedWeight) -> dict[str, Any]:
     }
 
 
+def _above(weight: QuantizedWeight) -> int:
+    """What is added to codes so that none is below 0."""
+    return 2 ** (weight.spec.bits - 1) if weight.spec.signed else 0
+
+
 def _from_zero(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
     """Codes and zero points, int32, none below 0."""
-    above = 2 ** (weight.spec.bits - 1) if weight.spec.signed else 0
+    above = _above(weight)
     return weight.codes.to(torch.int32) + above, weight.zero_point + above
 
 

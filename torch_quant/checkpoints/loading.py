@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torch_quant.backends import Backend
-from torch_quant.checkpoints.skeletons import built, placeholder, tensors_of, tied_names
+from torch_quant.checkpoints.skeletons import (
+    built,
+    listed,
+    placeholder,
+    put_tensors,
+    tensors_of,
+    tied_names,
+)
 from torch_quant.checkpoints.stored import Checkpoint, StoredWeight, opened
 from torch_quant.config import OverrideKey, QConfig
 from torch_quant.convert.quantized import QuantizedModule
@@ -224,9 +231,9 @@ def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
     if missing or extra:
         raise InvalidConfig(
             f"{files.folder} is the checkpoint of another model: for a {type(model).__name__} it "
-            + " and ".join(_list(missing, "lacks") + _list(extra, "has beside its tensors"))
+            + " and ".join(listed(missing, "lacks") + listed(extra, "has beside its tensors"))
         )
-    _put(model, values)
+    put_tensors(model, values)
     for name, buffer in model.named_buffers():
         if buffer.device.type == "meta":
             raise InvalidConfig(
@@ -247,22 +254,6 @@ def _biases(checkpoint: Checkpoint, names: list[str]) -> dict[str, nn.Parameter]
     return found
 
 
-def _list(names: list[str], what: str) -> list[str]:
-    if not names:
-        return []
-    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return [f"{what} {', '.join(names[:3])}{rest}"]
-
-
 def _as_held(value: Tensor, x: Tensor) -> Tensor:
     value = value.to(torch.float32 if value.is_floating_point() else value.dtype)
     return nn.Parameter(value, requires_grad=False) if isinstance(x, nn.Parameter) else value
-
-
-def _put(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    for path, module in model.named_modules():
-        for held in (module._parameters, module._buffers):
-            for name in held:
-                full = f"{path}.{name}".strip(".")
-                if full in values:
-                    held[name] = values[full]

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from torch_quant.core.packages import missing_packages
 from torch_quant.errors import BackendUnavailable, InvalidConfig
 
-__all__ = ["built", "config_of", "placeholder", "tensors_of", "tied_names"]
+__all__ = [
+    "built", "config_of", "listed", "placeholder", "put_tensors", "tensors_of", "tied_names",
+]  # fmt: skip
 
 
 _NOT_READ = (
@@ -32,8 +36,12 @@ class Description(Protocol):
     """What its ``config.json`` holds."""
 
 
-def built(files: Description) -> nn.Module:
+def built(files: Description, *, hollow: bool = False) -> nn.Module:
     """A model of the class and sizes that ``config.json`` names; its weights have no values yet.
+
+    Args:
+        files: has it.
+        hollow: let parameters be on the meta device. Buffers are not.
 
     Raises:
         BackendUnavailable: transformers is not installed.
@@ -61,7 +69,7 @@ def built(files: Description) -> nn.Module:
             f"model type {kind!r}; give a model of that class, load_checkpoint(folder, model=...)"
         )
     try:
-        with _without_initializing():
+        with _without_initializing(), _hollow() if hollow else contextlib.nullcontext():
             model: nn.Module = cls._from_config(config, dtype=torch.float32)
     except (TypeError, ValueError, ZeroDivisionError, RuntimeError, AttributeError) as error:
         raise InvalidConfig(f"{where}: its model cannot be built: {error}") from error
@@ -80,6 +88,23 @@ def _without_initializing() -> Iterator[None]:
 
     with no_init_weights():
         yield
+
+
+@contextlib.contextmanager
+def _hollow() -> Iterator[None]:
+    """Parameters go to the meta device as soon as a module of this thread has them."""
+    thread = threading.get_ident()
+
+    def emptied(module: nn.Module, name: str, x: nn.Parameter) -> nn.Parameter | None:
+        if x.device.type == "meta" or threading.get_ident() != thread:
+            return None
+        return nn.Parameter(x.to("meta"), requires_grad=False)
+
+    handle = register_module_parameter_registration_hook(emptied)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def placeholder(shape: tuple[int, ...]) -> nn.Parameter:
@@ -121,3 +146,21 @@ def config_of(model: nn.Module) -> Any:
             "a checkpoint needs; torch_quant.save(model, folder) saves any quantized model"
         )
     return config
+
+
+def put_tensors(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Put tensors into a model by their names."""
+    for path, module in model.named_modules():
+        for held in (module._parameters, module._buffers):
+            for name in held:
+                full = f"{path}.{name}".strip(".")
+                if full in values:
+                    held[name] = values[full]
+
+
+def listed(names: list[str], what: str) -> list[str]:
+    """Nothing, or one phrase: ``lacks a, b, c and 4 more``."""
+    if not names:
+        return []
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return [f"{what} {', '.join(names[:3])}{rest}"]

@@ -23,7 +23,7 @@ from torch_quant.errors import InvalidConfig
 from torch_quant.io.files import save_tensors, staging
 from torch_quant.nn.stand_in import class_of
 
-__all__ = ["export_checkpoint"]
+__all__ = ["check_free", "check_held", "checked_layout", "describe", "export_checkpoint"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -72,7 +72,7 @@ def export_checkpoint(
     Traceback (most recent call last):
     torch_quant.errors.InvalidConfig: expected the model that quantizer.quantize(model) returns, ...
     """
-    layout, target = _checked(format, dtype), _free(folder)
+    layout, target = checked_layout(format, dtype), check_free(folder)
     weights = quantized_weights(quant_model)
     assert isinstance(quant_model, QuantizedModule)
     config = copy.deepcopy(config_of(quant_model))
@@ -90,7 +90,7 @@ def export_checkpoint(
         for name, module in quant_model.named_modules()
         if issubclass(class_of(module), nn.Linear) and name not in linear
     ]
-    _describe(config, quant_model, dtype, tied, layout.config(linear, in_float))
+    describe(config, class_of(quant_model), dtype, tied, layout.config(linear, in_float))
     with staging(target.with_name(f"{target.name}.json")) as stage:
         made = stage / "checkpoint"
         made.mkdir()
@@ -108,7 +108,8 @@ def export_checkpoint(
     return target
 
 
-def _checked(format: str, dtype: torch.dtype) -> Layout:
+def checked_layout(format: str, dtype: torch.dtype) -> Layout:
+    """The layout of that name; raises :class:`InvalidConfig` for others, and other dtypes."""
     if format not in LAYOUTS:
         known = " or ".join(map(repr, LAYOUTS))
         hint = did_you_mean(str(format), LAYOUTS)
@@ -120,7 +121,7 @@ def _checked(format: str, dtype: torch.dtype) -> Layout:
     return LAYOUTS[format]
 
 
-def _free(folder: str | os.PathLike[str]) -> Path:
+def check_free(folder: str | os.PathLike[str]) -> Path:
     """The folder, if it can be made; to be asked before any work."""
     text = os.fspath(folder) if isinstance(folder, (str, os.PathLike)) else ""
     if not isinstance(text, str) or not text or "\0" in text:
@@ -140,16 +141,22 @@ def _check(layout: Layout, model: nn.Module, weights: Mapping[str, QuantizedWeig
         )
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, weight in weights.items():
-        module = modules.get(name)
-        reason = layout.refusal(weight)
-        if not reason and (module is None or not issubclass(class_of(module), nn.Linear)):
-            kind = "no module" if module is None else class_of(module).__name__
-            reason = f"it holds the weights of nn.Linear, and this is {kind}"
-        if reason:
-            raise InvalidConfig(
-                f"{name} cannot be written as {layout.name}: {reason}. Leave it in float, "
-                f"Quantizer(overrides={{{name!r}: None}}), or quantize it otherwise"
-            )
+        check_held(layout, name, modules.get(name), weight)
+
+
+def check_held(
+    layout: Layout, name: str, module: nn.Module | None, weight: QuantizedWeight
+) -> None:
+    """Raise :class:`InvalidConfig` if a layout does not hold the weight of a module."""
+    reason = layout.refusal(weight)
+    if not reason and (module is None or not issubclass(class_of(module), nn.Linear)):
+        kind = "no module" if module is None else class_of(module).__name__
+        reason = f"it holds the weights of nn.Linear, and this is {kind}"
+    if reason:
+        raise InvalidConfig(
+            f"{name} cannot be written as {layout.name}: {reason}. Leave it in float, "
+            f"Quantizer(overrides={{{name!r}: None}}), or quantize it otherwise"
+        )
 
 
 def _tensors(
@@ -220,14 +227,20 @@ def _all_equal(tensors: list[Tensor]) -> bool:
     return all(x is tensors[0] or torch.equal(x, tensors[0]) for x in tensors[1:])
 
 
-def _describe(
-    config: Any, model: QuantizedModule, dtype: torch.dtype, tied: bool, about: dict[str, Any]
-) -> None:
-    """Write into the configuration what is in the folder."""
+def describe(config: Any, cls: type, dtype: torch.dtype, tied: bool, about: dict[str, Any]) -> None:
+    """Write into the configuration what is in the folder.
+
+    Args:
+        config: of transformers, of the model.
+        cls: of the model.
+        dtype: of what is not integers.
+        tied: whether tensors that the model ties are one in the folder.
+        about: the ``quantization_config``.
+    """
     texts = [config, config.get_text_config()]
     for each in texts:
         if not tied and getattr(each, "tie_word_embeddings", False):
             each.tie_word_embeddings = False
     config.dtype = dtype
-    config.architectures = [class_of(model).__name__]
+    config.architectures = [cls.__name__]
     config.quantization_config = about

@@ -2,5 +2,6 @@
 
 from torch_quant.rounding.driver import round_weights
 from torch_quant.rounding.report import BlockError, Rounding
+from torch_quant.rounding.weights import FloatWeights
 
-__all__ = ["BlockError", "Rounding", "round_weights"]
+__all__ = ["BlockError", "FloatWeights", "Rounding", "round_weights"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from torch_quant.graph.binding import signature_of
 from torch_quant.graph.examples import example_call
 
 __all__ = [
-    "Chain", "Recorded", "Recorder", "Rounded", "alike", "call", "find_chains", "replaced",
+    "Chain", "Recorder", "Rounded", "call", "find_chains", "recorded", "replaced",
 ]  # fmt: skip
 
 _NOTHING = torch.empty(0)
@@ -219,3 +220,34 @@ def replaced(root: nn.Module, path: str, module: nn.Module) -> nn.Module:
     assert old is not None
     owner._modules[name] = module
     return old
+
+
+def recorded(twin: nn.Module, chain: Chain, batches: Sequence[Any]) -> list[Recorder]:
+    """The calls of the blocks of a chain, with the model's embeddings as they are now.
+
+    Args:
+        twin: of the model.
+        chain: some of its blocks.
+        batches: inputs of the model.
+    """
+    recorders = [Recorder(twin.get_submodule(path)) for path in chain.paths]
+    for i, (path, recorder) in enumerate(zip(chain.paths, recorders, strict=True)):
+        recorder.first = i == 0
+        replaced(twin, path, recorder)
+    first, *others = recorders
+    for i, batch in enumerate(batches):
+        with contextlib.suppress(Recorded):
+            call(twin, batch)
+        if first.last:  # blocks that got in batch 0 what the first got do so again
+            for each in others:
+                each.repeat(first.calls[-1])
+        if any(len(each.calls) != i + 1 for each in recorders):
+            raise InvalidConfig(
+                f"batch {i} runs the blocks of {chain.paths[0]} another number of times than "
+                "batch 0; leave it out"
+            )
+        if i == 0:
+            first.last = all(alike(first.calls[0], each.calls[0]) for each in others)
+    for path, recorder in zip(chain.paths, recorders, strict=True):
+        replaced(twin, path, recorder.block)
+    return recorders

@@ -6,7 +6,6 @@ the samples' tensors between two blocks.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
@@ -33,12 +32,10 @@ from torch_quant.graph.sites import Site
 from torch_quant.graph.twin import twin_of
 from torch_quant.rounding.chains import (
     Chain,
-    Recorded,
-    Recorder,
     Rounded,
-    alike,
     call,
     find_chains,
+    recorded,
     replaced,
 )
 from torch_quant.rounding.exactness import as_it_was, check_scales, scale_exactly
@@ -52,6 +49,7 @@ from torch_quant.rounding.modules import (
 )
 from torch_quant.rounding.producers import find_producers
 from torch_quant.rounding.report import BlockError, Rounding
+from torch_quant.rounding.weights import FloatWeights
 
 __all__ = ["round_weights"]
 
@@ -67,6 +65,7 @@ def round_weights(
     *,
     folder: str | os.PathLike[str] | None = None,
     show_progress: bool = True,
+    floats: FloatWeights | None = None,
 ) -> tuple[RoundedWeights, Rounding]:
     """The codes of every weight that the plan quantizes, and a report.
 
@@ -78,6 +77,8 @@ def round_weights(
         batches: inputs, each as ``example_inputs`` of :meth:`Quantizer.calib`.
         folder: what is done is kept there, and found there by a later call with the same settings.
         show_progress: show a bar on stderr.
+        floats: where the weights are, if not in the model. It takes the codes; of a model with one
+            chain of blocks, the result has none then.
 
     Raises:
         InvalidConfig: there are no batches, or nothing to round; ``folder`` is of other settings.
@@ -96,7 +97,7 @@ def round_weights(
             "print(quantizer.coverage(model)) says why each site stays in float"
         )
     keeper = None if folder is None else Folder(folder, plan, kept, model)
-    run = _Run(twin, plan, plain, kept, keeper)
+    run = _Run(twin, plan, plain, kept, keeper, floats or FloatWeights())
     run.experts = [
         site
         for site in _weighted(sites, plan, "grouped_linear")
@@ -127,6 +128,7 @@ class _Run:
         plain: sites whose weight is a parameter as it is.
         batches: the data.
         folder: where finished blocks are kept.
+        floats: where the weights are.
     """
 
     def __init__(
@@ -136,9 +138,10 @@ class _Run:
         plain: Container[str],
         batches: list[Any],
         folder: Folder | None,
+        floats: FloatWeights,
     ) -> None:
         self.twin, self.plan, self.plain = twin, plan, plain
-        self.batches, self.folder = batches, folder
+        self.batches, self.folder, self.floats = batches, folder, floats
         own_buffers(twin)
         self.made = RoundedWeights()
         every = [m for _, m in twin.named_modules(remove_duplicate=False)]
@@ -151,6 +154,8 @@ class _Run:
         self.products: dict[str, list[Experts]] = {}
         """Path of a block -> those in it."""
         self.errors: list[BlockError] = []
+        self.keeps = True
+        """Whether codes are still needed once a block is done."""
 
     def layers(self, sites: Sequence[Site]) -> dict[str, Layer]:
         """Path in the model -> linear layer; of sites that one module computes, the first."""
@@ -202,10 +207,19 @@ class _Run:
             for path, layer in layers.items()
             if not any(path.startswith(f"{block}.") for block in inside)
         }
-        if any(map(_wants_data, layers.values())) and not any(map(_wants_data, rest.values())):
+        found = next((layer for layer in rest.values() if _wants_data(layer)), None)
+        if self.floats.elsewhere and found is not None:
+            raise InvalidConfig(
+                f"{found.site} is to be rounded with data by {found.method}, and is in no block "
+                "whose weights can be read by themselves: give it a format without data, "
+                f'overrides={{"{found.site}": recipes.int8_weight_only()}}'
+            )
+        if found is None and (self.floats.elsewhere or any(map(_wants_data, layers.values()))):
             rest = {}  # rounded when the model is quantized: no second float weight of a large head
         both = any(_wants(layer, "targets", "floats") for layer in layers.values())
         total = sum(len(chain.paths) for chain in chains) + bool(rest)
+        self.floats.begin(self.twin, sorted(inside))
+        self.keeps = not self.floats.elsewhere or len(chains) > 1
         with tqdm(total=total, desc="rounding weights", unit="block", disable=hidden(show_progress),
                   delay=2.0, leave=False) as bar:  # fmt: skip
             for chain in chains:
@@ -228,30 +242,6 @@ class _Run:
         for module, table in self.embeddings.items():
             table.put(module, rounded)
 
-    def record(self, chain: Chain) -> list[Recorder]:
-        """The calls of the blocks of a chain, with the model's embeddings as they are now."""
-        recorders = [Recorder(self.twin.get_submodule(path)) for path in chain.paths]
-        for i, (path, recorder) in enumerate(zip(chain.paths, recorders, strict=True)):
-            recorder.first = i == 0
-            replaced(self.twin, path, recorder)
-        first, *others = recorders
-        for i, batch in enumerate(self.batches):
-            with contextlib.suppress(Recorded):
-                call(self.twin, batch)
-            if first.last:  # blocks that got in batch 0 what the first got do so again
-                for each in others:
-                    each.repeat(first.calls[-1])
-            if any(len(each.calls) != i + 1 for each in recorders):
-                raise InvalidConfig(
-                    f"batch {i} runs the blocks of {chain.paths[0]} another number of times than "
-                    "batch 0; leave it out"
-                )
-            if i == 0:
-                first.last = all(alike(first.calls[0], each.calls[0]) for each in others)
-        for path, recorder in zip(chain.paths, recorders, strict=True):
-            replaced(self.twin, path, recorder.block)
-        return recorders
-
     def chain(self, chain: Chain, layers: dict[str, Layer], both: bool, bar: Any) -> None:
         """The blocks of one chain; afterwards their results stand in their places.
 
@@ -264,9 +254,10 @@ class _Run:
         floats: list[Tensor] | None = None
         if both:
             self.embed(False)
-            floats = [sample.hidden for sample in self.record(chain)[0].calls]
+            calls = recorded(self.twin, chain, self.batches)[0].calls
+            floats = [sample.hidden for sample in calls]
         self.embed(True)
-        recorders = self.record(chain)
+        recorders = recorded(self.twin, chain, self.batches)
         self.embed(False)
         stream = [sample.hidden for sample in recorders[0].calls]
         producers: dict[str, str] | None = None
@@ -276,16 +267,17 @@ class _Run:
             ]
             mine = _inside(path, layers)
             made = Block(path, recorder.block, tuple(mine.values()), samples)
-            if floats is not None:
-                made.floats = [
-                    sample.with_hidden(x) for sample, x in zip(samples, floats, strict=True)
-                ]
-                made.targets = [made.run(sample) for sample in made.floats]
-            if any(layer.transforms for layer in mine.values()):
-                producers = made.producers = find_producers(made, self.tied, producers)
-            with as_it_was(recorder.block):
-                self.block(made, bar)
-                stream = list(made.outputs())
+            with self.floats.lent(path, recorder.block):
+                if floats is not None:
+                    made.floats = [
+                        sample.with_hidden(x) for sample, x in zip(samples, floats, strict=True)
+                    ]
+                    made.targets = [made.run(sample) for sample in made.floats]
+                if any(layer.transforms for layer in mine.values()):
+                    producers = made.producers = find_producers(made, self.tied, producers)
+                with as_it_was(recorder.block):
+                    self.block(made, bar)
+                    stream = list(made.outputs())
             floats = made.targets
         for path, recorder in zip(chain.paths, recorders, strict=True):
             mine = _inside(path, layers)
@@ -295,7 +287,7 @@ class _Run:
     @contextmanager
     def rounded(self, path: str, block: nn.Module, layers: Mapping[str, Layer]) -> Iterator[None]:
         """Have a block of the twin compute with what was made of its weights."""
-        with as_it_was(block):
+        with self.floats.lent(path, block), as_it_was(block):
             for name, how in self.made.scaled.items():
                 if name.startswith(f"{path}."):
                     set_scaled(block, name.removeprefix(f"{path}."), how)
@@ -346,7 +338,9 @@ class _Run:
             each.exact = None
         if self.folder is not None and found is None:
             self.folder.write(block.path, mine)
-        self.made.update(mine)
+        self.floats.take(mine)
+        if self.keeps:
+            self.made.update(mine)
         names = [each.name for layer in block.layers for each in (*layer.transforms, layer.method)]
         names += [each.method.name for each in experts]
         error = math.nan if exact is None else sqnr(exact, block.run(sample))
