@@ -65,6 +65,7 @@ def assert_same_files(found: Path, expected: Path) -> None:
     assert configs[0] == configs[1]
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("layout", ["compressed-tensors", "gptq"])
 @pytest.mark.parametrize("name", DECODERS)
 @pytest.mark.parametrize("method", [None, GPTQ(full_range=True)], ids=["nearest", "gptq"])
