@@ -104,8 +104,9 @@ class Calibrated:
         elif left_out and not self._session.state.statistics:
             method = without_data(method)  # and nothing was calibrated besides
         elif blocks:
+            was = ", and it was in float, or on another backend, when the weights were rounded"
             raise NotCalibrated(
-                f"{site}: {blocks[0]} works on blocks of the model: run "
+                f"{site}: {blocks[0]} works on blocks of the model{was if self._made else ''}: run "
                 "quantizer.round_weights(model, batches) before quantizer.quantize(model)"
             )
         known = self._behind(method, entry)

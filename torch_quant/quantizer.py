@@ -312,20 +312,20 @@ class Quantizer(QuantizerPage):
         folder: str | os.PathLike[str] | None = None,
         progress: bool = True,
     ) -> Rounding:
-        """Round the weights of linear layers with data, a block of the model at a time.
+        """Round weights with data, a block of the model at a time; :meth:`quantize` uses them.
 
-        Each block gets its inputs from the rounded blocks before it, so that later weights make up
-        for what earlier ones lost. What a weight method has to know is recorded of one block:
-        memory beside the model is that of one block, and of what ``batches`` are between two.
-        Blocks are modules of one class that feed each other, as decoder layers do; a model without
-        any is one block. :meth:`quantize` uses the result.
+        Each block gets its inputs from the rounded ones before, so that later weights make up for
+        what earlier ones lost. Blocks are modules of one class that feed each other, as decoder
+        layers do; a model without any is one. Their linear layers are rounded, in the memory of one
+        block and of what ``batches`` are between two. Weights that go with calibrated activations
+        and a method for blocks (:class:`AdaRound`) are rounded in the model's graph, convolutions
+        too; calibrate first. Up to 1 GB of the float model's tensors is kept there.
 
         Args:
             model: a float32 model; it is not changed.
             batches: some hundred samples in a list or a generator, each as for ``example_inputs``
                 of :meth:`calib`: token ids of shape ``[batch, length]``, say.
-            folder: keep finished blocks there; a later call with the same model, settings and
-                batches goes on from them.
+            folder: keep finished blocks of modules there; a later call with all the same goes on.
             progress: show a bar on stderr where it takes more than two seconds.
 
         Returns:

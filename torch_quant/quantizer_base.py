@@ -54,7 +54,7 @@ from torch_quant.proxies.calib import CalibModel
 from torch_quant.proxies.values import plain
 from torch_quant.report.coverage import Coverage
 from torch_quant.report.tuning import Tuning
-from torch_quant.rounding import Rounding, round_weights
+from torch_quant.rounding import Rounding, rounded
 from torch_quant.session import Session
 from torch_quant.settings import Settings
 from torch_quant.state import QuantState
@@ -237,15 +237,11 @@ class QuantizerBase(Tied):
         session, kept = self._session(model), list(batches)
         if kept and not session.captured.root.called:
             run_example(session.captured.root, kept[0])
-        sites = [site for site, _ in session.captured.sites()]
         plan = session.plan()
         tell_of(session, plan)
-        whole = session.captured.plain_weights()
         with told_together(), torch.inference_mode(False):
             kept = pytree.tree_map_only(Tensor, plain, kept)
-            made, report = round_weights(
-                model, sites, plan, whole, kept, folder=folder, show_progress=show_progress
-            )
+            made, report = rounded(session, plan, kept, folder=folder, show_progress=show_progress)
         self.state.rounded = made
         self.state.fingerprint = session.captured.fingerprint
         self.state.version += 1

@@ -12,6 +12,7 @@ from typing import Literal
 
 from torch_quant.algorithms import (
     GPTQ,
+    AdaRound,
     AutoRound,
     BiasCorrection,
     OutlierSplit,
@@ -319,7 +320,7 @@ def _few_bits(bits: int, symmetric: bool, method: WeightMethod | str | None) -> 
     if method is None:
         return RoundToNearest(full_range=True)
     found = _method(method)
-    if isinstance(method, str) and isinstance(found, GPTQ | AutoRound | RoundToNearest):
+    if isinstance(method, str) and isinstance(found, AdaRound | AutoRound | GPTQ | RoundToNearest):
         return replace(found, full_range=True)
     return found
 

@@ -322,12 +322,12 @@ class Session:
         return using
 
     def _methods(self, site: Site) -> list[Method]:
-        """The transforms and the weight method that a site would be quantized with."""
+        """The transforms and the method of a site, but for those that get their data in blocks."""
         asked = self.settings.summary.plan.get(site.name) or self._config(site)
         if asked is None:
             return []
         methods = [*asked.transforms, *([asked.method] if asked.method is not None else [])]
-        return [each for each in methods if not each.refusal(site)]
+        return [x for x in methods if not (x.wants_blocks or x.refusal(site))]
 
     def _observer(self, key: str, using: Iterable[Site]) -> Observer:
         """A new observer for a tensor: that of the site which decides, see :meth:`observed_by`."""

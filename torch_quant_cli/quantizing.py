@@ -230,6 +230,8 @@ class _Run:
             calib_model = quantizer.calib(self.model)
             self._through(calib_model, "calibrating")
             self._write(calib_model)
+            if quantizer.qconfig.method is not None and quantizer.qconfig.method.wants_blocks:
+                quantizer.round_weights(self.model, self.batches)
         count, target = given["fallback"], given["min_sqnr"]
         if count and target is not None:
             raise Failed("--fallback and --min-sqnr both say what falls back: give one of them")

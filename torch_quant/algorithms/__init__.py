@@ -1,5 +1,6 @@
 """Weight methods and transforms, one a file. Importing this package registers them."""
 
+from torch_quant.algorithms.adaround import AdaRound
 from torch_quant.algorithms.autoround import AutoRound
 from torch_quant.algorithms.awq import AWQ
 from torch_quant.algorithms.bias_correction import BiasCorrection
@@ -16,6 +17,7 @@ __all__ = [
     "GPTQ",
     "HQQ",
     "TEQ",
+    "AdaRound",
     "AutoRound",
     "BiasCorrection",
     "OutlierSplit",

@@ -21,23 +21,24 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from torch_quant.algorithms.block_training import Rounder, block_error, error_and_gradients
+from torch_quant.algorithms.block_training import (
+    Rounder,
+    block_error,
+    blocks_refusal,
+    error_and_gradients,
+    first_statistics,
+    rounded_first,
+    tell_unreached,
+)
 from torch_quant.algorithms.blocks import Block, Layer
-from torch_quant.algorithms.rtn import RoundToNearest
 from torch_quant.core.methods import Wanted, WeightMethod, register_weight_method
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
-from torch_quant.core.telling import at_site, tell
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.sites import Site
 from torch_quant.statistics import Statistic
 
 __all__ = ["AutoRound"]
-
-_UNREACHED = (
-    "no calibration data reached it, so that its weight is rounded to nearest; give "
-    "quantizer.round_weights inputs that do"
-)
 
 
 @register_weight_method
@@ -75,6 +76,7 @@ class AutoRound(WeightMethod):
     name = "autoround"
     wants_blocks: ClassVar[bool] = True
     wants_targets: ClassVar[bool] = True
+    wants_importance: ClassVar[bool] = True
 
     iterations: int = 200
     batch_size: int = 8
@@ -106,24 +108,21 @@ class AutoRound(WeightMethod):
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise InvalidConfig(f"AutoRound(seed={self.seed!r}): expected an integer")
 
+    def refusal(self, site: Site) -> str:
+        return blocks_refusal(site)
+
     def quantize(
         self, weight: Tensor, spec: QuantSpec, statistics: Mapping[str, Statistic]
     ) -> tuple[Tensor, QParams]:
         """Where it starts: rounded to nearest."""
-        return self._first.quantize(weight, spec, statistics)
+        return rounded_first(weight, spec, statistics, self.clip_search, self.full_range)
 
     def statistics(self, site: Site) -> Wanted:
-        return self._first.statistics(site)
+        return first_statistics(site) if self.clip_search else {}
 
     @property
     def wants_statistics(self) -> bool:
         return self.clip_search
-
-    @property
-    def _first(self) -> RoundToNearest:
-        return RoundToNearest(
-            clip_search=self.clip_search, full_range=self.full_range, weighted=self.clip_search
-        )
 
     def round_block(self, block: Block, layers: Sequence[Layer]) -> None:
         """Learn, and round ``layers``; those of the block that others round stay as they are."""
@@ -162,8 +161,7 @@ class AutoRound(WeightMethod):
         _restore(learned, states[errors.index(min(errors))])
         for each in learned:
             if each.layer not in reached:
-                with at_site(each.layer.site):
-                    tell(_UNREACHED)
+                tell_unreached(each.layer)
             each.layer.round_to(*each.result())
 
 

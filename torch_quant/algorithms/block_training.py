@@ -12,12 +12,65 @@ from torch import Tensor
 
 from torch_quant.algorithms.blocks import Block, Layer
 from torch_quant.algorithms.clipping import longer_side
+from torch_quant.algorithms.rtn import RoundToNearest
 from torch_quant.core.granularity import split_blocks
+from torch_quant.core.methods import Wanted
 from torch_quant.core.qparams import QParams, choose_qparams
 from torch_quant.core.spec import QuantSpec
+from torch_quant.core.telling import at_site, tell
 from torch_quant.errors import QuantError
+from torch_quant.graph.sites import Site
+from torch_quant.statistics import MEAN_SQUARE, MeanSquare, Statistic
 
-__all__ = ["Rounder", "block_error", "error_and_gradients", "replaced_weights"]
+__all__ = [
+    "Rounder",
+    "block_error", "blocks_refusal", "error_and_gradients", "first_statistics", "replaced_weights",
+    "rounded_first", "tell_unreached",
+]  # fmt: skip
+
+_UNREACHED = (
+    "no calibration data reached it, so that its weight is rounded to nearest; give "
+    "quantizer.round_weights inputs that do"
+)
+
+
+def blocks_refusal(site: Site) -> str:
+    """Why a method that trains the weights of a block does not serve a site, empty if it does."""
+    if site.op == "linear" or site.op.startswith("conv"):
+        return ""
+    return "it works on the linear layers and convolutions of a block"
+
+
+def first_statistics(site: Site) -> Wanted:
+    """What :func:`rounded_first` wants to know: the mean squares of a linear layer's inputs."""
+    return {site.inputs[0]: {MEAN_SQUARE: MeanSquare}} if site.smoothable else {}
+
+
+def rounded_first(
+    weight: Tensor,
+    spec: QuantSpec,
+    statistics: Mapping[str, Statistic],
+    clip_search: bool,
+    full_range: bool,
+) -> tuple[Tensor, QParams]:
+    """Rounded to nearest, where training begins.
+
+    Args:
+        weight: any shape.
+        spec: the format.
+        statistics: of :func:`first_statistics`; where a linear layer has none, nothing is searched.
+        clip_search: search the scales of least squared error.
+        full_range: whether symmetric scales may be negative.
+    """
+    weighted = clip_search and weight.dim() == 2
+    method = RoundToNearest(clip_search=clip_search, full_range=full_range, weighted=weighted)
+    return method.quantize(weight, spec, statistics)
+
+
+def tell_unreached(layer: Layer) -> None:
+    """Warn of a layer that no sample has reached."""
+    with at_site(layer.site):
+        tell(_UNREACHED)
 
 
 @contextmanager
@@ -46,37 +99,37 @@ def error_and_gradients(
     Returns:
         The error, and for each layer its gradient; None where no sample reached it.
     """
-    assert block.targets is not None
     leaves = {layer: w.detach().requires_grad_() for layer, w in weights.items()}
     total, found = 0.0, dict.fromkeys(leaves, None)
     with torch.enable_grad(), replaced_weights(leaves):
-        for i in chosen:
-            error = (block.run(block.samples[i]) - block.targets[i]).float().square().mean()
+        for part in block.gathered(chosen):
+            error = part.error(block.run(part.sample)) * len(part.numbers)
             total += float(error.detach()) / len(chosen)
             if not math.isfinite(total):
                 where = block.path or "what lies outside of blocks"
-                raise QuantError(f"the error of {where} on sample {i} is not finite: {total}")
+                which = "sample" if len(part.numbers) == 1 else "samples"
+                which += f" {', '.join(map(str, part.numbers))}"
+                raise QuantError(f"the error of {where} on {which} is not finite: {total}")
             if (
                 not error.requires_grad
             ):  # no layer that is trained was reached, or a no_grad forward
                 continue
-            parts = torch.autograd.grad(error, list(leaves.values()), allow_unused=True)
-            for layer, part in zip(leaves, parts, strict=True):
-                if part is not None:
+            made = torch.autograd.grad(error, list(leaves.values()), allow_unused=True)
+            for layer, gradient in zip(leaves, made, strict=True):
+                if gradient is not None:
                     before = found[layer]
-                    found[layer] = part if before is None else before + part
+                    found[layer] = gradient if before is None else before + gradient
     return total, found
 
 
 def block_error(block: Block, weights: Mapping[Layer, Tensor]) -> float:
     """The mean squared error over all samples."""
-    assert block.targets is not None
+    count = len(block.samples)
     with torch.no_grad(), replaced_weights(weights):
-        errors = [
-            float((block.run(sample) - target).float().square().mean())
-            for sample, target in zip(block.samples, block.targets, strict=True)
-        ]
-    return sum(errors) / len(errors)
+        return sum(
+            float(part.error(block.run(part.sample))) * len(part.numbers) / count
+            for part in block.gathered(range(count))
+        )
 
 
 @dataclass

@@ -24,7 +24,7 @@ from torch_quant.errors import QuantError
 from torch_quant.graph.sites import Site
 from torch_quant.statistics import Statistic
 
-__all__ = ["Block", "Layer", "Reading", "Sample"]
+__all__ = ["Block", "Layer", "Part", "Reading", "Sample"]
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,37 @@ class Sample:
         return Sample(self.args, {**self.kwargs, self.place: x}, self.place)
 
 
+@dataclass(frozen=True)
+class Part:
+    """One call of a block that stands for some of its samples.
+
+    Args:
+        sample: the call.
+        target: what the float block gives.
+        importance: what an error counts, in the shape of the target; None for 1.
+        numbers: of the samples.
+    """
+
+    sample: Sample
+    target: Tensor
+    importance: Tensor | None
+    numbers: tuple[int, ...]
+
+    def error(self, result: Tensor) -> Tensor:
+        """The mean squared error of a result, weighted by what errors count.
+
+        >>> target = torch.zeros(2)
+        >>> part = Part(Sample((target,), {}, 0), target, torch.tensor([3.0, 1.0]), (0,))
+        >>> part.error(torch.tensor([2.0, 0.0]))
+        tensor(6.)
+        """
+        squares = (result - self.target).float().square()
+        return (squares if self.importance is None else squares * self.importance).mean()
+
+
 @dataclass(eq=False)
 class Layer:
-    """One linear layer of a block, whose weight is to be rounded.
+    """One layer of a block, whose weight is to be rounded: linear, or of a graph a convolution too.
 
     Args:
         site: its name in the plan.
@@ -146,6 +174,8 @@ class Block:
             method ``wants_targets``. Other inputs, the result of an encoder say, are those of the
             rounded model.
         floats: for each, the call with what float blocks before make; where there are targets.
+        importance: for each, what the error of each element of the result counts, in the shape of
+            the target; None for 1.
         producers: path of a layer -> path of the module that may be scaled before it.
         caller: what calls the module with the arguments of a sample, where they are others.
     """
@@ -156,6 +186,7 @@ class Block:
     samples: list[Sample]
     targets: list[Tensor] | None = None
     floats: list[Sample] | None = None
+    importance: list[Tensor] | None = None
     producers: Mapping[str, str] = field(default_factory=dict)
     caller: Callable[..., Any] | None = None
     scaled: dict[str, Scaling] = field(default_factory=dict)
@@ -170,6 +201,17 @@ class Block:
         """All that the block gives for one call; what it writes to is a copy."""
         args, kwargs = fresh((sample.args, dict(sample.kwargs)))
         return (self.caller or self.module)(*args, **kwargs)
+
+    def gathered(self, chosen: Iterable[int]) -> Iterator[Part]:
+        """Some samples as calls of the block, each with what its result should be.
+
+        Args:
+            chosen: numbers of samples.
+        """
+        assert self.targets is not None
+        for i in chosen:
+            importance = None if self.importance is None else self.importance[i]
+            yield Part(self.samples[i], self.targets[i], importance, (i,))
 
     def outputs(self) -> Iterator[Tensor]:
         """Its result for each sample."""

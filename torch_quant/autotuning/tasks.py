@@ -39,12 +39,12 @@ def prepared(
     quantizer = Quantizer.from_config(configuration)
     settings = [x for x in (quantizer.qconfig, *quantizer.overrides.values()) if x is not None]
     with frozen(model):
-        if any(map(_wants_rounding, settings)):
-            quantizer.round_weights(model, batches, progress=False)
         if any(map(_wants_calibration, settings)):
             calib_model = quantizer.calib(model)
             for batch in batches:
                 call_example(calib_model, batch)
+        if any(map(_wants_rounding, settings)):
+            quantizer.round_weights(model, batches, progress=False)
     return quantizer
 
 

@@ -53,6 +53,9 @@ class Method(ABC):
     """Whether it has to know what the float model's blocks give; two streams of data are kept."""
     wants_floats: ClassVar[bool] = False
     """Whether it has to know what the float model's blocks are given; likewise."""
+    wants_importance: ClassVar[bool] = False
+    """Whether errors at the end of a part of a graph count by the square of the gradient that the
+    model's outputs have there, in place of all alike."""
 
     def refusal(self, site: Site) -> str:
         """Why it does not serve ``site``, empty if it does. It is left out there then.

@@ -74,7 +74,8 @@ def qat_lowering(
         InvalidConfig: every parameter is frozen; the plan has rounded weights, or transforms the
             graph by what would have to follow the weights.
     """
-    if session.state.rounded:
+    made = session.state.rounded
+    if made.scaled or made.left_out or not all(x.method.wants_blocks for x in made.sites.values()):
         raise InvalidConfig(
             "round_weights() has rounded the weights of this quantizer; qat() trains float "
             "weights: use a new Quantizer() and calibrate again"

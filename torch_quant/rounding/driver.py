@@ -51,7 +51,7 @@ from torch_quant.rounding.producers import find_producers
 from torch_quant.rounding.report import BlockError, Rounding
 from torch_quant.rounding.weights import FloatWeights
 
-__all__ = ["round_weights"]
+__all__ = ["round_layers", "round_weights"]
 
 logger = logging.getLogger("torch_quant")
 
@@ -187,6 +187,8 @@ class _Run:
                     "ranges would be wrong then; it serves float and dynamic activations only"
                 )
         missed = [site.name for site in sites if site.module not in found]
+        others = (each for each in self.plan.values() if each.op != "linear" and each.quantized)
+        missed += [x.name for x in others if x.method and x.method.wants_blocks]
         self.made.left_out = tuple(missed)
         if missed:
             logger.warning(
@@ -325,7 +327,7 @@ class _Run:
             found.apply(block, experts)
         else:
             scale_exactly(block)
-            _round(block)
+            round_layers(block)
             round_experts(block, experts)
         mine = RoundedWeights(scaled={_joined(block.path, p): x for p, x in block.scaled.items()})
         for layer in every:
@@ -353,7 +355,8 @@ class _Run:
         bar.update(1)
 
 
-def _round(block: Block) -> None:
+def round_layers(block: Block) -> None:
+    """Round the weights of a block, by one method after the other."""
     for method in dict.fromkeys(layer.method for layer in block.layers):
         layers = [layer for layer in block.layers if layer.method == method]
         try:

@@ -1,0 +1,379 @@
+"""Round the weights of a captured graph a segment at a time, on what the rounded ones before give.
+
+Each segment learns to give what the float model gives there, for inputs that are those of the
+quantized model: activations are rounded too. What an error counts is the square of the gradient
+that the model's outputs have there: Li et al., "BRECQ: Pushing the Limit of Post-Training
+Quantization by Block Reconstruction", 2021, section 3.3, with a random sum of the outputs in the
+place of a loss.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from torch_quant.algorithms.blocks import Block, Layer, Part, Sample
+from torch_quant.core.memory import give_back
+from torch_quant.core.metrics import sqnr
+from torch_quant.core.plan import QuantPlan
+from torch_quant.core.rounded import RoundedWeight, RoundedWeights
+from torch_quant.errors import InvalidConfig
+from torch_quant.graph.calls import Call
+from torch_quant.graph.examples import example_call
+from torch_quant.graph.export import CapturedGraph
+from torch_quant.graph.progress import hidden
+from torch_quant.graph.sites import KEY, Site
+from torch_quant.passes.prepare import Prepared
+from torch_quant.rounding.driver import round_layers
+from torch_quant.rounding.report import BlockError, Rounding
+from torch_quant.rounding.segments import Segment, joined, segments_of
+from torch_quant.rounding.simulation import Learned, Simulation
+from torch_quant.session import Session
+
+__all__ = ["learned_sites", "round_graph"]
+
+logger = logging.getLogger("torch_quant")
+
+_MOST = 4
+"""Layers up to which neighbours are one segment."""
+_BYTES = 2**30
+"""Of the float model's tensors between segments, and of what their errors count."""
+_TOGETHER = 32
+"""Rows that are computed at once where all are."""
+
+
+def learned_sites(session: Session, plan: QuantPlan) -> frozenset[str]:
+    """The sites whose weights are rounded in the graph; none where modules are blocks.
+
+    That is for methods that work on blocks, where activations are quantized or layers are
+    convolutions.
+
+    Args:
+        session: of the model.
+        plan: of it.
+    """
+    if session.captured.root.by_choice:
+        return frozenset()
+    found = [
+        site
+        for site in plan.values()
+        if site.quantized and site.weight and site.method and site.method.wants_blocks
+    ]
+    if all(site.op == "linear" and not site.needs_ranges for site in found):
+        return frozenset()
+    return frozenset(site.name for site in found)
+
+
+def round_graph(
+    session: Session,
+    plan: QuantPlan,
+    learned: frozenset[str],
+    batches: Sequence[Any],
+    *,
+    show_progress: bool = True,
+) -> tuple[RoundedWeights, Rounding]:
+    """The codes of the weights that are learned, and a report.
+
+    Args:
+        session: the quantizer and the model, which was calibrated.
+        plan: of the model on the quantizer's backend.
+        learned: the sites.
+        batches: inputs, each as ``example_inputs`` of :meth:`Quantizer.calib`.
+        show_progress: show a bar on stderr.
+
+    Raises:
+        InvalidConfig: there are no batches; the model is no one graph, or they need several.
+        NotCalibrated: ranges are missing.
+        QuantError: a weight cannot be rounded; names the segment.
+    """
+    from tqdm import tqdm
+
+    graph, calls = _calls(session, batches)
+    run = _Run(session, plan, session.captured.prepared(session.captured.root, graph), learned)
+    total = len(calls) + len(run.segments)
+    with tqdm(total=total, desc="rounding weights", unit="block", disable=hidden(show_progress),
+              delay=2.0, leave=False) as bar:  # fmt: skip
+        chunks = run.chunks(calls, bar)
+        divisible = all(_divisible(graph, call) for call in calls)
+        for number, segment in enumerate(run.segments):
+            bar.set_postfix_str(segment.name, refresh=False)
+            run.segment(number, segment, chunks, divisible)
+            bar.update(1)
+    if missed := sorted(learned - run.made.sites.keys() - run.shared):
+        run.made.left_out = tuple(missed)
+        logger.warning(
+            "%d weights are in no graph of the calls that were given; they are rounded to nearest: "
+            "%s%s", len(missed), ", ".join(missed[:3]), ", ..." if len(missed) > 3 else "",
+        )  # fmt: skip
+    return run.made, Rounding(tuple(run.errors))
+
+
+def _calls(session: Session, batches: Sequence[Any]) -> tuple[CapturedGraph, list[Call]]:
+    """The graph that serves the batches, and they as it takes them."""
+    if not batches:
+        raise InvalidConfig("round_weights got no batches; give an iterable of inputs of the model")
+    root = session.captured.root
+    graphs, calls = list[CapturedGraph](), list[Call]()
+    for number, batch in enumerate(batches):
+        found = root.resolve(*example_call(batch))
+        if found is None or root.plain or root.state:
+            why = root.failure or "it keeps something between its calls"
+            raise InvalidConfig(
+                "weights that go with quantized activations are rounded in the graph of the whole "
+                f"model, and this one has none ({why}): take GPTQ(), which goes by what "
+                "calibration records"
+            )
+        calls.append(found[0])
+        graphs.append(found[1])
+        if graphs[-1] is not graphs[0]:
+            raise InvalidConfig(
+                f"round_weights: batch {number} is a call of another kind or size than batch 0, "
+                "which another graph serves; give batches of one kind"
+            )
+    return graphs[0], calls
+
+
+def _rows(tensors: Iterable[Tensor]) -> int:
+    """The first size of the first tensor that has one, else 1."""
+    return next((len(x) for x in tensors if x.dim()), 1)
+
+
+def _divisible(graph: CapturedGraph, call: Call) -> bool:
+    """Whether a graph takes any number of the rows of a call."""
+    rows = _rows(call.tensors)
+    if any(not x.dim() or len(x) != rows for x in call.tensors):
+        return False
+    tried = (tuple(torch.cat([x, x])[:n] for x in call.tensors) for n in {1, 2, rows + 1})
+    return all(graph.contract.mismatch(call.with_tensors(each)) is None for each in tried)
+
+
+@dataclass
+class _Chunk:
+    """One batch on its way through the segments.
+
+    Args:
+        inputs: what the graph takes.
+        targets: what the float model gives at the end of each segment; None behind that.
+        importance: what an error counts there; None for 1.
+        before: what the segment before has given.
+    """
+
+    inputs: tuple[Tensor, ...]
+    targets: list[Tensor | None]
+    importance: list[Tensor | None]
+    before: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is kept of the float model."""
+        return sum(x.nbytes for x in (*self.targets, *self.importance) if x is not None)
+
+    def args(self, segment: Segment) -> tuple[Tensor, ...]:
+        """The arguments of a segment."""
+        given = tuple(self.inputs[i] for i in segment.inputs)
+        if segment.first:
+            return given
+        assert self.before is not None
+        return (self.before, *given)
+
+
+class _Run:
+    """One pass through a graph.
+
+    Args:
+        session: the quantizer and the model.
+        plan: of the model.
+        prepared: the graph.
+        learned: sites whose weights are learned.
+    """
+
+    def __init__(
+        self, session: Session, plan: QuantPlan, prepared: Prepared, learned: frozenset[str]
+    ) -> None:
+        simulation = Simulation(session, plan, session.owner.backend.kernels(), learned)
+        with torch.no_grad():
+            lowered = simulation.graph(prepared.canonical)
+        self.plan, self.weights = plan, simulation.weights
+        self.sites = {site.name: site for site, _ in prepared.sites}
+        nodes = prepared.canonical.graph.nodes
+        known = {str(node.meta[KEY]) for node in nodes if KEY in node.meta}
+        self.segments = segments_of(lowered, known, self.weights, _MOST)
+        mine = {site for segment in self.segments for site in segment.learned}
+        self.shared = self.weights.keys() - mine
+        """Sites that are further calls of others."""
+        methods = {plan[site].method for site in mine}
+        self.weighted = all(each is not None and each.wants_importance for each in methods)
+        self.float_graph = _Float(
+            prepared.canonical, [segment.key for segment in self.segments], self.weighted
+        )
+        self.made, self.errors = RoundedWeights(), list[BlockError]()
+
+    def chunks(self, calls: Sequence[Call], bar: Any) -> list[_Chunk]:
+        """As many batches as there is memory for."""
+        generator, found, total = torch.Generator().manual_seed(0), list[_Chunk](), 0
+        for number, call in enumerate(calls):
+            chunk = self.float_graph.chunk(call, generator)
+            total += chunk.nbytes
+            if found and total > _BYTES:
+                logger.warning(
+                    "round_weights goes by %d of %d batches, of which it keeps %d MB; give fewer, "
+                    "or smaller ones", number, len(calls), _BYTES >> 20,
+                )  # fmt: skip
+                bar.update(len(calls) - number)
+                break
+            found.append(chunk)
+            bar.update(1)
+        for place in range(len(self.segments)):
+            _scale(found, place)
+        return found
+
+    def segment(
+        self, number: int, segment: Segment, chunks: Sequence[_Chunk], divisible: bool
+    ) -> None:
+        """Round the weights of one segment, and send the batches through it."""
+        start = time.monotonic()
+        layers = tuple(
+            self._layer(self.sites[site], self.weights[site], module)
+            for site, module in segment.learned.items()
+        )
+        samples, targets, importance = _samples(segment, number, chunks, divisible)
+        block = _SegmentBlock(segment.name, segment.module, layers, samples, targets)
+        block.importance = importance
+        first = chunks[0].args(segment)
+        with torch.no_grad():
+            exact = segment.module(*first)
+            round_layers(block)
+            for layer in layers:
+                assert layer.rounded is not None
+                self.made.sites[layer.site] = RoundedWeight.of(
+                    *layer.rounded, layer.method, self.weights[layer.site].checksum
+                )
+            error = sqnr(exact, segment.module(*first)) if layers else float("nan")
+            for chunk in chunks:
+                chunk.before = segment.module(*chunk.args(segment))
+                chunk.targets[number] = chunk.importance[number] = None
+        names = tuple(dict.fromkeys(layer.method.name for layer in layers))
+        sites = tuple(layer.site for layer in layers)
+        seconds = time.monotonic() - start
+        self.errors.append(BlockError(segment.name, sites, names, error, seconds))
+        give_back()
+
+    def _layer(self, site: Site, learned: Learned, module: Any) -> Layer:
+        method = self.plan[site.name].method
+        assert method is not None
+        return Layer(site.name, site.name, module, learned.spec, method, (), site)
+
+
+def _scale(chunks: Sequence[_Chunk], place: int) -> None:
+    """Have errors count 1 on average; the same each where that is not known of all batches."""
+    known = [x for chunk in chunks if (x := chunk.importance[place]) is not None]
+    mean = sum(float(x.float().mean()) for x in known) / max(1, len(known))
+    usable = len(known) == len(chunks) and 0 < mean < float("inf")
+    for chunk in chunks:
+        x = chunk.importance[place]
+        chunk.importance[place] = x / mean if usable and x is not None else None
+
+
+def _samples(
+    segment: Segment, number: int, chunks: Sequence[_Chunk], divisible: bool
+) -> tuple[list[Sample], list[Tensor], list[Tensor] | None]:
+    """The calls of a segment, row by row where that can be: with targets, and what errors count."""
+    given = [chunk.args(segment) for chunk in chunks]
+    targets = [x for chunk in chunks if (x := chunk.targets[number]) is not None]
+    importance = [x for chunk in chunks if (x := chunk.importance[number]) is not None]
+    for args, target, chunk in zip(given, targets, chunks, strict=True):
+        rows = _rows(chunk.inputs)
+        divisible = divisible and all(x.dim() and len(x) == rows for x in (*args, target))
+    if divisible:
+        given = [row for args in given for row in zip(*(x.split(1) for x in args), strict=True)]
+        targets = [row for x in targets for row in x.split(1)]
+        importance = [row for x in importance for row in x.split(1)]
+    samples = [Sample(args, {"divisible": divisible}, 0) for args in given]
+    return samples, targets, importance or None
+
+
+class _SegmentBlock(Block):
+    """A segment as a block; rows of the same sizes are computed together."""
+
+    def gathered(self, chosen: Iterable[int]) -> Iterator[Part]:
+        """Some rows, put together, or a whole batch where a batch cannot be divided."""
+        assert self.targets is not None
+        groups: dict[Any, list[int]] = {}
+        for i in chosen:
+            sample = self.samples[i]
+            sizes = tuple(x.shape for x in sample.args)
+            groups.setdefault(sizes if sample.kwargs["divisible"] else i, []).append(i)
+        for group in groups.values():
+            for start in range(0, len(group), _TOGETHER):
+                yield self._part(group[start : start + _TOGETHER])
+
+    def _part(self, numbers: Sequence[int]) -> Part:
+        assert self.targets is not None
+        args = zip(*(self.samples[i].args for i in numbers), strict=True)
+        sample = Sample(tuple(map(_together, args)), {}, 0)
+        target = _together([self.targets[i] for i in numbers])
+        counts = None if self.importance is None else [self.importance[i] for i in numbers]
+        importance = None if counts is None else _together(counts)
+        return Part(sample, target, importance, tuple(numbers))
+
+    def call(self, sample: Sample) -> Any:
+        """What the segment gives."""
+        return self.module(*sample.args)
+
+
+def _together(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+
+
+class _Float(fx.Interpreter):
+    """The float graph, which keeps some of its tensors.
+
+    Args:
+        gm: the canonical graph.
+        keys: of the tensors, in their order; empty for the outputs.
+        weighted: whether to find what errors count.
+    """
+
+    def __init__(self, gm: fx.GraphModule, keys: Sequence[str], weighted: bool) -> None:
+        super().__init__(gm)
+        self.extra_traceback = False
+        self.keys, self.weighted = list(keys), weighted
+        self.seen: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """One node; what is kept can be asked for a gradient."""
+        value, key = super().run_node(n), n.meta.get(KEY)
+        if key and key in self.keys and key not in self.seen and isinstance(value, Tensor):
+            if self.weighted and value.is_floating_point() and not value.requires_grad:
+                value = value.detach().requires_grad_()
+            self.seen[key] = value
+        return value
+
+    def fetch_attr(self, target: str) -> Any:
+        """A tensor of the model, through which gradients pass."""
+        value = super().fetch_attr(target)
+        return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
+    def chunk(self, call: Call, generator: torch.Generator) -> _Chunk:
+        """What is known of one batch."""
+        self.seen = {}
+        inputs = tuple(x.detach() for x in call.tensors)
+        with torch.set_grad_enabled(self.weighted):
+            outputs = joined(self.run(*(x.clone() for x in inputs)))
+        importance: Mapping[str, Tensor | None] = {}
+        if outputs.requires_grad and self.seen:
+            signs = torch.randint(0, 2, outputs.shape, generator=generator) * 2 - 1
+            found = torch.autograd.grad(
+                (outputs * signs.to(outputs)).sum(), list(self.seen.values()), allow_unused=True
+            )
+            importance = dict(zip(self.seen, found, strict=True))
+        gradients = map(importance.get, self.keys)
+        counts = [None if x is None else x.square().to(torch.bfloat16) for x in gradients]
+        targets = [self.seen[key] if key else outputs for key in self.keys]
+        return _Chunk(inputs, [x.detach() for x in targets], counts)
