@@ -7,6 +7,8 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,9 @@ __all__ = [
     "minilm",
     "minilm_inputs",
     "onnxruntime_session",
+    "peak_memory",
     "report",
+    "resident",
 ]
 
 RESULTS = Path(__file__).parent / "results"
@@ -109,3 +113,25 @@ def onnxruntime_session(path: Path, threads: int = 1) -> Any:
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def _status(key: str) -> float:
+    """MB that the system says of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(key))
+
+
+def resident() -> float:
+    """MB that this process has; Linux alone."""
+    return _status("VmRSS")
+
+
+@contextmanager
+def peak_memory() -> Iterator[Callable[[], float]]:
+    """A function that says how many MB the process has grown at most since; Linux alone."""
+    if not Path("/proc/self/clear_refs").exists():
+        yield lambda: float("nan")
+        return
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is that from now on
+    before = resident()
+    yield lambda: _status("VmHWM") - before

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from torch_quant import Quantizer, export_onnx
 
-__all__ = ["OURS", "WAYS", "Reader", "Run", "Setting", "arrays", "first", "offered"]
+__all__ = ["NEEDS", "OURS", "WAYS", "Reader", "Run", "Setting", "arrays", "first", "offered"]
 
 Run = Callable[[Inputs], Any]
 """A call of a model that is ready; what it returns is kept only to be compared."""
@@ -224,7 +224,7 @@ WAYS: dict[str, Callable[[Setting], Run]] = {
 """Column -> what makes a model ready; those after "onednn, dynamic" use nothing of this package but
 the exported file of the first."""
 
-_NEEDS = {
+NEEDS = {
     "ipex": "intel_extension_for_pytorch",
     "openvino": "openvino",
     "onnxruntime": "onnxruntime",
@@ -236,12 +236,13 @@ _NEEDS = {
     "nncf in openvino": "nncf",
     "torchao, inductor": "torchao",
 }
+"""Column -> the package that it needs."""
 
 
 def offered() -> dict[str, str]:
     """Column -> the package that it needs and that is not installed, empty if it can run."""
     return {
-        name: package if (package := _NEEDS.get(name, "")) and _missing(package) else ""
+        name: package if (package := NEEDS.get(name, "")) and _missing(package) else ""
         for name in WAYS
     }
 

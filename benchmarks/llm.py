@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from decoding import cache_name, measure
-from harness import interleaved_latency, keep, kept_rows, report
+from harness import interleaved_latency, keep, kept_rows, peak_memory, report
 from llm_data import Text, load_text, perplexity, sample, smollm2
 from small_decoder import small_decoder
 from tabulate import tabulate
@@ -152,22 +152,6 @@ def saved_size(model: nn.Module) -> int:
         else:
             model.save_pretrained(f"{parent}/model")  # type: ignore[operator]
         return sum(path.stat().st_size for path in Path(parent).rglob("*") if path.is_file())
-
-
-@contextmanager
-def peak_memory() -> Iterator[Callable[[], float]]:
-    """A function that says how many MB the process has grown at most since; Linux alone."""
-
-    def status(key: str) -> float:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(key))
-
-    if not Path("/proc/self/clear_refs").exists():
-        yield lambda: float("nan")
-        return
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is that from now on
-    before = status("VmRSS")
-    yield lambda: status("VmHWM") - before
 
 
 @contextmanager

@@ -17,8 +17,8 @@ import time
 from typing import Any
 
 import torch
-from harness import keep, kept_rows, report
-from llm import OUTER, peak_memory
+from harness import keep, kept_rows, peak_memory, report
+from llm import OUTER
 from torch import nn
 
 from torch_quant import GPTQ, Quantizer, recipes

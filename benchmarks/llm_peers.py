@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 from decoding import cache_name, measure
-from harness import keep, kept_rows, report
-from llm import BLOCKS, METHODS, loaded, needs_data, peak_memory, quantizer_of
+from harness import keep, kept_rows, peak_memory, report
+from llm import BLOCKS, METHODS, loaded, needs_data, quantizer_of
 from llm_data import perplexity
 from torch import Tensor, nn
 from tqdm import tqdm
