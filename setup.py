@@ -30,6 +30,7 @@ HEADERS = [
     "recurrent_loops",
     "static",
     "static_loops",
+    "dynamic_tiles",
     "dynamic_loops",
     "gate",
     "gate_loops",

@@ -34,6 +34,7 @@ inline __m256i dot_numbers_half(__m256i sum, __m256i u, __m256i s) {
 #include "product_loops.h"
 #include "rounding_loops.h"
 #include "row_loops.h"
+#include "dynamic_tiles.h"
 #include "recurrent_loops.h"
 #include "static_loops.h"
 #include "dynamic_loops.h"

@@ -2,19 +2,6 @@
 // packed as the right matrix of a product is (product.h), which pays where hundreds of rows meet it; the
 // numbers are those of `multiply_dynamic`. Whoever includes this file has included static_loops.h before.
 
-// A row of sums, from output `n` on, as floats.
-inline void finish_dynamic(const Dynamic& j, const int32_t* sums, const int32_t* of_weights, int64_t slot,
-                           int64_t row, int64_t n, int64_t count) {
-  const F32 x_scale = all(j.scales[slot]);
-  for (int64_t k = 0; k < count; k += LANES) {
-    const int64_t left = count - k;
-    const I32 sum = add(load_i32(sums + k), times(load_i32(of_weights + k), -j.zeros[slot]));
-    F32 y = product(to_float(sum), product(x_scale, take(j.scale + n + k, left)));
-    if (j.bias) y = plus(y, take(j.bias + n + k, left));
-    put(j.y + row * j.out + n + k, y, left);
-  }
-}
-
 // `rows` rounded rows, the first of which is `row`, times outputs from `n` on.
 void multiply_packed(const Dynamic& j, int64_t row, int64_t rows, int64_t n, int64_t outs, uint8_t* room) {
   const int64_t groups = groups_of(j.in), blocks = (outs + LANES - 1) / LANES, wide = blocks * LANES;

@@ -230,6 +230,7 @@ inline void narrow_some(uint8_t* p, const I32& x, int64_t count) {
 #include "product_loops.h"
 #include "rounding_loops.h"
 #include "row_loops.h"
+#include "dynamic_tiles.h"
 #include "recurrent_loops.h"
 #include "static_loops.h"
 #include "dynamic_loops.h"

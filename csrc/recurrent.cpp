@@ -53,7 +53,7 @@ EXPORT int torch_quant_recurrent(int threads, const void* call) {
   j.scratch_bytes = whole(j.block * (j.wide * 4 + j.padded + 8), 64) + STEP_OUTS * TILE_ROWS * 4;
   const int64_t gate_bytes = whole(rows * j.wide * 4, 64);
   const Memory gates(j.directions * gate_bytes), scratch(threads * j.scratch_bytes);
-  const Memory sums(items * (j.wide * 4 + 8));
+  const Memory sums(items * (j.wide * 4 + 8) + LANES * 4);
   const Kernels& use = kernels();
   const bool pack = use.depth == 4 && j.batch >= PACKED_ROWS && all >= PACKED_TIMES * (32 + j.size / 16);
   const int64_t packed_bytes = pack ? whole(j.wide, LANES) * (whole(j.size, 4) + 4) : 0;

@@ -74,9 +74,8 @@ inline void state_rows(const Dynamic& j, int64_t& m, int64_t n, int64_t end, int
 // The state of some rows times the weight, a block of it after the other; `sums` are made with the FIRST.
 template <bool FIRST>
 inline void multiply_state(const Dynamic& j, int32_t* sums) {
-  constexpr int64_t MOST = 128;
-  for (int64_t n = 0; n < j.out; n += MOST) {
-    const int64_t end = n + MOST < j.out ? n + MOST : j.out;
+  for (int64_t n = 0; n < j.out; n += DYNAMIC_OUTS) {
+    const int64_t end = n + DYNAMIC_OUTS < j.out ? n + DYNAMIC_OUTS : j.out;
     int64_t m = 0;
     bool first = FIRST;
     if (MR <= j.rows) {
@@ -90,8 +89,6 @@ inline void multiply_state(const Dynamic& j, int32_t* sums) {
     first ? state_rows<true, 1>(j, m, n, end, sums + n) : state_rows<false, 1>(j, m, n, end, sums + n);
   }
 }
-
-inline void finish_dynamic(const Dynamic&, const int32_t*, const int32_t*, int64_t, int64_t, int64_t, int64_t);
 
 // The same with a matrix that is packed.
 inline void multiply_state(const Dynamic& j, const uint8_t* packed, const int32_t* of_weights, int32_t* sums) {
