@@ -42,7 +42,7 @@ class Setting:
     def calibrated(self, recipe: str) -> Quantizer:
         """A quantizer that has seen one call of each size."""
         if recipe not in self._quantizers:
-            quantizer = Quantizer("onednn", qconfig=recipe)
+            quantizer = Quantizer("onednn", qconfig=recipe, capture="whole")
             calib_model = quantizer.calib(self.model)
             for each in self.sizes:
                 calib_model(**each)
