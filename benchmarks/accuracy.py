@@ -28,7 +28,7 @@ from accuracy_page import chart, table
 from accuracy_task import Task
 from accuracy_text import Descriptions, Docstrings, Perplexity
 from accuracy_vision import Digits, Photographs
-from accuracy_ways import WAYS, Setting
+from accuracy_ways import ROUNDINGS, WAYS, Setting
 from digits_networks import DepthwiseCNN, SmallViT
 from harness import keep, kept_rows
 from latency_ways import quiet
@@ -48,6 +48,7 @@ TASKS: dict[str, Callable[[], Task]] = {
     "digits-vit": lambda: Digits(SmallViT),
     "digits-cnn": lambda: Digits(DepthwiseCNN),
 }
+EVERY = {**WAYS, **ROUNDINGS}
 Row = dict[str, Any]
 
 
@@ -57,8 +58,11 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--models", nargs="+", choices=TASKS, default=list(TASKS), metavar="MODEL",
                         help=f"of {', '.join(TASKS)}; default: all")  # fmt: skip
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY",
-                        help=f"of {', '.join(map(repr, WAYS))}; default: all")  # fmt: skip
+    parser.add_argument("--roundings", action="store_true",
+                        help="ways to round weights, in a table of their own")  # fmt: skip
+    parser.add_argument("--ways", nargs="+", choices=EVERY, metavar="WAY",
+                        help=f"of {', '.join(map(repr, WAYS))}; with --roundings of "
+                        f"{', '.join(map(repr, ROUNDINGS))}; default: all")  # fmt: skip
     parser.add_argument("--backend", help="ours; default: the best of this machine")
     parser.add_argument(
         "--resume", action="store_true", help="keep what was measured before, but for failures"
@@ -68,7 +72,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--table", action="store_true", help="only print the table of the results")
     parser.add_argument("--plot", type=Path, help="draw a chart there, as .png or .svg")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.ways = options.ways or list(ROUNDINGS if options.roundings else WAYS)
+    return options
 
 
 def one(options: argparse.Namespace) -> None:
@@ -86,7 +92,7 @@ def one(options: argparse.Namespace) -> None:
             try:
                 if setting is None:
                     setting = Setting(TASKS[name](), Path(folder), options.backend)
-                    expected = answers(setting, WAYS["float32"](setting))
+                    expected = answers(setting, EVERY["float32"](setting))
                     row |= {"network": setting.task.name, "metric": setting.task.metric}
                 row |= measured(setting, way, expected)
             except (Exception, SystemExit) as error:
@@ -105,7 +111,7 @@ def _late(number: int, frame: FrameType | None) -> None:
 def measured(setting: Setting, way: str, expected: list[torch.Tensor]) -> Row:
     """The score of a way, and how near it is to float."""
     task, setting.notes = setting.task, {}
-    outputs = answers(setting, WAYS[way](setting))
+    outputs = answers(setting, EVERY[way](setting))
     near = task.close(outputs, expected) if way != "float32" else {}
     return {
         "network": task.name, "metric": task.metric,
@@ -146,7 +152,8 @@ def main() -> None:
         one(options)
         return
     notes = {"threads of each": options.threads, "backend": options.backend or "default"}
-    known = {(row["model"], row["way"]): row for row in kept_rows("accuracy", notes)}
+    ways, file = (ROUNDINGS, "accuracy_roundings") if options.roundings else (WAYS, "accuracy")
+    known = {(row["model"], row["way"]): row for row in kept_rows(file, notes)}
     if not options.table:
         wanted = [(model, way) for model in options.models for way in options.ways]
         if options.resume:
@@ -154,16 +161,16 @@ def main() -> None:
             wanted = [each for each in wanted if each not in done]
         with tqdm(total=len(wanted), unit="way") as bar:
             for model in TASKS:
-                ways = [way for way in WAYS if (model, way) in wanted]
-                for row in rows_of(options, model, ways):
+                mine = [way for way in ways if (model, way) in wanted]
+                for row in rows_of(options, model, mine):
                     bar.update()
                     bar.set_postfix_str(f"{row['model']}, {row['way']}")
                     known[model, row["way"]] = row
-                    order = [(m, w) for m in TASKS for w in WAYS if (m, w) in known]
-                    keep("accuracy", [known[each] for each in order], **notes)
-    print(table(list(known.values()), list(WAYS)))
+                    order = [(m, w) for m in TASKS for w in ways if (m, w) in known]
+                    keep(file, [known[each] for each in order], **notes)
+    print(table(list(known.values()), list(ways)))
     if options.plot:
-        chart(list(known.values()), list(WAYS), options.plot)
+        chart(list(known.values()), list(ways), options.plot)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,20 @@ import torch
 from accuracy_task import Inputs, Task
 from torch import fx
 
-from torch_quant import Quantizer, recipes
+from torch_quant import (
+    FLOAT,
+    GPTQ,
+    AdaRound,
+    AutoRound,
+    QConfig,
+    Quantizer,
+    QuantSpec,
+    RoundToNearest,
+    WeightMethod,
+    recipes,
+)
 
-__all__ = ["WAYS", "Run", "Setting"]
+__all__ = ["ROUNDINGS", "WAYS", "Run", "Setting"]
 
 Run = Callable[[Inputs], Any]
 
@@ -174,3 +187,39 @@ WAYS: dict[str, Callable[[Setting], Run]] = {
     "INC": neural_compressor,
 }
 """Column -> what makes a network ready, in the order in which they run: NNCF changes torch."""
+
+
+def rounded(bits: int, method: WeightMethod) -> Callable[[Setting], Run]:
+    """Our default with weights of so many bits, a scale for each output channel."""
+    weight = QuantSpec.of(bits=bits, signed=True, symmetric=True, per_channel=True)
+    config = replace(recipes.int8_static(method=method), weight=weight)
+    return lambda setting: _rounded(setting, config)
+
+
+def _rounded(setting: Setting, config: QConfig) -> Run:
+    """Float arithmetic of the reference, so that all layers have the bits that are asked for."""
+    quantizer = Quantizer("reference", qconfig=config)
+    calib_model, start = quantizer.calib(setting.model), time.process_time()
+    with torch.no_grad():
+        for each in setting.calibration:
+            calib_model(**each)
+    if config.method is not None and config.method.wants_blocks:
+        quantizer.round_weights(setting.model, setting.calibration)
+    run = _run(setting, quantizer)
+    setting.notes["CPU seconds to quantize"] = round(time.process_time() - start, 1)
+    return run
+
+
+METHODS: dict[str, WeightMethod] = {
+    "to nearest": RoundToNearest(),
+    "GPTQ": GPTQ(),
+    "AutoRound": AutoRound(),
+    "AdaRound": AdaRound(),
+}
+ROUNDINGS: dict[str, Callable[[Setting], Run]] = {
+    "float32": WAYS["float32"],
+    "float weights, int8 activations": lambda setting: _rounded(setting, QConfig(weight=FLOAT)),
+    **{f"int8 {name}": rounded(8, method) for name, method in METHODS.items()},
+    **{f"int4 {name}": rounded(4, method) for name, method in METHODS.items()},
+}
+"""The same for ways to round weights under int8 activations: ``--roundings``."""
