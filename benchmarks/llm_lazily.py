@@ -149,6 +149,24 @@ def bytes_of(folder: Path) -> float:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 2**30
 
 
+def shortened(source: Path, blocks: int, target: Path) -> Path:
+    """The same model with its first blocks alone; its files are those of ``source``."""
+    about = json.loads((source / "config.json").read_text())
+    weight_map = json.loads((source / INDEX).read_text())["weight_map"]
+    kept = {
+        name: file
+        for name, file in weight_map.items()
+        if ".layers." not in name or int(name.split(".")[2]) < blocks
+    }
+    target.mkdir(exist_ok=True)
+    for file in set(kept.values()):
+        if not (target / file).exists():
+            (target / file).symlink_to((source / file).absolute())
+    (target / "config.json").write_text(json.dumps(about | {"num_hidden_layers": blocks}))
+    (target / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": kept}))
+    return target
+
+
 def single(folder: Path, block: int, target: Path) -> Path:
     """A checkpoint of the same model with one of its blocks alone."""
     about = json.loads((folder / "config.json").read_text())
@@ -195,6 +213,9 @@ def main() -> None:
     )
     parser.add_argument("--parameters", choices=SIZES, default="3b")
     parser.add_argument("--methods", nargs="+", choices=["rtn", "gptq"], default=["rtn", "gptq"])
+    parser.add_argument(
+        "--blocks", type=int, help="of the model for gptq, whose memory does not depend on them"
+    )
     parser.add_argument("--tokens", type=int, default=512, help="for gptq (default 512)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--folder", type=Path, help="for the files; kept, with what is made")
@@ -224,12 +245,17 @@ def main() -> None:
         if not source.exists():
             print(f"{write(source, SIZES[options.parameters]) / 1e9:.2f} billion parameters")
         for method in options.methods:
-            target = folder / f"{options.parameters}-{method}"
-            if method not in rows:
-                measured = run("one", method, source, target)
-                rows[method] = {
-                    "row": method, **measured, **run("agrees", method, source, target)
-                }  # fmt: skip
+            blocks = SIZES[options.parameters]["num_hidden_layers"]
+            row, given, few = method, source, options.blocks if method == "gptq" else None
+            if few:
+                row = f"{method}, {few} of {blocks} blocks"
+                given = shortened(source, few, folder / f"{options.parameters}-{few}")
+            target = folder / f"{given.name}-{method}"
+            if row not in rows:
+                measured = run("one", method, given, target)
+                rows[row] = {"row": row, **measured, **run("agrees", method, given, target)}
+                if few:
+                    rows[row]["s projected"] = rows[row]["s"] * blocks / few
                 keep(name, list(rows.values()), **settings)
     report(name, list(rows.values()), **settings)
 

@@ -1,11 +1,11 @@
-"""Calibrate and evaluate on a Ray cluster: each task takes a shard of the data.
+"""Calibrate and evaluate on a Ray cluster: Ray Data reads the shards, and a task takes each.
 
 What the shards recorded is folded into one quantizer with ``merge``: with ``minmax`` these are, bit
 for bit, the ranges of one process that saw the same batches. Ray runs a task again whose worker has
 died; ``--kill`` kills one in the midst of its shard to show it. A shard is never left out.
 
-Each task captures the model once, so a shard should hold many batches. Here the driver puts the
-shards into Ray's object store; a task may as well read a file that every machine can reach.
+Each task captures the model once, so a shard should hold many batches. Shards are files in a
+folder that every machine can reach, and so are the ranges that each of them gives.
 
     pip install -e '.[ray,examples]'
     python examples/ray_calibration.py --kill                # a cluster of this machine alone
@@ -15,14 +15,17 @@ shards into Ray's object store; a task may as well read a file that every machin
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from common import print_table
 from digits_cnn_ptq import ResidualCNN, accuracy
@@ -33,6 +36,7 @@ from torch_quant import Quantizer
 
 try:
     import ray
+    import ray.data
 except ImportError:
     raise SystemExit("Ray is not installed: pip install -e '.[ray]'") from None
 
@@ -40,7 +44,8 @@ __all__ = ["Attempts", "calibrated", "evaluated", "sharded"]
 
 BATCH = 32
 ATTEMPTS = 3
-"""Times that a task is tried again when its worker dies, on another machine if this one is gone."""
+"""Times that a shard is begun again when its worker dies, on another machine if this one is gone;
+Ray Data itself would begin for ever, and a worker that its own data kills would never end."""
 
 
 @ray.remote(num_cpus=0)
@@ -58,50 +63,73 @@ class Attempts:
         return dict(self.counts)
 
 
-@ray.remote(max_retries=ATTEMPTS)
 def _calibrate(
-    model: nn.Module,
-    data: Digits,
+    row: Mapping[str, Any],
+    model: Any,
     settings: Mapping[str, Any],
-    shard: int,
+    folder: Path,
     attempts: Any,
-    kills: int,
+    kills: Mapping[int, int],
 ) -> dict[str, Any]:
-    """The ranges of one shard: plain values and tensors, a few kB."""
+    """Save the ranges of one shard, a few kB; gives its number and where they are."""
+    shard, data = _read(row)
     attempt = ray.get(attempts.begin.remote(shard))
+    if attempt > 1 + ATTEMPTS:
+        raise RuntimeError(f"the worker of shard {shard} died {attempt - 1} times")
     torch.set_num_threads(1)
     quantizer = Quantizer.from_config(settings)
-    calib_model = quantizer.calib(model)
+    calib_model = quantizer.calib(ray.get(model))
     for images in data.images.split(BATCH):
         with torch.no_grad():
             calib_model(images)
-        if attempt <= kills:
+        if attempt <= kills.get(shard, 0):
             os.kill(os.getpid(), signal.SIGKILL)  # nothing is cleaned up, as when memory runs out
-    return quantizer.state_dict()
+    quantizer.save(folder / f"ranges-{shard}")
+    return {"shard": shard, "ranges": str(folder / f"ranges-{shard}")}
 
 
-@ray.remote(max_retries=ATTEMPTS)
-def _right(model: nn.Module, data: Digits) -> int:
-    """How many images of one shard are told right."""
+def _tell(row: Mapping[str, Any], model: Any) -> dict[str, int]:
+    """How many images of one shard there are, and how many are told right."""
     torch.set_num_threads(1)
+    _, data = _read(row)
     with torch.no_grad():
-        found = [model(images).argmax(1) for images in data.images.split(BATCH)]
-    return int((torch.cat(found) == data.labels).sum())
+        found = [ray.get(model)(images).argmax(1) for images in data.images.split(BATCH)]
+    return {"images": len(data.labels), "right": int((torch.cat(found) == data.labels).sum())}
 
 
-def sharded(data: Digits, shards: int) -> list[Digits]:
-    """``data`` in whole batches, in turn: the batches are those that one process would see."""
+def _read(row: Mapping[str, Any]) -> tuple[int, Digits]:
+    with np.load(io.BytesIO(row["bytes"])) as held:
+        return int(held["shard"]), Digits(*(torch.tensor(held[x]) for x in ("images", "labels")))
+
+
+def sharded(data: Digits, shards: int, folder: Path) -> list[str]:
+    """Write ``data`` in whole batches, in turn: the batches are those that one process would see.
+
+    Returns:
+        The files, one of each shard.
+    """
     pairs = list(zip(data.images.split(BATCH), data.labels.split(BATCH), strict=True))
     if not 1 <= shards <= len(pairs):
         raise SystemExit(f"--shards {shards}: there are {len(pairs)} batches, give 1 to that many")
-    parts = [pairs[i::shards] for i in range(shards)]
-    return [Digits(*(torch.cat(list(each)) for each in zip(*part, strict=True))) for part in parts]
+    files = []
+    for i in range(shards):
+        images, labels = (torch.cat(each).numpy() for each in zip(*pairs[i::shards], strict=True))
+        files.append(str(folder / f"shard-{i}.npz"))
+        np.savez(files[-1], shard=i, images=images, labels=labels)
+    return files
+
+
+def _mapped(files: Sequence[str], task: Any) -> list[dict[str, Any]]:
+    """What ``task`` gives for each file, which is one row, and a block of its own."""
+    rows = ray.data.read_binary_files(list(files)).repartition(len(files))
+    return list(rows.map(task).take_all())
 
 
 def calibrated(
     model: nn.Module,
-    shards: Sequence[Digits],
+    files: Sequence[str],
     settings: Mapping[str, Any],
+    folder: Path,
     attempts: Any,
     *,
     kills: Mapping[int, int] | None = None,
@@ -110,32 +138,31 @@ def calibrated(
 
     Args:
         model: sent to each machine once.
-        shards: images ``[n, 1, 8, 8]`` of each.
+        files: images ``[n, 1, 8, 8]`` of each shard, as :func:`sharded` writes them.
         settings: as of ``Quantizer.from_config``, the same for every shard.
+        folder: for the ranges of each shard, ``ranges-0`` and so on.
         attempts: an :class:`Attempts`.
         kills: how many workers are killed, by the shard that they calibrate on.
 
     Raises:
-        ray.exceptions.WorkerCrashedError: the workers of a shard died more than :data:`ATTEMPTS`
-            times. No ranges are given then, rather than those of fewer data.
+        ray.exceptions.RayError: the workers of a shard died more than :data:`ATTEMPTS` times, or a
+            task has failed. No ranges are given then, rather than those of fewer data.
     """
-    kills = kills or {}
-    sent = ray.put(model)
-    tasks = [
-        _calibrate.remote(sent, ray.put(data), settings, i, attempts, kills.get(i, 0))
-        for i, data in enumerate(shards)
-    ]
+    task = partial(
+        _calibrate, model=ray.put(model), settings=settings, folder=folder, attempts=attempts,
+        kills=kills or {},
+    )  # fmt: skip
     quantizer = Quantizer.from_config(settings)
-    for task in tasks:  # in order, so that every run folds in the same order
-        quantizer.merge(ray.get(task))
+    done = {row["shard"]: row["ranges"] for row in _mapped(files, task)}
+    for shard in range(len(files)):  # in order, so that every run folds in the same order
+        quantizer.merge(Quantizer.load(done[shard]))
     return quantizer
 
 
-def evaluated(model: nn.Module, shards: Sequence[Digits]) -> float:
+def evaluated(model: nn.Module, files: Sequence[str]) -> float:
     """The share of all images that ``model``, float or quantized, tells right."""
-    sent = ray.put(model)
-    right = ray.get([_right.remote(sent, ray.put(data)) for data in shards])
-    return sum(right) / sum(len(data.labels) for data in shards)
+    told = _mapped(files, partial(_tell, model=ray.put(model)))
+    return sum(each["right"] for each in told) / sum(each["images"] for each in told)
 
 
 def main() -> None:
@@ -147,27 +174,31 @@ def main() -> None:
     parser.add_argument("--observer", default="minmax", help="minmax, histogram, ...")
     parser.add_argument("--kill", action="store_true", help="kill a worker, to see it replaced")
     parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--output", type=Path, default=Path("out/ray_ranges"))
+    parser.add_argument("--output", type=Path, default=Path("out/ray"))
     options = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*quantize_per_tensor")
     torch.set_num_threads(1)
 
     training, held_out = load_digits_split()
     calibration = Digits(training.images[:512], training.labels[:512])
-    shards = sharded(calibration, options.shards)
+    folder = options.output.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = sharded(calibration, options.shards, folder)
     torch.manual_seed(0)
     model = train(ResidualCNN(), training, epochs=options.epochs)
     settings = {"qconfig": {"observer": options.observer}}
 
     ray.init(options.address, **({} if options.address else {"num_cpus": 2}))
     attempts = Attempts.remote()
-    quantizer = calibrated(model, shards, settings, attempts, kills={0: 1} if options.kill else {})
+    kills = {0: 1} if options.kill else {}
+    quantizer = calibrated(model, shards, settings, folder, attempts, kills=kills)
     begun = ray.get(attempts.all.remote())
     print(f"{len(shards)} shards, begun {sum(begun.values())} times: {begun}")
-    quantizer.save(options.output)
+    quantizer.save(folder / "ranges")
 
     quant_model = quantizer.quantize(model, example_inputs=(held_out.images[:BATCH],))
-    parts = sharded(held_out, options.shards)
+    (folder / "held_out").mkdir(exist_ok=True)
+    parts = sharded(held_out, options.shards, folder / "held_out")
     print_table(
         [
             (
@@ -184,7 +215,7 @@ def main() -> None:
         "float32",
         "int8",
     )
-    print(f"{options.output}: Quantizer.load takes the ranges of all shards")
+    print(f"{options.output / 'ranges'}: Quantizer.load takes the ranges of all shards")
 
 
 if __name__ == "__main__":
