@@ -134,7 +134,7 @@ int64_t items(const Rounding& j) { return (j.blocks * j.pieces + j.units - 1) / 
 using namespace torch_quant;
 
 // The version of this interface.
-EXPORT int torch_quant_version() { return 9; }
+EXPORT int torch_quant_version() { return 10; }
 
 // How many sets of kernels run here; the last is the fastest.
 EXPORT int torch_quant_paths() { return static_cast<int>(usable().size()); }

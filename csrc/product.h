@@ -15,6 +15,9 @@
 // matrix are 4 bytes, which meet all lanes. Kernels with VNNI take 4 numbers of 8 bits, others 2 of 16.
 // Whatever a matrix has no whole lanes of is filled with zeros.
 //
+// Probabilities may have a scale for each row, from 0 to the largest. That of exponentials is 1, so
+// their codes are those of the exponentials, and the row of the result is divided by their sum.
+//
 // All keys of a row are met before its softmax is rounded, since that wants the sum of all.
 #pragma once
 
@@ -55,7 +58,7 @@ struct ProductCall {
   int64_t causal;
   double scale;                    // of the integer sums of the first product
   double y_scale;                  // of the integer sums that are the result
-  double p_inverse;                // of the scale of the probabilities
+  double p_inverse;                // of the scale of the probabilities; 0: each row has its own
   int64_t p_zero, p_high;
 };
 

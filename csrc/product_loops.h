@@ -380,7 +380,8 @@ inline void sum_exponentials(const Product& j, ScoreRow& r) {
 // Writes the codes of the probabilities and returns their sum.
 inline int32_t round_row(const Product& j, const ScoreRow& r) {
   const int64_t whole = r.limit / LANES * LANES;
-  const F32 factor = all(static_cast<float>(j.p_inverse) / r.sum);
+  const double factor_of_row = j.p_inverse ? j.p_inverse / r.sum : static_cast<double>(j.p_high);
+  const F32 factor = all(static_cast<float>(factor_of_row));
   const F32 most = all(static_cast<float>(j.p_high - j.p_zero));
   const I32 middle = integers(static_cast<int32_t>(j.p_zero));
   I32 found = zero();
@@ -397,13 +398,20 @@ inline void softmax(const Product& j, ScoreRow* rows, int64_t count, int32_t by,
   for (int64_t m = 0; m < count; m++) sums[m] = by * round_row(j, rows[m]);
 }
 
-// Writes a row of the result: (sums + constant) * y_scale, as floats or as codes.
+// What a code of the probabilities of a row stands for, where each has a scale of its own; else 1.
+inline double share_of(const Product& j, const ScoreRow& r) {
+  if (j.p_inverse) return 1.0;
+  return r.sum == 0 ? 0.0 : 1.0 / (static_cast<double>(j.p_high) * r.sum);  // 0: it sees nothing
+}
+
+// Writes a row of the result: (sums + constant) * y_scale * share, as floats or as codes.
 inline void put_row(const Product& j, int64_t batch, int64_t head, int64_t row, const int32_t* sums,
-                    const int32_t* columns, int32_t constant, int64_t count) {
+                    const int32_t* columns, int32_t constant, int64_t count, double share) {
   const Operand& o = j.y;
   uint8_t* y = const_cast<uint8_t*>(place(o, batch, head, row));
   const bool real = o.element == FLOAT32;
-  const F32 by = all(static_cast<float>(real ? j.y_scale : j.y_scale * o.inverse));
+  const double scale = j.y_scale * share;
+  const F32 by = all(static_cast<float>(real ? scale : scale * o.inverse));
   const F32 low = all(static_cast<float>(o.low - o.zero)), high = all(static_cast<float>(o.high - o.zero));
   const I32 zero = integers(static_cast<int32_t>(o.zero)), more = integers(constant);
   for (int64_t f = 0; f < count; f += LANES) {
@@ -457,7 +465,7 @@ void compute_product(const Product& j, int64_t i, int64_t worker) {
     product_of(rows, left, j.left_bytes, packed, groups * 64, groups, blocks, sums, scores, j.wide);
     if (!j.softmax) {
       for (int64_t m = 0; m < rows; m++)
-        put_row(j, batch, heads[m], row[m], scores + m * j.wide, nullptr, constants[m], j.columns);
+        put_row(j, batch, heads[m], row[m], scores + m * j.wide, nullptr, constants[m], j.columns, 1.0);
       continue;
     }
     const int64_t seen = j.p_zero ? j.wide : blocks * LANES;
@@ -480,6 +488,6 @@ void compute_product(const Product& j, int64_t i, int64_t worker) {
                j.wide_features);
     for (int64_t m = 0; m < rows; m++)
       put_row(j, batch, heads[m], row[m], found + m * j.wide_features,
-              j.p_zero ? sums + j.wide : nullptr, constants[m], j.features);
+              j.p_zero ? sums + j.wide : nullptr, constants[m], j.features, share_of(j, score_rows[m]));
   }
 }

@@ -15,6 +15,7 @@ from torch_quant.algorithms import (
     BiasCorrection,
     OutlierSplit,
     RoundToNearest,
+    RowScales,
     SmoothQuant,
 )
 from torch_quant.amp.ranking import Sensitivity
@@ -98,6 +99,7 @@ __all__ = [
     "QuantSpec",
     "Quantizer",
     "RoundToNearest",
+    "RowScales",
     "ScaleType",
     "Sensitivity",
     "SiteInfo",

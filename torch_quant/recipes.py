@@ -17,6 +17,7 @@ from torch_quant.algorithms import (
     BiasCorrection,
     OutlierSplit,
     RoundToNearest,
+    RowScales,
     SmoothQuant,
 )
 from torch_quant.config import QConfig, register_recipe
@@ -53,6 +54,7 @@ def int8_static(
     *,
     smooth: float | Literal["auto"] | None = "auto",
     correct_bias: bool = True,
+    row_scales: bool = True,
     observer: str | None = None,
     method: WeightMethod | str | None = None,
 ) -> QConfig:
@@ -68,11 +70,13 @@ def int8_static(
             lower it more and the layer before can compute them; None leaves both out.
         correct_bias: take what rounding a weight adds to the mean of an output off the bias, see
             :class:`BiasCorrection`; it costs nothing at run time.
+        row_scales: round attention's probabilities on a scale for each row where the backend's
+            kernel does that at no cost, see :class:`RowScales`.
         observer: name of the statistics taken of activations.
         method: how weights are rounded; None for round to nearest.
 
     Raises:
-        InvalidConfig: ``smooth`` is none of these, ``correct_bias`` is no bool, or the observer or
+        InvalidConfig: ``smooth`` is none of these, a switch is no bool, or the observer or
             the method is unknown.
 
     >>> print(int8_static().transforms[0])
@@ -83,8 +87,9 @@ def int8_static(
             f'smooth={smooth!r}: expected "auto", None or a number from 0 to 1'
             f"{did_you_mean(smooth, ['auto'])}"
         )
-    if not isinstance(correct_bias, bool):
-        raise InvalidConfig(f"correct_bias={correct_bias!r}: expected True or False")
+    for name, switch in (("correct_bias", correct_bias), ("row_scales", row_scales)):
+        if not isinstance(switch, bool):
+            raise InvalidConfig(f"{name}={switch!r}: expected True or False")
     transforms: list[Transform] = []
     if isinstance(smooth, str):
         transforms = [SmoothQuant(0.8, min_gain=_WORTH), OutlierSplit(min_gain=_WORTH)]
@@ -92,14 +97,16 @@ def int8_static(
         transforms = [SmoothQuant(smooth)]
     if correct_bias:
         transforms.append(BiasCorrection(always=False))
+    if row_scales:
+        transforms.append(RowScales())
     return QConfig(observer=observer, transforms=transforms, method=_method(method))
 
 
 @register_recipe
 def fast() -> QConfig:
-    """:func:`int8_static` without smoothing and corrections: the least to record.
+    """:func:`int8_static` without smoothing, corrections and scales for rows: the least to record.
 
-    >>> fast() == int8_static(smooth=None, correct_bias=False) == QConfig()
+    >>> fast() == int8_static(smooth=None, correct_bias=False, row_scales=False) == QConfig()
     True
     """
     return QConfig()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torch_quant import InvalidConfig, native
 from torch_quant.native import products
-from torch_quant.native.products import ATTENTION, MATMUL
+from torch_quant.native.products import ATTENTION, BY_ROW, MATMUL
 from torch_quant.ops.attention import sdpa_probabilities
 
 SETS = native.instruction_sets()
@@ -71,8 +71,9 @@ class Case:
         if mask is not None and mask.dtype is not torch.bool:
             mask = mask.double()
         p = sdpa_probabilities(q, k, v, mask, 0.0, self.causal, self.scale, q.dim() > 2)
-        p = (p / self.scales[3]).round() + self.zeros[3]
-        p = (p.clamp(0, self.most) - self.zeros[3]) * self.scales[3]
+        scale = self.scales[3] or p.amax(-1, keepdim=True).clamp_min(1e-30) / self.most
+        p = (p / scale).round() + self.zeros[3]
+        p = (p.clamp(0, self.most) - self.zeros[3]) * scale
         if v.dim() > 2 and v.shape[-3] != p.shape[-3]:
             v = v.repeat_interleave(p.shape[-3] // v.shape[-3], -3)
         return p @ v
@@ -83,7 +84,7 @@ class Case:
         That is one step of it times a value. Nearly all results have none.
         """
         found, expected = self.result().double(), self.expected()
-        step = self.scales[2] * 255 * self.scales[3]
+        step = self.scales[2] * 255 * (self.scales[3] or 1.0 / self.most)
         difference = (found - expected).abs()
         assert difference.max() <= 1.01 * step
         exact = difference <= 1e-5 * expected.abs().max().clamp(min=1.0)
@@ -110,9 +111,11 @@ def signed(each: Case) -> Case:
 
 
 @pytest.mark.parametrize("name", SIZES)
-@pytest.mark.parametrize("zero", [0, 128], ids=["", "zero point of probabilities"])
-def test_sizes_and_masks(name: str, zero: int, instructions: str) -> None:
-    plain = case(name, zero)
+@pytest.mark.parametrize("zero", [0, 128, None], ids=["", "zero point of probabilities", "by row"])
+def test_sizes_and_masks(name: str, zero: int | None, instructions: str) -> None:
+    plain = case(name, zero or 0)
+    if zero is None:
+        plain.scales[3] = BY_ROW
     batch, _, queries, _ = plain.query.shape
     keys = plain.key.shape[2]
     generator = torch.Generator().manual_seed(keys)

@@ -7,6 +7,7 @@ from torch_quant.algorithms.bias_correction import BiasCorrection
 from torch_quant.algorithms.gptq import GPTQ
 from torch_quant.algorithms.hqq import HQQ
 from torch_quant.algorithms.outlier_split import OutlierSplit
+from torch_quant.algorithms.row_scales import RowScales
 from torch_quant.algorithms.rtn import DEFAULT_METHOD, RoundToNearest, without_data
 from torch_quant.algorithms.smoothquant import SmoothQuant
 from torch_quant.algorithms.teq import TEQ
@@ -22,6 +23,7 @@ __all__ = [
     "BiasCorrection",
     "OutlierSplit",
     "RoundToNearest",
+    "RowScales",
     "SmoothQuant",
     "without_data",
 ]

@@ -71,7 +71,7 @@ class ReferenceBackend(Backend):
 def _rows(op: str, pattern: OpPattern, weight: Accepts) -> list[Kernel]:
     """How an operator is computed."""
     if pattern.any_format:
-        return [Kernel(op, _activations(pattern), weight)]
+        return [Kernel(op, _activations(pattern), weight, row_scales=bool(pattern.internals))]
     found = []
     if pattern.static:
         found.append(Accepts(QuantSpec(), floats=True))

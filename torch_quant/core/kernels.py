@@ -67,6 +67,7 @@ class Kernel:
         emit: puts the kernel in the place of the operator, given the pass context and the node of
             a graph with quantize/dequantize pairs; None where the backend lowers whole graphs.
         note: what a reader of reports should know of it.
+        row_scales: whether tensors inside of it may have a scale for each row, chosen at each call.
     """
 
     op: str
@@ -76,6 +77,7 @@ class Kernel:
     own_result: bool = False
     emit: Callable[[Any, Any], None] | None = None
     note: str = ""
+    row_scales: bool = False
 
     @property
     def activation(self) -> Accepts | None:

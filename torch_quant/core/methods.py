@@ -231,6 +231,9 @@ class Transform(Method):
     trains: ClassVar[bool] = False
     """Whether weights can be trained behind it: they stay expressions of the model's parameters
     where ``context.live``, and what was computed from weights is ``context.params.kept``."""
+    row_scales: ClassVar[bool] = False
+    """Whether it has tensors inside of an operator rounded on a scale for each row, which a kernel
+    has to do (``Kernel.row_scales``): it is left out where it does not."""
 
     @property
     def condition(self) -> str:

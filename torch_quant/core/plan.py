@@ -352,13 +352,13 @@ class QuantPlan(Mapping[str, SitePlan]):
             else:
                 # A site without inputs has a format where this backend stores results.
                 activation = edit.activation if site.inputs else site.activation
-                reason = site.reason
                 inputs = FLOAT if site.inputs else None
                 weight = None if site.weight is None else FLOAT
-                reason = (
-                    reason
-                    or (kernels.choose(site.op, activation or inputs, edit.weight or weight)[1])
-                )
+                wished = activation or inputs, edit.weight or weight
+                kernel, refusal = kernels.choose(site.op, *wished)
+                reason = site.reason or refusal
+                able = kernel is not None and kernel.row_scales
+                transforms = (each for each in edit.transforms if able or not each.row_scales)
                 plan.append(
                     replace(
                         site,
@@ -366,7 +366,7 @@ class QuantPlan(Mapping[str, SitePlan]):
                         weight=edit.weight,
                         quantized=not reason,
                         reason=reason,
-                        transforms=edit.transforms,
+                        transforms=tuple(transforms),
                         method=edit.method,
                     )
                 )

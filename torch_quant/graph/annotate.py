@@ -93,7 +93,7 @@ def annotate(
                 macs=site.macs,
                 precision=precision,
                 quantized_output=_quantized_output(site, kernel, activation),
-                transforms=() if config is None else _serving(config.transforms, site),
+                transforms=() if config is None else _serving(config, site, kernel),
                 method=None if config is None or weight is None else _method(config, site),
             )
         )
@@ -139,7 +139,9 @@ def _quantized_output(site: Site, kernel: Kernel | None, activation: QuantSpec |
     return site.result if kernel.own_result else site.fused_output
 
 
-def _serving(transforms: Sequence[Transform], site: Site) -> tuple[Transform, ...]:
+def _serving(config: QConfig, site: Site, kernel: Kernel | None) -> tuple[Transform, ...]:
+    able = kernel is not None and kernel.row_scales
+    transforms = (each for each in config.transforms if able or not each.row_scales)
     return tuple(each for each in transforms if not each.refusal(site))
 
 

@@ -112,7 +112,7 @@ def smooth(options: Options) -> QConfig | None:
     if found is None:
         return None
     if alpha == "auto":
-        (transform,) = recipes.int8_static(correct_bias=False).transforms
+        (transform,) = recipes.int8_static(correct_bias=False, row_scales=False).transforms
         why = "0.8 where it is predicted to help, in place of a search"
         rows.differs(options.entry("alpha"), str(transform), why)
         return replace(found, transforms=[transform])

@@ -25,7 +25,7 @@ VARIABLE = "TORCH_QUANT_KERNELS"
 """The environment variable that chooses instructions: a name of :func:`instruction_sets`."""
 
 _NAME = "kernels.dll" if sys.platform == "win32" else "kernels.so"
-_VERSION = 9
+_VERSION = 10
 """Of the interface; a library that was built from other sources has another."""
 _BUILD = (
     "build them with a C++ compiler: pip install -e . in a checkout, or pip install torch_quant"

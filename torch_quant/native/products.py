@@ -27,8 +27,10 @@ from torch_quant.ops.qdq import (
     QUANTIZE_PER_TENSOR,
 )
 
-__all__ = ["ATTENTION", "MATMUL", "MOST_TERMS"]
+__all__ = ["ATTENTION", "BY_ROW", "MATMUL", "MOST_TERMS"]
 
+BY_ROW = 0.0
+"""In the place of the scale of probabilities: each row has one, from 0 to its largest."""
 
 MOST_TERMS = 32768
 """Of one sum: so many products of 9 bits fit in 32. More are summed in float."""
@@ -153,10 +155,15 @@ def _attention(
         *_operand(q, of_q, zero_points[0]), *_operand(k, of_k, zero_points[1]),
         *_operand(v, of_v, zero_points[2]), *_operand(result, out_scale, out_zero_point), *masks,
         batch, heads, groups, queries, keys, depth, features, 1, causal,
-        scale * of_q * of_k, of_p * of_v, 1.0 / of_p, zero_points[3], most,
+        scale * of_q * of_k, *_of_probabilities(of_p, of_v), zero_points[3], most,
     )  # fmt: skip
     _run("int8_attention", call)
     return y
+
+
+def _of_probabilities(scale: float, of_values: float) -> tuple[float, float]:
+    """What a sum of the second product stands for, and the inverse of the scale; 0 for each row."""
+    return (of_values, 0.0) if scale == BY_ROW else (scale * of_values, 1.0 / scale)
 
 
 def _in_float(
@@ -177,7 +184,11 @@ def _in_float(
 
 
 def _second_product(p: Tensor, value: Tensor, grid: _Grid, most: int) -> Tensor:
-    p = FAKE_QUANTIZE_PER_TENSOR(p, grid.scale, grid.zero_point, 0, most)
+    if grid.scale == BY_ROW:
+        scale = p.amax(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny) / most
+        p = (p / scale).round() * scale
+    else:
+        p = FAKE_QUANTIZE_PER_TENSOR(p, grid.scale, grid.zero_point, 0, most)
     if value.dim() > 2 and value.shape[-3] != p.shape[-3]:
         value = value.repeat_interleave(p.shape[-3] // value.shape[-3], -3)
     return p @ value

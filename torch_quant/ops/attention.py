@@ -8,11 +8,13 @@ A row whose mask leaves nothing gives zeros, as the fused operator does.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from torch_quant.core.granularity import PerToken
 from torch_quant.core.plan import SitePlan
 from torch_quant.ops.arguments import argument, arguments
 from torch_quant.ops.table import (
@@ -124,6 +126,8 @@ def _quantize(inserter: Inserter, node: fx.Node, entry: SitePlan) -> None:
     given = arguments(node)
     inserter.activations(node, [given[name] for name in ("query", "key", "value")], entry)
     _, second = decompose_attention(node)
+    if any(each.row_scales for each in entry.transforms) and spec.per_tensor and spec.integer:
+        spec = replace(spec, granularity=PerToken(), dynamic=True, clip=1.0)
     inserter.activation(second, argument(second, "self"), entry.inputs[-1], spec, "probabilities")
 
 

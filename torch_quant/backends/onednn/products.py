@@ -14,16 +14,24 @@ from torch import Tensor, fx
 
 from torch_quant import native
 from torch_quant.backends.onednn.endings import ending_of, replace
+from torch_quant.core.elements import element_type
 from torch_quant.core.kernels import Accepts, Kernel
 from torch_quant.native import products
 from torch_quant.ops.arguments import argument, positional
-from torch_quant.ops.qdq import DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
+from torch_quant.ops.qdq import (
+    DEQUANTIZE,
+    DEQUANTIZE_PER_TENSOR,
+    QUANTIZE,
+    QUANTIZE_PER_TENSOR,
+)
 from torch_quant.ops.table import contiguous_as_captured, size_hints
 from torch_quant.passes.base import PassContext
 
 __all__ = ["product_kernels"]
 
 aten = torch.ops.aten
+
+_REAL = (DEQUANTIZE_PER_TENSOR, DEQUANTIZE)
 
 
 def product_kernels(activation: Accepts) -> tuple[Kernel, ...]:
@@ -33,7 +41,7 @@ def product_kernels(activation: Accepts) -> tuple[Kernel, ...]:
         wants = f"products of two activations run on this package's kernels ({missing})"
         activation = Accepts(activation.default, lambda spec: False, wants)
     return (
-        Kernel("scaled_dot_product_attention", activation, emit=_lower_attention),
+        Kernel("scaled_dot_product_attention", activation, emit=_lower_attention, row_scales=True),
         Kernel("matmul", activation, emit=_lower_matmul),
     )
 
@@ -76,7 +84,7 @@ class _Attention:
     query: _Codes
     key: _Codes
     value: _Codes
-    p: fx.Node
+    p: tuple[float, int, int]
     mask: fx.Node | None
     causal: bool
     scale: Any
@@ -87,8 +95,9 @@ def _attention_of(second: fx.Node) -> _Attention | None:
     p: Any
     real_value: Any
     p, real_value = positional(second)
-    quantized: Any = argument(p, "q") if _is(p, DEQUANTIZE_PER_TENSOR) else None
-    if not _is(quantized, QUANTIZE_PER_TENSOR):
+    quantized: Any = argument(p, "q") if isinstance(p, fx.Node) and p.target in _REAL else None
+    grid = _grid_of(quantized)
+    if grid is None:
         return None
     softmax: Any = argument(quantized, "x")
     assert softmax.target is aten._safe_softmax.default
@@ -109,14 +118,24 @@ def _attention_of(second: fx.Node) -> _Attention | None:
     query = _codes(real_query)
     if query is None or key is None or value is None:
         return None
-    return _Attention(query, key, value, quantized, None if causal else mask, causal, scale)
+    return _Attention(query, key, value, grid, None if causal else mask, causal, scale)
+
+
+def _grid_of(codes: Any) -> tuple[float, int, int] | None:
+    """Scale, zero point and last code of the probabilities; a scale of 0 is one for each row."""
+    if _is(codes, QUANTIZE_PER_TENSOR):
+        scale, zero_point, _, most = positional(codes)[1:5]
+        return scale, zero_point, most
+    if _is(codes, QUANTIZE):
+        return products.BY_ROW, 0, int(element_type(argument(codes, "element")).quant_max)
+    return None
 
 
 def _lower_attention(context: PassContext, node: fx.Node) -> None:
     found = _attention_of(node)
     if found is None:
         return
-    p_scale, p_zero_point, _, most = positional(found.p)[1:5]
+    p_scale, p_zero_point, most = found.p
     sides = (found.query, found.key, found.value)
     ending = ending_of(node, set())
     tokens_first = _tokens_first(node, ending.last)
