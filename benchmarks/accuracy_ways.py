@@ -31,6 +31,12 @@ __all__ = ["ROUNDINGS", "WAYS", "Run", "Setting"]
 
 Run = Callable[[Inputs], Any]
 
+RECIPES = {
+    "fast": recipes.fast(),
+    "int8_static": recipes.int8_static(),
+    "gptq": recipes.int8_static(method="gptq"),
+}
+
 
 class Setting(latency.Setting):
     """One network in float, and what several ways share.
@@ -78,8 +84,7 @@ class Setting(latency.Setting):
     def ours(self, recipe: str) -> Quantizer:
         """A quantizer that has seen the calibration data."""
         if recipe not in self._ours:
-            qconfig = recipes.fast() if recipe == "fast" else recipes.int8_static()
-            quantizer = Quantizer(self.backend, qconfig=qconfig)
+            quantizer = Quantizer(self.backend, qconfig=RECIPES[recipe])
             calib_model = quantizer.calib(self.model)
             with torch.no_grad():
                 for each in self.calibration:
@@ -114,12 +119,16 @@ def three_in_float(setting: Setting) -> Run:
         quantizer.reset_fallback()
 
 
-def optimized(setting: Setting) -> Run:
-    """Comes last of ours: what is chosen stays in the quantizer."""
-    quantizer = setting.ours("int8_static")
-    found = quantizer.optimize(setting.amp(quantizer))
-    setting.notes["kept"] = found.kept
-    return _run(setting, quantizer)
+def optimized(recipe: str) -> Callable[[Setting], Run]:
+    """Comes last of those of a recipe: what is chosen stays in the quantizer."""
+
+    def run(setting: Setting) -> Run:
+        quantizer = setting.ours(recipe)
+        found = quantizer.optimize(setting.amp(quantizer))
+        setting.notes["kept"] = found.kept
+        return _run(setting, quantizer)
+
+    return run
 
 
 def onnxruntime_static(setting: Setting) -> Run:
@@ -180,7 +189,8 @@ WAYS: dict[str, Callable[[Setting], Run]] = {
     "fast()": ours("fast"),
     "default": ours("int8_static"),
     "3 layers in float": three_in_float,
-    "optimize": optimized,
+    "optimize": optimized("int8_static"),
+    "GPTQ, optimize": optimized("gptq"),
     "torchao PT2E": torchao,
     "onnxruntime": onnxruntime_static,
     "NNCF": lambda setting: latency.nncf(setting),

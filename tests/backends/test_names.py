@@ -21,6 +21,7 @@ from torch_quant import (
     QuantSpec,
     SmoothQuant,
     export_torchscript,
+    recipes,
     sqnr,
 )
 from torch_quant.backends.reference import ReferenceBackend
@@ -223,7 +224,8 @@ class Shared(nn.Module):
 
 def test_scales_are_called_after_the_first_site_that_reads_the_tensor() -> None:
     model, x = seeded(Shared).eval(), normal(2, 5, 8)
-    quantizer = calibrated(model, [((x,), {})], backend="reference")
+    one = recipes.int8_static(row_scales=False)
+    quantizer = calibrated(model, [((x,), {})], backend="reference", qconfig=one)
     found = quantizer.quantize(model).state_dict()
     read = {key.removesuffix("_scale") for key in found if key.endswith("_scale")}
     attention = "scaled_dot_product_attention"
