@@ -25,7 +25,7 @@ from torch_quant import (
 )
 
 needs_kernels = pytest.mark.skipif(
-    native.unavailable() is not None, reason=f"{native.unavailable()}"
+    not native.has_row_scales(), reason=f"{native.unavailable() or 'kernels of an older build'}"
 )
 BACKENDS = ["reference", pytest.param("onednn", marks=needs_kernels)]
 ROWS = QConfig(transforms=[RowScales()])
@@ -90,6 +90,20 @@ def test_without_the_kernels_it_computes_the_same(monkeypatch: pytest.MonkeyPatc
     expected = fast(x, None)
     monkeypatch.setattr("torch_quant.native.products.native.kernels", lambda: None)
     assert sqnr(expected, fast(x, None)) > 40
+
+
+@needs_kernels
+def test_kernels_that_were_built_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that was saved computes the same; a new plan has one scale."""
+    model, quantizer = looking("onednn")
+    fast, x = quantizer.quantize(model), normal(2, 9, 32, salt=2)
+    expected = fast(x, None)
+    for place in ("native.products.native", "backends.onednn.products.native"):
+        monkeypatch.setattr(f"torch_quant.{place}.has_row_scales", lambda: False)
+    assert sqnr(expected, fast(x, None)) > 40
+    attention = quantizer.coverage(model, backend="onednn").plan["scaled_dot_product_attention"]
+    assert attention.quantized
+    assert not attention.transforms
 
 
 @needs_kernels

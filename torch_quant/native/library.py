@@ -19,7 +19,15 @@ import torch
 
 from torch_quant.errors import InvalidConfig
 
-__all__ = ["VARIABLE", "instruction_sets", "kernels", "run_call", "unavailable", "using"]
+__all__ = [
+    "VARIABLE",
+    "has_row_scales",
+    "instruction_sets",
+    "kernels",
+    "run_call",
+    "unavailable",
+    "using",
+]
 
 VARIABLE = "TORCH_QUANT_KERNELS"
 """The environment variable that chooses instructions: a name of :func:`instruction_sets`."""
@@ -27,6 +35,8 @@ VARIABLE = "TORCH_QUANT_KERNELS"
 _NAME = "kernels.dll" if sys.platform == "win32" else "kernels.so"
 _VERSION = 10
 """Of the interface; a library that was built from other sources has another."""
+_ONE_SCALE = 9
+"""An interface whose attention has one scale for all probabilities, and that lacks nothing else."""
 _BUILD = (
     "build them with a C++ compiler: pip install -e . in a checkout, or pip install torch_quant"
 )
@@ -45,7 +55,7 @@ def _find(path: Path) -> tuple[ctypes.CDLL | None, str]:
         version = library.torch_quant_version()
     except (OSError, AttributeError) as error:
         return None, f"{path} cannot be loaded ({error}): {_BUILD}"
-    if version != _VERSION:
+    if version not in (_VERSION, _ONE_SCALE):
         return None, (
             f"{path} has interface {version}, this torch_quant wants {_VERSION}: {_BUILD}"
         )
@@ -137,6 +147,13 @@ def using(instructions: str) -> Iterator[None]:
         yield
     finally:
         _use(library, before, "using")
+
+
+@functools.cache
+def has_row_scales() -> bool:
+    """Whether attention's probabilities may have a scale for each row."""
+    library = _loaded()[0]
+    return library is not None and library.torch_quant_version() != _ONE_SCALE
 
 
 def kernels() -> ctypes.CDLL | None:

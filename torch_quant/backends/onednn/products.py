@@ -41,7 +41,12 @@ def product_kernels(activation: Accepts) -> tuple[Kernel, ...]:
         wants = f"products of two activations run on this package's kernels ({missing})"
         activation = Accepts(activation.default, lambda spec: False, wants)
     return (
-        Kernel("scaled_dot_product_attention", activation, emit=_lower_attention, row_scales=True),
+        Kernel(
+            "scaled_dot_product_attention",
+            activation,
+            emit=_lower_attention,
+            row_scales=native.has_row_scales(),
+        ),
         Kernel("matmul", activation, emit=_lower_matmul),
     )
 
