@@ -247,6 +247,39 @@ def test_activations_of_a_float_format_and_of_none() -> None:
     assert sqnr(exact, quantizer.quantize(model)(x)) > sqnr(exact, plain.quantize(model)(x))
 
 
+class Recurrent(nn.Module):
+    """Layers on both sides of an LSTM, whose quantized form passes no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.lstm = nn.Conv1d(4, 8, 3, padding=1), nn.LSTM(8, 8, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = self.lstm(torch.relu(self.first(x)).transpose(1, 2))
+        return self.head(y[:, -1])
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("backend", ["reference", "onednn"])
+def test_an_operator_without_a_gradient(backend: str) -> None:
+    torch.manual_seed(0)
+    model, x = Recurrent().eval(), torch.randn(8, 4, 6)
+    config = recipes.int8_static(method=METHODS[1])
+    quantizer = rounded(model, config, [x], backend)
+    assert set(quantizer.state.rounded.sites) == {"first", "head"}
+    assert sqnr(model(x), quantizer.quantize(model)(x)) > 25
+
+
+class Picks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).argmax(-1)
+
+
 @torch.enable_grad()
 def test_training_begins_with_the_learned_codes() -> None:
     model, x = network(), images(16)
@@ -301,6 +334,9 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     pieces = calibrated(branches, config, [torch.ones(4, 8), -torch.ones(4, 8)])
     with pytest.raises(InvalidConfig, match="in the graph of the whole model, and this one has"):
         pieces.round_weights(branches, [torch.ones(4, 8)])
+    picks = Picks().eval()
+    with pytest.raises(InvalidConfig, match="gives no float tensor"):
+        rounded(picks, config, [torch.ones(4, 8)])
     monkeypatch.setattr(graphs, "_BYTES", 2**10)
     quantizer.round_weights(model, [x, x, x], progress=False)
     with caplog.at_level(logging.WARNING):

@@ -366,14 +366,24 @@ class _Float(fx.Interpreter):
         inputs = tuple(x.detach() for x in call.tensors)
         with torch.set_grad_enabled(self.weighted):
             outputs = joined(self.run(*(x.clone() for x in inputs)))
-        importance: Mapping[str, Tensor | None] = {}
-        if outputs.requires_grad and self.seen:
-            signs = torch.randint(0, 2, outputs.shape, generator=generator) * 2 - 1
-            found = torch.autograd.grad(
-                (outputs * signs.to(outputs)).sum(), list(self.seen.values()), allow_unused=True
-            )
-            importance = dict(zip(self.seen, found, strict=True))
+        importance = self._gradients(outputs, generator) if outputs.requires_grad else {}
         gradients = map(importance.get, self.keys)
         counts = [None if x is None else x.square().to(torch.bfloat16) for x in gradients]
         targets = [self.seen[key] if key else outputs for key in self.keys]
         return _Chunk(inputs, [x.detach() for x in targets], counts)
+
+    def _gradients(
+        self, outputs: Tensor, generator: torch.Generator
+    ) -> Mapping[str, Tensor | None]:
+        """Of a random sum of the outputs, at what was kept; none where an operator has none."""
+        if not self.seen:
+            return {}
+        signs = torch.randint(0, 2, outputs.shape, generator=generator) * 2 - 1
+        try:
+            found = torch.autograd.grad(
+                (outputs * signs.to(outputs)).sum(), list(self.seen.values()), allow_unused=True
+            )
+        except RuntimeError as error:
+            logger.warning("round_weights: all errors count alike, no gradient: %s", error)
+            return {}
+        return dict(zip(self.seen, found, strict=True))

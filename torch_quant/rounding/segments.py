@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from torch_quant.core.metrics import float_leaves
+from torch_quant.errors import InvalidConfig
 from torch_quant.graph.sites import KEY, ORIGIN
 from torch_quant.ops.arguments import positional
 from torch_quant.ops.library import NAMESPACE
@@ -74,13 +75,31 @@ class Segment:
 def joined(outputs: Any) -> Tensor:
     """The float tensors among outputs as one, ``[rows, values]``; of several layouts, the first.
 
+    Raises:
+        InvalidConfig: there is none.
+
     >>> joined((torch.ones(2, 3), torch.zeros(2, 1, 2))).shape
     torch.Size([2, 5])
     """
     found = [x.masked_fill(~torch.isfinite(x), 0.0) for x in float_leaves(outputs)]
+    if not found:
+        raise InvalidConfig(
+            "round_weights: the model gives no float tensor to learn weights by; take "
+            "GPTQ(), which goes by what layers read"
+        )
     if len(found) == 1 or any(not x.dim() or len(x) != len(found[0]) for x in found):
         return found[0]
     return torch.cat([x.flatten(1) if x.dim() > 1 else x[:, None] for x in found], 1)
+
+
+def without_gradient(target: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call an operator that has no gradient: to what comes before, its result is a constant.
+
+    >>> without_gradient(torch.add, torch.ones(1, requires_grad=True), 1.0).requires_grad
+    False
+    """
+    with torch.no_grad():
+        return target(*args, **kwargs)
 
 
 def segments_of(
@@ -108,12 +127,16 @@ def _moved(graph: fx.Graph) -> set[fx.Node]:
     """What is not computed from the inputs of the model alone by the float model's operators."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        target = node.target
-        own = isinstance(target, torch._ops.OpOverload) and target.namespace == NAMESPACE
-        rounds = own or target is straight_through or LEARNED in node.meta
+        rounds = _own(node) or node.target is straight_through or LEARNED in node.meta
         if rounds or any(x in found for x in node.all_input_nodes):
             found.add(node)
     return found
+
+
+def _own(node: fx.Node) -> bool:
+    """Whether a node calls an operator of this package."""
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target.namespace == NAMESPACE
 
 
 def _ends(graph: fx.Graph, known: Collection[str]) -> list[fx.Node]:
@@ -187,8 +210,9 @@ def _held(graph: fx.Graph, weights: Mapping[str, Learned]) -> dict[str, HeldOper
         pattern = pattern_of(node)
         assert pattern is not None
         assert pattern.weight is not None
-        first = weights.get(_base(site), weights[site])
-        if first.weight.shape == weights[site].weight.shape and _base(site) in found:
+        first, mine = weights.get(_base(site)), weights[site]
+        same = first is not None and first.checksum == mine.checksum and first.spec == mine.spec
+        if same and _base(site) in found:
             found[site] = found[_base(site)]
         else:
             found[site] = HeldOperator(node.target, weights[site].weight, pattern.weight)
@@ -230,6 +254,9 @@ def _segment(
         site = node.meta.get(LEARNED)
         if site is None:
             new[node] = graph.node_copy(node, new.__getitem__)
+            if _own(node):
+                copied = new[node]
+                copied.target, copied.args = without_gradient, (copied.target, *copied.args)
             continue
         module = held[site]
         root.add_module(numbers[site], module)
