@@ -256,14 +256,14 @@ def _segment(
             new[node] = graph.node_copy(node, new.__getitem__)
             if _own(node):
                 copied = new[node]
-                copied.target, copied.args = without_gradient, (copied.target, *copied.args)
+                args: Any = (copied.target, *copied.args)
+                copied.target, copied.args = without_gradient, args
             continue
         module = held[site]
         root.add_module(numbers[site], module)
         given = list(positional(node))
         given.pop(module.place)
-        args = fx.node.map_arg(tuple(given), new.__getitem__)
-        new[node] = graph.call_module(numbers[site], args)
+        new[node] = graph.call_module(numbers[site], fx.node.map_arg(tuple(given), new.__getitem__))
         if not any(module is held[each] for each in seen):
             learned[site] = module
             seen.add(site)
