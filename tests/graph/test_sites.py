@@ -7,7 +7,7 @@ from awkward import AWKWARD
 from capturing import Compute, Two, canonical, site_names, sites_of
 from models import MODELS, example, normal
 from thinning import third
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from torch_quant.graph.sites import find_sites, fused_output, is_constant, key_of, source
 
@@ -192,6 +192,15 @@ def test_constants() -> None:
     (x,) = gm.graph.find_nodes(op="placeholder")
     assert not is_constant(x)
     assert not any(is_constant(node) for node, _, _ in find_sites(gm.graph))
+
+
+def test_constants_of_long_chains() -> None:
+    graph = fx.Graph()
+    ends = [graph.placeholder("x"), graph.get_attr("weight")]
+    for _ in range(3000):  # a call for each would be too many for Python
+        ends = [graph.call_function(aten.relu.default, (each,)) for each in ends]
+    mixed = graph.call_function(aten.add.Tensor, (ends[1], ends[0]))
+    assert [is_constant(each) for each in (*ends, mixed)] == [False, True, False]
 
 
 def test_a_buffer_that_is_written_to_is_no_constant() -> None:

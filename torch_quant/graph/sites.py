@@ -180,15 +180,24 @@ def local_name(node: fx.Node) -> str:
 def is_constant(node: fx.Node, _memo: dict[fx.Node, bool] | None = None) -> bool:
     """Whether ``node``'s value depends on parameters and buffers only."""
     memo = {} if _memo is None else _memo
-    if node not in memo:
-        if node.op == "get_attr":
+    waiting = [node]  # no recursion: a chain of operators is as long as the model is deep
+    while waiting:
+        each = waiting[-1]
+        if each in memo:
+            waiting.pop()
+        elif each.op == "get_attr":
             # (An LSTM counts as impure, for the dropout that it could do.)
-            users = [user for user in node.users if pattern_of(user) is None]
-            memo[node] = not any(user.is_impure() for user in users)
-        elif node.op == "call_function" and node.all_input_nodes and not node.is_impure():
-            memo[node] = all(is_constant(n, memo) for n in node.all_input_nodes)
+            users = [user for user in each.users if pattern_of(user) is None]
+            memo[each] = not any(user.is_impure() for user in users)
+        elif each.op == "call_function" and each.all_input_nodes and not each.is_impure():
+            if not all(memo.get(n, True) for n in each.all_input_nodes):
+                memo[each] = False
+            elif unknown := [n for n in each.all_input_nodes if n not in memo]:
+                waiting.append(unknown[0])
+            else:
+                memo[each] = True
         else:
-            memo[node] = False
+            memo[each] = False
     return memo[node]
 
 

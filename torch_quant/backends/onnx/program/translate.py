@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from torch_quant.backends.onnx.program.large import LARGE, tidied
 from torch_quant.backends.onnx.program.names import rename
 from torch_quant.backends.onnx.program.ops import own_forms
 from torch_quant.backends.onnx.program.recurrent import recurrent_layers, unrolled
@@ -185,6 +186,7 @@ def _tell_fixed(exported: Any, graph: QuantizedGraph, tell: Tell) -> None:
 
 def _translated(exported: Any, graph: QuantizedGraph, opset: int | None) -> Any:
     """The program in ONNX operators."""
+    large = len(exported.graph.nodes) > LARGE
     with torch.no_grad(), _quiet():
         try:
             program = torch.onnx.export(
@@ -192,8 +194,11 @@ def _translated(exported: Any, graph: QuantizedGraph, opset: int | None) -> Any:
                 dynamo=True,
                 opset_version=opset,
                 verbose=False,
+                optimize=not large,
                 custom_translation_table=own_forms(),
             )
+            if large:
+                tidied(program)
         except Exception as error:
             raise _without_form(error, graph.body) from error
     assert program is not None
