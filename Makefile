@@ -222,7 +222,7 @@ bench-peers: $(PEERS)/ready  ## latency of 13 models by every way to run them, o
 bench-accuracy: $(PEERS)/ready $(LLM)/ready $(ACCURACY)/ready  ## twelve trained networks in int8 on real data, beside other tools; hours, and goes on where it was stopped
 	PYTHONPATH=$(ACCURACY):$(PEERS):$(LLM) OMP_NUM_THREADS=1 $(BIN)/python benchmarks/accuracy.py --resume --plot out/accuracy.png
 
-bench-zoo: $(VENV)/ready  ## every architecture of transformers that can be built small; hours, and goes on where it was stopped
+bench-zoo: $(VENV)/ready  ## every architecture of transformers, timm and torchvision that can be built small; hours, and goes on where it was stopped
 	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python benchmarks/zoo.py --resume
 
 bench-llm: $(LLM)/ready  ## a language model's perplexity, size and speed by format and weight method

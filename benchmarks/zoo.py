@@ -8,6 +8,7 @@ that a run that was stopped goes on with ``--resume``. ``--table`` writes what t
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import multiprocessing
 import os
@@ -37,13 +38,15 @@ __all__ = ["architectures", "measure", "page", "rows_of", "table", "todo", "work
 
 LOG = Path(__file__).parents[1] / "out" / "zoo.jsonl"
 PAGE = Path(__file__).parents[1] / "docs" / "zoo.md"
-MEMORY = 12 << 30
+MEMORY = 16 << 30
 """Bytes of address space that one model may take."""
 
 QUIET = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 """Of the environment, before the library that reads it is imported."""
 PATIENCE = 8
 """Times the limit that is waited at most, beside other work."""
+
+TURNS = 5
 
 Put = Callable[[dict[str, Any]], None]
 
@@ -57,24 +60,35 @@ def measure(name: str, made_by: str, put: Put) -> None:
         put: takes what was found: a later value of a key replaces an earlier.
     """
     try:
-        model, batches = build(name, made_by)
+        model, batches, chosen = build(name, made_by)
     except NotBuilt as e:
         return put({"not built": str(e)})
     quantizer = Quantizer(recipes.int8_static())
     with torch.no_grad():
         expected = _outputs(model, batches)
-        put({"parameters": sum(x.numel() for x in model.parameters()), "at": "calib"})
+        put({"class": chosen, "parameters": sum(x.numel() for x in model.parameters())})
+        put({"at": "calib"})
         proxy = quantizer.calib(model)
         found = _outputs(proxy, batches)
         put({"calib equal": all(map(_equal, expected, found))})
         for backend in (Backend.REFERENCE, Backend.ONEDNN):
             put({"at": str(backend.name)})
             quant_model = quantizer.quantize(model, backend=backend)
-            put({backend.name: _decibels(expected, _outputs(quant_model, batches))})
+            found = _outputs(quant_model, batches)
+            if _chosen(expected + found) and (pieces := _of_pieces(model, quant_model, batches[0])):
+                put({backend.name: pieces, "compared": "pieces"})
+            else:
+                put({backend.name: _decibels(expected, found)})
         coverage = quantizer.coverage(model, backend=Backend.ONEDNN)
         paths = {each.quantization.path for each, _ in quantized_graphs(quant_model)}
         captured = "whole" if paths == {""} else f"{len(paths)} pieces"
-        put({"captured": captured, "coverage": coverage.share, "at": "onnx"})
+        put({"captured": captured, "coverage": coverage.share, "at": "latency"})
+        put(
+            dict(
+                zip(("float ms", "onednn ms"), _turns(model, quant_model, batches[0]), strict=True)
+            )
+        )
+        put({"at": "onnx"})
         for_onnx = quantizer.quantize(model, backend=Backend.ONNX)
         (simulated,) = _outputs(for_onnx, batches[:1])
         put({"onnx": _file(for_onnx, batches[0], simulated, captured != "whole")})
@@ -88,6 +102,48 @@ def _outputs(model: Any, batches: list[dict[str, Any]]) -> list[list[torch.Tenso
         torch.manual_seed(i)
         found.append(tensors(model(**inputs)))
     return found
+
+
+def _chosen(outputs: list[list[torch.Tensor]]) -> bool:
+    """Whether outputs are choices (labels, which boxes), which flip as a whole."""
+    return any(not x.is_floating_point() for each in outputs for x in each)
+
+
+def _of_pieces(model: Any, quant_model: QuantizedModule, inputs: dict[str, Any]) -> float | str:
+    """dB of all pieces, each with the inputs that it has in the float model; "" where it is one."""
+    pieces = {each.quantization.path: each for each, _ in quantized_graphs(quant_model)}
+    calls: list[tuple[str, Any, Any, list[torch.Tensor]]] = []
+
+    def hook(path: str) -> Callable[..., None]:
+        return lambda _, args, kwargs, output: calls.append(
+            (path, args, kwargs, [x.clone() for x in tensors(output)])
+        )
+
+    parts = {path: part for path, part in model.named_modules() if path and path in pieces}
+    hooks = [
+        part.register_forward_hook(hook(path), with_kwargs=True) for path, part in parts.items()
+    ]
+    try:
+        model(**inputs)
+    finally:
+        for each in hooks:
+            each.remove()
+    if not calls:
+        return ""
+    found = [tensors(pieces[path](*args, **kwargs)) for path, args, kwargs, _ in calls]
+    return _decibels([output for *_, output in calls], found)
+
+
+def _turns(*models_and_inputs: Any) -> list[float]:
+    """Milliseconds of the processor for one call of each model: the least of some, in turns."""
+    *models, inputs = models_and_inputs
+    spent: list[list[float]] = [[] for _ in models]
+    for _ in range(TURNS):
+        for model, times in zip(models, spent, strict=True):
+            started = time.process_time()
+            model(**inputs)
+            times.append(1e3 * (time.process_time() - started))
+    return [round(min(each), 3) for each in spent]
 
 
 def _file(model: QuantizedModule, inputs: dict[str, Any], expected: Any, pieces: bool) -> Any:
@@ -104,6 +160,16 @@ def _file(model: QuantizedModule, inputs: dict[str, Any], expected: Any, pieces:
         feed = zip(call.names(), call.tensors, strict=True)
         outputs = sessions[0].run(None, {key: x.numpy() for key, x in feed if key in known})
         return _decibels([expected], [[torch.from_numpy(x) for x in outputs]])
+
+
+def _warm_up() -> None:
+    """Load in this process what every model needs, so that those forked from it need not."""
+    model, inputs = torch.nn.Linear(4, 4).eval(), torch.ones(2, 4)
+    quantizer = Quantizer(recipes.int8_static())
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        quantizer.calib(model)(inputs)
+        quant_model = quantizer.quantize(model, backend=Backend.ONNX)
+        export_onnx(quant_model, inputs, Path(folder) / "model.onnx", progress=False)
 
 
 def _equal(expected: list[torch.Tensor], found: list[torch.Tensor]) -> bool:
@@ -137,7 +203,7 @@ def _one(name: str, made_by: str, limit: int) -> dict[str, Any]:
     context = multiprocessing.get_context("fork")
     pipe, end = context.Pipe(duplex=False)
     child = context.Process(target=_child, args=(name, made_by, limit, end))
-    row: dict[str, Any] = {"name": name, "class": made_by}
+    row: dict[str, Any] = {"name": name, "class": made_by, "torch": str(torch.__version__)}
     started = time.monotonic()
     child.start()
     end.close()
@@ -176,9 +242,10 @@ def todo(arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """What is to be tried: in a random order, so that a part of a run is a fair sample."""
     known = architectures()
     if arguments.only:
-        if unknown := [each for each in arguments.only if each not in known]:
+        chosen = {each: fnmatch.filter(known, each) for each in arguments.only}
+        if unknown := [each for each, names in chosen.items() if not names]:
             raise SystemExit(f"no architecture {', '.join(unknown)}: --list has them all")
-        known = {name: known[name] for name in arguments.only}
+        known = {name: known[name] for names in chosen.values() for name in names}
     done = rows_of(arguments.log) if arguments.resume else {}
     items = list(known.items())
     random.Random(0).shuffle(items)
@@ -186,12 +253,19 @@ def todo(arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
 
 
 def write_table(log: Path) -> None:
-    """``results/zoo.json`` and ``docs/zoo.md`` of a log."""
-    rows = [row for _, row in sorted(rows_of(log).items())]
+    """``results/zoo.json`` and ``docs/zoo.md`` of a log, and of what was kept of earlier ones."""
+    kept = RESULTS / "zoo.json"
+    earlier = json.loads(kept.read_text())["rows"] if kept.is_file() else []
+    known = {row["name"]: row for row in earlier} | rows_of(log)
+    rows = [row for _, row in sorted(known.items())]
     if not rows:
         raise SystemExit(f"{log} has no line: run benchmarks/zoo.py first")
-    keep("zoo", rows, architectures=len(architectures()))
-    PAGE.write_text(page(rows, conditions() | {"architectures": len(architectures())}))
+    notes = {
+        "architectures": len(architectures().keys() | known),
+        "torch": ", ".join(sorted({row["torch"] for row in rows})),
+    }
+    keep("zoo", rows, **notes)
+    PAGE.write_text(page(rows, conditions() | notes))
 
 
 def parse() -> argparse.Namespace:
@@ -201,7 +275,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--table", action="store_true", help="write the table of the log alone")
     parser.add_argument("--list", action="store_true", help="names of all architectures")
     parser.add_argument(
-        "--only", nargs="+", metavar="NAME", help="these alone; shown, and kept with --resume"
+        "--only",
+        nargs="+",
+        metavar="NAME",
+        help="these alone, as names or patterns such as timm/*; shown, and kept with --resume",
     )
     parser.add_argument("--limit", type=int, default=120, help="processor seconds for each")
     return parser.parse_args()
@@ -220,6 +297,7 @@ def main() -> None:
         warnings.simplefilter("ignore")
         torch.set_num_threads(1)
         items = list(todo(arguments))
+        _warm_up()
         if arguments.only and not arguments.resume:
             for name, made_by in items:
                 print(table([_one(name, made_by, arguments.limit)])[0], flush=True)

@@ -11,23 +11,24 @@ import importlib.util
 import inspect
 import itertools
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from zoo_images import families, settled, smallest, timm_candidates, torchvision_candidates
 
 from torch_quant.graph.outputs import flatten_output
 
-__all__ = ["NotBuilt", "architectures", "build", "missing", "tensors"]
+__all__ = ["Built", "NotBuilt", "architectures", "build", "missing", "tensors"]
 
 LARGEST = 200_000_000
 """Parameters. What is larger with the smallest sizes that it takes is not built."""
 
 LIBRARIES = {
     "transformers": "pip install -e '.[examples]'",
-    "timm": "pip install timm",
-    "torchvision": "pip install torchvision",
+    "timm": "pip install torchvision timm, in an environment of its own: they want their own torch",
+    "torchvision": "pip install torchvision, in an environment of its own: it wants its own torch",
 }
 """Where architectures come from, and how to get it."""
 
@@ -59,7 +60,7 @@ def missing() -> dict[str, str]:
 
 
 def architectures() -> dict[str, str]:
-    """``library/architecture`` -> the class, or the function, that makes it."""
+    """``library/architecture`` -> the class, or the module with the functions, that makes it."""
     found: dict[str, str] = {}
     absent = missing()
     if "transformers" not in absent:
@@ -69,16 +70,23 @@ def architectures() -> dict[str, str]:
         for kind, name in names.items():
             found[f"transformers/{kind}"] = name if isinstance(name, str) else name[0]
     if "timm" not in absent:
-        timm = importlib.import_module("timm")
-        found |= {f"timm/{each}": each for each in timm.list_modules()}
+        found |= families("timm")
     if "torchvision" not in absent:
-        models = importlib.import_module("torchvision").models
-        found |= {f"torchvision/{each}": each for each in models.list_models()}
+        found |= families("torchvision")
     return dict(sorted(found.items()))
 
 
-def build(name: str, made_by: str) -> tuple[nn.Module, list[Inputs]]:
-    """A small model with random weights, eval mode, and two inputs of different sizes for it.
+class Built(NamedTuple):
+    """A small model with random weights, eval mode, and two inputs of different sizes for it."""
+
+    model: nn.Module
+    batches: list[Inputs]
+    name: str
+    """The class, or the function that made it."""
+
+
+def build(name: str, made_by: str) -> Built:
+    """The small model of an architecture.
 
     Args:
         name: a key of :func:`architectures`.
@@ -99,31 +107,25 @@ def tensors(output: Any) -> list[Tensor]:
     return [x for x in flatten_output(output)[0] if isinstance(x, Tensor)]
 
 
-def _of_images(library: str, name: str) -> tuple[nn.Module, list[Inputs]]:
-    """A model of timm or torchvision, with the image size that it is made for."""
+def _of_images(library: str, family: str) -> Built:
+    """A model of timm or torchvision, with images of the size that it is made for."""
     try:
-        if library == "timm":
-            timm = importlib.import_module("timm")
-            entry = timm.create_model(name).eval()
-            size: Sequence[int] = entry.default_cfg.get("input_size", (3, 224, 224))
-        else:
-            models = importlib.import_module("torchvision").models
-            plain = {"weights": None, "weights_backbone": None}
-            takes = inspect.signature(models.get_model_builder(name)).parameters
-            entry = models.get_model(
-                name, **{k: v for k, v in plain.items() if k in takes or k == "weights"}
-            )
-            size = (3, 224, 224)
+        model, name = smallest(library, family)
     except Exception as e:
         raise NotBuilt(_said(e)) from e
-    (argument,) = list(inspect.signature(entry.forward).parameters)[:1]
-    shapes = [(b, *size) for b in (2, 3)]
-    candidates = [[{argument: torch.randn(shape)} for shape in shapes]]
-    candidates.append([{argument: torch.randn(b, 3, 4, 112, 112)} for b in (2, 3)])
-    return entry.eval(), _that_run(entry.eval(), candidates)
+    if (count := sum(x.numel() for x in model.parameters())) > LARGEST:
+        raise NotBuilt(f"{name}: {count / 1e6:.0f} million parameters")
+    model = _lively(model)
+    if library == "timm":
+        candidates = timm_candidates(model)
+    else:
+        candidates = torchvision_candidates(model, family)
+    batches = _that_run(model, list(candidates))
+    settled(model, batches[0])
+    return Built(model, batches, name)
 
 
-def _of_transformers(name: str) -> tuple[nn.Module, list[Inputs]]:
+def _of_transformers(name: str) -> Built:
     import transformers
 
     try:
@@ -143,7 +145,7 @@ def _of_transformers(name: str) -> tuple[nn.Module, list[Inputs]]:
             model = cls._from_config(config).eval().float()
             model = _lively(model)
             pairs = zip(_calls(model, 2, 12, 0), _calls(model, 3, 9, 1), strict=True)
-            return model, _that_run(model, [list(pair) for pair in pairs])
+            return Built(model, _that_run(model, [list(pair) for pair in pairs]), name)
         except Exception as e:
             reasons.append(_said(e))
     raise NotBuilt(" | ".join(dict.fromkeys(reasons)))

@@ -11,7 +11,8 @@ LEAST = 15.0
 """dB. Random weights are rounded worse than trained ones; a wrong branch has nothing in common."""
 
 COLUMNS = (
-    "architecture", "captured", "calib", "coverage", "reference", "onednn", "onnx", "seconds",
+    "architecture", "captured", "calib", "coverage", "reference", "onednn", "onnx", "speed",
+    "seconds",
 )  # fmt: skip
 
 Row = Mapping[str, Any]
@@ -49,12 +50,15 @@ def table(rows: Sequence[Row]) -> list[str]:
     lines = []
     for row in rows:
         share = row.get("coverage")
+        mark = "*" if row.get("compared") == "pieces" else ""
         cells = [
             row["name"],
             row.get("captured", ""),
             {True: "yes", False: "no", None: ""}[row.get("calib equal")],
             "" if share is None else f"{share:.0%}",
-            *(_number(row.get(each)) for each in ("reference", "onednn", "onnx")),
+            *(f"{_number(row.get(each))}{mark}" for each in ("reference", "onednn")),
+            _number(row.get("onnx")),
+            f"{row['float ms'] / row['onednn ms']:.2f}" if row.get("onednn ms") else "",
             f"{row.get('cpu seconds', row['seconds']):.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -81,16 +85,23 @@ def page(rows: Sequence[Row], conditions: Mapping[str, Any]) -> str:
         "and so is the ONNX file in onnxruntime from the quantized model. Weights are random, "
         f"so SQNR tells a bug from rounding, and not how accurate a trained model is. {count} "
         f"architectures were tried; {len(rest)} could not be built small.",
-        f"Made with: {facts}.",
+        _table(["library", "work", "of", "not built"], _by_library(rows)),
+        f"Made with: {facts}. Models of timm and torchvision: the smallest of each module, where "
+        "that is large with two layers.",
         "## What does not work",
         _table(["architecture", "what happens"], [(row["name"], reason(row)) for row in bad])
         or "Nothing that was tried.",
         "## What was measured",
         "`calib`: bit-equal with float. `coverage`: share of the products in int8 on oneDNN. "
-        "`reference` and `onednn`: dB from float. `onnx`: dB of the file in onnxruntime from "
-        "the quantized model, or the files of a model in pieces. `seconds`: of the processor, "
-        "for all.",
+        "`reference` and `onednn`: dB from float; with `*`, outputs are choices (which boxes are "
+        "kept), so the pieces are compared, each with its inputs in float. `onnx`: dB of the file "
+        "in onnxruntime from the quantized model, or the files of a model in pieces. `speed`: "
+        "float's processor time over that of int8 on oneDNN, beside other work; the "
+        "smallest models spend most of it on calling operators. `seconds`: of the "
+        "processor, for all.",
+        '<details markdown="1"><summary>All rows</summary>',
         "\n".join([*_head(COLUMNS), *table(built)]),
+        "</details>",
         "## What was not built",
         "A configuration with the sizes made small is refused by its own code, or no inputs are "
         "known for it here. That tells nothing about quantization.",
@@ -99,11 +110,22 @@ def page(rows: Sequence[Row], conditions: Mapping[str, Any]) -> str:
     return "\n\n".join(filter(None, paragraphs)) + "\n"
 
 
+def _by_library(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """The name of a library, how many of its architectures work, of how many, and the rest."""
+    found = []
+    for library in dict.fromkeys(row["name"].partition("/")[0] for row in rows):
+        own = [row for row in rows if row["name"].startswith(f"{library}/")]
+        built = [row for row in own if "not built" not in row]
+        counts = (sum(map(works, built)), len(built), len(own) - len(built))
+        found.append((library, *map(str, counts)))
+    return found
+
+
 def _head(names: Sequence[str]) -> list[str]:
     return [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
 
 
-def _table(names: Sequence[str], rows: Sequence[tuple[str, str]]) -> str:
+def _table(names: Sequence[str], rows: Sequence[tuple[str, ...]]) -> str:
     """Names and messages; empty without a row."""
-    lines = [f"| {name} | {_cell(message)} |" for name, message in rows]
+    lines = [f"| {' | '.join(map(_cell, row))} |" for row in rows]
     return "\n".join([*_head(names), *lines]) if lines else ""
