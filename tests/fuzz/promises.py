@@ -152,8 +152,8 @@ def check_sixteen_bits(program: Program) -> None:
 def check_backend(started: Started, name: str) -> None:
     """What it computes is what was simulated, and as good; it can be copied, saved and loaded."""
     model, quantizer, backend = started.model, started.quantizer, Backend.get(name)
-    simulated = quantizer.quantize(model, backend=ReferenceBackend(backend))
     try:
+        simulated = quantizer.quantize(model, backend=ReferenceBackend(backend))
         real = quantizer.quantize(model, backend=backend)
     except UnsupportedOp as error:  # the layers may all be behind what is written to in place
         if not str(error).startswith("nothing in the model can be quantized"):
