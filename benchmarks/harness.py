@@ -33,6 +33,7 @@ __all__ = [
     "peak_memory",
     "report",
     "resident",
+    "with_cells",
 ]
 
 RESULTS = Path(__file__).parent / "results"
@@ -84,6 +85,21 @@ def kept_rows(name: str, notes: dict[str, Any]) -> list[dict[str, Any]]:
     found = json.loads(path.read_text())
     same = all(found["conditions"].get(key) == value for key, value in notes.items())
     return list(found["rows"]) if same else []
+
+
+def with_cells(rows: list[dict[str, Any]], new: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows with the cells of ``new`` in the place of older ones of its model.
+
+    >>> with_cells([{"model": "m", "ways": {"a": 1}, "not run": {}}],
+    ...            {"model": "m", "ways": {"b": 2}, "not run": {}})
+    [{'model': 'm', 'ways': {'a': 1, 'b': 2}, 'not run': {}}]
+    """
+    old = next((row for row in rows if row["model"] == new["model"]), None)
+    if old is None:
+        return [*rows, new]
+    reasons = {way: why for way, why in old["not run"].items() if way not in new["ways"]}
+    merged = new | {"ways": old["ways"] | new["ways"], "not run": reasons | new["not run"]}
+    return [merged if row is old else row for row in rows]
 
 
 def minilm() -> torch.nn.Module:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import keep, kept_rows
+from harness import keep, kept_rows, with_cells
 from latency_models import MODELS
 from latency_ways import OURS, WAYS, Run, Setting, first, offered, quiet
 from tabulate import tabulate
@@ -49,6 +49,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=8.0, help="of timing a model (default 8)")
     parser.add_argument("--out", default=None, help="name of the file in results/")
     parser.add_argument("--plot", type=Path, help="write a chart of the speed-ups there")
+    parser.add_argument(
+        "--add", action="store_true", help="keep what results/ has of other models and ways"
+    )
     parser.add_argument("--kept", action="store_true", help="show results/ again, run nothing")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # a model, in a process of its own
     options = parser.parse_args()
@@ -223,12 +226,10 @@ def main() -> None:
         name = options.out or "latency_all"
     torch.set_num_threads(options.threads)
     clock = "processor time" if options.threads == 1 else "elapsed time"
-    rows: list[dict[str, Any]] = []
-    if options.kept:
-        rows = kept_rows(name, {})
-    else:
+    rows = kept_rows(name, {}) if options.kept or options.add else []
+    if not options.kept:
         for each in tqdm(options.models, desc="models", unit="model"):
-            rows.append(apart(each, options))
+            rows = with_cells(rows, apart(each, options))
             facts = keep(name, rows, clock=clock)
         print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in facts.items()))
     show(rows)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import keep, kept_rows, peak_memory, resident
+from harness import keep, kept_rows, peak_memory, resident, with_cells
 from latency_models import MODELS, Case, Inputs
 from latency_ways import WAYS, Setting, offered, quiet
 from tabulate import tabulate
@@ -123,17 +123,6 @@ def row_of(model: str, ways: list[str]) -> dict[str, Any]:
     return {"model": model, "ways": cells, "not run": notes}
 
 
-def merged(rows: list[dict[str, Any]], new: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows with the cells of ``new`` in the place of older ones."""
-    old = next((row for row in rows if row["model"] == new["model"]), None)
-    if old is None:
-        return [*rows, new]
-    old["ways"] |= new["ways"]
-    old["not run"] = {k: v for k, v in old["not run"].items() if k not in new["ways"]}
-    old["not run"] |= new["not run"]
-    return rows
-
-
 def show(rows: list[dict[str, Any]]) -> None:
     """A table in Markdown: peak and serving MB of each model and way."""
     ways = [way for way in WAYS if any(way in row["ways"] for row in rows)]
@@ -161,7 +150,7 @@ def main() -> None:
     rows = kept_rows(NAME, {})
     if not options.kept:
         for model in tqdm(options.models, desc="models", unit="model"):
-            rows = merged(rows, row_of(model, options.ways))
+            rows = with_cells(rows, row_of(model, options.ways))
             keep(NAME, rows)
     show(rows)
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from thinning import LONG
+from torch import nn
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -47,6 +48,52 @@ def test_each_backend_with_kernels(latency: Any, monkeypatch: pytest.MonkeyPatch
 
 def test_the_chart_shows_every_way(latency: Any) -> None:
     assert latency.MARKS.keys() == latency.WAYS.keys() - {latency.BASE}
+
+
+def test_the_page_has_every_way_and_marks_the_fastest(latency: Any) -> None:
+    page = importlib.import_module("latency_page")
+    assert page.NAMES.keys() == latency.WAYS.keys()
+    ways = {
+        "onednn": {"ms": 5.0, "speed-up": 4.0, "SQNR dB": 20.0},
+        "float32": {"ms": 20.0, "speed-up": 1.0, "SQNR dB": None},
+        "nncf in openvino": {"ms": 10.0, "speed-up": 2.0, "SQNR dB": 8.6},
+    }
+    rows = [{"model": "m", "ways": ways}, {"model": "n", "ways": {"float32": ways["float32"]}}]
+    assert page.speed_table(rows).splitlines() == [
+        "| | m | n |",
+        "|---|---|---|",
+        "| eager float32 | 20 ms | 20 ms |",
+        "| **ONEDNN** | **4.0x** | - |",
+        "| NNCF in OpenVINO | 2.0x (9 dB) | - |",
+    ]
+
+
+def test_new_cells_take_the_place_of_old_ones(latency: Any) -> None:
+    old = [{"model": "m", "ways": {"a": 1, "b": 2}, "not run": {"c": "why", "d": "why"}}]
+    new = {"model": "m", "ways": {"b": 3, "c": 4}, "not run": {"e": "other"}}
+    assert latency.with_cells(old, new) == [
+        {"model": "m", "ways": {"a": 1, "b": 3, "c": 4}, "not run": {"d": "why", "e": "other"}}
+    ]
+    assert latency.with_cells(old, {**new, "model": "n"}) == [*old, {**new, "model": "n"}]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="asks Linux for memory")
+def test_memory_of_a_way(latency: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this process has freed before counts for less than the 64 MiB of the weights."""
+    memory = importlib.import_module("memory")
+
+    def make() -> nn.Module:
+        return nn.Sequential(*(nn.Linear(2048, 2048) for _ in range(4))).eval()
+
+    case = memory.Case(make, lambda: [{"input": torch.ones(n, 2048)} for n in (2, 3)])
+    monkeypatch.setattr(memory, "MODELS", {"four layers": case})
+    before = torch.get_num_threads()
+    try:
+        found = memory.measure("four layers", "float32")
+    finally:
+        torch.set_num_threads(before)
+    assert found["model MB"] == pytest.approx(64, abs=0.1)
+    assert 40 < found["serving MB"] <= found["peak MB"] + 1 < 120
 
 
 @pytest.fixture
