@@ -30,7 +30,8 @@ class RowScales(Transform):
     """Round attention's probabilities on a scale for each row, in place of one for all.
 
     It serves ``scaled_dot_product_attention`` in static integers, on ONEDNN and REFERENCE; kernels
-    of others take one scale. Models that are trained have one scale, too, which is trained.
+    of others take one scale. So do formats whose scales are powers of two. Models that are trained
+    have one scale, too, which is trained.
 
     >>> RowScales().to_dict()
     {'name': 'row_scales'}

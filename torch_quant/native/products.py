@@ -186,7 +186,7 @@ def _in_float(
 
 def _second_product(p: Tensor, value: Tensor, grid: _Grid, most: int) -> Tensor:
     if grid.scale == BY_ROW:
-        scale = p.amax(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny) / most
+        scale = (p.amax(-1, keepdim=True) / most).clamp_min(torch.finfo(p.dtype).tiny)
         p = (p / scale).round() * scale
     else:
         p = FAKE_QUANTIZE_PER_TENSOR(p, grid.scale, grid.zero_point, 0, most)

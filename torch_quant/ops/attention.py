@@ -8,14 +8,15 @@ A row whose mask leaves nothing gives zeros, as the fused operator does.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from torch_quant.core.elements import IntegerType
 from torch_quant.core.granularity import PerToken
 from torch_quant.core.plan import SitePlan
+from torch_quant.core.spec import QuantSpec, ScaleType
 from torch_quant.ops.arguments import argument, arguments
 from torch_quant.ops.table import (
     KEY,
@@ -126,9 +127,22 @@ def _quantize(inserter: Inserter, node: fx.Node, entry: SitePlan) -> None:
     given = arguments(node)
     inserter.activations(node, [given[name] for name in ("query", "key", "value")], entry)
     _, second = decompose_attention(node)
-    if any(each.row_scales for each in entry.transforms) and spec.per_tensor and spec.integer:
-        spec = replace(spec, granularity=PerToken(), dynamic=True, clip=1.0)
+    if any(each.row_scales for each in entry.transforms):
+        spec = _by_row(spec)
     inserter.activation(second, argument(second, "self"), entry.inputs[-1], spec, "probabilities")
+
+
+def _by_row(spec: QuantSpec) -> QuantSpec:
+    """As many codes on a scale for each row, all from 0 up, since no probability is negative.
+
+    Small floats, and scales that are powers of two, stay as they are, for the whole tensor.
+    """
+    element = spec.element
+    powers = spec.scale_type is ScaleType.E8M0
+    if powers or not spec.per_tensor or not isinstance(element, IntegerType):
+        return spec
+    codes = IntegerType(0, element.quant_max - element.quant_min)
+    return QuantSpec(codes, granularity=PerToken(), dynamic=True)
 
 
 register_operator(
