@@ -29,8 +29,9 @@ __all__ = [
 ]  # fmt: skip
 
 _UNREACHED = (
-    "no calibration data reached it, so that its weight is rounded to nearest; give "
-    "quantizer.round_weights inputs that do"
+    "no calibration data reached it, or no gradient comes back to it, so that its weight is "
+    "rounded to nearest; give quantizer.round_weights inputs that reach it, or take GPTQ(), which "
+    "needs no gradient"
 )
 
 

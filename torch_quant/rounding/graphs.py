@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from torch_quant.algorithms.blocks import Block, Layer, Part, Sample
+from torch_quant.algorithms.blocks import Layer
 from torch_quant.core.memory import give_back
-from torch_quant.core.metrics import sqnr
+from torch_quant.core.metrics import float_leaves, sqnr
 from torch_quant.core.plan import QuantPlan
 from torch_quant.core.rounded import RoundedWeight, RoundedWeights
-from torch_quant.errors import InvalidConfig
+from torch_quant.errors import InvalidConfig, QuantError
 from torch_quant.graph.calls import Call
 from torch_quant.graph.examples import example_call
 from torch_quant.graph.export import CapturedGraph
@@ -32,6 +32,7 @@ from torch_quant.graph.sites import KEY, Site
 from torch_quant.passes.prepare import Prepared
 from torch_quant.rounding.driver import round_layers
 from torch_quant.rounding.report import BlockError, Rounding
+from torch_quant.rounding.rows import SegmentBlock, rows_of
 from torch_quant.rounding.segments import Segment, joined, segments_of
 from torch_quant.rounding.simulation import Learned, Simulation
 from torch_quant.session import Session
@@ -44,8 +45,6 @@ _MOST = 4
 """Layers up to which neighbours are one segment."""
 _BYTES = 2**30
 """Of the float model's tensors between segments, and of what their errors count."""
-_TOGETHER = 32
-"""Rows that are computed at once where all are."""
 
 
 def learned_sites(session: Session, plan: QuantPlan) -> frozenset[str]:
@@ -57,6 +56,9 @@ def learned_sites(session: Session, plan: QuantPlan) -> frozenset[str]:
     Args:
         session: of the model.
         plan: of it.
+
+    Raises:
+        InvalidConfig: a site has a transform that scales blocks, which graphs do not have.
     """
     if session.captured.root.by_choice:
         return frozenset()
@@ -67,6 +69,13 @@ def learned_sites(session: Session, plan: QuantPlan) -> frozenset[str]:
     ]
     if all(site.op == "linear" and not site.needs_ranges for site in found):
         return frozenset()
+    for site in plan.values():
+        if late := [each for each in site.transforms if each.wants_blocks and site.quantized]:
+            raise InvalidConfig(
+                f"{site.name}: {late[0]} scales blocks of modules, and weights of this model are "
+                f"rounded in its graph, {found[0].name} by {found[0].method}: leave {late[0].name} "
+                "out, or take a transform that goes by what calibration records"
+            )
     return frozenset(site.name for site in found)
 
 
@@ -90,7 +99,7 @@ def round_graph(
     Raises:
         InvalidConfig: there are no batches; the model is no one graph, or they need several.
         NotCalibrated: ranges are missing.
-        QuantError: a weight cannot be rounded; names the segment.
+        QuantError: a weight cannot be rounded, names the segment; a batch gives NaN.
     """
     from tqdm import tqdm
 
@@ -130,6 +139,11 @@ def _calls(session: Session, batches: Sequence[Any]) -> tuple[CapturedGraph, lis
                 "calibration records"
             )
         calls.append(found[0])
+        if empty := [tuple(x.shape) for x in found[0].tensors if not x.numel()]:
+            raise InvalidConfig(
+                f"round_weights: batch {number} is empty: an input has shape {empty[0]}; leave it "
+                "out"
+            )
         graphs.append(found[1])
         if graphs[-1] is not graphs[0]:
             raise InvalidConfig(
@@ -139,14 +153,9 @@ def _calls(session: Session, batches: Sequence[Any]) -> tuple[CapturedGraph, lis
     return graphs[0], calls
 
 
-def _rows(tensors: Iterable[Tensor]) -> int:
-    """The first size of the first tensor that has one, else 1."""
-    return next((len(x) for x in tensors if x.dim()), 1)
-
-
 def _divisible(graph: CapturedGraph, call: Call) -> bool:
     """Whether a graph takes any number of the rows of a call."""
-    rows = _rows(call.tensors)
+    rows = rows_of(call.tensors)
     if any(not x.dim() or len(x) != rows for x in call.tensors):
         return False
     tried = (tuple(torch.cat([x, x])[:n] for x in call.tensors) for n in {1, 2, rows + 1})
@@ -218,7 +227,7 @@ class _Run:
         """As many batches as there is memory for."""
         generator, found, total = torch.Generator().manual_seed(0), list[_Chunk](), 0
         for number, call in enumerate(calls):
-            chunk = self.float_graph.chunk(call, generator)
+            chunk = self.float_graph.chunk(number, call, generator)
             total += chunk.nbytes
             if found and total > _BYTES:
                 logger.warning(
@@ -242,9 +251,11 @@ class _Run:
             self._layer(self.sites[site], self.weights[site], module)
             for site, module in segment.learned.items()
         )
-        samples, targets, importance = _samples(segment, number, chunks, divisible)
-        block = _SegmentBlock(segment.name, segment.module, layers, samples, targets)
-        block.importance = importance
+        given = [chunk.args(segment) for chunk in chunks]
+        targets = [x for chunk in chunks if (x := chunk.targets[number]) is not None]
+        importance = [x for chunk in chunks if (x := chunk.importance[number]) is not None]
+        rows = [rows_of(chunk.inputs) for chunk in chunks] if divisible else None
+        block = SegmentBlock.of(segment, layers, given, targets, importance or None, rows)
         first = chunks[0].args(segment)
         with torch.no_grad():
             exact = segment.module(*first)
@@ -280,57 +291,6 @@ def _scale(chunks: Sequence[_Chunk], place: int) -> None:
         chunk.importance[place] = x / mean if usable and x is not None else None
 
 
-def _samples(
-    segment: Segment, number: int, chunks: Sequence[_Chunk], divisible: bool
-) -> tuple[list[Sample], list[Tensor], list[Tensor] | None]:
-    """The calls of a segment, row by row where that can be: with targets, and what errors count."""
-    given = [chunk.args(segment) for chunk in chunks]
-    targets = [x for chunk in chunks if (x := chunk.targets[number]) is not None]
-    importance = [x for chunk in chunks if (x := chunk.importance[number]) is not None]
-    for args, target, chunk in zip(given, targets, chunks, strict=True):
-        rows = _rows(chunk.inputs)
-        divisible = divisible and all(x.dim() and len(x) == rows for x in (*args, target))
-    if divisible:
-        given = [row for args in given for row in zip(*(x.split(1) for x in args), strict=True)]
-        targets = [row for x in targets for row in x.split(1)]
-        importance = [row for x in importance for row in x.split(1)]
-    samples = [Sample(args, {"divisible": divisible}, 0) for args in given]
-    return samples, targets, importance or None
-
-
-class _SegmentBlock(Block):
-    """A segment as a block; rows of the same sizes are computed together."""
-
-    def gathered(self, chosen: Iterable[int]) -> Iterator[Part]:
-        """Some rows, put together, or a whole batch where a batch cannot be divided."""
-        assert self.targets is not None
-        groups: dict[Any, list[int]] = {}
-        for i in chosen:
-            sample = self.samples[i]
-            sizes = tuple(x.shape for x in sample.args)
-            groups.setdefault(sizes if sample.kwargs["divisible"] else i, []).append(i)
-        for group in groups.values():
-            for start in range(0, len(group), _TOGETHER):
-                yield self._part(group[start : start + _TOGETHER])
-
-    def _part(self, numbers: Sequence[int]) -> Part:
-        assert self.targets is not None
-        args = zip(*(self.samples[i].args for i in numbers), strict=True)
-        sample = Sample(tuple(map(_together, args)), {}, 0)
-        target = _together([self.targets[i] for i in numbers])
-        counts = None if self.importance is None else [self.importance[i] for i in numbers]
-        importance = None if counts is None else _together(counts)
-        return Part(sample, target, importance, tuple(numbers))
-
-    def call(self, sample: Sample) -> Any:
-        """What the segment gives."""
-        return self.module(*sample.args)
-
-
-def _together(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
-
-
 class _Float(fx.Interpreter):
     """The float graph, which keeps some of its tensors.
 
@@ -345,6 +305,7 @@ class _Float(fx.Interpreter):
         self.extra_traceback = False
         self.keys, self.weighted = list(keys), weighted
         self.seen: dict[str, Tensor] = {}
+        """Of the call that runs; empty between calls, as these are large."""
 
     def run_node(self, n: fx.Node) -> Any:
         """One node; what is kept can be asked for a gradient."""
@@ -360,16 +321,22 @@ class _Float(fx.Interpreter):
         value = super().fetch_attr(target)
         return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
-    def chunk(self, call: Call, generator: torch.Generator) -> _Chunk:
+    def chunk(self, number: int, call: Call, generator: torch.Generator) -> _Chunk:
         """What is known of one batch."""
-        self.seen = {}
         inputs = tuple(x.detach() for x in call.tensors)
         with torch.set_grad_enabled(self.weighted):
-            outputs = joined(self.run(*(x.clone() for x in inputs)))
+            given = self.run(*(x.clone() for x in inputs))
+            outputs = joined(given)
+        if any(bool(x.isnan().any()) for x in float_leaves((inputs, given))):
+            raise QuantError(
+                f"round_weights: batch {number} holds NaN, or the float model gives NaN for it; "
+                "leave it out"
+            )
         importance = self._gradients(outputs, generator) if outputs.requires_grad else {}
         gradients = map(importance.get, self.keys)
         counts = [None if x is None else x.square().to(torch.bfloat16) for x in gradients]
         targets = [self.seen[key] if key else outputs for key in self.keys]
+        self.seen, self.env = {}, {}
         return _Chunk(inputs, [x.detach() for x in targets], counts)
 
     def _gradients(

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from torch_quant.core.metrics import float_leaves
 from torch_quant.errors import InvalidConfig
-from torch_quant.graph.sites import KEY, ORIGIN
+from torch_quant.graph.sites import KEY, ORIGIN, is_float
 from torch_quant.ops.arguments import positional
 from torch_quant.ops.library import NAMESPACE
 from torch_quant.ops.table import pattern_of, size_hints
@@ -73,13 +73,15 @@ class Segment:
 
 
 def joined(outputs: Any) -> Tensor:
-    """The float tensors among outputs as one, ``[rows, values]``; of several layouts, the first.
+    """The float tensors among outputs as one: ``[rows, values]``, or if rows differ, ``[values]``.
 
     Raises:
         InvalidConfig: there is none.
 
     >>> joined((torch.ones(2, 3), torch.zeros(2, 1, 2))).shape
     torch.Size([2, 5])
+    >>> joined((torch.ones(2, 3), torch.tensor(0.0))).shape
+    torch.Size([7])
     """
     found = [x.masked_fill(~torch.isfinite(x), 0.0) for x in float_leaves(outputs)]
     if not found:
@@ -87,8 +89,10 @@ def joined(outputs: Any) -> Tensor:
             "round_weights: the model gives no float tensor to learn weights by; take "
             "GPTQ(), which goes by what layers read"
         )
-    if len(found) == 1 or any(not x.dim() or len(x) != len(found[0]) for x in found):
+    if len(found) == 1:
         return found[0]
+    if any(not x.dim() or len(x) != len(found[0]) for x in found):
+        return torch.cat([x.flatten() for x in found])
     return torch.cat([x.flatten(1) if x.dim() > 1 else x[:, None] for x in found], 1)
 
 
@@ -152,7 +156,7 @@ def _ends(graph: fx.Graph, known: Collection[str]) -> list[fx.Node]:
             alive.add(node)
         if len(alive) == 1:
             (end,) = alive
-            if ORIGIN in end.meta and end.meta.get(KEY) in known:
+            if ORIGIN in end.meta and end.meta.get(KEY) in known and is_float(end):
                 found[end] = None
     return list(found)
 
