@@ -239,6 +239,7 @@ class QuantizerBase(Tied):
             run_example(session.captured.root, kept[0])
         plan = session.plan()
         tell_of(session, plan)
+        self.state.compare_weights(model)
         with told_together(), torch.inference_mode(False):
             kept = pytree.tree_map_only(Tensor, plain, kept)
             made, report = rounded(session, plan, kept, folder=folder, show_progress=show_progress)

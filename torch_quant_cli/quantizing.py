@@ -230,7 +230,8 @@ class _Run:
             calib_model = quantizer.calib(self.model)
             self._through(calib_model, "calibrating")
             self._write(calib_model)
-            if quantizer.qconfig.method is not None and quantizer.qconfig.method.wants_blocks:
+            asked = [x for x in (quantizer.qconfig, *quantizer.overrides.values()) if x is not None]
+            if any(x.method is not None and x.method.wants_blocks for x in asked):
                 quantizer.round_weights(self.model, self.batches)
         count, target = given["fallback"], given["min_sqnr"]
         if count and target is not None:

@@ -170,6 +170,23 @@ def test_rounding_goes_on_where_it_was_interrupted(
     assert torch.equal(first(x), second(x))
 
 
+def test_roundings_are_learned_after_calibration(home: Path) -> None:
+    """By a recipe's option, and where only an override has such a method."""
+    command = ("quantize", "net:make", "--data", "net:inputs", "--backend", "reference")
+    method = {"name": "adaround", "iterations": 3}
+    weight = {"element": "int4", "granularity": "per_channel"}
+    settings = {"overrides": {"second": {"weight": weight, "method": method}}}
+    Path("config.json").write_text(json.dumps(settings))
+    data_of(*command, "--config", "config.json", "--out", "one")
+    data_of(*command, "--recipe", "int8_static", "-o", "method=adaround", "--out", "all")
+    x = torch.randn(4, 32)
+    for folder, sites in (("one", ["second"]), ("all", ["first", "second"])):
+        quantizer = Quantizer.load(folder)
+        assert sorted(quantizer.state.rounded.sites) == sites
+        found = quantizer.quantize(_float(), example_inputs=x)(x)
+        assert torch.equal(found, Artifact(folder).quant_model()(x))
+
+
 def test_every_kind_of_data_gives_the_same_inputs(home: Path) -> None:
     arrays = {"x": numpy.load("inputs.npz")["x"][:6]}
     numpy.savez("named.npz", **arrays)
