@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from torch_quant.backends.onnx.forms.matching import ELEMENTWISE, is_quantized_product
+from torch_quant.backends.onnx.forms.matching import ELEMENTWISE, free_ranks, is_quantized_product
 from torch_quant.ops.arguments import argument, arguments
 from torch_quant.ops.qdq import DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
 from torch_quant.ops.table import size_hints
@@ -17,10 +17,13 @@ aten = torch.ops.aten
 
 
 def linear_forms_2d(context: PassContext) -> int:
-    """Quantized ``linear`` of 2-D tensors, ONNX' Gemm; what follows is kept 2-D if it can be."""
-    changed = 0
+    """Quantized ``linear`` of 2-D tensors, ONNX' Gemm; what follows is kept 2-D if it can be.
+
+    Those of tensors whose rank depends on sizes stay as they are.
+    """
+    changed, unknown = 0, free_ranks(context.graph)
     for node in list(context.graph.find_nodes(op="call_function", target=aten.linear.default)):
-        if is_quantized_product(node):
+        if is_quantized_product(node) and node not in unknown:
             _rewrite(context.gm, node)
             changed += 1
     return changed

@@ -6,14 +6,21 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from torch_quant.ops.arguments import argument
-from torch_quant.ops.qdq import DEQUANTIZE, DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_TENSOR, QUANTIZE
+from torch_quant.ops.arguments import argument, arguments
+from torch_quant.ops.qdq import (
+    DEQUANTIZE,
+    DEQUANTIZE_PER_CHANNEL,
+    DEQUANTIZE_PER_TENSOR,
+    QUANTIZE,
+    QUANTIZE_PER_TENSOR,
+)
 from torch_quant.ops.table import DATA_MOVEMENT
 
 __all__ = [
     "ELEMENTWISE",
+    "free_ranks",
     "is_dequantized",
     "is_quantized_product",
     "is_target",
@@ -29,6 +36,34 @@ ELEMENTWISE = frozenset({
     aten.leaky_relu.default, aten.clamp.default, aten.elu.default, aten.mish.default,
 })  # fmt: skip
 """Functions of one tensor that work on each element alone."""
+
+
+_SQUEEZES = frozenset({aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims})
+
+
+def free_ranks(graph: fx.Graph) -> set[fx.Node]:
+    """What a squeeze of a free size leads to: where that size is 1, it has fewer dimensions.
+
+    The captured sizes do not say so, even if the example's size is 1.
+    """
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        squeezes = node.target in _SQUEEZES and _squeezes_free_size(node)
+        if squeezes or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _squeezes_free_size(node: fx.Node) -> bool:
+    x, *dims = arguments(node).values()
+    while x.target in (QUANTIZE, QUANTIZE_PER_TENSOR):
+        x = argument(x, 0)
+    value = x.meta.get("val")
+    if not isinstance(value, Tensor):
+        return True
+    axes = dims[0] if dims else range(value.dim())
+    sizes = [value.shape[axis] for axis in ([axes] if isinstance(axes, int) else axes)]
+    return not all(isinstance(size, int) for size in sizes)
 
 
 def is_target(node: Any, target: Any) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from torch_quant.backends.onnx.forms.matching import ELEMENTWISE, is_target
+from torch_quant.backends.onnx.forms.matching import ELEMENTWISE, free_ranks, is_target
 from torch_quant.ops.arguments import argument
 from torch_quant.ops.qdq import DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
 from torch_quant.ops.table import size_hints
@@ -30,8 +30,10 @@ _MOST = 3
 
 def flat_rows(context: PassContext) -> int:
     """Layer norms and linear layers of four and more dimensions, and what follows, have three."""
-    flat = _Flat()
+    flat, unknown = _Flat(), free_ranks(context.graph)
     for node in list(context.graph.nodes):
+        if node in unknown:
+            continue  # where it has fewer dimensions, its sizes are others
         if node.target in _BY_ROWS and _has_known_width(argument(node, 0)):
             flat.rows(node)
         elif node.target in _BY_ELEMENTS and argument(node, 0) in flat.of:
