@@ -3,8 +3,8 @@
     LONG_TESTS=1 FUZZ=500 python -m pytest tests/fuzz
 
 tries 500 models for each test, other ones each time, and makes what fails as short as it can: it is
-printed as a program that can be pasted. Where the process itself ends, ``python out/fuzz/last.py``
-tries its last program again.
+printed as a program that can be pasted, and kept in ``out/fuzz/failed``. Where the process itself
+ends, ``python out/fuzz/last.py`` tries its last program again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from flows import BACKENDS, QUICK
 from hypothesis import HealthCheck, Phase, given, note, settings
-from last_program import remember
+from last_program import keep, remember, same_each_time
 from onnx_files import needs
 from programs import Program
 from promises import PROMISES
@@ -49,11 +49,19 @@ def fuzzed(few: int, share: float = 1.0) -> Callable[[Any], Any]:
 
 
 def check(program: Program, promise: str) -> None:
-    """Check what is promised; a crash leaves the program in ``out/fuzz/last.py``."""
+    """Check what is promised.
+
+    A crash leaves the program in ``out/fuzz/last.py``, a failure in ``out/fuzz/failed``.
+    """
     note(program.source)
     if LONG:
         remember(program, promise)
-    PROMISES[promise](program)
+    try:
+        PROMISES[promise](program)
+    except Exception as error:
+        if LONG:
+            note(str(keep(program, promise, error)))
+        raise same_each_time(error) from None
 
 
 @fuzzed(6)
