@@ -23,7 +23,7 @@ from torch_quant.quantizer import Quantizer
 from torch_quant.report.tuning import Trial, Tuning
 from torch_quant.trials.goal import Goal, evaluate
 from torch_quant.trials.journal import Journal, described, key_of
-from torch_quant.trials.running import Job, Limits, Stop, Trials, bisected, check_pickles
+from torch_quant.trials.running import Job, Limits, Stop, Trials, bisected, check_executor
 
 __all__ = ["Trial", "Tuning", "tune"]
 
@@ -98,7 +98,9 @@ def tune(
         )
     precision = precision_of(dtype)
     goal, limits = Goal(tolerance, relative, higher_is_better), Limits(max_trials, timeout)
-    check_pickles(executor, eval_fn=eval_fn)
+    if not callable(eval_fn):
+        raise InvalidConfig(f"eval_fn={eval_fn!r}; expected a function of a model")
+    check_executor(executor, eval_fn=eval_fn)
     before, plan = dict(quantizer.fallen_back), quantizer.plan
     ranked: Any = model
     if isinstance(model, QatModel):  # ranked by the ranges that were calibrated

@@ -104,6 +104,8 @@ def test_an_eval_fn_that_never_calls_the_model() -> None:
         ({"max_trials": 1}, "max_trials=1; expected at least 2"),
         ({"metric": "psnr"}, "unknown metric 'psnr'"),
         ({"dtype": torch.float16}, r"torch\.float16; expected torch\.float32 or"),
+        ({"executor": 4}, r"executor=4; expected an executor of concurrent\.futures"),
+        ({"eval_fn": 0.9}, r"eval_fn=0\.9; expected a function of a model"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
@@ -111,7 +113,7 @@ def test_bad_options_cost_no_evaluation(options: dict[str, Any], message: str) -
     model, quantizer = ready()
     metric = Metric(quantizer, needing(0))
     with pytest.raises(InvalidConfig, match=message):
-        tune(quantizer, model, metric, progress=False, **options)
+        tune(quantizer, model, **{"eval_fn": metric, "progress": False, **options})
     assert metric.asked == []
 
 

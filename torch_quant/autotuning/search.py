@@ -28,7 +28,7 @@ from torch_quant.quantizer import Quantizer
 from torch_quant.report.autotuning import OBJECTIVES, Autotuning, Tried
 from torch_quant.trials.goal import Goal, is_number
 from torch_quant.trials.journal import Journal, described, key_of
-from torch_quant.trials.running import Job, Limits, Stop, Trials, bisected, check_pickles
+from torch_quant.trials.running import Job, Limits, Stop, Trials, bisected, check_executor
 
 __all__ = ["autotune"]
 
@@ -114,7 +114,7 @@ def autotune(
     if not batches:
         raise InvalidConfig("data has no batches: give some as the model is called with them")
     named = named_configurations(configurations, backend)
-    check_pickles(executor, model=model, data=batches, eval_fn=eval_fn)
+    check_executor(executor, model=model, data=batches, eval_fn=eval_fn)
     checked_seconds(seconds)
     journal = Journal(
         log, "autotune", model, eval_fn, lambda: {"data": [described(each) for each in batches]}

@@ -14,7 +14,7 @@ from torch_quant.errors import InvalidConfig
 from torch_quant.trials.goal import is_number
 from torch_quant.trials.journal import Journal
 
-__all__ = ["Job", "Limits", "Stop", "Trials", "bisected", "check_pickles"]
+__all__ = ["Job", "Limits", "Stop", "Trials", "bisected", "check_executor"]
 
 Job = Callable[[], tuple[Callable[..., Mapping[str, Any]], tuple[Any, ...]]]
 """Makes a function and its arguments, when it is its turn: only what runs takes memory."""
@@ -87,7 +87,8 @@ class Trials:
     ) -> list[dict[str, Any]]:
         """What is known of each, its metric included: from the journal, or by its job.
 
-        A metric that is not finite is not kept where ``begun``, so that it is asked for again.
+        They are begun together, so that each that was called is told of. A metric that is not
+        finite is not kept where ``begun``, so that it is asked for again.
 
         Args:
             jobs: by the key that the journal has; each gives ``metric`` and ``seconds``.
@@ -104,8 +105,10 @@ class Trials:
                 self.limits.take()
             if not known:
                 missing[key] = job
+        if missing and not begun:
+            self.limits.check_time()
         found = {}
-        for key, facts in self.done(missing, bar, begun=begun):
+        for key, facts in self.done(missing, bar, begun=True):
             found[key] = dict(facts)
             if math.isfinite(facts["metric"]) or not begun:
                 self.journal.note(key, facts)
@@ -114,26 +117,51 @@ class Trials:
     def done(
         self, jobs: Mapping[str, Job], bar: Any, *, begun: bool = False
     ) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """What each job gives, as soon as it is there; raises :class:`Stop` when it is late."""
+        """What each job gives, as soon as it is there.
+
+        Args:
+            jobs: by any name.
+            bar: of progress.
+            begun: whether they run however late it is.
+
+        Raises:
+            Stop: it is too late for those that are left; what ran was given before.
+        """
         left, running = list(jobs.items()), dict[Future[Any], str]()
+        late: Stop | None = None
         try:
             while left or running:
                 while left and len(running) < self._workers:
                     name, job = left.pop(0)
-                    if not begun:
-                        self.limits.check_time()
-                    function, arguments = job()
-                    if self.executor is None:
-                        yield name, function(*arguments)
-                        bar.update()
+                    try:
+                        if not begun:
+                            self.limits.check_time()
+                    except Stop as stop:
+                        left, late = [], stop
                     else:
-                        running[self.executor.submit(function, *arguments)] = name
+                        if self.executor is None:
+                            yield name, _called(job)
+                            bar.update()
+                        else:
+                            running[_submitted(self.executor, job)] = name
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     yield running.pop(future), future.result()
                     bar.update()
+            if late is not None:
+                raise late
         finally:
             for future in running:
                 future.cancel()
+
+
+def _called(job: Job) -> Mapping[str, Any]:
+    function, arguments = job()
+    return function(*arguments)
+
+
+def _submitted(executor: Executor, job: Job) -> Future[Any]:
+    function, arguments = job()
+    return executor.submit(function, *arguments)
 
 
 def bisected(
@@ -162,8 +190,13 @@ def bisected(
     return high
 
 
-def check_pickles(executor: Executor | None, **given: Any) -> None:
-    """Raise :class:`InvalidConfig` where another process cannot be sent what it needs."""
+def check_executor(executor: Executor | None, **given: Any) -> None:
+    """Raise :class:`InvalidConfig` where it is none, or processes cannot be sent what they need."""
+    if executor is not None and not callable(getattr(executor, "submit", None)):
+        raise InvalidConfig(
+            f"executor={executor!r}; expected an executor of concurrent.futures, as "
+            "ThreadPoolExecutor(2) is"
+        )
     if not isinstance(executor, ProcessPoolExecutor):
         return
     for name, each in given.items():
