@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch_quant import (
     AWQ,
     AdaRound,
+    AutoRound,
     InvalidConfig,
     QConfig,
     QuantError,
@@ -133,6 +134,27 @@ def test_behind_an_index(caplog: pytest.LogCaptureFixture) -> None:
     assert "or no gradient comes back to it" in caplog.text
     assert "all errors count alike" not in caplog.text
     assert quantizer.quantize(model)(x).shape == (32, 4)
+
+
+class Selects(nn.Module):
+    """Gives as many rows as are positive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.head(y[y[:, 0] > 0])
+
+
+@pytest.mark.parametrize("method", [METHOD, AutoRound(20)], ids=str)
+def test_sizes_that_depend_on_values(method: Any) -> None:
+    torch.manual_seed(0)
+    model, x = Selects().eval(), torch.randn(2048, 16)
+    quantizer = calibrated(model, QConfig(weight=INT4, method=method), [x])
+    with pytest.raises(QuantError, match=r"as its sizes depend on values.*take GPTQ"):
+        quantizer.round_weights(model, [x], progress=False)
 
 
 @pytest.mark.parametrize("empty_or_nan", ["empty", "nan"])

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from torch_quant.algorithms.blocks import Block, Layer
+from torch_quant.algorithms.blocks import Block, Layer, Part
 from torch_quant.algorithms.clipping import longer_side
 from torch_quant.algorithms.rtn import RoundToNearest
 from torch_quant.core.granularity import split_blocks
@@ -87,6 +87,19 @@ def replaced_weights(weights: Mapping[Layer, Tensor]) -> Iterator[None]:
             layer.module.__dict__.pop("weight", None)
 
 
+def _error(block: Block, part: Part) -> Tensor:
+    """The mean squared error of one call; raises :class:`QuantError` if it has other sizes."""
+    result = block.run(part.sample)
+    if result.shape != part.target.shape:
+        where = block.path or "what lies outside of blocks"
+        raise QuantError(
+            f"{where} gives {tuple(result.shape)} with rounded weights and "
+            f"{tuple(part.target.shape)} in float, as its sizes depend on values: these cannot be "
+            "compared, take GPTQ(), which goes by what layers read"
+        )
+    return part.error(result)
+
+
 def error_and_gradients(
     block: Block, weights: Mapping[Layer, Tensor], chosen: Sequence[int]
 ) -> tuple[float, dict[Layer, Tensor | None]]:
@@ -104,7 +117,7 @@ def error_and_gradients(
     total, found = 0.0, dict.fromkeys(leaves, None)
     with torch.enable_grad(), replaced_weights(leaves):
         for part in block.gathered(chosen):
-            error = part.error(block.run(part.sample)) * len(part.numbers)
+            error = _error(block, part) * len(part.numbers)
             total += float(error.detach()) / len(chosen)
             if not math.isfinite(total):
                 where = block.path or "what lies outside of blocks"
@@ -128,7 +141,7 @@ def block_error(block: Block, weights: Mapping[Layer, Tensor]) -> float:
     count = len(block.samples)
     with torch.no_grad(), replaced_weights(weights):
         return sum(
-            float(part.error(block.run(part.sample))) * len(part.numbers) / count
+            float(_error(block, part)) * len(part.numbers) / count
             for part in block.gathered(range(count))
         )
 

@@ -265,7 +265,9 @@ class _Run:
                 self.made.sites[layer.site] = RoundedWeight.of(
                     *layer.rounded, layer.method, self.weights[layer.site].checksum
                 )
-            error = sqnr(exact, segment.module(*first)) if layers else float("nan")
+            made = segment.module(*first)
+            same = bool(layers) and made.shape == exact.shape
+            error = sqnr(exact, made) if same else float("nan")
             for chunk in chunks:
                 chunk.before = segment.module(*chunk.args(segment))
                 chunk.targets[number] = chunk.importance[number] = None
