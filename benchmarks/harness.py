@@ -33,6 +33,7 @@ __all__ = [
     "peak_memory",
     "report",
     "resident",
+    "rows_beside",
     "with_cells",
 ]
 
@@ -85,6 +86,29 @@ def kept_rows(name: str, notes: dict[str, Any]) -> list[dict[str, Any]]:
     found = json.loads(path.read_text())
     same = all(found["conditions"].get(key) == value for key, value in notes.items())
     return list(found["rows"]) if same else []
+
+
+def rows_beside(name: str, notes: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of ``results/<name>.json``, to which others are added.
+
+    Args:
+        name: of the file; there may be none yet.
+        notes: conditions of the new rows, which have to be those of the old ones.
+
+    Raises:
+        SystemExit: they are others, and :func:`keep` would tell the new ones of all rows.
+    """
+    path = RESULTS / f"{name}.json"
+    if not path.is_file():
+        return []
+    found = json.loads(path.read_text())
+    for key, value in notes.items():
+        if (was := found["conditions"].get(key)) != value:
+            raise SystemExit(
+                f"{path}: its rows were measured with {key} {was!r}, and now it is {value!r}: give "
+                "another name by --out, or measure all anew"
+            )
+    return list(found["rows"])
 
 
 def with_cells(rows: list[dict[str, Any]], new: dict[str, Any]) -> list[dict[str, Any]]:

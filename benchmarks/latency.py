@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import keep, kept_rows, with_cells
+from harness import conditions, keep, kept_rows, rows_beside, with_cells
 from latency_models import MODELS
 from latency_ways import OURS, WAYS, Run, Setting, first, offered, quiet
 from tabulate import tabulate
@@ -33,6 +33,8 @@ from torch_quant import Quantizer, sqnr
 
 BASE = "float32"
 DEFAULT = ("MiniLM-L6, 8 x 128", "ResNet-50, 1")
+ALIKE = ("cpu", "instruction set", "threads", "torch")
+"""Conditions that all rows of a file share."""
 
 
 def parse() -> argparse.Namespace:
@@ -226,7 +228,9 @@ def main() -> None:
         name = options.out or "latency_all"
     torch.set_num_threads(options.threads)
     clock = "processor time" if options.threads == 1 else "elapsed time"
-    rows = kept_rows(name, {}) if options.kept or options.add else []
+    rows = kept_rows(name, {}) if options.kept else []
+    if options.add:
+        rows = rows_beside(name, {key: conditions()[key] for key in ALIKE})
     if not options.kept:
         for each in tqdm(options.models, desc="models", unit="model"):
             rows = with_cells(rows, apart(each, options))

@@ -77,6 +77,26 @@ def test_new_cells_take_the_place_of_old_ones(latency: Any) -> None:
     assert latency.with_cells(old, {**new, "model": "n"}) == [*old, {**new, "model": "n"}]
 
 
+def test_rows_are_added_to_rows_of_the_same_conditions(
+    latency: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness = importlib.import_module("harness")
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    alike = {key: harness.conditions()[key] for key in latency.ALIKE}
+    assert harness.rows_beside("some", alike) == []
+    harness.keep("some", [{"model": "m"}])
+    assert harness.rows_beside("some", alike) == [{"model": "m"}]
+    monkeypatch.setattr(sys, "argv", ["latency.py", "--out", "some", "--add", "--threads", "64"])
+    monkeypatch.setattr(latency, "quiet", lambda: None)  # of the whole process
+    before, kept = torch.get_num_threads(), (tmp_path / "some.json").read_text()
+    try:
+        with pytest.raises(SystemExit, match=r"some\.json: .* with threads \d+, and now it is 64"):
+            latency.main()
+    finally:
+        torch.set_num_threads(before)
+    assert (tmp_path / "some.json").read_text() == kept
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="asks Linux for memory")
 def test_memory_of_a_way(latency: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What this process has freed before counts for less than the 64 MiB of the weights."""
