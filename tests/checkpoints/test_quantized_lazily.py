@@ -160,6 +160,26 @@ def test_a_run_that_was_interrupted_goes_on(
     assert len(rounded) == 10 + 14  # the first block was not rounded again
 
 
+def test_blocks_that_were_kept_are_of_the_same_checkpoint(written: Written, tmp_path: Path) -> None:
+    """Other weights of a layer that stays in float give later blocks other inputs."""
+    model = DECODERS["llama"](num_hidden_layers=2)
+    options: Any = {"batches": BATCHES, "folder": tmp_path / "blocks", "progress": False}
+    setting = quantizer("gptq", **{"model.layers.0.mlp.down_proj": None})
+    quantize_checkpoint(setting, written(model), tmp_path / "one", **options)
+    model.model.layers[0].mlp.down_proj.weight.mul_(-3.0)
+    with pytest.raises(InvalidConfig, match="made with other weights"):
+        quantize_checkpoint(setting, written(model), tmp_path / "two", **options)
+    assert not (tmp_path / "two").exists()
+
+
+def test_batches_of_nothing_and_folders_without_batches(written: Written, tmp_path: Path) -> None:
+    folder = written(DECODERS["llama"](num_hidden_layers=2))
+    with pytest.raises(InvalidConfig, match="nothing in batches"):
+        quantize_checkpoint(quantizer("gptq"), folder, tmp_path / "int4", batches=[])
+    with pytest.raises(InvalidConfig, match="batches="):
+        quantize_checkpoint(quantizer(), folder, tmp_path / "int4", folder=tmp_path / "blocks")
+
+
 @pytest.mark.parametrize(
     ("setting", "batches", "message"),
     [

@@ -71,8 +71,8 @@ def quantize_checkpoint(
         format: as for :func:`torch_quant.export_checkpoint`.
         batches: inputs of the model for weight methods with data: token ids of shape ``[batch,
             length]``, say. Embeddings are then held in float32.
-        folder: keep finished blocks there; a later call with the same settings and data goes on
-            from them.
+        folder: keep finished blocks there; a later call with the same checkpoint, settings and
+            data goes on from them.
         example_inputs: a call of the model; by default a few tokens as ``input_ids``.
         dtype: of all that is not integers, scales included: float32, float16 or bfloat16.
         shard_bytes: of each file that is written, and held before.
@@ -108,6 +108,11 @@ def quantize_checkpoint(
             f"{files.folder} is quantized already: torch_quant.load_checkpoint(folder) runs it"
         )
     kept = None if batches is None else _listed(batches)
+    if kept is None and folder is not None:
+        raise InvalidConfig(
+            f"folder={folder!r} keeps blocks that are rounded with data: "
+            "quantize_checkpoint(..., batches=[ids, ...])"
+        )
     skeleton = built(files, hollow=True)
     floats = FloatFiles(files, skeleton, whole=kept is not None)
     example = example_of(skeleton) if example_inputs is None else example_inputs
@@ -134,7 +139,11 @@ def _listed(batches: Iterable[Any]) -> list[Any]:
             f"quantize_checkpoint: batches is a {type(batches).__name__}; expected a list or a "
             "generator of inputs of the model: [ids]"
         )
-    return list(batches)
+    if not (kept := list(batches)):
+        raise InvalidConfig(
+            "quantize_checkpoint: there is nothing in batches; give inputs of the model: [ids]"
+        )
+    return kept
 
 
 def _check(plan: QuantPlan, data: bool) -> None:
@@ -185,6 +194,10 @@ class _Lent(FloatWeights):
         for path, module in self.writer.skeleton.named_modules():
             if module is not head and not f"{path}.".startswith(inside):
                 self.files.fill(twin.get_submodule(path), path)
+
+    def stored(self, name: str, x: nn.Parameter) -> Tensor:
+        self.files.close()
+        return self.files.stored(name)
 
     @contextmanager
     def lent(self, path: str, block: nn.Module) -> Iterator[None]:

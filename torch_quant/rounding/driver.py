@@ -96,8 +96,9 @@ def round_weights(
             f"there is no weight of a linear layer to be rounded:{first} "
             "print(quantizer.coverage(model)) says why each site stays in float"
         )
-    keeper = None if folder is None else Folder(folder, plan, kept, model)
-    run = _Run(twin, plan, plain, kept, keeper, floats or FloatWeights())
+    floats = floats or FloatWeights()
+    keeper = None if folder is None else Folder(folder, plan, kept, floats.checksums(model))
+    run = _Run(twin, plan, plain, kept, keeper, floats)
     run.experts = [
         site
         for site in _weighted(sites, plan, "grouped_linear")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from torch_quant.algorithms.blocks import Block, Layer
@@ -57,7 +57,7 @@ class Folder:
         path: made if need be.
         plan: what each site is rounded to, and how.
         batches: the data; other data are refused.
-        model: the model; other weights are refused.
+        weights: checksums of all parameters of the model; other weights are refused.
     """
 
     def __init__(
@@ -65,12 +65,12 @@ class Folder:
         path: str | os.PathLike[str],
         plan: QuantPlan,
         batches: Iterable[Any],
-        model: nn.Module,
+        weights: Iterable[int],
     ) -> None:
         if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
             raise InvalidConfig(f"folder={path!r}; expected the path of a folder")
         self.path, self.plan = Path(path), plan
-        self.model = _joint(checksum(x) for x in model.parameters())
+        self.model = _joint(weights)
         leaves = tree_leaves(list(batches))
         self.data = _joint(checksum(leaf) for leaf in leaves if isinstance(leaf, Tensor))
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
-from torch_quant.core.rounded import RoundedWeights
+from torch_quant.core.rounded import RoundedWeights, checksum
 
 __all__ = ["FloatWeights"]
 
@@ -25,6 +25,20 @@ class FloatWeights:
             twin: of the model.
             blocks: paths of all of them.
         """
+
+    def stored(self, name: str, x: nn.Parameter) -> Tensor:
+        """The values of a parameter of the model, in any dtype.
+
+        Args:
+            name: of the parameter.
+            x: as the model has it.
+        """
+        return x
+
+    def checksums(self, model: nn.Module) -> Iterator[int]:
+        """A number for the values of each parameter of the model."""
+        for name, x in model.named_parameters():
+            yield checksum(self.stored(name, x))
 
     @contextmanager
     def lent(self, path: str, block: nn.Module) -> Iterator[None]:
