@@ -60,7 +60,8 @@ class AdaRound(WeightMethod):
 
     Args:
         iterations: steps.
-        batch_size: samples of each step: rows of a graph, batches of other models.
+        batch_size: samples of each step: rows of a graph, or batches where rows read each other;
+            batches of models whose modules are blocks.
         learning_rate: of Adam, for ``V``.
         regularization: ``r``.
         clip_search: scales of least squared error, in place of the whole range.

@@ -53,7 +53,8 @@ class AutoRound(WeightMethod):
 
     Args:
         iterations: steps.
-        batch_size: samples of each step, that is batches of ``round_weights``.
+        batch_size: samples of each step: rows of a graph, or batches where rows read each other;
+            batches of models whose modules are blocks.
         learning_rate: of the first step; None for ``1 / iterations``.
         range_learning_rate: the same for the ends of ranges; None for ``learning_rate``.
         ranges: learn ranges too.
