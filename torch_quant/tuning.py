@@ -127,10 +127,13 @@ def tune(
 
 
 def _described(quantizer: Quantizer) -> dict[str, list[Any]]:
-    """What a search is of beside the model: settings and ranges, but not what fell back."""
+    """What a search is of beside the model: settings and ranges, but not what fell back.
+
+    The backend stands beside the settings, which may leave it to the machine or its environment.
+    """
     state = quantizer.state_dict()
     del state["fallback"]
-    return {"quantizer": described([quantizer.to_config(), state])}
+    return {"quantizer": described([repr(quantizer.backend), quantizer.to_config(), state])}
 
 
 class _Ladder:

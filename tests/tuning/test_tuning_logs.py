@@ -16,7 +16,7 @@ from made_up_metrics import LAYERS, Metric, needing, ready
 from models import normal, seeded
 from torch import nn
 
-from torch_quant import InvalidConfig, QConfig, Quantizer, QuantSpec, tune
+from torch_quant import Backend, InvalidConfig, QConfig, Quantizer, QuantSpec, tune
 from torch_quant.report.tuning import Tuning
 
 
@@ -114,6 +114,19 @@ def test_logs_of_something_else(tmp_path: Path) -> None:
     tuned("mlp", {"8": bits(8)}, eval_fn=finite, log=log)
     with pytest.raises(InvalidConfig, match="is no log of tune; give another file"):
         tune(quantizer, model, finite, log=log, progress=False)
+
+
+@pytest.mark.skipif(bool(Backend.ONEDNN.unavailable()), reason="needs another backend")
+def test_a_log_of_another_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment chooses it; the quantizer's settings are the same."""
+    log = tmp_path / "trials.jsonl"
+    model, quantizer = ready("onednn")
+    tune(quantizer, model, finite_chain, log=log, progress=False)
+    monkeypatch.setenv("TORCH_QUANT_BACKEND", "reference")
+    model, other = ready("onednn")
+    assert other.to_config() == quantizer.to_config()
+    with pytest.raises(InvalidConfig, match="is the log of a run with another quantizer"):
+        tune(other, model, finite_chain, log=log, progress=False)
 
 
 def test_trials_of_a_log_count(tmp_path: Path) -> None:
