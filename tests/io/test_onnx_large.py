@@ -66,3 +66,24 @@ def test_rules_that_search_the_graph_for_each_node_are_left_out() -> None:
     rules = large._rules(rewriter)
     kept = [each for each in rules if large._one_output(each)]
     assert len(rules) > len(kept) > 10
+
+
+def test_an_onnxscript_with_other_steps_optimizes_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from onnxscript import optimizer
+
+    monkeypatch.delattr(optimizer, "fold_constants")
+    monkeypatch.setattr(translate, "LARGE", 0)
+    optimized: list[Any] = []
+    plain = torch.onnx.ONNXProgram.optimize
+
+    def optimize(program: Any) -> None:
+        optimized.append(program)
+        plain(program)
+
+    monkeypatch.setattr(torch.onnx.ONNXProgram, "optimize", optimize)
+    model = seeded(Gated).eval()
+    quantizer = calibrated(model, [_inputs(2, 5)])
+    written(quantizer, model, _inputs(2, 5), tmp_path / "model.onnx")
+    assert optimized

@@ -6,6 +6,7 @@ graph for each node. Of a loop that is written out, they take minutes.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 __all__ = ["LARGE", "tidied"]
@@ -19,33 +20,44 @@ _ROUNDS = 2
 def tidied(program: Any) -> None:
     """What ``program.optimize()`` does, without rules that search the graph for each node.
 
+    With an onnxscript that lacks a step of it, that itself.
+
     Args:
         program: an ``ONNXProgram`` that was not optimized, changed in place.
     """
+    try:
+        before, rounds, after = _steps()
+    except (ImportError, AttributeError):  # an onnxscript that has other steps
+        program.optimize()
+        return
+    for each in (*before, *rounds * _ROUNDS, *after):
+        each(program.model)
+
+
+def _steps() -> tuple[list[Any], list[Any], list[Any]]:
+    """What is done first, in each round, and at last."""
     import onnx_ir.passes.common as common
     from onnxscript import optimizer, rewriter
     from onnxscript.rewriter import onnx_fusions
 
     rules = [rule for rule in _rules(rewriter) if _one_output(rule)]
-    model = program.model
-    common.InlinePass()(model)
-    for _ in range(_ROUNDS):
-        optimizer.fold_constants(model, onnx_shape_inference=True)
-        if rules:
-            rewriter.RewritePass(rules)(model)
-        common.RemoveUnusedNodesPass()(model)
-        common.RemoveUnusedFunctionsPass()(model)
-        common.RemoveUnusedOpsetsPass()(model)
-    for each in (
+    rounds = [
+        partial(optimizer.fold_constants, onnx_shape_inference=True),
+        *([rewriter.RewritePass(rules)] if rules else []),
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedOpsetsPass(),
+    ]
+    after = [
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.LiftSubgraphInitializersToMainGraphPass(),
         common.DeduplicateInitializersPass(),
         common.CommonSubexpressionEliminationPass(),
         common.OutputFixPass(),
         common.NameFixPass(),
-    ):
-        each(model)
-    onnx_fusions.fuse(model)
+        onnx_fusions.fuse,
+    ]
+    return [common.InlinePass()], rounds, after
 
 
 def _rules(rewriter: Any) -> list[Any]:
