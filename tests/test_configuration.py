@@ -141,7 +141,7 @@ MISTAKES = {
     "a method": ("qconfig: {method: {name: rtn, observe: x}}", 1,
                  "'rtn' has 'observe'; expected observer"),
     "no method": ("qconfig:\n  method: {observer: minmax}", 2,
-                  "the weight method has no 'name'; expected one of autoround, gptq"),
+                  "the weight method has no 'name'; expected one of adaround, autoround, gptq"),
     "its observer": ("qconfig:\n  method: {name: rtn, observer: x}", 2, "unknown observer 'x'"),
     "bits": ("qconfig:\n  input:\n    bits: 8.0", 3, "'bits' is 8.0; expected an integer"),
     "many bits": ("qconfig:\n  input:\n    bits: 80", 2, "80"),

@@ -228,7 +228,8 @@ def test_a_method_that_refuses_experts_is_replaced_and_told(
         quantizer.round_weights(model, some(), progress=False)
     (told,) = [each.message for each in caplog.records if "refuses them" in each.message]
     assert told.startswith("rounded by rtn")
-    assert "as autoround refuses them (it works on the linear layers of a block)" in told
+    layers = "the linear layers and convolutions of a block"
+    assert f"as autoround refuses them (it works on {layers})" in told
     found = experts_of(model, quantizer.quantize(model).state_dict())
     plain = plain_experts(model)
     assert all(torch.equal(found[name], plain[name]) == full_range for name in found)

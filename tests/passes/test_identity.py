@@ -69,6 +69,9 @@ SQUEEZES: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "1": (lambda x: fixed(x).squeeze(2), 0),
     "the batch, which is free": (lambda x: fixed(x).squeeze(0), 0),
     "all that are 1": (lambda x: fixed(x).squeeze(), 0),
+    "of a part of the batch": (lambda x: fixed(x).split(2)[0].relu().squeeze(0), 0),
+    "of the batch's beginning": (lambda x: fixed(x)[:2].squeeze(0), 0),
+    "of another size in a part of the batch": (lambda x: fixed(x[:2]).squeeze(3), 0),
 }
 
 
@@ -81,6 +84,28 @@ def test_squeezes_of_other_sizes_than_1_go(name: str) -> None:
     assert apply(remove_identities, gm) == gone
     assert before - sum("squeeze" in each for each in operators(gm)) == gone
     assert torch.equal(gm(x)[0], model(x))
+
+
+@pytest.mark.parametrize("cut", [lambda x: x.split(2)[0], lambda x: x[:2], lambda x: x.chunk(3)[0]])
+def test_a_squeeze_behind_a_part_that_is_one_row_in_other_calls(
+    cut: Callable[[Tensor], Tensor],
+) -> None:
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(cut(x)).squeeze(0)
+
+    model = Part().eval()
+    quantizer = Quantizer("reference")
+    calib_model = quantizer.calib(model)
+    for batch in (6, 1):
+        calib_model(normal(batch, 7, 5))
+    quant_model = quantizer.quantize(model)
+    for batch in (6, 1, 3):
+        assert quant_model(normal(batch, 7, 5)).shape == model(normal(batch, 7, 5)).shape
 
 
 CASTS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {

@@ -24,6 +24,10 @@ _CASTS = frozenset({
 
 
 _SQUEEZES = frozenset({aten.squeeze.dim, aten.squeeze.dims})
+_CUTS = frozenset({
+    aten.split.Tensor, aten.unsafe_split.Tensor, aten.chunk.default, aten.slice.Tensor,
+})  # fmt: skip
+"""Operators that give less than they are asked for where there is less."""
 
 
 def remove_identities(context: PassContext) -> int:
@@ -32,6 +36,7 @@ def remove_identities(context: PassContext) -> int:
     Users take the input instead. ONNX has no squeeze of another size.
     """
     written = written_tensors(context.graph)
+    cut = _cut(context.graph)
     found = [
         n
         for n in context.graph.nodes
@@ -39,7 +44,7 @@ def remove_identities(context: PassContext) -> int:
         or n.target is aten.detach_.default
         or (n.target in _COPIES and n not in written)
         or (n.target in _CASTS and _casts_nothing(n))
-        or (n.target in _SQUEEZES and _squeezes_nothing(n))
+        or (n.target in _SQUEEZES and n not in cut and _squeezes_nothing(n))
     ]
     for node in found:
         node.replace_all_uses_with(argument(node, 0))
@@ -54,6 +59,23 @@ def _casts_nothing(node: fx.Node) -> bool:
         return False
     plain = not any(x is True or isinstance(x, torch.memory_format) for x in options)
     return plain and (before.dtype, before.device) == (after.dtype, after.device)
+
+
+def _cut(graph: fx.Graph) -> set[fx.Node]:
+    """What depends on a part of a tensor with free sizes: smaller in calls with fewer elements.
+
+    ``x.split(2)[0]`` has 2 rows where it was captured, and 1 where ``x`` has no more.
+    """
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.target in _CUTS:
+            value = argument(node, 0).meta.get("val")
+            free = not isinstance(value, Tensor) or any(type(n) is not int for n in value.shape)
+            if free:
+                found.add(node)
+        if not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _squeezes_nothing(node: fx.Node) -> bool:
