@@ -66,7 +66,7 @@ SAME := algorithms checkpoints cli core extensions fuzz integrations migrate nat
 # The same, but for their tests on IPEX.
 ONLY_IPEX := $(addprefix tests/,amp/test_amp_outputs.py amp/test_fallback_execution.py test_example_inputs.py test_invariants.py)
 
-.PHONY: help lock demo demo-tuning demo-cnn demo-qat demo-llm test test-core test-ipex test-latest test-long test-zoo test-sequences fuzz check format bench bench-ipex bench-peers bench-accuracy bench-zoo bench-llm docs audit clean
+.PHONY: help lock demo demo-tuning demo-cnn demo-qat demo-llm test test-core test-ipex test-latest test-long test-zoo test-sequences fuzz check format bench bench-ipex bench-peers bench-memory bench-accuracy bench-zoo bench-llm docs audit clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort
@@ -213,11 +213,14 @@ bench: $(VENV)/ready  ## latency, calibration cost, sensitivity ranking, a step 
 	taskset -c 0 env OMP_NUM_THREADS=1 $(BIN)/python benchmarks/qat.py
 
 bench-ipex: $(IPEX_VENV)/ready  ## latency on IPEX, beside IPEX's own prepare and convert
-	taskset -c 0 env OMP_NUM_THREADS=1 $(IPEX_VENV)/bin/python benchmarks/latency.py --backend ipex
+	taskset -c 0 env OMP_NUM_THREADS=1 $(IPEX_VENV)/bin/python benchmarks/latency.py --all --ways float32 onednn ipex --out latency_ipex
 	taskset -c 0 env OMP_NUM_THREADS=1 $(IPEX_VENV)/bin/python benchmarks/ipex_own.py
 
 bench-peers: $(PEERS)/ready  ## latency of 13 models by every way to run them, other tools' int8 among them; an hour
 	PYTHONPATH=$(PEERS) taskset -c 0 env OMP_NUM_THREADS=1 $(BIN)/python benchmarks/latency.py --all --plot out/latency.png
+
+bench-memory: $(PEERS)/ready  ## memory of 13 models by the same ways, while they are made and while they serve; an hour
+	PYTHONPATH=$(PEERS) OMP_NUM_THREADS=1 $(BIN)/python benchmarks/memory.py
 
 bench-accuracy: $(PEERS)/ready $(LLM)/ready $(ACCURACY)/ready  ## twelve trained networks in int8 on real data, beside other tools; hours, and goes on where it was stopped
 	PYTHONPATH=$(ACCURACY):$(PEERS):$(LLM) OMP_NUM_THREADS=1 $(BIN)/python benchmarks/accuracy.py --resume --plot out/accuracy.png
