@@ -14,7 +14,7 @@ Quantization", 2020, equations 21 to 25, for a layer; Li et al., "BRECQ", 2021, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,22 +22,18 @@ import torch
 from torch import Tensor
 
 from torch_quant.algorithms.block_training import (
+    LearnedRounding,
     block_error,
-    blocks_refusal,
+    check_options,
     error_and_gradients,
-    first_statistics,
-    rounded_first,
     tell_unreached,
 )
 from torch_quant.algorithms.blocks import Block, Layer
 from torch_quant.core.functional import dequantize
 from torch_quant.core.granularity import split_blocks
-from torch_quant.core.methods import Wanted, WeightMethod, register_weight_method
+from torch_quant.core.methods import register_weight_method
 from torch_quant.core.qparams import QParams
-from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
-from torch_quant.graph.sites import Site
-from torch_quant.statistics import Statistic
 
 __all__ = ["AdaRound"]
 
@@ -50,7 +46,7 @@ _BETAS = 20.0, 2.0
 
 @register_weight_method
 @dataclass(frozen=True)
-class AdaRound(WeightMethod):
+class AdaRound(LearnedRounding):
     """Rounding up or down, learned a block at a time; the scales stay as they are.
 
     :meth:`Quantizer.round_weights` runs it, on linear layers and convolutions: in the graph of a
@@ -97,41 +93,16 @@ class AdaRound(WeightMethod):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "batch_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InvalidConfig(f"AdaRound({name}={value!r}): expected an integer, 1 or more")
+        check_options(self, ("iterations", "batch_size"), ("clip_search", "full_range", "weighted"))
         for name in ("learning_rate", "regularization"):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number or not 0 < value < float("inf"):
                 raise InvalidConfig(f"AdaRound({name}={value!r}): expected a number above 0")
-        for name in ("clip_search", "full_range", "weighted"):
-            value = getattr(self, name)
-            if not isinstance(value, bool):
-                raise InvalidConfig(f"AdaRound({name}={value!r}): expected True or False")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise InvalidConfig(f"AdaRound(seed={self.seed!r}): expected an integer")
 
     @property
     def wants_importance(self) -> bool:  # type: ignore[override]
         return self.weighted
-
-    @property
-    def wants_statistics(self) -> bool:
-        return self.clip_search
-
-    def refusal(self, site: Site) -> str:
-        return blocks_refusal(site)
-
-    def statistics(self, site: Site) -> Wanted:
-        return first_statistics(site) if self.clip_search else {}
-
-    def quantize(
-        self, weight: Tensor, spec: QuantSpec, statistics: Mapping[str, Statistic]
-    ) -> tuple[Tensor, QParams]:
-        """Rounded to nearest, on the scales that are kept."""
-        return rounded_first(weight, spec, statistics, self.clip_search, self.full_range)
 
     def round_block(self, block: Block, layers: Sequence[Layer]) -> None:
         """Learn, and round ``layers``; those of the block that others round stay as they are."""

@@ -14,7 +14,7 @@ off, where the search of :mod:`torch_quant.algorithms.clipping` ends, and can go
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,28 +22,24 @@ import torch
 from torch import Tensor
 
 from torch_quant.algorithms.block_training import (
+    LearnedRounding,
     Rounder,
     block_error,
-    blocks_refusal,
+    check_options,
     error_and_gradients,
-    first_statistics,
-    rounded_first,
     tell_unreached,
 )
 from torch_quant.algorithms.blocks import Block, Layer
-from torch_quant.core.methods import Wanted, WeightMethod, register_weight_method
+from torch_quant.core.methods import register_weight_method
 from torch_quant.core.qparams import QParams
-from torch_quant.core.spec import QuantSpec
 from torch_quant.errors import InvalidConfig
-from torch_quant.graph.sites import Site
-from torch_quant.statistics import Statistic
 
 __all__ = ["AutoRound"]
 
 
 @register_weight_method
 @dataclass(frozen=True)
-class AutoRound(WeightMethod):
+class AutoRound(LearnedRounding):
     """Signed gradient descent on roundings and ranges, a block at a time.
 
     :meth:`Quantizer.round_weights` runs it. Of the state with the least error on its batch, the
@@ -89,10 +85,7 @@ class AutoRound(WeightMethod):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "batch_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InvalidConfig(f"AutoRound({name}={value!r}): expected an integer, 1 or more")
+        check_options(self, ("iterations", "batch_size"), ("ranges", "clip_search", "full_range"))
         for name in ("learning_rate", "range_learning_rate"):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -100,30 +93,8 @@ class AutoRound(WeightMethod):
                 raise InvalidConfig(
                     f"AutoRound({name}={value!r}): expected a number above 0, at most 1, or None"
                 )
-        for name in ("ranges", "clip_search", "full_range"):
-            value = getattr(self, name)
-            if not isinstance(value, bool):
-                raise InvalidConfig(f"AutoRound({name}={value!r}): expected True or False")
         if self.full_range and not self.clip_search:
             raise InvalidConfig("AutoRound(full_range=True): give clip_search=True with it")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise InvalidConfig(f"AutoRound(seed={self.seed!r}): expected an integer")
-
-    def refusal(self, site: Site) -> str:
-        return blocks_refusal(site)
-
-    def quantize(
-        self, weight: Tensor, spec: QuantSpec, statistics: Mapping[str, Statistic]
-    ) -> tuple[Tensor, QParams]:
-        """Where it starts: rounded to nearest."""
-        return rounded_first(weight, spec, statistics, self.clip_search, self.full_range)
-
-    def statistics(self, site: Site) -> Wanted:
-        return first_statistics(site) if self.clip_search else {}
-
-    @property
-    def wants_statistics(self) -> bool:
-        return self.clip_search
 
     def round_block(self, block: Block, layers: Sequence[Layer]) -> None:
         """Learn, and round ``layers``; those of the block that others round stay as they are."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,18 +15,17 @@ from torch_quant.algorithms.blocks import Block, Layer, Part
 from torch_quant.algorithms.clipping import longer_side
 from torch_quant.algorithms.rtn import RoundToNearest
 from torch_quant.core.granularity import split_blocks
-from torch_quant.core.methods import Wanted
+from torch_quant.core.methods import Wanted, WeightMethod
 from torch_quant.core.qparams import QParams, choose_qparams
 from torch_quant.core.spec import QuantSpec
 from torch_quant.core.telling import at_site, tell
-from torch_quant.errors import QuantError
+from torch_quant.errors import InvalidConfig, QuantError
 from torch_quant.graph.sites import Site
 from torch_quant.statistics import MEAN_SQUARE, MeanSquare, Statistic
 
 __all__ = [
-    "Rounder",
-    "block_error", "blocks_refusal", "error_and_gradients", "first_statistics", "replaced_weights",
-    "rounded_first", "tell_unreached",
+    "LearnedRounding", "Rounder",
+    "block_error", "check_options", "error_and_gradients", "replaced_weights", "tell_unreached",
 ]  # fmt: skip
 
 _UNREACHED = (
@@ -35,37 +35,62 @@ _UNREACHED = (
 )
 
 
-def blocks_refusal(site: Site) -> str:
-    """Why a method that trains the weights of a block does not serve a site, empty if it does."""
-    if site.op == "linear" or site.op.startswith("conv"):
-        return ""
-    return "it works on the linear layers and convolutions of a block"
-
-
-def first_statistics(site: Site) -> Wanted:
-    """What :func:`rounded_first` wants to know: the mean squares of a linear layer's inputs."""
-    return {site.inputs[0]: {MEAN_SQUARE: MeanSquare}} if site.smoothable else {}
-
-
-def rounded_first(
-    weight: Tensor,
-    spec: QuantSpec,
-    statistics: Mapping[str, Statistic],
-    clip_search: bool,
-    full_range: bool,
-) -> tuple[Tensor, QParams]:
-    """Rounded to nearest, where training begins.
+def check_options(method: Any, counts: Sequence[str], switches: Sequence[str] = ()) -> None:
+    """Raise :class:`InvalidConfig` for options of the wrong type, and for counts below 1.
 
     Args:
-        weight: any shape.
-        spec: the format.
-        statistics: of :func:`first_statistics`; where a linear layer has none, nothing is searched.
-        clip_search: search the scales of least squared error.
-        full_range: whether symmetric scales may be negative.
+        method: has the options as attributes, and a ``seed``.
+        counts: names of integers, 1 or more.
+        switches: names of booleans.
     """
-    weighted = clip_search and weight.dim() == 2
-    method = RoundToNearest(clip_search=clip_search, full_range=full_range, weighted=weighted)
-    return method.quantize(weight, spec, statistics)
+
+    def refuse(name: str, wanted: str) -> None:
+        given = f"{type(method).__name__}({name}={getattr(method, name)!r})"
+        raise InvalidConfig(f"{given}: expected {wanted}")
+
+    def is_integer(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool)
+
+    for name in counts:
+        value = getattr(method, name)
+        if not is_integer(value) or value < 1:
+            refuse(name, "an integer, 1 or more")
+    for name in switches:
+        if not isinstance(getattr(method, name), bool):
+            refuse(name, "True or False")
+    if not is_integer(method.seed):
+        refuse("seed", "an integer")
+
+
+class LearnedRounding(WeightMethod):
+    """A method that trains the weights of a block, from where they are rounded to nearest."""
+
+    clip_search: bool
+    full_range: bool
+
+    def refusal(self, site: Site) -> str:
+        if site.op == "linear" or site.op.startswith("conv"):
+            return ""
+        return "it works on the linear layers and convolutions of a block"
+
+    @property
+    def wants_statistics(self) -> bool:
+        return self.clip_search
+
+    def statistics(self, site: Site) -> Wanted:
+        """The mean squares of a linear layer's inputs, by which errors are weighted."""
+        searched = self.clip_search and site.smoothable
+        return {site.inputs[0]: {MEAN_SQUARE: MeanSquare}} if searched else {}
+
+    def quantize(
+        self, weight: Tensor, spec: QuantSpec, statistics: Mapping[str, Statistic]
+    ) -> tuple[Tensor, QParams]:
+        """Rounded to nearest, where training begins."""
+        weighted = self.clip_search and weight.dim() == 2
+        first = RoundToNearest(
+            clip_search=self.clip_search, full_range=self.full_range, weighted=weighted
+        )
+        return first.quantize(weight, spec, statistics)
 
 
 def tell_unreached(layer: Layer) -> None:

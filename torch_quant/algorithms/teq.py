@@ -16,7 +16,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from torch_quant.algorithms.block_training import Rounder, block_error, error_and_gradients
+from torch_quant.algorithms.block_training import (
+    Rounder,
+    block_error,
+    check_options,
+    error_and_gradients,
+)
 from torch_quant.algorithms.blocks import Block, Layer, Reading
 from torch_quant.core.methods import Transform, register_transform
 from torch_quant.errors import InvalidConfig
@@ -58,18 +63,13 @@ class TEQ(Transform):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "batch_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InvalidConfig(f"TEQ({name}={value!r}): expected an integer, 1 or more")
+        check_options(self, ("iterations", "batch_size"))
         rate = self.learning_rate
         number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
         if not (number and 0 < rate <= 1):
             raise InvalidConfig(
                 f"TEQ(learning_rate={rate!r}): expected a number above 0, at most 1"
             )
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise InvalidConfig(f"TEQ(seed={self.seed!r}): expected an integer")
 
     def apply(self, context: PassContext) -> int:
         """Nothing: the scales are in the parameters that the graph reads."""
