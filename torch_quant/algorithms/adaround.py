@@ -70,7 +70,7 @@ class AdaRound(LearnedRounding):
         InvalidConfig: an option is of another type or range.
 
     >>> from torch import nn, randn
-    >>> from torch_quant import QConfig, Quantizer
+    >>> from torch_quant import QConfig, Quantizer, QuantSpec
     >>> config = QConfig(weight=QuantSpec.of("int4", per_channel=True), method=AdaRound(20))
     >>> model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), randn(4, 3, 8, 8)
     >>> quantizer = Quantizer("reference", qconfig=config)
