@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from torch_quant.convert.ownership import Owner, SharedWeights, plain_tensors
+from torch_quant.convert.quantization import Quantization
 from torch_quant.convert.quantized import (
-    Quantization,
     QuantizedModule,
     add_graph,
     quantized_module,

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
 from types import MethodType
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from torch_quant.convert.formats import Formats
-from torch_quant.convert.joint import Begun, Member, first_call, note
+from torch_quant.convert.joint import Begun, first_call, note
 from torch_quant.convert.mounting import mount
-from torch_quant.convert.ownership import SharedWeights
+from torch_quant.convert.quantization import Quantization
 from torch_quant.convert.quantized_graph import QuantizedGraph
+from torch_quant.convert.remembered import key_of
 from torch_quant.convert.unserved import unserved
 from torch_quant.core.lending import move_lenders
 from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import CaptureFailed, InvalidConfig
 from torch_quant.graph.binding import bind
 from torch_quant.graph.calls import Call, flatten_call
-from torch_quant.graph.kinds import Kind
 from torch_quant.graph.leaves import LEAVES
 from torch_quant.graph.running import CAPTURING, no_fastpath
 from torch_quant.nn.at_least_one import AtLeastOne
@@ -31,9 +29,7 @@ from torch_quant.nn.forward import SignedForward
 from torch_quant.nn.stand_in import StandIn, class_of, made
 
 __all__ = [
-    "Quantization",
     "QuantizedModule",
-    "Unseen",
     "add_graph",
     "check_finished",
     "plan_of",
@@ -45,54 +41,6 @@ __all__ = [
 _WITH_FAST_PATH = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 """Modules that compute by one opaque operator unless that is switched off."""
 _FACTS = ("graphs", "glue", "path", "signature", "backend", "description", "calibration")
-
-
-class Unseen(Protocol):
-    """Makes graphs for calls that a quantized module has none for."""
-
-    def graph(
-        self, path: str, call: Call, served: Sequence[Kind]
-    ) -> tuple[QuantizedGraph, nn.Module]:
-        """The graph and the float module; raises :class:`CaptureFailed`, saying why."""
-
-
-@dataclass
-class Quantization:
-    """How one module of a quantized model runs.
-
-    Args:
-        path: its path in the model.
-        signature: the float module's signature.
-        backend: the name of the backend.
-        graphs: its lowered graphs.
-        glue: its own Python code over quantized children, where that is to run.
-        in_pieces: whether that serves every call that no graph does.
-    """
-
-    path: str
-    signature: inspect.Signature
-    backend: str
-    graphs: list[QuantizedGraph] = field(default_factory=list)
-    glue: nn.Module | None = None
-    in_pieces: bool = False
-    description: str = ""
-    shared: SharedWeights | None = None
-    unseen: Unseen | None = None
-    plan: QuantPlan = field(default_factory=QuantPlan)
-    calibration: dict[str, Any] = field(default_factory=dict)
-    state: tuple[str, ...] = ()
-    """Attributes that its Python code keeps from one call to the next."""
-    looked_at: dict[str, tuple[torch.dtype, tuple[int, ...], bool]] = field(default_factory=dict)
-    """Parameters of which code around it asks for dtype, sizes or whether they are trained, and no
-    float copy is kept."""
-    formats: Formats | None = None
-    """Of the whole model; None while it is made."""
-    traceable: bool = True
-    """Whether ``torch.compile`` can follow the Python code: nothing in it has a fast path."""
-    begun: Begun | None = None
-    """Set when the Python code has run."""
-    joint: Member | None = None
-    """Its part among layers that one call computes."""
 
 
 def quantized_graphs(model: nn.Module) -> Iterator[tuple[QuantizedModule, QuantizedGraph]]:
@@ -321,6 +269,11 @@ def run(module: QuantizedModule, *args: Any, **kwargs: Any) -> Any:
                 note(how, graph, way, args[0])
                 (result,) = way.function(args[0])
                 return result
+    given = (*args, *kwargs.values())
+    key = None if how.glue is not None or _recording() else key_of(given, tuple(kwargs))
+    if key is not None and (seen := how.remembered.known.get(key)) is not None:
+        graph, places = seen
+        return graph(*[given[i] for i in places])
     args, kwargs = bind(how.signature, args, kwargs)
     if how.glue is not None and not how.graphs:
         return _run_glue(module, how, args, kwargs)
@@ -341,6 +294,8 @@ def run(module: QuantizedModule, *args: Any, **kwargs: Any) -> Any:
     if found is None and how.in_pieces:
         return _run_glue(module, how, args, kwargs)
     graph, accepted = found or _capture(module, call)
+    if key is not None:
+        how.remembered.keep(key, given, graph, accepted)
     return graph(*accepted.tensors, source=accepted.source)
 
 

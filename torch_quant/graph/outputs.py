@@ -6,13 +6,15 @@ import operator
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
-from functools import reduce
+from functools import partial, reduce
+from itertools import islice
 from types import MappingProxyType
 from typing import Any
 
 from torch import SymBool, SymFloat, SymInt, Tensor, nn
+from torch.compiler import is_compiling
 from torch.utils import _pytree as pytree
 
 from torch_quant.errors import CaptureFailed
@@ -77,10 +79,28 @@ class TreeOfSpecs:
     tree: pytree.TreeSpec
     leaves: tuple[Any, ...]
     reordered: tuple[tuple[tuple[Any, ...], tuple[str, ...]], ...] = ()
+    flat: Callable[[list[Any]], Any] | None = field(
+        default=None, init=False, repr=False, compare=False
+    )
+    """Makes the container of its leaves as pytree does, in one step; None for other nests."""
+
+    def __post_init__(self) -> None:
+        packed = pack_tree(self.tree)
+        plain = not self.reordered and all(isinstance(each, str) for each in self.leaves)
+        if not plain or packed is None or any(packed[2]):
+            return
+        kind, context, _ = packed
+        if kind in pytree.SUPPORTED_NODES:  # its package may not be imported yet
+            unflatten = pytree.SUPPORTED_NODES[kind].unflatten_fn
+            object.__setattr__(self, "flat", partial(_made, unflatten, context))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copied and pickled without PyTorch's class for leaves, which warns that it goes away."""
         return _packed_tree, (pack_tree(self.tree), self.leaves, self.reordered)
+
+
+def _made(unflatten: Callable[[Any, Any], Any], context: Any, leaves: list[Any]) -> Any:
+    return unflatten(leaves, context)
 
 
 def _packed_tree(packed: Any, leaves: tuple[Any, ...], reordered: Any = ()) -> TreeOfSpecs:
@@ -93,7 +113,7 @@ def _reordered(value: Any, path: tuple[Any, ...] = ()) -> Iterator[Any]:
     (The outputs of ``transformers``: the model may have set one later; items are read by number.)
     """
     made = isinstance(value, OrderedDict) and is_dataclass(value)
-    if made and list(value) != [field.name for field in fields(value) if field.name in value]:
+    if made and list(value) != [each.name for each in fields(value) if each.name in value]:
         yield path, tuple(value)
     if isinstance(value, Mapping):
         items = list(value.items())
@@ -252,6 +272,8 @@ def _unflatten(
     arguments: Mapping[int | str, Any],
     at: Callable[[int], Any],
 ) -> Any:
+    if spec.flat is not None and not is_compiling():
+        return spec.flat(list(islice(leaves, len(spec.leaves))))
     items = []
     for item in spec.leaves:
         if isinstance(item, str):

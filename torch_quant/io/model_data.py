@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 from torch_quant.backends import Backend
 from torch_quant.convert.lowering import holds_tensor
 from torch_quant.convert.mounting import linked
-from torch_quant.convert.quantized import Quantization, QuantizedModule, quantized_module
+from torch_quant.convert.quantization import Quantization
+from torch_quant.convert.quantized import QuantizedModule, quantized_module
 from torch_quant.convert.quantized_graph import QuantizedGraph
 from torch_quant.core.plan import QuantPlan
 from torch_quant.errors import BackendUnavailable, InvalidConfig

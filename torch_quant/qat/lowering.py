@@ -20,7 +20,8 @@ from torch_quant.backends.reference import ReferenceBackend
 from torch_quant.convert.lowering import Lowering
 from torch_quant.convert.mounting import place_in_memory
 from torch_quant.convert.ownership import Owner, SharedWeights
-from torch_quant.convert.quantized import Quantization, QuantizedModule, quantized_module
+from torch_quant.convert.quantization import Quantization
+from torch_quant.convert.quantized import QuantizedModule, quantized_module
 from torch_quant.convert.quantized_graph import QuantizedGraph
 from torch_quant.core.functional import dequantize, quantize
 from torch_quant.core.plan import QuantPlan

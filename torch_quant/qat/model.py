@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from torch_quant.convert.quantized import Quantization, QuantizedModule, quantized_graphs, run
+from torch_quant.convert.quantization import Quantization
+from torch_quant.convert.quantized import QuantizedModule, quantized_graphs, run
 from torch_quant.core.plan import QuantPlan
 from torch_quant.core.qparams import QParams
 from torch_quant.core.spec import QuantSpec
