@@ -116,7 +116,9 @@ def make_home(home: Path) -> None:
         "intermediate_size": 64,
     }  # fmt: skip
     BertModel(BertConfig(**sizes)).save_pretrained(home / "my-bert")
-    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(home / "my-llm")
+    LlamaForCausalLM(LlamaConfig(**sizes | {"num_hidden_layers": 2})).save_pretrained(
+        home / "my-llm"
+    )
     for folder in ("my-bert", "my-llm"):
         tokenizer().save_pretrained(home / folder)
     lines = [" ".join(random.choice(WORDS, size=5 + i % 12)) for i in range(40)]

@@ -17,6 +17,7 @@ __all__ = ["COMMANDS", "cli", "main"]
 COMMANDS = {
     "doctor": "doctor",
     "quantize": "quantizing",
+    "quantize-files": "quantizing_files",
     "inspect": "inspecting",
     "compare": "comparing",
     "bench": "benching",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch_quant_cli.models import Source, float_model, source_of
 from torch_quant_cli.options import data_options, folder_of, reading_of
 from torch_quant_cli.resuming import checked_unfinished
 from torch_quant_cli.running import Result, bar, command, wrapped
+from torch_quant_cli.settings import quantizer_of, settings_options, wants_rounding
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,24 +39,8 @@ _HELD_OUT = 4
 @click.argument("model")
 @data_options(128)
 @click.option("--factory", help="The function that makes the model: package.module:function.")
-@click.option("--recipe", help="Formats by name, as int8_static or int4_weight_only.")
-@click.option(
-    "-o",
-    "--option",
-    "options",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="An option of the recipe, as group_size=32; may be repeated.",
-)
-@click.option("--config", type=click.Path(), help="A quantizer's settings, as YAML or JSON.")
+@settings_options
 @click.option("--backend", help="Where it will run; 'fastest' measures.  [default: the best here]")
-@click.option(
-    "--float",
-    "in_float",
-    multiple=True,
-    metavar="NAME",
-    help="A layer, glob or re: that stays in float; may be repeated.",
-)
 @click.option(
     "--fallback",
     type=click.IntRange(min=0),
@@ -99,9 +83,9 @@ def cli(**given: Any) -> Result:
     source = source_of(given["model"], given["factory"])
     if given["data"] is not None:
         check_data(given["data"])
-    quantizer = _quantizer(given)
+    quantizer = quantizer_of(given)
     measured = given["backend"] == "fastest"
-    unfinished = checked_unfinished(out) if _wants_rounding(quantizer) else None
+    unfinished = checked_unfinished(out) if wants_rounding(quantizer) else None
     model = float_model(source)
     folder = folder_of(source.path) if source.kind == "folder" else None
     found: list[Any] = []
@@ -117,56 +101,6 @@ def cli(**given: Any) -> Result:
     if unfinished is not None:  # of this run, which has put all of it into the folder
         shutil.rmtree(unfinished, ignore_errors=True)
     return _result(Path(given["out"]), source, about, given, run.distance)
-
-
-def _quantizer(given: Mapping[str, Any]) -> Quantizer:
-    """The quantizer that the options ask for."""
-    from torch_quant.backends import usable_backend
-    from torch_quant.configuration import read_configuration
-    from torch_quant.quantizer import Quantizer
-
-    config, recipe, backend = given["config"], given["recipe"], given["backend"]
-    arguments: dict[str, Any] = {}
-    if config is not None:
-        if not Path(config).is_file():
-            raise Failed(f"--config {config}: there is no such file")
-        arguments = read_configuration(config)
-    pairs = dict(_pair(each) for each in given["options"])
-    if pairs and recipe is None:
-        raise Failed(f"-o {given['options'][0]} is an option of a recipe: give --recipe too")
-    if recipe is not None:
-        read = {"qconfig": {"recipe": recipe, **pairs}}
-        try:
-            arguments["qconfig"] = read_configuration(read)["qconfig"]
-        except Exception as error:
-            message = str(error).removeprefix("the configuration: ").removeprefix("'qconfig': ")
-            raise Failed(f"--recipe {recipe}: {message}") from error
-    if backend not in (None, "fastest"):
-        arguments["backend"] = usable_backend(backend)
-    if given["in_float"]:
-        more = dict.fromkeys(given["in_float"])
-        arguments["overrides"] = {**arguments.get("overrides", {}), **more}
-    return Quantizer(**arguments)
-
-
-def _wants_rounding(quantizer: Quantizer) -> bool:
-    config = quantizer.qconfig
-    methods = [*config.transforms, *([config.method] if config.method is not None else [])]
-    return not config.needs_ranges and any(
-        each.wants_blocks or each.wants_statistics for each in methods
-    )
-
-
-def _pair(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise Failed(f"-o {text}: expected KEY=VALUE, as group_size=32")
-    if value.lower() in ("true", "false", "none", "null"):
-        return name, {"true": True, "false": False}.get(value.lower())
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
 
 
 class _Run:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import torch_quant
 from torch_quant import (
+    InvalidConfig,
     QConfig,
     export_checkpoint,
     load_checkpoint,
@@ -204,6 +205,8 @@ def test_several_files_with_an_index(tmp_path: Path) -> None:
         save_file(half, folder / file)
     weight_map = {name: file for file, half in halves.items() for name in half}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(InvalidConfig, match="two models, of which transformers reads the first"):
+        loaded(folder)
     (folder / "model.safetensors").unlink()
     assert torch.equal(loaded(folder)(**ids()).logits, quant_model(**ids()).logits)
 

@@ -45,7 +45,7 @@ def test_a_shell_completes_commands_and_options() -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
     )
-    assert done.stdout.strip() == "plain,quantize"
+    assert done.stdout.strip().split() == ["plain,quantize", "plain,quantize-files"]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

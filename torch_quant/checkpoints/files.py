@@ -72,6 +72,11 @@ class CheckpointFiles:
             if name not in set(self._open(file).keys()):
                 raise InvalidConfig(f"{file} lacks the tensor {name}, which {index.name} names")
             found[name] = file
+        if (self.folder / WEIGHTS).is_file() and WEIGHTS not in weight_map.values():
+            raise InvalidConfig(
+                f"{self.folder} has a {WEIGHTS} and an {INDEX} that names other files: two models, "
+                "of which transformers reads the first. Remove the one that is not meant"
+            )
         return found
 
     def _open(self, file: Path) -> Any:
