@@ -49,7 +49,7 @@ SAME := algorithms checkpoints cli core extensions fuzz integrations migrate nat
   onednn_native.py onnx.py onnx_forms.py onnx_grids.py) \
   $(addprefix convert/test_,lending.py load_state_dict.py looked_at.py nested.py ownership.py straight.py) \
   $(addprefix graph/test_,annotate.py macs.py rules.py sites.py) \
-  $(addprefix io/test_,files.py kinds_of_paths.py onnx_recurrent.py onnx_rewrites.py onnx_sizes.py onnx_weights.py saved_data.py saved_models.py \
+  $(addprefix io/test_,files.py kinds_of_paths.py onnx_parts.py onnx_recurrent.py onnx_rewrites.py onnx_sizes.py onnx_weights.py saved_data.py saved_models.py \
   saved_models_refused.py \
   saved_quantizers.py summary.py summary_mistakes.py) \
   $(addprefix passes/test_,constants.py fold_batch_norm.py fold_pads.py fold_scales.py \

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from torch_quant.backends.onnx.program.large import LARGE, tidied
 from torch_quant.backends.onnx.program.names import rename
 from torch_quant.backends.onnx.program.ops import own_forms
+from torch_quant.backends.onnx.program.parts import free_parts
 from torch_quant.backends.onnx.program.recurrent import recurrent_layers, unrolled
 from torch_quant.backends.onnx.program.rewrites import rewrite
 from torch_quant.backends.onnx.program.weights import needed_opset, write_blocked
@@ -33,7 +34,7 @@ LOWEST_OPSET = 18
 
 Tell = Callable[[str], None]
 
-_PASSES: tuple[Pass, ...] = (recurrent_layers,)
+_PASSES: tuple[Pass, ...] = (recurrent_layers, free_parts)
 
 
 def _untold(_: str) -> None:
