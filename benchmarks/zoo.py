@@ -27,9 +27,10 @@ from typing import Any
 import torch
 from harness import RESULTS, conditions, keep, onnxruntime_session
 from zoo_models import NotBuilt, architectures, build, missing, tensors
-from zoo_table import page, table, works
+from zoo_rounding import rounding
+from zoo_table import LEAST, page, table, works
 
-from torch_quant import Backend, Quantizer, export_onnx, recipes, sqnr
+from torch_quant import Backend, QConfig, Quantizer, QuantSpec, export_onnx, recipes, sqnr
 from torch_quant.convert.quantized import QuantizedModule, quantized_graphs
 from torch_quant.graph.binding import bind
 from torch_quant.graph.calls import flatten_call
@@ -47,6 +48,9 @@ PATIENCE = 8
 """Times the limit that is waited at most, beside other work."""
 
 TURNS = 5
+
+WIDE = QConfig(QuantSpec.of(bits=16), QuantSpec.of("int16", per_channel=True))
+"""What rounds too little for a random network to make much of."""
 
 Put = Callable[[dict[str, Any]], None]
 
@@ -71,6 +75,7 @@ def measure(name: str, made_by: str, put: Put) -> None:
         proxy = quantizer.calib(model)
         found = _outputs(proxy, batches)
         put({"calib equal": all(map(_equal, expected, found))})
+        values: list[Any] = []
         for backend in (Backend.REFERENCE, Backend.ONEDNN):
             put({"at": str(backend.name)})
             quant_model = quantizer.quantize(model, backend=backend)
@@ -78,7 +83,8 @@ def measure(name: str, made_by: str, put: Put) -> None:
             if _chosen(expected + found) and (pieces := _of_pieces(model, quant_model, batches[0])):
                 put({backend.name: pieces, "compared": "pieces"})
             else:
-                put({backend.name: _decibels(expected, found)})
+                values.append(_decibels(expected, found))
+                put({backend.name: values[-1]})
         coverage = quantizer.coverage(model, backend=Backend.ONEDNN)
         paths = {each.quantization.path for each, _ in quantized_graphs(quant_model)}
         captured = "whole" if paths == {""} else f"{len(paths)} pieces"
@@ -91,8 +97,22 @@ def measure(name: str, made_by: str, put: Put) -> None:
         put({"at": "onnx"})
         for_onnx = quantizer.quantize(model, backend=Backend.ONNX)
         (simulated,) = _outputs(for_onnx, batches[:1])
-        put({"onnx": _file(for_onnx, batches[0], simulated, captured != "whole")})
+        values.append(_file(for_onnx, batches[0], simulated, captured != "whole"))
+        put({"onnx": values[-1]})
+        if any(isinstance(x, float) and x < LEAST for x in values):
+            put({"at": "rounding"})
+            put(_rounded(model, batches, expected))
     put({"at": ""})
+
+
+def _rounded(model: Any, batches: list[dict[str, Any]], expected: Any) -> dict[str, Any]:
+    """dB of 8 bits without the package, and of the package with 16."""
+    with rounding(model, lambda: _outputs(model, batches)):
+        found = _decibels(expected, _outputs(model, batches))
+    quantizer = Quantizer(WIDE)
+    _outputs(quantizer.calib(model), batches)
+    wide = quantizer.quantize(model, backend=Backend.REFERENCE)
+    return {"rounding": found, "16 bits": _decibels(expected, _outputs(wide, batches))}
 
 
 def _outputs(model: Any, batches: list[dict[str, Any]]) -> list[list[torch.Tensor]]:
@@ -280,7 +300,7 @@ def parse() -> argparse.Namespace:
         metavar="NAME",
         help="these alone, as names or patterns such as timm/*; shown, and kept with --resume",
     )
-    parser.add_argument("--limit", type=int, default=120, help="processor seconds for each")
+    parser.add_argument("--limit", type=int, default=300, help="processor seconds for each")
     return parser.parse_args()
 
 

@@ -5,15 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["page", "reason", "table", "works"]
+__all__ = ["LEAST", "page", "reason", "table", "works"]
 
 LEAST = 15.0
 """dB. Random weights are rounded worse than trained ones; a wrong branch has nothing in common."""
+MARGIN = 2.0
+"""dB by which what is computed in 8 bits may be below the same roundings without the package."""
+LEAST_OF_16_BITS = 30.0
+"""dB. A wrong branch is as wrong in 16 bits."""
+NOTHING = 3.0
+"""dB below which nothing can be told: an output of noise alone is at 0."""
 
 COLUMNS = (
     "architecture", "captured", "calib", "coverage", "reference", "onednn", "onnx", "speed",
     "seconds",
 )  # fmt: skip
+
+STEPS = ("reference", "onednn", "onnx")
 
 Row = Mapping[str, Any]
 
@@ -24,9 +32,14 @@ def reason(row: Row) -> str:
         return f"{row.get('at', '')}: {row['error']}".removeprefix(": ")
     if not row.get("calib equal"):
         return "calib: not the float bits"
-    for step in ("reference", "onednn", "onnx"):
+    least = LEAST
+    if all(isinstance(row.get(each), float) for each in ("rounding", "16 bits")):
+        if row["16 bits"] < LEAST_OF_16_BITS:
+            return f"16 bits: {_number(row['16 bits'])} dB"
+        least = min(LEAST, max(NOTHING, row["rounding"] - MARGIN))
+    for step in STEPS:
         value = row.get(step)
-        if (isinstance(value, float) and value < LEAST) or value == "nan" or value == "-inf":
+        if (isinstance(value, float) and value < least) or value == "nan" or value == "-inf":
             return f"{step}: {_number(value)} dB"
     return ""
 
@@ -34,6 +47,12 @@ def reason(row: Row) -> str:
 def works(row: Row) -> bool:
     """Whether everything that was tried did."""
     return "not built" not in row and not reason(row)
+
+
+def _by_rounding(row: Row) -> bool:
+    """Whether it works since 8 bits are as far without the package."""
+    found = [row.get(each) for each in STEPS]
+    return works(row) and any(isinstance(x, float) and x < LEAST for x in found)
 
 
 def _number(value: Any) -> str:
@@ -50,7 +69,7 @@ def table(rows: Sequence[Row]) -> list[str]:
     lines = []
     for row in rows:
         share = row.get("coverage")
-        mark = "*" if row.get("compared") == "pieces" else ""
+        mark = "*" if row.get("compared") == "pieces" else "†" if _by_rounding(row) else ""
         cells = [
             row["name"],
             row.get("captured", ""),
@@ -73,6 +92,17 @@ def page(rows: Sequence[Row], conditions: Mapping[str, Any]) -> str:
     rest = [row for row in rows if "not built" in row]
     share = f"{len(good) / len(built):.1%}" if built else "none"
     facts = ", ".join(f"{key} {value}" for key, value in conditions.items())
+    noisy = [
+        (row["name"], *(_number(row[each]) for each in (*STEPS, "rounding", "16 bits")))
+        for row in built
+        if _by_rounding(row)
+    ]
+    doubled = (
+        f"Of those that work, {len(noisy)} amplify noise: they are below {LEAST:.0f} dB, and at "
+        f"most {MARGIN:.0f} dB below what 8 bits give without the package. "
+        if noisy
+        else ""
+    )
     count = f"{len(rows)} of {conditions['architectures']}"
     paragraphs = [
         "# Every architecture",
@@ -83,19 +113,33 @@ def page(rows: Sequence[Row], conditions: Mapping[str, Any]) -> str:
         f"**{len(good)} of {len(built)} work ({share})**: calibration gives the float bits, "
         f"int8 is {LEAST:.0f} dB or more from float on the reference and on oneDNN's kernels, "
         "and so is the ONNX file in onnxruntime from the quantized model. Weights are random, "
-        f"so SQNR tells a bug from rounding, and not how accurate a trained model is. {count} "
-        f"architectures were tried; {len(rest)} could not be built small.",
+        f"so SQNR tells a bug from rounding, and not how accurate a trained model is. {doubled}"
+        f"{count} architectures were tried; {len(rest)} could not be built small.",
         _table(["library", "work", "of", "not built"], _by_library(rows)),
         f"Made with: {facts}. Models of timm and torchvision: the smallest of each module, where "
         "that is large with two layers.",
         "## What does not work",
         _table(["architecture", "what happens"], [(row["name"], reason(row)) for row in bad])
         or "Nothing that was tried.",
+        *(
+            [
+                "## What amplifies noise",
+                "With random weights, a deep network may make much of little: with what each "
+                "linear layer and convolution reads rounded to 8 bits by hooks of PyTorch, without "
+                "the package, it is about as far from float. Such a row counts where int8 is at "
+                f"most {MARGIN:.0f} dB below that, and {NOTHING:.0f} dB or more, and 16 bits on "
+                f"the reference, by the same graphs, {LEAST_OF_16_BITS:.0f} dB or more.",
+                _table(("architecture", *STEPS, "8 bits by hooks", "16 bits"), noisy),
+            ]
+            if noisy
+            else []
+        ),
         "## What was measured",
         "`calib`: bit-equal with float. `coverage`: share of the products in int8 on oneDNN. "
         "`reference` and `onednn`: dB from float; with `*`, outputs are choices (which boxes are "
-        "kept), so the pieces are compared, each with its inputs in float. `onnx`: dB of the file "
-        "in onnxruntime from the quantized model, or the files of a model in pieces. `speed`: "
+        "kept), so the pieces are compared, each with its inputs in float; with `†`, see above. "
+        "`onnx`: dB of the file in onnxruntime from the quantized model, or the files of a model "
+        "in pieces. `speed`: "
         "float's processor time over that of int8 on oneDNN, beside other work; the "
         "smallest models spend most of it on calling operators. `seconds`: of the "
         "processor, for all.",

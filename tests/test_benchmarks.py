@@ -15,6 +15,8 @@ import torch
 from thinning import LONG
 from torch import nn
 
+from torch_quant import Quantizer
+
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -143,6 +145,10 @@ ROWS = (
         "float ms": 4.0,
         "onednn ms": 2.0,
     },
+    WHOLE | {"name": "a/noisy", "reference": 6.0, "onnx": 9.0, "rounding": 7.0, "16 bits": 44.0},
+    WHOLE | {"name": "b/noise", "reference": 2.5, "onnx": 9.0, "rounding": 4.0, "16 bits": 44.0},
+    WHOLE | {"name": "b/worse", "reference": 6.0, "rounding": 8.5, "16 bits": 44.0},
+    WHOLE | {"name": "b/wrong", "reference": 9.0, "rounding": 8.0, "16 bits": 9.0},
     WHOLE | {"name": "b/raises", "error": "KeyError: 'a|b'", "at": "onnx"},
     WHOLE | {"name": "b/other", "calib equal": False},
     WHOLE | {"name": "b/far", "onednn": 3.0},
@@ -153,15 +159,35 @@ ROWS = (
 
 def test_the_page_of_the_zoo_counts_what_works(zoo: Any) -> None:
     text = zoo.page(ROWS, {"architectures": 20})
-    assert "**3 of 7 work (42.9%)**" in text
-    assert "8 of 20 architectures were tried; 1 could not be built" in " ".join(text.split())
+    assert "**4 of 11 work (36.4%)**" in text
+    assert "12 of 20 architectures were tried; 1 could not be built" in " ".join(text.split())
     for line in (
         r"| b/raises | onnx: KeyError: 'a\|b' |", "| b/other | calib: not the float bits |",
         "| b/far | onednn: 3.0 dB |", "| b/none | reference: nan dB |", "| c/cannot | no inputs |",
-        "| a | 3 | 3 | 0 |", "| b | 0 | 4 | 0 |", "| c | 0 | 0 | 1 |",
+        "| a | 4 | 4 | 0 |", "| b | 0 | 7 | 0 |", "| c | 0 | 0 | 1 |",
         "| a/pieces | 3 pieces | yes | 100% | 40.0 | 40.0 | 3 files load | 2.00 | 2 |",
+        "| b/noise | reference: 2.5 dB |", "| b/worse | reference: 6.0 dB |",
+        "| b/wrong | 16 bits: 9.0 dB |", "| a/noisy | 6.0 | 40.0 | 9.0 | 7.0 | 44.0 |",
     ):  # fmt: skip
         assert line in text.splitlines()
+    assert "Of those that work, 1 amplify noise" in text
+    assert "amplif" not in zoo.page([WHOLE], {"architectures": 20})
+
+
+def test_rounding_by_hooks_is_as_near_as_the_package(zoo: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 4, 2), nn.Flatten(), nn.Linear(196, 5)
+    ).eval()
+    batches = [{"input": torch.randn(n, 3, 8, 8)} for n in (4, 6)]
+    expected = zoo._outputs(model, batches)
+    found = zoo._rounded(model, batches, expected)
+    quantizer = Quantizer()
+    zoo._outputs(quantizer.calib(model), batches)
+    int8 = zoo._decibels(expected, zoo._outputs(quantizer.quantize(model), batches))
+    assert abs(found["rounding"] - int8) < 2
+    assert found["16 bits"] > found["rounding"] + 30
+    assert all(map(zoo._equal, expected, zoo._outputs(model, batches)))  # the weights are back
 
 
 def test_the_zoo_goes_on_where_it_was_stopped(zoo: Any, tmp_path: Path) -> None:
