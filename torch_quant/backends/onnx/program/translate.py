@@ -20,6 +20,7 @@ from torch_quant.backends.onnx.program.ops import own_forms
 from torch_quant.backends.onnx.program.parts import free_parts
 from torch_quant.backends.onnx.program.recurrent import recurrent_layers, unrolled
 from torch_quant.backends.onnx.program.rewrites import rewrite
+from torch_quant.backends.onnx.program.untraced import UntracedProgram
 from torch_quant.backends.onnx.program.weights import needed_opset, write_blocked
 from torch_quant.convert.exporting import OnlyTensors, exported_at_once, input_shapes
 from torch_quant.convert.quantized_graph import QuantizedGraph
@@ -190,14 +191,7 @@ def _translated(exported: Any, graph: QuantizedGraph, opset: int | None) -> Any:
     large = len(exported.graph.nodes) > LARGE
     with torch.no_grad(), _quiet():
         try:
-            program = torch.onnx.export(
-                exported,
-                dynamo=True,
-                opset_version=opset,
-                verbose=False,
-                optimize=not large,
-                custom_translation_table=own_forms(),
-            )
+            program = _in_operators(exported, optimize=not large, opset_version=opset)
             if large:
                 tidied(program)
         except Exception as error:
@@ -211,6 +205,22 @@ def _translated(exported: Any, graph: QuantizedGraph, opset: int | None) -> Any:
         )
     program.exported_program = exported
     return program
+
+
+def _in_operators(exported: Any, **options: Any) -> Any:
+    """The program in ONNX operators, traced anew only where that writes an operator out in steps.
+
+    PyTorch's exporter traces all programs for that, which takes as long as the rest of its work;
+    most graphs of this package hold nothing to be written out.
+    """
+    options |= {"dynamo": True, "verbose": False, "custom_translation_table": own_forms()}
+    untouched = UntracedProgram(exported)
+    try:
+        return torch.onnx.export(untouched.program, **options)
+    except Exception:
+        if not untouched.taken:
+            raise
+        return torch.onnx.export(exported, **options)
 
 
 _OPERATOR = re.compile(r"OpOverload\(op='([\w.]+)', overload='(\w+)'\)|<built-in[^>]*>")
