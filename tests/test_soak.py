@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ def soaked(backend: str, recipe: str, cycles: int, calls: int) -> dict[str, Any]
     command = [sys.executable, str(ROOT / "tests" / "soaking.py"), backend, recipe]
     ran = subprocess.run(
         [*command, str(cycles), str(calls)],
-        cwd=ROOT, env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr

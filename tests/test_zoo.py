@@ -62,17 +62,18 @@ def test_the_chosen_exist() -> None:
 SLOW = {
     "mobilevitv2", "funnel", "speech_to_text", "sew", "gemma2", "siglip", "whisper", "t5", "clip",
     "swinv2", "levit", "mobilenet_v1", "yolos", "convbert", "modernbert", "deberta_v2", "beit",
-    "bloom", "mpt", "falcon", "vit_mae",
+    "bloom", "mpt", "falcon", "vit_mae", "mixtral", "efficientnet",
 }  # fmt: skip
-"""Left to ``make test-long``: others of their kinds are here, and decoders in ``test_decoding``."""
+"""Left to ``make test-long``: others of their kinds are here, decoders in ``test_decoding`` and
+experts in ``test_experts``."""
 TAKEN = set() if OLDEST else KINDS - SLOW  # there test_ipex_zoo has some
 AWKWARD = [name for name in CASES if name not in ZOO]
 CHOSEN = {
     name: case
     for name, case in CASES.items()
-    if LONG or name in TAKEN or name in AWKWARD[:: 8 if OLDEST else 3]
+    if LONG or name in TAKEN or name in AWKWARD[:: 8 if OLDEST else 4]
 }
-"""Architectures of each kind and a third of the awkward models, on the oldest torch an eighth:
+"""Architectures of each kind and a quarter of the awkward models, on the oldest torch an eighth:
 ``tests/graph`` captures them."""
 
 

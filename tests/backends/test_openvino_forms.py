@@ -100,6 +100,7 @@ def in_float(model: nn.Module, *kinds: str) -> list[tuple[str, str]]:
     return [each for each in found if each[0] in kinds and each[1] not in ("i8", "u8")]
 
 
+@pytest.mark.thin
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("length", [5, 70])
 def test_attention_is_of_integers(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,34 +108,35 @@ def test_a_folder_that_may_not_be_written_to(writer: str, tmp_path: Path) -> Non
 # Writers that are killed, and such that are not
 
 
-WRITE = """
-import sys, time
-from pathlib import Path
-from torch_quant.io.files import new_folder, write_atomically
-def write(name):
-    Path(name).write_text("half")
-    print("writing", flush=True)
-    sys.stdin.readline()
-write_atomically(sys.argv[1], write)
-"""
+FORKS = multiprocessing.get_context("fork")
+forking = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 
-def _writing(path: Path) -> subprocess.Popen[str]:
-    """A process in the middle of writing."""
-    command = [sys.executable, "-c", WRITE, str(path)]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path.cwd()
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "writing\n"
-    return process
+def _write(path: Path, half: Any, rest: Any) -> None:
+    def write(name: str) -> None:
+        Path(name).write_text("half")
+        half.set()
+        rest.wait()
+
+    write_atomically(path, write)
 
 
+def _writing(path: Path) -> tuple[Any, Any]:
+    """A process in the middle of writing, and what lets it write the rest."""
+    half, rest = FORKS.Event(), FORKS.Event()
+    process = FORKS.Process(target=_write, args=(path, half, rest))
+    process.start()
+    assert half.wait(60)
+    return process, rest
+
+
+@forking
 def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path) -> None:
     path, other = tmp_path / "m.ts", tmp_path / ".m.ts.swp"
     other.write_text("of an editor")
-    with _writing(path) as process:
-        process.kill()
+    process, _ = _writing(path)
+    process.kill()
+    process.join()
     (left,) = (each for each in tmp_path.iterdir() if each != other)
     assert left.name.startswith(".m.ts.torch_quant-")
     write_atomically(tmp_path / "m", lambda name: Path(name).write_text("of another path"))
@@ -146,13 +146,15 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path) -> Non
     assert {each.name for each in tmp_path.iterdir()} == {"m", "m.ts", ".m.ts.swp"}
 
 
+@forking
 def test_a_writer_at_the_same_time_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "m.ts"
-    with _writing(path) as process:
-        write_atomically(path, lambda name: Path(name).write_text("new"))
-        assert len(list(tmp_path.iterdir())) == 2
-        process.communicate("\n")
-        assert process.returncode == 0
+    process, rest = _writing(path)
+    write_atomically(path, lambda name: Path(name).write_text("new"))
+    assert len(list(tmp_path.iterdir())) == 2
+    rest.set()
+    process.join()
+    assert process.exitcode == 0
     assert path.read_text() == "half"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -141,26 +141,38 @@ def test_a_weight_with_a_zero_point(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize(
-    ("channels", "kernel", "options"),
-    [
-        (5, 3, {"padding": 1}),
-        rarely(3, 3, {"padding": 1, "stride": 1}),
-        rarely(3, 3, {"padding": 1, "stride": (2, 1)}),
-        (3, 3, {"padding": 2, "dilation": 2}),
-        (2, 3, {"padding": 1, "groups": 2}),
-        (3, 4, {"padding": 1}),
-    ],
-    ids=str,
-)
-def test_other_convolutions_stay(
-    tmp_path: Path, channels: int, kernel: int, options: dict[str, Any]
-) -> None:
-    model = seeded(lambda: Stem(channels, kernel, **options))
-    x = normal(4, channels, 12, 16)
+OTHERS: list[tuple[int, int, dict[str, Any]]] = [
+    (5, 3, {"padding": 1}),
+    (3, 3, {"padding": 1, "stride": 1}),
+    (3, 3, {"padding": 1, "stride": (2, 1)}),
+    (3, 3, {"padding": 2, "dilation": 2}),
+    (2, 3, {"padding": 1, "groups": 2}),
+    (3, 4, {"padding": 1}),
+]
+
+
+class Others(nn.Module):
+    """Convolutions that are no blocks, each over the first channels of one image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stems = nn.ModuleList(
+            Stem(channels, kernel, **options) for channels, kernel, options in OTHERS
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [
+            stem(x[:, :channels]) for stem, (channels, *_) in zip(self.stems, OTHERS, strict=True)
+        ]
+
+
+def test_other_convolutions_stay(tmp_path: Path) -> None:
+    model, x = seeded(Others), normal(4, 5, 12, 16)
     quantizer = calibrated(model, [((x,), {})], backend="onnx")
     written(quantizer, model, ((x,), {}), tmp_path / "model.onnx")
-    assert "SpaceToDepth" not in operators(tmp_path / "model.onnx")
+    found = operators(tmp_path / "model.onnx")
+    assert found.count("Conv") == 2 * len(OTHERS)
+    assert "SpaceToDepth" not in found
 
 
 def test_one_image_for_two_convolutions_of_one_weight(
