@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from torch_quant import (
+    GPTQ,
     BiasCorrection,
     InvalidConfig,
     QConfig,
@@ -28,7 +29,8 @@ from torch_quant import (
 from torch_quant.algorithms.bias_correction import output_shift
 from torch_quant.core.functional import fake_quantize
 from torch_quant.core.qparams import choose_qparams
-from torch_quant.statistics import ChannelMean
+from torch_quant.core.window import Window
+from torch_quant.statistics import ChannelMean, WindowMean
 
 CORRECTED = QConfig(transforms=[BiasCorrection()])
 FOUR_BITS = QuantSpec.of(bits=4, signed=True, symmetric=True, per_channel=True)
@@ -54,6 +56,43 @@ def images(count: int, seed: int = 0) -> Tensor:
     return torch.rand(count, 3, 12, 12, generator=torch.Generator().manual_seed(seed))
 
 
+def taps_of(x: Tensor, window: Window) -> Tensor:
+    means = WindowMean(window)
+    for part in x.split(5):
+        means.observe(part)
+    return means.mean.reshape(x.shape[1], -1)
+
+
+@pytest.mark.parametrize("image", [1, 2, 5, 8])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("padding", [0, 1, 2])
+def test_each_tap_has_the_mean_of_what_it_reads(image: int, stride: int, padding: int) -> None:
+    kernel, dilation = (3, 2), (1, 2)
+    if image + 2 * padding < 3:
+        return
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(12, 4, image, image, generator=generator)
+    error = torch.randn(6, 4, *kernel, generator=generator)
+    pads = ((padding,) * 2, (padding,) * 2)
+    window = Window(kernel, (stride, stride), *pads, dilation)
+    added = functional.conv2d(x, error, None, stride, padding, dilation).mean((0, 2, 3))
+    torch.testing.assert_close(output_shift(error, taps_of(x, window)), added)
+
+
+def test_small_images_with_large_means_and_errors_that_cancel() -> None:
+    """GPTQ makes errors of one tap up for those of others, and the padding's are free."""
+    generator = torch.Generator().manual_seed(0)
+    ramp = torch.tensor([4.0, -1.0])
+    x = torch.rand(128, 16, 2, generator=generator) + ramp
+    model = seeded(lambda: nn.Conv1d(16, 8, 3, stride=2, padding=1))
+    found = {}
+    for name, transforms in (("plain", []), ("corrected", [BiasCorrection()])):
+        config = QConfig(weight=FOUR_BITS, method=GPTQ(), transforms=transforms)
+        quantizer = calibrated(model, [((x,), {})], backend="reference", qconfig=config)
+        found[name] = sqnr(model(x), quantizer.quantize(model)(x))
+    assert found["corrected"] > found["plain"] - 0.1, found
+
+
 @pytest.mark.parametrize(("groups", "size"), [(1, 1), (1, 3), (6, 3), (2, 3)])
 def test_the_shift_is_what_the_error_adds(groups: int, size: int) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -63,6 +102,10 @@ def test_the_shift_is_what_the_error_adds(groups: int, size: int) -> None:
     found = output_shift(error, x.mean((0, 2, 3)))
     # The border's pixels are read by fewer taps: the means differ by some hundredths.
     torch.testing.assert_close(found, added, rtol=0, atol=0.05 * size * size)
+    torch.testing.assert_close(
+        output_shift(error, taps_of(x, Window((size,) * 2, (1, 1), (0, 0), (0, 0), (1, 1)))),
+        added,
+    )
     torch.testing.assert_close(  # of a constant image, they do not
         output_shift(error, torch.ones(6)),
         functional.conv2d(torch.ones(1, 6, 9, 9), error, groups=groups).mean((0, 2, 3)),
@@ -158,7 +201,7 @@ def test_parts_of_the_data_merge() -> None:
     ]
     parts[0].merge(parts[1])
     for key, kept in whole.state.statistics.items():
-        for what in [what for what in kept if what.startswith("channel_mean")]:
+        for what in [what for what in kept if what.endswith("]")]:
             mean, other = kept[what], parts[0].state.statistics[key][what]
             assert isinstance(mean, ChannelMean)
             assert isinstance(other, ChannelMean)
@@ -169,7 +212,7 @@ def test_asked_for_after_calibration() -> None:
     model, (x,) = seeded(Rectified), (images(8),)
     quantizer = calibrated(model, [((x,), {})], backend="reference", qconfig=QConfig())
     quantizer.qconfig = CORRECTED
-    with pytest.raises(QuantError, match=r"channel_mean\[-3\] of :x were not recorded"):
+    with pytest.raises(QuantError, match=r"window_mean\[3x3, before=1x1, after=1x1\] of :x"):
         quantizer.quantize(model)
     quantizer.qconfig = QConfig(transforms=[BiasCorrection(always=False)])
     quantizer.quantize(model)
@@ -180,11 +223,13 @@ def test_asked_for_after_calibration() -> None:
     ("entry", "value", "message"),
     [
         ("axis", "2", 'axis "2"; expected "-1" to "-4"'),
+        ("axis", "-3, 3x3, stride=2", "'3x3, stride=2' is no window; expected as '3x3, stride=2x2"),
+        ("axis", "-2, 3x3", "a window of 2 dimensions along axis -2"),
         ("axis", "-1", "no linear layer or convolution reads so many there"),
         ("rows", 0, "'rows' is 0; expected 1 or more"),
         ("sums", [], "expected numbers"),
         ("sums", ["a", 1, 2], '"a" is no finite number'),
-        ("sums", [0.0] * 5, "means of 5 channels along -3"),
+        ("sums", [0.0] * 45, "means of 5 channels along -3"),
     ],
 )
 def test_summary_with_wrong_means(entry: str, value: Any, message: str, tmp_path: Path) -> None:
@@ -197,11 +242,12 @@ def test_summary_with_wrong_means(entry: str, value: Any, message: str, tmp_path
     right.load_summary(path)
     assert torch.equal(right.quantize(model, example_inputs=x)(x), expected)
     edited = json.loads(path.read_text())
-    key = next(key for key, known in edited["means"].items() if "-3" in known)
+    label = "-3, 3x3, before=1x1, after=1x1"
+    key = next(key for key, known in edited["means"].items() if label in known)
     if entry == "axis":
-        edited["means"][key] = {value: edited["means"][key]["-3"]}
+        edited["means"][key] = {value: edited["means"][key][label]}
     else:
-        edited["means"][key]["-3"][entry] = value
+        edited["means"][key][label][entry] = value
     path.write_text(json.dumps(edited, indent=1))
 
     def use() -> None:

@@ -8,7 +8,7 @@ takes it back, and the layer computes as fast as before:
 
 Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019,
 section 4.2, with means from calibration where they take those of batch norms. A convolution reads
-the mean of a channel at each of its taps: zeros of the padding are taken for inputs like others.
+another mean at each of its taps, the more so the smaller an image is: zeros of the padding count.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor, fx
 from torch_quant.core.functional import dequantize
 from torch_quant.core.methods import Transform, Wanted, register_transform
 from torch_quant.core.plan import QuantPlan, SitePlan
+from torch_quant.core.window import Window
 from torch_quant.errors import InvalidConfig, NotCalibrated
 from torch_quant.graph.sites import Site, local_name
 from torch_quant.ops.arguments import argument, set_arguments
@@ -31,7 +32,7 @@ from torch_quant.passes.base import Params, PassContext
 from torch_quant.passes.constants import evaluate, name_of, new_constant
 from torch_quant.passes.rounded import rounded_weight
 from torch_quant.passes.transform import sites_with
-from torch_quant.statistics import ChannelMean, channel_mean
+from torch_quant.statistics import ChannelMean, WindowMean, channel_mean, window_mean
 
 __all__ = ["BiasCorrection", "output_shift"]
 
@@ -41,7 +42,8 @@ def output_shift(error: Tensor, mean: Tensor) -> Tensor:
 
     Args:
         error: of the weight, shape ``[outputs, channels / groups, *kernel]``.
-        mean: of each input channel, shape ``[channels]``; they go to the outputs in ``groups``.
+        mean: of each input channel, shape ``[channels]`` or ``[channels, 1]``, or of each at each
+            element of the kernel, ``[channels, elements]``; channels go to the outputs in groups.
 
     Returns:
         Shape ``[outputs]``.
@@ -51,10 +53,11 @@ def output_shift(error: Tensor, mean: Tensor) -> Tensor:
     >>> output_shift(torch.ones(2, 1, 3, 3), torch.tensor([1.0, 2.0])).tolist()  # depthwise
     [9.0, 18.0]
     """
-    taps = error.flatten(2).sum(2) if error.dim() > 2 else error
-    groups = mean.numel() // taps.shape[1]
-    means = mean.reshape(groups, -1).repeat_interleave(len(taps) // groups, 0)
-    return (taps * means).sum(1)
+    taps = error.reshape(*error.shape[:2], -1)
+    means = (mean if mean.dim() == 2 else mean[:, None]).expand(-1, taps.shape[2])
+    groups = len(means) // taps.shape[1]
+    means = means.reshape(groups, -1, taps.shape[2]).repeat_interleave(len(taps) // groups, 0)
+    return (taps * means).sum((1, 2))
 
 
 @register_transform
@@ -102,9 +105,7 @@ class BiasCorrection(Transform):
         return "only linear layers and convolutions whose input's channels are as it was computed"
 
     def statistics(self, site: Site) -> Wanted:
-        assert site.channels is not None
-        axis = site.channels
-        return {site.inputs[0]: {channel_mean(axis): partial(ChannelMean, axis)}}
+        return {site.inputs[0]: {_purpose(site): partial(_statistic, site)}}
 
     def settled(self, plan: QuantPlan, params: Params) -> Mapping[str, Transform | None]:
         """At each site that has it: itself, for good, where there are means and a bias.
@@ -121,7 +122,7 @@ class BiasCorrection(Transform):
                 found[site.name] = None
                 continue
             try:
-                params.statistic(site.inputs[0], channel_mean(site.channels))
+                params.statistic(site.inputs[0], _purpose(site))
             except NotCalibrated:
                 found[site.name] = None
             else:
@@ -145,18 +146,37 @@ class BiasCorrection(Transform):
         return changed
 
 
+def _window(site: Site) -> Window | None:
+    """Where its taps read, if each may have another mean than the channel."""
+    window = site.window
+    return None if window is None or window.pointwise else window
+
+
+def _purpose(site: Site) -> str:
+    """What is recorded of the input."""
+    assert site.channels is not None
+    window = _window(site)
+    return channel_mean(site.channels) if window is None else window_mean(window)
+
+
+def _statistic(site: Site) -> ChannelMean:
+    assert site.channels is not None
+    window = _window(site)
+    return ChannelMean(site.channels) if window is None else WindowMean(window)
+
+
 def _correct(
     context: PassContext, node: fx.Node, pattern: OpPattern, site: Site, entry: SitePlan
 ) -> None:
     assert pattern.weight is not None
     assert pattern.bias is not None
-    assert site.channels is not None
-    known = context.statistic(site.inputs[0], channel_mean(site.channels))
+    known = context.statistic(site.inputs[0], _purpose(site))
     assert isinstance(known, ChannelMean)
     gm, place = context.gm, pattern.bias
     weight = evaluate(gm, argument(node, pattern.weight)).detach()
     error = dequantize(*rounded_weight(context, node, pattern, entry, weight)) - weight.float()
-    shift = output_shift(error, known.mean.to(weight.device))
+    mean = known.mean.to(weight.device)
+    shift = output_shift(error, mean.reshape(known.channels, -1))
     bias = argument(node, place)
     name = f"{local_name(node)}.bias"
     if isinstance(bias, fx.Node):

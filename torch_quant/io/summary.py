@@ -20,6 +20,7 @@ from torch_quant.core.documents import Lines, read_json
 from torch_quant.core.granularity import PerChannel
 from torch_quant.core.naming import check_names
 from torch_quant.core.plan import QuantPlan, SitePlan
+from torch_quant.core.window import Window
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.policy import CapturePolicy, checked_capture
 from torch_quant.graph.sites import Site
@@ -33,7 +34,7 @@ from torch_quant.statistics import (
     ChannelMean,
     MinMaxObserver,
     Observer,
-    channel_mean,
+    WindowMean,
 )
 
 __all__ = [
@@ -98,12 +99,12 @@ class Summary:
                 raise self.lines.error(("channels", key), message)
         for key, mean in self._means():
             readers = [s for s in sites if s.channels == mean.axis and s.inputs == (key,)]
-            if not any(_reads_channels(site, mean.sums.numel()) for site in readers):
+            if not any(_reads_channels(site, mean.channels) for site in readers):
                 message = (
-                    f"{key!r} has means of {mean.sums.numel()} channels along {mean.axis}; no "
+                    f"{key!r} has means of {mean.channels} channels along {mean.label}; no "
                     "linear layer or convolution reads so many there"
                 )
-                raise self.lines.error(("means", key, str(mean.axis)), message)
+                raise self.lines.error(("means", key, mean.label), message)
 
     def _means(self) -> Iterator[tuple[str, ChannelMean]]:
         return ((key, each) for key, known in self.means.items() for each in known)
@@ -119,7 +120,7 @@ class Summary:
             observer.observe(extremes)
             state.put(key, CHANNELS, observer)
         for key, mean in self._means():
-            state.put(key, channel_mean(mean.axis), copy.deepcopy(mean))
+            state.put(key, mean.purpose, copy.deepcopy(mean))
 
 
 def _reads_channels(site: Site, channels: int) -> bool:
@@ -128,8 +129,9 @@ def _reads_channels(site: Site, channels: int) -> bool:
     return groups > 0 and rest == 0 and site.weight_shape[0] % groups == 0
 
 
-def _mean(axis: int, known: Mapping[str, Any]) -> ChannelMean:
-    mean = ChannelMean(axis)
+def _mean(label: str, known: Mapping[str, Any]) -> ChannelMean:
+    axis, _, window = label.partition(", ")
+    mean = WindowMean(Window.read(window)) if window else ChannelMean(int(axis))
     mean.batches, mean.rows = known["batches"], known["rows"]
     mean.sums = torch.tensor(known["sums"], dtype=torch.float32)
     return mean
@@ -245,7 +247,7 @@ def _data(
         "channels": dict(channels or {}),
         "means": {
             key: {
-                str(each.axis): {
+                each.label: {
                     "batches": each.batches,
                     "rows": each.rows,
                     "sums": each.sums.tolist(),
@@ -289,7 +291,7 @@ def read_summary(data: Any, lines: Lines) -> Summary:
         for key, pair in data.get("channels", {}).items()
     }
     means = {
-        key: [_mean(int(axis), each) for axis, each in known.items()]
+        key: [_mean(label, each) for label, each in known.items()]
         for key, known in data.get("means", {}).items()
     }
     plan = QuantPlan.from_dict({"sites": [renewed(site) for site in data["sites"]]})

@@ -27,6 +27,7 @@ from torch_quant.statistics.moments import (
 from torch_quant.statistics.moving_average import MovingAverageObserver
 from torch_quant.statistics.patches import Patches, patches
 from torch_quant.statistics.percentile import PercentileObserver
+from torch_quant.statistics.window_means import WindowMean, window_mean
 
 __all__ = [
     "CHANNELS",
@@ -49,8 +50,10 @@ __all__ = [
     "MovingAverageObserver",
     "Patches",
     "PercentileObserver",
+    "WindowMean",
     "DEFAULT_OBSERVER",
     "channel_mean",
     "from_ao",
     "patches",
+    "window_mean",
 ]

@@ -274,6 +274,21 @@ class ChannelMean(Moments):
         super().__init__()
         self.axis = axis
 
+    @property
+    def purpose(self) -> str:
+        """What it is for, as states name it."""
+        return channel_mean(self.axis)
+
+    @property
+    def label(self) -> str:
+        """It among the means of one tensor."""
+        return str(self.axis)
+
+    @property
+    def channels(self) -> int:
+        """How many there are."""
+        return self.sums.numel()
+
     def _rows(self, x: Tensor) -> Tensor:
         if self.axis < -1 and x.numel() and x.dim() >= -self.axis:
             x = x.flatten(self.axis + 1).mean(-1)
