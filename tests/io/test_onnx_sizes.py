@@ -164,3 +164,28 @@ def test_padding_that_counts(model: Any, pads: int, integers: bool, tmp_path: Pa
     assert operators(file).count("Pad") == pads
     session(file, optimized_model_filepath=str(tmp_path / "fused.onnx"))
     assert ("QLinearAveragePool" in operators(tmp_path / "fused.onnx")) == integers
+
+
+class Relative(nn.Module):
+    """Distances on two grids, as a vision transformer's, whose sizes are made real numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.pool = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 2, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine = self.conv(x)
+        coarse = self.pool(fine)
+        q, k = fine.shape[-1], coarse.shape[-1]
+        far = torch.arange(q)[:, None].float() - torch.arange(k)[None, :].float() * (q / k)
+        return torch.cat([coarse.mean((1, 2)), (far + (k - 1) * (q / k)).mean(0)[None]])
+
+
+def test_a_size_as_a_real_number_is_that_of_the_call(tmp_path: Path) -> None:
+    model = seeded(Relative)
+    calls = [((images(1, side),), {}) for side in (16, 24)]
+    quantizer = calibrated(model, calls, backend="onnx")
+    quant_model = written(quantizer, model, calls[0], tmp_path / "sizes.onnx", least=None)
+    for call in calls:
+        (found,) = run_onnxruntime(tmp_path / "sizes.onnx", feeds(quant_model, call))
+        assert sqnr(tensors(quant_model, call)[0], found) > 60

@@ -62,8 +62,8 @@ def _real(n: Any) -> Any:
 
 @graph_function
 def size_float(n: Any) -> Any:
-    """A size as a real number."""
-    return _real(n) if isinstance(n, Tensor) else float(n)
+    """A size as a real number, which ``float`` would take for a constant while exporting."""
+    return _real(n) if isinstance(n, Tensor) else torch.sym_float(n)
 
 
 @graph_function
