@@ -177,7 +177,7 @@ class Relative(nn.Module):
         fine = self.conv(x)
         coarse = self.pool(fine)
         q, k = fine.shape[-1], coarse.shape[-1]
-        far = torch.arange(q)[:, None].float() - torch.arange(k)[None, :].float() * (q / k)
+        far = torch.arange(q)[:, None].float() - torch.arange(k)[None, :] * (q / k)  # integers
         return torch.cat([coarse.mean((1, 2)), (far + (k - 1) * (q / k)).mean(0)[None]])
 
 

@@ -18,6 +18,7 @@ from torch_quant.backends.onnx.program.large import LARGE, tidied
 from torch_quant.backends.onnx.program.names import rename
 from torch_quant.backends.onnx.program.ops import own_forms
 from torch_quant.backends.onnx.program.parts import free_parts
+from torch_quant.backends.onnx.program.promoted import real_integers
 from torch_quant.backends.onnx.program.recurrent import recurrent_layers, unrolled
 from torch_quant.backends.onnx.program.rewrites import rewrite
 from torch_quant.backends.onnx.program.untraced import UntracedProgram
@@ -35,7 +36,7 @@ LOWEST_OPSET = 18
 
 Tell = Callable[[str], None]
 
-_PASSES: tuple[Pass, ...] = (recurrent_layers, free_parts)
+_PASSES: tuple[Pass, ...] = (recurrent_layers, free_parts, real_integers)
 
 
 def _untold(_: str) -> None:
