@@ -311,6 +311,23 @@ def test_readers_along_other_axes_have_means_of_their_own(tmp_path: Path) -> Non
         assert torch.equal(one, two)
 
 
+def test_a_summary_of_an_earlier_version_has_means_of_channels(tmp_path: Path) -> None:
+    model, x, path = seeded(lambda: nn.Conv2d(3, 8, 3)), images(8), tmp_path / "old.json"
+    quantizer = calibrated(model, [((x,), {})])
+    expected = quantizer.quantize(model, backend="reference")(x)
+    quantizer.save_summary(path)
+    data = json.loads(path.read_text())
+    (means,) = data["means"].values()
+    ((label, known),) = means.items()
+    sums = torch.tensor(known["sums"]).reshape(3, 9).mean(1).tolist()
+    means["-3"] = means.pop(label) | {"sums": sums}
+    path.write_text(json.dumps(data))
+    other = Quantizer()
+    other.load_summary(path)
+    found = other.quantize(model, example_inputs=x, backend="reference")(x)
+    assert sqnr(expected, found) > 40
+
+
 def test_it_comes_last_in_whatever_order() -> None:
     model = MODELS["mlp"]()
     x = torch.randn(256, *example("mlp", 1)[0].shape[1:]).abs() + 1

@@ -165,13 +165,27 @@ def _statistic(site: Site) -> ChannelMean:
     return ChannelMean(site.channels) if window is None else WindowMean(window)
 
 
+def _means(context: PassContext, site: Site) -> ChannelMean:
+    """Those of channels where a summary of an earlier version has no others, as it was meant."""
+    assert site.channels is not None
+    key = site.inputs[0]
+    try:
+        found = context.statistic(key, _purpose(site))
+    except NotCalibrated as error:
+        try:
+            found = context.statistic(key, channel_mean(site.channels))
+        except NotCalibrated:
+            raise error from None
+    assert isinstance(found, ChannelMean)
+    return found
+
+
 def _correct(
     context: PassContext, node: fx.Node, pattern: OpPattern, site: Site, entry: SitePlan
 ) -> None:
     assert pattern.weight is not None
     assert pattern.bias is not None
-    known = context.statistic(site.inputs[0], _purpose(site))
-    assert isinstance(known, ChannelMean)
+    known = _means(context, site)
     gm, place = context.gm, pattern.bias
     weight = evaluate(gm, argument(node, pattern.weight)).detach()
     error = dequantize(*rounded_weight(context, node, pattern, entry, weight)) - weight.float()
