@@ -86,6 +86,11 @@ def cli(**given: Any) -> Result:
         given["in_float"] = [*_embeddings(model), *given["in_float"]]
     quantizer = quantizer_of(given, backend="reference", capture="modules")
     if not wants_rounding(quantizer):
+        if given["data"] is not None:
+            raise Failed(
+                f"--data {given['data']} would not be read: weights are rounded to nearest. Give "
+                "--recipe int4_weight_only -o method=gptq to round with data, or leave --data out"
+            )
         return _written(source, out, quantizer, given, None, None)
     if given["data"] is None:
         raise Failed(

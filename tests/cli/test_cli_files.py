@@ -60,6 +60,7 @@ def test_to_nearest_and_with_data(home: Path) -> None:
     [
         (("nowhere", "--out", "x"), "no config.json"),
         (("my-llm", *GROUPS, "-o", "method=gptq", "--out", "x"), "give --data"),
+        (("my-llm", *GROUPS, "--data", "texts.txt", "--out", "x"), "would not be read"),
         (("my-llm", *GROUPS, "--out", "my-llm"), "give a new folder"),
         (("my-llm", *GROUPS, "--out", "no/folder"), "mkdir -p no"),
         (("my-llm", "--recipe", "int8_static", "--out", "x"), "compressed-tensors"),
