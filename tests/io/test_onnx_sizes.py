@@ -189,3 +189,25 @@ def test_a_size_as_a_real_number_is_that_of_the_call(tmp_path: Path) -> None:
     for call in calls:
         (found,) = run_onnxruntime(tmp_path / "sizes.onnx", feeds(quant_model, call))
         assert sqnr(tensors(quant_model, call)[0], found) > 60
+
+
+class Parts(nn.Module):
+    """As many columns as there are parts of four, the last of which may be smaller."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).mean((1, 2))[:, : -(-x.shape[-1] // 4)]
+
+
+def test_a_division_rounds_down_where_the_dividend_is_negative(tmp_path: Path) -> None:
+    calls = [((images(2, side),), {}) for side in (16, 18, 23)]
+    model = seeded(Parts)
+    quantizer = calibrated(model, calls[:2], backend="onnx")
+    quant_model = written(quantizer, model, calls[0], tmp_path / "parts.onnx", least=None)
+    for call, columns in zip(calls, (4, 5, 6), strict=True):
+        (found,) = run_onnxruntime(tmp_path / "parts.onnx", feeds(quant_model, call))
+        assert found.shape == (2, columns)
+        assert sqnr(tensors(quant_model, call)[0], found) > 60

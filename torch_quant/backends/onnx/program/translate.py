@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from torch_quant.backends.onnx.program.floors import floors
 from torch_quant.backends.onnx.program.large import LARGE, tidied
 from torch_quant.backends.onnx.program.names import rename
 from torch_quant.backends.onnx.program.ops import own_forms
@@ -36,7 +37,7 @@ LOWEST_OPSET = 18
 
 Tell = Callable[[str], None]
 
-_PASSES: tuple[Pass, ...] = (recurrent_layers, free_parts, real_integers)
+_PASSES: tuple[Pass, ...] = (recurrent_layers, free_parts, real_integers, floors)
 
 
 def _untold(_: str) -> None:
