@@ -14,7 +14,7 @@ from torch_quant.convert.joint import Begun, first_call, note
 from torch_quant.convert.mounting import mount
 from torch_quant.convert.quantization import Quantization
 from torch_quant.convert.quantized_graph import QuantizedGraph
-from torch_quant.convert.remembered import key_of
+from torch_quant.convert.remembered import Key, key_of
 from torch_quant.convert.unserved import unserved
 from torch_quant.core.lending import move_lenders
 from torch_quant.core.plan import QuantPlan
@@ -269,11 +269,14 @@ def run(module: QuantizedModule, *args: Any, **kwargs: Any) -> Any:
                 note(how, graph, way, args[0])
                 (result,) = way.function(args[0])
                 return result
-    given = (*args, *kwargs.values())
-    key = None if how.glue is not None or _recording() else key_of(given, tuple(kwargs))
-    if key is not None and (seen := how.remembered.known.get(key)) is not None:
-        graph, places = seen
-        return graph(*[given[i] for i in places])
+    key: Key | None = None
+    given: tuple[Any, ...] = ()
+    if how.glue is None and not _recording():
+        given = (*args, *kwargs.values())
+        key = key_of(given, tuple(kwargs))
+        if key is not None and (seen := how.remembered.known.get(key)) is not None:
+            graph, places = seen
+            return graph(*[given[i] for i in places])
     args, kwargs = bind(how.signature, args, kwargs)
     if how.glue is not None and not how.graphs:
         return _run_glue(module, how, args, kwargs)

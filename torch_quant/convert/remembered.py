@@ -16,7 +16,7 @@ from torch_quant.graph.calls import Call
 from torch_quant.graph.kinds import Number, Unread
 from torch_quant.graph.outputs import WrittenSpec
 
-__all__ = ["Remembered", "key_of"]
+__all__ = ["Key", "Remembered", "key_of"]
 
 _CONSTANTS = frozenset({type(None), bool, str, torch.dtype})
 """Of which no two are equal and yet different calls, as 0.0 and -0.0 are."""
@@ -25,6 +25,7 @@ _MOST = 256
 """Calls that are remembered of a module: each has sizes of its own."""
 
 Key = tuple[Any, ...]
+"""What :func:`key_of` says of a call."""
 
 
 class Remembered:

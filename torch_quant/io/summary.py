@@ -20,7 +20,6 @@ from torch_quant.core.documents import Lines, read_json
 from torch_quant.core.granularity import PerChannel
 from torch_quant.core.naming import check_names
 from torch_quant.core.plan import QuantPlan, SitePlan
-from torch_quant.core.window import Window
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.policy import CapturePolicy, checked_capture
 from torch_quant.graph.sites import Site
@@ -34,7 +33,7 @@ from torch_quant.statistics import (
     ChannelMean,
     MinMaxObserver,
     Observer,
-    WindowMean,
+    mean_of,
 )
 
 __all__ = [
@@ -130,8 +129,7 @@ def _reads_channels(site: Site, channels: int) -> bool:
 
 
 def _mean(label: str, known: Mapping[str, Any]) -> ChannelMean:
-    axis, _, window = label.partition(", ")
-    mean = WindowMean(Window.read(window)) if window else ChannelMean(int(axis))
+    mean = mean_of(label)
     mean.batches, mean.rows = known["batches"], known["rows"]
     mean.sums = torch.tensor(known["sums"], dtype=torch.float32)
     return mean

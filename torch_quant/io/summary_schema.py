@@ -13,10 +13,10 @@ from torch_quant.core.granularity import Granularity
 from torch_quant.core.methods import read_transform, read_weight_method
 from torch_quant.core.plan import PRECISIONS, is_share
 from torch_quant.core.spec import FLOAT, ScaleType
-from torch_quant.core.window import Window
 from torch_quant.errors import InvalidConfig
 from torch_quant.graph.policy import checked_capture
 from torch_quant.ops.table import OPERATORS
+from torch_quant.statistics import mean_of
 
 __all__ = ["FORMAT", "VERSION", "renewed", "validate", "written"]
 
@@ -78,7 +78,10 @@ def validate(data: Any, lines: Lines) -> None:
     for key, known in means.items():
         what = f"the means of {key}"
         for label, each in check_kind(known, dict, ("means", key), what, lines).items():
-            _label(label, ("means", key, label), what, lines)
+            try:
+                mean_of(label)
+            except InvalidConfig as error:
+                raise lines.error(("means", key, label), f"{what}: {error}") from error
             _means(each, ("means", key, label), what, lines)
 
 
@@ -274,19 +277,6 @@ def _range(ends: Any, place: Place, what: str, lines: Lines) -> None:
         )
     if ends[0] > ends[1]:
         raise lines.error(place, f"{what} is {ends}; expected low <= high")
-
-
-def _label(label: str, place: Place, what: str, lines: Lines) -> None:
-    """``"-1"``, or with a window ``"-3, 3x3, before=1x1"``."""
-    axis, _, window = label.partition(", ")
-    if axis not in ("-1", "-2", "-3", "-4"):
-        raise lines.error(place, f'{what}: axis {shown(axis)}; expected "-1" to "-4"')
-    try:
-        dims = len(Window.read(window).kernel) if window else -1 - int(axis)
-    except InvalidConfig as error:
-        raise lines.error(place, f"{what}: {error}") from error
-    if dims != -1 - int(axis):
-        raise lines.error(place, f"{what}: a window of {dims} dimensions along axis {axis}")
 
 
 def _means(known: Any, place: Place, what: str, lines: Lines) -> None:

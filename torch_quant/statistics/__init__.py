@@ -27,7 +27,7 @@ from torch_quant.statistics.moments import (
 from torch_quant.statistics.moving_average import MovingAverageObserver
 from torch_quant.statistics.patches import Patches, patches
 from torch_quant.statistics.percentile import PercentileObserver
-from torch_quant.statistics.window_means import WindowMean, window_mean
+from torch_quant.statistics.window_means import WindowMean, mean_of, window_mean
 
 __all__ = [
     "CHANNELS",
@@ -54,6 +54,7 @@ __all__ = [
     "DEFAULT_OBSERVER",
     "channel_mean",
     "from_ao",
+    "mean_of",
     "patches",
     "window_mean",
 ]

@@ -79,6 +79,7 @@ def check_sums(sums: Tensor, rows: int, batches: int) -> None:
 
 
 _S = TypeVar("_S", bound="Moments")
+_C = TypeVar("_C", bound="ChannelMean")
 
 
 class Moments(Statistic):
@@ -135,8 +136,12 @@ class Moments(Statistic):
         """The sums over the number of vectors, float32; empty where there was none."""
         return self.sums / max(self.rows, 1)
 
+    def _empty(self: _S) -> _S:
+        """One of the same kind that has seen nothing."""
+        return type(self)()
+
     def __deepcopy__(self: _S, memo: Any) -> _S:
-        copied = type(self)()
+        copied = self._empty()
         copied.batches, copied.rows, copied.sums = self.batches, self.rows, self.sums
         return copied
 
@@ -301,10 +306,8 @@ class ChannelMean(Moments):
     def _times(self, factor: Tensor) -> Tensor:
         return self.sums * factor
 
-    def __deepcopy__(self, memo: Any) -> ChannelMean:
-        copied = super().__deepcopy__(memo)
-        copied.axis = self.axis
-        return copied
+    def _empty(self: _C) -> _C:
+        return type(self)(self.axis)
 
     def _merge(self, other: Moments) -> None:
         if not isinstance(other, ChannelMean) or other.axis != self.axis:

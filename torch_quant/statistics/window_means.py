@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from torch_quant.core.documents import shown
 from torch_quant.core.window import Window
 from torch_quant.errors import InvalidConfig, QuantError
 from torch_quant.statistics.base import check_observable, entry, register_statistic
 from torch_quant.statistics.moments import ChannelMean, Moments, require_finite_squares
 
-__all__ = ["WindowMean", "window_mean"]
+__all__ = ["WindowMean", "mean_of", "window_mean"]
 
 
 def window_mean(window: Window) -> str:
@@ -26,6 +27,27 @@ def window_mean(window: Window) -> str:
     'window_mean[3x3, stride=2x2, before=1x1, after=1x1]'
     """
     return f"window_mean[{replace(window, groups=1)}]"
+
+
+def mean_of(label: str) -> ChannelMean:
+    """An empty statistic whose ``label`` this is.
+
+    Raises:
+        InvalidConfig: it is of none.
+
+    >>> mean_of("-1").purpose, mean_of("-3, 3x3, before=1x1").purpose
+    ('channel_mean[-1]', 'window_mean[3x3, before=1x1]')
+    """
+    axis, _, text = label.partition(", ")
+    if axis not in ("-1", "-2", "-3", "-4"):
+        raise InvalidConfig(f'axis {shown(axis)}; expected "-1" to "-4"')
+    if not text:
+        return ChannelMean(int(axis))
+    found = WindowMean(Window.read(text))
+    if found.axis != int(axis):
+        dims = len(found.window.kernel)
+        raise InvalidConfig(f"a window of {dims} dimensions along axis {axis}")
+    return found
 
 
 @register_statistic
@@ -97,10 +119,8 @@ class WindowMean(ChannelMean):
             means.append(taken.flatten(1).mean(1))
         return torch.stack(means, 1).flatten()
 
-    def __deepcopy__(self, memo: Any) -> WindowMean:
-        copied = type(self)(self.window)
-        copied.batches, copied.rows, copied.sums = self.batches, self.rows, self.sums
-        return copied
+    def _empty(self) -> WindowMean:
+        return type(self)(self.window)
 
     def _merge(self, other: Moments) -> None:
         if not isinstance(other, WindowMean) or other.window != self.window:
