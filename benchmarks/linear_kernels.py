@@ -22,7 +22,8 @@ from torch import Tensor
 
 from torch_quant import native
 from torch_quant.backends.onednn.ops import LINEAR
-from torch_quant.native.ops import DYNAMIC_LINEAR, WEIGHT_ONLY_LINEAR
+from torch_quant.native.dynamic import DYNAMIC_LINEAR
+from torch_quant.native.ops import WEIGHT_ONLY_LINEAR
 
 SHAPES = ((4096, 4096), (1536, 576), (576, 1536), (49152, 576))
 """Outputs and inputs: a layer of a model with 7 billion parameters, and three of one with 135

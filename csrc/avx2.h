@@ -118,6 +118,33 @@ inline U8 spread_word(uint32_t x) { return integers(static_cast<int32_t>(x)); }
 inline I32 dot_numbers(I32 sum, U8 x, U8 y) {
   return {dot_numbers_half(sum.a, x.a, y.a), dot_numbers_half(sum.b, x.b, y.b)};
 }
+// 8 rows of 8 words, each `row` bytes behind the last one, as 8 columns, 64 bytes each behind the last one.
+inline void turn_eighth(const uint8_t* x, int64_t row, __m256i flip, uint8_t* out) {
+  __m256i a[8], b[8];
+  for (int i = 0; i < 8; i++)
+    a[i] = _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i * row)), flip);
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int k = 0; k < 2; k++) {
+      a[i + 2 * k] = _mm256_unpacklo_epi64(b[i + k], b[i + 2 + k]);
+      a[i + 2 * k + 1] = _mm256_unpackhi_epi64(b[i + k], b[i + 2 + k]);
+    }
+  for (int c = 0; c < 4; c++) {
+    auto* first = reinterpret_cast<__m256i*>(out + c * 64);
+    auto* second = reinterpret_cast<__m256i*>(out + (4 + c) * 64);
+    _mm256_storeu_si256(first, _mm256_permute2x128_si256(a[c], a[4 + c], 0x20));
+    _mm256_storeu_si256(second, _mm256_permute2x128_si256(a[c], a[4 + c], 0x31));
+  }
+}
+// 16 rows of 16 words, each `row` bytes behind the last one, as 16 columns one after the other.
+inline void turn_words(const uint8_t* x, int64_t row, U8 flip, uint8_t* out) {
+  for (int i = 0; i < 2; i++)
+    for (int k = 0; k < 2; k++)
+      turn_eighth(x + i * 8 * row + k * 32, row, flip.a, out + k * 512 + i * 32);
+}
 inline F32 plus(F32 x, F32 y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
 inline F32 minus(F32 x, F32 y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
 // To the last bit but one: an estimate of 12 bits and a step of Newton's.

@@ -116,6 +116,30 @@ using Lanes = __mmask16;
 inline I32 integers(int32_t x) { return _mm512_set1_epi32(x); }
 inline U8 spread_word(uint32_t x) { return _mm512_set1_epi32(static_cast<int32_t>(x)); }
 inline I32 dot_numbers(I32 sum, U8 u, U8 s) { return dot<false>(sum, u, s); }
+// 16 rows of 16 words, each `row` bytes behind the last one, as 16 columns one after the other.
+inline void turn_words(const uint8_t* x, int64_t row, U8 flip, uint8_t* out) {
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; i++) a[i] = _mm512_xor_si512(_mm512_loadu_si512(x + i * row), flip);
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int k = 0; k < 2; k++) {
+      a[i + 2 * k] = _mm512_unpacklo_epi64(b[i + k], b[i + 2 + k]);
+      a[i + 2 * k + 1] = _mm512_unpackhi_epi64(b[i + k], b[i + 2 + k]);
+    }
+  // a[4 q + c] has, in its quarter p, rows 4 q to 4 q + 3 of column 4 p + c.
+  for (int c = 0; c < 4; c++) {
+    const __m512i first = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x44), second = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xee);
+    const __m512i third = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x44);
+    const __m512i fourth = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xee);
+    _mm512_storeu_si512(out + c * 64, _mm512_shuffle_i32x4(first, third, 0x88));
+    _mm512_storeu_si512(out + (4 + c) * 64, _mm512_shuffle_i32x4(first, third, 0xdd));
+    _mm512_storeu_si512(out + (8 + c) * 64, _mm512_shuffle_i32x4(second, fourth, 0x88));
+    _mm512_storeu_si512(out + (12 + c) * 64, _mm512_shuffle_i32x4(second, fourth, 0xdd));
+  }
+}
 inline F32 plus(F32 x, F32 y) { return _mm512_add_ps(x, y); }
 inline F32 minus(F32 x, F32 y) { return _mm512_sub_ps(x, y); }
 // To the last bit but one: an estimate of 14 bits and a step of Newton's.
@@ -166,7 +190,7 @@ inline void narrow_some(uint8_t* p, I32 x, int64_t count) {
 const Kernels avx512vnni_kernels = {"avx512vnni", round, multiply, round_dynamic, multiply_dynamic,
                                     DEPTH, pack_product, compute_product, finish_rows,
                                     round_to_grid, gradient_of_grid, run_steps, pack_weight,
-                                    compute_static, multiply_packed, gate};
+                                    compute_static, multiply_packed, apply_function, gate};
 
 }  // namespace torch_quant
 

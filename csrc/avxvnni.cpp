@@ -45,7 +45,7 @@ inline __m256i dot_numbers_half(__m256i sum, __m256i u, __m256i s) {
 const Kernels avxvnni_kernels = {"avxvnni", round, multiply, round_dynamic, multiply_dynamic,
                                  DEPTH, pack_product, compute_product, finish_rows,
                                  round_to_grid, gradient_of_grid, run_steps, pack_weight,
-                                 compute_static, multiply_packed, gate};
+                                 compute_static, multiply_packed, apply_function, gate};
 
 }  // namespace torch_quant
 

@@ -46,14 +46,17 @@ void round_dynamic(const Dynamic& j, int64_t row, int64_t slot) {
 
 constexpr int64_t DYNAMIC_OUTS = 128;  // outputs whose sums are kept
 
+// 16 sums of a row as floats, without the bias.
+inline F32 dynamic_value(const Dynamic& j, I32 sum, I32 of_weights, int64_t slot, F32 scale) {
+  return product(to_float(add(sum, times(of_weights, -j.zeros[slot]))), product(all(j.scales[slot]), scale));
+}
+
 // A row of sums, from output `n` on, as floats.
 inline void finish_dynamic(const Dynamic& j, const int32_t* sums, const int32_t* of_weights, int64_t slot,
                            int64_t row, int64_t n, int64_t count) {
-  const F32 x_scale = all(j.scales[slot]);
   for (int64_t k = 0; k < count; k += LANES) {
     const int64_t left = count - k;
-    const I32 sum = add(load_i32(sums + k), times(load_i32(of_weights + k), -j.zeros[slot]));
-    F32 y = product(to_float(sum), product(x_scale, take(j.scale + n + k, left)));
+    F32 y = dynamic_value(j, load_i32(sums + k), load_i32(of_weights + k), slot, take(j.scale + n + k, left));
     if (j.bias) y = plus(y, take(j.bias + n + k, left));
     put(j.y + row * j.out + n + k, y, left);
   }
@@ -63,6 +66,9 @@ inline void finish_dynamic(const Dynamic& j, const int32_t* sums, const int32_t*
 template <bool FIRST, bool TAIL, int M, int N>
 inline void add_inputs(const Dynamic& j, const uint8_t* codes, const int8_t* weight, int64_t k,
                        int64_t distance, I32 (&sums)[M][N], I32 (&ones)[N]) {
+  U8 rows[M];
+  UNROLL
+  for (int m = 0; m < M; m++) rows[m] = load(codes + m * j.padded + k);
   UNROLL
   for (int n = 0; n < N; n++) {
     const int8_t* at = weight + n * j.in + k;
@@ -72,7 +78,7 @@ inline void add_inputs(const Dynamic& j, const uint8_t* codes, const int8_t* wei
       ones[n] = dot<false>(ones[n], bytes(1), w);
     }
     UNROLL
-    for (int m = 0; m < M; m++) sums[m][n] = dot<false>(sums[m][n], load(codes + m * j.padded + k), w);
+    for (int m = 0; m < M; m++) sums[m][n] = dot<false>(sums[m][n], rows[m], w);
   }
 }
 

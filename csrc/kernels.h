@@ -63,10 +63,22 @@ struct Dynamic {
   float* y;              // [rows, out]
   int64_t rows, in, out;
   int is_signed;         // activations are -128 to 127 and their zero point is 0
+  int64_t function;      // behind the products: `Between` of static.h
+  float low, high;       // its arguments, as there
   int64_t padded;        // `in`, up to a multiple of 64
+  int64_t ahead;         // outputs between a block that is packed and the one that its worker takes next
   uint8_t* codes;        // [slab, padded]
   float* scales;         // [slab]
   int32_t* zeros;        // [slab]
+};
+
+// One of several layers that read one x, as the caller gives it: all members have 8 bytes.
+struct DynamicLayer {
+  const int8_t* weight;
+  const float *scale, *bias;
+  float* y;
+  int64_t out, function;
+  double low, high;
 };
 
 struct Product;   // of activations: product.h
@@ -94,6 +106,7 @@ struct Kernels {
                       int32_t* first);
   void (*compute_static)(const Static&, int64_t item, int64_t worker);
   void (*multiply_packed)(const Dynamic&, int64_t row, int64_t rows, int64_t out, int64_t outs, uint8_t* room);
+  void (*apply_function)(const Dynamic&, int64_t row, int64_t rows, int64_t out, int64_t outs);
   void (*gate)(const Gate&, int64_t item, int64_t worker);
 };
 

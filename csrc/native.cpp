@@ -134,7 +134,7 @@ int64_t items(const Rounding& j) { return (j.blocks * j.pieces + j.units - 1) / 
 using namespace torch_quant;
 
 // The version of this interface.
-EXPORT int torch_quant_version() { return 10; }
+EXPORT int torch_quant_version() { return 11; }
 
 // How many sets of kernels run here; the last is the fastest.
 EXPORT int torch_quant_paths() { return static_cast<int>(usable().size()); }
@@ -150,15 +150,36 @@ EXPORT void torch_quant_parallel(void* function) {
   parallel.store(reinterpret_cast<Parallel>(function));
 }
 
-// y = x @ weight.T + bias, x rounded to 8 bits for each row and the weight int8 for each output.
-EXPORT int torch_quant_dynamic(int threads, const float* x, const int8_t* weight, const float* scale,
-                               const float* bias, float* y, int64_t rows, int64_t in, int64_t out,
-                               int is_signed) {
-  if (!rows || !out || !in) return 0;
-  Dynamic j = {};
-  j.x = x, j.weight = weight, j.scale = scale, j.bias = bias, j.y = y;
-  j.rows = rows, j.in = in, j.out = out, j.is_signed = is_signed;
-  return multiply_rounded(j, threads) ? 0 : 1;
+// y = f(x @ weight.T + bias) of several weights, x rounded to 8 bits for each row and the weights int8 for each
+// output; `layers` points to so many of DynamicLayer. 0, or 1 where memory is short.
+EXPORT int torch_quant_dynamic(int threads, const float* x, const void* layers, int64_t rows, int64_t in,
+                               int64_t count, int is_signed) {
+  if (!rows || !in) return 0;
+  std::vector<Dynamic> jobs;
+  for (int64_t i = 0; i < count; i++) {
+    DynamicLayer of;
+    memcpy(&of, static_cast<const DynamicLayer*>(layers) + i, sizeof of);
+    if (!of.out) continue;
+    Dynamic j = {};
+    j.x = x, j.weight = of.weight, j.scale = of.scale, j.bias = of.bias, j.y = of.y;
+    j.rows = rows, j.in = in, j.out = of.out, j.is_signed = is_signed;
+    j.function = of.function, j.low = static_cast<float>(of.low), j.high = static_cast<float>(of.high);
+    jobs.push_back(j);
+  }
+  return jobs.empty() || multiply_rounded(jobs.data(), jobs.size(), threads) ? 0 : 1;
+}
+
+// y = the rows of an int8 table that `indices` name, each times its scale. -1, or the place of an index that the
+// table does not have, and nothing behind it was computed.
+EXPORT int64_t torch_quant_embedding(const int8_t* weight, const float* scale, const int64_t* indices, float* y,
+                                     int64_t count, int64_t rows, int64_t size) {
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t row = indices[i];
+    if (row < 0 || row >= rows) return i;
+    const int8_t* codes = weight + row * size;
+    for (int64_t k = 0; k < size; k++) y[i * size + k] = static_cast<float>(codes[k]) * scale[row];
+  }
+  return -1;
 }
 
 // Products of two activations, with a softmax and a second product between if there are values; 0, or 1

@@ -200,6 +200,12 @@ inline auto highest(const Vector& x) -> decltype(x.at[0] + 0) {
   for (int l = 1; l < LANES; l++) most = x.at[l] > most ? x.at[l] : most;
   return most;
 }
+// 16 rows of 16 words, each `row` bytes behind the last one, as 16 columns one after the other.
+inline void turn_words(const uint8_t* x, int64_t row, const U8& flip, uint8_t* out) {
+  for (int64_t i = 0; i < 16; i++)
+    for (int64_t k = 0; k < 64; k++)
+      out[k / 4 * 64 + i * 4 + k % 4] = static_cast<uint8_t>(x[i * row + k] ^ flip.at[k]);
+}
 inline Lanes first_lanes(int64_t n) { return n; }
 template <typename Vector>
 inline Vector pick(Lanes lanes, Vector yes, const Vector& no) {
@@ -241,6 +247,6 @@ inline void narrow_some(uint8_t* p, const I32& x, int64_t count) {
 const Kernels plain_kernels = {"plain", round, multiply, round_dynamic, multiply_dynamic,
                                DEPTH, pack_product, compute_product, finish_rows,
                                round_to_grid, gradient_of_grid, run_steps, pack_weight,
-                               compute_static, multiply_packed, gate};
+                               compute_static, multiply_packed, apply_function, gate};
 
 }  // namespace torch_quant

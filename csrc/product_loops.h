@@ -125,10 +125,16 @@ inline void pack_columns(const Operand& o, int64_t batch, int64_t head, int64_t 
   for (int64_t n = 0; n < columns; n += LANES, packed += groups * 64) {
     const int64_t count = columns - n < LANES ? columns - n : LANES;
     if (count < LANES) memset(packed, 0, groups * 64);
+    int64_t turned = 0;
+    if (DEPTH == 4 && count == LANES && o.element != FLOAT32) {
+      const uint8_t* x = place(o, batch, head, n);
+      for (; turned + 16 <= whole; turned += 16)
+        turn_words(x + turned * 4, o.of_row, bytes(flip), packed + turned * 64);
+    }
     for (int64_t l = 0; l < count; l++) {
       const uint8_t* x = row_of(o, batch, head, n + l, depth, room);
       uint8_t* out = packed + l * 4;
-      for (int64_t g = 0; g < whole; g++) {
+      for (int64_t g = turned; g < whole; g++) {
         const uint32_t w = word(x + g * DEPTH, flip);
         memcpy(out + g * 64, &w, 4);
       }
@@ -193,11 +199,12 @@ void pack_product(const Product& j, int64_t slot, int64_t worker) {
               static_cast<int32_t>(-j.p_zero), sums + j.wide);
 }
 
-// Adds M rows times N blocks of columns.
-template <int M, int N>
+// Adds M rows times N blocks of columns; `step` bytes AHEAD are fetched with each group.
+template <int M, int N, bool AHEAD = false>
 inline void add_products(I32 (&sums)[M][N], const uint8_t* left, int64_t left_bytes, const uint8_t* right,
-                         int64_t block, int64_t groups) {
+                         int64_t block, int64_t groups, const int8_t* ahead = nullptr, int64_t step = 0) {
   for (int64_t g = 0; g < groups; g++) {
+    if (AHEAD) prefetch(ahead + g * step);
     U8 r[N];
     UNROLL
     for (int n = 0; n < N; n++) r[n] = load(right + n * block + g * 64);

@@ -85,7 +85,7 @@ EXPORT int torch_quant_recurrent(int threads, const void* call) {
       x.rows = j.first[j.end[d]] - begin, x.in = j.in, x.out = j.wide;
       x.is_signed = static_cast<int>(j.is_signed);
       j.gates[d] = y;
-      if (!multiply_rounded(x, threads)) return 1;
+      if (!multiply_rounded(&x, 1, threads)) return 1;
     }
     if (!more) return 0;
     for_each<Recurrent>(threads, j, items, use.run_steps);

@@ -13,7 +13,7 @@ template <int FUNCTION>
 inline F32 function_of(F32 x, F32 low, F32 high) {
   switch (FUNCTION) {
     case CLAMP: return least(high, largest(low, x));  // NaN stays
-    case LEAKY_RELU: return plus_product(largest(x, zeros()), least(x, zeros()), low);
+    case LEAKY_RELU: return plus_product(largest(zeros(), x), least(zeros(), x), low);  // NaN stays
     case ERF_GELU: return gelu(x);
     case TANH_GELU: {  // x / (1 + exp(-2 sqrt(2 / pi) (x + 0.044715 x^3)))
       const F32 inner = plus_product(all(1.0f), product(x, x), all(0.044715f));

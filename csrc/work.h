@@ -63,6 +63,7 @@ constexpr int64_t SLAB_BYTES = 512 << 10, BLOCK_BYTES = 256 << 10;
 constexpr int64_t DYNAMIC_SLAB_BYTES = 1 << 20, DYNAMIC_BLOCK_BYTES = 128 << 10;
 constexpr int64_t PACKED_INPUTS = 2048;       // beyond which rows and weights leave the cache
 constexpr int64_t PACKED_BYTES = 128 << 10;   // of weights that are packed for one call
+constexpr int64_t MANY_ROWS = 128;            // that leave a core's first cache while a block meets them
 constexpr int64_t THREAD_BYTES = 64 << 10;  // of weights, read once, for which a thread pays
 
 inline int64_t least(int64_t x, int64_t y) { return x < y ? x : y; }
@@ -119,43 +120,58 @@ void run_slabs(const Job& j, void (*round)(const Job&, int64_t, int64_t), const 
   }
 }
 
-// Whether it pays to pack a weight for one call: a row for 16 inputs, and what a row alone costs otherwise.
-inline bool packing_pays(const Dynamic& j) { return j.in <= PACKED_INPUTS && j.rows >= 32 + j.in / 16; }
+// Whether it pays to pack a weight for one call: sums of few inputs cost much where a vector holds one output's.
+inline bool packing_pays(const Dynamic& j) { return j.in <= PACKED_INPUTS && j.rows >= 8 + j.in / 24; }
+
+using RoundRows = void (*)(const Dynamic&, int64_t, int64_t);
 
 // Rounded rows of a slab times blocks of outputs whose weights are packed; false where memory is short.
-inline bool multiply_packed(const Dynamic& j, int64_t most_rows, int threads) {
+inline bool multiply_packed(Dynamic j, RoundRows round, int64_t most_rows, int threads) {
   const Kernels& use = kernels();
   const int64_t groups_bytes = whole(j.in, 4) * LANES;  // of 16 outputs
   threads = threads_for(j.rows, j.out, j.in, threads);
-  const int64_t blocks = least(PACKED_BYTES / groups_bytes, whole(j.out, LANES) / LANES / threads);
-  const int64_t outs = most(1, blocks) * LANES;
-  const int64_t bytes = whole(outs / LANES * groups_bytes + (1 + TILE_ROWS) * outs * 4, 64);
+  const int64_t packed_bytes = j.rows < MANY_ROWS ? PACKED_BYTES / 4 : PACKED_BYTES;
+  const int64_t blocks = least(packed_bytes / groups_bytes, whole(j.out, LANES) / LANES / threads);
+  const int64_t outs = most(1, blocks / 2) * 2 * LANES;
+  j.ahead = threads * outs;
+  const int64_t bytes = whole(outs / LANES * groups_bytes + outs * 4, 64);
   const Memory room(threads * bytes);
   if (!room.start) return false;
   const auto multiply = [&](int64_t row, int64_t rows, int64_t n, int64_t some, int64_t worker) {
     use.multiply_packed(j, row, rows, n, some, room.get() + worker * bytes);
+    if (j.function) use.apply_function(j, row, rows, n, some);
   };
-  run_slabs(j, use.round_dynamic, multiply, most_rows, outs, threads);
+  run_slabs(j, round, multiply, most_rows, outs, threads);
   return true;
 }
 
-// Dynamic int8 products; false where memory is short.
-inline bool multiply_rounded(Dynamic j, int threads) {
-  j.padded = whole(j.in, 64);
-  const int64_t slab_rows = most(4, least(j.rows, DYNAMIC_SLAB_BYTES / most(j.padded, 1) / 4 * 4));
-  const Memory codes(slab_rows * j.padded), numbers(slab_rows * 8);
-  if (!codes.start || !numbers.start) return false;
-  j.codes = codes.get();
-  j.scales = reinterpret_cast<float*>(numbers.get());
-  j.zeros = reinterpret_cast<int32_t*>(numbers.get()) + slab_rows;
+inline void round_nothing(const Dynamic&, int64_t, int64_t) {}
+
+// Dynamic int8 products of one x and several weights; false where memory is short. Rows are rounded once
+// where one slab has them.
+inline bool multiply_rounded(Dynamic* jobs, int64_t count, int threads) {
   const Kernels& use = kernels();
-  if (use.depth == 4 && packing_pays(j)) return multiply_packed(j, slab_rows, threads);
-  threads = threads_for(j.rows, j.out, j.in, threads);
-  const auto multiply = [&](int64_t row, int64_t rows, int64_t n, int64_t outs, int64_t) {
-    use.multiply_dynamic(j, row, rows, n, outs);
-  };
-  run_slabs(j, use.round_dynamic, multiply, slab_rows, outs_of_block(j.out, j.in, DYNAMIC_BLOCK_BYTES, threads),
-            threads);
+  const int64_t rows = jobs->rows, padded = whole(jobs->in, 64);
+  const int64_t slab_rows = most(4, least(rows, DYNAMIC_SLAB_BYTES / most(padded, 1) / 4 * 4));
+  const Memory codes(slab_rows * padded), numbers(slab_rows * 8);
+  if (!codes.start || !numbers.start) return false;
+  for (int64_t i = 0; i < count; i++) {
+    Dynamic& j = jobs[i];
+    j.padded = padded, j.codes = codes.get();
+    j.scales = reinterpret_cast<float*>(numbers.get());
+    j.zeros = reinterpret_cast<int32_t*>(numbers.get()) + slab_rows;
+    const RoundRows round = i && rows <= slab_rows ? round_nothing : use.round_dynamic;
+    if (use.depth == 4 && packing_pays(j)) {
+      if (!multiply_packed(j, round, slab_rows, threads)) return false;
+      continue;
+    }
+    const int some = threads_for(rows, j.out, j.in, threads);
+    const auto multiply = [&](int64_t row, int64_t some_rows, int64_t n, int64_t outs, int64_t) {
+      use.multiply_dynamic(j, row, some_rows, n, outs);
+      if (j.function) use.apply_function(j, row, some_rows, n, outs);
+    };
+    run_slabs(j, round, multiply, slab_rows, outs_of_block(j.out, j.in, DYNAMIC_BLOCK_BYTES, some), some);
+  }
   return true;
 }
 

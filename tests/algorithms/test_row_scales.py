@@ -26,7 +26,7 @@ from torch_quant import (
 )
 
 needs_kernels = pytest.mark.skipif(
-    not native.has_row_scales(), reason=f"{native.unavailable() or 'kernels of an older build'}"
+    native.unavailable() is not None, reason=str(native.unavailable())
 )
 BACKENDS = ["reference", pytest.param("onednn", marks=needs_kernels)]
 ROWS = QConfig(transforms=[RowScales()])
@@ -118,20 +118,6 @@ def test_rows_that_see_nothing_where_denormal_numbers_are_zero(
         assert fast(x, hidden).isfinite().all()
     finally:
         torch.set_flush_denormal(False)
-
-
-@needs_kernels
-def test_kernels_that_were_built_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that was saved computes the same; a new plan has one scale."""
-    model, quantizer = looking("onednn")
-    fast, x = quantizer.quantize(model), normal(2, 9, 32, salt=2)
-    expected = fast(x, None)
-    for place in ("native.products.native", "backends.onednn.products.native"):
-        monkeypatch.setattr(f"torch_quant.{place}.has_row_scales", lambda: False)
-    assert sqnr(expected, fast(x, None)) > 40
-    attention = quantizer.coverage(model, backend="onednn").plan["scaled_dot_product_attention"]
-    assert attention.quantized
-    assert not attention.transforms
 
 
 @needs_kernels

@@ -152,6 +152,14 @@ def test_embedding_is_exact() -> None:
     model = nn.Embedding(50, 16)
     expected, actual = both(model, torch.randint(50, (3, 7)))
     assert torch.equal(actual, expected)
+    quantizer = calibrated(model, [((torch.arange(3),), {})], backend="onednn")
+    quant_model = quantizer.quantize(model)
+    few = torch.arange(6, dtype=torch.int32).reshape(2, 3).mT
+    assert torch.equal(quant_model(few), quant_model(few.long()))
+    assert quant_model(few[:0]).shape == (0, 2, 16)
+    for outside in (-1, 50):
+        with pytest.raises(IndexError):
+            quant_model(torch.tensor([3, outside]))
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8])

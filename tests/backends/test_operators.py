@@ -257,7 +257,13 @@ SAMPLES: dict[str, Callable[[], dict[str, Sample]]] = {
     "weight_only_experts": lambda: {
         "": (floats(5, 64), codes(6, 32), floats(6, 2), None, torch.tensor([2, 5]), 4, 8)
     },
-    "dynamic_linear": lambda: {"": (floats(3, 64), *weight(6, 64), floats(6), False)},
+    "dynamic_linear": lambda: {
+        "": (floats(3, 64), *weight(6, 64), floats(6), False),
+        "gelu": (floats(3, 64), *weight(6, 64), None, True, "gelu", [], "tanh"),
+    },
+    "dynamic_linears": lambda: {
+        "": (floats(3, 64), *map(list, zip(weight(6, 64), weight(5, 64), strict=True)), [], False)
+    },
     "packed_embedding": lambda: {
         "": (codes(6, 32), floats(6, 2), None, torch.tensor([[1, 2]]), 4, 8, 64)
     },

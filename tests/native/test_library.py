@@ -16,7 +16,8 @@ from torch import Tensor
 
 from torch_quant import InvalidConfig, native
 from torch_quant.native import library
-from torch_quant.native.ops import DYNAMIC_LINEAR, WEIGHT_ONLY_LINEAR
+from torch_quant.native.dynamic import DYNAMIC_LINEAR
+from torch_quant.native.ops import WEIGHT_ONLY_LINEAR
 
 needs_kernels = pytest.mark.skipif(not native.instruction_sets(), reason=f"{native.unavailable()}")
 

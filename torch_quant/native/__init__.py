@@ -2,10 +2,9 @@
 
 from torch_quant.native.library import (
     VARIABLE,
-    has_row_scales,
     instruction_sets,
     unavailable,
     using,
 )
 
-__all__ = ["VARIABLE", "has_row_scales", "instruction_sets", "unavailable", "using"]
+__all__ = ["VARIABLE", "instruction_sets", "unavailable", "using"]

@@ -21,7 +21,6 @@ from torch_quant.errors import InvalidConfig
 
 __all__ = [
     "VARIABLE",
-    "has_row_scales",
     "instruction_sets",
     "kernels",
     "run_call",
@@ -33,10 +32,8 @@ VARIABLE = "TORCH_QUANT_KERNELS"
 """The environment variable that chooses instructions: a name of :func:`instruction_sets`."""
 
 _NAME = "kernels.dll" if sys.platform == "win32" else "kernels.so"
-_VERSION = 10
+_VERSION = 11
 """Of the interface; a library that was built from other sources has another."""
-_ONE_SCALE = 9
-"""An interface whose attention has one scale for all probabilities, and that lacks nothing else."""
 _BUILD = (
     "build them with a C++ compiler: pip install -e . in a checkout, or pip install torch_quant"
 )
@@ -55,7 +52,7 @@ def _find(path: Path) -> tuple[ctypes.CDLL | None, str]:
         version = library.torch_quant_version()
     except (OSError, AttributeError) as error:
         return None, f"{path} cannot be loaded ({error}): {_BUILD}"
-    if version not in (_VERSION, _ONE_SCALE):
+    if version != _VERSION:
         return None, (
             f"{path} has interface {version}, this torch_quant wants {_VERSION}: {_BUILD}"
         )
@@ -64,7 +61,9 @@ def _find(path: Path) -> tuple[ctypes.CDLL | None, str]:
     library.torch_quant_linear.argtypes = [_INT, *[_POINTER] * 7, *[_SIZE] * 5, *[_INT] * 3]
     library.torch_quant_linears.argtypes = [_INT, *[_POINTER] * 3, *[_SIZE] * 3]
     library.torch_quant_gated.argtypes = [_INT, *[_POINTER] * 3, *[_SIZE] * 4]
-    library.torch_quant_dynamic.argtypes = [_INT, *[_POINTER] * 5, *[_SIZE] * 3, _INT]
+    library.torch_quant_dynamic.argtypes = [_INT, *[_POINTER] * 2, *[_SIZE] * 3, _INT]
+    library.torch_quant_embedding.argtypes = [*[_POINTER] * 4, *[_SIZE] * 3]
+    library.torch_quant_embedding.restype = _SIZE
     library.torch_quant_product.argtypes = [_INT, _POINTER]
     library.torch_quant_rows.argtypes = [_INT, _POINTER]
     norm: list[Any] = [_INT, *[_POINTER] * 5, *[_SIZE] * 2, *[ctypes.c_double] * 2]
@@ -147,13 +146,6 @@ def using(instructions: str) -> Iterator[None]:
         yield
     finally:
         _use(library, before, "using")
-
-
-@functools.cache
-def has_row_scales() -> bool:
-    """Whether attention's probabilities may have a scale for each row."""
-    library = _loaded()[0]
-    return library is not None and library.torch_quant_version() != _ONE_SCALE
 
 
 def kernels() -> ctypes.CDLL | None:

@@ -19,17 +19,12 @@ from torch_quant.core.packing import row_bytes, unpack
 from torch_quant.errors import InvalidConfig
 from torch_quant.native import library as native
 from torch_quant.ops.library import define_operator
-from torch_quant.ops.qdq import CHOOSE_QPARAMS, QUANTIZE
 from torch_quant.ops.rows import register_row_operator
 
 __all__ = [
-    "DYNAMIC_LINEAR", "MOST_INPUTS", "PACKED_EMBEDDING", "WEIGHT_ONLY_EXPERTS",
+    "PACKED_EMBEDDING", "WEIGHT_ONLY_EXPERTS",
     "WEIGHT_ONLY_LINEAR",
 ]  # fmt: skip
-
-
-MOST_INPUTS = 65536
-"""Of a dynamic linear layer: sums of so many products of 8 bits fit in 32."""
 
 
 def _check(fits: bool, operator: str, what: str, got: object) -> None:
@@ -46,7 +41,7 @@ def address_of(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def _check_weight(name: str, weight: Tensor, scale: Tensor) -> None:
+def check_weight(name: str, weight: Tensor, scale: Tensor) -> None:
     if weight.dim() != 2:
         _check(False, name, "a weight of two dimensions", tuple(weight.shape))
     outputs, scales = weight.shape[0], scale.numel()
@@ -105,7 +100,7 @@ def layout_of(
     if known is not None and known.given == given and known.weight() is weight:
         return known
     name = "weight_only_linear"
-    _check_weight(name, weight, scale)
+    check_weight(name, weight, scale)
     _check(bits in (2, 4, 8), name, "bits=2, 4 or 8", bits)
     outputs, width = weight.shape
     bytes_ = (torch.uint8, torch.int8) if bits == 8 else (torch.uint8,)
@@ -184,42 +179,6 @@ def _weight_only_linear(
     return y if x.dtype is torch.float32 else y.to(x.dtype)
 
 
-def _dynamic_linear(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, signed: bool
-) -> Tensor:
-    name = "dynamic_linear"
-    check_rows(name, x)
-    _check_weight(name, weight, scale)
-    inputs, (outputs, width) = x.shape[-1], weight.shape
-    check_bias(name, bias, outputs)
-    if not (weight.dtype is torch.int8 and width == inputs <= MOST_INPUTS) or (
-        scale.numel() != outputs
-    ):
-        _check(weight.dtype is torch.int8, name, "an int8 weight", weight.dtype)
-        _check(width == inputs, name, f"a weight of {inputs} inputs", tuple(weight.shape))
-        _check(inputs <= MOST_INPUTS, name, f"at most {MOST_INPUTS} inputs", inputs)
-        _check(False, name, "one scale for each output", tuple(scale.shape))
-    kernels = native.kernels()
-    if not inputs:
-        return _sums_of_nothing(x.new_empty((*x.shape[:-1], outputs)), bias, x.dtype)
-    if kernels is None:
-        return _dynamic_in_float(x, weight, scale, bias, signed)
-    rows = plain(x, torch.float32)
-    if not weight.is_contiguous():
-        weight = weight.contiguous()
-    scale = plain(scale, torch.float32)
-    bias = None if bias is None else plain(bias, torch.float32)
-    y = rows.new_empty((*x.shape[:-1], outputs))
-    count = x.numel() // inputs
-    failed = kernels.torch_quant_dynamic(
-        torch.get_num_threads(), rows.data_ptr(), weight.data_ptr(), scale.data_ptr(),
-        address_of(bias), y.data_ptr(), count, inputs, outputs, signed,
-    )  # fmt: skip
-    if failed:
-        raise MemoryError(f"torch_quant::{name}: no memory for {rows.numel()} activations")
-    return y if x.dtype is torch.float32 else y.to(x.dtype)
-
-
 def _weight_only_experts(
     x: Tensor,
     weight: Tensor,
@@ -283,19 +242,6 @@ def _dequantized(codes: Tensor, scale: Tensor, zero_point: Tensor | None, zero: 
     return ((groups - middle) * scale).reshape(codes.shape)
 
 
-def _dynamic_in_float(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, signed: bool
-) -> Tensor:
-    element = "int8" if signed else "uint8"
-    x_scale, x_zero = CHOOSE_QPARAMS(x, element, signed, "per_token", "float32")
-    codes = QUANTIZE(x, x_scale, x_zero, element)
-    centred = (codes.to(torch.int32) - x_zero).to(torch.float32)
-    centred = torch.where(x_scale.isfinite(), centred, x_scale)  # NaN and infinity show
-    sums = torch.nn.functional.linear(centred, weight.to(torch.float32))
-    y: Tensor = sums * (x_scale * scale.flatten())
-    return (y if bias is None else y + bias).to(x.dtype)
-
-
 def _fake_linear(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
@@ -317,12 +263,6 @@ WEIGHT_ONLY_LINEAR = define_operator(
     _fake_linear,
     keys=("CPU",),
 )
-DYNAMIC_LINEAR = define_operator(
-    "dynamic_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias, bool signed) -> Tensor",
-    _dynamic_linear,
-    _fake_linear,
-    keys=("CPU",),
-)
 WEIGHT_ONLY_EXPERTS = define_operator(
     "weight_only_experts(Tensor x, Tensor weight, Tensor scale, Tensor? zero_point, Tensor ends, "
     "int bits, int zero) -> Tensor",
@@ -339,5 +279,4 @@ PACKED_EMBEDDING = define_operator(
 )
 
 register_row_operator(WEIGHT_ONLY_LINEAR, 0)
-register_row_operator(DYNAMIC_LINEAR, 0)
 register_row_operator(PACKED_EMBEDDING, 3)

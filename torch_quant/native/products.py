@@ -137,8 +137,7 @@ def _attention(
         raise InvalidConfig(f"torch_quant::int8_attention: sizes of {shapes} do not fit together")
     if not y.numel():
         return y
-    able = native.kernels() is not None and (scales[3] != BY_ROW or native.has_row_scales())
-    if not keys or keys > MOST_TERMS or not 0 < depth <= MOST_TERMS or not able:
+    if not keys or keys > MOST_TERMS or not 0 < depth <= MOST_TERMS or native.kernels() is None:
         grids = [_Grid(*each) for each in zip(scales, zero_points, strict=True)]
         real = _in_float((query, key, value), mask, causal, scale, grids, most)
         return y.copy_(_Grid(out_scale, out_zero_point).codes(real, out_dtype))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from torch_quant.errors import InvalidConfig
 from torch_quant.native import library as native
-from torch_quant.native.ops import MOST_INPUTS
+from torch_quant.native.dynamic import MOST_INPUTS
 from torch_quant.ops.library import define_operator
 from torch_quant.ops.qdq import CHOOSE_QPARAMS, FAKE_QUANTIZE
 from torch_quant.ops.stepping import (

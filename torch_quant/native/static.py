@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from torch_quant.native import library as native
-from torch_quant.native.ops import MOST_INPUTS
+from torch_quant.native.dynamic import MOST_INPUTS
 
 __all__ = ["multiply", "pack_weight", "packed_for", "takes"]
 

@@ -2,6 +2,8 @@
 
 last(f(gate(x)) * up(x)),  last(f(first(x)))     one call, with what stands between
 query(x), key(x), value(x)                       one call, which rounds x once
+
+The first is for weights alone, the second also for layers that round x to 8 bits at each call.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from torch_quant.native.dynamic import DYNAMIC_LINEAR, DYNAMIC_LINEARS
 from torch_quant.native.joint import GATED_LINEAR, WEIGHT_ONLY_LINEARS
 from torch_quant.native.ops import WEIGHT_ONLY_LINEAR
 from torch_quant.ops.arguments import argument, arguments, positional
@@ -47,14 +50,18 @@ def join_gated(context: PassContext) -> int:
 
 
 def join_products(context: PassContext) -> int:
-    """All layers that read one tensor, and have zero points and biases alike."""
+    """All layers that read one tensor, and have zero points, biases and rounding alike."""
     by_input: dict[tuple[Any, ...], list[fx.Node]] = {}
     for node in context.graph.nodes:
-        if node.target is not WEIGHT_ONLY_LINEAR:
+        if node.target is WEIGHT_ONLY_LINEAR:
+            alike: tuple[Any, ...] = _optional(node)
+        elif node.target is DYNAMIC_LINEAR and argument(node, "post_op") == "none":
+            alike = (argument(node, "signed"), argument(node, "bias") is not None)
+        else:
             continue
         x = argument(node, "x")
         if all(each is x or each.op == "get_attr" for each in node.all_input_nodes):
-            by_input.setdefault((x, *_optional(node)), []).append(node)
+            by_input.setdefault((x, node.target, *alike), []).append(node)
     groups = [nodes for nodes in by_input.values() if len(nodes) > 1]
     for nodes in groups:
         _join(nodes)
@@ -115,20 +122,24 @@ def _optional(node: fx.Node) -> tuple[bool, bool]:
     return argument(node, "zero_point") is not None, argument(node, "bias") is not None
 
 
-def _lists(nodes: list[fx.Node]) -> tuple[list[Any], ...]:
-    """Weights, scales, zero points, biases, bits and zeros of layers."""
-    found = (
-        [arguments(node)[name] for node in nodes]
-        for name in ("weight", "scale", "zero_point", "bias", "bits", "zero")
-    )
+_LISTS = ("weight", "scale", "zero_point", "bias", "bits", "zero")
+
+
+def _lists(nodes: list[fx.Node], names: tuple[str, ...] = _LISTS) -> tuple[list[Any], ...]:
+    """An argument of all layers for each name, without those that are None."""
+    found = ([arguments(node)[name] for node in nodes] for name in names)
     return tuple([each for each in values if each is not None] for values in found)
 
 
 def _join(nodes: list[fx.Node]) -> None:
     graph, x = nodes[0].graph, argument(nodes[0], "x")
-    lists = _lists(nodes)
+    if nodes[0].target is DYNAMIC_LINEAR:
+        names, last = ("weight", "scale", "bias"), (argument(nodes[0], "signed"),)
+        target, args = DYNAMIC_LINEARS, (*_lists(nodes, names), *last)
+    else:
+        target, args = WEIGHT_ONLY_LINEARS, _lists(nodes)
     with graph.inserting_before(nodes[0]):
-        joint = graph.call_function(WEIGHT_ONLY_LINEARS, (x, *lists))
+        joint = graph.call_function(target, (x, *args))
     for constant in joint.all_input_nodes:
         if joint < constant:  # a tensor of the model, which is there from the start
             joint.prepend(constant)

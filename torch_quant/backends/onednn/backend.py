@@ -28,6 +28,7 @@ from torch_quant.graph.sites import key_of
 from torch_quant.ops.arguments import argument, positional, retarget, set_arguments
 from torch_quant.ops.qdq import DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
 from torch_quant.ops.table import padding_sizes, size_hints, spread
+from torch_quant.passes.attention_masks import share_masks
 from torch_quant.passes.base import PassContext
 from torch_quant.passes.fold_pads import zeros_around
 from torch_quant.passes.fold_scales import fold_scales
@@ -110,6 +111,7 @@ class OneDNNBackend(Backend):
         for node in context.graph.find_nodes(op="call_function", target=QUANTIZE_PER_TENSOR):
             _lower_quantize(node)
         round_in_one_pass(context)
+        share_masks(context)
         if native.unavailable() is None:
             fuse_rms_norms(context)
             join_gated(context)

@@ -11,7 +11,7 @@ from torch import fx
 from torch_quant.ops.arguments import argument, positional
 from torch_quant.ops.qdq import QUANTIZE_PER_TENSOR
 
-__all__ = ["Ending", "ending_of", "replace"]
+__all__ = ["Ending", "ending_of", "function_behind", "replace"]
 
 aten = torch.ops.aten
 
@@ -50,21 +50,26 @@ def _post_op(node: fx.Node) -> tuple[str, tuple[float, ...], str] | None:
     return (names[node.target], (), "none") if node.target in names else None
 
 
-def ending_of(node: fx.Node, post_ops: set[str] | None = None) -> Ending:
-    """Everything behind ``node`` that its kernel can do."""
-    last = node
-    found: tuple[str, tuple[float, ...], str] = ("none", (), "none")
+def function_behind(node: fx.Node, post_ops: set[str] | None = None) -> Ending:
+    """The activation function behind ``node``, if its kernel has it."""
     users = list(node.users)
     post = _post_op(users[0]) if len(users) == 1 else None
     if post is not None and (post_ops is None or post[0] in post_ops):
-        last, found = users[0], post
+        return Ending(users[0], *post)
+    return Ending(node)
+
+
+def ending_of(node: fx.Node, post_ops: set[str] | None = None) -> Ending:
+    """Everything behind ``node`` that its kernel can do."""
+    function = function_behind(node, post_ops)
+    last, found = function.last, (function.post_op, function.post_args, function.algorithm)
     quantizers = list(last.users)
     if len(quantizers) == 1 and quantizers[0].target is QUANTIZE_PER_TENSOR:
         _, scale, zero_point, low, high, dtype = positional(quantizers[0])
         info = torch.iinfo(dtype)
         if (low, high) == (info.min, info.max):
             return Ending(quantizers[0], *found, scale, zero_point, dtype)
-    return Ending(last, *found)
+    return function
 
 
 def replace(node: fx.Node, output: Ending, target: Any, args: tuple[Any, ...]) -> None:

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from torch_quant.backends.onednn.endings import function_behind, replace
 from torch_quant.core.granularity import PerGroup, PerToken
 from torch_quant.core.kernels import Accepts, Kernel
 from torch_quant.core.packing import bits_of_storage, pack
 from torch_quant.core.spec import QuantSpec, ScaleType
 from torch_quant.graph.sites import key_of
 from torch_quant.native import ops
+from torch_quant.native.dynamic import DYNAMIC_LINEAR, MOST_INPUTS
 from torch_quant.ops.arguments import argument, arguments, positional
 from torch_quant.ops.qdq import DEQUANTIZE, DEQUANTIZE_PER_CHANNEL, QUANTIZE
 from torch_quant.passes.base import PassContext, call_like
@@ -118,15 +120,17 @@ def _lower_dynamic(context: PassContext, node: fx.Node) -> None:
         return
     quantize = argument(real, "q")
     assert quantize.target is QUANTIZE
-    if _codes(weight).shape[1] > ops.MOST_INPUTS:
-        inputs = f"{ops.MOST_INPUTS} inputs"
+    if _codes(weight).shape[1] > MOST_INPUTS:
+        inputs = f"{MOST_INPUTS} inputs"
         context.decline(key_of(node), f"sums of more than {inputs} do not fit in 32 bits")
         return
     spec = context.plan[key_of(node)].activation
     assert spec is not None
     codes, scale = argument(weight, "q"), argument(weight, "scale")
-    args = (argument(quantize, "x"), codes, scale, bias, spec.symmetric)
-    _put(node, ops.DYNAMIC_LINEAR, args)
+    out = function_behind(node)
+    ending = (out.post_op, list(out.post_args), out.algorithm)
+    args = (argument(quantize, "x"), codes, scale, bias, spec.symmetric, *ending)
+    replace(node, out, DYNAMIC_LINEAR, args)
 
 
 def _codes(weight: fx.Node) -> Tensor:

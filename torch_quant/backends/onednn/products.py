@@ -45,7 +45,7 @@ def product_kernels(activation: Accepts) -> tuple[Kernel, ...]:
             "scaled_dot_product_attention",
             activation,
             emit=_lower_attention,
-            row_scales=native.has_row_scales(),
+            row_scales=missing is None,
         ),
         Kernel("matmul", activation, emit=_lower_matmul),
     )

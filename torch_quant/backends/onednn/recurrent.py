@@ -14,7 +14,7 @@ from torch_quant.backends.onednn.native import TOKENS, is_token
 from torch_quant.core.kernels import Accepts, Kernel
 from torch_quant.core.plan import SitePlan
 from torch_quant.graph.sites import key_of
-from torch_quant.native.ops import MOST_INPUTS
+from torch_quant.native.dynamic import MOST_INPUTS
 from torch_quant.native.recurrent import DYNAMIC_CELL, DYNAMIC_RECURRENT
 from torch_quant.ops.arguments import argument, arguments, retarget
 from torch_quant.ops.qdq import DEQUANTIZE, DEQUANTIZE_PER_CHANNEL, QUANTIZE

@@ -11,6 +11,7 @@ from torch_quant.backends.int8 import int8_weight
 from torch_quant.backends.onednn.endings import Ending, replace
 from torch_quant.core.kernels import Accepts, Kernel
 from torch_quant.graph.sites import results
+from torch_quant.native import library as native
 from torch_quant.ops.arguments import argument
 from torch_quant.ops.embedding_bags import bag_arguments, bags_of_rows
 from torch_quant.ops.library import define_operator
@@ -21,6 +22,26 @@ __all__ = ["EMBEDDING", "EMBEDDING_BAG", "table_kernels"]
 
 
 def _embedding(weight: Tensor, scale: Tensor, indices: Tensor) -> Tensor:
+    if (
+        weight.dtype is torch.int8
+        and indices.dtype is torch.int64
+        and scale.dtype is torch.float32
+        and weight.is_contiguous()
+        and scale.is_contiguous()
+        and scale.numel() == weight.shape[0]
+        and (kernels := native.kernels()) is not None
+    ):
+        count, size = weight.shape
+        indices = indices.contiguous()
+        y = scale.new_empty((*indices.shape, size))
+        bad = kernels.torch_quant_embedding(
+            weight.data_ptr(), scale.data_ptr(), indices.data_ptr(), y.data_ptr(), indices.numel(),
+            count, size,
+        )  # fmt: skip
+        if bad < 0:
+            return y
+        index = indices.flatten()[bad].item()
+        raise IndexError(f"an embedding of {count} rows has no row {index}")
     rows = torch.nn.functional.embedding(indices, weight).to(torch.float32)
     return rows * torch.nn.functional.embedding(indices, scale.unsqueeze(-1))
 
