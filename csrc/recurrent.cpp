@@ -10,6 +10,7 @@ namespace {
 
 constexpr int64_t GATE_BYTES = 1 << 20;      // of gates that are there at a time, for each direction
 constexpr int64_t THREAD_STEPS = 4 << 20;    // multiplications for which a thread pays
+constexpr int64_t SHARE_PRODUCTS = 1 << 18;  // multiplications of a step for which a thread pays
 constexpr int64_t MOST_ROWS = 32;            // sequences of a block
 constexpr int64_t PACKED_ROWS = 4;           // of a step, for which a packed matrix is the faster
 constexpr int64_t PACKED_TIMES = 4;          // as often as packing pays, for what else it costs
@@ -49,16 +50,22 @@ EXPORT int torch_quant_recurrent(int threads, const void* call) {
   j.block = least(least(whole((j.batch + parts - 1) / parts, 4), j.batch), MOST_ROWS);
   j.blocks = (j.batch + j.block - 1) / j.block;
   const int64_t items = j.directions * j.blocks;
+  // Slices begin where vectors do, and have work for as long as some threads take to meet.
+  const int64_t most_shares = least(MOST_SHARES, j.size % LANES ? 1 : j.block * j.wide * j.size / SHARE_PRODUCTS);
+  j.units = whole(j.size / most(1, least(threads / items, most_shares)), LANES);
+  j.shares = j.size % LANES ? 1 : (j.size + j.units - 1) / j.units;
   const int64_t rows = most(j.batch, least(all, GATE_BYTES / (j.wide * 4)));
   j.scratch_bytes = whole(j.block * (j.wide * 4 + j.padded + 8), 64) + STEP_OUTS * TILE_ROWS * 4;
   const int64_t gate_bytes = whole(rows * j.wide * 4, 64);
   const Memory gates(j.directions * gate_bytes), scratch(threads * j.scratch_bytes);
-  const Memory sums(items * (j.wide * 4 + 8) + LANES * 4);
+  const Memory sums(items * (j.wide * 4 + 8 * j.shares) + LANES * 4);
+  const Memory states(j.shares > 1 ? items * 2 * j.block * j.size * 4 : 0);
+  std::vector<Shared> shared(j.shares > 1 ? items : 0);
   const Kernels& use = kernels();
   const bool pack = use.depth == 4 && j.batch >= PACKED_ROWS && all >= PACKED_TIMES * (32 + j.size / 16);
   const int64_t packed_bytes = pack ? whole(j.wide, LANES) * (whole(j.size, 4) + 4) : 0;
   const Memory packed(j.directions * packed_bytes);
-  if (!gates.start || !scratch.start || !sums.start || !packed.start) return 1;
+  if (!gates.start || !scratch.start || !sums.start || !packed.start || !states.start) return 1;
   for (int64_t d = 0; pack && d < j.directions; d++) {
     uint8_t* start = packed.get() + d * packed_bytes;
     auto* of_weights = reinterpret_cast<int32_t*>(start);
@@ -68,8 +75,14 @@ EXPORT int torch_quant_recurrent(int threads, const void* call) {
   }
   j.scratch = scratch.get();
   j.known = reinterpret_cast<int64_t*>(sums.get());
-  j.sums = reinterpret_cast<int32_t*>(j.known + items);
-  memset(j.known, 0, items * 8);
+  j.sums = reinterpret_cast<int32_t*>(j.known + items * j.shares);
+  memset(j.known, 0, items * j.shares * 8);
+  j.shared = shared.data(), j.states = reinterpret_cast<float*>(states.get());
+  for (int64_t i = 0; j.shares > 1 && i < 2 * items; i++) {
+    const int64_t d = i / 2 / j.blocks, from = i / 2 % j.blocks * j.block;
+    const int64_t count = least(j.block, j.batch - from) * j.size;
+    memcpy(j.states + i * j.block * j.size, j.of[d].h + from * j.size, count * 4);
+  }
   j.begin[1] = j.end[1] = j.steps;
   while (true) {
     bool more = false;
@@ -88,6 +101,7 @@ EXPORT int torch_quant_recurrent(int threads, const void* call) {
       if (!multiply_rounded(&x, 1, threads)) return 1;
     }
     if (!more) return 0;
-    for_each<Recurrent>(threads, j, items, use.run_steps);
+    for (Shared& each : shared) each.begin();
+    for_each<Recurrent>(threads, j, items * j.shares, use.run_steps);
   }
 }

@@ -7,9 +7,15 @@
 // Each row of x and of h has a scale and a zero point of its own, so that no row depends on others.
 #pragma once
 
+#include <atomic>
+#include <thread>
+
 #include "kernels.h"
 
 namespace torch_quant {
+
+constexpr int64_t MOST_SHARES = 16;
+constexpr int64_t PATIENCE = 4096;  // looks before a thread takes the slice of one that has not come
 
 enum Cell : int64_t { LSTM = 0, GRU = 1, TANH = 2, RELU = 3 };
 
@@ -32,15 +38,40 @@ struct RecurrentCall {
   int64_t steps, batch, in, size, directions, cell, is_signed;
 };
 
+// Threads that share the steps of one item. Each step has as many slices of the state, which whoever is there
+// takes, one's own first. Nobody waits for a thread that has not come: its slices are taken by others.
+struct alignas(64) Shared {
+  std::atomic<int64_t> done{0};     // slices of all steps so far
+  std::atomic<int64_t> taken[MOST_SHARES] = {};  // steps of which this slice was taken
+
+  void begin() {
+    done = 0;
+    for (auto& each : taken) each = 0;
+  }
+  bool complete(int64_t slices) const { return done.load(std::memory_order_acquire) >= slices; }
+  // Returns when so many slices are done, or after `patience` looks, if that is not 0.
+  void wait(int64_t slices, int64_t patience) const {
+    for (int64_t looks = 1; !complete(slices) && looks != patience; looks++)
+      if (looks % 1024 == 0) std::this_thread::yield();
+  }
+  bool take(int64_t slice, int64_t step) {
+    return taken[slice].compare_exchange_strong(step, step + 1, std::memory_order_acq_rel);
+  }
+  void finish() { done.fetch_add(1, std::memory_order_acq_rel); }
+};
+
 constexpr int64_t STEP_OUTS = 128;  // of a packed matrix, which meet all rows of a step while they are cached
 
 struct Recurrent : RecurrentCall {
   int64_t wide, padded;        // gates * size; `size`, up to a multiple of 64
   int64_t blocks, block;       // of a batch, and sequences of one
+  int64_t shares, units;       // threads that share the steps of a block, and numbers of the state of each
+  Shared* shared;              // [directions * blocks], where there are several
+  float* states;               // [directions * blocks, 2, block, size]: h before steps with an even number, an odd one
   int64_t begin[2], end[2];    // the steps whose gates are there
   const float* gates[2];       // [rows of them, wide]
   int32_t* sums;               // [directions * blocks, wide]: of a row of W_hh
-  int64_t* known;              // [directions * blocks]: whether these are there
+  int64_t* known;              // [directions * blocks, shares]: whether these are there
   uint8_t* scratch;            // [threads, scratch_bytes]
   int64_t scratch_bytes;       // codes, state, scales, zero points of a block, and sums of a tile
   const uint8_t* packed[2];    // W_hh as product.h packs a right matrix; null where that does not pay

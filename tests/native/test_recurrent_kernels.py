@@ -163,6 +163,39 @@ def test_neither_threads_nor_the_batch_change_a_bit(instructions: str) -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("instructions", SETS)
+@pytest.mark.parametrize(
+    "sizes",
+    [("lstm", 384, 1), ("gru", 512, 1), ("rnn_tanh", 784, 2), ("lstm", 392, 1), ("lstm", 384, 5)],
+    ids=str,
+)
+def test_threads_share_the_steps_of_few_sequences(
+    sizes: tuple[str, int, int], instructions: str
+) -> None:
+    """Both directions, sequences that end early, and more threads than there are cores."""
+    kind, size, batch = sizes
+    layers = Layers(kind, 24, size, both=True)
+    x, hx, threads = normal(40, batch, 24), layers.states(batch), torch.get_num_threads()
+    lengths = torch.tensor([40, 22, 22, 7, 1])[:batch]
+    packed = nn.utils.rnn.pack_padded_sequence(x, lengths)
+    found = []
+    try:
+        with using(instructions):
+            for count in (1, 2, 3, 7):
+                torch.set_num_threads(count)
+                found.append(
+                    (
+                        *layers.run(x, hx, None, False),
+                        *layers.run(packed.data, hx, packed.batch_sizes, False),
+                    )
+                )
+    finally:
+        torch.set_num_threads(threads)
+    for others in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+
+
+@needs_kernels
+@pytest.mark.parametrize("instructions", SETS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_nan_and_infinity_stay_in_their_sequence(kind: str, instructions: str) -> None:
     layers, x = Layers(kind, 10, 20), normal(6, 4, 10)
