@@ -5,17 +5,13 @@
 // A tile whose sums stay in registers; `slot` and `n0` are its first rounded row and output, of `outs`.
 template <int M, int N>
 inline void dynamic_tile(const Dynamic& j, const uint8_t* right, int64_t groups, const int32_t* of_weights,
-                         int64_t slot, int64_t row, int64_t n0, int64_t outs, const int8_t* ahead, int64_t step) {
+                         int64_t slot, int64_t row, int64_t n0, int64_t outs, Ahead& ahead) {
   I32 sums[M][N];
   UNROLL
   for (int n = 0; n < N; n++)
     UNROLL
     for (int m = 0; m < M; m++) sums[m][n] = zero();
-  const uint8_t* left = j.codes + slot * j.padded;
-  if (step)
-    add_products<M, N, true>(sums, left, j.padded, right, groups * 64, groups, ahead, step);
-  else
-    add_products<M, N>(sums, left, j.padded, right, groups * 64, groups);
+  add_and_fetch<M, N>(sums, j.codes + slot * j.padded, j.padded, right, groups * 64, groups, ahead);
   UNROLL
   for (int n = 0; n < N; n++) {
     const int64_t at = n0 + n * LANES, count = outs - n * LANES;
@@ -35,18 +31,17 @@ void multiply_packed(const Dynamic& j, int64_t row, int64_t rows, int64_t n, int
   const int64_t groups = groups_of(j.in), blocks = (outs + LANES - 1) / LANES;
   auto* of_weights = reinterpret_cast<int32_t*>(room + blocks * groups * 64);
   pack_weight(j.weight + n * j.in, outs, j.in, -1, room, of_weights);
-  const int64_t left = j.out - n - j.ahead, bytes = (left < outs ? left : outs) * j.in;
-  const int64_t tiles = rows / PRODUCT_ROWS * (blocks / TILE_COLUMNS);
-  const int64_t step = left > 0 && tiles && tiles * groups * 64 >= bytes ? bytes / (tiles * groups) + 1 : 0;
-  const int8_t* ahead = j.weight + (step ? (n + j.ahead) * j.in : 0);
+  const int64_t left = j.out - n - j.ahead;
+  Ahead ahead(j.weight + (n + (left > 0 ? j.ahead : 0)) * j.in, (left < outs ? left : outs) * j.in,
+              rows / PRODUCT_ROWS * (blocks / TILE_COLUMNS) * groups);
   in_tiles(rows, [&](auto tile, int64_t m) {
     constexpr int64_t wide = TILE_COLUMNS * LANES;
     int64_t k = 0;
-    for (; k + wide - LANES < outs; k += wide, ahead += step * groups)
+    for (; k + wide - LANES < outs; k += wide)
       dynamic_tile<tile(), TILE_COLUMNS>(j, room + k * groups * 4, groups, of_weights + k, m, row + m, n + k, outs - k,
-                                         ahead, tile() == PRODUCT_ROWS ? step : 0);
+                                         ahead);
     for (; k < outs; k += LANES)
-      dynamic_tile<tile(), 1>(j, room + k * groups * 4, groups, of_weights + k, m, row + m, n + k, outs - k, ahead, 0);
+      dynamic_tile<tile(), 1>(j, room + k * groups * 4, groups, of_weights + k, m, row + m, n + k, outs - k, ahead);
   });
 }
 

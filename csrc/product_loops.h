@@ -202,7 +202,7 @@ void pack_product(const Product& j, int64_t slot, int64_t worker) {
 // Adds M rows times N blocks of columns; `step` bytes AHEAD are fetched with each group.
 template <int M, int N, bool AHEAD = false>
 inline void add_products(I32 (&sums)[M][N], const uint8_t* left, int64_t left_bytes, const uint8_t* right,
-                         int64_t block, int64_t groups, const int8_t* ahead = nullptr, int64_t step = 0) {
+                         int64_t block, int64_t groups, const uint8_t* ahead = nullptr, int64_t step = 0) {
   for (int64_t g = 0; g < groups; g++) {
     if (AHEAD) prefetch(ahead + g * step);
     U8 r[N];
@@ -219,16 +219,37 @@ inline void add_products(I32 (&sums)[M][N], const uint8_t* left, int64_t left_by
   }
 }
 
+// What a product fetches for the one behind it: `step` bytes with each group of a whole tile.
+struct Ahead {
+  const uint8_t* at = nullptr;
+  int64_t step = 0;
+
+  Ahead() = default;
+  // `groups` of whole tiles fetch so many bytes, if a line for each is enough.
+  Ahead(const void* start, int64_t size, int64_t groups) : at(static_cast<const uint8_t*>(start)) {
+    step = size > 0 && groups * 64 >= size ? size / groups + 1 : 0;
+  }
+};
+
+template <int M, int N>
+inline void add_and_fetch(I32 (&sums)[M][N], const uint8_t* left, int64_t left_bytes, const uint8_t* right,
+                          int64_t block, int64_t groups, Ahead& ahead) {
+  if (M < PRODUCT_ROWS || N < TILE_COLUMNS || !ahead.step)
+    return add_products<M, N>(sums, left, left_bytes, right, block, groups);
+  add_products<M, N, true>(sums, left, left_bytes, right, block, groups, ahead.at, ahead.step);
+  ahead.at += ahead.step * groups;
+}
+
 // M rows times N blocks of columns; sums begin with those of `first`, if there are such.
 template <int M, int N>
 inline void product_tile(const uint8_t* left, int64_t left_bytes, const uint8_t* right, int64_t block,
-                         int64_t groups, const int32_t* first, int32_t* y, int64_t y_row) {
+                         int64_t groups, const int32_t* first, int32_t* y, int64_t y_row, Ahead& ahead) {
   I32 sums[M][N];
   UNROLL
   for (int n = 0; n < N; n++)
     UNROLL
     for (int m = 0; m < M; m++) sums[m][n] = first ? load_i32(first + n * LANES) : zero();
-  add_products<M, N>(sums, left, left_bytes, right, block, groups);
+  add_and_fetch<M, N>(sums, left, left_bytes, right, block, groups, ahead);
   UNROLL
   for (int m = 0; m < M; m++)
     UNROLL
@@ -237,14 +258,15 @@ inline void product_tile(const uint8_t* left, int64_t left_bytes, const uint8_t*
 
 template <int M>
 inline void product_rows(const uint8_t* left, int64_t left_bytes, const uint8_t* right, int64_t block,
-                         int64_t groups, int64_t blocks, const int32_t* first, int32_t* y, int64_t y_row) {
+                         int64_t groups, int64_t blocks, const int32_t* first, int32_t* y, int64_t y_row,
+                         Ahead& ahead) {
   int64_t n = 0;
   for (; n + TILE_COLUMNS <= blocks; n += TILE_COLUMNS)
     product_tile<M, TILE_COLUMNS>(left, left_bytes, right + n * block, block, groups,
-                                  first ? first + n * LANES : nullptr, y + n * LANES, y_row);
+                                  first ? first + n * LANES : nullptr, y + n * LANES, y_row, ahead);
   for (; n < blocks; n++)
     product_tile<M, 1>(left, left_bytes, right + n * block, block, groups,
-                       first ? first + n * LANES : nullptr, y + n * LANES, y_row);
+                       first ? first + n * LANES : nullptr, y + n * LANES, y_row, ahead);
 }
 
 // Calls `each` for some rows at a time: their number, a constant, and the first.
@@ -265,10 +287,11 @@ inline void in_tiles(int64_t rows, const Each& each) {
 // Rows of a tile times `blocks` of 16 columns, over the first `groups` of a packed block.
 inline void product_of(int64_t rows, const uint8_t* left, int64_t left_bytes, const uint8_t* right,
                        int64_t block, int64_t groups, int64_t blocks, const int32_t* first, int32_t* y,
-                       int64_t y_row) {
+                       int64_t y_row, Ahead* ahead = nullptr) {
+  Ahead nothing;
   in_tiles(rows, [&](auto tile, int64_t m) {
     product_rows<tile()>(left + m * left_bytes, left_bytes, right, block, groups, blocks, first, y + m * y_row,
-                         y_row);
+                         y_row, ahead ? *ahead : nothing);
   });
 }
 

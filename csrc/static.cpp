@@ -9,6 +9,7 @@ namespace torch_quant {
 namespace {
 
 constexpr int64_t WEIGHT_BYTES = 256 << 10;      // of packed weights that meet rows while they are cached
+constexpr int64_t FETCHED_BYTES = 48 << 10;      // likewise, where the next ones are fetched meanwhile
 constexpr int64_t THREAD_PRODUCTS = 1 << 20;     // multiplications for which a thread pays
 
 }  // namespace
@@ -38,9 +39,11 @@ EXPORT int torch_quant_static(int threads, const uint8_t* x, void* y, int64_t ro
   j.left_bytes = use.depth == 4 && j.in % 4 == 0 ? 0 : groups * 4;
   j.row_blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
   const int64_t wide = whole(j.out, LANES), share = (threads + j.row_blocks - 1) / j.row_blocks;
-  const int64_t cached = most(WEIGHT_BYTES / (groups * 64), 2) * LANES;
+  const bool fetches = j.row_blocks == 1 && use.depth == 4;  // else rows wait for weights once in many blocks
+  const int64_t cached = most((fetches ? FETCHED_BYTES : WEIGHT_BYTES) / (groups * 64) / 2 * 2, 2) * LANES;
   j.block = most(least(cached, whole((wide + share - 1) / share, 2 * LANES)), 2 * LANES);
   j.blocks = (j.out + j.block - 1) / j.block;
+  j.ahead = fetches ? threads * j.block / LANES * groups * 64 : 0;
   j.scratch_bytes = whole(TILE_ROWS * (j.left_bytes + j.block * 4), 64);
   const Memory scratch(threads * j.scratch_bytes);
   if (!scratch.start) return 1;

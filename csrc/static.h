@@ -37,6 +37,7 @@ struct Static : StaticCall {
   int64_t rows;
   int64_t block, blocks;          // outputs of an item, a multiple of 16; and how many there are
   int64_t row_blocks;
+  int64_t ahead;                  // bytes of packed weights to those that a worker takes next; 0: they are not fetched
   int64_t left_bytes;             // of a row whose numbers are copied, 0 where they are read in place
   uint8_t* scratch;               // [threads, scratch_bytes]
   int64_t scratch_bytes;          // the rows and the sums of a tile

@@ -62,13 +62,13 @@ struct Ending {
 // A tile whose sums stay in registers; `row` and `n` are its first row and output, of `outs`.
 template <bool REAL, int M, int N>
 inline void ended_tile(const Static& j, const Ending<REAL>& ending, const uint8_t* left, int64_t left_bytes,
-                       const uint8_t* right, int64_t groups, int64_t row, int64_t n0, int64_t outs) {
+                       const uint8_t* right, int64_t groups, int64_t row, int64_t n0, int64_t outs, Ahead& ahead) {
   I32 sums[M][N];
   UNROLL
   for (int n = 0; n < N; n++)
     UNROLL
     for (int m = 0; m < M; m++) sums[m][n] = load_i32(j.first + n0 + n * LANES);
-  add_products<M, N>(sums, left, left_bytes, right, groups * 64, groups);
+  add_and_fetch<M, N>(sums, left, left_bytes, right, groups * 64, groups, ahead);
   UNROLL
   for (int n = 0; n < N; n++) {
     const int64_t at = n0 + n * LANES, count = outs - n * LANES;
@@ -82,22 +82,22 @@ inline void ended_tile(const Static& j, const Ending<REAL>& ending, const uint8_
 
 template <bool REAL, int M>
 inline void ended_rows(const Static& j, const Ending<REAL>& ending, const uint8_t* left, int64_t left_bytes,
-                       const uint8_t* right, int64_t groups, int64_t row, int64_t n, int64_t outs) {
+                       const uint8_t* right, int64_t groups, int64_t row, int64_t n, int64_t outs, Ahead& ahead) {
   int64_t k = 0;
   for (; k + (TILE_COLUMNS - 1) * LANES < outs; k += TILE_COLUMNS * LANES)
     ended_tile<REAL, M, TILE_COLUMNS>(j, ending, left, left_bytes, right + k / LANES * groups * 64, groups, row,
-                                      n + k, outs - k);
+                                      n + k, outs - k, ahead);
   for (; k < outs; k += LANES)
     ended_tile<REAL, M, 1>(j, ending, left, left_bytes, right + k / LANES * groups * 64, groups, row, n + k,
-                           outs - k);
+                           outs - k, ahead);
 }
 
 template <bool REAL>
 inline void ended_product(const Static& j, int64_t rows, const uint8_t* left, int64_t left_bytes,
-                          const uint8_t* right, int64_t groups, int64_t row, int64_t n, int64_t outs) {
+                          const uint8_t* right, int64_t groups, int64_t row, int64_t n, int64_t outs, Ahead& ahead) {
   const Ending<REAL> ending(j, j.function == CLAMP);
   in_tiles(rows, [&](auto tile, int64_t m) {
-    ended_rows<REAL, tile()>(j, ending, left + m * left_bytes, left_bytes, right, groups, row + m, n, outs);
+    ended_rows<REAL, tile()>(j, ending, left + m * left_bytes, left_bytes, right, groups, row + m, n, outs, ahead);
   });
 }
 
@@ -134,12 +134,12 @@ inline void finish_outputs(const Static& j, const int32_t* sums, int64_t row, in
 // Some rows of a tile times a block of outputs.
 template <bool REAL>
 inline void static_rows(const Static& j, int64_t rows, const uint8_t* left, int64_t bytes, int64_t row, int64_t n,
-                        int64_t outs, int32_t* sums) {
+                        int64_t outs, int32_t* sums, Ahead& ahead) {
   const int64_t groups = groups_of(j.in), blocks = (outs + LANES - 1) / LANES;
   const uint8_t* packed = j.packed + n / LANES * groups * 64;
   if ((j.function == NO_FUNCTION || j.function == CLAMP) && !j.factors)
-    return ended_product<REAL>(j, rows, left, bytes, packed, groups, row, n, outs);
-  product_of(rows, left, bytes, packed, groups * 64, groups, blocks, j.first + n, sums, blocks * LANES);
+    return ended_product<REAL>(j, rows, left, bytes, packed, groups, row, n, outs, ahead);
+  product_of(rows, left, bytes, packed, groups * 64, groups, blocks, j.first + n, sums, blocks * LANES, &ahead);
   for (int64_t r = 0; r < rows; r++) finish_outputs<REAL>(j, sums + r * blocks * LANES, row + r, n, outs);
 }
 
@@ -152,6 +152,11 @@ void compute_static(const Static& j, int64_t item, int64_t worker) {
   const int64_t bytes = j.left_bytes ? j.left_bytes : j.in;
   uint8_t* copy = j.scratch + worker * j.scratch_bytes;
   auto* sums = reinterpret_cast<int32_t*>(copy + TILE_ROWS * j.left_bytes);
+  const int64_t groups = groups_of(j.in), blocks = (outs + LANES - 1) / LANES;
+  const int64_t next = n + j.ahead / (groups * 64) * LANES;  // the first of the outputs that come next
+  const int64_t following = j.ahead && next < j.out ? (j.out - next < outs ? j.out - next : outs) : 0;
+  Ahead ahead(j.packed + n / LANES * groups * 64 + j.ahead, (following + LANES - 1) / LANES * groups * 64,
+              (end - begin) / PRODUCT_ROWS * (blocks / TILE_COLUMNS) * groups);
   for (int64_t m = begin; m < end; m += TILE_ROWS) {
     const int64_t rows = end - m < TILE_ROWS ? end - m : TILE_ROWS;
     const uint8_t* left = j.x + m * j.in;
@@ -160,8 +165,8 @@ void compute_static(const Static& j, int64_t item, int64_t worker) {
       left = copy;
     }
     if (j.is_float)
-      static_rows<true>(j, rows, left, bytes, m, n, outs, sums);
+      static_rows<true>(j, rows, left, bytes, m, n, outs, sums, ahead);
     else
-      static_rows<false>(j, rows, left, bytes, m, n, outs, sums);
+      static_rows<false>(j, rows, left, bytes, m, n, outs, sums, ahead);
   }
 }

@@ -31,21 +31,24 @@ def _address(x: Tensor | None) -> int:
 
 
 def _plain(x: Tensor) -> Tensor:
-    return x.resolve_neg().contiguous()
+    return x if x.is_contiguous() and not x.is_neg() else x.resolve_neg().contiguous()
 
 
 def _check(name: str, x: Tensor, dtype: torch.dtype, **vectors: Tensor | None) -> None:
     if dtype not in _RANGES:
         raise InvalidConfig(f"torch_quant::{name}: expected codes of 8 bits, got {dtype}")
+    size = x.shape[-1:]
     for which, vector in vectors.items():
-        if vector is not None and vector.shape != x.shape[-1:]:
-            wanted, got = tuple(x.shape[-1:]), tuple(vector.shape)
+        if vector is not None and vector.shape != size:
+            wanted, got = tuple(size), tuple(vector.shape)
             raise InvalidConfig(f"torch_quant::{name}: expected {which} of {wanted}, got {got}")
 
 
 def _served(*tensors: Tensor | None) -> bool:
-    floats = all(x is None or x.dtype is torch.float32 for x in tensors)
-    return floats and native.kernels() is not None
+    for x in tensors:
+        if x is not None and x.dtype is not torch.float32:
+            return False
+    return native.kernels() is not None
 
 
 def _run(
@@ -64,8 +67,10 @@ def _run(
         *map(_address, tensors), x.numel() // size, size, function, eps,
         1.0 / scale, zero_point, *_RANGES[codes.dtype],
     )  # fmt: skip
-    memory = f"torch_quant::{name}: no memory for a row of {size} numbers"
-    native.run_call("torch_quant_rows", call, memory)
+    library = native.kernels()
+    assert library is not None
+    if library.torch_quant_rows(torch.get_num_threads(), call):
+        raise MemoryError(f"torch_quant::{name}: no memory for a row of {size} numbers")
 
 
 def _codes(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> Tensor:
@@ -145,9 +150,10 @@ def _fake_round_rows(x: Tensor, *args: Any) -> Tensor:
 
 def _fake_norm_rows(x: Tensor, more: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     dtype, keep_sum, keep_norm = args[-3:]
-    total = x.new_empty(x.shape if keep_sum and more is not None else (0,))
-    y = x.new_empty(x.shape if keep_norm else (0,))
-    return total, y, x.new_empty(x.shape, dtype=dtype)
+    shape = x.shape
+    total = x.new_empty(shape if keep_sum and more is not None else 0)
+    y = x.new_empty(shape if keep_norm else 0)
+    return total, y, x.new_empty(shape, dtype=dtype)
 
 
 ROUND_ROWS = define_operator(
