@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch_quant import Quantizer
 
-__all__ = ["Artifact", "check_out", "is_artifact", "write_artifact"]
+__all__ = ["Artifact", "check_above", "check_out", "is_artifact", "write_artifact"]
 
 VERSION = 1
 _EXAMPLE = "example.safetensors"
@@ -64,10 +64,16 @@ def check_out(out: str, overwrite: bool) -> Path:
             )
     elif path.exists() and not path.is_dir():
         raise Failed(f"--out {out} is a file: give the name of a new folder")
-    if not path.parent.is_dir():
-        above = Path(out).parent if not Path(out).is_symlink() else path.parent
-        raise Failed(f"--out {out}: there is no folder {above}; mkdir -p {above}")
+    check_above(out)
     return path
+
+
+def check_above(out: str) -> None:
+    """Raise :class:`Failed` if a file or folder would stand in a folder that does not exist."""
+    path = Path(out)
+    above = path.resolve().parent if path.is_symlink() else path.parent
+    if not above.is_dir():
+        raise Failed(f"--out {out}: there is no folder {above}; mkdir -p {above}")
 
 
 def _put_back(path: Path) -> None:

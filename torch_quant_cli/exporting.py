@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from torch_quant_cli.artifact import Artifact
+from torch_quant_cli.artifact import Artifact, check_above
 from torch_quant_cli.exits import FAILED, Failed
 from torch_quant_cli.options import data_options, inputs_for, model_options, reading_of
 from torch_quant_cli.running import Result, command, needed
@@ -96,8 +96,7 @@ def _target(out: str, overwrite: bool, form: str) -> Path:
     both = [path, path.with_suffix(".bin")] if form == "openvino" else [path]
     if held := [each for each in both if each.is_file() and not overwrite]:
         raise Failed(f"--out: {held[0]} exists: give another name, or --overwrite to replace it")
-    if not path.absolute().parent.is_dir():
-        raise Failed(f"--out {out}: there is no folder {path.parent}; mkdir -p {path.parent}")
+    check_above(out)
     ending = _ENDINGS.get(form)
     if ending is not None and path.suffix != ending:
         raise Failed(f"--out {out}: a file of {form} ends in {ending}")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from torch_quant_cli.artifact import check_above
 from torch_quant_cli.exits import Failed
 from torch_quant_cli.running import Result, command, wrapped
 
@@ -39,6 +40,8 @@ def cli(file: str, out: str | None, kind: str | None, overwrite: bool) -> Result
         raise Failed(f"--out {out}: expected a file that ends in .yaml, .yml or .json")
     if out is not None and Path(out).exists() and not overwrite:
         raise Failed(f"--out {out} exists: --overwrite replaces it")
+    if out is not None:
+        check_above(out)
     if Path(file).suffix == ".onnx":
         raise Failed(
             f"{file}: ranges are matched with the layers of a model, in Python: "

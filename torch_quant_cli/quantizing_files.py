@@ -80,7 +80,7 @@ def cli(**given: Any) -> Result:
         check_data(given["data"])
     if given["recipe"] is None and given["config"] is None:
         given["recipe"] = _RECIPE
-    out = _free(Path(given["out"]))
+    out = _new_folder(given["out"])
     model = _skeleton(source)
     if given["config"] is None:
         given["in_float"] = [*_embeddings(model), *given["in_float"]]
@@ -102,12 +102,10 @@ def cli(**given: Any) -> Result:
     return _written(source, out, quantizer, given, found, unfinished)
 
 
-def _free(out: Path) -> Path:
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise Failed(f"--out {out} exists: give a new folder")
-    if not out.absolute().parent.is_dir():
-        raise Failed(f"--out {out}: there is no folder {out.parent}; mkdir -p {out.parent}")
-    return out
+def _new_folder(out: str) -> Path:
+    from torch_quant.io.files import checked_target_folder
+
+    return checked_target_folder(out)
 
 
 def _written(

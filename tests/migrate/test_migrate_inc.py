@@ -240,6 +240,8 @@ def test_the_command_writes_what_quantize_reads(tmp_path: Path) -> None:
     assert (
         "--overwrite" in run("migrate", str(DATA / "rtn.json"), "--out", str(out), expect=2).stderr
     )
+    absent = str(tmp_path / "no" / "x.yaml")
+    assert "mkdir -p" in run("migrate", str(DATA / "rtn.json"), "--out", absent, expect=2).stderr
     local = {"w_dtype": "int8", "act_dtype": "uint8"}  # ranges for one layer alone
     two = {"rtn": {"global": {"bits": 4}, "local": {}}, "static_quant": {"local": {"2": local}}}
     (tmp_path / "two.json").write_text(json.dumps(two))

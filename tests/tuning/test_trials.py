@@ -63,6 +63,7 @@ def test_trials_of_one_batch_are_begun_together() -> None:
 
 
 def test_a_candidate_is_gone_before_the_next_is_made() -> None:
+    gc.freeze()  # what other tests have left need not be looked through three times
     alive: list[weakref.ref[Candidate]] = []
     left: list[int] = []
 

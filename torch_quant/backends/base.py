@@ -159,6 +159,8 @@ class Backend(ABC, metaclass=_ByName):
         0
         """
         kernels, changed = self.kernels(), 0
+        if all(kernel.emit is None for kernel in kernels.rows):
+            return 0
         for node in list(context.graph.nodes):
             entry = context.plan.get(node.meta.get(KEY, ""))
             if node.op != "call_function" or entry is None or not entry.quantized:

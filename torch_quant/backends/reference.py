@@ -49,8 +49,7 @@ class ReferenceBackend(Backend):
         return super().kernels() if self._simulates is None else self._simulates.kernels()
 
     def _kernels(self) -> KernelTable:
-        weight = Accepts(symmetric_weight(), any_format=True, floats=True)
-        rows = [row for op, pattern in OPERATORS.items() for row in _rows(op, pattern, weight)]
+        rows = [row for op, pattern in OPERATORS.items() for row in _known(op, pattern)]
         return KernelTable(self.name, tuple(rows))
 
     def lower(self, context: PassContext) -> fx.GraphModule:
@@ -68,8 +67,21 @@ class ReferenceBackend(Backend):
         return context.gm
 
 
-def _rows(op: str, pattern: OpPattern, weight: Accepts) -> list[Kernel]:
+_KNOWN: dict[str, tuple[OpPattern, list[Kernel]]] = {}
+
+
+def _known(op: str, pattern: OpPattern) -> list[Kernel]:
+    """:func:`_rows`, which take longer than all else of a plan; registering may replace a row."""
+    row, kernels = _KNOWN.get(op, (None, []))
+    if row is not pattern:
+        kernels = _rows(op, pattern)
+        _KNOWN[op] = pattern, kernels
+    return kernels
+
+
+def _rows(op: str, pattern: OpPattern) -> list[Kernel]:
     """How an operator is computed."""
+    weight = Accepts(symmetric_weight(), any_format=True, floats=True)
     if pattern.any_format:
         return [Kernel(op, _activations(pattern), weight, row_scales=bool(pattern.internals))]
     found = []

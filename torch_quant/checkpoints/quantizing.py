@@ -21,14 +21,14 @@ from torch_quant.checkpoints.layout import Layout
 from torch_quant.checkpoints.loading import example_of
 from torch_quant.checkpoints.shards import Shards
 from torch_quant.checkpoints.skeletons import built, config_of
-from torch_quant.checkpoints.writing import check_free, check_held, checked_layout, describe
+from torch_quant.checkpoints.writing import check_held, checked_layout, describe
 from torch_quant.convert.codes import QuantizedWeight
 from torch_quant.core.plan import QuantPlan, SitePlan
 from torch_quant.core.qparams import QParams
 from torch_quant.core.rounded import RoundedWeights
 from torch_quant.core.telling import at_site, told_together
 from torch_quant.errors import InvalidConfig, QuantError
-from torch_quant.io.files import new_folder
+from torch_quant.io.files import checked_target_folder, new_folder
 from torch_quant.proxies.values import plain
 from torch_quant.quantizer import Quantizer
 from torch_quant.quantizer_base import tell_of
@@ -101,7 +101,7 @@ def quantize_checkpoint(
         )
     if isinstance(shard_bytes, bool) or not isinstance(shard_bytes, int) or shard_bytes < 1:
         raise InvalidConfig(f"shard_bytes={shard_bytes!r}; expected a number of bytes from 1 on")
-    layout, target = checked_layout(format, dtype), check_free(target)
+    layout, target = checked_layout(format, dtype), checked_target_folder(target)
     files = CheckpointFiles(source)
     if "quantization_config" in files.config:
         raise InvalidConfig(

@@ -20,10 +20,10 @@ from torch_quant.convert.codes import QuantizedWeight, quantized_weights
 from torch_quant.convert.quantized import QuantizedModule
 from torch_quant.core.naming import did_you_mean
 from torch_quant.errors import InvalidConfig
-from torch_quant.io.files import save_tensors, staging
+from torch_quant.io.files import checked_target_folder, save_tensors, staging
 from torch_quant.nn.stand_in import class_of
 
-__all__ = ["check_free", "check_held", "checked_layout", "describe", "export_checkpoint"]
+__all__ = ["check_held", "checked_layout", "describe", "export_checkpoint"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -72,7 +72,7 @@ def export_checkpoint(
     Traceback (most recent call last):
     torch_quant.errors.InvalidConfig: expected the model that quantizer.quantize(model) returns, ...
     """
-    layout, target = checked_layout(format, dtype), check_free(folder)
+    layout, target = checked_layout(format, dtype), checked_target_folder(folder)
     weights = quantized_weights(quant_model)
     assert isinstance(quant_model, QuantizedModule)
     config = copy.deepcopy(config_of(quant_model))
@@ -119,19 +119,6 @@ def checked_layout(format: str, dtype: torch.dtype) -> Layout:
         hint = did_you_mean(f"torch.{dtype}".replace("torch.torch", "torch"), map(str, _DTYPES))
         raise InvalidConfig(f"export_checkpoint(dtype={dtype!r}): expected one of {expected}{hint}")
     return LAYOUTS[format]
-
-
-def check_free(folder: str | os.PathLike[str]) -> Path:
-    """The folder, if it can be made; to be asked before any work."""
-    text = os.fspath(folder) if isinstance(folder, (str, os.PathLike)) else ""
-    if not isinstance(text, str) or not text or "\0" in text:
-        raise InvalidConfig(f'cannot write to {folder!r}; give a folder, as "model_int4"')
-    target = Path(text)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InvalidConfig(f"cannot write {target}: it exists already; give a new folder")
-    if not target.absolute().parent.is_dir():
-        raise InvalidConfig(f"cannot write {target}: give a folder in one that exists")
-    return target
 
 
 def _check(layout: Layout, model: nn.Module, weights: Mapping[str, QuantizedWeight]) -> None:

@@ -23,8 +23,8 @@ except ImportError:  # not on Windows, where nothing tells a writer that was kil
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
-    "alone", "checked_target", "new_folder", "put_back", "save_tensors", "staging",
-    "write_atomically", "write_stream",
+    "alone", "checked_target", "checked_target_folder", "new_folder", "put_back", "save_tensors",
+    "staging", "write_atomically", "write_stream",
 ]  # fmt: skip
 
 _MARK = "torch_quant-"
@@ -78,6 +78,32 @@ def _obstacle(text: str, target: Path, example: str) -> str:
     if not os.access(target.parent, os.W_OK | os.X_OK):
         return f"{target.parent} may not be written to; give a writable folder"
     return ""
+
+
+def checked_target_folder(folder: str | os.PathLike[str], *, replace: bool = False) -> Path:
+    """``folder``, if it can be made; to be asked before any work.
+
+    Args:
+        folder: which may exist if it is empty.
+        replace: it may hold something.
+
+    Raises:
+        InvalidConfig: it exists, it has no name, or it would stand in a folder that does not exist.
+
+    >>> checked_target_folder("model_int4").name
+    'model_int4'
+    """
+    text = os.fspath(folder) if isinstance(folder, (str, os.PathLike)) else ""
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise InvalidConfig(f'cannot write to {folder!r}; give a folder, as "model_int4"')
+    target = Path(text)
+    if target.exists() and not (target.is_dir() and (replace or not any(target.iterdir()))):
+        raise InvalidConfig(f"cannot write {target}: it exists already; give a new folder")
+    if not target.absolute().parent.is_dir():
+        raise InvalidConfig(
+            f"cannot write {target}: there is no folder {target.parent}; mkdir -p {target.parent}"
+        )
+    return target
 
 
 @contextlib.contextmanager
@@ -178,10 +204,7 @@ def new_folder(path: str | os.PathLike[str], *, replace: bool = False) -> Iterat
     target = Path(path)
     target = target if target.name else target.absolute()
     put_back(target)
-    if target.exists() and not (target.is_dir() and (replace or not any(target.iterdir()))):
-        raise InvalidConfig(f"cannot write {target}: it exists already; give a new folder")
-    if not target.absolute().parent.is_dir():
-        raise InvalidConfig(f"cannot write {target}: give a folder in one that exists")
+    checked_target_folder(target, replace=replace)
     beside = target.with_name(f"{target.name}.json")
     with staging(beside) as stage:
         made = stage / target.name

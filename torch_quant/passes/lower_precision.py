@@ -20,6 +20,9 @@ aten = torch.ops.aten
 
 def lower_precision(context: PassContext) -> int:
     """Cast around every site that the plan has in a lower float precision; returns how many."""
+    plan = context.plan.values()
+    if all(entry.quantized or entry.precision == "float32" for entry in plan):
+        return 0
     changed = 0
     casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
     for node, pattern, site in list(find_sites(context.graph)):

@@ -30,6 +30,8 @@ def sites_with(
 @torch.no_grad()
 def transform_sites(context: PassContext) -> int:
     """Run every transform of a quantized site of the graph; returns how many sites they changed."""
+    if not any(entry.transforms for entry in context.plan.values()):
+        return 0
     entries = (context.plan[site.name] for _, _, site in find_sites(context.graph))
     places: dict[Transform, int] = {}
     for entry in entries:
