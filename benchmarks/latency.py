@@ -33,6 +33,8 @@ from torch_quant import Quantizer, sqnr
 
 BASE = "float32"
 DEFAULT = ("MiniLM-L6, 8 x 128", "ResNet-50, 1")
+REST = 0.05
+"""Seconds until no thread of an earlier call looks for work."""
 ALIKE = ("cpu", "instruction set", "threads", "torch")
 """Conditions that all rows of a file share."""
 
@@ -94,13 +96,19 @@ def ready(setting: Setting, ways: list[str]) -> tuple[dict[str, Run], dict[str, 
 
 
 def timed(runs: dict[str, Run], sizes: list[Any], seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of calls in turns, each in another order and behind a call that is not timed."""
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    """Milliseconds of calls in turns, each in another order and behind a call that is not timed.
+
+    Threads that a way has started look for more work for a while, on cores that others want: with
+    several threads there is a rest between ways.
+    """
+    alone = torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
     found: dict[str, list[float]] = {name: [] for name in runs}
     sample, turn, end = random.Random(0).sample, 0, time.perf_counter() + seconds
     while turn < 5 or (time.perf_counter() < end and turn < 200):
         given = sizes[turn % len(sizes)]
         for name, run in sample(list(runs.items()), len(runs)):
+            time.sleep(0.0 if alone else REST)
             run(sizes[(turn - 1) % len(sizes)])
             start = clock()
             run(given)
