@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -68,9 +69,13 @@ class BuildKernels(build_ext):
             return
         with tempfile.TemporaryDirectory() as room:
             unix = self.compiler.compiler_type != "msvc"
-            objects = self.compiler.compile(
-                ext.sources, output_dir=room, extra_postargs=UNIX if unix else WINDOWS
-            )
+            options = UNIX if unix else WINDOWS
+
+            def compiled(source: str) -> list[str]:
+                return self.compiler.compile([source], output_dir=room, extra_postargs=options)
+
+            with ThreadPoolExecutor(os.cpu_count()) as pool:  # each waits for a compiler
+                objects = [each for found in pool.map(compiled, ext.sources) for each in found]
             built = Path(room, Path(self.get_ext_filename(ext.name)).name)
             self.compiler.link_shared_object(
                 objects, str(built), target_lang="c++", extra_postargs=["-pthread"] if unix else []
