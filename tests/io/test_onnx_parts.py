@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from flows import calibrated
-from models import images, seeded
+from models import images, normal, seeded
 from onnx_files import feeds, needs, operators, run_onnxruntime, tensors, written
 from thinning import rarely
 from torch import Tensor, nn
@@ -50,3 +51,39 @@ def test_every_size_is_cut(how: str, tmp_path: Path) -> None:
             found = run_onnxruntime(file, feeds(quant_model, inputs))
             assert [x.shape for x in found] == [x.shape for x in expected]
             assert sqnr(expected, found) > 40, (batch, size)
+
+
+class Interleaved(nn.Module):
+    """One row of queries for all windows of an image: as often as the image has windows."""
+
+    def __init__(self, axis: int | None) -> None:
+        super().__init__()
+        self.axis, self.first, self.last = axis, nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, query: Tensor) -> Tensor:
+        windows = x.reshape(-1, 2, 8)
+        times = windows.shape[0] // query.shape[0]
+        if self.axis is None:
+            return self.last(self.first(query).repeat_interleave(times).reshape(-1, 8))
+        query = self.first(query).repeat_interleave(times, self.axis)
+        if self.axis:
+            return self.last(query)
+        return self.last(query + windows)
+
+
+@pytest.mark.parametrize("axis", [0, 1, rarely(None)])
+def test_every_number_of_repeats(axis: int | None, tmp_path: Path) -> None:
+    """Rows as many as they are repeated, one row, and others."""
+    model, file = seeded(lambda: Interleaved(axis)), tmp_path / "m.onnx"
+
+    def given(batch: int, tokens: int) -> Any:
+        return (normal(batch, tokens, 8), normal(batch, 2, 8, salt=tokens)), {}
+
+    batches = [given(2, 12), given(3, 8)]
+    quant_model = written(calibrated(model, batches, backend="onnx"), model, batches[0], file)
+    for batch, tokens in ((2, 12), (2, 4), (1, 6), (4, 8), (3, 10)):
+        inputs = given(batch, tokens)
+        expected = tensors(quant_model, inputs)
+        found = run_onnxruntime(file, feeds(quant_model, inputs))
+        assert [x.shape for x in found] == [x.shape for x in expected]
+        assert sqnr(expected, found) > 40, (batch, tokens)

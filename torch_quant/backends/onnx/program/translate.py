@@ -21,6 +21,7 @@ from torch_quant.backends.onnx.program.ops import own_forms
 from torch_quant.backends.onnx.program.parts import free_parts
 from torch_quant.backends.onnx.program.promoted import real_integers
 from torch_quant.backends.onnx.program.recurrent import recurrent_layers, unrolled
+from torch_quant.backends.onnx.program.repeats import free_repeats
 from torch_quant.backends.onnx.program.rewrites import rewrite
 from torch_quant.backends.onnx.program.untraced import UntracedProgram
 from torch_quant.backends.onnx.program.weights import needed_opset, write_blocked
@@ -37,7 +38,9 @@ LOWEST_OPSET = 18
 
 Tell = Callable[[str], None]
 
-_PASSES: tuple[Pass, ...] = (recurrent_layers, free_parts, real_integers, floors)
+_PASSES: tuple[Pass, ...] = (
+    recurrent_layers, free_parts, free_repeats, real_integers, floors,
+)  # fmt: skip
 
 
 def _untold(_: str) -> None:
