@@ -133,14 +133,14 @@ def torchvision_candidates(model: nn.Module, family: str) -> Iterator[list[dict[
 def settled(model: nn.Module, inputs: dict[str, Any]) -> None:
     """Make batch norms give what reaches them with these inputs at a size of 1.
 
-    Means stay 0: few images of noise are alike far inside of a model, and to take their mean away
-    would leave noise alone.
+    Means stay 0, and all channels of a norm have one variance: few images of noise are alike far
+    inside of a model, and to take their mean away, or to enlarge channels that hardly vary, would
+    leave noise alone. ConvMixer's outputs in float32 were 6 dB from those in float64 then.
     """
 
     def rescale(norm: nn.Module, arguments: tuple[Any, ...]) -> None:
         (x,) = arguments
-        axes = [axis for axis in range(x.dim()) if axis != 1]
-        norm.get_buffer("running_var").copy_(x.square().mean(axes).clamp_min(1e-4))
+        norm.get_buffer("running_var").fill_(x.square().mean().clamp_min(1e-30))
 
     norms = [x for x in model.modules() if isinstance(x, nn.modules.batchnorm._BatchNorm)]
     hooks = [x.register_forward_pre_hook(rescale) for x in norms if x.running_var is not None]

@@ -145,7 +145,9 @@ def _of_transformers(name: str) -> Built:
             model = cls._from_config(config).eval().float()
             model = _lively(model)
             pairs = zip(_calls(model, 2, 12, 0), _calls(model, 3, 9, 1), strict=True)
-            return Built(model, _that_run(model, [list(pair) for pair in pairs]), name)
+            batches = _that_run(model, [list(pair) for pair in pairs])
+            settled(model, batches[0])
+            return Built(model, batches, name)
         except Exception as e:
             reasons.append(_said(e))
     raise NotBuilt(" | ".join(dict.fromkeys(reasons)))
