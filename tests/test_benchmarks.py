@@ -190,6 +190,23 @@ def test_rounding_by_hooks_is_as_near_as_the_package(zoo: Any) -> None:
     assert all(map(zoo._equal, expected, zoo._outputs(model, batches)))  # the weights are back
 
 
+class Product(nn.Module):
+    """Channels times channels of an image of any size."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        rows = input.flatten(2)
+        return rows @ rows.mT
+
+
+def test_products_are_rounded_by_hooks_too(zoo: Any) -> None:
+    torch.manual_seed(0)
+    model, batches = Product(), [{"input": torch.randn(n, 3, 8, n)} for n in (4, 6)]
+    expected = zoo._outputs(model, batches)
+    found = zoo._rounded(model, batches, expected)
+    assert 30 < found["rounding"] < 60
+    assert found["16 bits"] > found["rounding"] + 30
+
+
 def test_the_zoo_goes_on_where_it_was_stopped(zoo: Any, tmp_path: Path) -> None:
     known = zoo.architectures()
     log, names = tmp_path / "zoo.jsonl", list(known)
