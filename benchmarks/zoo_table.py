@@ -127,8 +127,8 @@ def page(rows: Sequence[Row], conditions: Mapping[str, Any]) -> str:
                 "With random weights, a deep network may make much of little: with what each "
                 "linear layer, convolution and product reads rounded to 8 bits by hooks of "
                 "PyTorch, without the package, it is about as far from float. Such a row counts "
-                f"where int8 is at most {MARGIN:.0f} dB below that, and {NOTHING:.0f} dB or more, and 16 bits on "
-                f"the reference {LEAST_OF_16_BITS:.0f} dB or more.",
+                f"where int8 is at most {MARGIN:.0f} dB below that, and {NOTHING:.0f} dB or more, "
+                f"and 16 bits on the reference {LEAST_OF_16_BITS:.0f} dB or more.",
                 _table(("architecture", *STEPS, "8 bits by hooks", "16 bits"), noisy),
             ]
             if noisy
