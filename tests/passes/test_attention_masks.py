@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -60,3 +61,6 @@ def test_a_whole_model_shares_them_at_other_sizes() -> None:
     assert names.count("where") == 1
     for sizes in ((2, 7), (1, 5)):
         assert sqnr(model(*masks(*sizes)), quant_model(*masks(*sizes))) > 30
+    x, *others = masks(2, 7)
+    wide = copy.deepcopy(quant_model.quantization.graphs[0].body).double()(x.double(), *others)
+    assert sqnr(model(x, *others), wide[0].float()) > 30

@@ -20,7 +20,8 @@ def share_masks(context: PassContext) -> int:
     """Turn a mask into floats once for all attentions that read it; returns how many masks.
 
     ``scaled_dot_product_attention`` itself adds 0 where a mask is true and minus infinity where it
-    is not, so nothing changes but that it is not made again in each layer.
+    is not, so nothing changes but that it is not made again in each layer. They have the dtype of
+    the queries in each call: a model may be moved to another.
     """
     readers: dict[tuple[fx.Node, torch.dtype], list[fx.Node]] = {}
     target = aten.scaled_dot_product_attention.default
@@ -30,12 +31,13 @@ def share_masks(context: PassContext) -> int:
         if value is not None and value.dtype is torch.bool and query is not None:
             readers.setdefault((mask, query.dtype), []).append(node)
     shared = {key: nodes for key, nodes in readers.items() if len(nodes) > 1}
-    for (mask, dtype), nodes in shared.items():
-        graph = mask.graph
+    for (mask, _), nodes in shared.items():
+        graph, query = mask.graph, argument(nodes[0], "query")
         with graph.inserting_before(nodes[0]):
-            options: Any = {"dtype": dtype, "device": mask.meta["val"].device}
-            hidden = graph.call_function(aten.scalar_tensor.default, (-math.inf,), options)
-            seen = graph.call_function(aten.scalar_tensor.default, (0.0,), options)
+            seen, hidden = (
+                graph.call_function(aten.new_full.default, (query, [], number))
+                for number in (0.0, -math.inf)
+            )
             floats = graph.call_function(aten.where.self, (mask, seen, hidden))
         for node in nodes:
             set_arguments(node, {"attn_mask": floats})
