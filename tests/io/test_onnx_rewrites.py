@@ -23,7 +23,7 @@ from onnx_files import (
 from thinning import rarely
 from torch import Tensor, nn
 
-from torch_quant import Backend, QConfig, Quantizer, QuantSpec
+from torch_quant import Backend, QConfig, Quantizer, QuantSpec, sqnr
 from torch_quant.backends.onnx.program import translate
 
 pytestmark = [
@@ -269,3 +269,26 @@ def test_convolutions_take_zeros_around_an_image(
             torch.testing.assert_close(found, expected)
             (vino,) = run_openvino(new, feed)
             assert found.shape == vino.shape
+
+
+class Clipped(nn.Module):
+    """One value, cut off between two pairs of bounds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x) * 2.0
+        near, far = torch.tensor(0.1), torch.tensor(1.5)
+        inner = torch.minimum(torch.maximum(x, -near), near)
+        return inner * 10.0 + torch.minimum(torch.maximum(x, -far), far)
+
+
+def test_a_value_that_is_clipped_twice(tmp_path: Path) -> None:
+    model, file = seeded(Clipped), tmp_path / "m.onnx"
+    inputs = ((normal(5, 8),), {})
+    quant_model = written(calibrated(model, [inputs], backend="onnx"), model, inputs, file)
+    assert operators(file).count("Clip") == 2
+    (found,) = run_onnxruntime(file, feeds(quant_model, inputs))
+    assert sqnr(quant_model(*inputs[0]), found) > 60

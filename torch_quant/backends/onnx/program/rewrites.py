@@ -23,6 +23,7 @@ _FEW = 4
 
 def rewrite(model: Any) -> None:
     """Change an ``onnx_ir`` model in place."""
+    _own_constants(model.graph)
     for node in list(model.graph):
         if node.op_type == "LayerNormalization":
             _sum_before(node)
@@ -40,6 +41,24 @@ def rewrite(model: Any) -> None:
         elif node.op_type == "DFT":
             second_axis(model.graph, node)
     _drop_unread(model.graph)
+
+
+def _own_constants(graph: Any) -> None:
+    """Give the graph constants that nodes read and it has not.
+
+    onnxscript's optimizer makes one operator of a maximum and a minimum behind it, and names its
+    bounds by what is clipped. Where that is clipped twice, it forgets the first bounds.
+    """
+    for node in graph:
+        for value in node.inputs:
+            known = value is None or value.producer() is not None or value.is_graph_input()
+            if known or value.const_value is None or graph.initializers.get(value.name) is value:
+                continue
+            name, count = value.name, 0
+            while value.name in graph.initializers:
+                count += 1
+                value.name = f"{name}_{count}"
+            graph.initializers[value.name] = value
 
 
 def _drop_unread(graph: Any) -> None:
