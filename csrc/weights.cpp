@@ -54,8 +54,6 @@ bool round_alike(const Linear& a, const Linear& b) {
   return a.layout == b.layout && varies == other && (varies || a.zero == b.zero);
 }
 
-void round_nothing(const Linear&, int64_t, int64_t) {}
-
 // y = x @ weight.T + bias for each weight; false where memory is short. Rows are rounded once for all
 // weights that want them alike, where one slab has them.
 bool multiply_all(int threads, const float* x, int64_t rows, int64_t in, const Weight* weights, float* const* y,
@@ -85,7 +83,7 @@ bool multiply_all(int threads, const float* x, int64_t rows, int64_t in, const W
     const auto multiply = [&](int64_t row, int64_t some_rows, int64_t n, int64_t outs, int64_t) {
       use.multiply(j, row, some_rows, n, outs);
     };
-    run_slabs(j, known ? round_nothing : use.round, multiply, slab_rows,
+    run_slabs(j, known ? round_nothing<Linear> : use.round, multiply, slab_rows,
               outs_of_block(out, j.row_bytes, BLOCK_BYTES, some), some);
     before = j, rounded = true;
   }

@@ -145,7 +145,8 @@ inline bool multiply_packed(Dynamic j, RoundRows round, int64_t most_rows, int t
   return true;
 }
 
-inline void round_nothing(const Dynamic&, int64_t, int64_t) {}
+template <typename Job>
+void round_nothing(const Job&, int64_t, int64_t) {}
 
 // Dynamic int8 products of one x and several weights; false where memory is short. Rows are rounded once
 // where one slab has them.
@@ -160,7 +161,7 @@ inline bool multiply_rounded(Dynamic* jobs, int64_t count, int threads) {
     j.padded = padded, j.codes = codes.get();
     j.scales = reinterpret_cast<float*>(numbers.get());
     j.zeros = reinterpret_cast<int32_t*>(numbers.get()) + slab_rows;
-    const RoundRows round = i && rows <= slab_rows ? round_nothing : use.round_dynamic;
+    const RoundRows round = i && rows <= slab_rows ? round_nothing<Dynamic> : use.round_dynamic;
     if (use.depth == 4 && packing_pays(j)) {
       if (!multiply_packed(j, round, slab_rows, threads)) return false;
       continue;

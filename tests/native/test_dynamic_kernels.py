@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -28,15 +28,6 @@ FUNCTIONS: dict[str, tuple[tuple[Any, ...], Callable[[Tensor], Tensor]]] = {
     "tanh": (("tanh", [], "none"), torch.tanh),
     "hardswish": (("hardswish", [], "none"), F.hardswish),
 }  # fmt: skip
-
-
-@pytest.fixture(params=SETS or ("none",))
-def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "none":
-        yield "none"
-        return
-    with native.using(request.param):
-        yield request.param
 
 
 def layer(outputs: int, inputs: int, salt: int = 0) -> tuple[Tensor, Tensor, Tensor]:

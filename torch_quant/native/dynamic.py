@@ -8,13 +8,14 @@ kernels is missing, the same codes are multiplied in float.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from torch_quant.errors import InvalidConfig
 from torch_quant.native import library as native
+from torch_quant.native.functions import ends_of, function_of
 from torch_quant.native.ops import address_of, check_bias, check_rows, check_weight, plain
 from torch_quant.ops.library import define_operator
 from torch_quant.ops.qdq import CHOOSE_QPARAMS, QUANTIZE
@@ -26,20 +27,8 @@ MOST_INPUTS = 65536
 """Sums of so many products of 8 bits fit in 32."""
 _LAYER = struct.Struct("@6q2d")
 """``DynamicLayer`` of ``csrc/kernels.h``."""
-_functional = torch.nn.functional
-_POST_OPS: dict[tuple[str, str], tuple[int, Callable[..., Tensor]]] = {
-    ("none", ""): (0, lambda x: x),
-    ("relu", ""): (1, torch.relu),
-    ("hardtanh", ""): (1, _functional.hardtanh),
-    ("leaky_relu", ""): (2, _functional.leaky_relu),
-    ("gelu", "none"): (3, _functional.gelu),
-    ("gelu", "tanh"): (4, lambda x: _functional.gelu(x, approximate="tanh")),
-    ("swish", ""): (5, _functional.silu),
-    ("tanh", ""): (6, torch.tanh),
-    ("hardswish", ""): (7, _functional.hardswish),
-}
-"""oneDNN's name of a function and its algorithm -> ``Between`` of ``csrc/static.h``, operator."""
-_INFINITE = float("inf")
+_Layer = tuple[Tensor, Tensor, Tensor | None]
+"""Weight, scale and bias."""
 
 
 def _check_layer(name: str, inputs: int, weight: Tensor, scale: Tensor, bias: Tensor | None) -> int:
@@ -61,22 +50,6 @@ def _check_layer(name: str, inputs: int, weight: Tensor, scale: Tensor, bias: Te
     raise InvalidConfig(f"torch_quant::{name}: expected {expected}, got {got}")
 
 
-def _function(
-    name: str, post_op: str, post_args: Sequence[float], algorithm: str
-) -> tuple[int, Callable[..., Tensor], tuple[float, float]]:
-    """A function behind the products: the kernels' number of it, its operator, its arguments."""
-    found = _POST_OPS.get((post_op, algorithm if post_op == "gelu" else ""))
-    wanted = {"hardtanh": 2, "leaky_relu": 1}.get(post_op, 0)
-    if found is None or len(post_args) != wanted:
-        known = ", ".join(dict.fromkeys(each for each, _ in _POST_OPS))
-        raise InvalidConfig(
-            f"torch_quant::{name}: expected one of {known} and its arguments, "
-            f"got {post_op!r} {algorithm!r} {list(post_args)}"
-        )
-    low, high = (0.0, _INFINITE) if post_op == "relu" else (*post_args, 0.0, 0.0)[:2]
-    return *found, (low, high)
-
-
 def _dynamic_linear(
     x: Tensor,
     weight: Tensor,
@@ -87,31 +60,16 @@ def _dynamic_linear(
     post_args: Sequence[float] = (),
     algorithm: str = "none",
 ) -> Tensor:
-    name = "dynamic_linear"
-    check_rows(name, x)
-    inputs = x.shape[-1]
-    outputs = _check_layer(name, inputs, weight, scale, bias)
-    number, operator, ends = 0, None, (0.0, 0.0)
-    if post_op != "none":
-        number, operator, ends = _function(name, post_op, post_args, algorithm)
-    kernels = native.kernels()
-    if kernels is None or not inputs:
-        y = _in_float(x, weight, scale, bias, signed)
-        return y if operator is None else operator(y, *post_args)
-    rows, weight = plain(x, torch.float32), weight.contiguous()
-    scale = plain(scale, torch.float32)
-    bias = None if bias is None else plain(bias, torch.float32)
-    y = rows.new_empty((*x.shape[:-1], outputs))
-    layer = _LAYER.pack(
-        weight.data_ptr(), scale.data_ptr(), address_of(bias) or 0, y.data_ptr(), outputs, number,
-        *ends,
-    )  # fmt: skip
-    failed = kernels.torch_quant_dynamic(
-        torch.get_num_threads(), rows.data_ptr(), layer, rows.numel() // inputs, inputs, 1, signed
-    )
-    if failed:
-        raise MemoryError(f"torch_quant::{name}: no memory for {rows.numel()} activations")
-    return y if x.dtype is torch.float32 else y.to(x.dtype)
+    name, found = "dynamic_linear", function_of(post_op, algorithm)
+    if found is None or len(post_args) != {"hardtanh": 2, "leaky_relu": 1}.get(post_op, 0):
+        raise InvalidConfig(
+            f"torch_quant::{name}: expected one of none, relu, hardtanh, leaky_relu, gelu, swish, "
+            f"tanh, hardswish and its arguments, got {post_op!r} {algorithm!r} {list(post_args)}"
+        )
+    number, operator = found
+    layers: list[_Layer] = [(weight, scale, bias)]
+    made = _multiplied(name, x, layers, signed, number, ends_of(post_op, post_args))
+    return operator(_in_float(x, *layers[0], signed), *post_args) if made is None else made[0]
 
 
 def _dynamic_linears(
@@ -121,9 +79,7 @@ def _dynamic_linears(
     biases: Sequence[Tensor],
     signed: bool,
 ) -> list[Tensor]:
-    name = "dynamic_linears"
-    check_rows(name, x)
-    inputs, count = x.shape[-1], len(weights)
+    name, count = "dynamic_linears", len(weights)
     if len(scales) != count or len(biases) not in (0, count):
         counts = [count, len(scales), len(biases)]
         raise InvalidConfig(
@@ -131,23 +87,38 @@ def _dynamic_linears(
             f"got {counts}"
         )
     optional: Sequence[Tensor | None] = biases or [None] * count
-    each = list(zip(weights, scales, optional, strict=True))
-    outputs = [_check_layer(name, inputs, *layer) for layer in each]
+    layers = list(zip(weights, scales, optional, strict=True))
+    made = _multiplied(name, x, layers, signed)
+    return [_in_float(x, *layer, signed) for layer in layers] if made is None else made
+
+
+def _multiplied(
+    name: str,
+    x: Tensor,
+    layers: Sequence[_Layer],
+    signed: bool,
+    function: int = 0,
+    ends: tuple[float, float] = (0.0, 0.0),
+) -> list[Tensor] | None:
+    """Results of layers of one input by one call of the kernels; None where they cannot be used."""
+    check_rows(name, x)
+    inputs = x.shape[-1]
+    outputs = [_check_layer(name, inputs, *layer) for layer in layers]
     kernels = native.kernels()
     if kernels is None or not inputs:
-        return [_in_float(x, *layer, signed) for layer in each]
+        return None
     rows = plain(x, torch.float32)
-    results, held, layers = [], [], []
-    for (weight, scale, bias), size in zip(each, outputs, strict=True):
+    results, held, calls = [], [], []
+    for (weight, scale, bias), size in zip(layers, outputs, strict=True):
         y, real = rows.new_empty((*x.shape[:-1], size)), plain(scale, torch.float32)
         more = None if bias is None else plain(bias, torch.float32)
-        held.append((weight.contiguous(), real, more))
+        held.append((weight.contiguous(), real, more))  # copies live until the kernels are through
         results.append(y)
         addresses = [address_of(tensor) or 0 for tensor in (*held[-1], y)]
-        layers.append(_LAYER.pack(*addresses, size, 0, 0.0, 0.0))
+        calls.append(_LAYER.pack(*addresses, size, function, *ends))
     failed = kernels.torch_quant_dynamic(
-        torch.get_num_threads(), rows.data_ptr(), b"".join(layers), rows.numel() // inputs, inputs,
-        count, signed,
+        torch.get_num_threads(), rows.data_ptr(), b"".join(calls), rows.numel() // inputs, inputs,
+        len(calls), signed,
     )  # fmt: skip
     if failed:
         raise MemoryError(f"torch_quant::{name}: no memory for {rows.numel()} activations")
@@ -165,7 +136,7 @@ def _in_float(
     codes = QUANTIZE(x, x_scale, x_zero, element)
     centred = (codes.to(torch.int32) - x_zero).to(torch.float32)
     centred = torch.where(x_scale.isfinite(), centred, x_scale)  # NaN and infinity show
-    sums = _functional.linear(centred, weight.to(torch.float32))
+    sums = torch.nn.functional.linear(centred, weight.to(torch.float32))
     real: Tensor = sums * (x_scale * scale.flatten())
     return (real if bias is None else real + bias).to(x.dtype)
 

@@ -169,7 +169,7 @@ def run_call(function: str, call: bytes, otherwise: str) -> None:
     """
     library = kernels()
     assert library is not None
-    if getattr(library, function)(torch.get_num_threads(), ctypes.c_char_p(call)):
+    if getattr(library, function)(torch.get_num_threads(), call):
         raise MemoryError(otherwise)
 
 

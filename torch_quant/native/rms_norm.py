@@ -13,6 +13,7 @@ from torch import Tensor
 
 from torch_quant.errors import InvalidConfig
 from torch_quant.native import library as native
+from torch_quant.native.ops import plain
 from torch_quant.ops.library import define_operator
 from torch_quant.ops.rows import register_row_operator
 
@@ -29,10 +30,6 @@ def _check(name: str, x: Tensor, weight: Tensor | None, more: Tensor | None) -> 
     if more is not None and more.shape != x.shape:
         sizes = tuple(x.shape), tuple(more.shape)
         raise InvalidConfig(f"torch_quant::{name}: expected x and more of one shape, got {sizes}")
-
-
-def _plain(x: Tensor) -> Tensor:
-    return x if x.is_contiguous() and not x.is_neg() else x.resolve_neg().contiguous()
 
 
 def _by_operators(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> Tensor:
@@ -62,9 +59,9 @@ def _run(
     count, size = y.numel(), x.shape[-1]
     if not count:
         return True
-    x = _plain(x)  # what is copied has to live until the kernel is through
-    more = None if more is None else _plain(more)
-    weight = None if weight is None else _plain(weight)
+    x = plain(x, torch.float32)  # what is copied has to live until the kernel is through
+    more = None if more is None else plain(more, torch.float32)
+    weight = None if weight is None else plain(weight, torch.float32)
     failed = kernels.torch_quant_rms_norm(
         torch.get_num_threads(), x.data_ptr(), None if more is None else more.data_ptr(),
         None if weight is None else weight.data_ptr(), None if total is None else total.data_ptr(),

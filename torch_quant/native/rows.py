@@ -14,6 +14,7 @@ from torch import Tensor
 
 from torch_quant.errors import InvalidConfig
 from torch_quant.native import library as native
+from torch_quant.native.ops import plain
 from torch_quant.ops.library import define_operator
 from torch_quant.ops.qdq import QUANTIZE_PER_TENSOR
 from torch_quant.ops.rows import register_row_operator
@@ -28,10 +29,6 @@ _RANGES = {torch.uint8: (0, 255), torch.int8: (-128, 127)}
 
 def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
-
-
-def _plain(x: Tensor) -> Tensor:
-    return x if x.is_contiguous() and not x.is_neg() else x.resolve_neg().contiguous()
 
 
 def _check(name: str, x: Tensor, dtype: torch.dtype, **vectors: Tensor | None) -> None:
@@ -67,10 +64,8 @@ def _run(
         *map(_address, tensors), x.numel() // size, size, function, eps,
         1.0 / scale, zero_point, *_RANGES[codes.dtype],
     )  # fmt: skip
-    library = native.kernels()
-    assert library is not None
-    if library.torch_quant_rows(torch.get_num_threads(), call):
-        raise MemoryError(f"torch_quant::{name}: no memory for a row of {size} numbers")
+    memory = f"torch_quant::{name}: no memory for a row of {size} numbers"
+    native.run_call("torch_quant_rows", call, memory)
 
 
 def _codes(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> Tensor:
@@ -97,8 +92,8 @@ def _round_rows(
         real = torch.nn.functional.gelu(x) if function == "gelu" else x
         real = real if factor is None else real * factor
         return codes.copy_(_codes(real, scale, zero_point, dtype))
-    vectors = None if factor is None else _plain(factor)
-    tensors = (_plain(x), None, None, None, vectors, None, None, codes)
+    vectors = None if factor is None else plain(factor, torch.float32)
+    tensors = (plain(x, torch.float32), None, None, None, vectors, None, None, codes)
     _run(name, _FUNCTIONS[function], tensors, 0.0, scale, zero_point)
     return codes
 
@@ -137,7 +132,10 @@ def _norm_rows(
         real = real if factor is None else real * factor
         codes.copy_(_codes(real, scale, zero_point, dtype))
         return made
-    given = [None if each is None else _plain(each) for each in (x, more, weight, bias, factor)]
+    given = [
+        None if each is None else plain(each, torch.float32)
+        for each in (x, more, weight, bias, factor)
+    ]
     kept = [each if each.numel() else None for each in (total, y)]
     tensors = (*given, *kept, codes)
     _run(name, _LAYER_NORM, tensors, eps, scale, zero_point)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from torch_quant.native import library as native
 from torch_quant.native.dynamic import MOST_INPUTS
+from torch_quant.native.functions import ends_of, function_of
 
 __all__ = ["multiply", "pack_weight", "packed_for", "takes"]
 
@@ -22,12 +23,6 @@ _CALL = struct.Struct("@9q4dq")
 """``StaticCall`` of ``csrc/static.h``."""
 _LANES = 16
 _GROUP_BYTES = 64
-_POST_OPS: dict[tuple[str, str], int] = {
-    ("none", ""): 0, ("relu", ""): 1, ("hardtanh", ""): 1, ("leaky_relu", ""): 2,
-    ("gelu", "none"): 3, ("gelu", "tanh"): 4, ("swish", ""): 5, ("tanh", ""): 6,
-    ("hardswish", ""): 7,
-}  # fmt: skip
-"""oneDNN's name of a function and its algorithm -> ``Between`` of ``csrc/static.h``."""
 _OUT = (torch.uint8, torch.float32)
 
 
@@ -36,10 +31,6 @@ def _amx() -> bool:
     """Whether the CPU multiplies tiles of int8, for which these kernels have no code."""
     known = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return bool(known and known())
-
-
-def _post_op(name: str, algorithm: str) -> int | None:
-    return _POST_OPS.get((name, algorithm if name == "gelu" else ""))
 
 
 def packed_for() -> int:
@@ -88,7 +79,7 @@ def takes(
         and _read_in_place(bias)
         and _read_in_place(factor)
         and out_dtype in _OUT
-        and _post_op(post_op, algorithm) is not None
+        and function_of(post_op, algorithm) is not None
     )
 
 
@@ -156,12 +147,13 @@ def multiply(
     inputs, outputs = x.shape[-1], weight_scale.numel()
     y = x.new_empty((*x.shape[:-1], outputs), dtype=out_dtype)
     place, sums = packed.data_ptr(), math.ceil(outputs / _LANES) * _LANES * 4
-    function = _post_op(post_op, algorithm)
-    low, high = (0.0, math.inf) if post_op == "relu" else (*post_args, 0.0, 0.0)[:2]
+    found = function_of(post_op, algorithm)
+    assert found is not None
+    low, high = ends_of(post_op, post_args)
     call = _CALL.pack(
         place, place + packed.numel() - sums, weight_scale.data_ptr(),
         0 if bias is None else bias.data_ptr(), 0 if factor is None else factor.data_ptr(),
-        inputs, outputs, function, out_dtype is torch.float32,
+        inputs, outputs, found[0], out_dtype is torch.float32,
         x_scale, 1.0 / out_scale, low, high, out_zero_point,
     )  # fmt: skip
     failed = library.torch_quant_static(
