@@ -26,6 +26,8 @@ from torch_quant import (
     sqnr,
 )
 from torch_quant.backends import InductorBackend, ReferenceBackend
+from torch_quant.backends.inductor.sizes import has_one_within, widened
+from torch_quant.convert.exporting import exported_at_once
 
 MISSING = Backend.INDUCTOR.unavailable()
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"Backend.INDUCTOR: {MISSING}")
@@ -131,6 +133,40 @@ def test_the_first_call_does_not_matter(caplog: pytest.LogCaptureFixture) -> Non
     assert len(compiled(quant_model).opened) == 1
     x = normal(3, 4, 7, 16)
     assert sqnr(reference(x[0]), torch.func.vmap(quant_model)(x)[0]) > 60
+
+
+def tall() -> nn.Module:
+    """A convolution as high as the smallest image."""
+    return seeded(
+        lambda: nn.Sequential(nn.Conv2d(12, 24, (7, 3), padding=(0, 1), groups=12), nn.ReLU())
+    )
+
+
+def test_nothing_has_size_1_in_an_example_of_free_sizes() -> None:
+    """Compiled for it, Inductor gives one row for images of any height."""
+    model = tall()
+    batches = [((normal(2, 12, height, 9),), {}) for height in (7, 9)]
+    (graph,) = calibrated(model, batches, backend="inductor").quantize(model).graphs
+    examples = list(widened(graph, batches[0][0]))
+    assert [tuple(x.shape) for (x,) in examples] == [
+        (4, 12, 7, 9),
+        (8, 12, 14, 18),
+        (16, 12, 28, 36),
+    ]
+    found = [has_one_within(exported_at_once(graph, each, "oblivious")) for each in examples[:2]]
+    assert found == [True, False]
+
+
+@pytest.mark.long("ten seconds of a C++ compiler")
+def test_the_height_of_the_first_image_does_not_matter() -> None:
+    model = tall()
+    batches = [((normal(2, 12, height, 9),), {}) for height in (7, 9)]
+    quantizer = calibrated(model, batches, backend="inductor")
+    quant_model, reference = quantizer.quantize(model), meant(quantizer, model)
+    for height, width in ((7, 9), (9, 9), (30, 5)):
+        x = normal(2, 12, height, width)
+        assert sqnr(reference(x), quant_model(x)) > 60
+    assert len(compiled(quant_model).opened) == 1
 
 
 class Residual(nn.Module):

@@ -55,12 +55,15 @@ def both(model: nn.Module, inputs: tuple[Any, ...], **options: Any) -> tuple[Any
 class Heads(nn.Module):
     """Projections, attention between their heads, and a projection behind it."""
 
-    def __init__(self, heads: int = 4, shared: int = 4, size: int = 8, **options: Any) -> None:
+    def __init__(
+        self, heads: int = 4, shared: int = 4, size: int = 8, values: int = 0, **options: Any
+    ) -> None:
         super().__init__()
         width = heads * size
         self.size, self.options = size, options
         self.query, self.out = nn.Linear(width, width), nn.Linear(width, width)
-        self.key, self.value = nn.Linear(width, shared * size), nn.Linear(width, shared * size)
+        self.key = nn.Linear(width, shared * size)
+        self.value = nn.Linear(width, (values or shared) * size)
 
     def split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.size)).transpose(1, 2)
@@ -76,6 +79,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor | None]]] =
     "causal, other lengths": (lambda: Heads(is_causal=True), lambda: None),
     "a scale": (lambda: Heads(scale=0.7), lambda: None),
     "shared heads": (lambda: Heads(shared=2, enable_gqa=True), lambda: None),
+    "shared keys": (lambda: Heads(shared=2, values=4, enable_gqa=True), lambda: None),
     "bool mask": (Heads, lambda: (torch.arange(TOKENS) < 7)[None]),
     "rows that see nothing": (
         Heads, lambda: torch.ones(2, 1, 5, TOKENS, dtype=torch.bool).tril(-3)

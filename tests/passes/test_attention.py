@@ -60,6 +60,14 @@ CASES: dict[str, tuple[tuple[Tensor, ...], dict[str, Any]]] = {
         (normal(2, 6, ROWS, WIDTH), *(normal(2, 2, KEYS, WIDTH, salt=i) for i in (1, 2))),
         {"enable_gqa": True, "is_causal": True},
     ),
+    "grouped keys, a value for each query": (
+        (
+            normal(2, 6, ROWS, WIDTH),
+            normal(2, 3, KEYS, WIDTH, salt=1),
+            normal(2, 6, KEYS, WIDTH, salt=2),
+        ),
+        {"enable_gqa": True},
+    ),
     "values of another width": (
         (
             normal(2, 3, ROWS, WIDTH),

@@ -99,7 +99,14 @@ def _heads(tensors: tuple[Tensor, Tensor, Tensor], leading: Sequence[int]) -> li
     counts = [x.shape[1] if x.dim() == 4 and x.shape[0] == batch else -1 for x in tensors]
     if counts == [heads, shared, shared] and heads % shared == 0:
         return list(tensors)
-    return [x.expand(batch, heads, *x.shape[-2:]) for x in tensors]
+    return [_spread(x, heads).expand(batch, heads, *x.shape[-2:]) for x in tensors]
+
+
+def _spread(x: Tensor, heads: int) -> Tensor:
+    """Keys that several heads share, where these do not share the values too, or the reverse."""
+    if x.dim() < 4 or x.shape[1] in (1, heads):
+        return x
+    return x.repeat_interleave(heads // x.shape[1], 1)
 
 
 def _mask(mask: Tensor, leading: Sequence[int], sizes: tuple[int, ...]) -> Tensor:

@@ -49,9 +49,10 @@ def decompose_attention(node: fx.Node) -> tuple[fx.Node, fx.Node]:
 
     with graph.inserting_before(node):
         if given["enable_gqa"]:
-            repeats = size_hints(query)[-3] // size_hints(key)[-3]
+            heads = size_hints(query)[-3]
             key, value = (
-                call(aten.repeat_interleave.self_int, x, repeats, -3) for x in (key, value)
+                call(aten.repeat_interleave.self_int, x, heads // size_hints(x)[-3], -3)
+                for x in (key, value)
             )
         if scale is None:
             scale = 1.0 / math.sqrt(size_hints(query)[-1])

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor, fx
 
 from torch_quant.backends.base import Backend, register_backend
+from torch_quant.backends.convolutions import right_convolutions
 from torch_quant.backends.in_process import InProcess, Made, fixed_sizes
 from torch_quant.backends.inductor.convolutions import plain_convolutions, wants_one_size
 from torch_quant.backends.inductor.packages import (
@@ -22,6 +23,7 @@ from torch_quant.backends.inductor.products import PRODUCTS
 from torch_quant.backends.inductor.shared import scales_apart
 from torch_quant.backends.inductor.sizes import (
     agrees,
+    has_one_within,
     is_empty_within,
     nothing_is_empty,
     widened,
@@ -105,6 +107,7 @@ class InductorBackend(Backend):
                 fold_scales,
                 unsigned_activations,
                 pad_codes,
+                right_convolutions,
                 plain_convolutions,
                 scales_apart,
                 embedding_forms,
@@ -149,12 +152,10 @@ class InductorBackend(Backend):
         Raises:
             UnsupportedOp: the graph cannot be exported or compiled; says why.
         """
-        if not self.fixes_sizes(graph) and (wide := widened(graph, tensors)) is not None:
-            exported = self._with_free_sizes(graph, wide, file, metadata)
+        if not self.fixes_sizes(graph):
+            exported = self._with_free_sizes(graph, tensors, file, metadata)
             if exported is not None:
-                session = PackagedSession(file)
-                if all(agrees(session, graph, each) for each in (wide, tensors)):
-                    return exported
+                return exported
         try:
             exported = exported_at_once(graph, tensors, "static")
         except Exception as error:  # torch.export raises errors of many unrelated classes
@@ -172,17 +173,19 @@ class InductorBackend(Backend):
         metadata: Mapping[str, str] | None,
     ) -> Any:
         """The program, compiled; None if it cannot be with all sizes free that the graph leaves."""
-        for mode in ("oblivious", "dynamic"):
-            try:
-                exported = exported_at_once(graph, tensors, mode)
-            except Exception:  # torch.export's own; each size is exported for itself then
+        for wide in widened(graph, tensors):
+            exported = _exported_with_free_sizes(graph, wide)
+            if exported is None:
+                return None
+            if has_one_within(exported):
                 continue
-            if not fixed_sizes(graph, input_shapes(exported)):
-                try:
-                    self._compile(graph, exported, file, metadata)
-                except UnsupportedOp:  # said of a size, if that cannot be compiled either
-                    return None
-                return exported
+            try:
+                self._compile(graph, exported, file, metadata)
+            except UnsupportedOp:  # said of a size, if that cannot be compiled either
+                return None
+            session = PackagedSession(file)
+            right = all(agrees(session, graph, each) for each in (wide, tensors))
+            return exported if right else None
         return None
 
     def _compile(
@@ -210,3 +213,15 @@ class InductorBackend(Backend):
         given = {"dynamic": self.dynamic, "settings": self.settings or None}
         told = ", ".join(f"{name}={x!r}" for name, x in given.items() if x is not None)
         return f"{super().__repr__()} with {told}" if told else super().__repr__()
+
+
+def _exported_with_free_sizes(graph: QuantizedGraph, tensors: tuple[Tensor, ...]) -> Any:
+    """The program of a graph, None if it has not all sizes free that the graph leaves."""
+    for mode in ("oblivious", "dynamic"):
+        try:
+            exported = exported_at_once(graph, tensors, mode)
+        except Exception:  # torch.export's own; each size is exported for itself then
+            continue
+        if not fixed_sizes(graph, input_shapes(exported)):
+            return exported
+    return None

@@ -24,7 +24,7 @@ from torch_quant.backends.base import Backend, register_backend
 from torch_quant.backends.int8 import has_vnni, symmetric_weight
 from torch_quant.backends.ipex import ops
 from torch_quant.backends.ipex.forms import graph_forms
-from torch_quant.backends.ipex.guards import GUARDS
+from torch_quant.backends.ipex.guards import GUARDS, guard_convolutions
 from torch_quant.backends.ipex.trace import (
     INSTALL,
     WRITES,
@@ -130,7 +130,7 @@ class IPEXBackend(Backend):
     def lower(self, context: PassContext) -> fx.GraphModule:
         import_ipex()  # what traces the graph needs it, and its overrides of float kernels
         forms = graph_forms(int8_shortcuts=self.int8_shortcuts)
-        first = (fold_scales, *(alone.lower for alone in ALONE))
+        first = (fold_scales, guard_convolutions, *(alone.lower for alone in ALONE))
         run_passes(context, [*first, *forms, *GUARDS, quantized_tensors])
         return context.gm
 

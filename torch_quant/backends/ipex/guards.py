@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from torch_quant.backends.convolutions import right_convolutions
 from torch_quant.backends.ipex.attention import FUSED_MASK
 from torch_quant.backends.ipex.forms import ELEMENTWISE, is_quantized_product
 from torch_quant.graph.sites import behind
@@ -22,7 +23,7 @@ from torch_quant.ops.table import ROW_MOVEMENT, contiguous_as_captured, pattern_
 from torch_quant.passes.base import Pass, PassContext
 from torch_quant.passes.functionalize import may_alias_input
 
-__all__ = ["GUARDS"]
+__all__ = ["GUARDS", "guard_convolutions"]
 
 aten = torch.ops.aten
 
@@ -141,6 +142,14 @@ def _plain_scalar(node: fx.Node) -> bool:
         return False
     retarget(node, node.target, (x, other * alpha))
     return True
+
+
+def guard_convolutions(context: PassContext) -> int:
+    """Put those right that oneDNN computes wrong; :func:`quantize_last` makes pairs of what comes.
+
+    To be run before the other forms.
+    """
+    return right_convolutions(context, pad_codes=False)
 
 
 def guard_gelu(context: PassContext) -> int:

@@ -14,6 +14,7 @@ from torch import fx
 
 from torch_quant import native
 from torch_quant.backends.base import Backend, register_backend
+from torch_quant.backends.convolutions import CONV_DIMS, float_multipliers
 from torch_quant.backends.int8 import has_vnni, int8_weight, symmetric_weight
 from torch_quant.backends.onednn import ops
 from torch_quant.backends.onednn.endings import ending_of, replace
@@ -40,11 +41,6 @@ __all__ = ["OneDNNBackend", "accepted_weight", "missing_kernels", "pad_codes"]
 
 aten = torch.ops.aten
 
-_CONVS: dict[Any, int] = {
-    aten.conv1d.default: 1, aten.conv1d.padding: 1,
-    aten.conv2d.default: 2, aten.conv2d.padding: 2,
-    aten.conv3d.default: 3, aten.conv3d.padding: 3,
-}  # fmt: skip
 _CONV_POST_OPS: dict[int, set[str]] = {
     1: {"relu"},
     2: {"relu", "hardtanh", "swish", "hardswish"},
@@ -107,6 +103,7 @@ class OneDNNBackend(Backend):
         fold_scales(context)
         unsigned_activations(context)
         pad_codes(context)
+        float_multipliers(context)
         self.emit(context)
         for node in context.graph.find_nodes(op="call_function", target=QUANTIZE_PER_TENSOR):
             _lower_quantize(node)
@@ -165,7 +162,7 @@ def _lower_linear(context: PassContext, node: fx.Node) -> None:
 def _lower_conv(context: PassContext, node: fx.Node) -> None:
     if not _is_quantized(node):
         return
-    dims = _CONVS[node.target]
+    dims = CONV_DIMS[node.target]
     if len(size_hints(node)) != dims + 2:
         context.decline(key_of(node), "oneDNN's convolutions want inputs with a batch dimension")
         return

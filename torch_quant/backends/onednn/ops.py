@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+from torch_quant.backends.convolutions import right_windows
 from torch_quant.backends.onednn.cache import PackedWeights
 from torch_quant.errors import InvalidConfig
 from torch_quant.native import static
@@ -135,11 +136,21 @@ def _conv(
                 out_dtype, post_op, post_args, "",
             )  # fmt: skip
             return y.permute(0, 3, 1, 2)
-    geometry = (stride, padding, dilation, groups)
-    sizes = tuple(x.shape)
+    sizes, geometry = tuple(x.shape), (stride, padding, dilation, groups)
+    plain = (tuple(stride), tuple(padding), tuple(dilation))
+    right = right_windows(sizes[2:], tuple(weight.shape), *plain, groups)
+    if right is not None:
+        if right.pads:
+            x = torch.constant_pad_nd(x, right.pads, x_zero_point)
+        y = _conv(
+            x, x_scale, x_zero_point, weight, weight_scale, bias, list(right.stride),
+            list(right.padding), dilation, groups, out_scale, out_zero_point, out_dtype, post_op,
+            post_args,
+        )  # fmt: skip
+        return y if right.end is None else _channels_last(y[..., : right.end])
     packed, zero_points = PACKED.get(
         weight,
-        (x_scale, x_zero_point, tuple(stride), tuple(padding), tuple(dilation), groups, sizes),
+        (x_scale, x_zero_point, plain, groups, sizes),
         lambda: torch.ops.onednn.qconv_prepack(
             weight, weight_scale, x_scale, x_zero_point, *geometry, sizes
         ),
@@ -148,6 +159,11 @@ def _conv(
         x, x_scale, x_zero_point, packed, weight_scale, zero_points, bias, *geometry,
         out_scale, out_zero_point, out_dtype, post_op, post_args, "",
     )  # fmt: skip
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """As the kernels give their results."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def _of_pixels(weight: Tensor, stride: list[int], padding: list[int]) -> bool:

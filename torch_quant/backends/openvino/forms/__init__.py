@@ -2,11 +2,14 @@
 
 OpenVINO multiplies two activations in float where a zero point is not 0, or a reshape stands
 between the quantizer of one and its dequantizer; refuses some layers whose rows are flattened to a
-matrix; and does what follows a layer of four dimensions in a pass of its own.
+matrix; computes some convolutions wrong, as all do that call oneDNN; and does what follows a layer
+of four dimensions in a pass of its own.
 """
 
+from torch_quant.backends.convolutions import right_convolutions
 from torch_quant.backends.onnx.forms import FORMS as ONNX_FORMS
 from torch_quant.backends.onnx.forms import GRIDS as ONNX_GRIDS
+from torch_quant.backends.onnx.forms.biases import integer_bias
 from torch_quant.backends.onnx.forms.linears import linear_forms_2d
 from torch_quant.backends.onnx.forms.move_codes import move_codes
 from torch_quant.backends.openvino.forms.flat_rows import flat_rows
@@ -21,6 +24,7 @@ GRIDS: tuple[Pass, ...] = (*ONNX_GRIDS, signed_products)
 _INSTEAD: dict[Pass, tuple[Pass, ...]] = {
     move_codes: (flat_rows, move_numbers),
     linear_forms_2d: (),
+    integer_bias: (right_convolutions, integer_bias),
 }
 
 FORMS: tuple[Pass, ...] = tuple(own for form in ONNX_FORMS for own in _INSTEAD.get(form, (form,)))
