@@ -61,3 +61,31 @@ def test_a_squeeze_of_another_size_than_1(tmp_path: Path) -> None:
         some = ((normal(rows, 16),), {})
         (found,) = run_onnxruntime(file, feeds(quant_model, some))
         assert sqnr(quant_model(*some[0]), found) > 30.0
+
+
+class Rotated(nn.Module):
+    """Queries turned by complex numbers, which are moved in all ways that the exporter has not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 4)
+        self.register_buffer("angles", torch.linspace(0.1, 1.0, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[1], dtype=torch.float32)
+        angles = torch.outer(places, self.angles)
+        turns = torch.polar(torch.ones_like(angles), angles)
+        turns = turns[None, :, None].expand(x.shape[0], -1, -1, -1).repeat(1, 1, 2, 1)
+        heads = torch.view_as_complex(self.first(x).unflatten(-1, (2, 4, 2)))
+        both = (heads * turns).unsqueeze(-3).select(2, 0).index_select(-2, torch.tensor([1, 0]))
+        return self.second(torch.view_as_real(both).flatten(2))
+
+
+def test_complex_numbers_that_are_moved(tmp_path: Path) -> None:
+    model, file = seeded(Rotated), tmp_path / "model.onnx"
+    inputs = ((normal(3, 7, 16),), {})
+    quant_model = written(calibrated(model, [inputs]), model, inputs, file)
+    for sizes in ((3, 7), (1, 9), (2, 2)):
+        some = ((normal(*sizes, 16),), {})
+        (found,) = run_onnxruntime(file, feeds(quant_model, some))
+        assert sqnr(quant_model(*some[0]), found) > 30.0

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from torch_quant.backends.onnx.program.complex_moves import complex_moves
 from torch_quant.backends.onnx.program.floors import floors
 from torch_quant.backends.onnx.program.large import LARGE, tidied
 from torch_quant.backends.onnx.program.names import rename
@@ -39,7 +40,7 @@ LOWEST_OPSET = 18
 Tell = Callable[[str], None]
 
 _PASSES: tuple[Pass, ...] = (
-    recurrent_layers, free_parts, free_repeats, real_integers, floors,
+    recurrent_layers, free_parts, free_repeats, complex_moves, real_integers, floors,
 )  # fmt: skip
 
 
