@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from flows import calibrated
+from flows import Inputs, calibrated
 from models import normal, seeded
 from onnx_files import feeds, needs, run_onnxruntime, written
 from torch import Tensor, nn
@@ -87,5 +87,31 @@ def test_complex_numbers_that_are_moved(tmp_path: Path) -> None:
     quant_model = written(calibrated(model, [inputs]), model, inputs, file)
     for sizes in ((3, 7), (1, 9), (2, 2)):
         some = ((normal(*sizes, 16),), {})
+        (found,) = run_onnxruntime(file, feeds(quant_model, some))
+        assert sqnr(quant_model(*some[0]), found) > 30.0
+
+
+class Sorted(nn.Module):
+    """Where values belong among sorted ones, equal ones before and behind, and a look-up of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Embedding(9, 16), nn.Linear(16, 4)
+        self.register_buffer("bounds", torch.tensor([-1.0, -0.5, 0.0, 0.5, 0.5, 1.0]))
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        place = torch.bucketize(x, self.bounds) + torch.searchsorted(self.bounds, x, side="right")
+        own = torch.searchsorted(x.sort().values, x, out_int32=True)
+        known = torch.isin(ids, torch.tensor([1, 5, 7])).long()
+        return self.second(self.first(place.clamp(max=8)) + self.first(own + known))
+
+
+def test_places_among_sorted_values(tmp_path: Path) -> None:
+    model, file = seeded(Sorted), tmp_path / "model.onnx"
+    x = torch.tensor([[0.5, -1.0, 0.2, 3.0], [0.0, 0.0, -7.0, 0.7], [1.0, 0.5, -0.5, 0.1]])
+    inputs = ((x, torch.tensor([[0, 1, 2, 5], [7, 7, 6, 5], [3, 1, 0, 8]])), {})
+    quant_model = written(calibrated(model, [inputs]), model, inputs, file)
+    for few in (slice(3), slice(1), slice(1, 3)):
+        some: Inputs = (tuple(each[few] for each in inputs[0]), {})
         (found,) = run_onnxruntime(file, feeds(quant_model, some))
         assert sqnr(quant_model(*some[0]), found) > 30.0
