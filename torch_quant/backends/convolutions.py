@@ -14,7 +14,7 @@ and the last is rare, so it stays in float.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,22 +141,30 @@ def right_convolutions(context: PassContext, *, pad_codes: bool = True) -> int:
     return changed
 
 
-def float_multipliers(context: PassContext) -> int:
-    """Groups of one channel with many results each: their weight becomes a float tensor."""
+def float_multipliers(
+    context: PassContext, dims: Collection[int] = (1, 2, 3), most: int = _MOST_RESULTS
+) -> int:
+    """Groups of one channel with many results each: their weight becomes a float tensor.
+
+    Args:
+        context: of the graph.
+        dims: spatial dimensions of the convolutions that are looked at.
+        most: results of a group that may stay in int8.
+    """
     changed = 0
     for node in list(context.graph.nodes):
-        if node.target not in CONV_DIMS or not _is_quantized(node):
+        if CONV_DIMS.get(node.target) not in dims or not _is_quantized(node):
             continue
         weight, groups = argument(node, "weight"), argument(node, "groups")
         results, channels = _codes(node).shape[:2]
-        if channels > 1 or groups == 1 or results <= groups * _MOST_RESULTS:
+        if channels > 1 or groups == 1 or results <= groups * most:
             continue
         value = evaluate(context.gm, weight)
         name = name_of(argument(weight, "q"), f"{node.name}_weight")
         set_arguments(node, {"weight": new_constant(context.gm, name, value, node)})
         context.decline(
             key_of(node),
-            f"its int8 kernel is wrong for groups of one channel with over {_MOST_RESULTS} results",
+            f"its int8 kernel is wrong where groups of one channel have results beyond {most}",
         )
         changed += 1
     return changed

@@ -13,6 +13,7 @@ from torch_quant.backends.onnx.forms.biases import integer_bias
 from torch_quant.backends.onnx.forms.linears import linear_forms_2d
 from torch_quant.backends.onnx.forms.move_codes import move_codes
 from torch_quant.backends.openvino.forms.flat_rows import flat_rows
+from torch_quant.backends.openvino.forms.float_groups import float_groups
 from torch_quant.backends.openvino.forms.move_numbers import move_numbers
 from torch_quant.backends.openvino.forms.signed_products import signed_products
 from torch_quant.passes.base import Pass
@@ -24,7 +25,7 @@ GRIDS: tuple[Pass, ...] = (*ONNX_GRIDS, signed_products)
 _INSTEAD: dict[Pass, tuple[Pass, ...]] = {
     move_codes: (flat_rows, move_numbers),
     linear_forms_2d: (),
-    integer_bias: (right_convolutions, integer_bias),
+    integer_bias: (float_groups, right_convolutions, integer_bias),
 }
 
 FORMS: tuple[Pass, ...] = tuple(own for form in ONNX_FORMS for own in _INSTEAD.get(form, (form,)))
