@@ -135,6 +135,11 @@ def test_the_first_call_does_not_matter(caplog: pytest.LogCaptureFixture) -> Non
     assert sqnr(reference(x[0]), torch.func.vmap(quant_model)(x)[0]) > 60
 
 
+ONE_GRAPH = pytest.mark.skipif(
+    OLDEST, reason="torch 2.8 captures images that leave one row apart; run on the newest torch"
+)
+
+
 def tall() -> nn.Module:
     """A convolution as high as the smallest image."""
     return seeded(
@@ -142,6 +147,7 @@ def tall() -> nn.Module:
     )
 
 
+@ONE_GRAPH
 def test_nothing_has_size_1_in_an_example_of_free_sizes() -> None:
     """Compiled for it, Inductor gives one row for images of any height."""
     model = tall()
@@ -157,6 +163,7 @@ def test_nothing_has_size_1_in_an_example_of_free_sizes() -> None:
     assert found == [True, False]
 
 
+@ONE_GRAPH
 @pytest.mark.long("ten seconds of a C++ compiler")
 def test_the_height_of_the_first_image_does_not_matter() -> None:
     model = tall()
