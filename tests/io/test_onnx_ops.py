@@ -16,6 +16,11 @@ from torch_quant import sqnr
 pytestmark = needs("onnx", "onnxscript", "onnxruntime", "transformers")
 
 
+def check(file: Path, quant_model: nn.Module, inputs: Inputs) -> None:
+    (found,) = run_onnxruntime(file, feeds(quant_model, inputs))
+    assert sqnr(quant_model(*inputs[0]), found) > 30.0
+
+
 class Experts(nn.Module):
     """Rows sorted by expert, each multiplied with the weight of its own."""
 
@@ -59,8 +64,7 @@ def test_a_squeeze_of_another_size_than_1(tmp_path: Path) -> None:
     quant_model = written(calibrated(model, [inputs]), model, inputs, file)
     for rows in (12, 3, 1):
         some = ((normal(rows, 16),), {})
-        (found,) = run_onnxruntime(file, feeds(quant_model, some))
-        assert sqnr(quant_model(*some[0]), found) > 30.0
+        check(file, quant_model, some)
 
 
 class Rotated(nn.Module):
@@ -87,8 +91,7 @@ def test_complex_numbers_that_are_moved(tmp_path: Path) -> None:
     quant_model = written(calibrated(model, [inputs]), model, inputs, file)
     for sizes in ((3, 7), (1, 9), (2, 2)):
         some = ((normal(*sizes, 16),), {})
-        (found,) = run_onnxruntime(file, feeds(quant_model, some))
-        assert sqnr(quant_model(*some[0]), found) > 30.0
+        check(file, quant_model, some)
 
 
 class Sorted(nn.Module):
@@ -113,5 +116,4 @@ def test_places_among_sorted_values(tmp_path: Path) -> None:
     quant_model = written(calibrated(model, [inputs]), model, inputs, file)
     for few in (slice(3), slice(1), slice(1, 3)):
         some: Inputs = (tuple(each[few] for each in inputs[0]), {})
-        (found,) = run_onnxruntime(file, feeds(quant_model, some))
-        assert sqnr(quant_model(*some[0]), found) > 30.0
+        check(file, quant_model, some)

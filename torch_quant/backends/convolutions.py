@@ -21,14 +21,22 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from torch_quant.backends.int8 import is_quantized_product
 from torch_quant.graph.sites import key_of
 from torch_quant.ops.arguments import argument, arguments, positional, retarget, set_arguments
-from torch_quant.ops.qdq import DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_TENSOR
+from torch_quant.ops.qdq import DEQUANTIZE_PER_TENSOR
 from torch_quant.ops.table import padding_sizes, spread
 from torch_quant.passes.base import PassContext
 from torch_quant.passes.constants import evaluate, name_of, new_constant
 
-__all__ = ["CONV_DIMS", "Windows", "float_multipliers", "right_convolutions", "right_windows"]
+__all__ = [
+    "CONV_DIMS",
+    "Windows",
+    "float_multipliers",
+    "padded",
+    "right_convolutions",
+    "right_windows",
+]
 
 aten = torch.ops.aten
 
@@ -136,7 +144,7 @@ def right_convolutions(context: PassContext, *, pad_codes: bool = True) -> int:
     """
     changed = float_multipliers(context)
     for node in list(context.graph.nodes):
-        if node.target in CONV_DIMS and _is_quantized(node):
+        if node.target in CONV_DIMS and is_quantized_product(node):
             changed += _with_right_windows(node, _codes(node).shape, pad_codes)
     return changed
 
@@ -153,7 +161,7 @@ def float_multipliers(
     """
     changed = 0
     for node in list(context.graph.nodes):
-        if CONV_DIMS.get(node.target) not in dims or not _is_quantized(node):
+        if CONV_DIMS.get(node.target) not in dims or not is_quantized_product(node):
             continue
         weight, groups = argument(node, "weight"), argument(node, "groups")
         results, channels = _codes(node).shape[:2]
@@ -176,14 +184,6 @@ def _codes(node: fx.Node) -> Tensor:
     return node.graph.owning_module.get_buffer(str(codes.target))  # type: ignore[union-attr]
 
 
-def _is_quantized(node: fx.Node) -> bool:
-    x, weight = argument(node, "input"), argument(node, "weight")
-    return x.target is DEQUANTIZE_PER_TENSOR and weight.target in (
-        DEQUANTIZE_PER_CHANNEL,
-        DEQUANTIZE_PER_TENSOR,
-    )
-
-
 def _with_right_windows(node: fx.Node, weight: torch.Size, pad_codes: bool) -> bool:
     x, w, bias, stride, padding, dilation, groups = arguments(node).values()
     dims = CONV_DIMS[node.target]
@@ -196,8 +196,7 @@ def _with_right_windows(node: fx.Node, weight: torch.Size, pad_codes: bool) -> b
     none = [0] * 2 * dims
     pads = [a + b for a, b in zip(found.pads or none, far or none, strict=True)]
     if any(pads):
-        with node.graph.inserting_before(node):
-            x = _padded(x, pads, pad_codes)
+        x = padded(x, pads, node, of_codes=pad_codes)
     args = (x, w, bias, list(found.stride), list(found.padding), dilation, groups)
     retarget(node, _PLAIN[dims], args)
     if found.end is not None:
@@ -219,10 +218,19 @@ def _sizes(x: fx.Node, dims: int, far: Sequence[int]) -> tuple[int | None, ...]:
     return tuple(n + extra if isinstance(n, int) else None for n, extra in sizes)
 
 
-def _padded(x: fx.Node, pads: list[int], of_codes: bool) -> fx.Node:
-    """``x``, which dequantizes codes, with zeros around."""
-    graph, codes, scale, zero_point = x.graph, *positional(x)
-    if not of_codes:
-        return graph.call_function(aten.constant_pad_nd.default, (x, pads, 0.0))
-    codes = graph.call_function(aten.constant_pad_nd.default, (codes, pads, zero_point))
-    return graph.call_function(DEQUANTIZE_PER_TENSOR, (codes, scale, zero_point))
+def padded(x: fx.Node, pads: list[int], before: fx.Node, *, of_codes: bool = True) -> fx.Node:
+    """``x``, which dequantizes codes, with zeros around.
+
+    Args:
+        x: of codes with a scale for the whole tensor.
+        pads: as ``constant_pad_nd`` takes them.
+        before: where the new nodes stand.
+        of_codes: whether the codes get them, or else what is dequantized.
+    """
+    with before.graph.inserting_before(before):
+        call = before.graph.call_function
+        if not of_codes:
+            return call(aten.constant_pad_nd.default, (x, pads, 0.0))
+        codes, scale, zero_point = positional(x)
+        codes = call(aten.constant_pad_nd.default, (codes, pads, zero_point))
+        return call(DEQUANTIZE_PER_TENSOR, (codes, scale, zero_point))

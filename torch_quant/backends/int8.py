@@ -9,9 +9,9 @@ from torch import fx
 
 from torch_quant.core.spec import QuantSpec
 from torch_quant.ops.arguments import argument
-from torch_quant.ops.qdq import DEQUANTIZE_PER_CHANNEL
+from torch_quant.ops.qdq import DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_TENSOR
 
-__all__ = ["has_vnni", "int8_weight", "symmetric_weight"]
+__all__ = ["has_vnni", "int8_weight", "is_quantized_product", "symmetric_weight"]
 
 
 def has_vnni() -> bool:
@@ -30,3 +30,9 @@ def int8_weight(node: fx.Node) -> tuple[Any, Any] | None:
     if not isinstance(weight, fx.Node) or weight.target is not DEQUANTIZE_PER_CHANNEL:
         return None
     return argument(weight, "q"), argument(weight, "scale")
+
+
+def is_quantized_product(node: fx.Node) -> bool:
+    """Whether the first two arguments of a call dequantize: an activation, and a weight."""
+    x, weight = (getattr(argument(node, i), "target", None) for i in (0, 1))
+    return x is DEQUANTIZE_PER_TENSOR and weight in (DEQUANTIZE_PER_CHANNEL, DEQUANTIZE_PER_TENSOR)

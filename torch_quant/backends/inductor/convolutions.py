@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from torch_quant.backends.convolutions import padded
 from torch_quant.backends.inductor.products import TARGETS, codes_of
 from torch_quant.backends.int8 import int8_weight
-from torch_quant.ops.arguments import argument, arguments, positional, retarget
+from torch_quant.ops.arguments import argument, arguments, retarget
 from torch_quant.ops.qdq import DEQUANTIZE_PER_TENSOR
 from torch_quant.ops.table import padding_sizes, spread
 from torch_quant.passes.base import PassContext
@@ -36,12 +37,7 @@ def plain_convolutions(context: PassContext) -> int:
         dims = len(kernel)
         sides, far = padding_sizes(padding, kernel, dilation)
         if far:
-            with node.graph.inserting_before(node):
-                codes, scale, zero_point = positional(x)
-                codes = node.graph.call_function(
-                    aten.constant_pad_nd.default, (codes, far, zero_point)
-                )
-                x = node.graph.call_function(DEQUANTIZE_PER_TENSOR, (codes, scale, zero_point))
+            x = padded(x, far, node)
         args = (x, weight, bias, spread(stride, dims), sides, spread(dilation, dims), groups)
         retarget(node, aten.conv2d.default, args)
         changed += 1

@@ -138,7 +138,7 @@ def _conv(
             return y.permute(0, 3, 1, 2)
     sizes, geometry = tuple(x.shape), (stride, padding, dilation, groups)
     plain = (tuple(stride), tuple(padding), tuple(dilation))
-    right = right_windows(sizes[2:], tuple(weight.shape), *plain, groups)
+    right = right_windows(sizes[2:], weight.shape, *plain, groups)
     if right is not None:
         if right.pads:
             x = torch.constant_pad_nd(x, right.pads, x_zero_point)

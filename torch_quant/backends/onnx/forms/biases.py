@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from torch_quant.backends.onnx.forms.matching import is_quantized_product
+from torch_quant.backends.int8 import is_quantized_product
 from torch_quant.core.qparams import MIN_SCALE
 from torch_quant.graph.sites import local_name
 from torch_quant.ops.arguments import argument, set_arguments

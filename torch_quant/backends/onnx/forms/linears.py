@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from torch_quant.backends.onnx.forms.matching import ELEMENTWISE, free_ranks, is_quantized_product
+from torch_quant.backends.int8 import is_quantized_product
+from torch_quant.backends.onnx.forms.matching import ELEMENTWISE, free_ranks
 from torch_quant.ops.arguments import argument, arguments
 from torch_quant.ops.qdq import DEQUANTIZE_PER_TENSOR, QUANTIZE_PER_TENSOR
 from torch_quant.ops.table import size_hints

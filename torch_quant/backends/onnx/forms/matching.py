@@ -11,8 +11,6 @@ from torch import Tensor, fx
 from torch_quant.ops.arguments import argument, arguments
 from torch_quant.ops.qdq import (
     DEQUANTIZE,
-    DEQUANTIZE_PER_CHANNEL,
-    DEQUANTIZE_PER_TENSOR,
     QUANTIZE,
     QUANTIZE_PER_TENSOR,
 )
@@ -22,7 +20,6 @@ __all__ = [
     "ELEMENTWISE",
     "free_ranks",
     "is_dequantized",
-    "is_quantized_product",
     "is_target",
     "origin_of",
     "readers_behind",
@@ -68,13 +65,6 @@ def _squeezes_free_size(node: fx.Node) -> bool:
 
 def is_target(node: Any, target: Any) -> bool:
     return isinstance(node, fx.Node) and node.target is target
-
-
-def is_quantized_product(node: fx.Node) -> bool:
-    weight = argument(node, 1)
-    return is_target(argument(node, 0), DEQUANTIZE_PER_TENSOR) and (
-        is_target(weight, DEQUANTIZE_PER_CHANNEL) or is_target(weight, DEQUANTIZE_PER_TENSOR)
-    )
 
 
 def is_dequantized(node: Any) -> bool:

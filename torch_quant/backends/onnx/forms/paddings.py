@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from torch_quant.backends.onnx.forms.matching import is_quantized_product
+from torch_quant.backends.int8 import is_quantized_product
 from torch_quant.ops.arguments import argument, arguments, retarget
 from torch_quant.ops.table import padding_sizes, spread
 from torch_quant.passes.base import PassContext
